@@ -1,0 +1,11 @@
+"""FastViT in its training form: multi-branch networks to train, export and compile.
+
+The models carry no fusion code of their own; turning the training form into the deployed one is the
+compiler's work. `create_model(name, deployed=True)` builds the deployed structure directly, for weights
+that are fused already.
+"""
+
+from fastvit_zoo.checkpoint import CheckpointError, load_checkpoint
+from fastvit_zoo.model import Config, FastViT, create_model, list_models
+
+__all__ = ["CheckpointError", "Config", "FastViT", "create_model", "list_models", "load_checkpoint"]

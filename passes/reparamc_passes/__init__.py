@@ -1,0 +1,26 @@
+"""The rewrites of reparamc, one file each. This tuple is the only list of them.
+
+Order decides which of two applicable rewrites is tried first, and so what a report counts; the
+result does not depend on it.
+"""
+
+from __future__ import annotations
+
+from reparamc.rewrite import Pass
+from reparamc_passes.bn_folding import BN_FOLDING
+from reparamc_passes.branch_merging import BRANCH_MERGING
+from reparamc_passes.constant_folding import CONSTANT_FOLDING
+from reparamc_passes.identity_to_conv import IDENTITY_TO_CONV
+from reparamc_passes.repmixer import REPMIXER
+from reparamc_passes.scale_folding import SCALE_FOLDING
+
+PASSES: tuple[Pass, ...] = (
+    CONSTANT_FOLDING,
+    REPMIXER,
+    BN_FOLDING,
+    SCALE_FOLDING,
+    IDENTITY_TO_CONV,
+    BRANCH_MERGING,
+)
+
+__all__ = ["PASSES"]

@@ -1,0 +1,68 @@
+"""A skip connection or a scale beside a convolution is a convolution itself.
+
+    s x + t  =  K * x + t        K has one tap, at offset 0, with one group per channel and weight s
+
+It says more than that only in a sum with a convolution of the same x, which then absorbs the tap.
+Exact when that convolution has stride one and keeps the extent for every input size (otherwise the
+two branches agree in size by accident, or by broadcasting) and as many channels out as in. A tap at
+offset 0 that the kernel does not span would enlarge it; it is left alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from reparamc.expr import BatchNorm, Conv, Expr, Scale, Sum, total
+from reparamc.kernel import coefficients, pointwise
+from reparamc.rewrite import Declined, Pass
+
+
+def beside_conv(e: Expr) -> Expr | Declined | None:
+    if not isinstance(e, Sum):
+        return None
+    convs: dict[Expr, list[Conv]] = {}
+    for term in e.terms:
+        if isinstance(term, Conv):
+            convs.setdefault(term.x, []).append(term)
+    out: list[Expr] = []
+    refusal: Declined | None = None
+    for term in e.terms:
+        branch = _as_conv(term, convs)
+        refusal = branch if isinstance(branch, Declined) else refusal
+        out.append(branch if isinstance(branch, Conv) else term)
+    return refusal if all(a is b for a, b in zip(out, e.terms, strict=True)) else total(out)
+
+
+def _as_conv(term: Expr, convs: dict[Expr, list[Conv]]) -> Conv | Declined | None:
+    if term in convs:
+        x, frame, (s, t) = term, None, (np.ones(()), np.zeros(()))
+    elif isinstance(term, Scale | BatchNorm) and term.x in convs:
+        x, frame, (s, t) = term.x, term.frame, coefficients(term)
+    else:
+        return None
+    obstacles = [_obstacle(conv, s, t, frame) for conv in convs[x]]
+    if all(obstacles):
+        return Declined(str(obstacles[0]))
+    conv = convs[x][obstacles.index(None)]
+    return pointwise(x, s, t, conv.in_channels, conv.frame)
+
+
+def _obstacle(conv: Conv, s: np.ndarray, t: np.ndarray, frame: int | None) -> str | None:
+    """Why ``s x + t`` cannot be a tap of ``conv``; None when it can."""
+    if conv.in_channels != conv.out_channels or any(v.ndim and v.size != conv.in_channels for v in (s, t)):
+        return "the convolution beside the skip connection changes the number of channels"
+    if frame is not None and frame != conv.frame:
+        return "the branches act on different axes"
+    if not conv.keeps_grid:
+        return "the convolution beside the skip connection changes the extent (stride, or padding that does not match)"
+    if any(a > 0 or r < 0 or a % d for a, r, d in zip(conv.offset, conv.reach, conv.dilation, strict=True)):
+        return "the kernel has no tap at offset 0, so that the skip connection would enlarge it"
+    return None
+
+
+IDENTITY_TO_CONV = Pass(
+    name="identity-to-conv",
+    equation="s x + t = K*x + t,  K one tap of weight s at offset 0",
+    exact_when="the convolution beside it has stride 1, equal extents for every input size, and channels in = out",
+    rules=(beside_conv,),
+)

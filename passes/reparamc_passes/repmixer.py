@@ -1,0 +1,86 @@
+"""RepMixer: the skip connection and all branches of a token mixer are one depthwise convolution.
+
+    y = x + s (mixer(x) - norm(x))
+    K = I + s (K_mixer - K_norm),   b = s (b_mixer - b_norm)
+
+mixer and norm are sums of depthwise convolutions and BatchNorms of x, I is the identity kernel, s the
+layer scale (absent: one). FastViT, section 3.2, in the form that its code uses: BatchNorm stands
+behind the convolutions, never in front of their padding.
+
+Every affine map of one channel at a time is a depthwise kernel, so the whole block is read bottom-up
+into kernels. Exact when each branch has stride one and keeps the extent for every input size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from reparamc.expr import BatchNorm, Conv, Expr, Scale, Sum
+from reparamc.kernel import coefficients, merge, pointwise, scale_outputs
+from reparamc.rewrite import Pass
+
+ONE, ZERO = np.ones(()), np.zeros(())
+SMALL = 64
+"""A token mixer has about ten operators; nothing larger is searched, so that work stays linear."""
+
+
+def skip_elimination(e: Expr) -> Expr | None:
+    if not isinstance(e, Sum):
+        return None
+    for x in e.terms:  # the skip connection
+        rest = [t for t in e.terms if t is not x]
+        if len(rest) != len(e.terms) - 1 or not any(_nested(t) for t in rest):
+            continue
+        like = next((c for t in rest if (c := _depthwise_of(x, t)) is not None), None)
+        kernel = like and _kernel(e, x, like)
+        if kernel:
+            return kernel
+    return None
+
+
+def _nested(e: Expr) -> bool:
+    while isinstance(e, Scale | BatchNorm):
+        e = e.x
+    return isinstance(e, Sum)
+
+
+def _depthwise_of(x: Expr, e: Expr) -> Conv | None:
+    """A depthwise convolution of ``x`` below ``e``."""
+    stack, budget = [e], SMALL
+    while stack and budget:
+        e, budget = stack.pop(), budget - 1
+        if isinstance(e, Conv):
+            if e.x is x and e.groups == e.in_channels == e.out_channels:
+                return e
+        elif e is not x:
+            stack.extend(reversed(e.children))
+    return None
+
+
+def _kernel(e: Expr, x: Expr, like: Conv, depth: int = 0) -> Conv | None:
+    """``e`` as a depthwise convolution of ``x``; None when it is anything else."""
+    if e is x:
+        return pointwise(x, ONE, ZERO, like.in_channels, like.frame)
+    match e:
+        case _ if depth > SMALL:
+            return None
+        case Conv(groups=groups) if e.x is x and e.frame == like.frame and e.keeps_grid:
+            return e if groups == e.in_channels == e.out_channels else None
+        case Scale() | BatchNorm() if e.frame in (None, like.frame):
+            inner = _kernel(e.x, x, like, depth + 1)
+            scale, shift = coefficients(e)
+            return inner and scale_outputs(inner, scale, shift)
+        case Sum():
+            kernels = [_kernel(t, x, like, depth + 1) for t in e.terms]
+            found = [k for k in kernels if k is not None]
+            return merge(found) if len(found) == len(kernels) else None
+        case _:
+            return None
+
+
+REPMIXER = Pass(
+    name="repmixer",
+    equation="x + s(mixer(x) - norm(x)) = K*x + b,  K = I + s(K_mixer - K_norm),  b = s(b_mixer - b_norm)",
+    exact_when="all branches are depthwise, of stride 1, and keep the extent for every input size",
+    rules=(skip_elimination,),
+)

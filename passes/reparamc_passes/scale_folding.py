@@ -1,0 +1,42 @@
+"""Layer scale and every other per-channel constant into a neighbouring convolution.
+
+    s (W * x + b) + t  =  (s W) * x + (s b + t)
+    W * (s x + t) + b  =  (W s) * x + (b + sum W t)
+    s (s' x + t') + t  =  (s s') x + (s t' + t)
+
+The exactness conditions are those of BatchNorm, which is a scale with other parameters.
+"""
+
+from __future__ import annotations
+
+from reparamc.expr import BatchNorm, Conv, Expr, Scale
+from reparamc.kernel import coefficients
+from reparamc.rewrite import Declined, Pass
+from reparamc_passes.absorb import into_consumer, into_producer
+
+
+def behind(e: Expr) -> Expr | Declined | None:
+    return into_producer(e) if isinstance(e, Scale) else None
+
+
+def in_front(e: Expr) -> Expr | Declined | None:
+    return into_consumer(e, Scale) if isinstance(e, Conv) else None
+
+
+def of_scale(e: Expr) -> Expr | Declined | None:
+    match e:
+        case Scale(x=(Scale() | BatchNorm()) as inner) | BatchNorm(x=Scale() as inner):
+            if None not in (e.frame, inner.frame) and e.frame != inner.frame:
+                return Declined("the two scales act on different axes")
+            (s, t), (s0, t0) = coefficients(e), coefficients(inner)
+            return Scale(inner.x, s * s0, s * t0 + t, inner.frame if e.frame is None else e.frame)
+        case _:
+            return None
+
+
+SCALE_FOLDING = Pass(
+    name="scale-folding",
+    equation="s(W*x + b) + t = (sW)*x + (sb + t);  W*(sx + t) + b = (Ws)*x + (b + sum W t)",
+    exact_when="scale behind the convolution: always; in front: t = 0, or the kernel reads no padding",
+    rules=(behind, in_front, of_scale),
+)

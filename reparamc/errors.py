@@ -1,0 +1,39 @@
+"""Every exception that reparamc raises on purpose.
+
+Each message is one line that names what is wrong, where, and what to do about it.
+"""
+
+
+class ReparamcError(Exception):
+    """The family: catch this to catch everything below."""
+
+
+class InputError(ReparamcError, ValueError):
+    """The model, file or option has the right type and an unusable value."""
+
+
+class InputTypeError(ReparamcError, TypeError):
+    """The argument is of a type that reparamc cannot fuse."""
+
+
+class VerificationError(ReparamcError, RuntimeError):
+    """The rewritten graph does not compute what the original computes; nothing was written.
+
+    Attributes:
+        where: name of the offending region or output.
+    """
+
+    def __init__(self, message: str, *, where: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _verification_error, (str(self), self.where)
+
+
+class RewriteLimitError(ReparamcError, RuntimeError):
+    """A set of rules does not terminate: a fault in a rewrite, not in the model."""
+
+
+def _verification_error(message: str, where: str) -> VerificationError:
+    return VerificationError(message, where=where)

@@ -1,0 +1,182 @@
+"""What an expression means: a reference evaluator in float64, and inputs that reach every border."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import numpy as np
+
+from reparamc.expr import Array, BatchNorm, Conv, Expr, Layout, Permute, Scale, Source, Sum, walk
+from reparamc.kernel import coefficients
+
+
+def evaluate(root: Expr, inputs: Mapping[Source, Array]) -> tuple[Array, float]:
+    """The value of ``root``, and the largest magnitude met on the way (the scale of its rounding errors).
+
+    Args:
+        inputs: a float64 array for each source, channel axis ``frame`` places from the right.
+    """
+    values: dict[Expr, Array] = {}
+    sizes: dict[str, int] = {}
+    magnitude = 0.0
+    for e in walk(root):
+        match e:
+            case Source():
+                y = inputs[e]
+            case Conv():
+                y = _convolve(e, values[e.x])
+            case Scale():
+                y = values[e.x] * _along(e.scale, e.frame) + _along(e.shift, e.frame)
+            case BatchNorm():
+                scale, shift = coefficients(e)
+                y = values[e.x] * _along(scale, e.frame) + _along(shift, e.frame)
+            case Sum():
+                y = values[e.terms[0]]
+                for term in e.terms[1:]:
+                    y = y + values[term]
+            case Layout():
+                y = _move(e, values[e.x], sizes)
+        values[e] = y
+        magnitude = max(magnitude, float(np.abs(y).max(initial=0.0)))
+    return values[root], magnitude
+
+
+def _along(v: Array, frame: int | None) -> Array:
+    return v.reshape(-1, *[1] * (frame or 0)) if v.ndim else v
+
+
+def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
+    if isinstance(e.op, Permute):
+        return x.transpose(e.op.axes)
+    for dim, extent in zip(e.op.before, x.shape, strict=True):
+        if len(dim.symbols) == 1:
+            sizes.setdefault(dim.symbols[0], extent // dim.factor)
+    unknown = [s for dim in e.op.after for s in dim.symbols if s not in sizes]
+    if unknown:
+        raise ValueError(f"the extent {unknown[0]!r} of a reshape is unknown")
+    return x.reshape([dim.at(sizes) for dim in e.op.after])
+
+
+def _convolve(e: Conv, x: Array) -> Array:
+    n = e.frame
+    batch, extents = x.shape[: x.ndim - n - 1], x.shape[x.ndim - n :]
+    outs = [(h - 1 - d) // s + 1 for h, d, s in zip(extents, e.delta, e.stride, strict=True)]
+    low = [max(0, -a) for a in e.offset]
+    high = [max(0, s * (o - 1) + r - (h - 1)) for s, o, r, h in zip(e.stride, outs, e.reach, extents, strict=True)]
+    x = np.pad(x.reshape(-1, *x.shape[x.ndim - n - 1 :]), [(0, 0), (0, 0), *zip(low, high, strict=True)])
+    taps = []
+    for tap in product(*map(range, e.kernel)):
+        start = [lo + a + d * t for lo, a, d, t in zip(low, e.offset, e.dilation, tap, strict=True)]
+        at = tuple(slice(b, b + s * (o - 1) + 1, s) for b, s, o in zip(start, e.stride, outs, strict=True))
+        taps.append(x[(slice(None), slice(None), *at)])
+    columns = np.stack(taps, axis=2)  # [batch, in, taps, *outs]
+    columns = columns.reshape(x.shape[0], e.groups, -1, int(np.prod(outs, dtype=int)))
+    rows = e.weight.reshape(e.groups, e.out_channels // e.groups, -1)
+    y = np.matmul(rows, columns).reshape(x.shape[0], e.out_channels, *outs)
+    if e.bias is not None:
+        y = y + e.bias.reshape(-1, *[1] * n)
+    return y.reshape(*batch, e.out_channels, *outs)
+
+
+def frames(root: Expr) -> dict[Expr, int | None]:
+    """The frame of every node, inferred in both directions; None where nothing fixes it."""
+    found: dict[Expr, int | None] = {}
+    order = list(walk(root))
+    for e in order:
+        match e:
+            case Sum():
+                found[e] = next((f for t in e.terms if (f := found[t]) is not None), None)
+            case Scale() if e.frame is None:
+                found[e] = found[e.x]
+            case _:
+                found[e] = e.frame
+    for e in reversed(order):
+        want = e.frame_in if isinstance(e, Layout) else found[e]
+        for child in e.children:
+            found[child] = want if found[child] is None else found[child]
+    return found
+
+
+def channels(root: Expr) -> dict[Expr, int | None]:
+    """The number of channels of every node, inferred in both directions; None where nothing fixes it."""
+    found: dict[Expr, int | None] = {}
+    order = list(walk(root))
+
+    def own(e: Expr) -> int | None:
+        match e:
+            case Source():
+                return e.channels
+            case Conv():
+                return e.out_channels
+            case BatchNorm():
+                return e.gamma.shape[0]
+            case Scale():
+                return e.scale.shape[0] if e.scale.ndim else e.shift.shape[0] if e.shift.ndim else found[e.x]
+            case Sum():
+                return next((c for t in e.terms if (c := found[t]) is not None), None)
+            case Layout():
+                return found[e.x]
+
+    for e in order:
+        found[e] = own(e)
+    for e in reversed(order):
+        want = e.in_channels if isinstance(e, Conv) else found[e]
+        for child in e.children:
+            found[child] = want if found[child] is None else found[child]
+    return found
+
+
+def sample_inputs(roots: Sequence[Expr], rng: np.random.Generator, extra: int = 0) -> dict[Source, Array]:
+    """Random inputs for expressions over the same sources, just larger than their kernels.
+
+    Every border case occurs: extents exceed the span of the widest kernel by a little (``extra``
+    more) and differ from axis to axis. Where layout operators stand, the sources' own shapes are
+    used, with small numbers for their symbols.
+
+    Raises:
+        ValueError: no extents fit all branches, or a shape that a layout operator needs is unknown.
+    """
+    whole = Sum(tuple(roots)) if len(roots) > 1 else roots[0]
+    order = list(walk(whole))
+    channels_of, frame_of = channels(whole), frames(whole)
+    span = max(
+        (r - min(a, 0) for e in order if isinstance(e, Conv) for a, r in zip(e.offset, e.reach, strict=True)),
+        default=0,
+    )
+    smallest = 2 + span + extra
+    sources = [e for e in order if isinstance(e, Source)]
+    if any(isinstance(e, Layout) for e in order):
+        symbols: dict[str, int] = {}
+        for source in sources:
+            if source.shape is None:
+                raise ValueError("the shape of an operand is unknown")
+            for symbol in (s for dim in source.shape for s in dim.symbols):
+                symbols.setdefault(symbol, smallest + len(symbols))
+        return {e: rng.standard_normal([dim.at(symbols) for dim in e.shape or ()]) for e in sources}
+    frame = frame_of[whole] or 0
+    extents = _extents(whole, [(smallest + axis, smallest + axis) for axis in range(frame)])
+    inputs = {}
+    for e in sources:
+        spatial = [low + extra % (high - low + 1) for low, high in extents[e]]
+        inputs[e] = rng.standard_normal((2, channels_of[e] or 3, *spatial))
+    return inputs
+
+
+def _extents(root: Expr, wanted: list[tuple[int, int]]) -> dict[Expr, list[tuple[int, int]]]:
+    """For every node the range of extents, per axis, that gives the root the extents ``wanted``."""
+    found: dict[Expr, list[tuple[int, int]]] = {root: wanted}
+    for e in reversed(list(walk(root))):
+        for child in e.children:
+            need = found[e]
+            if isinstance(e, Conv):
+                need = [
+                    (s * (low - 1) + 1 + d, s * high + d)
+                    for (low, high), s, d in zip(need, e.stride, e.delta, strict=True)
+                ]
+            known = found.get(child, need)
+            both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(known, need, strict=True)]
+            if any(low > high or high < 1 for low, high in both):
+                raise ValueError("its branches agree in size for no input")
+            found[child] = both
+    return found

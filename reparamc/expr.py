@@ -1,0 +1,250 @@
+"""Affine expressions: the tiny language in which every rewrite is written.
+
+An expression is an immutable graph of six kinds of node over arrays of float64. It knows neither
+torch nor ONNX. Nodes are compared by identity, so "the same object" means "the same value".
+
+A value is an array whose *channel axis* has ``rank`` axes to its right; that number is called the
+**frame**: 2 for images [N, C, H, W], 0 for tokens [N, L, C]. Counting from the right makes batched
+and unbatched values one case, and keeps axes apart whose lengths agree by chance.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from reparamc.shape import Shape
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Ints: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A value computed outside the expression.
+
+    ``channels`` and ``frame`` are None when the host graph does not tell; ``shape`` is needed only
+    where layout operators are to be evaluated.
+    """
+
+    key: Hashable
+    channels: int | None = None
+    frame: int | None = None
+    shape: Shape | None = None
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return ()
+
+
+@dataclass(frozen=True, eq=False)
+class Conv:
+    """``y[o, p] = bias[o] + sum over i in group(o), taps t: weight[o, i, t] * x[i, stride*p + offset + dilation*t]``
+
+    with x zero outside its extent. ``weight`` is (out, in / groups, *kernel); ``bias`` is (out,) or
+    None. The other tuples hold one number per axis of the kernel, of which there are ``frame``: none
+    for a linear layer. ``offset`` is where the first tap lands (minus the leading padding), and
+    ``delta`` is how much the extent shrinks: ``out = floor((extent - 1 - delta) / stride) + 1``.
+    """
+
+    x: Expr
+    weight: Array
+    bias: Array | None
+    stride: Ints = ()
+    dilation: Ints = ()
+    offset: Ints = ()
+    delta: Ints = ()
+    groups: int = 1
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+    @property
+    def kernel(self) -> Ints:
+        return self.weight.shape[2:]
+
+    @property
+    def frame(self) -> int:
+        return self.weight.ndim - 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def reach(self) -> Ints:
+        """Offset of the last tap, per axis."""
+        return tuple(a + d * (k - 1) for a, d, k in zip(self.offset, self.dilation, self.kernel, strict=True))
+
+    @property
+    def padding(self) -> tuple[Ints, Ints]:
+        """Zeros read before and after the extent, per axis (negative: values skipped)."""
+        return tuple(-a for a in self.offset), tuple(r - d for r, d in zip(self.reach, self.delta, strict=True))
+
+    @property
+    def reads_padding(self) -> bool:
+        return any(p > 0 for side in self.padding for p in side)
+
+    @property
+    def keeps_grid(self) -> bool:
+        """Stride one and equal extents for every input size: an identity may stand beside it."""
+        return all(s == 1 for s in self.stride) and not any(self.delta)
+
+    @property
+    def bias_or_zero(self) -> Array:
+        return np.zeros(self.out_channels) if self.bias is None else self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """``y = scale * x + shift`` per channel: each is (channels,), or () for the same in every channel.
+
+    ``frame`` is None only when both are (): then there is no channel axis to speak of.
+    """
+
+    x: Expr
+    scale: Array
+    shift: Array
+    frame: int | None = None
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm:
+    """``y = (x - mean) / sqrt(var + eps) * gamma + beta`` per channel; all arrays are (channels,)."""
+
+    x: Expr
+    gamma: Array
+    beta: Array
+    mean: Array
+    var: Array
+    eps: float
+    frame: int
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """``y = terms[0] + terms[1] + ...``; at least two terms."""
+
+    terms: tuple[Expr, ...]
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.terms
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Axes in a new order; ``axes`` is a permutation of ``range(rank)``."""
+
+    axes: Ints
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The same elements, in row-major order, under another shape."""
+
+    before: Shape
+    after: Shape
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Elements moved, none changed, the channel axis kept whole: frame ``frame_in`` becomes ``frame``.
+
+    ``token`` lets the host graph find the operator it came from; the algebra never looks at it.
+    """
+
+    x: Expr
+    op: Permute | Reshape
+    frame_in: int
+    frame: int
+    token: Hashable
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+Expr: TypeAlias = Source | Conv | Scale | BatchNorm | Sum | Layout
+
+
+def rebuild(e: Expr, children: Sequence[Expr]) -> Expr:
+    """The same operator over other operands; the same object when the operands are the same."""
+    if all(old is new for old, new in zip(e.children, children, strict=True)):
+        return e
+    return Sum(tuple(children)) if isinstance(e, Sum) else replace(e, x=children[0])
+
+
+def walk(root: Expr, stop: Callable[[Expr], bool] = lambda _: False) -> Iterator[Expr]:
+    """Each node once, operands first; nodes for which ``stop`` holds are yielded, not entered."""
+    seen: set[Expr] = set()
+    stack: list[tuple[Expr, bool]] = [(root, False)]
+    while stack:
+        e, entered = stack.pop()
+        if entered:
+            yield e
+        elif e not in seen:
+            seen.add(e)
+            stack.append((e, True))
+            if not stop(e):
+                stack.extend((c, False) for c in reversed(e.children))
+
+
+def flatten(root: Expr) -> Expr:
+    """``((a + b) + c)`` as ``a + b + c``, wherever the inner sum has no other reader."""
+    order = list(walk(root))
+    readers = Counter(c for e in order for c in e.children)
+    inner = {t for e in order if isinstance(e, Sum) for t in e.terms if isinstance(t, Sum) and readers[t] == 1}
+    done: dict[Expr, Expr] = {}
+    for e in order:
+        if e in inner:
+            continue
+        if isinstance(e, Sum) and inner.intersection(e.terms):
+            addends: list[Expr] = []
+            stack: list[Expr] = [e]
+            while stack:
+                term = stack.pop()
+                if term is e or term in inner:
+                    stack.extend(reversed(term.children))
+                else:
+                    addends.append(done[term])
+            done[e] = Sum(tuple(addends))
+        else:
+            done[e] = rebuild(e, [done[c] for c in e.children])
+    return done[root]
+
+
+def total(addends: Sequence[Expr]) -> Expr:
+    """The sum of one or more addends."""
+    return addends[0] if len(addends) == 1 else Sum(tuple(addends))
+
+
+def arrays(e: Expr) -> tuple[Array, ...]:
+    """The parameters that ``e`` itself holds."""
+    match e:
+        case Conv():
+            return (e.weight,) if e.bias is None else (e.weight, e.bias)
+        case Scale():
+            return (e.scale, e.shift)
+        case BatchNorm():
+            return (e.gamma, e.beta, e.mean, e.var)
+        case _:
+            return ()

@@ -1,0 +1,124 @@
+"""Constant folding on ONNX graphs: operators whose operands are all constant are computed once, now.
+
+A node is folded when it is deterministic, its result takes no more bytes than its operands (small
+results always may), and no operand of weight size is read elsewhere: the file never grows. Shape of a
+value with known extents counts as constant.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from reparamc.onnx_values import SMALL, Constants, Types, captured, commit, is_standard, readers, subgraphs
+
+LEFT = {
+    "Constant", "Identity", "ConstantOfShape", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear",
+    "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
+    "Dropout", "Optional", "SequenceConstruct", "SequenceEmpty", "StringNormalizer",
+}  # fmt: skip
+"""Not deterministic, inflating, without tensor results, or constant as they are. Quantised weights stay quantised."""
+
+MOVES = {
+    "Concat",
+    "Cast",
+    "Flatten",
+    "Gather",
+    "Reshape",
+    "Shape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+}
+"""Operators that cannot inflate; others are folded only when shape inference tells the size of the result."""
+
+
+def fold_constants(model: ModelProto) -> int:
+    """Fold the constant operators of the main graph in place; the number of operators folded."""
+    outputs = {o.name for o in model.graph.output}
+    constants, types, uses = Constants(model), Types(model), readers(model.graph)
+    known = {name: _bytes(constants, name) for name in constants.tensors}
+    foldable: list[NodeProto] = []
+    shapes: dict[str, np.ndarray] = {}
+    for node in model.graph.node:
+        if not is_standard(node) or node.op_type in LEFT or any(subgraphs(node)) or outputs.intersection(node.output):
+            continue
+        if (
+            node.op_type == "Shape"
+            and node.input[0] not in known
+            and (extents := types.extents(node.input[0])) is not None
+        ):
+            first, last = (
+                next((a.i for a in node.attribute if a.name == key), default)
+                for key, default in (("start", 0), ("end", None))
+            )
+            shapes[node.output[0]] = np.array(extents[first:last], np.int64)
+            known[node.output[0]] = 8 * len(extents)
+            continue
+        given = [name for name in node.input if name]
+        if not given or not all(name in known for name in given):
+            continue
+        if any(known[name] > 4 * SMALL and len(uses.get(name, [])) > 1 for name in given):
+            continue
+        room = max(sum(known[name] for name in given), 4 * SMALL)
+        sizes = [_size(types, name, node.op_type, room) for name in node.output if name]
+        if any(size is None or size > room for size in sizes):
+            continue
+        known.update(zip((name for name in node.output if name), (s or 0 for s in sizes), strict=True))
+        foldable.append(node)
+    values = shapes | _compute(model, foldable, constants, shapes)
+    fresh = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in values.items()]
+    kept, folded = [], []
+    for node in model.graph.node:
+        done = all(name in values for name in node.output if name)
+        (folded if done and any(node.output) else kept).append(node)
+    if folded:
+        read = {name for node in kept for name in (*node.input, *captured(node))}
+        fed = {name for node in folded for name in node.input}
+        commit(model, kept, [t for t in fresh if t.name in read], fed)
+    return len(folded)
+
+
+def _bytes(constants: Constants, name: str) -> int:
+    tensor = constants.tensors[name]
+    return int(np.prod(tensor.dims, dtype=np.int64)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _size(types: Types, name: str, op_type: str, room: int) -> int | None:
+    """Bytes of the value ``name``; ``room`` when unknown but bounded by the operands; None when unknown."""
+    extents, dtype = types.extents(name), types.dtype(name)
+    if extents is not None:
+        return int(np.prod(extents, dtype=np.int64)) * (dtype.itemsize if dtype is not None else 8)
+    return room if op_type in MOVES else None
+
+
+def _compute(
+    model: ModelProto, nodes: list[NodeProto], constants: Constants, shapes: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The values of all foldable nodes; without those whose operator fails or has no reference."""
+    values: dict[str, np.ndarray] = {}
+    for node in nodes:
+        given = [name for name in node.input if name]
+        if not all(name in values or name in shapes or name in constants for name in given):
+            continue
+        feeds = {
+            name: values[name] if name in values else shapes[name] if name in shapes else constants.array(name)
+            for name in given
+        }
+        inputs = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for name, a in feeds.items()
+        ]
+        outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+        body = helper.make_graph([node], "constant", inputs, outputs)
+        try:
+            single = helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
+            results = ReferenceEvaluator(single).run(None, feeds)
+        except Exception:  # the reference lacks an operator or a type: the node stays, which is always right
+            continue
+        if all(isinstance(r, np.ndarray | np.generic) for r in results):
+            values.update(zip((name for name in node.output if name), map(np.asarray, results), strict=True))
+    return values

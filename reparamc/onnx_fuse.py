@@ -1,0 +1,235 @@
+"""`fuse_onnx`: the whole way of an ONNX model, from checking to verification."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, TensorProto
+
+from reparamc.errors import InputError, InputTypeError
+from reparamc.onnx_constants import fold_constants
+from reparamc.onnx_graph import OnnxGraph
+from reparamc.onnx_runtime import FILE_LIMIT, verify_end_to_end
+from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
+from reparamc.region import make_plan
+from reparamc.report import Counts, Refusal, Report, Rewrite
+from reparamc.rewrite import Pass, select
+
+LEVELS = ("off", "region", "full")
+
+
+def fuse_model(
+    model: ModelProto,
+    *,
+    passes: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    verify: str = "full",
+    progress: Callable[[int, int], None] = lambda done, of: None,
+    pass_table: tuple[Pass, ...] | None = None,
+) -> tuple[ModelProto, Report]:
+    """A fused copy of ``model``, and the report. ``model`` itself is not changed.
+
+    Args:
+        passes, skip: names of the passes to apply, and to leave out.
+        verify: "off"; "region" checks every replacement in float64; "full" also runs both models in
+            ONNX Runtime.
+        progress: called with (regions done, regions in all).
+        pass_table: the passes to choose from, instead of the built-in ones.
+
+    Raises:
+        InputError: the model does not pass the checker, or an option is unknown.
+        VerificationError: the result differs from the original.
+    """
+    if verify not in LEVELS:
+        raise InputError(f"unknown verification level {verify!r}; the levels are {', '.join(LEVELS)}")
+    if pass_table is None:
+        from reparamc_passes import PASSES as pass_table
+    selected = select(pass_table, passes, skip)
+    clock = [perf_counter()]
+    check(model)
+    result = ModelProto()
+    result.CopyFrom(model)
+    counts: Counter[str] = Counter()
+    if any(p.name == "constant-folding" for p in selected):
+        counts["constant-folding"] = fold_constants(result)
+    clock.append(perf_counter())
+    graph = OnnxGraph(result)
+    plan = make_plan(graph, selected, verify=verify != "off", progress=progress)
+    rewrites = []
+    for splice in plan.splices:
+        graph.splice(splice)
+        counts.update(splice.counts)
+        operators = tuple(graph.name(v) for v in splice.members)
+        rewrites.append(
+            Rewrite(
+                graph.name(splice.root),
+                operators,
+                dict(splice.counts),
+                splice.parameters,
+                splice.before,
+                splice.after,
+                splice.error,
+            )
+        )
+    graph.finish()
+    clock.append(perf_counter())
+    report = Report(
+        before=count(model),
+        after=count(result),
+        passes={p.name: counts[p.name] for p in selected},
+        rewrites=rewrites,
+        kept=[Refusal(k.where, k.name, k.reason) for k in plan.kept],
+        seconds={"reading": clock[1] - clock[0], "rewriting": clock[2] - clock[1]},
+    )
+    if report.changed:
+        check(result)
+        if verify == "full":
+            report.end_to_end = verify_end_to_end(model, result)
+            report.seconds["verification"] = perf_counter() - clock[2]
+    return result, report
+
+
+def fuse_onnx(
+    model: Any,
+    *,
+    passes: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    verify: bool | str = True,
+    output: str | os.PathLike[str] | None = None,
+    on_report: Callable[[Report], None] | None = None,
+) -> Any:
+    """Collapse every linear structure of an ONNX model; the result has the type that was given.
+
+    Args:
+        model: a ModelProto; an onnx-graphsurgeon Graph; or the path of a file, in which case the
+            result is written to ``output`` (default: ``NAME.fused.onnx`` beside it), atomically, and
+            that path is returned. The argument itself is never changed.
+        passes, skip: names of passes to apply (default: all) and to leave out.
+        verify: True or "full": every replacement in float64, and both models in ONNX Runtime;
+            "region": the former alone; False or "off": neither.
+        on_report: called with the `Report`.
+
+    Raises:
+        InputTypeError: ``model`` is none of the three.
+        InputError: the file or model is not valid, or an option is unknown.
+        VerificationError: the result differs from the original; nothing is written.
+    """
+    level = verify if isinstance(verify, str) else "full" if verify else "off"
+    if isinstance(model, ModelProto):
+        result, report = fuse_model(model, passes=passes, skip=skip, verify=level)
+        returned: Any = result
+    elif isinstance(model, str | os.PathLike):
+        source = Path(model)
+        target = Path(output) if output is not None else source.with_suffix(".fused.onnx")
+        check_target(source, target)
+        result, report = fuse_model(load(source), passes=passes, skip=skip, verify=level)
+        save(result, target)
+        returned = str(target) if isinstance(model, str) else target
+    elif (surgeon := sys.modules.get("onnx_graphsurgeon")) is not None and isinstance(model, surgeon.Graph):
+        result, report = fuse_model(surgeon.export_onnx(model.copy()), passes=passes, skip=skip, verify=level)
+        returned = surgeon.import_onnx(result)
+    else:
+        raise InputTypeError(
+            f"fuse_onnx takes an onnx.ModelProto, a path or an onnx_graphsurgeon.Graph, not {type(model).__name__}; "
+            "a torch module goes to fuse_fx"
+        )
+    if on_report is not None:
+        on_report(report)
+    return returned
+
+
+def check(model: ModelProto) -> None:
+    """Raise InputError unless ``model`` passes the ONNX checker."""
+    if not model.graph.node and not model.graph.output:
+        raise InputError("the model has no graph: the file is empty or not ONNX")
+    try:
+        onnx.checker.check_model(skeleton(model))
+        for tensor in model.graph.initializer:
+            if tensor.data_location != TensorProto.EXTERNAL:
+                _check_tensor(tensor)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise InputError(f"the model does not pass the ONNX checker: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_tensor(tensor: TensorProto) -> None:
+    """The checker's test of a tensor's size, without copying its data."""
+    if tensor.HasField("raw_data") and tensor.data_type in FLOATS:
+        need = int(np.prod(tensor.dims, dtype=np.int64)) * FLOATS[tensor.data_type].itemsize
+        if len(tensor.raw_data) != need:
+            raise ValueError(
+                f"initializer {tensor.name!r} holds {len(tensor.raw_data)} bytes and its shape needs {need}"
+            )
+
+
+def load(path: Path) -> ModelProto:
+    """The model in the file ``path``, external data included.
+
+    Raises:
+        InputError: there is no such file, or it is not ONNX; one line that names it.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the .onnx file in it")
+    try:
+        model = onnx.load(path)
+    except FileNotFoundError as error:
+        missing = error.filename or path
+        raise InputError(f"{missing}: no such file") from error
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not an ONNX file: it cannot be parsed") from error
+    except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if not model.HasField("graph"):
+        raise InputError(f"{path} is not an ONNX file: it holds no graph")
+    return model
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Raise InputError unless a file can be written at ``target`` without touching ``source``."""
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; give a file name for the output")
+    if not target.parent.is_dir():
+        raise InputError(f"the folder {target.parent} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"the folder {target.parent} cannot be written to")
+    if source.exists() and target.exists() and os.path.samefile(source, target):
+        raise InputError(f"the output {target} is the input itself; give another name")
+
+
+def save(model: ModelProto, path: Path) -> None:
+    """Write ``model`` to ``path``, all of it or nothing; weights beyond the file limit go to ``NAME.data`` beside it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    big = model.ByteSize() >= FILE_LIMIT
+    try:
+        with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            if big:
+                onnx.save_model(model, temporary, save_as_external_data=True, location=f"{path.name}.data")
+                os.replace(Path(folder) / f"{path.name}.data", path.with_name(f"{path.name}.data"))
+            else:
+                temporary.write_bytes(model.SerializeToString())
+            os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def count(model: ModelProto) -> Counts:
+    """The size of the main graph of ``model``."""
+    kinds = Counter(n.op_type for n in model.graph.node if is_standard(n))
+    ops = len(model.graph.node) - kinds["Constant"] - kinds["Identity"]
+    tensors = [*model.graph.initializer]
+    tensors += [t for n in model.graph.node if n.op_type == "Constant" and (t := constant_tensor(n)) is not None]
+    elements = sum(int(np.prod(t.dims, dtype=np.int64)) for t in tensors if t.data_type in FLOATS)
+    return Counts(ops, kinds["Conv"], kinds["BatchNormalization"], elements)

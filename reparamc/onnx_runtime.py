@@ -1,0 +1,170 @@
+"""End-to-end verification of ONNX models: original and result in ONNX Runtime, on the same inputs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper
+
+from reparamc.errors import InputError, VerificationError
+from reparamc.report import OutputError
+from reparamc.verify import difference, tolerance
+
+FILE_LIMIT = 2**31 - 2**20
+"""A serialised model beyond this many bytes keeps its weights in a file beside it."""
+
+GUESSES = (32, 64, 224, 256, 128, 16, 8)
+"""Extents tried for the unknown axes of an input, behind the first."""
+
+
+def verify_end_to_end(original: ModelProto, result: ModelProto, seed: int = 0) -> list[OutputError]:
+    """Run both models in their deployed dtypes, without runtime optimizations, and compare every output.
+
+    The tolerance of each output comes from the model's own noise: its response to a perturbation of
+    the input at rounding level.
+
+    Raises:
+        VerificationError: an output differs by more than that; names it.
+        InputError: ONNX Runtime cannot run the original.
+    """
+    with session(original, "the model") as run_original, session(result, "the rewritten model") as run_result:
+        inputs, expected = _first_working_inputs(original, run_original, seed)
+        # A perturbation may be absorbed by rounding or a saturated layer, so three are tried.
+        noises = [run_original(_perturbed(inputs, seed + n)) for n in range(3)]
+        actual = run_result(inputs)
+    errors = []
+    for name, reference in expected.items():
+        epsilon = _epsilon(reference, inputs)
+        noise = max(difference(reference, n[name]).max_rel for n in noises)
+        allowed = tolerance(noise if np.isfinite(noise) else 0.0, epsilon)
+        found = difference(reference, actual[name])
+        if not found.within(allowed):
+            raise VerificationError(
+                f"output {name!r} of the rewritten model differs by {found.max_rel:.2g} relative to its largest value, "
+                f"{allowed:.1g} is what rounding explains; nothing was written. Report this as a bug, with the model",
+                where=name,
+            )
+        errors.append(OutputError(name, found.max_abs, found.max_rel, allowed))
+    return errors
+
+
+class Run:
+    """A model in ONNX Runtime on the CPU."""
+
+    def __init__(self, path_or_bytes: str | bytes, outputs: list[str], what: str) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4
+        self.outputs = outputs
+        try:
+            self.session = ort.InferenceSession(path_or_bytes, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise InputError(f"ONNX Runtime cannot load {what}: {_line(error)}") from error
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        values = self.session.run(self.outputs, dict(inputs))
+        return {name: np.asarray(value) for name, value in zip(self.outputs, values, strict=True)}
+
+
+@contextmanager
+def session(model: ModelProto, what: str) -> Iterator[Run]:
+    """``model`` ready to run; models beyond the file limit go through a temporary file."""
+    outputs = [o.name for o in model.graph.output]
+    if model.ByteSize() < FILE_LIMIT:
+        yield Run(model.SerializeToString(), outputs, what)
+        return
+    with tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
+        path = os.path.join(folder, "model.onnx")
+        copy = ModelProto()
+        copy.CopyFrom(model)
+        onnx.save_model(copy, path, save_as_external_data=True)
+        yield Run(path, outputs, what)
+
+
+def _first_working_inputs(
+    model: ModelProto, run: Run, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    failure: Exception | None = None
+    unknown = any(not d.HasField("dim_value") for v in _inputs(model) for d in v.type.tensor_type.shape.dim)
+    for guess in GUESSES if unknown else GUESSES[:1]:
+        inputs = random_inputs(model, seed, guess)
+        try:
+            return inputs, run(inputs)
+        except Exception as error:  # as above; another size may fit
+            failure = failure or error
+    raise InputError(f"ONNX Runtime cannot run the model on random inputs: {_line(failure)}; try --verify region")
+
+
+def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[str, np.ndarray]:
+    """One random array per input without a default: standard normal, or small whole numbers.
+
+    Unknown extents are 2 on the first axis and ``extent`` on the others; a name stands for one extent.
+
+    Raises:
+        InputError: an input is no dense tensor of numbers.
+    """
+    rng = np.random.default_rng(seed)
+    named: dict[str, int] = {}
+    inputs = {}
+    for value in _inputs(model):
+        if not value.type.HasField("tensor_type"):
+            raise InputError(
+                f"input {value.name!r} is no tensor, so no random value can be made for it; try --verify region"
+            )
+        kind = value.type.tensor_type
+        shape = []
+        for axis, d in enumerate(kind.shape.dim):
+            guess = 2 if axis == 0 else extent
+            shape.append(
+                d.dim_value
+                if d.HasField("dim_value")
+                else named.setdefault(d.dim_param, guess)
+                if d.dim_param
+                else guess
+            )
+        if kind.elem_type == TensorProto.STRING:
+            raise InputError(
+                f"input {value.name!r} holds strings, so no random value can be made for it; try --verify region"
+            )
+        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        drawn = rng.standard_normal(shape) if dtype.kind not in "iub" else rng.integers(0, 2, shape)
+        inputs[value.name] = np.asarray(drawn).astype(dtype)
+    return inputs
+
+
+def _inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
+    defaults = {t.name for t in model.graph.initializer}
+    return [v for v in model.graph.input if v.name not in defaults]
+
+
+def _perturbed(inputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, x in inputs.items():
+        if x.dtype.kind in "iubSUO":
+            out[name] = x
+        else:
+            signs = rng.choice([-1.0, 1.0], x.shape)
+            out[name] = (x.astype(np.float64) * (1 + signs * _finfo(x.dtype))).astype(x.dtype)
+    return out
+
+
+def _epsilon(output: np.ndarray, inputs: Mapping[str, np.ndarray]) -> float:
+    return max([_finfo(a.dtype) for a in (output, *inputs.values())], default=0.0)
+
+
+def _finfo(dtype: np.dtype) -> float:
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype).eps) if dtype.kind not in "iubSUO" else 0.0
+
+
+def _line(error: BaseException | None) -> str:
+    return " ".join(str(error).split())[:300]

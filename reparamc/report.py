@@ -1,0 +1,121 @@
+"""What was done to a model and what was left, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from reparamc._version import __version__
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The size of a graph: ``ops`` without Constant and Identity, ``parameters`` in elements of float constants."""
+
+    ops: int
+    conv: int
+    batchnorm: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One region that was replaced.
+
+    Attributes:
+        where: the operator that the region ended in.
+        operators: all operators it consisted of.
+        passes: how often each pass applied.
+        parameters: names of the parameters that went into the new ones.
+        before, after: both forms as text.
+        error: largest difference in float64, relative; None when not verified.
+    """
+
+    where: str
+    operators: tuple[str, ...]
+    passes: dict[str, int]
+    parameters: tuple[str, ...]
+    before: str
+    after: str
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A linear structure that stays: where, which pass declined, and why."""
+
+    where: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """End-to-end difference of one output, relative to its largest magnitude, and the tolerance it was held to."""
+
+    output: str
+    max_abs: float
+    max_rel: float
+    tolerance: float
+
+
+@dataclass
+class Report:
+    """The outcome of one fusion.
+
+    Attributes:
+        passes: applications of each selected pass, in pass order.
+        rewrites: the regions replaced.
+        kept: what was declined and why.
+        end_to_end: one entry per output; empty when that check was off or could not run.
+        note: why the end-to-end check did not run, if it did not.
+        seconds: wall time of each phase.
+    """
+
+    before: Counts
+    after: Counts
+    passes: dict[str, int]
+    rewrites: list[Rewrite] = field(default_factory=list)
+    kept: list[Refusal] = field(default_factory=list)
+    end_to_end: list[OutputError] = field(default_factory=list)
+    note: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    version: str = __version__
+
+    @property
+    def changed(self) -> bool:
+        return any(self.passes.values())
+
+    @property
+    def region_error(self) -> float | None:
+        """Largest error of any region; None when regions were not verified."""
+        errors = [r.error for r in self.rewrites if r.error is not None]
+        return max(errors, default=None)
+
+    def to_json(self) -> str:
+        data: dict[str, Any] = asdict(self)
+        data["region_error"] = self.region_error
+        return json.dumps(data, indent=2)
+
+    def table(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"{'pass':<18} applied"]
+        lines += [f"{name:<18} {count:>7}" for name, count in self.passes.items()]
+        lines += ["", f"{'':<10} {'ops':>7} {'Conv':>7} {'BatchNorm':>10} {'parameters':>13}"]
+        for label, c in (("before", self.before), ("after", self.after)):
+            lines.append(f"{label:<10} {c.ops:>7} {c.conv:>7} {c.batchnorm:>10} {c.parameters:>13,}")
+        lines.append("")
+        if not self.changed:
+            lines.append("nothing to fuse")
+        error = self.region_error
+        if error is not None:
+            lines.append(f"regions    {len(self.rewrites)} replaced, largest error {error:.1e} (float64, relative)")
+        elif self.rewrites:
+            lines.append(f"regions    {len(self.rewrites)} replaced, not verified")
+        for e in self.end_to_end:
+            lines.append(f"output     {e.output}: largest error {e.max_rel:.1e} relative, {e.tolerance:.1e} allowed")
+        if self.note:
+            lines.append(f"note       {self.note}")
+        lines.append("time       " + ", ".join(f"{phase} {s:.2f} s" for phase, s in self.seconds.items()))
+        return "\n".join(lines)

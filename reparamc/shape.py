@@ -1,0 +1,77 @@
+"""Symbolic tensor shapes: each extent is a product of an integer and named unknowns.
+
+Layout operators permute and regroup axes; whether one axis survives whole is a question about
+products of extents, so products are all the arithmetic needed here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Dim:
+    """The extent ``factor * symbols[0] * symbols[1] * ...``; symbols are sorted, repeats allowed."""
+
+    factor: int = 1
+    symbols: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(value: int | str | Dim) -> Dim:
+        if isinstance(value, Dim):
+            return value
+        return Dim(1, (value,)) if isinstance(value, str) else Dim(int(value))
+
+    @property
+    def known(self) -> int | None:
+        """The extent, when it does not depend on a symbol."""
+        return None if self.symbols else self.factor
+
+    def __mul__(self, other: Dim) -> Dim:
+        return Dim(self.factor * other.factor, tuple(sorted(self.symbols + other.symbols)))
+
+    def divided_by(self, other: Dim) -> Dim | None:
+        """The exact quotient, or None when it is not a product of the same kind."""
+        rest = Counter(self.symbols)
+        rest.subtract(other.symbols)
+        if other.factor == 0 or self.factor % other.factor or any(n < 0 for n in rest.values()):
+            return None
+        return Dim(self.factor // other.factor, tuple(sorted(rest.elements())))
+
+    def at(self, sizes: Mapping[str, int]) -> int:
+        return self.factor * prod(sizes[s] for s in self.symbols)
+
+    def __str__(self) -> str:
+        parts = ([str(self.factor)] if self.factor != 1 or not self.symbols else []) + list(self.symbols)
+        return "*".join(parts)
+
+
+Shape = tuple[Dim, ...]
+
+
+def shape_of(extents: Sequence[int | str | Dim]) -> Shape:
+    return tuple(Dim.of(e) for e in extents)
+
+
+def size(dims: Sequence[Dim]) -> Dim:
+    total = Dim()
+    for dim in dims:
+        total = total * dim
+    return total
+
+
+def axis_through_reshape(before: Shape, after: Shape, axis: int) -> int | None:
+    """Where ``axis`` of ``before`` stands in ``after``, or None when the reshape splits or merges it.
+
+    Row-major order keeps an axis whole exactly when its extent and the product of the extents to its
+    left are found again. Extents of one are skipped over: they may be added or dropped anywhere.
+    """
+    left = Dim()
+    for candidate, dim in enumerate(after):
+        if left == size(before[:axis]) and dim == before[axis]:
+            return candidate
+        left = left * dim
+    return None

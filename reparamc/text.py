@@ -1,0 +1,179 @@
+"""The readable form of expressions, for reports and golden cases, and its parser.
+
+One node a line, operands first, the last line is the result::
+
+    %x = source c=64 f=2
+    %0 = conv %x 64->64 k=3x3 s=1 p=1 g=64
+    %1 = batchnorm %x c=64 f=2
+    %2 = sum %0, %1
+
+``k`` kernel, ``s`` stride, ``d`` dilation, ``p`` padding (``p=0:1`` before and after; one number for
+all axes when they agree), ``g`` groups, ``bias``. Weights are not part of the text: the parser draws
+them from a seed, so a text states structure and its reader checks numbers.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from reparamc.errors import InputError
+from reparamc.expr import (
+    Array,
+    BatchNorm,
+    Conv,
+    Expr,
+    Ints,
+    Layout,
+    Permute,
+    Reshape,
+    Scale,
+    Source,
+    Sum,
+    walk,
+)
+from reparamc.shape import Dim, Shape, shape_of, size
+
+
+def show(root: Expr) -> str:
+    """``root`` as text."""
+    names: dict[Expr, str] = {}
+    lines: list[str] = []
+    inner = 0
+    for e in walk(root):
+        if isinstance(e, Source):
+            name = re.sub(r"\s", "_", str(e.key))
+        else:
+            name, inner = str(inner), inner + 1
+        names[e] = f"%{name}"
+        lines.append(f"%{name} = {_describe(e, names)}")
+    return "\n".join(lines)
+
+
+def _describe(e: Expr, names: dict[Expr, str]) -> str:
+    match e:
+        case Source():
+            facts = [("c", e.channels), ("f", e.frame), ("shape", e.shape and _shape(e.shape))]
+            return " ".join(["source", *(f"{k}={v}" for k, v in facts if v is not None)])
+        case Conv():
+            words = ["conv", names[e.x], f"{e.in_channels}->{e.out_channels}"]
+            if e.frame:
+                begin, end = e.padding
+                pads = [f"{b}" if b == n else f"{b}:{n}" for b, n in zip(begin, end, strict=True)]
+                words += [f"k={'x'.join(map(str, e.kernel))}", f"s={_each(e.stride)}"]
+                words += [f"d={_each(e.dilation)}"] if any(d != 1 for d in e.dilation) else []
+                words += [f"p={pads[0] if len(set(pads)) == 1 else ','.join(pads)}"]
+            words += [f"g={e.groups}"] if e.groups != 1 else []
+            return " ".join(words + (["bias"] if e.bias is not None else []))
+        case Scale():
+            count = e.scale.size if e.scale.ndim else e.shift.size
+            number = f"={e.scale:g}" if not e.scale.ndim else ""
+            channels = f" c={count} f={e.frame}" if e.frame is not None else ""
+            return f"scale{number} {names[e.x]}{channels}" + (" shift" if np.any(e.shift) else "")
+        case BatchNorm():
+            return f"batchnorm {names[e.x]} c={e.gamma.size} f={e.frame}"
+        case Sum():
+            return "sum " + ", ".join(names[t] for t in e.terms)
+        case Layout():
+            frames = f"f={e.frame_in}->{e.frame}"
+            if isinstance(e.op, Permute):
+                return f"permute {names[e.x]} axes={','.join(map(str, e.op.axes))} {frames}"
+            return f"reshape {names[e.x]} {_shape(e.op.before)}->{_shape(e.op.after)} {frames}"
+
+
+def _each(values: Ints) -> str:
+    return str(values[0]) if len(set(values)) == 1 else ",".join(map(str, values))
+
+
+def _shape(shape: Shape) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def parse(text: str, seed: int = 0) -> Expr:
+    """The expression that ``text`` describes, its weights drawn from ``seed``.
+
+    Raises:
+        InputError: a line that is not of the form that `show` writes.
+    """
+    rng = np.random.default_rng(seed)
+    values: dict[str, Expr] = {}
+    last: Expr | None = None
+    for line in text.strip().splitlines():
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        try:
+            name, rest = (part.strip() for part in line.split("=", 1))
+            last = values[name] = _read(name, rest.replace(",  ", ", ").split(" ", 1), values, rng)
+        except (KeyError, ValueError, AttributeError, IndexError) as error:
+            raise InputError(f"cannot read the expression line {line!r}: {error}") from error
+    if last is None:
+        raise InputError("an expression needs at least one line")
+    return last
+
+
+def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.Generator) -> Expr:
+    kind, _, number = words[0].partition("=")
+    rest = words[1] if len(words) > 1 else ""
+    options = dict(re.findall(r"(\w+)=(\S+)", rest))
+    count, frame = int(options.get("c", 0)), options.get("f")
+
+    def draw(*shape: int) -> Array:
+        return rng.standard_normal(shape)
+
+    if kind == "source":
+        shape = shape_of([_dim(d) for d in options["shape"][1:-1].split(",")]) if "shape" in options else None
+        return Source(name[1:], count or None, None if frame is None else int(frame), shape)
+    operands = [values[n] for n in re.findall(r"%[^\s,]+", rest)]
+    x = operands[0]
+    match kind:
+        case "conv":
+            return _read_conv(x, rest, options, rng)
+        case "scale":
+            shift = (
+                draw(count)
+                if rest.endswith(" shift") and count
+                else draw()
+                if rest.endswith(" shift")
+                else np.zeros(())
+            )
+            scale = np.array(float(number)) if number else draw(count)
+            return Scale(x, scale, shift, None if frame is None else int(frame))
+        case "batchnorm":
+            return BatchNorm(
+                x, draw(count), draw(count), draw(count), rng.uniform(0.5, 2, count), 1e-5, int(options["f"])
+            )
+        case "sum":
+            return Sum(tuple(operands))
+        case "permute":
+            before, after = map(int, options["f"].split("->"))
+            return Layout(x, Permute(tuple(map(int, options["axes"].split(",")))), before, after, name)
+        case "reshape":
+            before, after = map(int, options["f"].split("->"))
+            old, new = (shape_of([_dim(d) for d in s.split(",")]) for s in re.findall(r"\[([^]]*)\]", rest))
+            return Layout(x, Reshape(old, new), before, after, name)
+        case _:
+            raise ValueError(f"unknown kind {kind!r}")
+
+
+def _dim(text: str) -> Dim:
+    return size([Dim.of(int(part) if part.isdigit() else part) for part in text.split("*")])
+
+
+def _read_conv(x: Expr, rest: str, options: dict[str, str], rng: np.random.Generator) -> Conv:
+    inputs, outputs = map(int, re.findall(r"(\d+)->(\d+)", rest)[0])
+    kernel = tuple(map(int, options["k"].split("x"))) if "k" in options else ()
+    groups = int(options.get("g", 1))
+
+    def each(key: str) -> list[str]:
+        given = options.get(key, "0" if key == "p" else "1").split(",")
+        return given * len(kernel) if len(given) == 1 else given
+
+    stride, dilation = (tuple(map(int, each(key))) for key in "sd")
+    pads = [tuple(map(int, p.split(":"))) for p in each("p")][: len(kernel)]
+    offset = tuple(-p[0] for p in pads)
+    delta = tuple(d * (k - 1) - p[0] - p[-1] for k, d, p in zip(kernel, dilation, pads, strict=True))
+    weight = rng.standard_normal((outputs, inputs // groups, *kernel))
+    bias = rng.standard_normal(outputs) if rest.endswith(" bias") else None
+    return Conv(x, weight, bias, stride[: len(kernel)], dilation[: len(kernel)], offset, delta, groups)

@@ -1,0 +1,84 @@
+"""Verification: region against replacement in float64, and the arithmetic of end-to-end comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from reparamc.evaluate import evaluate, sample_inputs
+from reparamc.expr import Expr
+
+REGION_TOLERANCE = 1e-10
+"""Largest error accepted of a region in float64, relative to the largest magnitude met in it."""
+
+
+def compare_expressions(before: Expr, after: Expr, seed: int = 0) -> float:
+    """Largest difference of two expressions over the same sources, relative; NaN or inf when they differ in kind.
+
+    Both are evaluated in float64 on random inputs just larger than their kernels, so that every
+    border case occurs, at two sizes of different parity.
+
+    Raises:
+        ValueError: no input fits all branches.
+    """
+    rng = np.random.default_rng(seed)
+    worst = 0.0
+    for extra in (0, 1):
+        inputs = sample_inputs([before, after], rng, extra)
+        a, size_a = evaluate(before, inputs)
+        b, size_b = evaluate(after, inputs)
+        if a.shape != b.shape:
+            return float("inf")
+        scale = max(size_a, size_b, np.finfo(np.float64).tiny)
+        worst = max(worst, float(np.abs(a - b).max(initial=0.0)) / scale, key=lambda e: (np.isnan(e), e))
+    return worst
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two arrays lie apart.
+
+    Attributes:
+        max_abs: largest absolute difference of finite entries.
+        max_rel: ``max_abs`` relative to the largest finite magnitude of the reference.
+        same_kind: shapes agree, and NaN and infinities stand in the same places.
+    """
+
+    max_abs: float
+    max_rel: float
+    same_kind: bool
+
+    def within(self, tolerance: float) -> bool:
+        return self.same_kind and self.max_rel <= tolerance
+
+
+def difference(reference: npt.NDArray, other: npt.NDArray) -> Difference:
+    """Compare two arrays of equal shape: NaN and infinity patterns first, then finite values."""
+    if reference.shape != other.shape:
+        return Difference(float("inf"), float("inf"), same_kind=False)
+    if reference.dtype.kind in "biuUSO":
+        equal = bool(np.array_equal(reference, other))
+        return Difference(0.0 if equal else float("inf"), 0.0 if equal else float("inf"), same_kind=equal)
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    finite = np.isfinite(a)
+    kind = bool(np.array_equal(finite, np.isfinite(b)) and np.array_equal(a[~finite], b[~finite], equal_nan=True))
+    if not kind:
+        return Difference(float("inf"), float("inf"), same_kind=False)
+    gap = float(np.abs(a[finite] - b[finite]).max(initial=0.0))
+    size = float(np.abs(a[finite]).max(initial=0.0))
+    return Difference(gap, 0.0 if gap == 0 else gap / size if size else float("inf"), same_kind=True)
+
+
+def tolerance(noise: float, epsilon: float) -> float:
+    """Largest relative difference that rounding explains.
+
+    Args:
+        noise: the relative change of the output when the input is perturbed at rounding level.
+        epsilon: the machine epsilon of the deployed dtype.
+
+    An input is rounded once and a network rounds at every layer, so the measured response to one
+    perturbation is allowed many times; the floor covers models that barely react to their input.
+    """
+    return max(100 * noise, 500 * epsilon)

@@ -1,0 +1,57 @@
+"""The same weights give the same outputs as in timm, an independent implementation."""
+
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import nn
+
+from fastvit_zoo import create_model, list_models, load_checkpoint
+from reparamc.testing import randomize_batchnorm, randomize_layer_scales
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def randomized_peer(timm: ModuleType, name: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+    """timm's model with parameters of ordinary size, and images to try it on."""
+    torch.manual_seed(0)
+    peer = timm.create_model(name, num_classes=20).eval()
+    nn.init.normal_(peer.head.fc.weight, std=0.1)
+    nn.init.zeros_(peer.head.fc.bias)  # a large constant would hide differences
+    randomize_layer_scales(peer)
+    randomize_batchnorm(peer, example_inputs=torch.randn(4, 3, 64, 64))
+    return peer.to(dtype), torch.randn(2, 3, 97, 70, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [(name, torch.float32, 1e-4) for name in list_models()]
+    + [("fastvit_t8", torch.float64, 1e-9), ("fastvit_sa12", torch.float64, 1e-9)],
+)
+def test_outputs_equal(timm: ModuleType, name: str, dtype: torch.dtype, tolerance: float) -> None:
+    from timm.utils.model import reparameterize_model
+
+    peer, image = randomized_peer(timm, name, dtype)
+    model = create_model(name, num_classes=20).to(dtype).eval()
+    load_checkpoint(model, peer.state_dict())
+    fused_peer = reparameterize_model(peer)
+    deployed = create_model(name, num_classes=20, deployed=True).to(dtype).eval()
+    load_checkpoint(deployed, fused_peer.state_dict())
+    with torch.no_grad():
+        expected = peer(image)
+        assert difference(model(image), expected) < tolerance
+        assert difference(deployed(image), fused_peer(image)) < tolerance
+        assert difference(deployed(image), expected) < tolerance
+        for ours, theirs in zip(model.feature_maps(image), peer_maps(peer, image), strict=True):
+            assert difference(ours, theirs) < tolerance
+        # The two images must not look alike, or the comparison proves little.
+        assert difference(expected[:1], expected[1:]) > 0.05
+
+
+def peer_maps(peer: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    return peer.forward_intermediates(image, intermediates_only=True)  # pyright: ignore[reportCallIssue]
