@@ -9,6 +9,7 @@ import numpy as np
 
 from reparamc.expr import Array, BatchNorm, Conv, Expr, Layout, Permute, Scale, Source, Sum, walk
 from reparamc.kernel import coefficients
+from reparamc.shape import Shape
 
 
 def evaluate(root: Expr, inputs: Mapping[Source, Array]) -> tuple[Array, float]:
@@ -24,6 +25,8 @@ def evaluate(root: Expr, inputs: Mapping[Source, Array]) -> tuple[Array, float]:
         match e:
             case Source():
                 y = inputs[e]
+                if e.shape is not None:
+                    _bind(e.shape, y, sizes)
             case Conv():
                 y = _convolve(e, values[e.x])
             case Scale():
@@ -46,12 +49,17 @@ def _along(v: Array, frame: int | None) -> Array:
     return v.reshape(-1, *[1] * (frame or 0)) if v.ndim else v
 
 
+def _bind(shape: Shape, x: Array, sizes: dict[str, int]) -> None:
+    """Learn the extents of symbols from an array of that shape."""
+    for dim, extent in zip(shape, x.shape, strict=False):
+        if len(dim.symbols) == 1:
+            sizes.setdefault(dim.symbols[0], extent // dim.factor)
+
+
 def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
     if isinstance(e.op, Permute):
         return x.transpose(e.op.axes)
-    for dim, extent in zip(e.op.before, x.shape, strict=True):
-        if len(dim.symbols) == 1:
-            sizes.setdefault(dim.symbols[0], extent // dim.factor)
+    _bind(e.op.before, x, sizes)
     unknown = [s for dim in e.op.after for s in dim.symbols if s not in sizes]
     if unknown:
         raise ValueError(f"the extent {unknown[0]!r} of a reshape is unknown")

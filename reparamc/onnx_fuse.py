@@ -211,15 +211,30 @@ def save(model: ModelProto, path: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    big = model.ByteSize() >= FILE_LIMIT
+    if model.ByteSize() < FILE_LIMIT:
+        write_atomically(path, model.SerializeToString())
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
+            temporary, data = Path(folder) / path.name, f"{path.name}.data"
+            onnx.save_model(model, temporary, save_as_external_data=True, location=data)
+            os.replace(Path(folder) / data, path.with_name(data))
+            os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, all of it or nothing.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = path.resolve()  # a link keeps pointing where it does
     try:
         with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
-            if big:
-                onnx.save_model(model, temporary, save_as_external_data=True, location=f"{path.name}.data")
-                os.replace(Path(folder) / f"{path.name}.data", path.with_name(f"{path.name}.data"))
-            else:
-                temporary.write_bytes(model.SerializeToString())
+            temporary.write_bytes(data)
             os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error

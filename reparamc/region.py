@@ -67,8 +67,8 @@ class Graph(Protocol):
         """What the user calls ``value``."""
         ...
 
-    def dtype(self, value: Value) -> np.dtype | None:
-        """The floating dtype of ``value``; None when unknown."""
+    def dtype(self, members: Sequence[Value]) -> np.dtype | None:
+        """The floating dtype that all of ``members`` share; None when it is unknown or they differ."""
         ...
 
     def obstacle(self, root: Value, members: Sequence[Value], sources: Sequence[Value]) -> str | None:
@@ -205,7 +205,7 @@ def _consider(
             f"float64) after {steps}; nothing was changed. Leave the pass out (--skip) and report this as a bug",
             where=graph.name(root),
         )
-    dtype = graph.dtype(root)
+    dtype = graph.dtype(members)
     assert dtype is not None
     counts = Counter(step.name for step in outcome.steps)
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))
@@ -225,9 +225,9 @@ def _obstacle(
         return "a parameter is NaN or infinite"
     if not cost(after) < cost(before):
         return "the rewritten form would cost more than it saves"
-    dtype = graph.dtype(root)
+    dtype = graph.dtype(members)
     if dtype is None:
-        return "the dtype of its parameters is unknown or mixed"
+        return "its values have different dtypes, or an unknown one"
     for e in walk(after, stop=native.__contains__):
         if e not in native and any(reason := [r for a in arrays(e) if (r := rounding_obstacle(a, dtype))]):
             return reason[0]

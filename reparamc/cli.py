@@ -1,0 +1,171 @@
+"""The command line. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from reparamc._version import __version__
+from reparamc.errors import InputError, ReparamcError, VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WRITTEN, DIFFERS, BAD_INPUT = 0, 1, 2
+"""Exit codes: done; verification failed, nothing written; bad usage or bad input."""
+
+EPILOGUE = (
+    "exit codes: 0 written (also when there was nothing to fuse); 1 verification failed; 2 bad usage or bad input"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except VerificationError as error:
+        print(f"reparamc: {error}", file=sys.stderr)
+        return DIFFERS
+    except ReparamcError as error:
+        print(f"reparamc: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("reparamc: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return WRITTEN
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad usage in one line, with the exit code of bad input."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(
+        prog="reparamc",
+        description="Collapse every linear structure of a network into the operators it is equal to, and prove it.",
+        epilog=EPILOGUE,
+    )
+    top.add_argument("--version", action="version", version=f"reparamc {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    fuse = commands.add_parser("fuse", help="fuse an ONNX model", description="Fuse an ONNX model.", epilog=EPILOGUE)
+    fuse.add_argument("model", type=Path, metavar="MODEL", help="the ONNX file to read")
+    fuse.add_argument("positional", type=Path, nargs="?", metavar="OUT", help="the file to write, in place of -o")
+    fuse.add_argument("-o", "--output", type=Path, metavar="OUT", help="the file to write")
+    fuse.add_argument("--passes", type=_names, metavar="A,B", help="apply these passes only")
+    fuse.add_argument("--skip", type=_names, default=[], metavar="A,B", help="leave these passes out")
+    fuse.add_argument(
+        "--verify",
+        choices=("off", "region", "full"),
+        default="full",
+        help="region: every replacement in float64; full: also both models in ONNX Runtime (default)",
+    )
+    fuse.add_argument("--report", type=Path, metavar="FILE.json", help="write everything that was done and declined")
+    fuse.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    fuse.set_defaults(run=_fuse)
+
+    passes = commands.add_parser("passes", help="list the passes", description="List the passes.")
+    passes.set_defaults(run=_passes)
+    return top
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _fuse(arguments: argparse.Namespace) -> int:
+    output = arguments.output or arguments.positional
+    if output is None:
+        raise InputError("no output: give -o OUT, or a second file name")
+    if arguments.output and arguments.positional:
+        raise InputError("two outputs: give either -o OUT or a second file name")
+    # A misspelt name should not cost the loading of a large model.
+    from reparamc.rewrite import select
+    from reparamc_passes import PASSES
+
+    select(PASSES, arguments.passes, arguments.skip)
+    from reparamc.onnx_fuse import check_target, fuse_model, load, save, write_atomically
+
+    check_target(arguments.model, output)
+    if arguments.report is not None:
+        check_target(arguments.model, arguments.report)
+        if arguments.report.absolute() == output.absolute():
+            raise InputError("the report and the output are the same file")
+    start = perf_counter()
+    model = load(arguments.model)
+    loaded = perf_counter()
+    with _progress(arguments.quiet) as progress:
+        result, report = fuse_model(
+            model, passes=arguments.passes, skip=arguments.skip, verify=arguments.verify, progress=progress
+        )
+    before_save = perf_counter()
+    save(result, output)
+    report.seconds = {
+        "loading": loaded - start,
+        **report.seconds,
+        "saving": perf_counter() - before_save,
+        "in all": perf_counter() - start,
+    }
+    if arguments.report is not None:
+        write_atomically(arguments.report, report.to_json().encode())
+    if not arguments.quiet:
+        print(report.table())
+        print(f"written    {output}")
+    return WRITTEN
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that appears once the work has taken a second."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    start = perf_counter()
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task("fusing", total=None)
+
+    def advance(done: int, of: int) -> None:
+        if not bar.live.is_started and perf_counter() - start > 1:
+            bar.start()
+        if bar.live.is_started:
+            bar.update(task, completed=done, total=of)
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+@contextmanager
+def _silence() -> Iterator[Callable[[int, int], None]]:
+    yield lambda done, of: None
+
+
+def _progress(quiet: bool) -> AbstractContextManager[Callable[[int, int], None]]:
+    return _silence() if quiet or not sys.stderr.isatty() else _bar()
+
+
+def _passes(arguments: argparse.Namespace) -> int:
+    from reparamc_passes import PASSES
+
+    for p in PASSES:
+        print(f"{p.name}\n    {p.equation}\n    exact when: {p.exact_when}")
+    return WRITTEN
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""`fuse_fx`: the whole way of a torch module, from tracing to verification."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from reparamc.errors import InputError, InputTypeError, VerificationError
+from reparamc.fx_graph import FxGraph
+from reparamc.fx_values import lookup
+from reparamc.region import make_plan
+from reparamc.report import Counts, OutputError, Refusal, Report, Rewrite
+from reparamc.rewrite import Pass, select
+from reparamc.verify import difference, tolerance
+
+LEVELS = ("off", "region", "full")
+
+
+def fuse_fx(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    passes: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    verify: bool | str = True,
+    pass_table: tuple[Pass, ...] | None = None,
+) -> fx.GraphModule:
+    """A fused copy of ``model``: every linear structure between two non-linearities collapsed.
+
+    ``model`` stays bitwise as it is and shares no storage with the copy. Dtype, device, memory format
+    and ``requires_grad`` of parameters carry over. The `Report` is at ``result.meta["reparamc"]``.
+
+    Args:
+        model: a module in eval mode, its BatchNorms included, that torch.fx can trace. Arguments of
+            its ``forward`` whose default is no tensor (None, a number) are fixed to that default.
+        example_inputs: one tensor, a tuple of positional arguments, or a mapping of keyword
+            arguments. With them the original and the copy are run and compared, and ranks are known,
+            which BatchNorm1d behind a linear layer and functional batch_norm may need.
+        passes, skip: names of the passes to apply (default: all), and to leave out.
+        verify: True or "full": every replacement in float64, and both modules on
+            ``example_inputs``; "region": the former alone; False or "off": neither.
+        pass_table: the passes to choose from, instead of the built-in ones.
+
+    Raises:
+        InputTypeError: ``model`` is no traceable kind of module.
+        InputError: it is in training mode, cannot be traced or run, or an option is unknown.
+        VerificationError: the copy computes something else.
+    """
+    level = verify if isinstance(verify, str) else "full" if verify else "off"
+    if level not in LEVELS:
+        raise InputError(f"unknown verification level {verify!r}; the levels are {', '.join(LEVELS)}")
+    if pass_table is None:
+        from reparamc_passes import PASSES as pass_table
+    selected = select(pass_table, passes, skip)
+    model = _checked(model)
+    args, kwargs = _arguments(example_inputs)
+    start = perf_counter()
+    traced = trace(copy.deepcopy(model))
+    before = count(traced)
+    traced_at = perf_counter()
+    graph = FxGraph(traced, _ranks(traced, model, args, kwargs))
+    plan = make_plan(graph, selected, verify=level != "off")
+    counts: Counter[str] = Counter()
+    rewrites = []
+    for splice in plan.splices:
+        operators = tuple(graph.name(v) for v in splice.members)
+        where = graph.name(splice.root)
+        graph.splice(splice)
+        counts.update(splice.counts)
+        rewrites.append(
+            Rewrite(where, operators, dict(splice.counts), splice.parameters, splice.before, splice.after, splice.error)
+        )
+    fused = graph.finish()
+    done = perf_counter()
+    report = Report(
+        before=before,
+        after=count(fused),
+        passes={p.name: counts[p.name] for p in selected},
+        rewrites=rewrites,
+        kept=[Refusal(k.where, k.name, k.reason) for k in plan.kept],
+        seconds={"tracing": traced_at - start, "rewriting": done - traced_at},
+    )
+    if level == "full":
+        if example_inputs is None:
+            report.note = "not run end to end: no example_inputs"
+        else:
+            report.end_to_end = verify_end_to_end(model, fused, args, kwargs)
+            report.seconds["verification"] = perf_counter() - done
+    fused.meta["reparamc"] = report
+    return fused
+
+
+def _checked(model: Any) -> nn.Module:
+    """``model`` without the wrapper of torch.compile, if it can be fused."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputTypeError("fuse_fx cannot see into a ScriptModule; pass the module it was made from")
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(
+            f"fuse_fx takes a torch.nn.Module, not {type(model).__name__}; an ONNX model goes to fuse_onnx"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputTypeError(f"fuse_fx takes the module inside {type(model).__name__}; pass model.module")
+    model = getattr(model, "_orig_mod", model)
+    if model.training:
+        raise InputError(
+            "the model is in training mode, where BatchNorm and Dropout are live; call .eval() on it first"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise InputError(f"BatchNorm {name!r} is in training mode inside a model in eval mode; call .eval() first")
+    return model
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example_inputs is None:
+        return (), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+class _Tracer(fx.Tracer):
+    """Steps into everything but torch's own modules and those whose hooks tracing would drop."""
+
+    def __init__(self, opaque: set[str]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.failed: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        hooked = bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        parametrized = nn.utils.parametrize.is_parametrized(m)
+        special = hooked or parametrized or module_qualified_name in self.opaque
+        return special or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """``model`` as a graph; submodules that torch.fx cannot follow are called as they are.
+
+    Raises:
+        InputError: the outermost forward cannot be followed, or ``model`` has hooks of its own.
+    """
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise InputError(f"{type(model).__name__} has forward hooks, which tracing would drop; remove them first")
+    fixed = {
+        name: p.default
+        for name, p in inspect.signature(model.forward).parameters.items()
+        if p.default is not p.empty and not isinstance(p.default, Tensor)
+    }
+    opaque: set[str] = set()
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            graph = tracer.trace(model, fixed or None)
+            return fx.GraphModule(tracer.root, graph, type(model).__name__)
+        except Exception as error:  # a model's forward may raise anything when it meets a proxy
+            if tracer.failed is None or tracer.failed in opaque:
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"torch.fx cannot trace {type(model).__name__}: {reason}; fuse its submodules one by one, "
+                    "or export it to ONNX and use fuse_onnx"
+                ) from error
+            opaque.add(tracer.failed)
+
+
+def _ranks(traced: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    """The rank of every tensor argument, by the name of its placeholder."""
+    if not args and not kwargs:
+        return {}
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise InputError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+    return {name: value.ndim for name, value in bound.items() if isinstance(value, Tensor)}
+
+
+def verify_end_to_end(
+    original: nn.Module, fused: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[OutputError]:
+    """Run both modules on the example inputs, in their own dtype, and compare every output tensor.
+
+    The tolerance comes from the original's response to a perturbation of its inputs at rounding level.
+
+    Raises:
+        InputError: the original does not run on the inputs.
+        VerificationError: an output differs by more than rounding explains.
+    """
+    try:
+        expected = _run(original, args, kwargs)
+    except Exception as error:  # whatever the user's forward raises
+        raise InputError(f"the model does not run on example_inputs: {' '.join(str(error).split())[:200]}") from error
+    noises = [_run(original, *_perturbed(args, kwargs, seed)) for seed in range(3)]
+    actual = _run(fused, args, kwargs)
+    if expected.keys() != actual.keys():
+        raise VerificationError("the fused model returns another structure than the original", where="output")
+    epsilon = max((torch.finfo(t.dtype).eps for t in (*model_tensors(original), *_floats(args, kwargs))), default=0.0)
+    errors = []
+    for name, reference in expected.items():
+        found = difference(reference, actual[name])
+        noise = max(difference(reference, n[name]).max_rel for n in noises)
+        allowed = tolerance(noise if np.isfinite(noise) else 0.0, epsilon)
+        if not found.within(allowed):
+            raise VerificationError(
+                f"{name} of the fused model differs by {found.max_rel:.2g} relative to its largest value, "
+                f"{allowed:.1g} is what rounding explains. Report this as a bug, with the model",
+                where=name,
+            )
+        errors.append(OutputError(name, found.max_abs, found.max_rel, allowed))
+    return errors
+
+
+def model_tensors(model: nn.Module) -> list[Tensor]:
+    return [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+
+
+def _floats(args: Any, kwargs: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
+    """Every tensor that ``model`` returns, by its place in the result; random operators draw the same numbers."""
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    devices = {t.device.index or 0 for t in model_tensors(model) if t.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(0)
+        result = model(*args, **kwargs)
+    leaves, _ = pytree.tree_flatten_with_path(result)
+    return {
+        f"output{pytree.keystr(path)}": (leaf.double() if leaf.is_floating_point() else leaf).cpu().numpy()
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor)
+    }
+
+
+def _perturbed(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudge(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device) * 2.0 - 1
+        return (t.double() * (1 + signs * torch.finfo(t.dtype).eps)).to(t.dtype)
+
+    return pytree.tree_map_only(Tensor, nudge, (args, kwargs))
+
+
+def count(module: fx.GraphModule) -> Counts:
+    """The size of a traced module: calls, convolutions and BatchNorms (modules or functions), parameters."""
+    kinds: Counter[str] = Counter()
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            kinds[type(lookup(module, str(node.target))).__name__] += 1
+        elif node.op in ("call_function", "call_method"):
+            kinds[getattr(node.target, "__name__", str(node.target))] += 1
+    conv = sum(kinds[k] for k in ("Conv1d", "Conv2d", "Conv3d", "conv1d", "conv2d", "conv3d"))
+    norm = sum(kinds[k] for k in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm"))
+    return Counts(sum(kinds.values()), conv, norm, sum(p.numel() for p in module.parameters()))
