@@ -73,15 +73,17 @@ def _convolve(e: Conv, x: Array) -> Array:
     low = [max(0, -a) for a in e.offset]
     high = [max(0, s * (o - 1) + r - (h - 1)) for s, o, r, h in zip(e.stride, outs, e.reach, extents, strict=True)]
     x = np.pad(x.reshape(-1, *x.shape[x.ndim - n - 1 :]), [(0, 0), (0, 0), *zip(low, high, strict=True)])
-    taps = []
+    # One tap at a time: [batch, group, in, positions] meets [group, out, in], and nothing large is copied.
+    per_group = e.weight.shape[1]
+    weight = e.weight.reshape(e.groups, -1, per_group, *e.kernel)
+    y = np.zeros((x.shape[0], e.groups, e.out_channels // e.groups, int(np.prod(outs, dtype=int))))
     for tap in product(*map(range, e.kernel)):
         start = [lo + a + d * t for lo, a, d, t in zip(low, e.offset, e.dilation, tap, strict=True)]
         at = tuple(slice(b, b + s * (o - 1) + 1, s) for b, s, o in zip(start, e.stride, outs, strict=True))
-        taps.append(x[(slice(None), slice(None), *at)])
-    columns = np.stack(taps, axis=2)  # [batch, in, taps, *outs]
-    columns = columns.reshape(x.shape[0], e.groups, -1, int(np.prod(outs, dtype=int)))
-    rows = e.weight.reshape(e.groups, e.out_channels // e.groups, -1)
-    y = np.matmul(rows, columns).reshape(x.shape[0], e.out_channels, *outs)
+        seen = x[(slice(None), slice(None), *at)].reshape(x.shape[0], e.groups, per_group, -1)
+        rows = weight[(..., *tap)]
+        y += rows * seen if per_group == 1 else np.matmul(rows, seen)
+    y = y.reshape(x.shape[0], e.out_channels, *outs)
     if e.bias is not None:
         y = y + e.bias.reshape(-1, *[1] * n)
     return y.reshape(*batch, e.out_channels, *outs)
@@ -167,7 +169,7 @@ def sample_inputs(roots: Sequence[Expr], rng: np.random.Generator, extra: int = 
     inputs = {}
     for e in sources:
         spatial = [low + extra % (high - low + 1) for low, high in extents[e]]
-        inputs[e] = rng.standard_normal((2, channels_of[e] or 3, *spatial))
+        inputs[e] = rng.standard_normal((1, channels_of[e] or 3, *spatial))
     return inputs
 
 

@@ -46,6 +46,7 @@ class FxGraph:
         self.channels: dict[fx.Node, int | None] = {}
         self._spliced: dict[fx.Node, fx.Node] = {}
         self._suspects: list[fx.Node] = []
+        self._next: dict[str, int] = {}
         self._hoist_size_reads()
 
     def _hoist_size_reads(self) -> None:
@@ -403,6 +404,14 @@ class FxGraph:
         self._spliced[root] = result
         self._suspects += cast(Sequence[fx.Node], splice.members)
 
+    def fresh_path(self, wanted: str) -> str:
+        """``wanted``, or that with a number behind it: a path that names nothing yet."""
+        path, n = wanted, self._next.get(wanted, 1)
+        while _exists(self.module, path):
+            path, n = f"{wanted}_{n}", n + 1
+        self._next[wanted] = n
+        return path
+
     def current(self, value: Value) -> fx.Node:
         """The node that now stands for ``value``."""
         node = cast(fx.Node, value)
@@ -619,9 +628,7 @@ class _Emitter:
                     break
                 common.append(parts[0])
             wanted = ".".join([*common, "fused"])
-        path, n = wanted, 1
-        while _exists(self.graph.module, path):
-            path, n = f"{wanted}_{n}", n + 1
+        path = self.graph.fresh_path(wanted)
         self.graph.module.add_submodule(path, module)
         return path
 

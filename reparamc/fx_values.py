@@ -190,8 +190,8 @@ class Values:
             return self._broadcast(node)
         if before is not None and (reduced := self._reduced(node, before)) is not None:
             return reduced
-        if node.target is operator.getitem and x in self.pieces and isinstance(node.args[1], int):
-            return self.pieces[x]
+        if node.target is operator.getitem and x in self.pieces:
+            return self.pieces[x]  # an integer: tuples have no other items
         moved = self.layout(node)
         return moved[1] if moved is not None else None
 

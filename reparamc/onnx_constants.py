@@ -7,6 +7,8 @@ value with known extents counts as constant.
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
@@ -84,14 +86,14 @@ def fold_constants(model: ModelProto) -> int:
 
 def _bytes(constants: Constants, name: str) -> int:
     tensor = constants.tensors[name]
-    return int(np.prod(tensor.dims, dtype=np.int64)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def _size(types: Types, name: str, op_type: str, room: int) -> int | None:
     """Bytes of the value ``name``; ``room`` when unknown but bounded by the operands; None when unknown."""
     extents, dtype = types.extents(name), types.dtype(name)
     if extents is not None:
-        return int(np.prod(extents, dtype=np.int64)) * (dtype.itemsize if dtype is not None else 8)
+        return prod(extents) * (dtype.itemsize if dtype is not None else 8)
     return room if op_type in MOVES else None
 
 

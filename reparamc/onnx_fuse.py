@@ -7,11 +7,11 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
@@ -164,7 +164,7 @@ def check(model: ModelProto) -> None:
 def _check_tensor(tensor: TensorProto) -> None:
     """The checker's test of a tensor's size, without copying its data."""
     if tensor.HasField("raw_data") and tensor.data_type in FLOATS:
-        need = int(np.prod(tensor.dims, dtype=np.int64)) * FLOATS[tensor.data_type].itemsize
+        need = prod(tensor.dims) * FLOATS[tensor.data_type].itemsize
         if len(tensor.raw_data) != need:
             raise ValueError(
                 f"initializer {tensor.name!r} holds {len(tensor.raw_data)} bytes and its shape needs {need}"
@@ -246,5 +246,5 @@ def count(model: ModelProto) -> Counts:
     ops = len(model.graph.node) - kinds["Constant"] - kinds["Identity"]
     tensors = [*model.graph.initializer]
     tensors += [t for n in model.graph.node if n.op_type == "Constant" and (t := constant_tensor(n)) is not None]
-    elements = sum(int(np.prod(t.dims, dtype=np.int64)) for t in tensors if t.data_type in FLOATS)
+    elements = sum(prod(t.dims) for t in tensors if t.data_type in FLOATS)
     return Counts(ops, kinds["Conv"], kinds["BatchNormalization"], elements)

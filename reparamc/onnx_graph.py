@@ -16,11 +16,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from reparamc.expr import Array, BatchNorm, Conv, Expr, Layout, Permute, Reshape, Scale, Source, Sum
 from reparamc.onnx_values import (
     Constants,
+    Names,
     Types,
     attribute,
     commit,
     defined_names,
-    fresh_name,
     is_standard,
     readers,
 )
@@ -44,7 +44,7 @@ class OnnxGraph:
         self.producers = {name: node for node in self.nodes for name in node.output if name}
         self._readers = readers(model.graph)
         self._readings: dict[str, Reading | Declined | None] = {}
-        self._taken = set(defined_names(model.graph))
+        self.names = Names(defined_names(model.graph))
         self._inserted: dict[str, list[NodeProto]] = {}
         self._initializers: list[TensorProto] = []
         self._replaced: set[str] = set()
@@ -107,11 +107,8 @@ class OnnxGraph:
         self._replaced.add(root)
         self._suspects.update(str(v) for v in splice.members)
 
-    def fresh(self, wanted: str) -> str:
-        return fresh_name(wanted, self._taken)
-
     def add_initializer(self, wanted: str, array: Array, dtype: np.dtype) -> str:
-        name = self.fresh(wanted)
+        name = self.names.fresh(wanted)
         self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(array).astype(dtype), name))
         return name
 
@@ -444,9 +441,9 @@ class _Emitter:
             case Layout():
                 node = self.graph.producers[str(e.token)]
                 copy = NodeProto.FromString(node.SerializeToString())
-                copy.name = self.graph.fresh(f"{node.name}/fused") if node.name else ""
+                copy.name = self.graph.names.fresh(f"{node.name}/fused") if node.name else ""
                 copy.input[0] = self._value(e.x)
-                copy.output[0] = output or self.graph.fresh(f"{e.token}_fused")
+                copy.output[0] = output or self.graph.names.fresh(f"{e.token}_fused")
                 self.nodes.append(copy)
                 return copy.output[0]
             case _:
@@ -511,8 +508,8 @@ class _Emitter:
         return self.graph.add_initializer(f"{self.root}.{kind}", array, self.splice.dtype)
 
     def _node(self, op: str, inputs: list[str], output: str | None, **attributes: Any) -> str:
-        output = output or self.graph.fresh(f"{self.root}_{op.lower()}")
-        name = self.graph.fresh(f"{self.root}/fused_{op}")
+        output = output or self.graph.names.fresh(f"{self.root}_{op.lower()}")
+        name = self.graph.names.fresh(f"{self.root}/fused_{op}")
         self.nodes.append(helper.make_node(op, inputs, [output], name, doc_string=self.note, **attributes))
         return output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ def skeleton(model: ModelProto) -> ModelProto:
     light.graph.sparse_initializer.extend(model.graph.sparse_initializer)
     inputs = {v.name for v in model.graph.input}
     for tensor in model.graph.initializer:
-        if np.prod(tensor.dims, dtype=np.float64) <= SMALL and tensor.data_location != TensorProto.EXTERNAL:
+        if prod(tensor.dims) <= SMALL and tensor.data_location != TensorProto.EXTERNAL:
             light.graph.initializer.append(tensor)
         elif tensor.name not in inputs:
             light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -188,13 +189,21 @@ def readers(graph: GraphProto) -> dict[str, list[NodeProto | None]]:
     return found
 
 
-def fresh_name(wanted: str, taken: set[str]) -> str:
-    """``wanted``, or that with a number behind it, added to ``taken``."""
-    name, n = wanted, 1
-    while name in taken:
-        name, n = f"{wanted}_{n}", n + 1
-    taken.add(name)
-    return name
+class Names:
+    """Names in use, and new ones."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self.taken = set(taken)
+        self._next: dict[str, int] = {}
+
+    def fresh(self, wanted: str) -> str:
+        """``wanted``, or that with a number behind it; taken from now on."""
+        name, n = wanted, self._next.get(wanted, 1)
+        while name in self.taken:
+            name, n = f"{wanted}_{n}", n + 1
+        self._next[wanted] = n
+        self.taken.add(name)
+        return name
 
 
 def commit(
