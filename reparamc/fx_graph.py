@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from reparamc.expr import Array, BatchNorm, Conv, Expr, Layout, Permute, Reshape, Scale, Source, Sum
-from reparamc.fx_values import Values, lookup, mutations, only_asserted, reads_size_only
+from reparamc.fx_values import Memory, Values, lookup, only_asserted, reads_size_only
 from reparamc.region import Reading, Splice, Value, layout_reading, new_nodes
 from reparamc.rewrite import Declined
 
@@ -40,7 +40,7 @@ class FxGraph:
         self.module, self.graph = module, module.graph
         self.facts = Values(module, ranks)
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
-        self.mutated = mutations(self.graph, module)
+        self.memory = Memory(self.graph, module)
         self._readings: dict[fx.Node, Reading | Declined | None] = {}
         self.tensors: dict[fx.Node, list[Tensor]] = {}
         self.channels: dict[fx.Node, int | None] = {}
@@ -86,17 +86,28 @@ class FxGraph:
         return DTYPES.get(found.pop()) if len(found) == 1 else None
 
     def obstacle(self, root: Value, members: Sequence[Value], sources: Sequence[Value]) -> str | None:
-        """Devices must agree, and no operator may write into a source between its first reading and the root."""
+        """Devices must agree, and nothing that is written in place may look different to any reader."""
         nodes = cast(Sequence[fx.Node], members)
         if len({t.device for m in nodes for t in self.tensors.get(m, [])}) > 1:
             return "its parameters are on different devices"
         last = self.order[cast(fx.Node, root)]
         for value in (*cast(Sequence[fx.Node], sources), *nodes[:-1]):
             reads = [self.order[u] for u in value.users if u in nodes]
-            for writer in self.mutated.get(value, []):
-                if writer not in nodes and reads and min(reads) < self.order[writer] < last:
-                    return f"{writer.name} changes an operand in place"
+            for writer in self.memory.writers(value):
+                if writer in nodes:
+                    visible = not self._is_private(value, writer)
+                else:
+                    visible = bool(reads) and min(reads) < self.order[writer] < last
+                if visible:
+                    return f"{writer.name!r} changes an operand in place"
         return None
+
+    def _is_private(self, value: fx.Node, writer: fx.Node) -> bool:
+        """Whether nothing but the result of ``writer`` shows that it writes into the memory of ``value``."""
+        aliases = self.memory.aliases(value)
+        older = [a for a in aliases if self.order[a] < self.order[writer]]
+        late = any(self.order[u] > self.order[writer] for a in older for u in a.users)
+        return aliases[0].op not in ("placeholder", "get_attr") and not late
 
     def frame(self, value: Any) -> int | None:
         reading = self.read(value) if isinstance(value, fx.Node) and value in self.order else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -343,21 +343,30 @@ def flattened(shape: Shape, start: Any = 0, end: Any = -1) -> Shape:
     return (*shape[:start], size(shape[start : end + 1]), *shape[end + 1 :])
 
 
-def mutations(graph: fx.Graph, module: nn.Module) -> dict[fx.Node, list[fx.Node]]:
-    """For every node the nodes that write into its memory, directly or through a view."""
-    base: dict[fx.Node, fx.Node] = {}
-    written: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        x = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        view = x is not None and (node.target in VIEWS or _is_passing(node, module))
-        writes = x is not None and _writes(node, module)
-        base[node] = base[x] if x is not None and (view or writes) else node
-        targets: Sequence[Any] = [x] if writes else []
-        out = node.kwargs.get("out")
-        for target in (*targets, out):
-            if isinstance(target, fx.Node):
-                written.setdefault(base[target], []).append(node)
-    return {node: written[b] for node, b in base.items() if b in written}
+class Memory:
+    """Which nodes share memory, and which write into it."""
+
+    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
+        self._base: dict[fx.Node, fx.Node] = {}
+        self._aliases: dict[fx.Node, list[fx.Node]] = {}
+        self._writers: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            x = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+            writes = x is not None and _writes(node, module)
+            view = writes or node.target in VIEWS or _is_passing(node, module)
+            base = self._base[node] = self._base[x] if x is not None and view else node
+            self._aliases.setdefault(base, []).append(node)
+            for target in (x if writes else None, node.kwargs.get("out")):
+                if isinstance(target, fx.Node):
+                    self._writers.setdefault(self._base[target], []).append(node)
+
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that write into the memory of ``node``, directly or through a view."""
+        return self._writers.get(self._base[node], [])
+
+    def aliases(self, node: fx.Node) -> list[fx.Node]:
+        """All nodes that may share memory with ``node``, itself included; the first one allocated it."""
+        return self._aliases[self._base[node]]
 
 
 def _is_passing(node: fx.Node, module: nn.Module) -> bool:
