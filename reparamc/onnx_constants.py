@@ -40,6 +40,15 @@ MOVES = {
 
 def fold_constants(model: ModelProto) -> int:
     """Fold the constant operators of the main graph in place; the number of operators folded."""
+    total = 0
+    while folded := _sweep(model):
+        total += folded
+        if not any(node.op_type == "Shape" for node in model.graph.node):
+            break  # nothing more can have become known
+    return total
+
+
+def _sweep(model: ModelProto) -> int:
     outputs = {o.name for o in model.graph.output}
     constants, types, uses = Constants(model), Types(model), readers(model.graph)
     known = {name: _bytes(constants, name) for name in constants.tensors}

@@ -82,6 +82,6 @@ def tolerance(noise: float, epsilon: float) -> float:
         epsilon: the machine epsilon of the deployed dtype.
 
     An input is rounded once and a network rounds at every layer, so the measured response to one
-    perturbation is allowed many times; the floor covers models that barely react to their input.
+    perturbation is allowed some times over; the floor covers models that barely react to their input.
     """
-    return max(100 * noise, 500 * epsilon)
+    return max(20 * noise, 500 * epsilon)

@@ -11,6 +11,7 @@ from reparamc_passes.bn_folding import BN_FOLDING
 from reparamc_passes.branch_merging import BRANCH_MERGING
 from reparamc_passes.constant_folding import CONSTANT_FOLDING
 from reparamc_passes.identity_to_conv import IDENTITY_TO_CONV
+from reparamc_passes.layout_cancelling import LAYOUT_CANCELLING
 from reparamc_passes.repmixer import REPMIXER
 from reparamc_passes.scale_folding import SCALE_FOLDING
 
@@ -21,6 +22,7 @@ PASSES: tuple[Pass, ...] = (
     SCALE_FOLDING,
     IDENTITY_TO_CONV,
     BRANCH_MERGING,
+    LAYOUT_CANCELLING,
 )
 
 __all__ = ["PASSES"]

@@ -13,6 +13,8 @@ across groups, so that a large depthwise kernel beside a dense 1x1 stays what it
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import zip_longest
+from typing import cast
 
 from reparamc.cost import addition, price
 from reparamc.expr import Conv, Expr, Sum, total
@@ -23,39 +25,32 @@ from reparamc.rewrite import Declined, Pass
 def parallel_convs(e: Expr) -> Expr | Declined | None:
     if not isinstance(e, Sum):
         return None
-    branches: dict[Expr, dict[Hashable, list[Conv]]] = {}
-    for term in e.terms:
+    branches: dict[Expr, dict[Hashable, list[int]]] = {}  # input -> grid -> places in the sum
+    for place, term in enumerate(e.terms):
         if isinstance(term, Conv):
             grid = (term.stride, term.delta, term.out_channels, term.frame)
-            branches.setdefault(term.x, {}).setdefault(grid, []).append(term)
-    replaced: dict[Expr, Conv | None] = {}  # a branch -> what stands in its place, if anything
+            branches.setdefault(term.x, {}).setdefault(grid, []).append(place)
+    terms: list[Expr | None] = list(e.terms)
     refusal: Declined | None = None
     for grids in branches.values():
         if len(grids) > 1:
-            refusal = Declined(_difference([group[0] for group in grids.values()]))
-        for convs in grids.values():
-            merged = _merge_while_cheaper(convs)
-            if len(merged) == len(convs) > 1:
+            refusal = Declined(_difference([cast(Conv, e.terms[places[0]]) for places in grids.values()]))
+        for places in grids.values():
+            merged = _merge_while_cheaper([cast(Conv, e.terms[place]) for place in places])
+            if len(merged) == len(places) > 1:
                 refusal = Declined("merging its branches would cost more multiply-adds than it saves")
-            elif len(merged) < len(convs):
-                kept = [c for c in convs if c in merged]
-                fresh = [c for c in merged if c not in kept]
-                gone = [c for c in convs if c not in kept]
-                replaced.update(dict.fromkeys(gone))
-                replaced.update(zip(gone, fresh, strict=False))
-    if not replaced:
-        return refusal
-    return total([t for term in e.terms if (t := replaced.get(term, term)) is not None])
+            elif len(merged) < len(places):
+                for place, conv in zip_longest(places, merged):
+                    terms[place] = conv
+    kept = [term for term in terms if term is not None]
+    return refusal if len(kept) == len(terms) else total(kept)
 
 
 def _merge_while_cheaper(convs: list[Conv]) -> list[Conv]:
     by_groups: dict[int, list[Conv]] = {}
     for conv in convs:
         by_groups.setdefault(conv.groups, []).append(conv)
-    merged: list[Conv] = []
-    for alike in [*by_groups.values()]:
-        merged += _if_cheaper(alike)
-    return _if_cheaper(merged)
+    return _if_cheaper([one for alike in by_groups.values() for one in _if_cheaper(alike)])
 
 
 def _if_cheaper(convs: list[Conv]) -> list[Conv]:
