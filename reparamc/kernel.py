@@ -75,7 +75,7 @@ def merge(convs: Sequence[Conv]) -> Conv:
     weight = np.zeros((first.out_channels, first.in_channels // groups, *kernel))
     for conv in convs:
         at = tuple(
-            slice((a - a0) // d0, (r - a0) // d0 + 1, d // d0)
+            slice((a - a0) // d0, (r - a0) // d0 + 1, max(1, d // d0))  # one tap may have any dilation
             for a, r, d, a0, d0 in zip(conv.offset, conv.reach, conv.dilation, offset, dilation, strict=True)
         )
         weight[(slice(None), slice(None), *at)] += regroup(conv, groups)

@@ -81,7 +81,7 @@ def _sweep(model: ModelProto) -> int:
         known.update(zip((name for name in node.output if name), (s or 0 for s in sizes), strict=True))
         foldable.append(node)
     values = shapes | _compute(model, foldable, constants, shapes)
-    fresh = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in values.items()]
+    fresh = [numpy_helper.from_array(np.asarray(value, order="C"), name) for name, value in values.items()]
     kept, folded = [], []
     for node in model.graph.node:
         done = all(name in values for name in node.output if name)

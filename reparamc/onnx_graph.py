@@ -109,7 +109,7 @@ class OnnxGraph:
 
     def add_initializer(self, wanted: str, array: Array, dtype: np.dtype) -> str:
         name = self.names.fresh(wanted)
-        self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(array).astype(dtype), name))
+        self._initializers.append(numpy_helper.from_array(np.asarray(array, dtype, order="C"), name))
         return name
 
     def finish(self) -> None:
@@ -147,6 +147,8 @@ def _read_conv(graph: OnnxGraph, node: NodeProto) -> Reading | Declined | None:
     pads = _pads(graph, node, kernel, stride, dilation)
     if isinstance(pads, Declined):
         return pads
+    if bias is not None and graph.constants.shape(bias) != graph.constants.shape(weight)[:1]:
+        return Declined("its bias does not fit its weight")
     channels = _channels(graph, node.input[0], n)
     if channels is not None and channels != graph.constants.shape(weight)[1] * groups:
         return Declined("its weight does not fit the channels of its input")
@@ -205,7 +207,7 @@ def _read_batchnorm(graph: OnnxGraph, node: NodeProto) -> Reading | Declined | N
     )
     if len(counts) != 1:
         return Declined("its parameters do not fit the channels of its input")
-    eps = cast(float, attribute(node, "epsilon", 1e-5))
+    eps = cast(float, attribute(node, "epsilon", np.float32(1e-5)))  # attributes are float32
 
     def build(operands: Sequence[Expr]) -> Expr:
         gamma, beta, mean, var = (graph.array(name) for name in parameters)
@@ -451,7 +453,7 @@ class _Emitter:
 
     def _linear(self, e: Conv, output: str | None) -> str:
         x = self._value(e.x)
-        if self._rank(e.x) == 2:
+        if self._rank(e.x) == 2 and (e.bias is not None or self.graph.opset >= 11):
             inputs = [x, self._parameter("weight", e.weight)]
             inputs += [self._parameter("bias", e.bias)] if e.bias is not None else []
             return self._node("Gemm", inputs, output, transB=1)

@@ -183,7 +183,8 @@ def _consider(
     for value in members:
         exprs[value] = readings[value].build([operand(v) for v in readings[value].operands])
     before = flatten(exprs[root])
-    outcome = simplify(before, passes)
+    with np.errstate(all="ignore"):  # whatever is not finite is refused below
+        outcome = simplify(before, passes)
     if not outcome.steps:
         return list(outcome.refusals)
     after = outcome.expr
