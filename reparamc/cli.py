@@ -102,7 +102,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
     check_target(arguments.model, output)
     if arguments.report is not None:
         check_target(arguments.model, arguments.report)
-        if arguments.report.absolute() == output.absolute():
+        if arguments.report.resolve() == output.resolve():
             raise InputError("the report and the output are the same file")
     start = perf_counter()
     model = load(arguments.model)

@@ -157,7 +157,7 @@ def sample_inputs(roots: Sequence[Expr], rng: np.random.Generator, extra: int = 
     smallest = 2 + span + extra
     sources = [e for e in order if isinstance(e, Source)]
     if any(isinstance(e, Layout) for e in order):
-        symbols: dict[str, int] = {}
+        symbols = _channel_symbols(sources, frame_of, channels_of)
         for source in sources:
             if source.shape is None:
                 raise ValueError("the shape of an operand is unknown")
@@ -165,12 +165,30 @@ def sample_inputs(roots: Sequence[Expr], rng: np.random.Generator, extra: int = 
                 symbols.setdefault(symbol, smallest + len(symbols))
         return {e: rng.standard_normal([dim.at(symbols) for dim in e.shape or ()]) for e in sources}
     frame = frame_of[whole] or 0
-    extents = _extents(whole, [(smallest + axis, smallest + axis) for axis in range(frame)])
+    wanted = [smallest + axis for axis in range(frame)]
+    for e in order:
+        if isinstance(e, Scale) and e.frame is not None and e.frame < frame:
+            wanted[frame - 1 - e.frame] = max(e.scale.size, e.shift.size)  # it acts on a spatial axis
+    extents = _extents(whole, [(n, n) for n in wanted])
     inputs = {}
     for e in sources:
         spatial = [low + extra % (high - low + 1) for low, high in extents[e]]
         inputs[e] = rng.standard_normal((1, channels_of[e] or 3, *spatial))
     return inputs
+
+
+def _channel_symbols(
+    sources: Sequence[Source], frame_of: Mapping[Expr, int | None], channels_of: Mapping[Expr, int | None]
+) -> dict[str, int]:
+    """Extents of the symbols that stand for channels, as the operators around them fix them."""
+    found: dict[str, int] = {}
+    for e in sources:
+        frame, count = frame_of[e], channels_of[e]
+        if e.shape is not None and frame is not None and count is not None and frame < len(e.shape):
+            symbols = e.shape[len(e.shape) - 1 - frame].symbols
+            if len(symbols) == 1:
+                found[symbols[0]] = count
+    return found
 
 
 def _extents(root: Expr, wanted: list[tuple[int, int]]) -> dict[Expr, list[tuple[int, int]]]:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, InputTypeError, VerificationError
 from reparamc.fx_graph import FxGraph
-from reparamc.fx_values import lookup
+from reparamc.fx_values import IN_PLACE_DUNDERS, lookup
 from reparamc.region import make_plan
 from reparamc.report import Counts, OutputError, Refusal, Report, Rewrite
 from reparamc.rewrite import Pass, select
@@ -65,7 +65,8 @@ def fuse_fx(
     model = _checked(model)
     args, kwargs = _arguments(example_inputs)
     start = perf_counter()
-    traced = trace(copy.deepcopy(model))
+    traced = trace(_copied(model))
+    _refuse_changed_state(model, traced)
     before = count(traced)
     traced_at = perf_counter()
     graph = FxGraph(traced, _ranks(traced, model, args, kwargs))
@@ -121,6 +122,31 @@ def _checked(model: Any) -> nn.Module:
     return model
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the attributes of the user's module raise
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(
+            f"{type(model).__name__} cannot be copied: {reason}; remove weight_norm and the like"
+        ) from error
+
+
+def _refuse_changed_state(model: nn.Module, traced: fx.GraphModule) -> None:
+    """Raise InputError where running forward once, to trace it, has changed a parameter or buffer."""
+    kept = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, after in (*traced.named_parameters(), *traced.named_buffers()):
+        before = kept.get(name)
+        if before is not None and before.is_meta:
+            raise InputError(f"{name!r} is on the meta device and has no value; load the weights first")
+        if before is not None and not _same(before, after):
+            raise InputError(f"forward changes {name!r}: a state that every call updates cannot be fused")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if example_inputs is None:
         return (), {}
@@ -134,20 +160,16 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 class _Proxy(fx.Proxy):
     """A proxy that records ``a += b`` and ``a[i] = b`` as what they are; torch.fx would read ``a + b``, or fail."""
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
-
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _recorder(function: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name, _function in IN_PLACE_DUNDERS.items():
+    setattr(_Proxy, _name, _recorder(_function))
 
 
 class _Tracer(fx.Tracer):
@@ -156,13 +178,14 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def __init__(self, opaque: set[str]) -> None:
+    def __init__(self, opaque: set[str] | None = None) -> None:
         super().__init__()
-        self.opaque = opaque
+        self.opaque = opaque or set()
         self.failed: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooked = bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        hooked = hooked or "forward" in vars(m)
         parametrized = nn.utils.parametrize.is_parametrized(m)
         special = hooked or parametrized or module_qualified_name in self.opaque
         return special or super().is_leaf_module(m, module_qualified_name)
@@ -231,7 +254,13 @@ def verify_end_to_end(
     except Exception as error:  # whatever the user's forward raises
         raise InputError(f"the model does not run on example_inputs: {' '.join(str(error).split())[:200]}") from error
     noises = [_run(original, *_perturbed(args, kwargs, seed)) for seed in range(3)]
-    actual = _run(fused, args, kwargs)
+    try:
+        actual = _run(fused, args, kwargs)
+    except AssertionError as error:
+        raise InputError(
+            "example_inputs give an argument another value than its default, to which tracing fixes it: "
+            f"{' '.join(str(error).split())[:150]}"
+        ) from error
     if expected.keys() != actual.keys():
         raise VerificationError("the fused model returns another structure than the original", where="output")
     epsilon = max((torch.finfo(t.dtype).eps for t in (*model_tensors(original), *_floats(args, kwargs))), default=0.0)
@@ -261,6 +290,7 @@ def _floats(args: Any, kwargs: Any) -> list[Tensor]:
 def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     """Every tensor that ``model`` returns, by its place in the result; random operators draw the same numbers."""
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    model = copy.deepcopy(model)  # forward may update buffers
     devices = {t.device.index or 0 for t in model_tensors(model) if t.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(0)

@@ -19,7 +19,17 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from reparamc.expr import Array, BatchNorm, Conv, Expr, Layout, Permute, Reshape, Scale, Source, Sum
-from reparamc.fx_values import Memory, Values, lookup, only_asserted, reads_size_only
+from reparamc.fx_values import (
+    Memory,
+    Values,
+    first_operand,
+    is_plain,
+    lookup,
+    only_asserted,
+    operation,
+    reads_size_only,
+)
+from reparamc.kernel import regroup
 from reparamc.region import Reading, Splice, Value, layout_reading, new_nodes
 from reparamc.rewrite import Declined
 
@@ -52,9 +62,10 @@ class FxGraph:
     def _hoist_size_reads(self) -> None:
         """Let size reads of a BatchNorm's result ask its operand instead: same shape, and no reader of the result."""
         for node in reversed(self.graph.nodes):
-            if isinstance(self._batchnorm(node), tuple) and isinstance(node.args[0], fx.Node):
+            operand = first_operand(node)
+            if operand is not None and isinstance(self._batchnorm(node), tuple):
                 for user in [u for u in node.users if reads_size_only(u)]:
-                    user.replace_input_with(node, node.args[0])
+                    user.replace_input_with(node, operand)
 
     # Reading
 
@@ -127,25 +138,27 @@ class FxGraph:
             return normed if isinstance(normed, Declined) else self._read_batchnorm(node, *normed)
         if node.op == "call_module":
             return self._read_module(node, lookup(self.module, str(node.target)))
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if node in self.facts.dims or reads_size_only(node):
+            return None
         if node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d, F.linear):
-            return self._read_functional(node, name)
-        if name in ("dropout", "contiguous", "detach") and isinstance(node.args[0], fx.Node):
+            return self._read_functional(node, node.target is F.linear)
+        name = operation(node)
+        if name in ("dropout", "contiguous", "detach"):
             live = name == "dropout" and (node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True))
             return None if live else self._passing(node)
-        if name in ARITHMETIC:
-            return self._read_arithmetic(node, ARITHMETIC[name])
+        if name in ("add", "sub", "mul", "div", "neg"):
+            return self._read_arithmetic(node, name)
         return self._read_layout(node)
 
     def _read_module(self, node: fx.Node, module: nn.Module) -> Reading | Declined | None:
         if type(module) in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d) and not module.training:
-            return self._passing(node) if not _hooked(module) else Declined("it has hooks")
+            return self._passing(node) if is_plain(module) else Declined("it has hooks")
         if type(module) is nn.Flatten:
             return self._read_layout(node)
         if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):
             return None
-        if _hooked(module):
-            return Declined("it has hooks, which folding would drop")
+        if not is_plain(module):
+            return Declined("it has hooks or a forward of its own, which folding would drop")
         prefix = str(node.target)
         if isinstance(module, nn.Linear):
             return self._linear(node, module.weight, module.bias, (f"{prefix}.weight", f"{prefix}.bias"))
@@ -155,7 +168,7 @@ class FxGraph:
         names = (f"{prefix}.weight", f"{prefix}.bias")
         return self._conv(node, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, names)
 
-    def _read_functional(self, node: fx.Node, name: str) -> Reading | Declined | None:
+    def _read_functional(self, node: fx.Node, linear: bool) -> Reading | Declined | None:
         keys = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
         given = dict(zip(keys, node.args, strict=False)) | node.kwargs
         weight, bias = given.get("weight"), given.get("bias")
@@ -164,7 +177,7 @@ class FxGraph:
         w = self.facts.constants[cast(fx.Node, weight)]
         b = None if bias is None else self.facts.constants[cast(fx.Node, bias)]
         names = tuple(n for k in (weight, bias) if k is not None for n in self.facts.names[cast(fx.Node, k)])
-        if name == "linear":
+        if linear:
             return self._linear(node, w, b, names)
         n = w.ndim - 2
         stride, dilation = (_each(given.get(key, 1), n) for key in ("stride", "dilation"))
@@ -196,8 +209,8 @@ class FxGraph:
             if pads is None:
                 return Declined("its padding is computed at run time")
             begin = end = list(pads)
-        operand = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(operand, fx.Node):
+        operand = first_operand(node)
+        if operand is None:
             return None
         offset = tuple(-b for b in begin)
         delta = tuple(d * (k - 1) - b - e for d, k, b, e in zip(dilation, kernel, begin, end, strict=True))
@@ -210,8 +223,8 @@ class FxGraph:
         return Reading((operand,), build, names if bias is not None else names[:1], n)
 
     def _linear(self, node: fx.Node, weight: Tensor, bias: Tensor | None, names: tuple[str, ...]) -> Reading | None:
-        operand = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(operand, fx.Node):
+        operand = first_operand(node)
+        if operand is None:
             return None
         self._note(node, weight.shape[0], weight, bias)
 
@@ -229,8 +242,8 @@ class FxGraph:
             norm = cast(nn.BatchNorm2d, module)
             if norm.training or norm.running_mean is None:
                 return Declined("BatchNorm uses the statistics of the batch")
-            if _hooked(norm):
-                return Declined("it has hooks, which folding would drop")
+            if not is_plain(norm):
+                return Declined("it has hooks or a forward of its own, which folding would drop")
             keys = ("weight", "bias", "running_mean", "running_var")
             tensors = [cast("Tensor | None", getattr(norm, key)) for key in keys]
             names = tuple(f"{node.target}.{k}" for k, t in zip(keys, tensors, strict=True) if t is not None)
@@ -251,8 +264,8 @@ class FxGraph:
     def _read_batchnorm(
         self, node: fx.Node, tensors: list[Tensor | None], eps: float, names: tuple[str, ...]
     ) -> Reading | Declined | None:
-        operand = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(operand, fx.Node):
+        operand = first_operand(node)
+        if operand is None:
             return None
         rank = self.facts.rank(node) or self.facts.rank(operand)
         if rank is None:
@@ -344,7 +357,9 @@ class FxGraph:
 
     def _read_layout(self, node: fx.Node) -> Reading | Declined | None:
         if node.op == "call_module":
-            module, x = lookup(self.module, str(node.target)), cast(fx.Node, node.args[0])
+            module, x = lookup(self.module, str(node.target)), first_operand(node)
+            if x is None:
+                return None
             before, after, axes = self.facts.shapes.get(x), self.facts.shapes.get(node), None
             if type(module) is not nn.Flatten or after is None:
                 return None
@@ -362,7 +377,7 @@ class FxGraph:
         return reading
 
     def _passing(self, node: fx.Node, x: Any = None) -> Reading | None:
-        x = node.args[0] if x is None else x
+        x = first_operand(node) if x is None else x
         if not isinstance(x, fx.Node):
             return None
         self._pass_on(node, x)
@@ -445,7 +460,10 @@ class FxGraph:
                 self.graph.erase_node(node)
         self.graph.lint()
         fused = fx.GraphModule(self.module, self.graph, type(self.module).__name__)
-        fused.train(self.module.training)
+        fused.training = False
+        for module in fused.modules():
+            if type(module) is nn.Module:  # a container that tracing made; the modules in it keep their modes
+                module.training = False
         return fused
 
 
@@ -484,13 +502,6 @@ def _clips(node: fx.Node, module: nn.Module) -> bool:
     return node.target in (F.relu6, F.hardtanh, torch.clamp, "clamp")
 
 
-def _hooked(module: nn.Module) -> bool:
-    return any(
-        getattr(module, name, None)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
-
-
 def _each(value: Any, n: int) -> tuple[int, ...] | None:
     if isinstance(value, int):
         return (value,) * n
@@ -503,14 +514,6 @@ def array(tensor: Tensor) -> Array:
     """A tensor as a float64 array of its own."""
     return np.array(tensor.detach().to("cpu", torch.float64).numpy(), copy=True)
 
-
-ARITHMETIC = {
-    **dict.fromkeys(("add", "iadd", "add_"), "add"),
-    **dict.fromkeys(("sub", "isub", "sub_", "subtract"), "sub"),
-    **dict.fromkeys(("mul", "imul", "mul_", "multiply"), "mul"),
-    **dict.fromkeys(("truediv", "div", "itruediv", "div_", "divide"), "div"),
-    "neg": "neg",
-}
 
 LINEAR_MODULES: dict[int, Callable[..., nn.Module]] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM_MODULES = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -552,7 +555,7 @@ class _Emitter:
                 return self._sum(e)
             case Layout():
                 native = cast(fx.Node, e.token)
-                moved = native.args[0]
+                moved = first_operand(native)
                 return self.graph.graph.node_copy(
                     native, lambda n: self._value(e.x) if n is moved else self.graph.current(n)
                 )
@@ -575,7 +578,7 @@ class _Emitter:
                 e.in_channels, e.out_channels, e.kernel,
                 stride=e.stride, padding=padding, dilation=e.dilation, groups=e.groups, **options,
             )  # fmt: skip
-        weight = self._tensor(e.weight)
+        weight = self._tensor(e.weight if e.frame else regroup(e, 1))
         if self.channels_last and weight.ndim == 4:
             weight = weight.to(memory_format=torch.channels_last)
         module.weight = self._parameter(weight)
@@ -640,6 +643,7 @@ class _Emitter:
                 common.append(parts[0])
             wanted = ".".join([*common, "fused"])
         path = self.graph.fresh_path(wanted)
+        module.eval()
         self.graph.module.add_submodule(path, module)
         return path
 

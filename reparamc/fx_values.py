@@ -36,13 +36,68 @@ ARITHMETIC = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.isub, operator.imul,
     torch.add, torch.sub, torch.mul, torch.div, "add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_",
 }  # fmt: skip
-VIEWS = {
-    "view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "unflatten", "expand", "detach",
-    "contiguous", "chunk", "split", "unbind", "narrow", "t", "to", "float", "half", "double", "type", "movedim",
-    torch.reshape, torch.flatten, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, torch.chunk,
-    torch.split, torch.unbind, torch.narrow, torch.movedim, operator.getitem, F.dropout,
+FUNCTIONS: dict[Any, str] = {
+    operator.add: "add", operator.iadd: "add", torch.add: "add",
+    operator.sub: "sub", operator.isub: "sub", torch.sub: "sub", torch.subtract: "sub",
+    operator.mul: "mul", operator.imul: "mul", torch.mul: "mul", torch.multiply: "mul",
+    operator.truediv: "div", operator.itruediv: "div", torch.div: "div", torch.divide: "div",
+    operator.neg: "neg", torch.neg: "neg",
+    torch.reshape: "reshape", torch.flatten: "flatten", torch.transpose: "transpose", torch.permute: "permute",
+    torch.squeeze: "squeeze", torch.unsqueeze: "unsqueeze", torch.unflatten: "unflatten",
+    torch.mean: "mean", torch.amax: "amax", torch.split: "split", torch.chunk: "chunk",
+    torch.detach: "detach", F.dropout: "dropout",
+    F.scaled_dot_product_attention: "scaled_dot_product_attention",
 }  # fmt: skip
-"""Operators whose result may share memory with their first operand."""
+"""What a called function is, by identity: a user's function may bear any name."""
+
+METHODS = {
+    "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "neg", "subtract", "multiply", "divide",
+    "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "unflatten", "mean", "amax",
+    "split", "chunk", "detach", "contiguous",
+}  # fmt: skip
+
+
+def operation(node: fx.Node) -> str:
+    """The name of the operator that ``node`` calls as a function or method; empty where it is none known here."""
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target, "")
+    if node.op == "call_method" and node.target in METHODS:
+        return {"subtract": "sub", "multiply": "mul", "divide": "div"}.get(
+            str(node.target), str(node.target).rstrip("_")
+        )
+    return ""
+
+
+def first_operand(node: fx.Node) -> fx.Node | None:
+    """The first operand of a call, given by position or as ``input``."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, fx.Node) else None
+
+
+ALLOCATING_METHODS = {
+    "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "abs", "sigmoid", "tanh", "relu",
+    "softmax", "mean", "sum", "amax", "amin", "max", "min", "var", "std", "clone", "matmul", "bmm", "clamp",
+    "size", "dim", "ndimension", "numel",
+}  # fmt: skip
+ALLOCATING_FUNCTIONS = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.matmul,
+    operator.floordiv, operator.mod, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+    torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.relu, torch.sigmoid, torch.tanh, torch.softmax,
+    torch.cat, torch.concat, torch.stack, torch.matmul, torch.bmm, torch.mean, torch.sum, torch.exp, torch.sqrt,
+    torch.rsqrt, torch.clone, torch._assert,
+    F.conv1d, F.conv2d, F.conv3d, F.linear, F.batch_norm, F.layer_norm, F.group_norm, F.relu, F.relu6, F.gelu, F.silu,
+    F.hardswish, F.hardsigmoid, F.hardtanh, F.leaky_relu, F.elu, F.mish, F.sigmoid, F.softmax, F.softplus, F.pad,
+    F.max_pool2d, F.avg_pool2d, F.interpolate, F.scaled_dot_product_attention,
+}  # fmt: skip
+"""Operators whose result has memory of its own; any other result may share that of its operands."""
+
+IN_PLACE_DUNDERS = {
+    f"__{name}__": getattr(operator, name)
+    for name in (
+        "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "imatmul",
+        "ilshift", "irshift",
+    )
+}  # fmt: skip
 
 SIZE_READS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
 
@@ -107,8 +162,8 @@ class Values:
         return None if shape is None else len(shape)
 
     def _visit(self, node: fx.Node, ranks: dict[str, int]) -> None:
-        if node.op == "placeholder" and node.name in ranks:
-            self.shapes[node] = self._fresh(node, ranks[node.name])
+        if node.op == "placeholder" and node.target in ranks:
+            self.shapes[node] = self._fresh(node, ranks[str(node.target)])
         elif node.op == "get_attr":
             value = lookup(self.module, str(node.target))
             if isinstance(value, Tensor):
@@ -148,12 +203,8 @@ class Values:
             dims[axis] = channels
         return shape_of(dims)
 
-    def _operand(self, node: fx.Node) -> fx.Node | None:
-        first = node.args[0] if node.args else node.kwargs.get("input")
-        return first if isinstance(first, fx.Node) else None
-
     def _shape(self, node: fx.Node) -> Shape | None:
-        x = self._operand(node)
+        x = first_operand(node)
         before = self.shapes.get(x) if x is not None else None
         if node.op == "call_module":
             module = lookup(self.module, str(node.target))
@@ -197,7 +248,7 @@ class Values:
 
     def _reduced(self, node: fx.Node, before: Shape) -> Shape | None:
         """Means over axes, pieces of a split, and attention."""
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = operation(node)
         args: Any = node.args[1:]
         rank = len(before)
         if name in ("mean", "amax"):
@@ -259,7 +310,7 @@ class Values:
                 self.shapes.setdefault(x, self._fresh(x, rank))
 
     def _learn_dim(self, node: fx.Node) -> None:
-        x = self._operand(node)
+        x = first_operand(node)
         if x is None:
             return
         shape = self.shapes.get(x)
@@ -288,9 +339,9 @@ class Values:
 
     def layout(self, node: fx.Node) -> tuple[Shape | None, Shape, tuple[int, ...] | None] | None:
         """(shape before, shape after, permutation or None) of a layout operator; None when ``node`` is none."""
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        x = self._operand(node)
-        if node.op not in ("call_method", "call_function") or x is None or node.kwargs:
+        name = operation(node)
+        x = first_operand(node)
+        if not name or x is None or node.kwargs or not node.args:
             return None
         args: Any = node.args[1:]
         before = self.shapes.get(x)
@@ -298,7 +349,8 @@ class Values:
             dims = args[0] if len(args) == 1 and isinstance(args[0], tuple | list | fx.Node) else args
             after = self._reshaped(node, before, dims)
             return None if after is None else (before, after, None)
-        if before is None or not all(isinstance(a, int) for a in args if not isinstance(a, tuple | list | fx.Node)):
+        fixed = args[:1] if name == "unflatten" else args
+        if before is None or _nodes_in(fixed):
             return None
         rank = len(before)
         if name == "flatten":
@@ -338,55 +390,100 @@ class Values:
         return tuple(d for d in wanted if d is not None)
 
 
+def _nodes_in(args: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg(tuple(args), lambda n: (found.append(n), n)[1])
+    return found
+
+
 def flattened(shape: Shape, start: Any = 0, end: Any = -1) -> Shape:
     start, end = start % len(shape), end % len(shape)
     return (*shape[:start], size(shape[start : end + 1]), *shape[end + 1 :])
 
 
 class Memory:
-    """Which nodes share memory, and which write into it."""
+    """Which nodes may share memory, and which may write into it."""
 
     def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
-        self._base: dict[fx.Node, fx.Node] = {}
+        self._parent: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            self._parent[node] = node
+            if not _allocates(node, module):
+                for x in node.all_input_nodes:
+                    self._parent[self._base(x)] = self._base(node)
         self._aliases: dict[fx.Node, list[fx.Node]] = {}
         self._writers: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            x = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-            writes = x is not None and _writes(node, module)
-            view = writes or node.target in VIEWS or _is_passing(node, module)
-            base = self._base[node] = self._base[x] if x is not None and view else node
-            self._aliases.setdefault(base, []).append(node)
-            for target in (x if writes else None, node.kwargs.get("out")):
-                if isinstance(target, fx.Node):
-                    self._writers.setdefault(self._base[target], []).append(node)
+            self._aliases.setdefault(self._base(node), []).append(node)
+            for target in _written(node, module):
+                self._writers.setdefault(self._base(target), []).append(node)
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        while self._parent[node] is not node:
+            self._parent[node] = node = self._parent[self._parent[node]]
+        return node
 
     def writers(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that write into the memory of ``node``, directly or through a view."""
-        return self._writers.get(self._base[node], [])
+        """The nodes that may write into the memory of ``node``, directly or through a view."""
+        return self._writers.get(self._base(node), [])
 
     def aliases(self, node: fx.Node) -> list[fx.Node]:
-        """All nodes that may share memory with ``node``, itself included; the first one allocated it."""
-        return self._aliases[self._base[node]]
+        """All nodes that may share memory with ``node``, itself included, in execution order."""
+        return self._aliases[self._base(node)]
 
 
-def _is_passing(node: fx.Node, module: nn.Module) -> bool:
-    return node.op == "call_module" and isinstance(
-        lookup(module, str(node.target)), nn.Identity | nn.Dropout | nn.Dropout2d | nn.Flatten | nn.Unflatten
-    )
-
-
-def _writes(node: fx.Node, module: nn.Module) -> bool:
+def _allocates(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
-        return bool(getattr(lookup(module, str(node.target)), "inplace", False))
+        called = lookup(module, str(node.target))
+        passing = nn.Identity | nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.Flatten | nn.Unflatten
+        return is_plain(called) and not isinstance(called, passing) and not getattr(called, "inplace", False)
+    if _written(node, module):
+        return False
+    if node.op == "call_method":
+        return node.target in ALLOCATING_METHODS
+    if node.op == "call_function":
+        return node.target in ALLOCATING_FUNCTIONS or reads_size_only(node)
+    return True
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether ``module`` is one of torch's own and runs nothing but its own forward."""
+    hooked = any(
+        getattr(module, name, None)
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
+    return type(module).__module__.startswith("torch.nn.modules") and not hooked and "forward" not in vars(module)
+
+
+def _written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
+    """The operands that ``node`` may write into."""
+    first = first_operand(node)
+    if node.op == "call_module":
+        called = lookup(module, str(node.target))
+        if not is_plain(called):
+            return list(node.all_input_nodes)  # it may do anything
+        return [first] if first is not None and getattr(called, "inplace", False) else []
+    out = node.kwargs.get("out")
+    found = [out] if isinstance(out, fx.Node) else []
     if node.op == "call_method":
         name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if node.op == "call_function":
+        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         flag = node.kwargs.get("inplace") or (node.target in _INPLACE_SECOND and node.args[1:2] == (True,))
-        return bool(flag) or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    return False
+        writes = bool(flag) or node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if not writes and not _is_known(node.target):
+            return list(node.all_input_nodes)
+    else:
+        return found
+    return [*found, first] if writes and first is not None else found
 
 
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "setitem"}
+def _is_known(function: Any) -> bool:
+    """Whether a function comes with Python or torch, and so writes only where its name says so."""
+    home = getattr(function, "__module__", None) or ""
+    return home.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "")
+
+
+_IN_PLACE = {*IN_PLACE_DUNDERS.values(), operator.setitem}
 _INPLACE_SECOND = {F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.mish}

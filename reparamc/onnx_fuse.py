@@ -27,6 +27,9 @@ from reparamc.rewrite import Pass, select
 
 LEVELS = ("off", "region", "full")
 
+OLDEST_OPSET = 7
+"""Before it, broadcasting and BatchNormalization meant something else."""
+
 
 def fuse_model(
     model: ModelProto,
@@ -125,6 +128,8 @@ def fuse_onnx(
         VerificationError: the result differs from the original; nothing is written.
     """
     level = verify if isinstance(verify, str) else "full" if verify else "off"
+    if output is not None and not isinstance(model, str | os.PathLike):
+        raise InputError("output is for models given as a path; this one is returned")
     if isinstance(model, ModelProto):
         result, report = fuse_model(model, passes=passes, skip=skip, verify=level)
         returned: Any = result
@@ -152,6 +157,13 @@ def check(model: ModelProto) -> None:
     """Raise InputError unless ``model`` passes the ONNX checker."""
     if not model.graph.node and not model.graph.output:
         raise InputError("the model has no graph: the file is empty or not ONNX")
+    if any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer):
+        raise InputError("the weights are in another file and not loaded; load the model with onnx.load(path)")
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
+    if opset is not None and opset < OLDEST_OPSET:
+        raise InputError(
+            f"the model uses opset {opset}; convert it to {OLDEST_OPSET} or later (onnx.version_converter)"
+        )
     try:
         onnx.checker.check_model(skeleton(model))
         for tensor in model.graph.initializer:
@@ -195,8 +207,15 @@ def load(path: Path) -> ModelProto:
 
 def check_target(source: Path, target: Path) -> None:
     """Raise InputError unless a file can be written at ``target`` without touching ``source``."""
+    try:
+        target.resolve()
+        exists = target.exists()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{target} cannot be written: it is a link to itself, or its name is too long") from error
     if target.is_dir():
         raise InputError(f"{target} is a folder; give a file name for the output")
+    if exists and not target.is_file():
+        raise InputError(f"{target} is no regular file, and would be replaced by one; give another name")
     if not target.parent.is_dir():
         raise InputError(f"the folder {target.parent} does not exist; create it first")
     if not os.access(target.parent, os.W_OK):
@@ -230,8 +249,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    path = path.resolve()  # a link keeps pointing where it does
     try:
+        path = path.resolve()  # a link keeps pointing where it does
         with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             temporary.write_bytes(data)

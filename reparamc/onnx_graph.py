@@ -14,6 +14,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from reparamc.expr import Array, BatchNorm, Conv, Expr, Layout, Permute, Reshape, Scale, Source, Sum
+from reparamc.kernel import regroup
 from reparamc.onnx_values import (
     Constants,
     Names,
@@ -453,11 +454,12 @@ class _Emitter:
 
     def _linear(self, e: Conv, output: str | None) -> str:
         x = self._value(e.x)
+        weight = regroup(e, 1)
         if self._rank(e.x) == 2 and (e.bias is not None or self.graph.opset >= 11):
-            inputs = [x, self._parameter("weight", e.weight)]
+            inputs = [x, self._parameter("weight", weight)]
             inputs += [self._parameter("bias", e.bias)] if e.bias is not None else []
             return self._node("Gemm", inputs, output, transB=1)
-        inputs = [x, self._parameter("weight", e.weight.T)]
+        inputs = [x, self._parameter("weight", weight.T)]
         if e.bias is None:
             return self._node("MatMul", inputs, output)
         return self._node("Add", [self._node("MatMul", inputs, None), self._parameter("bias", e.bias)], output)

@@ -122,6 +122,8 @@ def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[st
         shape = []
         for axis, d in enumerate(kind.shape.dim):
             guess = 2 if axis == 0 else extent
+            if d.dim_value < 0:
+                raise InputError(f"input {value.name!r} has a negative extent; declare it by a name instead")
             shape.append(
                 d.dim_value
                 if d.HasField("dim_value")

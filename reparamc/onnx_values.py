@@ -94,7 +94,7 @@ class Constants:
         try:
             return numpy_helper.to_array(self.tensors[name])
         except (ValueError, RuntimeError, onnx.checker.ValidationError) as error:
-            raise InputError(f"the constant {name!r} cannot be read: {error}; the file is damaged") from error
+            raise InputError(f"the constant {name!r} cannot be read: {error}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].dims)
@@ -142,9 +142,10 @@ class Types:
             light = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
         except onnx.shape_inference.InferenceError:
             light = onnx.shape_inference.infer_shapes(light)
+        # What the file itself says comes first, to be overruled: it may be stale, and inference may be silent.
         self._types = {
             v.name: v.type.tensor_type
-            for group in (light.graph.value_info, light.graph.output, light.graph.input)
+            for group in (model.graph.value_info, light.graph.value_info, light.graph.output, light.graph.input)
             for v in group
             if v.type.HasField("tensor_type")
         }

@@ -239,14 +239,14 @@ def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
     """Why ``array`` (float64) must not be stored as ``dtype``; None when it may.
 
     A value beyond the largest number of the type would become infinite; a row whose every value is
-    below the smallest normal number would lose its digits.
+    below the smallest normal number would lose its digits. A vector counts as one row.
     """
     info = ml_dtypes.finfo(dtype)
     if not np.isfinite(array).all():
         return "a folded parameter is NaN or infinite (a variance of zero without epsilon, or a negative one)"
     if np.abs(array).max(initial=0.0) > float(info.max):
         return f"a folded parameter exceeds the range of {dtype}"
-    rows = np.abs(array).reshape(array.shape[0] if array.ndim else 1, -1).max(axis=1, initial=0.0)
+    rows = np.abs(array).reshape(array.shape[0] if array.ndim > 1 else 1, -1).max(axis=1, initial=0.0)
     if np.any((rows > 0) & (rows < float(info.smallest_normal))):
         return f"a folded parameter falls below the range of {dtype}"
     return None

@@ -89,7 +89,7 @@ class _Simplifier:
     def run(self, root: Expr) -> Outcome:
         done: dict[Expr, Expr] = {}  # node -> its fixed point
         becomes: dict[Expr, Expr] = {}  # node -> the node whose fixed point is also its own
-        fresh = 0
+        limit = 50 * (len(list(walk(root))) + 20)
         stack = [root]
         while stack:
             e = stack[-1]
@@ -97,7 +97,6 @@ class _Simplifier:
                 stack.pop()
                 continue
             if e not in becomes:
-                fresh += 1
                 becomes[e] = self._apply(e)
             e2 = becomes[e]
             if e2 is not e:
@@ -105,7 +104,7 @@ class _Simplifier:
                     done[e] = done[e2]
                 else:
                     stack.append(e2)
-                if len(self.steps) > 50 * (fresh + 20):
+                if len(self.steps) > limit:
                     raise RewriteLimitError(f"the rules do not terminate; the last was {self.steps[-1].name}")
                 continue
             pending = [c for c in e.children if c not in done]
@@ -143,6 +142,8 @@ def select(passes: Sequence[Pass], only: Iterable[str] | None = None, skip: Iter
     Raises:
         InputError: a name that no pass has.
     """
+    if isinstance(only, str) or isinstance(skip, str):
+        raise InputError("passes are given as a list of names, not as one string")
     known = [p.name for p in passes]
     wanted = known if only is None else list(only)
     skipped = list(skip)

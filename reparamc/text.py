@@ -15,6 +15,7 @@ them from a seed, so a text states structure and its reader checks numbers.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -43,12 +44,22 @@ def show(root: Expr) -> str:
     inner = 0
     for e in walk(root):
         if isinstance(e, Source):
-            name = re.sub(r"\s", "_", str(e.key))
+            name = _source_name(str(e.key), names.values())
         else:
             name, inner = str(inner), inner + 1
         names[e] = f"%{name}"
         lines.append(f"%{name} = {_describe(e, names)}")
     return "\n".join(lines)
+
+
+def _source_name(key: str, taken: Iterable[str]) -> str:
+    """``key`` without the signs that mean something in the text, and apart from the numbers of other nodes."""
+    name = re.sub(r"[\s,=#%]", "_", key) or "_"
+    name = f"_{name}" if name.isdigit() else name
+    used = set(taken)
+    while f"%{name}" in used:
+        name += "_"
+    return name
 
 
 def _describe(e: Expr, names: dict[Expr, str]) -> str:

@@ -40,3 +40,7 @@ def timm() -> ModuleType:
     pytest.importorskip("torch")
     _declare_torchvision_operators()
     return pytest.importorskip("timm")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="write the verdicts of the golden cases anew")
