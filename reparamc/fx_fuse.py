@@ -64,12 +64,15 @@ def fuse_fx(
     selected = select(pass_table, passes, skip)
     model = _checked(model)
     args, kwargs = _arguments(example_inputs)
+    if example_inputs is not None:
+        args, kwargs = _bound(model, args, kwargs)
+        _try(model, args, kwargs)
     start = perf_counter()
     traced = trace(_copied(model))
     _refuse_changed_state(model, traced)
     before = count(traced)
     traced_at = perf_counter()
-    graph = FxGraph(traced, _ranks(traced, model, args, kwargs))
+    graph = FxGraph(traced, _float_ranks(model, args, kwargs))
     plan = make_plan(graph, selected, verify=level != "off")
     counts: Counter[str] = Counter()
     rewrites = []
@@ -112,6 +115,12 @@ def _checked(model: Any) -> nn.Module:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise InputTypeError(f"fuse_fx takes the module inside {type(model).__name__}; pass model.module")
     model = getattr(model, "_orig_mod", model)
+    if "forward" in vars(model):
+        raise InputError(
+            f"the forward of this {type(model).__name__} was replaced on the instance; tracing would miss it"
+        )
+    if any(nn.parameter.is_lazy(p) for p in (*model.parameters(), *model.buffers())):
+        raise InputError("the model has parameters that are not initialised yet; run it once first")
     if model.training:
         raise InputError(
             "the model is in training mode, where BatchNorm and Dropout are live; call .eval() on it first"
@@ -123,8 +132,9 @@ def _checked(model: Any) -> nn.Module:
 
 
 def _copied(model: nn.Module) -> nn.Module:
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
     except Exception as error:  # whatever the attributes of the user's module raise
         reason = " ".join(str(error).split())[:150]
         raise InputError(
@@ -206,16 +216,13 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """
     if model._forward_hooks or model._forward_pre_hooks:
         raise InputError(f"{type(model).__name__} has forward hooks, which tracing would drop; remove them first")
-    fixed = {
-        name: p.default
-        for name, p in inspect.signature(model.forward).parameters.items()
-        if p.default is not p.empty and not isinstance(p.default, Tensor)
-    }
+    fixed = _fixed(model)
     opaque: set[str] = set()
     while True:
         tracer = _Tracer(opaque)
         try:
             graph = tracer.trace(model, fixed or None)
+            _plain_assertions(graph)
             return fx.GraphModule(tracer.root, graph, type(model).__name__)
         except Exception as error:  # a model's forward may raise anything when it meets a proxy
             if tracer.failed is None or tracer.failed in opaque:
@@ -227,15 +234,56 @@ def trace(model: nn.Module) -> fx.GraphModule:
             opaque.add(tracer.failed)
 
 
-def _ranks(traced: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    """The rank of every tensor argument, by the name of its placeholder."""
-    if not args and not kwargs:
-        return {}
+def _plain_assertions(graph: fx.Graph) -> None:
+    """Say "this argument is None" with torch._assert: the function torch.fx uses for it breaks every later trace."""
+    for node in list(graph.nodes):
+        if getattr(node.target, "__name__", "") == "_assert_is_none":
+            with graph.inserting_before(node):
+                is_none = graph.call_function(operator.eq, (node.args[0], None))
+                graph.call_function(torch._assert, (is_none, str(node.args[1])))
+            graph.erase_node(node)
+
+
+def _fixed(model: nn.Module) -> dict[str, Any]:
+    """Arguments of forward that tracing fixes to their defaults: None, numbers and strings steer control flow."""
+    return {
+        name: p.default
+        for name, p in inspect.signature(model.forward).parameters.items()
+        if p.default is None or isinstance(p.default, bool | int | float | str)
+    }
+
+
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs as forward's own arguments, in order."""
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
-    return {name: value.ndim for name, value in bound.items() if isinstance(value, Tensor)}
+    bound.apply_defaults()
+    for name, default in _fixed(model).items():
+        value = bound.arguments[name]
+        if value is not default and (isinstance(value, Tensor) or value != default):
+            raise InputError(
+                f"example_inputs give {name!r} another value than its default {default!r}, to which tracing fixes it"
+            )
+    return bound.args, bound.kwargs
+
+
+def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        _run(model, args, kwargs)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's forward raises
+        raise InputError(f"the model does not run on example_inputs: {' '.join(str(error).split())[:200]}") from error
+
+
+def _float_ranks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    """The rank of every floating tensor argument, by the name of its placeholder."""
+    if not args and not kwargs:
+        return {}
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return {k: v.ndim for k, v in bound.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 def verify_end_to_end(
@@ -246,21 +294,11 @@ def verify_end_to_end(
     The tolerance comes from the original's response to a perturbation of its inputs at rounding level.
 
     Raises:
-        InputError: the original does not run on the inputs.
         VerificationError: an output differs by more than rounding explains.
     """
-    try:
-        expected = _run(original, args, kwargs)
-    except Exception as error:  # whatever the user's forward raises
-        raise InputError(f"the model does not run on example_inputs: {' '.join(str(error).split())[:200]}") from error
+    expected = _run(original, args, kwargs)
     noises = [_run(original, *_perturbed(args, kwargs, seed)) for seed in range(3)]
-    try:
-        actual = _run(fused, args, kwargs)
-    except AssertionError as error:
-        raise InputError(
-            "example_inputs give an argument another value than its default, to which tracing fixes it: "
-            f"{' '.join(str(error).split())[:150]}"
-        ) from error
+    actual = _run(fused, args, kwargs)
     if expected.keys() != actual.keys():
         raise VerificationError("the fused model returns another structure than the original", where="output")
     epsilon = max((torch.finfo(t.dtype).eps for t in (*model_tensors(original), *_floats(args, kwargs))), default=0.0)
@@ -290,7 +328,7 @@ def _floats(args: Any, kwargs: Any) -> list[Tensor]:
 def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     """Every tensor that ``model`` returns, by its place in the result; random operators draw the same numbers."""
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    model = copy.deepcopy(model)  # forward may update buffers
+    model = _copied(model)  # forward may update buffers
     devices = {t.device.index or 0 for t in model_tensors(model) if t.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(0)
@@ -310,6 +348,7 @@ def _perturbed(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
         if not t.is_floating_point():
             return t
         signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device) * 2.0 - 1
+        signs = signs.double()
         return (t.double() * (1 + signs * torch.finfo(t.dtype).eps)).to(t.dtype)
 
     return pytree.tree_map_only(Tensor, nudge, (args, kwargs))

@@ -143,7 +143,7 @@ class FxGraph:
         if node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d, F.linear):
             return self._read_functional(node, node.target is F.linear)
         name = operation(node)
-        if name in ("dropout", "contiguous", "detach"):
+        if name in ("dropout", "detach"):
             live = name == "dropout" and (node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True))
             return None if live else self._passing(node)
         if name in ("add", "sub", "mul", "div", "neg"):
@@ -198,6 +198,8 @@ class FxGraph:
         groups: int,
         names: tuple[str, ...],
     ) -> Reading | Declined | None:
+        if not weight.is_floating_point():
+            return None
         n = weight.ndim - 2
         kernel = tuple(weight.shape[2:])
         if padding == "same":
@@ -287,7 +289,7 @@ class FxGraph:
         if (
             set(node.kwargs) - {"alpha"}
             or not isinstance(factor, int | float)
-            or len(node.args) < (1 if op == "neg" else 2)
+            or len(node.args) != (1 if op == "neg" else 2)
         ):
             return None
         if op == "neg":
@@ -311,7 +313,9 @@ class FxGraph:
         frame = self._along_one_axis(constant, x)
         if isinstance(frame, Declined):
             return frame
-        linear = x.op in ("placeholder", "get_attr") or isinstance(self.read(x), Reading)
+        if x.op == "placeholder" and x not in self.facts.shapes:
+            return Declined("the dtype of its operand is unknown: pass example_inputs")
+        linear = x.op == "placeholder" or isinstance(self.read(x), Reading)
         if frame is None and not linear:
             return Declined(ACTIVATION)
         if frame is None and op in ("add", "sub") and any(_clips(u, self.module) for u in node.users):
@@ -527,10 +531,9 @@ class _Emitter:
         members = cast(Sequence[fx.Node], splice.members)
         tensors = [t for m in members for t in graph.tensors.get(m, [])]
         self.like = next((t for t in tensors if t.ndim >= 4), tensors[0])
-        self.channels_last = (
-            self.like.ndim == 4
-            and not self.like.is_contiguous()
-            and self.like.is_contiguous(memory_format=torch.channels_last)
+        self.channels_last = any(
+            t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+            for t in tensors
         )
         self.trainable = any(t.requires_grad for t in tensors)
         self.modules = [str(m.target) for m in members if m.op == "call_module"]

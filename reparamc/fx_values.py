@@ -409,7 +409,8 @@ class Memory:
         for node in graph.nodes:
             self._parent[node] = node
             if not _allocates(node, module):
-                for x in node.all_input_nodes:
+                shared = _written(node, module) or node.all_input_nodes  # what is written in place is the result
+                for x in shared:
                     self._parent[self._base(x)] = self._base(node)
         self._aliases: dict[fx.Node, list[fx.Node]] = {}
         self._writers: dict[fx.Node, list[fx.Node]] = {}
@@ -471,6 +472,7 @@ def _written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         flag = node.kwargs.get("inplace") or (node.target in _INPLACE_SECOND and node.args[1:2] == (True,))
+        name = name.split(".")[0]  # overloads of aten operators carry theirs behind a dot
         writes = bool(flag) or node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         if not writes and not _is_known(node.target):
             return list(node.all_input_nodes)

@@ -61,12 +61,15 @@ class Difference:
 
 
 def difference(reference: npt.NDArray, other: npt.NDArray) -> Difference:
-    """Compare two arrays of equal shape: NaN and infinity patterns first, then finite values."""
+    """Compare two arrays of equal shape: NaN and infinity patterns first, then finite values.
+
+    Of whole numbers and truth values (masks, indices) it is the share of entries that differ.
+    """
     if reference.shape != other.shape:
         return Difference(float("inf"), float("inf"), same_kind=False)
     if reference.dtype.kind in "biuUSO":
-        equal = bool(np.array_equal(reference, other))
-        return Difference(0.0 if equal else float("inf"), 0.0 if equal else float("inf"), same_kind=equal)
+        unequal = float(np.mean(reference != other)) if reference.size else 0.0
+        return Difference(unequal, unequal, same_kind=True)
     a, b = reference.astype(np.float64), other.astype(np.float64)
     finite = np.isfinite(a)
     kind = bool(np.array_equal(finite, np.isfinite(b)) and np.array_equal(a[~finite], b[~finite], equal_nan=True))

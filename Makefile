@@ -1,0 +1,51 @@
+# Everything runs in .venv, which the first target that needs it creates.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test lint format check bench clean
+
+help:
+	@echo "make demo    export FastViT-T8 in training form and fuse it: build/fastvit_t8*.onnx"
+	@echo "make test    run all tests, examples included"
+	@echo "make lint    ruff, ruff format --check, pyright"
+	@echo "make check   lint, then test"
+	@echo "make format  let ruff put the code in order"
+	@echo "make bench   run all benchmarks and put their tables into the README (ten to thirty minutes)"
+	@echo "make clean   remove .venv and build"
+
+setup: .venv/.ready
+
+.venv/.ready: requirements-dev.txt requirements-timm.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("the pinned packages need Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@echo "installing the pinned packages into .venv; PyTorch is among them, so this takes minutes"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-timm.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	@mkdir -p build
+	$(BIN)/python -m fastvit_zoo export fastvit_t8 -o build/fastvit_t8.onnx
+	$(BIN)/reparamc fuse build/fastvit_t8.onnx -o build/fastvit_t8.fused.onnx
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+check: lint test
+
+bench: setup
+	$(BIN)/python benchmarks/all.py
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,39 @@
+"""Run every benchmark and put what it prints into the README.
+
+python benchmarks/all.py [NAME ...]
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+README = FOLDER.parent / "README.md"
+NAMES = ["structure", "accuracy", "latency", "fuse_time"]
+
+
+def main() -> None:
+    for name in sys.argv[1:] or NAMES:
+        print(f"{name}:", flush=True)
+        lines = []
+        with subprocess.Popen([sys.executable, FOLDER / f"{name}.py"], stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or []:
+                lines.append(line.rstrip())
+                print(lines[-1], flush=True)
+        if process.returncode:
+            sys.exit(process.returncode)
+        block = "\n".join(["```text", *lines, "```"])
+        text, found = re.subn(
+            rf"(`python benchmarks/{name}\.py`\n\n)```text\n.*?\n```",
+            lambda match, block=block: match[1] + block,
+            README.read_text(),
+            flags=re.DOTALL,
+        )
+        if found != 1:
+            sys.exit(f"README.md has {found} tables of benchmarks/{name}.py, not one")
+        README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The models that the benchmarks measure: training form, random parameters of ordinary size, as ONNX files.
+
+Files are kept in ``build/bench`` and made once.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastvit_zoo import create_model, list_models
+from reparamc.testing import randomize_batchnorm, randomize_layer_scales
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "bench"
+
+ZOO = list_models()
+TIMM = ["fastvit_t8", "fastvit_sa12", "mobileone_s0", "repvgg_a0", "repvit_m0_9"]
+ALL = [*ZOO, *(f"timm/{name}" for name in TIMM)]
+SEED = 0
+
+
+def names(description: str, default: list[str]) -> argparse.ArgumentParser:
+    """A command line that takes names of models."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", default=default, help=f"default: {' '.join(default)}")
+    return parser
+
+
+def build(name: str) -> nn.Module:
+    """The model ``name`` in evaluation mode, with BatchNorm statistics that fit and layer scales near 0.5."""
+    torch.manual_seed(SEED)
+    model = _timm(name.removeprefix("timm/")) if name.startswith("timm/") else create_model(name)
+    randomize_layer_scales(model, SEED)
+    randomize_batchnorm(model, SEED, torch.randn(8, 3, 96, 96))
+    return model.eval()
+
+
+def size(name: str) -> int:
+    return 256 if "fastvit" in name else 224
+
+
+def onnx_file(name: str) -> Path:
+    """The training form of ``name`` as an ONNX file for one image."""
+    path = FOLDER / f"{name.replace('/', '_')}.onnx"
+    if not path.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                build(name),
+                (torch.zeros(1, 3, size(name), size(name)),),
+                str(path),
+                dynamo=False,
+                training=torch.onnx.TrainingMode.PRESERVE,  # this and the next line keep every BatchNorm
+                do_constant_folding=False,
+                opset_version=17,
+            )
+    return path
+
+
+def _timm(name: str) -> nn.Module:
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        from conftest import _declare_torchvision_operators
+    finally:
+        sys.path.pop(0)
+    _declare_torchvision_operators()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import timm
+    return timm.create_model(name, pretrained=False)

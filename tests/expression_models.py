@@ -1,0 +1,351 @@
+"""What tests build from an expression: its value, an ONNX model, a torch module.
+
+None of it uses the evaluator, the verifier or an adapter of the library: these are what is tested.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from reparamc.evaluate import channels, frames
+from reparamc.expr import BatchNorm, Conv, Expr, Layout, Permute, Scale, Source, Sum, walk
+
+Shapes = dict[Source, tuple[int, ...]]
+EXTENTS = ((7, 6, 5), (8, 9, 6))
+"""Two sizes of different parity, unequal along every axis."""
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Fail instead of hanging: a set of rules that does not terminate must not take the suite with it."""
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"no result after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def sources(e: Expr) -> list[Source]:
+    return [s for s in walk(e) if isinstance(s, Source)]
+
+
+def source_shapes(e: Expr, extents: Sequence[int] = EXTENTS[0], batch: int = 2) -> Shapes:
+    """A shape for every source: its own with ``extents`` for its symbols, or [batch, channels, *extents]."""
+    count, frame = channels(e), frames(e)
+    symbols: dict[str, int] = {"N": batch}
+    shapes: Shapes = {}
+    for s in sources(e):
+        if s.shape is not None:
+            for symbol in (n for dim in s.shape for n in dim.symbols if n not in symbols):
+                symbols[symbol] = extents[(len(symbols) - 1) % len(extents)]
+            shapes[s] = tuple(dim.at(symbols) for dim in s.shape)
+        else:
+            shapes[s] = (batch, count[s] or 3, *extents[: frame[s] or 0])
+    return shapes
+
+
+def draw(shapes: Shapes, seed: int = 0) -> dict[Source, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {s: rng.standard_normal(shape) for s, shape in shapes.items()}
+
+
+def assert_close(reference: np.ndarray, other: np.ndarray, tolerance: float) -> None:
+    """Raise unless shapes, NaN and infinities agree, and the rest up to ``tolerance`` times the largest value."""
+    assert reference.shape == other.shape, f"shapes {reference.shape} and {other.shape}"
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    finite = np.isfinite(a)
+    assert np.array_equal(finite, np.isfinite(b)), "NaN or infinity in other places"
+    assert np.array_equal(a[~finite], b[~finite], equal_nan=True), "other NaN or infinity"
+    gap, size = np.abs(a[finite] - b[finite]).max(initial=0.0), np.abs(a[finite]).max(initial=0.0)
+    assert gap <= tolerance * size, f"largest difference {gap:.3g} where the largest value is {size:.3g}"
+
+
+# The value
+
+
+def reference(root: Expr, inputs: Mapping[Source, np.ndarray]) -> np.ndarray:
+    """The value of ``root`` in float64, by PyTorch's operators where it has them."""
+    values: dict[Expr, np.ndarray] = {}
+    for e in walk(root):
+        match e:
+            case Source():
+                y = inputs[e]
+            case Conv():
+                y = _convolve(e, values[e.x])
+            case Scale():
+                y = values[e.x] * _column(e.scale, e.frame) + _column(e.shift, e.frame)
+            case BatchNorm():
+                gamma, beta, mean, var = (_column(v, e.frame) for v in (e.gamma, e.beta, e.mean, e.var))
+                y = (values[e.x] - mean) / np.sqrt(var + e.eps) * gamma + beta
+            case Sum():
+                y = sum((values[t] for t in e.terms[1:]), values[e.terms[0]])
+            case Layout() if isinstance(e.op, Permute):
+                y = np.transpose(values[e.x], e.op.axes)
+            case Layout():
+                y = values[e.x].reshape(_target(e, values[e.x].shape))
+        values[e] = y
+    return values[root]
+
+
+def _column(v: np.ndarray, frame: int | None) -> np.ndarray:
+    return v.reshape(v.size, *[1] * (frame or 0)) if v.ndim else v
+
+
+def _convolve(e: Conv, x: np.ndarray) -> np.ndarray:
+    if e.frame == 0:
+        parts = zip(np.split(x, e.groups, axis=-1), np.split(e.weight, e.groups), strict=True)
+        y = np.concatenate([part @ rows.T for part, rows in parts], axis=-1)
+        return y if e.bias is None else y + e.bias
+    torch = _torch()
+    begin, end = e.padding
+    pads = [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
+    batch = x.shape[: x.ndim - e.frame - 1]
+    padded = torch.nn.functional.pad(torch.from_numpy(x.reshape(-1, *x.shape[len(batch) :])), pads)
+    convolve = getattr(torch.nn.functional, f"conv{e.frame}d")
+    bias = None if e.bias is None else torch.from_numpy(e.bias)
+    weight = torch.from_numpy(np.ascontiguousarray(e.weight))
+    y = convolve(padded, weight, bias, stride=e.stride, dilation=e.dilation, groups=e.groups).numpy()
+    return y.reshape(*batch, *y.shape[1:])
+
+
+def _target(e: Layout, shape: Sequence[int]) -> list[int]:
+    """The target of a reshape: numbers, extents that stand in their old place, and one -1 at most."""
+    assert not isinstance(e.op, Permute)
+    kept = [at < len(e.op.before) and dim == e.op.before[at] for at, dim in enumerate(e.op.after)]
+    known = [dim.known if dim.known is not None else shape[at] if kept[at] else -1 for at, dim in enumerate(e.op.after)]
+    assert known.count(-1) <= 1, "a reshape with two unknown extents"
+    return known
+
+
+def _torch() -> Any:
+    import torch
+
+    torch.set_num_threads(1)  # the arrays are small: threads would only wait for one another
+    return torch
+
+
+# ONNX
+
+
+def value_infos(shapes: Mapping[str, Sequence[int | str]], dtype: int = TensorProto.FLOAT) -> list[Any]:
+    return [helper.make_tensor_value_info(name, dtype, shape) for name, shape in shapes.items()]
+
+
+def to_onnx(root: Expr, extents: Sequence[int] | None = None) -> ModelProto:
+    """``root`` as a float32 model with output ``y``; the extents of its inputs stay symbols where none are given."""
+    builder = _OnnxBuilder(root)
+    declared = {}
+    for s, shape in source_shapes(root, extents or EXTENTS[0]).items():
+        symbols = [str(d) if d.known is None else d.factor for d in s.shape] if s.shape else ["N", shape[1], *"HWD"]
+        declared[str(s.key)] = list(shape) if extents else symbols[: len(shape)]
+    graph = helper.make_graph(
+        builder.nodes, "expression", value_infos(declared), [helper.make_empty_tensor_value_info("y")], builder.tensors
+    )
+    graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    for _ in range(builder.ranks[root]):
+        graph.output[0].type.tensor_type.shape.dim.add()
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+class _OnnxBuilder:
+    def __init__(self, root: Expr) -> None:
+        self.nodes: list[NodeProto] = []
+        self.tensors: list[TensorProto] = []
+        self.names: dict[Expr, str] = {}
+        self.ranks: dict[Expr, int] = {}
+        order = list(walk(root))
+        shapes = source_shapes(root)
+        absorbed = _subtracted(order)
+        for e in order:
+            x = self.names.get(e.children[0]) if e.children else None
+            self.ranks[e] = len(shapes[e]) if isinstance(e, Source) else self.ranks[e.children[0]]
+            if isinstance(e, Source):
+                self.names[e] = str(e.key)
+            elif e in absorbed:
+                self.names[e] = self.names[e.children[0]]  # the sum subtracts
+            else:
+                self._emit(e, x or "", absorbed, "y" if e is root else f"v{len(self.names)}")
+
+    def _emit(self, e: Expr, x: str, absorbed: set[Expr], out: str) -> None:
+        self.names[e] = out
+        match e:
+            case Conv() if e.frame:
+                begin, end = e.padding
+                inputs = [x, self._tensor(e.weight)] + ([self._tensor(e.bias)] if e.bias is not None else [])
+                self._node(
+                    "Conv", inputs, out, kernel_shape=e.kernel, strides=e.stride, dilations=e.dilation,
+                    pads=(*begin, *end), group=e.groups,
+                )  # fmt: skip
+            case Conv() if self.ranks[e] == 2:
+                inputs = [x, self._tensor(e.weight)] + ([self._tensor(e.bias)] if e.bias is not None else [])
+                self._node("Gemm", inputs, out, transB=1)
+            case Conv():
+                self._node("MatMul", [x, self._tensor(e.weight.T)], out if e.bias is None else f"{out}_product")
+                if e.bias is not None:
+                    self._node("Add", [f"{out}_product", self._tensor(e.bias)], out)
+            case Scale() if _is_negation(e):
+                self._node("Neg", [x], out)
+            case Scale():
+                shifted, scaled = bool(np.any(e.shift)), bool(np.any(e.scale != 1))
+                if scaled or not shifted:
+                    y = f"{out}_product" if shifted else out
+                    self._node("Mul", [x, self._tensor(_column(e.scale, e.frame))], y)
+                    x = y
+                if shifted:
+                    self._node("Add", [x, self._tensor(_column(e.shift, e.frame))], out)
+            case BatchNorm():
+                assert e.frame == max(self.ranks[e] - 2, 0), "ONNX normalises axis 1 only"
+                tensors = [self._tensor(v) for v in (e.gamma, e.beta, e.mean, e.var)]
+                self._node("BatchNormalization", [x, *tensors], out, epsilon=e.eps)
+            case Sum():
+                y = self.names[e.terms[0]]
+                for n, t in enumerate(e.terms[1:], 2):
+                    after = out if n == len(e.terms) else f"{out}_{n}"
+                    self._node("Sub" if t in absorbed else "Add", [y, self.names[t]], after)
+                    y = after
+            case Layout() if isinstance(e.op, Permute):
+                self._node("Transpose", [x], out, perm=e.op.axes)
+            case Layout():
+                target = _target(e, [0] * len(e.op.before))
+                self.tensors.append(numpy_helper.from_array(np.array(target, np.int64), f"{out}_shape"))
+                self._node("Reshape", [x, f"{out}_shape"], out)
+                self.ranks[e] = len(target)
+
+    def _node(self, op: str, inputs: list[str], out: str, **attributes: Any) -> None:
+        self.nodes.append(helper.make_node(op, inputs, [out], f"{op}_{out}", **attributes))
+
+    def _tensor(self, array: np.ndarray) -> str:
+        name = f"p{len(self.tensors)}"
+        self.tensors.append(numpy_helper.from_array(np.asarray(array, np.float32, order="C"), name))
+        return name
+
+
+def _is_negation(e: Expr) -> bool:
+    return isinstance(e, Scale) and not e.scale.ndim and e.scale == -1 and not np.any(e.shift)
+
+
+def _subtracted(order: Sequence[Expr]) -> set[Expr]:
+    """The negations that a sum carries out: they stand behind its first term, and only there."""
+    readers = Counter(c for e in order for c in e.children)
+    return {t for e in order if isinstance(e, Sum) for t in e.terms[1:] if _is_negation(t) and readers[t] == 1}
+
+
+def run(model: ModelProto, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The outputs of ``model`` in ONNX Runtime, which is kept from changing it."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [np.asarray(y) for y in session.run(None, dict(inputs))]
+
+
+def operators(model: ModelProto) -> Counter[str]:
+    """How many operators of each kind; a subtraction counts as an addition, for either may come first in a sum."""
+    kinds = {"Sub": "Add", "Sum": "Add"}
+    return Counter(
+        kinds.get(n.op_type, n.op_type) for n in model.graph.node if n.op_type not in ("Constant", "Identity")
+    )
+
+
+# torch
+
+
+def to_module(root: Expr) -> Any:
+    """``root`` as a float64 module in eval mode, one argument per source."""
+    torch = _torch()
+
+    class Expression(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleDict()
+            for at, e in enumerate(order):
+                if isinstance(e, Conv | BatchNorm):
+                    self.layers[str(at)] = _layer(e)
+                elif isinstance(e, Scale):
+                    for kind, v in (("scale", e.scale), ("shift", e.shift)):
+                        self.register_buffer(f"{kind}{at}", torch.from_numpy(np.array(_column(v, e.frame))))
+
+        def step(self, at: int, values: dict[Expr, Any]) -> Any:
+            e = order[at]
+            match e:
+                case Conv() | BatchNorm():
+                    return self.layers[str(at)](values[e.x])
+                case Scale() if _is_negation(e):
+                    return -values[e.x]
+                case Scale():
+                    y = values[e.x]
+                    if np.any(e.scale != 1):
+                        y = y * getattr(self, f"scale{at}")
+                    return y + getattr(self, f"shift{at}") if np.any(e.shift) else y
+                case Sum():
+                    y = values[e.terms[0]]
+                    for t in e.terms[1:]:
+                        y = y - values[t.children[0]] if t in absorbed else y + values[t]
+                    return y
+                case Layout() if isinstance(e.op, Permute):
+                    return values[e.x].permute(e.op.axes)
+                case Layout():
+                    return values[e.x].reshape(_target(e, values[e.x].shape))
+
+        def evaluate(self, *operands: Any) -> Any:
+            values: dict[Expr, Any] = dict(zip(sources(root), operands, strict=True))
+            for at, e in enumerate(order):
+                if e not in values and e not in absorbed:
+                    values[e] = self.step(at, values)
+            return values[root]
+
+    order = list(walk(root))
+    absorbed = _subtracted(order)
+    # Tracing wants named arguments.
+    names = ", ".join(f"a{n}" for n in range(len(sources(root))))
+    scope: dict[str, Any] = {}
+    exec(f"def forward(self, {names}): return self.evaluate({names})", scope)
+    Expression.forward = scope["forward"]
+    return Expression().double().eval()
+
+
+def _layer(e: Conv | BatchNorm) -> Any:
+    torch = _torch()
+    nn = torch.nn
+    with torch.no_grad():
+        if isinstance(e, BatchNorm):
+            layer = getattr(nn, f"BatchNorm{e.frame or 1}d")(e.gamma.size, eps=e.eps).double()
+            for mine, given in zip(
+                (layer.weight, layer.bias, layer.running_mean, layer.running_var),
+                (e.gamma, e.beta, e.mean, e.var),
+                strict=True,
+            ):
+                mine.copy_(torch.from_numpy(given))
+            return layer
+        if e.frame == 0:
+            layer = nn.Linear(e.in_channels, e.out_channels, bias=e.bias is not None).double()
+        else:
+            begin, end = e.padding
+            layer = getattr(nn, f"Conv{e.frame}d")(
+                e.in_channels, e.out_channels, e.kernel, e.stride, begin if begin == end else 0, e.dilation, e.groups,
+                bias=e.bias is not None,
+            ).double()  # fmt: skip
+        layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(e.weight)))
+        if e.bias is not None:
+            layer.bias.copy_(torch.from_numpy(e.bias))
+        if e.frame and begin != end:
+            pads = [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
+            pad = getattr(nn, f"ConstantPad{e.frame}d")(pads, 0.0)
+            return nn.Sequential(pad, layer)
+        return layer

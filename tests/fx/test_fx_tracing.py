@@ -1,0 +1,440 @@
+"""Ways to write and wrap a module: control flow, arguments, structures, hooks, reparametrizations, names."""
+
+import pytest
+
+pytest.importorskip("torch")
+
+import copy
+import math
+import pickle
+import types
+from typing import Any
+
+import torch
+from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, report, run
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+from reparamc import fuse_fx
+from reparamc.errors import InputError, InputTypeError, ReparamcError
+
+# Functions that the tracer keeps whole; only their names are those of torch.
+
+
+@fx.wrap
+def add(a: Tensor, b: Tensor) -> Tensor:
+    return a + 2 * b.relu()
+
+
+@fx.wrap
+def mul(a: Tensor, b: int) -> Tensor:
+    return a.abs() ** b
+
+
+@fx.wrap
+def neg(a: Tensor) -> Tensor:
+    return a.abs()
+
+
+@fx.wrap
+def dropout(a: Tensor, p: float, training: bool) -> Tensor:
+    return a.relu()
+
+
+@fx.wrap
+def contiguous(a: Tensor) -> Tensor:
+    return a.relu()
+
+
+@fx.wrap
+def transpose(a: Tensor, i: int, j: int) -> Tensor:
+    return a.transpose(i, j).flip(1)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.a[1](add(m.a[0](x), x)) + add(x, m.a(x)),
+        lambda m, x: m.a[1](mul(m.a[0](x), 2)),
+        lambda m, x: m.a[1](neg(m.a[0](x))),
+        lambda m, x: m.a[1](dropout(m.a[0](x), 0.5, False)),
+        lambda m, x: m.a[1](contiguous(m.a[0](x))),
+        lambda m, x: transpose(m.a(x), 2, 3),
+    ],
+)
+def test_functions_of_the_user_with_names_of_torch(forward: Any) -> None:
+    check(Net(forward, a=conv_bn()))
+
+
+# Control flow and arguments
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = conv_bn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) if x.sum() > 0 else -self.block(x)
+
+
+def test_control_flow_in_a_submodule_stays_live() -> None:
+    model = ready(nn.Sequential(conv_bn(), Branching(), conv_bn()))
+    x = images((1, CHANNELS, 6, 6), dtype=torch.float32)[0]
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (3, 1)
+    for inputs in (x, -x):
+        assert relative_error(run(fused, inputs), run(model, inputs)) < 1e-5
+
+
+class Looping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(row for row in x)
+
+
+@pytest.mark.parametrize("model", [Branching(), Looping()], ids=["branching", "looping"])
+def test_control_flow_at_the_root_is_refused(model: nn.Module) -> None:
+    with pytest.raises(InputError, match=rf"cannot trace {type(model).__name__}: .*fuse_onnx") as raised:
+        fuse_fx(model.eval())
+    assert "\n" not in str(raised.value)
+
+
+class Variadic(Branching):
+    def forward(self, *images: Tensor, **more: Tensor) -> Tensor:
+        return self.block(images[0]) + images[1] * more["factor"]
+
+
+def test_variadic_arguments() -> None:
+    model = ready(Variadic())
+    x = torch.ones(1, CHANNELS, 5, 6)
+    fused = fuse_fx(model)
+    assert counts(fused) == (1, 0)
+    with torch.no_grad():
+        assert relative_error(fused(x, x, factor=x), model(x, x, factor=x)) < 1e-5
+
+
+class Optional(Branching):
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        flip: bool = False,
+        factor: float = 2.0,
+        mode: str = "plain",
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        y = self.block(x) * factor
+        y = y if mask is None else y * mask
+        y = -y if flip else y
+        return y.sum() if mode == "sum" else y.to(dtype)
+
+
+def test_optional_arguments_take_their_defaults() -> None:
+    model = ready(Optional())
+    x = torch.ones(1, CHANNELS, 5, 6)
+    for example in (None, x, (x,), {"x": x}, (x, None, False)):
+        fused = fuse_fx(model, example)
+        assert counts(fused) == (1, 0)
+        with torch.no_grad():
+            assert relative_error(fused(x), model(x)) < 1e-5
+            assert relative_error(fused(x=x), model(x=x)) < 1e-5
+
+
+@pytest.mark.parametrize("other", [{"mask": torch.ones(5, 6)}, {"flip": True}, {"factor": 3.0}, {"mode": "sum"}])
+def test_examples_must_agree_with_what_is_fixed(other: dict[str, object]) -> None:
+    x = torch.ones(1, CHANNELS, 5, 6)
+    with pytest.raises(InputError, match=next(iter(other))):
+        fuse_fx(ready(Optional()), {"x": x} | other)
+
+
+class Containers(Branching):
+    def forward(self, x: Tensor, size: tuple[int, int] = (1, 2), extra: list[Tensor] = []) -> Tensor:  # noqa: B006
+        return self.block(x) * size[1]
+
+
+def test_defaults_that_are_containers() -> None:
+    model = ready(Containers())
+    x = torch.ones(1, CHANNELS, 5, 6)
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (1, 0)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
+class Reversed(Branching):
+    def forward(self, mask: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+        return self.block(x if mask is None else x * mask)  # pyright: ignore[reportOptionalOperand]
+
+
+def test_every_argument_is_optional() -> None:
+    with pytest.raises(ReparamcError):
+        fuse_fx(ready(Reversed()), {"x": torch.ones(1, CHANNELS, 5, 6)})
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(CHANNELS, CHANNELS), nn.BatchNorm1d(CHANNELS)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.norm(self.linear(input))
+
+
+def test_rank_of_an_argument_named_like_a_builtin() -> None:
+    assert counts(fuse_fx(ready(Named()), torch.ones(3, CHANNELS))) == (1, 0)
+    assert counts(fuse_fx(ready(Named()), {"input": torch.ones(3, CHANNELS)})) == (1, 0)
+
+
+def test_structures() -> None:
+    model = ready(
+        Net(
+            lambda m, batch: {"out": [m.a(batch["image"]), (batch["others"][0] * 2, None)], "n": 3},
+            a=conv_bn(),
+        )
+    )
+    x = torch.ones(1, CHANNELS, 5, 6)
+    batch = {"image": x, "others": [x, 2]}
+    fused = fuse_fx(model, (batch,))
+    assert counts(fused) == (1, 0)
+    assert [e.output for e in report(fused).end_to_end] == ["output['out'][0]", "output['out'][1][0]"]
+    assert relative_error(run(fused, batch), run(model, batch)) < 1e-5
+
+
+# Wrong arguments
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        torch.ones(1, CHANNELS + 1, 5, 6),
+        torch.ones(CHANNELS),
+        torch.tensor(1.0),
+        torch.ones(1, 1, CHANNELS, 5, 6),
+        torch.ones(1, CHANNELS, 5, 6, dtype=torch.float64),
+        (),
+        (None,),
+        {},
+        {"y": torch.ones(1, CHANNELS, 5, 6)},
+        (torch.ones(1, CHANNELS, 5, 6),) * 2,
+        "image",
+        3,
+    ],
+    ids=lambda e: type(e).__name__,
+)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.a(x),
+        lambda m, x: m.a(x.transpose(2, 3).permute(0, 1, 3, 2)).flatten(2),
+        lambda m, x: m.a(x.unsqueeze(0).squeeze(0).flatten(3)),
+    ],
+)
+def test_wrong_examples(forward: Any, example: object) -> None:
+    with pytest.raises(InputError, match="example_inputs"):
+        fuse_fx(ready(Net(forward, a=conv_bn())), example)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "model.pt", nn.ReLU, lambda x: x, {}])
+def test_wrong_types(wrong: Any) -> None:
+    with pytest.raises(InputTypeError, match=r"takes a torch\.nn\.Module, not"):
+        fuse_fx(wrong)
+
+
+# Layout operators whose axes are computed
+
+
+AXES = {
+    "transpose": lambda y: y.transpose(y.dim() - 1, 1),
+    "flatten": lambda y: y.flatten(y.dim() - 2),
+    "permute": lambda y: y.permute(0, y.dim() - 1, 1, 2),
+    "permute by tuple": lambda y: y.permute((0, y.dim() - 1, 1, 2)),
+    "unsqueeze": lambda y: y.unsqueeze(y.dim()),
+    "squeeze": lambda y: y.squeeze(y.dim() - 1),
+    "unflatten": lambda y: y.unflatten(y.dim() - 3, (2, 2)),
+    "chunk": lambda y: y.chunk(2, y.dim() - 3)[0],
+    "split": lambda y: y.split(y.size(1) // 2, 1)[0],
+    "mean": lambda y: y.mean(y.dim() - 1),
+    "detach by keyword": lambda y: torch.detach(input=y),
+    "dropout by keyword": lambda y: F.dropout(input=y, p=0.5, training=False),
+    "flatten by keyword": lambda y: torch.flatten(input=y, start_dim=1),
+    "transpose by keyword": lambda y: y.transpose(dim0=1, dim1=3),
+    "star": lambda y: y.reshape(y.shape[:2] + (-1,)),  # noqa: RUF005
+}
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_computed_axes(name: str) -> None:
+    check(Net(lambda m, x: torch.relu(AXES[name](m.a(x))), a=conv_bn()))
+
+
+# Wrappers
+
+
+def test_graph_module() -> None:
+    traced = fx.symbolic_trace(ready(conv_bn()))
+    code = traced.code
+    fused = fuse_fx(traced, torch.ones(1, CHANNELS, 5, 6))
+    assert counts(fused) == (1, 0)
+    assert traced.code == code
+
+
+def test_compiled_module_is_unwrapped() -> None:
+    assert counts(fuse_fx(torch.compile(ready(conv_bn())), torch.ones(1, CHANNELS, 5, 6))) == (1, 0)
+
+
+def test_compiled_child_is_called_as_it_is() -> None:
+    fused = fuse_fx(ready(nn.Sequential(conv_bn(), torch.compile(conv_bn()))))
+    assert counts(fused) == (2, 1)
+
+
+def test_modules_that_are_refused() -> None:
+    model = ready(conv_bn())
+    with pytest.raises(InputTypeError, match=r"DataParallel; pass model\.module"):
+        fuse_fx(nn.DataParallel(model))
+    for scripted in (torch.jit.script(model), torch.jit.trace(model, torch.ones(1, CHANNELS, 5, 6))):
+        with pytest.raises(InputTypeError, match="ScriptModule"):
+            fuse_fx(scripted)
+
+
+def test_scripted_child_is_called_as_it_is() -> None:
+    model = ready(nn.Sequential(conv_bn(), torch.jit.script(ready(conv_bn()))))
+    x = torch.ones(1, CHANNELS, 5, 6)
+    assert relative_error(run(fuse_fx(model, x), x), run(model, x)) < 1e-5
+
+
+# Hooks and reparametrizations
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("where", ["0", "0.0", "0.1", "1"])
+def test_hooks_are_kept_and_live(kind: str, where: str) -> None:
+    model = ready(nn.Sequential(conv_bn(), conv_bn(), nn.ReLU()))
+
+    def double(_: nn.Module, *values: Any) -> Any:
+        return values[-1] * 2 if isinstance(values[-1], Tensor) else tuple(v * 2 for v in values[-1])
+
+    getattr(model.get_submodule(where), kind)(double)
+    x = torch.ones(1, CHANNELS, 5, 6)
+    fused = fuse_fx(model, x)
+    assert 0 < counts(fused)[1] < 2
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_the_root_are_refused(kind: str) -> None:
+    model = ready(conv_bn())
+    getattr(model, kind)(lambda *_: None)
+    with pytest.raises(InputError, match=r"hooks.*remove them"):
+        fuse_fx(model)
+
+
+def test_backward_hooks_are_kept() -> None:
+    model = ready(nn.Sequential(conv_bn(), conv_bn()))
+    calls: list[int] = []
+    model[0][0].register_full_backward_hook(lambda *_: calls.append(1))
+    fused = fuse_fx(model)
+    fused(torch.ones(1, CHANNELS, 5, 6, requires_grad=True)).sum().backward()
+    assert calls == [1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "attach",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.3),
+    ],
+    ids=["weight_norm", "spectral_norm", "orthogonal", "old weight_norm", "old spectral_norm", "prune"],
+)
+def test_weights_that_are_computed_stay(attach: Any) -> None:
+    model = nn.Sequential(conv_bn(), conv_bn())
+    attach(model[0][0])
+    model(torch.ones(2, CHANNELS, 5, 6))
+    model = ready(model)
+    x = torch.ones(1, CHANNELS, 5, 6)
+    fused = fuse_fx(model, x)
+    assert counts(fused)[1] == 1
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.ones(CHANNELS, CHANNELS, 3, 3)), nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.conv2d(x, self.weight))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_parametrized_module_with_a_functional_call(inside: bool) -> None:
+    module = parametrizations.weight_norm(ready(Functional()))
+    model = nn.Sequential(module, nn.ReLU()).eval() if inside else module
+    x = torch.ones(1, CHANNELS, 5, 6)
+    fused = fuse_fx(model, x)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+    copy.deepcopy(fused)
+
+
+def test_forward_of_the_root_replaced() -> None:
+    model = ready(conv_bn())
+    model.forward = types.MethodType(lambda self, x: self[1](self[0](x)) * 3, model)
+    x = torch.ones(1, CHANNELS, 5, 6)
+    try:
+        fused = fuse_fx(model)
+    except InputError:
+        return
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
+# Names and nesting
+
+
+class Container(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self._modules[name] = conv_bn()
+        self._modules[f"{name}_2"] = conv_bn(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._modules[self.name](x) + self._modules[f"{self.name}_2"](x)
+
+
+@pytest.mark.parametrize("name", ["0", "1a", "fused", "self", "x", "torch", "forward_", "with space", "émis"])
+def test_names_of_children(name: str) -> None:
+    model = ready(nn.Sequential(Container(name), Container(name)))
+    x = torch.ones(1, CHANNELS, 5, 6)
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (2, 0)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "_graph", "recompile", "print_readable", "class"])
+def test_names_that_a_graph_module_needs(name: str) -> None:
+    with pytest.raises(InputError, match="cannot trace Container"):
+        fuse_fx(ready(Container(name)))
+
+
+def test_deep_nesting_and_a_long_chain() -> None:
+    model: nn.Module = conv_bn(1)
+    for _ in range(60):
+        model = nn.Sequential(model)
+    chain = nn.Sequential(model, *(nn.BatchNorm2d(CHANNELS) for _ in range(400)))
+    x = torch.ones(1, CHANNELS, 3, 3, dtype=torch.float64)
+    original = ready(chain).double()
+    fused = fuse_fx(original)
+    assert counts(fused) == (1, 0)
+    assert math.isclose(run(fused, x).sum(), run(original, x).sum(), rel_tol=1e-9)
+
+
+def test_pickle_with_fixed_arguments() -> None:
+    fused = fuse_fx(ready(Optional()))
+    x = torch.ones(1, CHANNELS, 5, 6)
+    for again in (pickle.loads(pickle.dumps(fused)), copy.deepcopy(fused)):
+        assert relative_error(run(again, x), run(fused, x)) == 0

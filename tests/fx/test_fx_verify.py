@@ -1,0 +1,119 @@
+"""Verification catches wrong rules and wrong splices, and nothing else."""
+
+import pytest
+
+pytest.importorskip("torch")
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from fx_checks import CHANNELS, conv_bn, counts, images, ready
+from torch import nn
+
+from reparamc import fuse_fx
+from reparamc.errors import VerificationError
+from reparamc.expr import BatchNorm, Conv, Expr
+from reparamc.fx_graph import _Emitter
+from reparamc.rewrite import Pass
+
+
+def forgets_the_mean(e: Expr) -> Expr | None:
+    if not (isinstance(e, BatchNorm) and isinstance(e.x, Conv)):
+        return None
+    scale = e.gamma / np.sqrt(e.var + e.eps)
+    weight = e.x.weight * scale.reshape(-1, *[1] * (e.x.weight.ndim - 1))
+    return dataclasses.replace(e.x, weight=weight, bias=e.x.bias_or_zero * scale + e.beta)
+
+
+WRONG = (Pass("wrong-folding", "", "", (forgets_the_mean,)),)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return ready(nn.Sequential(conv_bn(), nn.ReLU(), conv_bn(1)))
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return images((2, CHANNELS, 7, 6), dtype=torch.float32)[0]
+
+
+@pytest.mark.parametrize("verify", [True, "region", "full"])
+def test_wrong_rule(model: nn.Module, verify: bool | str) -> None:
+    with pytest.raises(VerificationError, match=r"region '0\.1'.*wrong-folding") as raised:
+        fuse_fx(model, pass_table=WRONG, verify=verify)
+    assert raised.value.where == "0.1"
+
+
+def test_wrong_rule_passes_when_nothing_is_verified(model: nn.Module) -> None:
+    assert counts(fuse_fx(model, pass_table=WRONG, verify=False)) == (2, 0)
+
+
+def scaled(factor: float) -> Callable[[Any], Any]:
+    return lambda original: lambda self, a: original(self, a * np.where(np.arange(a.size).reshape(a.shape), 1, factor))
+
+
+def forgotten_bias(original: Any) -> Any:
+    return lambda self, e: original(self, dataclasses.replace(e, bias=None))
+
+
+def wrong_padding(original: Any) -> Any:
+    return lambda self, e: original(self, dataclasses.replace(e, offset=tuple(o + 1 for o in e.offset)))
+
+
+def other_extent(original: Any) -> Any:
+    return lambda self, e: original(self, dataclasses.replace(e, delta=tuple(d + 2 for d in e.delta)))
+
+
+def not_finite(original: Any) -> Any:
+    return lambda self, a: original(self, a) * float("nan")
+
+
+FAULTS = {
+    "one weight doubled": ("_tensor", scaled(2.0)),
+    "one weight lost": ("_tensor", scaled(0.0)),
+    "bias lost": ("_conv", forgotten_bias),
+    "kernel shifted": ("_conv", wrong_padding),
+    "other extent": ("_conv", other_extent),
+    "not finite": ("_tensor", not_finite),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_splice(
+    model: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch, fault: str, dtype: torch.dtype
+) -> None:
+    method, wrap = FAULTS[fault]
+    monkeypatch.setattr(_Emitter, method, wrap(getattr(_Emitter, method)))
+    with pytest.raises(VerificationError, match="output") as raised:
+        fuse_fx(model.to(dtype), x.to(dtype))
+    assert raised.value.where == "output"
+    assert "\n" not in str(raised.value)
+    fuse_fx(model, x.to(dtype), verify="region")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_correct_networks_are_never_refused(dtype: torch.dtype) -> None:
+    """Deep networks amplify rounding; that is no fault."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        blocks = [nn.Sequential(conv_bn(), nn.ReLU()) for _ in range(20)]
+        model = ready(nn.Sequential(*blocks, conv_bn()), seed).to(dtype)
+        fused = fuse_fx(model, torch.randn(1, CHANNELS, 8, 8, dtype=dtype))
+        assert counts(fused) == (21, 0)
+
+
+def test_outputs_that_are_not_finite_are_compared() -> None:
+    class Log(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = conv_bn()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.log(torch.relu(self.block(x)) * 0 - 1)
+
+    fuse_fx(ready(Log()), torch.ones(1, CHANNELS, 5, 6))

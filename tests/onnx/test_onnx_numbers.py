@@ -1,0 +1,339 @@
+"""Storage types, values at the edge of their range, and what the checks must catch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from expression_models import operators, run
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx_models import (
+    assert_equal_outputs,
+    assert_folds,
+    assert_left,
+    batchnorm,
+    fuse,
+    model,
+    node,
+    norm,
+    rand,
+    reasons,
+)
+
+from reparamc.errors import InputError, VerificationError
+from reparamc.expr import BatchNorm, Conv, Expr, Sum
+from reparamc.kernel import coefficients, scale_outputs
+from reparamc.onnx_fuse import fuse_model
+from reparamc.onnx_graph import OnnxGraph
+from reparamc.rewrite import Pass
+from reparamc_passes import PASSES
+
+W3, W1 = rand(6, 6, 3, 3), rand(6, 6, 1, 1)
+PAD = {"pads": [1, 1, 1, 1]}
+N = norm("n", 6)
+
+
+def conv_bn(parameters: dict[str, np.ndarray] = N, weight: np.ndarray = W3, **rest: Any) -> ModelProto:
+    return model([node("Conv", "x w", "c", **PAD), batchnorm("c", "n", "y")], {"w": weight, **parameters}, **rest)
+
+
+def in_type(made: ModelProto, kind: int) -> ModelProto:
+    """``made`` with every float turned into ``kind``."""
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    for tensor in made.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
+    for info in (*made.graph.input, *made.graph.output):
+        info.type.tensor_type.elem_type = kind
+    return made
+
+
+# Types
+
+
+def test_half() -> None:
+    fused = assert_folds(in_type(conv_bn(), TensorProto.FLOAT16), 5e-3, Conv=1)
+    assert {t.data_type for t in fused.graph.initializer} == {TensorProto.FLOAT16}
+
+
+def test_half_whose_folded_weight_overflows() -> None:
+    parameters = N | {"n.v": np.full(6, 1e-7, np.float32), "n.m": np.zeros(6, np.float32)}
+    made = in_type(conv_bn(parameters, 300 * W3), TensorProto.FLOAT16)
+    fused, report = fuse_model(made, verify="region")
+    assert fused.SerializeToString() == made.SerializeToString()
+    assert any("exceeds the range of float16" in reason for reason in reasons(report))
+
+
+def test_half_whose_folded_weight_falls_below_the_range() -> None:
+    parameters = N | {"n.g": np.full(6, 1e-4, np.float32)}
+    made = in_type(conv_bn(parameters, W3 * np.float32(1e-3)), TensorProto.FLOAT16)
+    fused, report = fuse_model(made, verify="region")
+    assert fused.SerializeToString() == made.SerializeToString()
+    assert any("below the range" in reason for reason in reasons(report))
+
+
+def test_bfloat16() -> None:
+    """No runtime at hand computes it, so regions are the only judge."""
+    made = in_type(conv_bn(), TensorProto.BFLOAT16)
+    fused, _ = fuse_model(made, verify="region")
+    assert operators(fused) == {"Conv": 1}
+    assert {t.data_type for t in fused.graph.initializer} == {TensorProto.BFLOAT16}
+    weight = numpy_helper.to_array(fused.graph.initializer[0])
+    assert weight.dtype == ml_dtypes.bfloat16
+
+
+def test_double_linear() -> None:
+    nodes = [node("MatMul", "x g", "c"), node("Mul", "c s", "y")]
+    made = in_type(model(nodes, {"g": rand(6, 6), "s": rand(6)}, ("N", 5, 6)), TensorProto.DOUBLE)
+    fused, _ = fuse(made, 1e-15)
+    assert operators(fused) == {"MatMul": 1}
+    assert {t.data_type for t in fused.graph.initializer} == {TensorProto.DOUBLE}
+
+
+def test_double_conv_is_exact_to_the_last_digits() -> None:
+    made = in_type(conv_bn(), TensorProto.DOUBLE)
+    fused, _ = fuse_model(made, verify="region")
+    assert operators(fused) == {"Conv": 1}
+    gamma, beta, mean, var = (numpy_helper.to_array(t) for t in made.graph.initializer[1:5])
+    scale = gamma / np.sqrt(var + np.float32(1e-5))
+    weight, bias = (numpy_helper.to_array(t) for t in fused.graph.initializer)
+    np.testing.assert_allclose(
+        weight, numpy_helper.to_array(made.graph.initializer[0]) * scale[:, None, None, None], rtol=1e-14
+    )
+    np.testing.assert_allclose(bias, beta - mean * scale, rtol=1e-13)
+
+
+def test_double_conv_in_a_runtime_without_one() -> None:
+    """Folded and verified, or refused in one line; never a foreign exception."""
+    made = in_type(conv_bn(), TensorProto.DOUBLE)
+    try:
+        fused, _ = fuse_model(made)
+    except InputError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert operators(fused) == {"Conv": 1}
+    assert "\n" not in message
+
+
+def test_mixed_types() -> None:
+    """Since opset 15 statistics may be float32 where values are float16; new parameters are of the values' type."""
+    made = in_type(conv_bn(opset=17), TensorProto.FLOAT16)
+    for tensor in made.graph.initializer:
+        if tensor.name in ("n.m", "n.v"):
+            tensor.CopyFrom(numpy_helper.from_array(N[tensor.name], tensor.name))
+    fused, _ = fuse_model(made, verify="region")
+    assert {t.data_type for t in fused.graph.initializer if t.name not in N} <= {TensorProto.FLOAT16}
+
+
+# Values
+
+
+def test_large_values_that_cancel() -> None:
+    """A bias of 1e4 less a mean of 1e4 keeps its digits only in more than float32."""
+    bias = np.float32(1e4) + rand(6)
+    parameters = N | {"n.m": bias + rand(6, seed=3), "b": bias}
+    nodes = [node("Conv", "x w b", "c", **PAD), batchnorm("c", "n", "y")]
+    fused, _ = fuse_model(model(nodes, {"w": W3, **parameters}))
+    scale = parameters["n.g"].astype(float) / np.sqrt(parameters["n.v"].astype(float) + np.float32(1e-5))
+    exact = (bias.astype(float) - parameters["n.m"]) * scale + parameters["n.b"]
+    found = next(numpy_helper.to_array(t) for t in fused.graph.initializer if t.dims == [6])
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
+def test_variance_zero_with_epsilon() -> None:
+    assert_folds(conv_bn(N | {"n.v": np.zeros(6, np.float32)}), Conv=1)
+
+
+@pytest.mark.parametrize("variance", [0.0, -1.0])
+def test_variance_that_makes_no_number(variance: float) -> None:
+    nodes = [node("Conv", "x w", "c", **PAD), batchnorm("c", "n", "y", epsilon=0.0)]
+    made = model(nodes, {"w": W3, **N, "n.v": np.full(6, variance, np.float32)})
+    fused, report = fuse_model(made, verify="region")
+    assert fused.SerializeToString() == made.SerializeToString()
+    assert any("NaN or infinite" in reason for reason in reasons(report))
+
+
+def test_gamma_zero() -> None:
+    assert_folds(conv_bn(N | {"n.g": np.zeros(6, np.float32)}), Conv=1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weight_that_is_no_number(value: float) -> None:
+    weight = W3.copy()
+    weight[0, 0, 0, 0] = value
+    report = assert_left(conv_bn(weight=weight))
+    assert any("NaN or infinite" in reason for reason in reasons(report))
+
+
+def test_infinite_branch_stays() -> None:
+    nodes = [node("Conv", "x w", "c", **PAD), node("Conv", "x k", "d"), node("Add", "c d", "y")]
+    weight = W1.copy()
+    weight[2, 3] = np.inf
+    assert_left(model(nodes, {"w": W3, "k": weight}))
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("which", ["n.g", "n.v"])
+def test_parameters_of_a_wrong_length(length: int, which: str) -> None:
+    """NumPy would broadcast a length of one without a word."""
+    made = conv_bn()
+    for tensor in made.graph.initializer:
+        if tensor.name == which:
+            tensor.CopyFrom(numpy_helper.from_array(rand(length), which))
+    try:
+        fused, _ = fuse_model(made, verify="region")
+    except InputError:
+        return
+    assert fused.SerializeToString() == made.SerializeToString()
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_bias_of_a_wrong_length(length: int) -> None:
+    nodes = [node("Conv", "x w b", "c", **PAD), batchnorm("c", "n", "y")]
+    made = model(nodes, {"w": W3, **N, "b": np.ones(6, np.float32)})
+    made.graph.initializer[-1].CopyFrom(numpy_helper.from_array(rand(length), "b"))
+    try:
+        fused, _ = fuse_model(made, verify="region")
+    except InputError:
+        return
+    assert fused.SerializeToString() == made.SerializeToString()
+
+
+def test_weight_that_does_not_fit_its_input() -> None:
+    made = conv_bn()
+    made.graph.initializer[0].CopyFrom(numpy_helper.from_array(rand(6, 4, 3, 3), "w"))
+    try:
+        fused, _ = fuse_model(made, verify="region")
+    except InputError:
+        return
+    assert fused.SerializeToString() == made.SerializeToString()
+
+
+def test_data_that_is_too_short() -> None:
+    made = conv_bn()
+    made.graph.initializer[0].raw_data = made.graph.initializer[0].raw_data[:-4]
+    with pytest.raises(InputError, match=r"\bw\b"):
+        fuse_model(made)
+
+
+def test_empty_model() -> None:
+    with pytest.raises(InputError):
+        fuse_model(ModelProto())
+
+
+# What the checks catch
+
+
+def forgets_the_shift(e: Expr) -> Expr | None:
+    """BatchNorm behind a convolution, its shift left out."""
+    if isinstance(e, BatchNorm) and isinstance(e.x, Conv):
+        return scale_outputs(e.x, coefficients(e)[0], np.zeros(()))
+    return None
+
+
+def ignores_the_border(e: Expr) -> Expr | None:
+    """A padded convolution read as one whose padding lies on the other side."""
+    if isinstance(e, Sum) and isinstance(e.terms[0], Conv):
+        conv = e.terms[0]
+        return replace(conv, offset=tuple(a - 1 for a in conv.offset))
+    return None
+
+
+@pytest.mark.parametrize("rule", [forgets_the_shift, ignores_the_border])
+@pytest.mark.parametrize("verify", ["region", "full"])
+def test_a_wrong_rule_is_caught_by_the_region_check(rule: Any, verify: str) -> None:
+    nodes = [
+        node("Conv", "x w", "c", name="conv", **PAD), batchnorm("c", "n", "b", name="norm"),
+        node("Conv", "x k", "d"), node("Relu", "b", "r"), node("Conv", "r w", "e", **PAD), node("Relu", "d", "s"),
+        node("Conv", "r k", "f"), node("Add", "e f", "y", name="join"), node("Add", "y s", "z"),
+    ]  # fmt: skip
+    made = model(nodes, {"w": W3, "k": W1, **N}, outputs="y s")
+    where = "norm" if rule is forgets_the_shift else "join"
+    with pytest.raises(VerificationError, match=rf"'{where}'.* wrong") as caught:
+        fuse_model(made, verify=verify, pass_table=(Pass("wrong", "", "", (rule,)),))
+    assert caught.value.where == where
+
+
+def test_a_wrong_rule_without_the_region_check_goes_through() -> None:
+    """So the check above is what catches it."""
+    table = (Pass("wrong", "", "", (forgets_the_shift,)),)
+    fused, _ = fuse_model(conv_bn(), verify="off", pass_table=table)
+    assert operators(fused) == {"Conv": 1}
+    with pytest.raises(AssertionError):
+        assert_equal_outputs(conv_bn(), fused)
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-2, -1.0, np.nan])
+def test_a_wrong_splice_is_caught_end_to_end(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = OnnxGraph.add_initializer
+
+    def perturbed(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+        return add(self, wanted, array * factor, dtype)
+
+    monkeypatch.setattr(OnnxGraph, "add_initializer", perturbed)
+    with pytest.raises(VerificationError, match="output 'y'") as caught:
+        fuse_model(conv_bn())
+    assert caught.value.where == "y"
+    fuse_model(conv_bn(), verify="region")  # which cannot see it
+
+
+def test_one_wrong_weight_of_many_is_caught_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = OnnxGraph.add_initializer
+
+    def perturbed(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+        array = array.copy()
+        array.flat[-1] += 0.01 * np.abs(array).max()
+        return add(self, wanted, array, dtype)
+
+    monkeypatch.setattr(OnnxGraph, "add_initializer", perturbed)
+    with pytest.raises(VerificationError):
+        fuse_model(conv_bn())
+
+
+@pytest.mark.parametrize("name", [p.name for p in PASSES])
+def test_a_pass_can_be_left_out(name: str) -> None:
+    nodes = [
+        node("Conv", "x w", "c", **PAD),
+        batchnorm("c", "n", "b"),
+        node("Mul", "b s", "m"),
+        node("Sum", "m x", "y"),
+    ]
+    made = model(nodes, {"w": W3, "s": rand(6, 1, 1), **N})
+    _, report = fuse(made, skip=[name])
+    assert name not in report.passes
+    _, report = fuse(made, passes=[name])
+    assert list(report.passes) == [name]
+
+
+def test_an_unknown_pass_is_named() -> None:
+    with pytest.raises(InputError, match=r"'bn'.*bn-folding"):
+        fuse_model(conv_bn(), skip=["bn"])
+    with pytest.raises(InputError, match="'some'"):
+        fuse_model(conv_bn(), verify="some")
+
+
+def test_the_report_counts_what_happened() -> None:
+    nodes = [
+        node("Conv", "x w", "c", **PAD),
+        batchnorm("c", "n", "b"),
+        node("Conv", "x k", "d"),
+        node("Add", "b d", "y", name="join"),
+    ]
+    _, report = fuse(model(nodes, {"w": W3, "k": W1, **N}))
+    assert (report.before.ops, report.before.conv, report.before.batchnorm) == (4, 2, 1)
+    assert (report.after.ops, report.after.conv, report.after.batchnorm) == (1, 1, 0)
+    assert report.passes["bn-folding"] == report.passes["branch-merging"] == 1
+    (rewrite,) = report.rewrites
+    assert rewrite.where == "join"
+    assert set(rewrite.parameters) == {"w", "k", *N}
+    assert rewrite.error is not None
+    assert rewrite.error < 1e-12
+    (output,) = report.end_to_end
+    assert output.output == "y"
+    assert output.max_rel <= output.tolerance < 1e-3
+    x = {"x": rand(1, 6, 9, 9)}
+    assert run(model(nodes, {"w": W3, "k": W1, **N}), x)[0].shape == (1, 6, 9, 9)

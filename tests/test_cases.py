@@ -1,0 +1,293 @@
+"""Golden cases: one expression a file, and what becomes of it.
+
+A file holds comments that say what it is about, the expression, and the verdict: ``# becomes`` with the
+simplified text or ``# unchanged``, then one ``# refused:`` line for each reason given. ``pytest --accept``
+writes the verdicts anew; review them as a diff. Two comments direct the harness:
+
+    # sizes: 8x8           the only extents at which the branches agree
+    # algebra only: why    no host graph can hold the expression
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from expression_models import (
+    EXTENTS,
+    assert_close,
+    draw,
+    operators,
+    reference,
+    run,
+    source_shapes,
+    sources,
+    time_limit,
+    to_module,
+    to_onnx,
+)
+
+from reparamc.cost import cost
+from reparamc.evaluate import channels, frames
+from reparamc.expr import BatchNorm, Conv, Expr, Layout, Permute, Source, flatten, rebuild, walk
+from reparamc.onnx_fuse import fuse_model
+from reparamc.rewrite import Pass, simplify
+from reparamc.shape import shape_of
+from reparamc.text import parse, show
+from reparamc_passes import PASSES
+
+CASES = Path(__file__).parent / "cases"
+VERDICT = re.compile(r"^# (becomes|unchanged|refused:)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Case:
+    path: Path
+    head: str
+    verdict: str
+
+    @property
+    def expr(self) -> Expr:
+        return flatten(parse(self.head))
+
+    @property
+    def extents(self) -> tuple[tuple[int, ...], ...]:
+        found = re.search(r"^# sizes: (\S+)", self.head, re.MULTILINE)
+        return (tuple(map(int, found[1].split("x"))),) if found else EXTENTS
+
+    @property
+    def algebra_only(self) -> bool:
+        return "# algebra only" in self.head
+
+
+def read_case(path: Path) -> Case:
+    text = path.read_text()
+    found = VERDICT.search(text)
+    end = found.start() if found else len(text)
+    return Case(path, text[:end], text[end:])
+
+
+def verdict(e: Expr) -> str:
+    with time_limit(5):
+        outcome = simplify(e, PASSES)
+    lines = [f"# becomes\n{show(outcome.expr)}"] if outcome.steps else []
+    lines += [f"# refused: {r}" for r in dict.fromkeys(r.reason for r in outcome.refusals)]
+    return "\n".join(lines or ["# unchanged"]) + "\n"
+
+
+ALL = [read_case(path) for path in sorted(CASES.glob("*/*.txt"))]
+IDS = [f"{case.path.parent.name}/{case.path.stem}" for case in ALL]
+every_case = pytest.mark.parametrize("case", ALL, ids=IDS)
+
+
+@every_case
+def test_text(case: Case, request: pytest.FixtureRequest) -> None:
+    found = verdict(case.expr)
+    if request.config.getoption("--accept"):
+        case.path.write_text(case.head + found)
+    else:
+        assert found == case.verdict
+
+
+@every_case
+def test_value(case: Case) -> None:
+    before = case.expr
+    with time_limit(5):
+        after = simplify(before, PASSES).expr
+    for seed, extents in enumerate(case.extents):
+        inputs = draw(source_shapes(before, extents), seed)
+        assert_close(reference(before, inputs), reference(after, inputs), 1e-12)
+
+
+@every_case
+def test_nothing_is_left_to_do(case: Case) -> None:
+    with time_limit(5):
+        once = simplify(case.expr, PASSES)
+        twice = simplify(once.expr, PASSES)
+    assert twice.expr is once.expr
+    assert not twice.steps
+
+
+# The same through host graphs
+
+
+def regions(root: Expr) -> list[Expr]:
+    """``root`` cut where a value has several readers, as a host graph is."""
+    order = list(walk(root))
+    readers = Counter(c for e in order for c in e.children)
+    ranks, frame_of, width_of = axes(root), frames(root), channels(root)
+    pieces: list[Expr] = []
+    done: dict[Expr, Expr] = {}
+    for e in order:
+        piece = rebuild(e, [done[c] for c in e.children])
+        if not isinstance(e, Source) and (readers[e] > 1 or e is root):
+            pieces.append(piece)
+            width, frame = width_of[e] or 0, frame_of[e] or 0
+            shape: list[int | str] = [f"cut{len(pieces)}{axis}" for axis in range(ranks[e])]
+            piece = Source(
+                f"cut{len(pieces)}", width, frame, shape_of([*shape[: -frame - 1], width, *shape[len(shape) - frame :]])
+            )
+        done[e] = piece
+    return pieces
+
+
+def axes(root: Expr) -> dict[Expr, int]:
+    """The number of axes of every node."""
+    found: dict[Expr, int] = {s: len(shape) for s, shape in source_shapes(root).items()}
+    for e in walk(root):
+        if isinstance(e, Layout) and not isinstance(e.op, Permute):
+            found[e] = len(e.op.after)
+        elif e not in found:
+            found[e] = found[e.children[0]]
+    return found
+
+
+def accepted(e: Expr) -> Expr:
+    """What a region becomes: its simplified form, if that is cheaper."""
+    before = flatten(e)
+    after = simplify(before, PASSES).expr
+    return after if cost(after) < cost(before) else before
+
+
+def through_onnx(case: Case) -> None:
+    e = parse(case.head)
+    expected = sum((operators(to_onnx(accepted(r))) for r in regions(e) if not isinstance(r, Source)), Counter())
+    models = [to_onnx(e, case.extents[0])]
+    if len(case.extents) > 1:  # otherwise the sizes drawn for unknown extents would not fit
+        models.append(to_onnx(e))
+    for model in models:
+        fused, report = fuse_model(model)
+        assert operators(fused) == expected, report.kept
+        for seed, extents in enumerate(case.extents if model is not models[0] else case.extents[:1]):
+            inputs = draw(source_shapes(e, extents), seed)
+            feeds = {str(s.key): x.astype(np.float32) for s, x in inputs.items()}
+            assert_close(run(model, feeds)[0], run(fused, feeds)[0], 1e-5)
+
+
+def through_fx(case: Case) -> None:
+    torch = pytest.importorskip("torch")
+    fuse_fx = import_module("reparamc.fx_fuse").fuse_fx
+    e = parse(case.head)
+    module = to_module(e)
+    inputs = draw(source_shapes(e, case.extents[0]))
+    example = tuple(torch.from_numpy(inputs[s]) for s in sources(e))
+    fused = fuse_fx(module, example)
+    with torch.no_grad():
+        assert_close(module(*example).numpy(), fused(*example).numpy(), 1e-10)
+    if not leans(e):  # PyTorch pads such a kernel by an operator of its own
+        parts = [p for r in regions(e) if not isinstance(r, Source) for p in walk(accepted(r))]
+        expected = [sum(isinstance(p, Conv) for p in parts), sum(isinstance(p, BatchNorm) for p in parts)]
+        assert fx_counts(fused) == expected
+
+
+def leans(e: Expr) -> bool:
+    return any(isinstance(c, Conv) and c.padding[0] != c.padding[1] for c in walk(e))
+
+
+def fx_counts(fused: object) -> list[int]:
+    """How many convolutions (linear layers included) and BatchNorms a graph module calls."""
+    modules = dict(fused.named_modules())  # type: ignore[attr-defined]
+    kinds = [
+        type(modules[str(n.target)]).__name__ if n.op == "call_module" else getattr(n.target, "__name__", str(n.target))
+        for n in fused.graph.nodes  # type: ignore[attr-defined]
+        if n.op.startswith("call_")
+    ]
+    return [sum(bool(re.match(pattern, kind, re.I)) for kind in kinds) for pattern in ("conv|linear", "batch_?norm")]
+
+
+BACKENDS: dict[str, Callable[[Case], None]] = {"onnx": through_onnx, "fx": through_fx}
+NEEDS = {"fx": "reparamc.fx_fuse"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_case
+def test_host_graph(case: Case, backend: str) -> None:
+    if case.algebra_only:
+        return
+    if backend in NEEDS and find_spec(NEEDS[backend]) is None:
+        pytest.skip(f"{NEEDS[backend]} is not there")
+    with time_limit(60):
+        BACKENDS[backend](case)
+
+
+# The cases themselves
+
+
+def reasons(table: Pass) -> Iterator[re.Pattern[str]]:
+    """Every refusal that the source of a pass can give, and that of what it imports from its package."""
+    pending = [m for rule in table.rules if (m := inspect.getmodule(rule)) is not None]
+    seen: set[ModuleType] = set()
+    while pending:
+        module = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        tree = ast.parse(inspect.getsource(module))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reparamc_passes"):
+                pending.append(import_module(str(node.module)))
+            said = node.value if isinstance(node, ast.Return) else None
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Declined":
+                said = node.args[0]
+            if isinstance(said, ast.Name) and isinstance(getattr(module, said.id, None), str):
+                yield re.compile(re.escape(getattr(module, said.id)))
+            elif isinstance(said, ast.Constant) and isinstance(said.value, str):
+                yield re.compile(re.escape(said.value))
+            elif isinstance(said, ast.JoinedStr):
+                parts = [re.escape(str(v.value)) if isinstance(v, ast.Constant) else ".+" for v in said.values]
+                yield re.compile("".join(parts))
+
+
+def gaps(table: Pass, cases: list[Case]) -> list[str]:
+    """What the cases of one pass lack."""
+    mine = [case for case in cases if case.path.parent.name == table.name]
+    outcomes = []
+    for case in mine:
+        with time_limit(5):
+            outcomes.append(simplify(case.expr, (table,)))
+    missing = []
+    if not any(outcome.steps for outcome in outcomes):
+        missing.append("a positive case")
+    given = {r.reason for outcome in outcomes for r in outcome.refusals}
+    missing += [f"a case for {r.pattern!r}" for r in reasons(table) if not any(map(r.fullmatch, given))]
+    if not any(shares_a_value(case.expr) for case in mine):
+        missing.append("a case where two operators read one value")
+    return missing
+
+
+def shares_a_value(e: Expr) -> bool:
+    readers = Counter(c for node in walk(e) for c in set(node.children))
+    return any(count > 1 and not isinstance(node, Source) for node, count in readers.items())
+
+
+@pytest.mark.parametrize("table", [p for p in PASSES if p.rules], ids=lambda p: p.name)
+def test_every_pass_has_its_cases(table: Pass) -> None:
+    assert gaps(table, ALL) == []
+
+
+def test_missing_cases_are_noticed() -> None:
+    table = next(p for p in PASSES if p.name == "branch-merging")
+    assert gaps(table, [])[0] == "a positive case"
+    assert len(gaps(table, [])) == 2 + len(list(reasons(table))) >= 5
+    without = [c for c in ALL if c.path.stem != "extents"]
+    assert len(gaps(table, without)) == 1
+
+
+def test_every_folder_is_a_pass() -> None:
+    assert {case.path.parent.name for case in ALL} <= {p.name for p in PASSES}
+
+
+def test_every_case_says_what_it_is_about() -> None:
+    for case in ALL:
+        comments = [line for line in case.head.splitlines() if line.startswith("# ")]
+        assert any(not re.match("# (sizes|algebra only)", line) for line in comments), case.path
