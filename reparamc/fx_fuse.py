@@ -334,11 +334,12 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
         torch.manual_seed(0)
         result = model(*args, **kwargs)
     leaves, _ = pytree.tree_flatten_with_path(result)
-    return {
-        f"output{pytree.keystr(path)}": (leaf.double() if leaf.is_floating_point() else leaf).cpu().numpy()
-        for path, leaf in leaves
-        if isinstance(leaf, Tensor)
-    }
+    return {f"output{pytree.keystr(path)}": _array(leaf) for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def _array(leaf: Tensor) -> np.ndarray:
+    leaf = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    return (leaf.double() if leaf.is_floating_point() else leaf).cpu().numpy()
 
 
 def _perturbed(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
