@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 
 from reparamc.evaluate import channels
-from reparamc.expr import BatchNorm, Conv, Expr, Layout, Scale, Source, Sum, walk
+from reparamc.expr import BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Source, Sum, is_negation, walk
 
 NODE = 20_000.0
 """Launching one operator, in multiply-adds."""
@@ -31,6 +31,11 @@ def cost(root: Expr) -> float:
 
 def price(conv: Conv) -> float:
     """The price of one convolution, in multiply-adds."""
+    if conv.token is not None:  # a pooling or a padding: no weights are read, and its sums are no matter
+        return NODE + POSITIONS * conv.out_channels * 2 * ELEMENT
+    if conv.transposed:
+        moved = POSITIONS * (conv.in_channels + conv.out_channels * prod(conv.stride)) + conv.weight.size
+        return NODE + POSITIONS * conv.weight.size + ELEMENT * moved
     moved = POSITIONS * (conv.in_channels + conv.out_channels / prod(conv.stride)) + conv.weight.size
     return NODE + POSITIONS / prod(conv.stride) * conv.weight.size + ELEMENT * moved
 
@@ -51,7 +56,7 @@ def _price(e: Expr, count: dict[Expr, int | None]) -> float:
             return (is_multiplied(e) + is_shifted(e)) * (NODE + POSITIONS * width * (1 + 2 * ELEMENT))
         case Sum():
             return (len(e.terms) - 1) * addition(width)
-        case Layout():
+        case Layout() | Concat() | Select():
             return NODE + POSITIONS * width * 2 * ELEMENT
         case Source():
             return 0.0
@@ -59,7 +64,7 @@ def _price(e: Expr, count: dict[Expr, int | None]) -> float:
 
 def is_multiplied(e: Scale) -> bool:
     """Whether ``e`` needs a multiplication. A factor of -1 does not: sums subtract instead."""
-    return bool(np.any(e.scale != 1)) and not (e.scale.ndim == 0 and e.scale == -1 and not np.any(e.shift))
+    return bool(np.any(e.scale != 1)) and not is_negation(e)
 
 
 def is_shifted(e: Scale) -> bool:

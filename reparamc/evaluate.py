@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from reparamc.expr import Array, BatchNorm, Conv, Expr, Layout, Permute, Scale, Source, Sum, walk
+from reparamc.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Permute, Scale, Select, Source, Sum, walk
 from reparamc.kernel import coefficients
 from reparamc.shape import Shape
 
@@ -28,7 +28,7 @@ def evaluate(root: Expr, inputs: Mapping[Source, Array]) -> tuple[Array, float]:
                 if e.shape is not None:
                     _bind(e.shape, y, sizes)
             case Conv():
-                y = _convolve(e, values[e.x])
+                y = (_convolve_transposed if e.transposed else _convolve)(e, values[e.x])
             case Scale():
                 y = values[e.x] * _along(e.scale, e.frame) + _along(e.shift, e.frame)
             case BatchNorm():
@@ -38,6 +38,10 @@ def evaluate(root: Expr, inputs: Mapping[Source, Array]) -> tuple[Array, float]:
                 y = values[e.terms[0]]
                 for term in e.terms[1:]:
                     y = y + values[term]
+            case Concat():
+                y = np.concatenate([values[t] for t in e.terms], axis=-1 - e.frame)
+            case Select():
+                y = np.take(values[e.x], e.index, axis=-1 - e.frame)
             case Layout():
                 y = _move(e, values[e.x], sizes)
         values[e] = y
@@ -89,6 +93,29 @@ def _convolve(e: Conv, x: Array) -> Array:
     return y.reshape(*batch, e.out_channels, *outs)
 
 
+def _convolve_transposed(e: Conv, x: Array) -> Array:
+    n = e.frame
+    batch, extents = x.shape[: x.ndim - n - 1], x.shape[x.ndim - n :]
+    outs = [s * (h - 1) + 1 + d for h, d, s in zip(extents, e.delta, e.stride, strict=True)]
+    low = [max(0, -a) for a in e.offset]
+    whole = [
+        lo + max(o, s * (h - 1) + 1 + max(r, 0))
+        for lo, o, s, h, r in zip(low, outs, e.stride, extents, e.reach, strict=True)
+    ]
+    per_group = e.weight.shape[1]
+    x = x.reshape(-1, e.groups, per_group, int(np.prod(extents, dtype=int)))
+    weight = e.weight.reshape(e.groups, -1, per_group, *e.kernel)
+    y = np.zeros((x.shape[0], e.out_channels, *whole))
+    for tap in product(*map(range, e.kernel)):
+        start = [lo + a + d * t for lo, a, d, t in zip(low, e.offset, e.dilation, tap, strict=True)]
+        at = tuple(slice(b, b + s * (h - 1) + 1, s) for b, s, h in zip(start, e.stride, extents, strict=True))
+        y[(slice(None), slice(None), *at)] += np.matmul(weight[(..., *tap)], x).reshape(-1, e.out_channels, *extents)
+    y = y[(slice(None), slice(None), *(slice(lo, lo + o) for lo, o in zip(low, outs, strict=True)))]
+    if e.bias is not None:
+        y = y + e.bias.reshape(-1, *[1] * n)
+    return y.reshape(*batch, e.out_channels, *outs)
+
+
 def frames(root: Expr) -> dict[Expr, int | None]:
     """The frame of every node, inferred in both directions; None where nothing fixes it."""
     found: dict[Expr, int | None] = {}
@@ -125,14 +152,26 @@ def channels(root: Expr) -> dict[Expr, int | None]:
                 return e.scale.shape[0] if e.scale.ndim else e.shift.shape[0] if e.shift.ndim else found[e.x]
             case Sum():
                 return next((c for t in e.terms if (c := found[t]) is not None), None)
+            case Concat():
+                return sum(e.sizes)
+            case Select():
+                return len(e.index)
             case Layout():
                 return found[e.x]
 
     for e in order:
         found[e] = own(e)
     for e in reversed(order):
-        want = e.in_channels if isinstance(e, Conv) else found[e]
-        for child in e.children:
+        match e:
+            case Conv():
+                wanted: Sequence[int | None] = (e.in_channels,)
+            case Concat():
+                wanted = e.sizes
+            case Select():
+                wanted = (e.width,)
+            case _:
+                wanted = (found[e],) * len(e.children)
+        for child, want in zip(e.children, wanted, strict=True):
             found[child] = want if found[child] is None else found[child]
     return found
 
@@ -169,7 +208,7 @@ def sample_inputs(roots: Sequence[Expr], rng: np.random.Generator, extra: int = 
     for e in order:
         if isinstance(e, Scale) and e.frame is not None and e.frame < frame:
             wanted[frame - 1 - e.frame] = max(e.scale.size, e.shift.size)  # it acts on a spatial axis
-    extents = _extents(whole, [(n, n) for n in wanted])
+    extents = _extents(whole, wanted)
     inputs = {}
     for e in sources:
         spatial = [low + extra % (high - low + 1) for low, high in extents[e]]
@@ -191,20 +230,39 @@ def _channel_symbols(
     return found
 
 
-def _extents(root: Expr, wanted: list[tuple[int, int]]) -> dict[Expr, list[tuple[int, int]]]:
-    """For every node the range of extents, per axis, that gives the root the extents ``wanted``."""
-    found: dict[Expr, list[tuple[int, int]]] = {root: wanted}
-    for e in reversed(list(walk(root))):
+SEARCHED = 64
+"""Extents tried for a result before its branches are said to agree in size for no input."""
+
+
+def _extents(root: Expr, wanted: list[int]) -> dict[Expr, list[tuple[int, int]]]:
+    """For every node the range of extents, per axis, that gives the root an extent of ``wanted`` or little more."""
+    order = list(walk(root))
+    found: dict[Expr, list[tuple[int, int]]] = {e: [] for e in order}
+    for axis, least in enumerate(wanted):
+        tried = (_extents_along(order, axis, len(wanted), n) for n in range(least, least + SEARCHED))
+        ranges = next((r for r in tried if r is not None), None)
+        if ranges is None:
+            raise ValueError("its branches agree in size for no input")
+        for e in order:
+            found[e].append(ranges[e])
+    return found
+
+
+def _extents_along(order: Sequence[Expr], axis: int, axes: int, extent: int) -> dict[Expr, tuple[int, int]] | None:
+    """The same along one axis, for one extent of the root; None when nothing gives it."""
+    found = {order[-1]: (extent, extent)}
+    for e in reversed(order):
         for child in e.children:
-            need = found[e]
-            if isinstance(e, Conv):
-                need = [
-                    (s * (low - 1) + 1 + d, s * high + d)
-                    for (low, high), s, d in zip(need, e.stride, e.delta, strict=True)
-                ]
-            known = found.get(child, need)
-            both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(known, need, strict=True)]
-            if any(low > high or high < 1 for low, high in both):
-                raise ValueError("its branches agree in size for no input")
-            found[child] = both
+            low, high = found[e]
+            if isinstance(e, Conv) and e.frame == axes:
+                s, d = e.stride[axis], e.delta[axis]
+                if e.transposed:
+                    low, high = -((1 + d - low) // s) + 1, (high - 1 - d) // s + 1
+                else:
+                    low, high = s * (low - 1) + 1 + d, s * high + d
+            if child in found:
+                low, high = max(low, found[child][0]), min(high, found[child][1])
+            if low > high or high < 1:
+                return None
+            found[child] = max(low, 1), high
     return found

@@ -1,6 +1,6 @@
 """Affine expressions: the tiny language in which every rewrite is written.
 
-An expression is an immutable graph of six kinds of node over arrays of float64. It knows neither
+An expression is an immutable graph of a few kinds of node over arrays of float64. It knows neither
 torch nor ONNX. Nodes are compared by identity, so "the same object" means "the same value".
 
 A value is an array whose *channel axis* has ``rank`` axes to its right; that number is called the
@@ -22,6 +22,8 @@ from reparamc.shape import Shape
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = tuple[int, ...]
+
+ONE, ZERO = np.ones(()), np.zeros(())
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,12 @@ class Conv:
     None. The other tuples hold one number per axis of the kernel, of which there are ``frame``: none
     for a linear layer. ``offset`` is where the first tap lands (minus the leading padding), and
     ``delta`` is how much the extent shrinks: ``out = floor((extent - 1 - delta) / stride) + 1``.
+
+    A ``transposed`` convolution writes where the other reads: ``weight[o, i, t] * x[i, p]`` is added to
+    ``y[o, stride*p + offset + dilation*t]``, and ``out = stride * (extent - 1) + 1 + delta``.
+
+    ``token`` lets the host graph find an operator that is this convolution under another name (a
+    pooling, a padding); whoever changes more than ``x`` drops it.
     """
 
     x: Expr
@@ -60,6 +68,25 @@ class Conv:
     offset: Ints = ()
     delta: Ints = ()
     groups: int = 1
+    transposed: bool = False
+    token: Hashable = None
+
+    @staticmethod
+    def padded(
+        x: Expr,
+        weight: Array,
+        bias: Array | None,
+        stride: Ints,
+        dilation: Ints,
+        begin: Ints,
+        end: Ints,
+        groups: int = 1,
+        token: Hashable = None,
+    ) -> Conv:
+        """The convolution that reads ``begin`` zeros before and ``end`` zeros after the extent, per axis."""
+        kernel = weight.shape[2:]
+        delta = tuple(d * (k - 1) - b - e for d, k, b, e in zip(dilation, kernel, begin, end, strict=True))
+        return Conv(x, weight, bias, stride, dilation, tuple(-b for b in begin), delta, groups, False, token)
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -88,12 +115,21 @@ class Conv:
 
     @property
     def padding(self) -> tuple[Ints, Ints]:
-        """Zeros read before and after the extent, per axis (negative: values skipped)."""
+        """Zeros read before and after the extent, per axis (negative: values skipped).
+
+        Of a transposed convolution: results dropped (negative: zeros added).
+        """
         return tuple(-a for a in self.offset), tuple(r - d for r, d in zip(self.reach, self.delta, strict=True))
 
     @property
     def reads_padding(self) -> bool:
-        return any(p > 0 for side in self.padding for p in side)
+        """Whether a constant added to ``x`` changes the result by different amounts in different places."""
+        return self.transposed or any(p > 0 for side in self.padding for p in side)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """One tap at offset 0, stride one, the extent kept: nothing but a matrix of channels."""
+        return self.keeps_grid and not any(self.offset) and all(k == 1 for k in self.kernel)
 
     @property
     def keeps_grid(self) -> bool:
@@ -150,6 +186,33 @@ class Sum:
         return self.terms
 
 
+@dataclass(frozen=True, eq=False)
+class Concat:
+    """The channels of all terms, one after the other; ``sizes`` says how many each has."""
+
+    terms: tuple[Expr, ...]
+    sizes: Ints
+    frame: int
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.terms
+
+
+@dataclass(frozen=True, eq=False)
+class Select:
+    """``y[o] = x[index[o]]``: some of the ``width`` channels of x, in any order (a slice, a shuffle)."""
+
+    x: Expr
+    index: Ints
+    width: int
+    frame: int
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
 @dataclass(frozen=True)
 class Permute:
     """Axes in a new order; ``axes`` is a permutation of ``range(rank)``."""
@@ -183,14 +246,16 @@ class Layout:
         return (self.x,)
 
 
-Expr: TypeAlias = Source | Conv | Scale | BatchNorm | Sum | Layout
+Expr: TypeAlias = Source | Conv | Scale | BatchNorm | Sum | Concat | Select | Layout
 
 
 def rebuild(e: Expr, children: Sequence[Expr]) -> Expr:
     """The same operator over other operands; the same object when the operands are the same."""
     if all(old is new for old, new in zip(e.children, children, strict=True)):
         return e
-    return Sum(tuple(children)) if isinstance(e, Sum) else replace(e, x=children[0])
+    if isinstance(e, Sum | Concat):
+        return replace(e, terms=tuple(children))
+    return replace(e, x=children[0])
 
 
 def walk(root: Expr, stop: Callable[[Expr], bool] = lambda _: False) -> Iterator[Expr]:
@@ -235,6 +300,11 @@ def flatten(root: Expr) -> Expr:
 def total(addends: Sequence[Expr]) -> Expr:
     """The sum of one or more addends."""
     return addends[0] if len(addends) == 1 else Sum(tuple(addends))
+
+
+def is_negation(e: Expr) -> bool:
+    """Whether ``e`` is ``-x``. Sums subtract, so that it needs no operator of its own there."""
+    return isinstance(e, Scale) and not e.scale.ndim and e.scale == -1 and not np.any(e.shift)
 
 
 def arrays(e: Expr) -> tuple[Array, ...]:

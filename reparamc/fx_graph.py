@@ -18,7 +18,21 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from reparamc.expr import Array, BatchNorm, Conv, Expr, Layout, Permute, Reshape, Scale, Source, Sum
+from reparamc.expr import (
+    ONE,
+    ZERO,
+    Array,
+    BatchNorm,
+    Conv,
+    Expr,
+    Layout,
+    Permute,
+    Reshape,
+    Scale,
+    Source,
+    Sum,
+    is_negation,
+)
 from reparamc.fx_values import (
     Memory,
     Values,
@@ -33,7 +47,6 @@ from reparamc.kernel import regroup
 from reparamc.region import Reading, Splice, Value, layout_reading, new_nodes
 from reparamc.rewrite import Declined
 
-ONE, ZERO = np.ones(()), np.zeros(())
 DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
@@ -542,7 +555,7 @@ class _Emitter:
     def run(self) -> fx.Node:
         top = self.splice.expr
         for e in new_nodes(self.splice):
-            if e is top or not _is_negation(e):
+            if e is top or not is_negation(e):
                 self.values[e] = self._emit(e)
         return self.values[top]
 
@@ -598,7 +611,7 @@ class _Emitter:
 
     def _scale(self, e: Scale) -> fx.Node:
         y = self._value(e.x)
-        if _is_negation(e):
+        if is_negation(e):
             return self.graph.graph.call_function(operator.neg, (y,))
         for op, vector, neutral in ((operator.mul, e.scale, 1), (operator.add, e.shift, 0)):
             if np.any(vector != neutral):
@@ -613,10 +626,10 @@ class _Emitter:
         return self.graph.graph.get_attr(f"{self._add(holder)}.value")
 
     def _sum(self, e: Sum) -> fx.Node:
-        ordered = sorted(e.terms, key=lambda t: t not in self.values and _is_negation(t))
+        ordered = sorted(e.terms, key=lambda t: t not in self.values and is_negation(t))
         y = self._value(ordered[0])
         for t in ordered[1:]:
-            if t not in self.values and isinstance(t, Scale) and _is_negation(t):
+            if t not in self.values and isinstance(t, Scale) and is_negation(t):
                 y = self.graph.graph.call_function(operator.sub, (y, self._value(t.x)))
             else:
                 y = self.graph.graph.call_function(operator.add, (y, self._value(t)))
@@ -657,7 +670,3 @@ def _exists(module: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _is_negation(e: Expr) -> bool:
-    return isinstance(e, Scale) and not e.scale.ndim and e.scale == -1 and not np.any(e.shift)

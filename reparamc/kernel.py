@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from math import gcd
 
 import numpy as np
 
 from reparamc.expr import Array, BatchNorm, Conv, Expr, Ints, Scale
+
+BIAS_MEETS_PADDING = "its bias meets the zero padding of the convolution behind it"
+TRANSPOSED = "a transposed convolution composes with a matrix of channels only"
 
 
 def coefficients(e: Scale | BatchNorm) -> tuple[Array, Array]:
@@ -29,8 +33,8 @@ def scale_outputs(conv: Conv, scale: Array, shift: Array) -> Conv:
     rows = np.broadcast_to(scale, (conv.out_channels,))
     weight = conv.weight * rows.reshape(-1, *[1] * (conv.weight.ndim - 1))
     if conv.bias is None and not np.any(shift):
-        return replace(conv, weight=weight)
-    return replace(conv, weight=weight, bias=rows * conv.bias_or_zero + shift)
+        return replace(conv, weight=weight, token=None)
+    return replace(conv, weight=weight, bias=rows * conv.bias_or_zero + shift, token=None)
 
 
 def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
@@ -41,16 +45,112 @@ def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
     """
     per_group = conv.in_channels // conv.groups
 
-    def columns(v: Array) -> Array:
-        grouped = np.broadcast_to(v, (conv.in_channels,)).reshape(conv.groups, per_group)
-        rows = np.repeat(grouped, conv.out_channels // conv.groups, axis=0)
-        return rows.reshape(*rows.shape, *[1] * conv.frame)
+    rows = conv.out_channels // conv.groups
+    grouped = conv.weight.reshape(conv.groups, rows, per_group, *conv.kernel)
 
-    weight = conv.weight * columns(scale)
+    def columns(v: Array) -> Array:
+        per_channel = np.broadcast_to(v, (conv.in_channels,))
+        return per_channel.reshape(conv.groups, 1, per_group, *[1] * conv.frame)
+
+    weight = (grouped * columns(scale)).reshape(conv.weight.shape)
     if not np.any(shift):
-        return replace(conv, x=x, weight=weight)
-    bias = conv.bias_or_zero + (conv.weight * columns(shift)).sum(axis=tuple(range(1, conv.weight.ndim)))
-    return replace(conv, x=x, weight=weight, bias=bias)
+        return replace(conv, x=x, weight=weight, token=None)
+    read = (grouped * columns(shift)).reshape(conv.out_channels, -1).sum(axis=1)
+    return replace(conv, x=x, weight=weight, bias=conv.bias_or_zero + read, token=None)
+
+
+def select_outputs(conv: Conv, index: Ints) -> Conv:
+    """Some of the outputs of ``conv``, in the order of ``index``: rows of W and b. For one group only."""
+    rows = list(index)
+    bias = None if conv.bias is None else conv.bias[rows]
+    return replace(conv, weight=conv.weight[rows], bias=bias, token=None)
+
+
+def stack(convs: Sequence[Conv]) -> Conv:
+    """The outputs of dense convolutions of one input and one grid, one after the other: rows put below rows."""
+    spread = [merge([c, *_silent(convs, c)]) for c in convs]  # all on the hull of their taps
+    weight = np.concatenate([c.weight for c in spread])
+    bias = np.concatenate([c.bias_or_zero for c in convs]) if any(c.bias is not None for c in convs) else None
+    return replace(spread[0], weight=weight, bias=bias)
+
+
+def _silent(convs: Sequence[Conv], like: Conv) -> list[Conv]:
+    """``convs`` with weights of zero and as many rows as ``like``: they span taps and add nothing."""
+    shape = like.weight.shape[:2]
+    return [replace(c, weight=np.zeros((*shape, *c.kernel)), bias=None) for c in convs]
+
+
+def composed_shape(outer: Conv, inner: Conv) -> Conv:
+    """``outer(inner(x))`` as one convolution, all but its weights: those are zero and take no memory."""
+    if inner.transposed or outer.transposed:
+        frame = inner if inner.transposed else outer
+        kernel, dilation = frame.kernel, frame.dilation
+        stride, offset, delta = frame.stride, frame.offset, frame.delta
+    else:
+        pairs = list(zip(inner.stride, outer.stride, strict=True))
+        stride = tuple(a * b for a, b in pairs)
+        offset = tuple(a + s * b for a, s, b in zip(inner.offset, inner.stride, outer.offset, strict=True))
+        delta = tuple(a + s * b for a, s, b in zip(inner.delta, inner.stride, outer.delta, strict=True))
+        reach = [r + s * q for r, s, q in zip(inner.reach, inner.stride, outer.reach, strict=True)]
+        dilation = tuple(
+            gcd(*[d for d, k in ((da, ka), (s * db, kb)) if k > 1]) or 1
+            for da, ka, s, db, kb in zip(
+                inner.dilation, inner.kernel, inner.stride, outer.dilation, outer.kernel, strict=True
+            )
+        )
+        kernel = tuple((r - a) // d + 1 for r, a, d in zip(reach, offset, dilation, strict=True))
+    groups = gcd(inner.groups, outer.groups)
+    weight = np.broadcast_to(np.zeros(()), (outer.out_channels, inner.in_channels // groups, *kernel))
+    transposed = inner.transposed or outer.transposed
+    return Conv(inner.x, weight, None, stride, dilation, offset, delta, groups, transposed)
+
+
+def compose(outer: Conv, inner: Conv) -> Conv:
+    """``outer(inner(x))`` as one convolution: taps meet at ``a + d t + s (a' + d' u)``, W = sum over them of W' W.
+
+    The callers see to it that ``outer`` reads no zero that ``inner`` would have computed otherwise.
+    """
+    shape = composed_shape(outer, inner)
+    groups = shape.groups
+    blocks = [
+        regroup(c, groups).reshape(groups, c.out_channels // groups, c.in_channels // groups, *c.kernel)
+        for c in (outer, inner)
+    ]
+    steps = inner.stride if not (inner.transposed or outer.transposed) else (1,) * inner.frame
+    weight = np.zeros((groups, shape.out_channels // groups, shape.in_channels // groups, *shape.kernel))
+    for u in product(*map(range, outer.kernel)):
+        rows = blocks[0][(..., *u)]
+        for t in product(*map(range, inner.kernel)):
+            at = tuple(
+                (da * a + s * db * b) // d
+                for da, a, s, db, b, d in zip(inner.dilation, t, steps, outer.dilation, u, shape.dilation, strict=True)
+            )
+            weight[(..., *at)] += np.matmul(rows, blocks[1][(..., *t)])
+    bias = outer.bias
+    if inner.bias is not None:
+        taps = blocks[0].sum(axis=tuple(range(3, blocks[0].ndim)))
+        read = np.matmul(taps, inner.bias.reshape(groups, -1, 1)).reshape(-1)
+        bias = read if bias is None else bias + read
+    return replace(shape, weight=weight.reshape(shape.weight.shape), bias=bias)
+
+
+def cannot_compose(outer: Conv, inner: Conv) -> str | None:
+    """Why ``outer(inner(x))`` is no convolution of x; None when it is one.
+
+    What the outer kernel reads beyond the extent of the inner result is zero. The composition computes
+    those values from x instead, which gives zero only for an inner kernel of one tap without bias
+    whose extent covers that of x.
+    """
+    if outer.transposed or inner.transposed:
+        if inner.transposed:
+            return None if outer.is_pointwise and not outer.transposed else TRANSPOSED
+        return (None if inner.bias is None else BIAS_MEETS_PADDING) if inner.is_pointwise else TRANSPOSED
+    if not outer.reads_padding:
+        return None
+    one_tap = all(k == 1 for k in inner.kernel) and all(p >= 0 for side in inner.padding for p in side)
+    if one_tap:
+        return None if inner.bias is None or not np.any(inner.bias) else BIAS_MEETS_PADDING
+    return "the convolution behind it pads the result with zeros, which the composed kernel would not read"
 
 
 def pointwise(x: Expr, scale: Array, shift: Array, channels: int, frame: int) -> Conv:
@@ -81,7 +181,7 @@ def merge(convs: Sequence[Conv]) -> Conv:
         weight[(slice(None), slice(None), *at)] += regroup(conv, groups)
     biased = [c.bias for c in convs if c.bias is not None]
     bias = sum(biased[1:], biased[0]) if biased else None
-    return replace(first, weight=weight, bias=bias, dilation=dilation, offset=offset, groups=groups)
+    return replace(first, weight=weight, bias=bias, dilation=dilation, offset=offset, groups=groups, token=None)
 
 
 def regroup(conv: Conv, groups: int) -> Array:
@@ -103,3 +203,28 @@ def _span(convs: Sequence[Conv], axis: int) -> Ints:
     steps = [c.dilation[axis] for c in convs if c.kernel[axis] > 1] + [c.offset[axis] - offset for c in convs]
     dilation = gcd(*steps) or 1
     return offset, dilation, (max(c.reach[axis] for c in convs) - offset) // dilation + 1
+
+
+def swap_sides(weight: Array, groups: int) -> Array:
+    """(out, in / groups, *kernel) as (in, out / groups, *kernel), the layout of transposed convolutions; and back."""
+    first, second, *kernel = weight.shape
+    blocks = weight.reshape(groups, first // groups, second, *kernel)
+    return np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(groups * second, first // groups, *kernel)
+
+
+def transposed(
+    x: Expr, weight: Array, bias: Array | None, stride: Ints, dilation: Ints, begin: Ints, end: Ints, groups: int
+) -> Conv:
+    """The transposed convolution that drops ``begin`` results in front and ``end`` behind (negative: adds zeros).
+
+    ``weight`` is (out, in / groups, *kernel). With stride one throughout it is the ordinary
+    convolution with reversed taps.
+    """
+    offset = tuple(-b for b in begin)
+    reach = tuple(d * (k - 1) - b for d, k, b in zip(dilation, weight.shape[2:], begin, strict=True))
+    delta = tuple(r - e for r, e in zip(reach, end, strict=True))
+    if all(s == 1 for s in stride):
+        reversed_taps = weight[(..., *(slice(None, None, -1),) * len(stride))]
+        kept = tuple(-d for d in delta)
+        return Conv(x, reversed_taps, bias, stride, dilation, tuple(-r for r in reach), kept, groups)
+    return Conv(x, weight, bias, stride, dilation, offset, delta, groups, transposed=True)

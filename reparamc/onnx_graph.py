@@ -13,7 +13,21 @@ from typing import Any, cast
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from reparamc.expr import Array, BatchNorm, Conv, Expr, Layout, Permute, Reshape, Scale, Source, Sum
+from reparamc.expr import (
+    ONE,
+    ZERO,
+    Array,
+    BatchNorm,
+    Conv,
+    Expr,
+    Layout,
+    Permute,
+    Reshape,
+    Scale,
+    Source,
+    Sum,
+    is_negation,
+)
 from reparamc.kernel import regroup
 from reparamc.onnx_values import (
     Constants,
@@ -28,7 +42,6 @@ from reparamc.onnx_values import (
 from reparamc.region import Reading, Splice, Value, layout_reading, new_nodes
 from reparamc.rewrite import Declined
 
-ONE, ZERO = np.ones(()), np.zeros(())
 ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"
 NORMALISATION = "it belongs to a normalisation that runtimes fuse"
 
@@ -414,7 +427,7 @@ class _Emitter:
     def run(self) -> list[NodeProto]:
         top = self.splice.expr
         for e in new_nodes(self.splice):
-            if e is top or not _is_negation(e):  # sums subtract instead
+            if e is top or not is_negation(e):  # sums subtract instead
                 self.names[e] = self._emit(e, self.root if e is top else None)
         if top in self.splice.native:
             self._node("Identity", [self.names[top]], self.root)
@@ -465,7 +478,7 @@ class _Emitter:
         return self._node("Add", [self._node("MatMul", inputs, None), self._parameter("bias", e.bias)], output)
 
     def _scale(self, e: Scale, output: str | None) -> str:
-        if _is_negation(e):
+        if is_negation(e):
             return self._node("Neg", [self._value(e.x)], output)
         ones = (1,) * (e.frame or 0)
         factor = (
@@ -484,11 +497,11 @@ class _Emitter:
         return self._node("Add", [y, term], output) if term else y
 
     def _sum(self, e: Sum, output: str | None) -> str:
-        ordered = sorted(e.terms, key=lambda t: t not in self.names and _is_negation(t))
+        ordered = sorted(e.terms, key=lambda t: t not in self.names and is_negation(t))
         y = self._value(ordered[0])
         for t, after in zip_longest(ordered[1:], ordered[2:]):
             op, addend = "Add", t
-            if t not in self.names and isinstance(t, Scale) and _is_negation(t):
+            if t not in self.names and isinstance(t, Scale) and is_negation(t):
                 op, addend = "Sub", t.x
             y = self._node(op, [y, self._value(addend)], None if after else output)
         return y
@@ -516,7 +529,3 @@ class _Emitter:
         name = self.graph.names.fresh(f"{self.root}/fused_{op}")
         self.nodes.append(helper.make_node(op, inputs, [output], name, doc_string=self.note, **attributes))
         return output
-
-
-def _is_negation(e: Expr) -> bool:
-    return isinstance(e, Scale) and not e.scale.ndim and e.scale == -1 and not np.any(e.shift)

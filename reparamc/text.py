@@ -8,7 +8,8 @@ One node a line, operands first, the last line is the result::
     %2 = sum %0, %1
 
 ``k`` kernel, ``s`` stride, ``d`` dilation, ``p`` padding (``p=0:1`` before and after; one number for
-all axes when they agree), ``g`` groups, ``bias``. Weights are not part of the text: the parser draws
+all axes when they agree), ``g`` groups, ``transposed``, ``bias``; ``select %x 0:4,7 of 8 f=2`` are channels
+0 to 3 and 7 of eight, ``concat %x, %y c=4,6 f=2`` all of both. Weights are not part of the text: the parser draws
 them from a seed, so a text states structure and its reader checks numbers.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from reparamc.errors import InputError
 from reparamc.expr import (
     Array,
     BatchNorm,
+    Concat,
     Conv,
     Expr,
     Ints,
@@ -30,6 +33,7 @@ from reparamc.expr import (
     Permute,
     Reshape,
     Scale,
+    Select,
     Source,
     Sum,
     walk,
@@ -76,6 +80,7 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
                 words += [f"d={_each(e.dilation)}"] if any(d != 1 for d in e.dilation) else []
                 words += [f"p={pads[0] if len(set(pads)) == 1 else ','.join(pads)}"]
             words += [f"g={e.groups}"] if e.groups != 1 else []
+            words += ["transposed"] if e.transposed else []
             return " ".join(words + (["bias"] if e.bias is not None else []))
         case Scale():
             count = e.scale.size if e.scale.ndim else e.shift.size
@@ -86,11 +91,27 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
             return f"batchnorm {names[e.x]} c={e.gamma.size} f={e.frame}"
         case Sum():
             return "sum " + ", ".join(names[t] for t in e.terms)
+        case Concat():
+            sizes = ",".join(map(str, e.sizes))
+            return "concat " + ", ".join(names[t] for t in e.terms) + f" c={sizes} f={e.frame}"
+        case Select():
+            return f"select {names[e.x]} {_runs(e.index)} of {e.width} f={e.frame}"
         case Layout():
             frames = f"f={e.frame_in}->{e.frame}"
             if isinstance(e.op, Permute):
                 return f"permute {names[e.x]} axes={','.join(map(str, e.op.axes))} {frames}"
             return f"reshape {names[e.x]} {_shape(e.op.before)}->{_shape(e.op.after)} {frames}"
+
+
+def _runs(index: Ints) -> str:
+    """``0:4,7`` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for i in index:
+        if runs and i == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([i, i + 1])
+    return ",".join(f"{a}:{b}" if b - a > 1 else f"{a}" for a, b in runs)
 
 
 def _each(values: Ints) -> str:
@@ -128,7 +149,7 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
     kind, _, number = words[0].partition("=")
     rest = words[1] if len(words) > 1 else ""
     options = dict(re.findall(r"(\w+)=(\S+)", rest))
-    count, frame = int(options.get("c", 0)), options.get("f")
+    count, frame = int(options.get("c", "0").split(",")[0]), options.get("f")
 
     def draw(*shape: int) -> Array:
         return rng.standard_normal(shape)
@@ -157,6 +178,14 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
             )
         case "sum":
             return Sum(tuple(operands))
+        case "concat":
+            sizes = tuple(map(int, options["c"].split(",")))
+            return Concat(tuple(operands), sizes, int(options["f"]))
+        case "select":
+            _, index, _, width, _ = rest.split()
+            runs = [[int(n) for n in run.split(":")] for run in index.split(",")]
+            channels = [i for run in runs for i in range(run[0], run[-1] + (len(run) == 1))]
+            return Select(x, tuple(channels), int(width), int(options["f"]))
         case "permute":
             before, after = map(int, options["f"].split("->"))
             return Layout(x, Permute(tuple(map(int, options["axes"].split(",")))), before, after, name)
@@ -181,10 +210,10 @@ def _read_conv(x: Expr, rest: str, options: dict[str, str], rng: np.random.Gener
         given = options.get(key, "0" if key == "p" else "1").split(",")
         return given * len(kernel) if len(given) == 1 else given
 
-    stride, dilation = (tuple(map(int, each(key))) for key in "sd")
+    stride, dilation = (tuple(map(int, each(key)))[: len(kernel)] for key in "sd")
     pads = [tuple(map(int, p.split(":"))) for p in each("p")][: len(kernel)]
-    offset = tuple(-p[0] for p in pads)
-    delta = tuple(d * (k - 1) - p[0] - p[-1] for k, d, p in zip(kernel, dilation, pads, strict=True))
     weight = rng.standard_normal((outputs, inputs // groups, *kernel))
     bias = rng.standard_normal(outputs) if rest.endswith(" bias") else None
-    return Conv(x, weight, bias, stride[: len(kernel)], dilation[: len(kernel)], offset, delta, groups)
+    begin, end = tuple(p[0] for p in pads), tuple(p[-1] for p in pads)
+    conv = Conv.padded(x, weight, bias, stride, dilation, begin, end, groups)
+    return replace(conv, transposed=True) if "transposed" in rest.split() else conv

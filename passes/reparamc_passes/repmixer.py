@@ -13,13 +13,10 @@ into kernels. Exact when each branch has stride one and keeps the extent for eve
 
 from __future__ import annotations
 
-import numpy as np
-
-from reparamc.expr import BatchNorm, Conv, Expr, Scale, Sum
+from reparamc.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum
 from reparamc.kernel import coefficients, merge, pointwise, scale_outputs
 from reparamc.rewrite import Pass
 
-ONE, ZERO = np.ones(()), np.zeros(())
 SMALL = 64
 """A token mixer has about ten operators; nothing larger is searched, so that work stays linear."""
 
