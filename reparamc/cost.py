@@ -33,11 +33,14 @@ def price(conv: Conv) -> float:
     """The price of one convolution, in multiply-adds."""
     if conv.token is not None:  # a pooling or a padding: no weights are read, and its sums are no matter
         return NODE + POSITIONS * conv.out_channels * 2 * ELEMENT
-    if conv.transposed:
-        moved = POSITIONS * (conv.in_channels + conv.out_channels * prod(conv.stride)) + conv.weight.size
-        return NODE + POSITIONS * conv.weight.size + ELEMENT * moved
-    moved = POSITIONS * (conv.in_channels + conv.out_channels / prod(conv.stride)) + conv.weight.size
-    return NODE + POSITIONS / prod(conv.stride) * conv.weight.size + ELEMENT * moved
+    growth = prod(conv.stride) if conv.transposed else 1 / prod(conv.stride)
+    moved = POSITIONS * (conv.in_channels + conv.out_channels * growth) + conv.weight.size
+    return NODE + multiply_adds(conv) + ELEMENT * moved
+
+
+def multiply_adds(conv: Conv) -> float:
+    """The multiply-adds of one convolution over a map of the nominal size."""
+    return POSITIONS / (1 if conv.transposed else prod(conv.stride)) * conv.weight.size
 
 
 def addition(channels: int) -> float:

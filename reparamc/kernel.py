@@ -13,7 +13,7 @@ from math import gcd
 
 import numpy as np
 
-from reparamc.expr import Array, BatchNorm, Conv, Expr, Ints, Scale
+from reparamc.expr import ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale
 
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the convolution behind it"
 TRANSPOSED = "a transposed convolution composes with a matrix of channels only"
@@ -100,7 +100,7 @@ def composed_shape(outer: Conv, inner: Conv) -> Conv:
         )
         kernel = tuple((r - a) // d + 1 for r, a, d in zip(reach, offset, dilation, strict=True))
     groups = gcd(inner.groups, outer.groups)
-    weight = np.broadcast_to(np.zeros(()), (outer.out_channels, inner.in_channels // groups, *kernel))
+    weight = np.broadcast_to(ZERO, (outer.out_channels, inner.in_channels // groups, *kernel))
     transposed = inner.transposed or outer.transposed
     return Conv(inner.x, weight, None, stride, dilation, offset, delta, groups, transposed)
 
@@ -161,27 +161,35 @@ def pointwise(x: Expr, scale: Array, shift: Array, channels: int, frame: int) ->
     return Conv(x, weight, bias, stride=ones, dilation=ones, offset=zeros, delta=zeros, groups=channels)
 
 
+def merged_shape(convs: Sequence[Conv]) -> Conv:
+    """What `merge` makes, all but its weights and bias: those are zero and take no memory."""
+    first = convs[0]
+    offset, dilation, kernel = (
+        zip(*(_span(convs, axis) for axis in range(first.frame)), strict=True) if first.frame else ((), (), ())
+    )
+    groups = gcd(*(c.groups for c in convs))
+    weight = np.broadcast_to(ZERO, (first.out_channels, first.in_channels // groups, *kernel))
+    return replace(first, weight=weight, bias=None, dilation=dilation, offset=offset, groups=groups, token=None)
+
+
 def merge(convs: Sequence[Conv]) -> Conv:
     """The sum of convolutions of one input with equal channels, strides and deltas, as one.
 
     Taps add at their absolute offsets: the new kernel spans from the first tap of all to the last,
     on the coarsest grid that holds every tap. Its groups are the greatest common divisor of theirs.
     """
-    first = convs[0]
-    offset, dilation, kernel = (
-        zip(*(_span(convs, axis) for axis in range(first.frame)), strict=True) if first.frame else ((), (), ())
-    )
-    groups = gcd(*(c.groups for c in convs))
-    weight = np.zeros((first.out_channels, first.in_channels // groups, *kernel))
+    shape = merged_shape(convs)
+    weight = np.zeros(shape.weight.shape)
     for conv in convs:
         at = tuple(
             slice((a - a0) // d0, (r - a0) // d0 + 1, max(1, d // d0))  # one tap may have any dilation
-            for a, r, d, a0, d0 in zip(conv.offset, conv.reach, conv.dilation, offset, dilation, strict=True)
+            for a, r, d, a0, d0 in zip(
+                conv.offset, conv.reach, conv.dilation, shape.offset, shape.dilation, strict=True
+            )
         )
-        weight[(slice(None), slice(None), *at)] += regroup(conv, groups)
+        weight[(slice(None), slice(None), *at)] += regroup(conv, shape.groups)
     biased = [c.bias for c in convs if c.bias is not None]
-    bias = sum(biased[1:], biased[0]) if biased else None
-    return replace(first, weight=weight, bias=bias, dilation=dilation, offset=offset, groups=groups, token=None)
+    return replace(shape, weight=weight, bias=sum(biased[1:], biased[0]) if biased else None)
 
 
 def regroup(conv: Conv, groups: int) -> Array:

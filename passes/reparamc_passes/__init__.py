@@ -9,11 +9,14 @@ from __future__ import annotations
 from reparamc.rewrite import Pass
 from reparamc_passes.bn_folding import BN_FOLDING
 from reparamc_passes.branch_merging import BRANCH_MERGING
+from reparamc_passes.channel_moving import CHANNEL_MOVING
 from reparamc_passes.constant_folding import CONSTANT_FOLDING
 from reparamc_passes.identity_to_conv import IDENTITY_TO_CONV
 from reparamc_passes.layout_cancelling import LAYOUT_CANCELLING
+from reparamc_passes.like_terms import LIKE_TERMS
 from reparamc_passes.repmixer import REPMIXER
 from reparamc_passes.scale_folding import SCALE_FOLDING
+from reparamc_passes.sequence_merging import SEQUENCE_MERGING
 
 PASSES: tuple[Pass, ...] = (
     CONSTANT_FOLDING,
@@ -22,6 +25,9 @@ PASSES: tuple[Pass, ...] = (
     SCALE_FOLDING,
     IDENTITY_TO_CONV,
     BRANCH_MERGING,
+    SEQUENCE_MERGING,
+    LIKE_TERMS,
+    CHANNEL_MOVING,
     LAYOUT_CANCELLING,
 )
 

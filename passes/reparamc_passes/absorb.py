@@ -1,47 +1,133 @@
 """What `bn_folding` and `scale_folding` share: one affine map per channel, into a convolution beside it.
 
-A layout operator P that keeps the channel axis whole commutes with it: s P(x) + t = P(s x + t).
+Operators that move whole channels commute with it, and a sum shares it out:
+
+    s P(x) + t  =  P(s x + t)                        P a layout operator that keeps the channel axis whole
+    s (a + b) + t  =  (s a + t) + s b
+    s concat(a, b) + t  =  concat(s' a + t', s'' b + t'')
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from reparamc.expr import BatchNorm, Conv, Expr, Layout, Scale, rebuild
+from reparamc.expr import ONE, ZERO, Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, rebuild
 from reparamc.kernel import coefficients, scale_inputs, scale_outputs
 from reparamc.rewrite import Declined
 
 OTHER_AXIS = "it acts on another axis than the convolution"
+DEPTH = 16
+"""Sums within sums that are searched for convolutions; layout operators do not count."""
 
 
 def into_producer(e: Scale | BatchNorm) -> Expr | Declined | None:
-    """``s conv(x) + t`` as one convolution, through layout operators in between."""
-    layouts, conv = through_layouts(e.x)
-    if not isinstance(conv, Conv):
-        return None
-    if e.frame is not None and e.frame != (layouts[0].frame if layouts else conv.frame):
-        return Declined(OTHER_AXIS)
+    """``s x + t`` as an operator no larger than x, where x ends in convolutions; None where it does not."""
     scale, shift = coefficients(e)
-    if not _fits(scale, shift, conv.out_channels):
-        return Declined("it would broadcast the convolution's single channel")
-    return under(layouts, scale_outputs(conv, scale, shift))
+    return _absorb(e.x, scale, shift, e.frame)
+
+
+def _absorb(e: Expr, scale: Array, shift: Array, frame: int | None, depth: int = 0) -> Expr | Declined | None:
+    layouts, e = through_layouts(e)
+    if layouts and frame is not None:
+        if frame != layouts[0].frame:
+            return Declined(OTHER_AXIS) if isinstance(e, Conv) else None
+        frame = layouts[-1].frame_in
+    match e:
+        case Conv():
+            if frame is not None and frame != e.frame:
+                return Declined(OTHER_AXIS)
+            if not _fits(scale, shift, e.out_channels):
+                return Declined("it would broadcast the convolution's single channel")
+            inner: Expr | Declined | None = scale_outputs(e, scale, shift)
+        case Sum() | Concat() if depth < DEPTH:
+            inner = _share_out(e, scale, shift, frame, depth)
+        case Scale() | BatchNorm() if depth and None not in (frame, e.frame) and frame == e.frame:
+            inner = _scaled(e, scale, shift)
+        case _:
+            inner = None
+    return under(layouts, inner) if inner is not None and not isinstance(inner, Declined) else inner
+
+
+def _share_out(e: Sum | Concat, scale: Array, shift: Array, frame: int | None, depth: int) -> Expr | None:
+    """``scale`` into every term; None unless all can take it, because otherwise nothing is saved."""
+    terms: list[Expr] = []
+    at = 0
+    for place, term in enumerate(e.terms):
+        s, t = scale, shift
+        if isinstance(e, Concat):
+            if frame not in (None, e.frame):
+                return None
+            s, t = (v[at : at + e.sizes[place]] if v.ndim else v for v in (scale, shift))
+            at += e.sizes[place]
+        elif place:
+            t = ZERO
+        part = _absorb(term, s, t, frame, depth + 1)
+        if part is None or isinstance(part, Declined):
+            return None
+        terms.append(part)
+    return rebuild(e, terms)
+
+
+def _scaled(e: Scale | BatchNorm, scale: Array, shift: Array) -> Scale | BatchNorm:
+    if isinstance(e, Scale):
+        return replace(e, scale=scale * e.scale, shift=scale * e.shift + shift)
+    return replace(e, gamma=scale * e.gamma, beta=scale * e.beta + shift)
 
 
 def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Declined | None:
-    """``conv(s x + t)`` as one convolution of x, through layout operators in between."""
+    """``conv(s x + t)`` as one convolution of x; x may be moved, selected or concatenated in between."""
     layouts, e = through_layouts(conv.x)
+    if isinstance(e, Concat):
+        return _columns(conv, layouts, e, kind)
+    outer, index = e, None
+    if isinstance(e, Select):
+        e, index = e.x, list(e.index)
     if not isinstance(e, kind):
         return None
-    if e.frame is not None and e.frame != (layouts[-1].frame_in if layouts else conv.frame):
+    frame = layouts[-1].frame_in if layouts else conv.frame
+    if any(f not in (None, frame) for f in (e.frame, outer.frame if isinstance(outer, Select) else None)):
         return Declined(OTHER_AXIS)
     if layouts and layouts[0].frame != conv.frame:
         return Declined(OTHER_AXIS)
     scale, shift = coefficients(e)
+    if isinstance(outer, Select):
+        scale, shift = (v[index] if v.ndim else v for v in (scale, shift))
     if not _fits(scale, shift, conv.in_channels):
         return Declined("it would broadcast a single channel")
     if np.any(shift) and conv.reads_padding:
-        return Declined("its shift meets the zero padding of the convolution behind it")
-    return scale_inputs(conv, under(layouts, e.x), scale, shift)
+        return Declined(_border(conv))
+    x = rebuild(outer, [e.x]) if isinstance(outer, Select) else e.x
+    return scale_inputs(conv, under(layouts, x), scale, shift)
+
+
+def _columns(conv: Conv, layouts: list[Layout], e: Concat, kind: type[Scale] | type[BatchNorm]) -> Expr | None:
+    """``conv(concat(s x + t, y))``: the columns of x take s and t, those of y stay."""
+    if layouts and (layouts[-1].frame_in != e.frame or layouts[0].frame != conv.frame):
+        return None
+    if not layouts and e.frame != conv.frame:
+        return None
+    terms, scales, shifts = [], [], []
+    for term, size in zip(e.terms, e.sizes, strict=True):
+        s, t = ONE, ZERO
+        if isinstance(term, kind) and term.frame in (None, e.frame):
+            found = coefficients(term)
+            if not (np.any(found[1]) and conv.reads_padding):
+                (s, t), term = found, term.x
+        terms.append(term)
+        scales.append(np.broadcast_to(s, (size,)))
+        shifts.append(np.broadcast_to(t, (size,)))
+    if all(a is b for a, b in zip(terms, e.terms, strict=True)):
+        return None
+    x = under(layouts, rebuild(e, terms))
+    return scale_inputs(conv, x, np.concatenate(scales), np.concatenate(shifts))
+
+
+def _border(conv: Conv) -> str:
+    if conv.transposed:
+        return "its shift would reach the results of the transposed convolution behind it a varying number of times"
+    return "its shift meets the zero padding of the convolution behind it"
 
 
 def through_layouts(e: Expr) -> tuple[list[Layout], Expr]:

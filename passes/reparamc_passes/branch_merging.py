@@ -18,7 +18,7 @@ from typing import cast
 
 from reparamc.cost import addition, price
 from reparamc.expr import Conv, Expr, Sum, total
-from reparamc.kernel import merge
+from reparamc.kernel import merge, merged_shape
 from reparamc.rewrite import Declined, Pass
 
 
@@ -28,7 +28,7 @@ def parallel_convs(e: Expr) -> Expr | Declined | None:
     branches: dict[Expr, dict[Hashable, list[int]]] = {}  # input -> grid -> places in the sum
     for place, term in enumerate(e.terms):
         if isinstance(term, Conv):
-            grid = (term.stride, term.delta, term.out_channels, term.frame)
+            grid = (term.stride, term.delta, term.out_channels, term.frame, term.transposed)
             branches.setdefault(term.x, {}).setdefault(grid, []).append(place)
     terms: list[Expr | None] = list(e.terms)
     refusal: Declined | None = None
@@ -56,9 +56,8 @@ def _merge_while_cheaper(convs: list[Conv]) -> list[Conv]:
 def _if_cheaper(convs: list[Conv]) -> list[Conv]:
     if len(convs) == 1:
         return convs
-    one = merge(convs)
-    apart = sum(price(c) for c in convs) + (len(convs) - 1) * addition(one.out_channels)
-    return [one] if price(one) < apart else convs
+    apart = sum(price(c) for c in convs) + (len(convs) - 1) * addition(convs[0].out_channels)
+    return [merge(convs)] if price(merged_shape(convs)) < apart else convs
 
 
 def _difference(convs: list[Conv]) -> str:
@@ -69,6 +68,8 @@ def _difference(convs: list[Conv]) -> str:
     ):
         if one != two:
             return f"its branches differ in {what} ({'x'.join(map(str, one))} and {'x'.join(map(str, two))})"
+    if a.transposed != b.transposed:
+        return "one of its branches is a transposed convolution"
     return "its branches differ in output extent for some input sizes"
 
 

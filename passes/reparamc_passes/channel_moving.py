@@ -1,0 +1,126 @@
+"""Concatenations, selections and shuffles of channels, into the convolutions around them.
+
+    concat(W * x + b, W' * x + b')  =  (W above W') * x + (b above b')
+    (W * x + b)[i]                  =  W[i] * x + b[i]
+    W * x[p]                        =  W[:, p^-1] * x                 p a permutation
+
+and the bookkeeping that brings them together: concat of concat, selection of a concatenation or a
+selection, neighbouring selections of one value, the selection of everything in order.
+
+Always exact. Rows are stacked for dense convolutions of equal stride and extent, where the hull of
+their taps does not cost more than it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
+
+from reparamc.cost import NODE, price
+from reparamc.expr import Concat, Conv, Expr, Select
+from reparamc.kernel import select_outputs, stack
+from reparamc.rewrite import Declined, Pass
+
+
+def stacked(e: Expr) -> Expr | Declined | None:
+    if not isinstance(e, Concat):
+        return None
+    terms: list[Expr] = []
+    refusal: Declined | None = None
+    for key, run in groupby(e.terms, _grid):
+        group = list(run)
+        convs = [t for t in group if isinstance(t, Conv)]
+        if key is not None and len(convs) > 1:
+            one = stack(convs)
+            if price(one) < sum(price(c) for c in convs) + NODE / 2:
+                group = [one]
+            else:
+                refusal = Declined("stacking its branches would cost more multiply-adds than it saves")
+        terms += group
+    return refusal if len(terms) == len(e.terms) else _concat(terms, e)
+
+
+def _grid(e: Expr) -> Hashable:
+    """What dense convolutions must share to become one; None for everything else."""
+    dense = isinstance(e, Conv) and e.groups == 1 and not e.transposed
+    return (id(e.x), e.stride, e.delta, e.frame) if dense else None
+
+
+def _concat(terms: list[Expr], like: Concat) -> Expr:
+    if len(terms) == 1:
+        return terms[0]
+    sizes = dict(zip(like.terms, like.sizes, strict=True))
+    return Concat(tuple(terms), tuple(t.out_channels if isinstance(t, Conv) else sizes[t] for t in terms), like.frame)
+
+
+def flattened(e: Expr) -> Expr | None:
+    """concat(concat(x, y), z); neighbouring selections of one value; a concatenation of one term."""
+    if not isinstance(e, Concat):
+        return None
+    parts: list[tuple[Expr, int]] = []
+    for term, size in zip(e.terms, e.sizes, strict=True):
+        before = parts[-1][0] if parts else None
+        if isinstance(term, Concat) and term.frame == e.frame:
+            parts += zip(term.terms, term.sizes, strict=True)
+        elif isinstance(term, Select) and isinstance(before, Select) and before.x is term.x:
+            parts[-1] = (replace(before, index=before.index + term.index), parts[-1][1] + size)
+        else:
+            parts.append((term, size))
+    if len(parts) == 1:
+        return parts[0][0]
+    if all(a is b for (a, _), b in zip(parts, e.terms, strict=False)) and len(parts) == len(e.terms):
+        return None
+    return Concat(tuple(t for t, _ in parts), tuple(n for _, n in parts), e.frame)
+
+
+def selected(e: Expr) -> Expr | None:
+    if not isinstance(e, Select):
+        return None
+    match e.x:
+        case Conv(groups=1) as conv if conv.frame == e.frame:
+            return select_outputs(conv, e.index)
+        case Select() as inner if inner.frame == e.frame:
+            return replace(inner, index=tuple(inner.index[i] for i in e.index))
+        case Concat() as inner if inner.frame == e.frame:
+            return _select_terms(e, inner)
+        case _:
+            return e.x if e.index == tuple(range(e.width)) else None
+
+
+def _select_terms(e: Select, concat: Concat) -> Expr | None:
+    """A selection that keeps the terms of a concatenation in their order, as selections of the terms."""
+    parts: list[tuple[Expr, int]] = []
+    at = used = 0
+    for term, size in zip(concat.terms, concat.sizes, strict=True):
+        inside: list[int] = []
+        while used < len(e.index) and at <= e.index[used] < at + size:
+            inside.append(e.index[used] - at)
+            used += 1
+        if inside:
+            whole = inside == list(range(size))
+            parts.append((term if whole else Select(term, tuple(inside), size, e.frame), len(inside)))
+        at += size
+    if used < len(e.index):
+        return None
+    return parts[0][0] if len(parts) == 1 else Concat(tuple(t for t, _ in parts), tuple(n for _, n in parts), e.frame)
+
+
+def shuffled(e: Expr) -> Expr | None:
+    """A dense convolution of permuted channels permutes its columns instead."""
+    if not (isinstance(e, Conv) and e.groups == 1 and isinstance(e.x, Select) and e.x.frame == e.frame):
+        return None
+    index = np.array(e.x.index)
+    if len(index) != e.x.width or len(set(e.x.index)) != len(index):
+        return None
+    return replace(e, x=e.x.x, weight=e.weight[:, np.argsort(index)], token=None)
+
+
+CHANNEL_MOVING = Pass(
+    name="channel-moving",
+    equation="concat(W*x + b, W'*x + b') = (W above W')*x + (b above b');  (W*x + b)[i] = W[i]*x + b[i]",
+    exact_when="always for selections; stacked where strides and extents are equal and it is cheaper",
+    rules=(flattened, stacked, selected, shuffled),
+)

@@ -1,0 +1,79 @@
+"""Like terms of a sum are collected, and branches that add nothing are dropped.
+
+    (s x + t) + (s' x + t')  =  (s + s') x + (t + t')
+    x + (0 * x + b)  =  x + b
+
+A skip connection taken twice, a BatchNorm beside a skip connection without any convolution, x - x.
+Collecting is exact where all act on the same axis. A branch whose weights are all zero (a last
+BatchNorm that was initialised to zero) is dropped where another branch shows that its result has
+the same extent: a convolution of the same value on the same grid.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from reparamc.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum, total
+from reparamc.kernel import coefficients
+from reparamc.rewrite import Declined, Pass
+
+
+def collected(e: Expr) -> Expr | Declined | None:
+    if not isinstance(e, Sum):
+        return None
+    times = Counter(_base(t) for t in e.terms)
+    alike: dict[Expr, list[Expr]] = {}
+    for term in e.terms:
+        alike.setdefault(_base(term) if times[_base(term)] > 1 else term, []).append(term)
+    if len(alike) == len(e.terms):
+        return None
+    terms: list[Expr] = []
+    for x, group in alike.items():
+        if len(group) == 1:
+            terms += group
+            continue
+        scaled = [t for t in group if t is not x and isinstance(t, Scale | BatchNorm)]
+        frames = {t.frame for t in scaled} - {None}
+        if len(frames) > 1:
+            return Declined("its like terms are scaled along different axes")
+        pairs = [coefficients(t) for t in scaled] + [(ONE, ZERO)] * (len(group) - len(scaled))
+        scale, shift = (np.asarray(sum(v[1:], v[0])) for v in zip(*pairs, strict=True))
+        terms.append(Scale(x, scale, shift, next(iter(frames), None)))
+    return total(terms)
+
+
+def _base(e: Expr) -> Expr:
+    return e.x if isinstance(e, Scale | BatchNorm) else e
+
+
+def dropped(e: Expr) -> Expr | None:
+    if not isinstance(e, Sum):
+        return None
+    for place, term in enumerate(e.terms):
+        if isinstance(term, Conv) and not np.any(term.weight) and _shown_equal(term, e):
+            rest = total([t for other, t in enumerate(e.terms) if other != place])
+            bias = term.bias_or_zero
+            return Scale(rest, ONE, bias, term.frame) if np.any(bias) else rest
+    return None
+
+
+def _shown_equal(zero: Conv, e: Sum) -> bool:
+    """Whether another term is known to have the extents and channels of ``zero``."""
+    same_grid = any(
+        isinstance(t, Conv) and t is not zero and t.x is zero.x and _grid(t) == _grid(zero) for t in e.terms
+    )
+    return same_grid or (zero.keeps_grid and zero.in_channels == zero.out_channels and zero.x in e.terms)
+
+
+def _grid(e: Conv) -> tuple[object, ...]:
+    return e.stride, e.delta, e.out_channels, e.transposed
+
+
+LIKE_TERMS = Pass(
+    name="like-terms",
+    equation="(s x + t) + (s' x + t') = (s + s') x + (t + t');  x + (0*x + b) = x + b",
+    exact_when="the scales act on one axis; a branch of zeros has the extent of another branch",
+    rules=(collected, dropped),
+)

@@ -1,0 +1,90 @@
+"""A convolution of a convolution is one convolution.
+
+    W' * (W * x + b) + b'  =  (W' W) * x + (W' b + b')        taps meet at a + d t + s (a' + d' u)
+
+It spans both kernels, its strides multiply, its groups are the greatest common divisor of theirs.
+Exact when the outer kernel reads no padding, or the inner one is a single tap without bias (a 1x1
+convolution, a zero padding): zeros beyond the inner result then come from zeros beyond x.
+
+Done when the composed kernel is cheaper than the two, or becomes so by falling together with another
+branch of the same sum: a low-rank pair B A beside a full W (LoRA), 1x1 - kxk beside kxk (DBB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from itertools import accumulate
+
+from reparamc.cost import addition, multiply_adds, price
+from reparamc.expr import Conv, Expr, Sum, total
+from reparamc.kernel import cannot_compose, compose, composed_shape, merge, merged_shape
+from reparamc.rewrite import Declined, Pass
+
+LONGEST = 8
+"""Convolutions in a row that are weighed against one another."""
+
+
+def in_a_row(e: Expr) -> Expr | Declined | None:
+    if not isinstance(e, Conv) or not isinstance(e.x, Conv):
+        return None
+    convs = _row(e)
+    if reason := cannot_compose(e, e.x):
+        return Declined(reason)
+    shapes = _shapes(convs)
+    apart = list(accumulate(price(c) for c in convs))
+    gains = [apart[n] - price(shape) for n, shape in enumerate(shapes)]
+    best = max(range(len(shapes)), key=gains.__getitem__)
+    if gains[best] > 0:
+        return _composed(convs[: best + 1])
+    ratio = multiply_adds(shapes[1]) / max(multiply_adds(e) + multiply_adds(e.x), 1)
+    return Declined(f"composed with the convolution behind it, it would cost {ratio:.1f} times the multiply-adds")
+
+
+def in_a_sum(e: Expr) -> Expr | None:
+    if not isinstance(e, Sum) or not any(isinstance(t, Conv) and isinstance(t.x, Conv) for t in e.terms):
+        return None
+    ways: dict[Hashable, list[tuple[int, list[Conv], Conv]]] = {}  # (input, grid) -> place, row, composed shape
+    for place, term in enumerate(e.terms):
+        if isinstance(term, Conv):
+            row = _row(term)
+            for n, shape in enumerate(_shapes(row)):
+                grid = (shape.x, shape.stride, shape.delta, shape.out_channels, shape.transposed)
+                ways.setdefault(grid, []).append((place, row[: n + 1], shape))
+    for group in ways.values():
+        if len(group) > 1 and any(len(row) > 1 for _, row, _ in group):
+            apart = sum(price(c) for _, row, _ in group for c in row) + (len(group) - 1) * addition(
+                group[0][2].out_channels
+            )
+            if price(merged_shape([shape for *_, shape in group])) < apart:
+                one = merge([_composed(row) for _, row, _ in group])
+                places = {place for place, *_ in group}
+                return total([one, *(t for place, t in enumerate(e.terms) if place not in places)])
+    return None
+
+
+def _row(e: Conv) -> list[Conv]:
+    """``e`` and the convolutions below it that it can be composed with, one after the other."""
+    row, shape = [e], e
+    while len(row) < LONGEST and isinstance(row[-1].x, Conv) and cannot_compose(shape, row[-1].x) is None:
+        row.append(row[-1].x)
+        shape = composed_shape(shape, row[-1])
+    return row
+
+
+def _shapes(row: list[Conv]) -> list[Conv]:
+    return list(accumulate(row, composed_shape))
+
+
+def _composed(row: list[Conv]) -> Conv:
+    one = row[0]
+    for inner in row[1:]:
+        one = compose(one, inner)
+    return one
+
+
+SEQUENCE_MERGING = Pass(
+    name="sequence-merging",
+    equation="W'*(W*x + b) + b' = (W'W)*x + (W'b + b')",
+    exact_when="the outer kernel reads no padding, or the inner one is a single tap without bias; when cheaper",
+    rules=(in_a_row, in_a_sum),
+)
