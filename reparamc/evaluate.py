@@ -195,7 +195,8 @@ def sample_inputs(roots: Sequence[Expr], rng: np.random.Generator, extra: int = 
     )
     smallest = 2 + span + extra
     sources = [e for e in order if isinstance(e, Source)]
-    if any(isinstance(e, Layout) for e in order):
+    frame = frame_of[whole] or 0
+    if any(isinstance(e, Layout) or (isinstance(e, Concat | Select) and e.frame != frame) for e in order):
         symbols = _channel_symbols(sources, frame_of, channels_of)
         for source in sources:
             if source.shape is None:
@@ -203,7 +204,6 @@ def sample_inputs(roots: Sequence[Expr], rng: np.random.Generator, extra: int = 
             for symbol in (s for dim in source.shape for s in dim.symbols):
                 symbols.setdefault(symbol, smallest + len(symbols))
         return {e: rng.standard_normal([dim.at(symbols) for dim in e.shape or ()]) for e in sources}
-    frame = frame_of[whole] or 0
     wanted = [smallest + axis for axis in range(frame)]
     for e in order:
         if isinstance(e, Scale) and e.frame is not None and e.frame < frame:

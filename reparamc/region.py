@@ -2,14 +2,17 @@
 
 A **region** is a maximal tree of linear operators: every member but the root has exactly one reader,
 and that is a member too. So all members can die when the root is replaced, and no rewrite can make
-work double by absorbing a value that is needed elsewhere as well. Each operator belongs to exactly one
-region, and finding them is one sweep from the outputs to the inputs.
+work double by absorbing a value that is needed elsewhere as well.
+
+There is one exception. What scales or moves each channel by itself (a BatchNorm in front of q, k and v) is
+a member of every region that reads it, if all its readers are linear; it must then disappear from all of
+them, or else it is made an operand of all of them. Finding regions is one sweep from the outputs to the inputs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -36,12 +39,14 @@ class Reading:
         build: its expression over the expressions of its operands; loads the parameters.
         parameters: names of the parameters it holds.
         frame: the frame of its result, where it is known.
+        commutes: it scales or moves each channel by itself, so that readers may each take it in.
     """
 
     operands: tuple[Value, ...]
     build: Callable[[Sequence[Expr]], Expr]
     parameters: tuple[str, ...] = ()
     frame: int | None = None
+    commutes: bool = False
 
 
 class Graph(Protocol):
@@ -141,26 +146,68 @@ def make_plan(
             readings[value] = reading
         elif isinstance(reading, Declined):
             plan.kept.append(Kept(graph.name(value), "lift", reading.reason))
-    regions = find_regions(graph, readings)
-    for done, (root, members) in enumerate(regions.items()):
-        result = _consider(graph, root, members, readings, passes, verify)
+    results = _decide(graph, readings, passes, verify, progress)
+    for root, result in results.items():
         if isinstance(result, Splice):
             plan.splices.append(result)
-            result = []
-        plan.kept.extend(Kept(graph.name(root), r.name, r.reason) for r in result)
-        progress(done + 1, len(regions))
+        else:
+            plan.kept.extend(Kept(graph.name(root), r.name, r.reason) for r in result)
     return plan
 
 
-def find_regions(graph: Graph, readings: dict[Value, Reading]) -> dict[Value, tuple[Value, ...]]:
-    """The members of each region by its root, both in execution order."""
-    root_of: dict[Value, Value] = {}
+def _decide(
+    graph: Graph,
+    readings: dict[Value, Reading],
+    passes: Sequence[Pass],
+    verify: bool,
+    progress: Callable[[int, int], None],
+) -> dict[Value, Splice | list[Refusal]]:
+    """What becomes of every region. Shared members that some region cannot get rid of are operands in a second try."""
+    results: dict[tuple[Value, tuple[Value, ...]], Splice | list[Refusal]] = {}
+    stuck: set[Value] = set()
+    while True:
+        regions = find_regions(graph, readings, stuck)
+        for done, (root, members) in enumerate(regions.items()):
+            if (root, members) not in results:
+                results[root, members] = _consider(graph, root, members, readings, passes, verify)
+                progress(done + 1, len(regions))
+        times = Counter(v for members in regions.values() for v in members)
+        still = {
+            value
+            for root, members in regions.items()
+            for value in members
+            if times[value] > 1 and not _is_rid_of(value, results[root, members])
+        }
+        if not still:
+            return {root: results[root, members] for root, members in regions.items()}
+        stuck |= still
+
+
+def _is_rid_of(value: Value, result: Splice | list[Refusal]) -> bool:
+    if not isinstance(result, Splice):
+        return False
+    return all(result.native.get(e) != value for e in walk(result.expr, stop=result.native.__contains__))
+
+
+MOST_SHARED = 8
+"""Regions that one value may be a member of."""
+
+
+def find_regions(
+    graph: Graph, readings: dict[Value, Reading], apart: Container[Value] = ()
+) -> dict[Value, tuple[Value, ...]]:
+    """The members of each region by its root, both in execution order; values in ``apart`` are shared by none."""
+    roots_of: dict[Value, tuple[Value, ...]] = {}
     members: dict[Value, list[Value]] = {}
     for value in reversed(list(readings)):
         readers = graph.readers(value)
-        reader = readers[0] if len(readers) == 1 else None
-        root_of[value] = root = root_of.get(reader, value) if reader is not None else value
-        members.setdefault(root, []).append(value)
+        known = all(reader is not None and reader in roots_of for reader in readers)
+        roots = tuple(dict.fromkeys(root for reader in readers for root in roots_of.get(reader, ())))
+        alone = len(readers) == 1 and len(roots) == 1
+        shared = readings[value].commutes and value not in apart and 0 < len(roots) <= MOST_SHARED
+        roots_of[value] = roots = roots if known and (alone or shared) else (value,)
+        for root in roots:
+            members.setdefault(root, []).append(value)
     return {root: tuple(reversed(members[root])) for root in readings if root in members}
 
 
@@ -265,7 +312,7 @@ def layout_reading(x: Value, op: Permute | Reshape, frame: int | None, token: Va
     if at is None:
         return Declined("it splits or merges the channel axis")
     moved = rank_out - 1 - at
-    return Reading((x,), lambda operands: Layout(operands[0], op, frame, moved, token), (), moved)
+    return Reading((x,), lambda operands: Layout(operands[0], op, frame, moved, token), (), moved, commutes=True)
 
 
 def new_nodes(splice: Splice) -> Iterator[Expr]:

@@ -30,7 +30,7 @@ def compare_expressions(before: Expr, after: Expr, seed: int = 0) -> float:
         with np.errstate(over="ignore", invalid="ignore"):
             try:
                 a, size_a = evaluate(before, inputs)
-            except ValueError as error:
+            except (ValueError, IndexError) as error:
                 raise ValueError("its shapes do not fit together on sample inputs") from error
             b, size_b = evaluate(after, inputs)
         if not np.isfinite(size_a):

@@ -45,8 +45,9 @@ def stacked(e: Expr) -> Expr | Declined | None:
 
 def _grid(e: Expr) -> Hashable:
     """What dense convolutions must share to become one; None for everything else."""
-    dense = isinstance(e, Conv) and e.groups == 1 and not e.transposed
-    return (id(e.x), e.stride, e.delta, e.frame) if dense else None
+    if not isinstance(e, Conv) or e.groups != 1 or e.transposed:
+        return None
+    return e.x, e.stride, e.delta, e.frame
 
 
 def _concat(terms: list[Expr], like: Concat) -> Expr:
