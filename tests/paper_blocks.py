@@ -43,9 +43,16 @@ def conv_bn(inputs: int, outputs: int, kernel: Pair, **options: Any) -> nn.Seque
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, **options), nn.BatchNorm2d(outputs))
 
 
-def write_border(x: Tensor, width: int, value: Tensor) -> Tensor:
-    """``x`` (N, C, H, W) with ``value`` (C) written over ``width`` rows and columns on all four sides, in place."""
+def pad_with(x: Tensor, width: int, value: Tensor, written: bool) -> Tensor:
+    """``x`` (N, C, H, W) with ``width`` rows and columns of ``value`` (C) on all four sides.
+
+    The papers pad with zeros and then write over them; the same without ``written`` is to pad what is left
+    of x when the value is subtracted, and to add it again.
+    """
     value = value.view(1, -1, 1, 1)
+    if not written:
+        return F.pad(x - value, [width] * 4) + value
+    x = F.pad(x, [width] * 4)
     x[:, :, :width, :] = value
     x[:, :, -width:, :] = value
     x[:, :, :, :width] = value
@@ -89,14 +96,14 @@ class ACNet(nn.Module):
 class NormThenPad(nn.Module):
     """BatchNorm, then a border of the value that it gives to zero: what it would do behind zero padding."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, written: bool) -> None:
         super().__init__()
-        self.norm, self.width = nn.BatchNorm2d(channels), width
+        self.norm, self.width, self.written = nn.BatchNorm2d(channels), width, written
 
     def forward(self, x: Tensor) -> Tensor:
         norm, y = self.norm, self.norm(x)
         border = norm.bias - norm.running_mean * norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        return write_border(F.pad(y, [self.width] * 4), self.width, border)
+        return pad_with(y, self.width, border, self.written)
 
 
 class IdentityBased1x1(nn.Module):
@@ -114,26 +121,26 @@ class IdentityBased1x1(nn.Module):
 class DBB(nn.Module):
     """Ding et al., "Diverse Branch Block: Building a Convolution as an Inception-like Unit", 2021.
 
-    Six branches: k x k; 1x1; 1x1 and k x k; 1x1 and average pooling; 1 x k; identity. With ``border``, the inner
-    BatchNorms are followed by the padding with their value at zero. Without it, there is neither inner
+    Six branches: k x k; 1x1; 1x1 and k x k; 1x1 and average pooling; 1 x k; identity. The inner BatchNorms are followed
+    by the padding with their value at zero, ``border`` "written" or "shifted". With "none", there is neither inner
     BatchNorm nor inner bias, so that zero padding of the inner map is exact.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, border: bool = True) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, border: str = "written") -> None:
         super().__init__()
-        pad = kernel // 2
-        inner = 0 if border else pad
+        pad, written = kernel // 2, border == "written"
+        inner = pad if border == "none" else 0
         self.origin = conv_bn(inputs, outputs, kernel, stride=stride)
         self.point = conv_bn(inputs, outputs, 1, stride=stride)
         self.flat = conv_bn(inputs, outputs, (1, kernel), stride=stride)
         self.point_dense = nn.Sequential(
             IdentityBased1x1(inputs),
-            NormThenPad(inputs, pad) if border else nn.Identity(),
+            nn.Identity() if border == "none" else NormThenPad(inputs, pad, written),
             conv_bn(inputs, outputs, kernel, stride=stride, padding=inner),
         )
         self.point_average = nn.Sequential(
             nn.Conv2d(inputs, outputs, 1, bias=False),
-            NormThenPad(outputs, pad) if border else nn.Identity(),
+            nn.Identity() if border == "none" else NormThenPad(outputs, pad, written),
             nn.AvgPool2d(kernel, stride, inner),
             nn.BatchNorm2d(outputs),
         )
@@ -194,38 +201,41 @@ LAPLACIAN = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
 class PointThenMask(nn.Module):
     """1x1, a border of its bias, and a fixed depthwise mask with a learned scale and bias per channel."""
 
-    def __init__(self, inputs: int, outputs: int, mask: Tensor) -> None:
+    def __init__(self, inputs: int, outputs: int, mask: Tensor, written: bool) -> None:
         super().__init__()
-        self.point = nn.Conv2d(inputs, outputs, 1)
+        self.point, self.outputs, self.written = nn.Conv2d(inputs, outputs, 1), outputs, written
         self.scale, self.bias = factor(outputs, 1, 1, 1), factor(outputs)
         self.register_buffer("mask", mask.repeat(outputs, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = write_border(F.pad(self.point(x), (1, 1, 1, 1)), 1, self.point.bias)
-        return F.conv2d(y, self.scale * self.mask, self.bias, groups=self.scale.shape[0])
+        y = pad_with(self.point(x), 1, self.point.bias, self.written)
+        return F.conv2d(y, self.scale * self.mask, self.bias, groups=self.outputs)
 
 
 class PointThenDense(nn.Module):
     """1x1 to ``inner`` channels, a border of its bias, and 3x3."""
 
-    def __init__(self, inputs: int, inner: int, outputs: int) -> None:
+    def __init__(self, inputs: int, inner: int, outputs: int, written: bool) -> None:
         super().__init__()
-        self.point, self.dense = nn.Conv2d(inputs, inner, 1), nn.Conv2d(inner, outputs, 3)
+        self.point, self.dense, self.written = nn.Conv2d(inputs, inner, 1), nn.Conv2d(inner, outputs, 3), written
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense(write_border(F.pad(self.point(x), (1, 1, 1, 1)), 1, self.point.bias))
+        return self.dense(pad_with(self.point(x), 1, self.point.bias, self.written))
 
 
 class ECB(nn.Module):
-    """Zhang et al., "Edge-oriented Convolution Block for Real-time Super Resolution on Mobile Devices", 2021."""
+    """Zhang et al., "Edge-oriented Convolution Block for Real-time Super Resolution on Mobile Devices", 2021.
 
-    def __init__(self, inputs: int, outputs: int, expansion: int = 2) -> None:
+    3x3; 1x1 and 3x3; 1x1 and the two Sobel masks and the Laplacian; identity where shapes allow.
+    """
+
+    def __init__(self, inputs: int, outputs: int, written: bool = True) -> None:
         super().__init__()
         self.dense = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.expanded = PointThenDense(inputs, expansion * outputs, outputs)
-        self.sobel_x = PointThenMask(inputs, outputs, SOBEL)
-        self.sobel_y = PointThenMask(inputs, outputs, SOBEL.T)
-        self.laplacian = PointThenMask(inputs, outputs, LAPLACIAN)
+        self.expanded = PointThenDense(inputs, 2 * outputs, outputs, written)
+        self.sobel_x = PointThenMask(inputs, outputs, SOBEL, written)
+        self.sobel_y = PointThenMask(inputs, outputs, SOBEL.T, written)
+        self.laplacian = PointThenMask(inputs, outputs, LAPLACIAN, written)
         self.skip = inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -288,12 +298,13 @@ class OREPA(nn.Module):
     """Hu et al., "Online Convolutional Re-parameterization", 2022: the branches' weights are summed, not their results.
 
     k x k, 1x1, 1x1 with averaging, 1x1 with a fixed prior, 1x1 with k x k, and depthwise with 1x1, each with a
-    factor per output channel; then one convolution and one BatchNorm.
+    factor per output channel; then one convolution and one BatchNorm. The products are written as ``einsum``,
+    as in the paper, or with broadcasting.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, einsum: bool = True) -> None:
         super().__init__()
-        self.stride, self.padding, self.kernel = stride, kernel // 2, kernel
+        self.einsum, self.stride, self.padding = einsum, stride, kernel // 2
         self.origin = weight(outputs, inputs, kernel, kernel)
         self.point = weight(outputs, inputs, 1, 1)
         self.average = weight(outputs, inputs)
@@ -302,23 +313,37 @@ class OREPA(nn.Module):
         self.depthwise, self.pointwise = weight(inputs, 2, kernel, kernel), weight(outputs, inputs, 2)
         self.factors = factor(6, outputs)
         self.register_buffer("mean", torch.full((kernel, kernel), 1 / kernel**2))
+        self.register_buffer("centre", F.pad(torch.ones(1, 1), [kernel // 2] * 4))
         steps = (torch.arange(kernel) + 0.5) * torch.pi / kernel
         waves = [torch.outer(torch.cos(steps * (i % 3)), torch.cos(steps * (i // 3 % 3))) for i in range(outputs)]
         self.register_buffer("waves", torch.stack(waves))
         self.norm = nn.BatchNorm2d(outputs)
 
     def kernels(self) -> list[Tensor]:
+        point = self.point * self.centre
+        if not self.einsum:
+            return [
+                self.origin,
+                point,
+                self.average[:, :, None, None] * self.mean,
+                self.prior[:, :, None, None] * self.waves[:, None],
+                (self.second.permute(0, 2, 3, 1) @ self.first.transpose(0, 1)).permute(0, 3, 1, 2),
+                (self.pointwise[:, :, :, None, None] * self.depthwise).sum(2),
+            ]
         return [
             self.origin,
-            F.pad(self.point, [self.padding] * 4),
+            point,
             torch.einsum("oi,hw->oihw", self.average, self.mean),
             torch.einsum("oi,ohw->oihw", self.prior, self.waves),
-            torch.einsum("mi,omhw->oihw", self.first, self.second),
+            torch.einsum("im,omhw->oihw", self.first, self.second),
             torch.einsum("oim,imhw->oihw", self.pointwise, self.depthwise),
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        total = sum(torch.einsum("oihw,o->oihw", k, self.factors[i]) for i, k in enumerate(self.kernels()))
+        if self.einsum:
+            total = sum(torch.einsum("oihw,o->oihw", k, self.factors[i]) for i, k in enumerate(self.kernels()))
+        else:
+            total = sum(k * self.factors[i].view(-1, 1, 1, 1) for i, k in enumerate(self.kernels()))
         return self.norm(F.conv2d(x, total, None, self.stride, self.padding))  # pyright: ignore[reportArgumentType]
 
 
@@ -423,12 +448,15 @@ class Case:
         channels: of its input, which is (N, channels, H, W), or (N, channels) or (N, L, channels).
         operator: the one operator that it equals: "Conv", "Linear" or "ConvTranspose".
         sizes: extents of the inputs to try, (H, W), () or (L,).
+        fixed: torch's exporter by TorchScript writes it for the first size only: it keeps the extents of what is
+            written into a slice.
     """
 
     build: Callable[[], nn.Module]
     channels: int
     operator: str = "Conv"
     sizes: tuple[tuple[int, ...], ...] = IMAGES
+    fixed: bool = False
 
     @property
     def channel_axis(self) -> int:
@@ -466,19 +494,23 @@ CASES: dict[str, Case] = {
     "acnet": Case(lambda: ACNet(5, 7), 5),
     "acnet, stride 2": Case(lambda: ACNet(5, 7, stride=2), 5),
     "acnet, cropped": Case(lambda: ACNet(5, 7, padded=False), 5, sizes=UNPADDED),
-    "dbb, border": Case(lambda: DBB(5, 5), 5),
-    "dbb, border, 5x5, wider": Case(lambda: DBB(4, 6, kernel=5), 4, sizes=((7, 6), (8, 9), (2, 5), (3, 3))),
-    "dbb, border, stride 2": Case(lambda: DBB(5, 5, stride=2), 5),
-    "dbb, plain": Case(lambda: DBB(5, 5, border=False), 5),
-    "dbb, plain, stride 2": Case(lambda: DBB(5, 6, stride=2, border=False), 5),
+    "dbb": Case(lambda: DBB(5, 5), 5, fixed=True),
+    "dbb, 5x5, wider": Case(lambda: DBB(4, 6, kernel=5), 4, fixed=True),
+    "dbb, stride 2": Case(lambda: DBB(5, 5, stride=2), 5, fixed=True),
+    "dbb, shifted": Case(lambda: DBB(5, 5, border="shifted"), 5),
+    "dbb, shifted, 5x5, wider": Case(lambda: DBB(4, 6, kernel=5, border="shifted"), 4),
+    "dbb, shifted, stride 2": Case(lambda: DBB(5, 5, stride=2, border="shifted"), 5),
+    "dbb, plain": Case(lambda: DBB(5, 5, border="none"), 5),
+    "dbb, plain, stride 2": Case(lambda: DBB(5, 6, stride=2, border="none"), 5),
     "mobileone, depthwise": Case(lambda: MobileOne(5, 5, 3, groups=5), 5),
     "mobileone, pointwise": Case(lambda: MobileOne(5, 5, 1), 5),
     "mobileone, stride 2": Case(lambda: MobileOne(5, 5, 3, stride=2, groups=5), 5),
     "mobileone, 7x7, doubling": Case(lambda: MobileOne(4, 8, 7, stride=2, groups=4, branches=1), 4),
     "repmixer": Case(lambda: RepMixer(5), 5),
     "repmixer, 7x7": Case(lambda: RepMixer(5, 7), 5),
-    "ecb": Case(lambda: ECB(5, 5), 5),
-    "ecb, wider": Case(lambda: ECB(3, 7), 3),
+    "ecb": Case(lambda: ECB(5, 5), 5, fixed=True),
+    "ecb, wider": Case(lambda: ECB(3, 7), 3, fixed=True),
+    "ecb, shifted": Case(lambda: ECB(5, 5, written=False), 5),
     "sesr": Case(lambda: SESR(6, 6), 6),
     "sesr, first": Case(lambda: SESR(1, 6), 1),
     "expandnet": Case(lambda: expand_net(3, 5, 3), 3, sizes=UNPADDED),
@@ -490,7 +522,8 @@ CASES: dict[str, Case] = {
     "replknet": Case(lambda: LargeKernel(5, 13, ((5, 1),)), 5, sizes=((17, 16), (7, 8), (2, 5), (1, 1))),
     "replknet, stride 2": Case(lambda: LargeKernel(5, 13, ((5, 1),), stride=2), 5, sizes=((17, 16), (7, 8), (1, 1))),
     "orepa": Case(lambda: OREPA(5, 7), 5),
-    "orepa, stride 2": Case(lambda: OREPA(5, 5, stride=2), 5),
+    "orepa, products": Case(lambda: OREPA(5, 7, einsum=False), 5),
+    "orepa, products, stride 2": Case(lambda: OREPA(5, 5, stride=2, einsum=False), 5),
     "ghostnetv3, primary": Case(lambda: GhostV3(5, 7, 1), 5),
     "ghostnetv3, primary, skip": Case(lambda: GhostV3(5, 5, 1), 5),
     "ghostnetv3, cheap": Case(lambda: GhostV3(5, 5, 3, groups=5), 5),
