@@ -8,7 +8,7 @@ one) until `Case.module` also randomises the BatchNorms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,12 @@ def conv_bn(inputs: int, outputs: int, kernel: Pair, **options: Any) -> nn.Seque
     """A convolution without bias and a BatchNorm; the padding keeps the extent unless ``options`` give another."""
     options = {"padding": same(kernel, options.get("dilation", 1)), "bias": False} | options
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, **options), nn.BatchNorm2d(outputs))
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """The sum, from the first term on."""
+    first, *others = terms
+    return sum(others, first)
 
 
 def pad_with(x: Tensor, width: int, value: Tensor, written: bool) -> Tensor:
@@ -101,13 +107,16 @@ class NormThenPad(nn.Module):
         self.norm, self.width, self.written = nn.BatchNorm2d(channels), width, written
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, y = self.norm, self.norm(x)
+        norm: Any = self.norm
+        y = norm(x)
         border = norm.bias - norm.running_mean * norm.weight / torch.sqrt(norm.running_var + norm.eps)
         return pad_with(y, self.width, border, self.written)
 
 
 class IdentityBased1x1(nn.Module):
     """A 1x1 convolution whose weight is a parameter plus the identity."""
+
+    identity: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -173,7 +182,7 @@ class MobileOne(nn.Module):
         self.convs = nn.ModuleList(conv_bn(inputs, outputs, kernel, **own) for _ in range(branches))
 
     def forward(self, x: Tensor) -> Tensor:
-        skip = 0 if self.identity is None else self.identity(x)
+        skip: Any = 0 if self.identity is None else self.identity(x)
         scaled = 0 if self.scale is None else self.scale(x)
         out = scaled + skip
         for conv in self.convs:
@@ -201,9 +210,12 @@ LAPLACIAN = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
 class PointThenMask(nn.Module):
     """1x1, a border of its bias, and a fixed depthwise mask with a learned scale and bias per channel."""
 
+    mask: Tensor
+
     def __init__(self, inputs: int, outputs: int, mask: Tensor, written: bool) -> None:
         super().__init__()
-        self.point, self.outputs, self.written = nn.Conv2d(inputs, outputs, 1), outputs, written
+        self.point: Any = nn.Conv2d(inputs, outputs, 1)
+        self.outputs, self.written = outputs, written
         self.scale, self.bias = factor(outputs, 1, 1, 1), factor(outputs)
         self.register_buffer("mask", mask.repeat(outputs, 1, 1, 1))
 
@@ -217,7 +229,8 @@ class PointThenDense(nn.Module):
 
     def __init__(self, inputs: int, inner: int, outputs: int, written: bool) -> None:
         super().__init__()
-        self.point, self.dense, self.written = nn.Conv2d(inputs, inner, 1), nn.Conv2d(inner, outputs, 3), written
+        self.point: Any = nn.Conv2d(inputs, inner, 1)
+        self.dense, self.written = nn.Conv2d(inner, outputs, 3), written
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense(pad_with(self.point(x), 1, self.point.bias, self.written))
@@ -239,7 +252,7 @@ class ECB(nn.Module):
         self.skip = inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.dense(x) + self.expanded(x) + self.sobel_x(x) + self.sobel_y(x) + self.laplacian(x)
+        y = total(branch(x) for branch in (self.dense, self.expanded, self.sobel_x, self.sobel_y, self.laplacian))
         return y + x if self.skip else y
 
 
@@ -302,6 +315,10 @@ class OREPA(nn.Module):
     as in the paper, or with broadcasting.
     """
 
+    mean: Tensor
+    centre: Tensor
+    waves: Tensor
+
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, einsum: bool = True) -> None:
         super().__init__()
         self.einsum, self.stride, self.padding = einsum, stride, kernel // 2
@@ -341,10 +358,10 @@ class OREPA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.einsum:
-            total = sum(torch.einsum("oihw,o->oihw", k, self.factors[i]) for i, k in enumerate(self.kernels()))
+            factored = (torch.einsum("oihw,o->oihw", k, self.factors[i]) for i, k in enumerate(self.kernels()))
         else:
-            total = sum(k * self.factors[i].view(-1, 1, 1, 1) for i, k in enumerate(self.kernels()))
-        return self.norm(F.conv2d(x, total, None, self.stride, self.padding))  # pyright: ignore[reportArgumentType]
+            factored = (k * self.factors[i].view(-1, 1, 1, 1) for i, k in enumerate(self.kernels()))
+        return self.norm(F.conv2d(x, total(factored), None, self.stride, self.padding))
 
 
 class GhostV3(nn.Module):
@@ -364,7 +381,7 @@ class GhostV3(nn.Module):
         branches = [self.scale(x), *(conv(x) for conv in self.convs)]
         if self.skip is not None:
             branches.append(self.skip(x))
-        return sum(branches[1:], branches[0])
+        return total(branches)
 
 
 class LoRALinear(nn.Module):
@@ -430,8 +447,7 @@ class Upsampling(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *others = (branch(x) for branch in self.branches)
-        return sum(others, first)
+        return total(branch(x) for branch in self.branches)
 
 
 IMAGES = ((7, 6), (8, 9), (2, 5), (1, 1))
