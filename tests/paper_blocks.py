@@ -466,6 +466,7 @@ class Case:
         sizes: extents of the inputs to try, (H, W), () or (L,).
         fixed: torch's exporter by TorchScript writes it for the first size only: it keeps the extents of what is
             written into a slice.
+        window: kernel, padding and stride of the convolution that it equals.
     """
 
     build: Callable[[], nn.Module]
@@ -473,6 +474,7 @@ class Case:
     operator: str = "Conv"
     sizes: tuple[tuple[int, ...], ...] = IMAGES
     fixed: bool = False
+    window: tuple[int, int, int] = (3, 1, 1)
 
     @property
     def channel_axis(self) -> int:
@@ -506,42 +508,48 @@ CASES: dict[str, Case] = {
     "repvgg": Case(lambda: RepVGG(5, 5), 5),
     "repvgg, wider": Case(lambda: RepVGG(5, 7), 5),
     "repvgg, grouped": Case(lambda: RepVGG(6, 6, groups=3), 6),
-    "repvgg, stride 2": Case(lambda: RepVGG(5, 5, stride=2), 5),
+    "repvgg, stride 2": Case(lambda: RepVGG(5, 5, stride=2), 5, window=(3, 1, 2)),
     "acnet": Case(lambda: ACNet(5, 7), 5),
-    "acnet, stride 2": Case(lambda: ACNet(5, 7, stride=2), 5),
-    "acnet, cropped": Case(lambda: ACNet(5, 7, padded=False), 5, sizes=UNPADDED),
+    "acnet, stride 2": Case(lambda: ACNet(5, 7, stride=2), 5, window=(3, 1, 2)),
+    "acnet, cropped": Case(lambda: ACNet(5, 7, padded=False), 5, sizes=UNPADDED, window=(3, 0, 1)),
     "dbb": Case(lambda: DBB(5, 5), 5, fixed=True),
-    "dbb, 5x5, wider": Case(lambda: DBB(4, 6, kernel=5), 4, fixed=True),
-    "dbb, stride 2": Case(lambda: DBB(5, 5, stride=2), 5, fixed=True),
+    "dbb, 5x5, wider": Case(lambda: DBB(4, 6, kernel=5), 4, fixed=True, window=(5, 2, 1)),
+    "dbb, stride 2": Case(lambda: DBB(5, 5, stride=2), 5, fixed=True, window=(3, 1, 2)),
     "dbb, shifted": Case(lambda: DBB(5, 5, border="shifted"), 5),
-    "dbb, shifted, 5x5, wider": Case(lambda: DBB(4, 6, kernel=5, border="shifted"), 4),
-    "dbb, shifted, stride 2": Case(lambda: DBB(5, 5, stride=2, border="shifted"), 5),
+    "dbb, shifted, 5x5, wider": Case(lambda: DBB(4, 6, kernel=5, border="shifted"), 4, window=(5, 2, 1)),
+    "dbb, shifted, stride 2": Case(lambda: DBB(5, 5, stride=2, border="shifted"), 5, window=(3, 1, 2)),
     "dbb, plain": Case(lambda: DBB(5, 5, border="none"), 5),
-    "dbb, plain, stride 2": Case(lambda: DBB(5, 6, stride=2, border="none"), 5),
+    "dbb, plain, stride 2": Case(lambda: DBB(5, 6, stride=2, border="none"), 5, window=(3, 1, 2)),
     "mobileone, depthwise": Case(lambda: MobileOne(5, 5, 3, groups=5), 5),
-    "mobileone, pointwise": Case(lambda: MobileOne(5, 5, 1), 5),
-    "mobileone, stride 2": Case(lambda: MobileOne(5, 5, 3, stride=2, groups=5), 5),
-    "mobileone, 7x7, doubling": Case(lambda: MobileOne(4, 8, 7, stride=2, groups=4, branches=1), 4),
+    "mobileone, pointwise": Case(lambda: MobileOne(5, 5, 1), 5, window=(1, 0, 1)),
+    "mobileone, stride 2": Case(lambda: MobileOne(5, 5, 3, stride=2, groups=5), 5, window=(3, 1, 2)),
+    "mobileone, 7x7, doubling": Case(lambda: MobileOne(4, 8, 7, stride=2, groups=4, branches=1), 4, window=(7, 3, 2)),
     "repmixer": Case(lambda: RepMixer(5), 5),
-    "repmixer, 7x7": Case(lambda: RepMixer(5, 7), 5),
+    "repmixer, 7x7": Case(lambda: RepMixer(5, 7), 5, window=(7, 3, 1)),
     "ecb": Case(lambda: ECB(5, 5), 5, fixed=True),
     "ecb, wider": Case(lambda: ECB(3, 7), 3, fixed=True),
     "ecb, shifted": Case(lambda: ECB(5, 5, written=False), 5),
-    "sesr": Case(lambda: SESR(6, 6), 6),
-    "sesr, first": Case(lambda: SESR(1, 6), 1),
-    "expandnet": Case(lambda: expand_net(3, 5, 3), 3, sizes=UNPADDED),
+    "sesr": Case(lambda: SESR(6, 6), 6, window=(5, 2, 1)),
+    "sesr, first": Case(lambda: SESR(1, 6), 1, window=(5, 2, 1)),
+    "expandnet": Case(lambda: expand_net(3, 5, 3), 3, sizes=UNPADDED, window=(3, 0, 1)),
     "expandnet, padded": Case(lambda: expand_net(3, 5, 3, padding=1), 3),
-    "expandnet, stride 2": Case(lambda: expand_net(3, 5, 3, stride=2, padding=1), 3),
-    "expandnet, kernels": Case(lambda: expand_net_kernels(3, 5), 3, sizes=UNPADDED),
-    "expandnet, kernels, padded": Case(lambda: expand_net_kernels(3, 5, padding=2), 3),
-    "unireplknet": Case(lambda: LargeKernel(5, 9, DILATED), 5, sizes=((13, 12), (7, 8), (2, 5), (1, 1))),
-    "replknet": Case(lambda: LargeKernel(5, 13, ((5, 1),)), 5, sizes=((17, 16), (7, 8), (2, 5), (1, 1))),
-    "replknet, stride 2": Case(lambda: LargeKernel(5, 13, ((5, 1),), stride=2), 5, sizes=((17, 16), (7, 8), (1, 1))),
+    "expandnet, stride 2": Case(lambda: expand_net(3, 5, 3, stride=2, padding=1), 3, window=(3, 1, 2)),
+    "expandnet, kernels": Case(lambda: expand_net_kernels(3, 5), 3, sizes=UNPADDED, window=(5, 0, 1)),
+    "expandnet, kernels, padded": Case(lambda: expand_net_kernels(3, 5, padding=2), 3, window=(5, 2, 1)),
+    "unireplknet": Case(
+        lambda: LargeKernel(5, 9, DILATED), 5, sizes=((13, 12), (7, 8), (2, 5), (1, 1)), window=(9, 4, 1)
+    ),
+    "replknet": Case(
+        lambda: LargeKernel(5, 13, ((5, 1),)), 5, sizes=((17, 16), (7, 8), (2, 5), (1, 1)), window=(13, 6, 1)
+    ),
+    "replknet, stride 2": Case(
+        lambda: LargeKernel(5, 13, ((5, 1),), stride=2), 5, sizes=((17, 16), (7, 8), (1, 1)), window=(13, 6, 2)
+    ),
     "orepa": Case(lambda: OREPA(5, 7), 5),
     "orepa, products": Case(lambda: OREPA(5, 7, einsum=False), 5),
-    "orepa, products, stride 2": Case(lambda: OREPA(5, 5, stride=2, einsum=False), 5),
-    "ghostnetv3, primary": Case(lambda: GhostV3(5, 7, 1), 5),
-    "ghostnetv3, primary, skip": Case(lambda: GhostV3(5, 5, 1), 5),
+    "orepa, products, stride 2": Case(lambda: OREPA(5, 5, stride=2, einsum=False), 5, window=(3, 1, 2)),
+    "ghostnetv3, primary": Case(lambda: GhostV3(5, 7, 1), 5, window=(1, 0, 1)),
+    "ghostnetv3, primary, skip": Case(lambda: GhostV3(5, 5, 1), 5, window=(1, 0, 1)),
     "ghostnetv3, cheap": Case(lambda: GhostV3(5, 5, 3, groups=5), 5),
     "lora, linear": Case(lambda: LoRALinear(11, 13), 11, "Linear", ((), ())),
     "lora, linear, stack": Case(lambda: LoRALinear(11, 13, (1, 2, 4)), 11, "Linear", ((), ())),
@@ -549,7 +557,7 @@ CASES: dict[str, Case] = {
     "lora, matrices": Case(lambda: LoRAMatrices(11, 13), 11, "Linear", ((), ())),
     "lora, merged": Case(lambda: LoRAMatrices(11, 13, merged=True), 11, "Linear", ((), ())),
     "lora, conv": Case(lambda: LoRAConv(5, 7), 5),
-    "lora, conv, stack, stride 2": Case(lambda: LoRAConv(5, 7, stride=2, ranks=(1, 2, 4)), 5),
+    "lora, conv, stack, stride 2": Case(lambda: LoRAConv(5, 7, stride=2, ranks=(1, 2, 4)), 5, window=(3, 1, 2)),
     "transposed": Case(lambda: Upsampling(5, 7, WIDE), 5, "ConvTranspose"),
     "transposed, parallel": Case(lambda: Upsampling(5, 7, WIDE, DOUBLE), 5, "ConvTranspose"),
     "transposed, output padding": Case(lambda: Upsampling(5, 7, ODD, DOUBLE), 5, "ConvTranspose"),

@@ -18,6 +18,7 @@ pytest.importorskip("torch")
 import torch
 from paper_blocks import CASES, Case
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from reparamc import fuse_fx
 from reparamc.fx_values import lookup
@@ -149,6 +150,21 @@ def test_every_parameter_counts(case: Case) -> None:
                 assert change < 1e-13, f"{name}: the masks sum to zero, and the border continues the bias"
             else:
                 assert change > 1e-4, name
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=name) for name, c in CASES.items() if c.operator == "Conv"])
+def test_the_block_is_a_convolution(case: Case) -> None:
+    """What the other tests ask for exists: a kernel fitted to results at one size gives those at all sizes."""
+    block = case.module().double()
+    kernel, padding, stride = case.window
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn(80, case.channels, 8, 9, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        y = block(x).flatten(2).transpose(1, 2).flatten(0, 1)
+        patches = F.unfold(x, kernel, padding=padding, stride=stride).transpose(1, 2).flatten(0, 1)
+        fitted = torch.linalg.lstsq(torch.cat([patches, torch.ones_like(patches[:, :1])], 1), y).solution
+        weight, bias = fitted[:-1].T.reshape(-1, case.channels, kernel, kernel), fitted[-1]
+    assert_equal(block, lambda x: F.conv2d(x, weight, bias, stride, padding).numpy(), case.inputs(), FX_TOLERANCE)
 
 
 def test_the_comparison_can_fail() -> None:
