@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from reparamc.onnx_values import SMALL, Constants, Types, captured, commit, is_standard, readers, subgraphs
 
 LEFT = {
-    "Constant", "Identity", "ConstantOfShape", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear",
+    "Constant", "Identity", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear",
     "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
     "Dropout", "Optional", "SequenceConstruct", "SequenceEmpty", "StringNormalizer",
 }  # fmt: skip
@@ -36,6 +36,10 @@ MOVES = {
     "Unsqueeze",
 }
 """Operators that cannot inflate; others are folded only when shape inference tells the size of the result."""
+
+
+INFLATING = {"ConstantOfShape": 0, "Expand": 1}
+"""Operators whose result has the extents that an operand spells out, and where that operand stands."""
 
 
 def fold_constants(model: ModelProto) -> int:
@@ -70,6 +74,9 @@ def _sweep(model: ModelProto) -> int:
             known[node.output[0]] = 8 * len(extents)
             continue
         given = [name for name in node.input if name]
+        if node.op_type == "CastLike" and given[0] in known and (kind := types.dtype(given[1])) is not None:
+            node.CopyFrom(helper.make_node("Cast", given[:1], node.output, to=helper.np_dtype_to_tensor_dtype(kind)))
+            given = given[:1]
         if not given or not all(name in known for name in given):
             continue
         if any(known[name] > 4 * SMALL and len(uses.get(name, [])) > 1 for name in given):
@@ -103,7 +110,7 @@ def _size(types: Types, name: str, op_type: str, room: int) -> int | None:
     extents, dtype = types.extents(name), types.dtype(name)
     if extents is not None:
         return prod(extents) * (dtype.itemsize if dtype is not None else 8)
-    return room if op_type in MOVES else None
+    return room if op_type in MOVES or op_type in INFLATING else None
 
 
 def _compute(
@@ -119,6 +126,8 @@ def _compute(
             name: values[name] if name in values else shapes[name] if name in shapes else constants.array(name)
             for name in given
         }
+        if node.op_type in INFLATING and prod(feeds[node.input[INFLATING[node.op_type]]].tolist()) > SMALL:
+            continue
         inputs = [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
             for name, a in feeds.items()
