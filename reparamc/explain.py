@@ -12,7 +12,7 @@ from reparamc.report import Refusal, Report
 FEW = 3
 """Places shown of each reason, unless all are wanted."""
 
-_PARTICULARS = re.compile(r"'[^']*'|(?<=\bat )\S+|\b\d+(?:\.\d+)?(?:x\d+)*\b")
+_PARTICULARS = re.compile(r"'[^']*'|(?<=\bat )(?:\S+$|\S*[/._\d]\S*)|\b\d+(?:\.\d+)?(?:x\d+)*\b")
 
 
 def grouped(kept: list[Refusal]) -> dict[str, list[Refusal]]:
