@@ -72,13 +72,13 @@ def _optimized(model: ModelProto) -> ModelProto | None:
     options.log_severity_level = 4
     options.intra_op_num_threads = 1  # nothing is run: no threads to start
     options.add_session_config_entry("session.disable_prepacking", "1")
-    with tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
-        options.optimized_model_filepath = os.path.join(folder, "model.onnx")
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
+            options.optimized_model_filepath = os.path.join(folder, "model.onnx")
             ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             return onnx.load(options.optimized_model_filepath)
-        except Exception:  # ONNX Runtime's exceptions share no base class
-            return None
+    except Exception:  # ONNX Runtime's exceptions share no base class; a full disk is no error either
+        return None
 
 
 def harmful(
