@@ -62,24 +62,52 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     fuse = commands.add_parser("fuse", help="fuse an ONNX model", description="Fuse an ONNX model.", epilog=EPILOGUE)
-    fuse.add_argument("model", type=Path, metavar="MODEL", help="the ONNX file to read")
+    _add_choices(fuse)
     fuse.add_argument("positional", type=Path, nargs="?", metavar="OUT", help="the file to write, in place of -o")
     fuse.add_argument("-o", "--output", type=Path, metavar="OUT", help="the file to write")
-    fuse.add_argument("--passes", type=_names, metavar="A,B", help="apply these passes only")
-    fuse.add_argument("--skip", type=_names, default=[], metavar="A,B", help="leave these passes out")
     fuse.add_argument(
         "--verify",
         choices=("off", "region", "full"),
         default="full",
         help="region: every replacement in float64; full: also both models in ONNX Runtime (default)",
     )
+    fuse.add_argument(
+        "--only-if-faster",
+        action="store_true",
+        help="time both models in ONNX Runtime, and write the original unless the fused one is faster beyond noise",
+    )
     fuse.add_argument("--report", type=Path, metavar="FILE.json", help="write everything that was done and declined")
     fuse.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     fuse.set_defaults(run=_fuse)
 
+    explain = commands.add_parser(
+        "explain",
+        help="say what fusing an ONNX model would do, and why the rest stays",
+        description="Say what fusing an ONNX model would do, and why every other linear operator stays. "
+        "Every replacement is checked in float64; nothing is written.",
+        epilog=EPILOGUE.replace("written (also when there was nothing to fuse)", "explained"),
+    )
+    _add_choices(explain)
+    explain.add_argument("--json", action="store_true", help="print JSON, with all places")
+    explain.add_argument("--all", action="store_true", help="list all places, not the first few of each kind")
+    explain.set_defaults(run=_explain)
+
     passes = commands.add_parser("passes", help="list the passes", description="List the passes.")
     passes.set_defaults(run=_passes)
     return top
+
+
+def _add_choices(command: argparse.ArgumentParser) -> None:
+    """What to read, and by which rules to rewrite it."""
+    command.add_argument("model", type=Path, metavar="MODEL", help="the ONNX file to read")
+    command.add_argument("--passes", type=_names, metavar="A,B", help="apply these passes only")
+    command.add_argument("--skip", type=_names, default=[], metavar="A,B", help="leave these passes out")
+    command.add_argument(
+        "--objective",
+        choices=("latency", "macs", "params"),
+        default="latency",
+        help="what shall become small: latency (default), multiply-adds, or parameters",
+    )
 
 
 def _names(text: str) -> list[str]:
@@ -97,7 +125,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
-    from reparamc.onnx_fuse import check_target, fuse_model, load, save, write_atomically
+    from reparamc.onnx_fuse import check_target, fuse_model, load, save_outcome, write_atomically
 
     check_target(arguments.model, output)
     if arguments.report is not None:
@@ -109,10 +137,16 @@ def _fuse(arguments: argparse.Namespace) -> int:
     loaded = perf_counter()
     with _progress(arguments.quiet) as progress:
         result, report = fuse_model(
-            model, passes=arguments.passes, skip=arguments.skip, verify=arguments.verify, progress=progress
+            model,
+            passes=arguments.passes,
+            skip=arguments.skip,
+            verify=arguments.verify,
+            objective=arguments.objective,
+            only_if_faster=arguments.only_if_faster,
+            progress=progress,
         )
     before_save = perf_counter()
-    save(result, output)
+    save_outcome(result, report, arguments.model, output)
     report.seconds = {
         "loading": loaded - start,
         **report.seconds,
@@ -124,6 +158,28 @@ def _fuse(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(report.table())
         print(f"written    {output}")
+    return WRITTEN
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from reparamc.rewrite import select
+    from reparamc_passes import PASSES
+
+    select(PASSES, arguments.passes, arguments.skip)
+    from reparamc.explain import explain_json, explain_text
+    from reparamc.onnx_fuse import fuse_model, load
+
+    model = load(arguments.model)
+    with _progress(arguments.json) as progress:
+        _, report = fuse_model(
+            model,
+            passes=arguments.passes,
+            skip=arguments.skip,
+            verify="region",
+            objective=arguments.objective,
+            progress=progress,
+        )
+    print(explain_json(report) if arguments.json else explain_text(report, everything=arguments.all))
     return WRITTEN
 
 

@@ -1,41 +1,94 @@
-"""What an expression costs to run, so that a splice happens only when it pays.
+"""What an expression costs, so that a splice happens only when it pays.
 
-The unit is one multiply-add. Besides arithmetic, an operator moves its operands and its result
-through memory and has a fixed price for being launched; the exchange rates below are round figures
-for a CPU or a phone, where a multiply-add is cheap beside an element read from memory.
-Extents are unknown to the algebra, so each map is taken to have the same nominal number of positions.
+Besides arithmetic, an operator moves its operands and its result through memory, has a fixed price
+for being launched, and has parameters that take room in the file. An `Objective` says what each of
+these is worth. Extents are unknown to the algebra, so each map is taken to have the same nominal
+number of positions.
+
+The objective is a context variable, because rules, which map an expression to an expression and
+nothing else, ask for prices too: `with objective("macs"):` holds for all that is planned inside.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
+from reparamc.errors import InputError
 from reparamc.evaluate import channels
 from reparamc.expr import BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Source, Sum, is_negation, walk
 
-NODE = 20_000.0
-"""Launching one operator, in multiply-adds."""
-ELEMENT = 4.0
-"""Reading or writing one element, in multiply-adds."""
 POSITIONS = 196.0
 """Nominal positions of a map: 14 x 14."""
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What shall become small, as the prices of what an operator takes. Only their ratios matter.
+
+    Attributes:
+        node: launching one operator.
+        element: reading or writing one element, weights included.
+        mac: one multiply-add; an elementwise operation counts as one per element.
+        parameter: one element of a stored parameter.
+    """
+
+    name: str
+    node: float
+    element: float
+    mac: float
+    parameter: float
+
+
+LATENCY = Objective("latency", node=20_000.0, element=4.0, mac=1.0, parameter=0.0)
+"""Time. Round figures for a CPU or a phone, where a multiply-add is cheap beside an element read from memory."""
+
+MACS = Objective("macs", node=20_000e-9, element=4e-9, mac=1.0, parameter=0.0)
+"""Multiply-adds. The others break ties: smaller than any difference in multiply-adds, larger than rounding."""
+
+PARAMS = Objective("params", node=20_000e-12, element=4e-12, mac=1e-12, parameter=1.0)
+"""Stored parameters. The others break ties, in the proportions of `LATENCY`."""
+
+OBJECTIVES = {o.name: o for o in (LATENCY, MACS, PARAMS)}
+
+_current: ContextVar[Objective] = ContextVar("objective", default=LATENCY)
+
+
+@contextmanager
+def objective(name: str) -> Iterator[Objective]:
+    """Price by the objective ``name`` within this context; outside of any, by `LATENCY`.
+
+    Raises:
+        InputError: there is no such objective.
+    """
+    if name not in OBJECTIVES:
+        raise InputError(f"unknown objective {name!r}; the objectives are {', '.join(OBJECTIVES)}")
+    token = _current.set(OBJECTIVES[name])
+    try:
+        yield OBJECTIVES[name]
+    finally:
+        _current.reset(token)
+
+
 def cost(root: Expr) -> float:
-    """The price of computing ``root`` from its sources, in multiply-adds."""
+    """The price of computing ``root`` from its sources; under `LATENCY` in multiply-adds."""
     count = channels(root)
     return sum(_price(e, count) for e in walk(root))
 
 
 def price(conv: Conv) -> float:
-    """The price of one convolution, in multiply-adds."""
-    if conv.token is not None:  # a pooling or a padding: no weights are read, and its sums are no matter
-        return NODE + POSITIONS * conv.out_channels * 2 * ELEMENT
+    """The price of one convolution."""
     growth = prod(conv.stride) if conv.transposed else 1 / prod(conv.stride)
-    moved = POSITIONS * (conv.in_channels + conv.out_channels * growth) + conv.weight.size
-    return NODE + multiply_adds(conv) + ELEMENT * moved
+    moved = POSITIONS * (conv.in_channels + conv.out_channels * growth)
+    if conv.token is not None:  # a pooling or a padding: it reads no weights, and its sums are no matter
+        return _operator(0, moved)
+    bias = 0 if conv.bias is None else conv.bias.size
+    return _operator(multiply_adds(conv), moved + conv.weight.size, conv.weight.size + bias)
 
 
 def multiply_adds(conv: Conv) -> float:
@@ -45,7 +98,17 @@ def multiply_adds(conv: Conv) -> float:
 
 def addition(channels: int) -> float:
     """The price of adding two maps."""
-    return NODE + POSITIONS * channels * (1 + 3 * ELEMENT)
+    return _elementwise(channels, 3)
+
+
+def _operator(macs: float, moved: float, parameters: int = 0) -> float:
+    o = _current.get()
+    return o.node + o.mac * macs + o.element * moved + o.parameter * parameters
+
+
+def _elementwise(channels: int, maps: int, parameters: int = 0) -> float:
+    """The price of one operation per element, reading and writing ``maps`` maps in all."""
+    return _operator(POSITIONS * channels, POSITIONS * channels * maps, parameters)
 
 
 def _price(e: Expr, count: dict[Expr, int | None]) -> float:
@@ -54,15 +117,21 @@ def _price(e: Expr, count: dict[Expr, int | None]) -> float:
         case Conv():
             return price(e)
         case BatchNorm():
-            return NODE + POSITIONS * width * (1 + 2 * ELEMENT)
+            return _elementwise(width, 2, 4 * e.gamma.size)
         case Scale():
-            return (is_multiplied(e) + is_shifted(e)) * (NODE + POSITIONS * width * (1 + 2 * ELEMENT))
+            multiplied = _elementwise(width, 2, e.scale.size) if is_multiplied(e) else 0.0
+            return multiplied + (_elementwise(width, 2, e.shift.size) if is_shifted(e) else _held_bias(e))
         case Sum():
             return (len(e.terms) - 1) * addition(width)
         case Layout() | Concat() | Select():
-            return NODE + POSITIONS * width * 2 * ELEMENT
+            return _operator(0, POSITIONS * width * 2)
         case Source():
             return 0.0
+
+
+def _held_bias(e: Scale) -> float:
+    """The price of a shift that needs no addition: its parameters alone."""
+    return _current.get().parameter * e.shift.size if np.any(e.shift) else 0.0
 
 
 def is_multiplied(e: Scale) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError, VerificationError
 from reparamc.fx_graph import FxGraph
 from reparamc.fx_values import IN_PLACE_DUNDERS, lookup
@@ -33,6 +34,7 @@ def fuse_fx(
     passes: Iterable[str] | None = None,
     skip: Iterable[str] = (),
     verify: bool | str = True,
+    objective: str = "latency",
     pass_table: tuple[Pass, ...] | None = None,
 ) -> fx.GraphModule:
     """A fused copy of ``model``: every linear structure between two non-linearities collapsed.
@@ -49,6 +51,7 @@ def fuse_fx(
         passes, skip: names of the passes to apply (default: all), and to leave out.
         verify: True or "full": every replacement in float64, and both modules on
             ``example_inputs``; "region": the former alone; False or "off": neither.
+        objective: what shall become small: "latency", "macs" (multiply-adds) or "params" (parameters).
         pass_table: the passes to choose from, instead of the built-in ones.
 
     Raises:
@@ -73,7 +76,8 @@ def fuse_fx(
     before = count(traced)
     traced_at = perf_counter()
     graph = FxGraph(traced, _float_ranks(model, args, kwargs))
-    plan = make_plan(graph, selected, verify=level != "off")
+    with priced_by(objective):
+        plan = make_plan(graph, selected, verify=level != "off")
     counts: Counter[str] = Counter()
     rewrites = []
     for splice in plan.splices:

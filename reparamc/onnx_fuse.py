@@ -6,7 +6,8 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -16,12 +17,15 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
+from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError
 from reparamc.onnx_constants import fold_constants
 from reparamc.onnx_graph import OnnxGraph
+from reparamc.onnx_harm import fused_by_runtime, harmful, reason
+from reparamc.onnx_latency import compare_latency
 from reparamc.onnx_runtime import FILE_LIMIT, verify_end_to_end
 from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
-from reparamc.region import make_plan
+from reparamc.region import Splice, make_plan
 from reparamc.report import Counts, Refusal, Report, Rewrite
 from reparamc.rewrite import Pass, select
 
@@ -37,6 +41,8 @@ def fuse_model(
     passes: Iterable[str] | None = None,
     skip: Iterable[str] = (),
     verify: str = "full",
+    objective: str = "latency",
+    only_if_faster: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
     pass_table: tuple[Pass, ...] | None = None,
 ) -> tuple[ModelProto, Report]:
@@ -45,12 +51,15 @@ def fuse_model(
     Args:
         passes, skip: names of the passes to apply, and to leave out.
         verify: "off"; "region" checks every replacement in float64; "full" also runs both models in
-            ONNX Runtime.
+            ONNX Runtime, and undoes what would break a pattern that it fuses by itself.
+        objective: what shall become small: "latency", "macs" or "params".
+        only_if_faster: time both models in ONNX Runtime, and return a copy of ``model`` unless the
+            result is faster beyond noise; the report says so.
         progress: called with (regions done, regions in all).
         pass_table: the passes to choose from, instead of the built-in ones.
 
     Raises:
-        InputError: the model does not pass the checker, or an option is unknown.
+        InputError: the model does not pass the checker or cannot be timed, or an option is unknown.
         VerificationError: the result differs from the original.
     """
     if verify not in LEVELS:
@@ -58,40 +67,32 @@ def fuse_model(
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
     selected = select(pass_table, passes, skip)
+    folding = any(p.name == "constant-folding" for p in selected)
     clock = [perf_counter()]
     check(model)
-    result = ModelProto()
-    result.CopyFrom(model)
-    counts: Counter[str] = Counter()
-    if any(p.name == "constant-folding" for p in selected):
-        counts["constant-folding"] = fold_constants(result)
+    result, folded = _copied(model, folding)
     clock.append(perf_counter())
     graph = OnnxGraph(result)
-    plan = make_plan(graph, selected, verify=verify != "off", progress=progress)
-    rewrites = []
-    for splice in plan.splices:
-        graph.splice(splice)
-        counts.update(splice.counts)
-        operators = tuple(graph.name(v) for v in splice.members)
-        rewrites.append(
-            Rewrite(
-                graph.name(splice.root),
-                operators,
-                dict(splice.counts),
-                splice.parameters,
-                splice.before,
-                splice.after,
-                splice.error,
-            )
-        )
-    graph.finish()
+    with priced_by(objective):
+        plan = make_plan(graph, selected, verify=verify != "off", progress=progress)
+    splices, kept = plan.splices, [Refusal(k.where, k.name, k.reason) for k in plan.kept]
+    _carry_out(graph, splices)
     clock.append(perf_counter())
+    if splices and verify == "full":
+        harm = _harm(model, result, splices, folding)
+        kept += [Refusal(graph.name(s.root), [*s.counts][-1], harm[str(s.root)]) for s in splices if s.root in harm]
+        if harm:
+            splices = [s for s in splices if s.root not in harm]
+            result, _ = _copied(model, folding)
+            graph = OnnxGraph(result)
+            _carry_out(graph, splices)
+    counts = sum((s.counts for s in splices), Counter({"constant-folding": folded}))
     report = Report(
         before=count(model),
         after=count(result),
         passes={p.name: counts[p.name] for p in selected},
-        rewrites=rewrites,
-        kept=[Refusal(k.where, k.name, k.reason) for k in plan.kept],
+        rewrites=[_rewrite(graph, s) for s in splices],
+        kept=kept,
         seconds={"reading": clock[1] - clock[0], "rewriting": clock[2] - clock[1]},
     )
     if report.changed:
@@ -99,7 +100,48 @@ def fuse_model(
         if verify == "full":
             report.end_to_end = verify_end_to_end(model, result)
             report.seconds["verification"] = perf_counter() - clock[2]
+        if only_if_faster:
+            start = perf_counter()
+            report.latency = compare_latency(model, result)
+            report.seconds["timing"] = perf_counter() - start
+            if report.original_kept:
+                result.CopyFrom(model)
     return result, report
+
+
+def _copied(model: ModelProto, folding: bool) -> tuple[ModelProto, int]:
+    """A copy of ``model``, constants folded if wanted, and how many were."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy, fold_constants(copy) if folding else 0
+
+
+def _carry_out(graph: OnnxGraph, splices: Iterable[Splice]) -> None:
+    for splice in splices:
+        graph.splice(splice)
+    graph.finish()
+
+
+def _harm(model: ModelProto, result: ModelProto, splices: Sequence[Splice], folding: bool) -> dict[str, str]:
+    """The roots of the splices to undo, because ONNX Runtime would fuse less of ``result`` by itself, with reasons."""
+    wanted = fused_by_runtime(model)
+    if not wanted:
+        return {}
+    roots = [str(s.root) for s in splices]
+
+    def left(chosen: Collection[str]) -> Counter[str] | None:
+        if len(chosen) == len(roots):
+            return fused_by_runtime(result)
+        part, _ = _copied(model, folding)
+        _carry_out(OnnxGraph(part), [s for s in splices if s.root in set(chosen)])
+        return fused_by_runtime(part)
+
+    return {root: reason(kind) for root, kind in harmful(roots, wanted, left).items()}
+
+
+def _rewrite(graph: OnnxGraph, s: Splice) -> Rewrite:
+    operators = tuple(graph.name(v) for v in s.members)
+    return Rewrite(graph.name(s.root), operators, dict(s.counts), s.parameters, s.before, s.after, s.error)
 
 
 def fuse_onnx(
@@ -108,6 +150,8 @@ def fuse_onnx(
     passes: Iterable[str] | None = None,
     skip: Iterable[str] = (),
     verify: bool | str = True,
+    objective: str = "latency",
+    only_if_faster: bool = False,
     output: str | os.PathLike[str] | None = None,
     on_report: Callable[[Report], None] | None = None,
 ) -> Any:
@@ -120,6 +164,9 @@ def fuse_onnx(
         passes, skip: names of passes to apply (default: all) and to leave out.
         verify: True or "full": every replacement in float64, and both models in ONNX Runtime;
             "region": the former alone; False or "off": neither.
+        objective: what shall become small: "latency", "macs" (multiply-adds) or "params" (parameters).
+        only_if_faster: time both models in ONNX Runtime; unless the result is faster beyond noise,
+            return or write the original. The report has the figures.
         on_report: called with the `Report`.
 
     Raises:
@@ -130,18 +177,21 @@ def fuse_onnx(
     level = verify if isinstance(verify, str) else "full" if verify else "off"
     if output is not None and not isinstance(model, str | os.PathLike):
         raise InputError("output is for models given as a path; this one is returned")
+    fuse = partial(
+        fuse_model, passes=passes, skip=skip, verify=level, objective=objective, only_if_faster=only_if_faster
+    )
     if isinstance(model, ModelProto):
-        result, report = fuse_model(model, passes=passes, skip=skip, verify=level)
+        result, report = fuse(model)
         returned: Any = result
     elif isinstance(model, str | os.PathLike):
         source = Path(model)
         target = Path(output) if output is not None else source.with_suffix(".fused.onnx")
         check_target(source, target)
-        result, report = fuse_model(load(source), passes=passes, skip=skip, verify=level)
-        save(result, target)
+        result, report = fuse(load(source))
+        save_outcome(result, report, source, target)
         returned = str(target) if isinstance(model, str) else target
     elif (surgeon := sys.modules.get("onnx_graphsurgeon")) is not None and isinstance(model, surgeon.Graph):
-        result, report = fuse_model(surgeon.export_onnx(model.copy()), passes=passes, skip=skip, verify=level)
+        result, report = fuse(surgeon.export_onnx(model.copy()))
         returned = surgeon.import_onnx(result)
     else:
         raise InputTypeError(
@@ -222,6 +272,20 @@ def check_target(source: Path, target: Path) -> None:
         raise InputError(f"the folder {target.parent} cannot be written to")
     if source.exists() and target.exists() and os.path.samefile(source, target):
         raise InputError(f"the output {target} is the input itself; give another name")
+
+
+def save_outcome(model: ModelProto, report: Report, source: Path, target: Path) -> None:
+    """Write the outcome of fusing the file ``source`` to ``target``, all of it or nothing.
+
+    Where the original is kept, that is the same bytes, unless its weights lie in other files.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if report.original_kept and ModelProto.FromString(data := source.read_bytes()) == model:
+        write_atomically(target, data)
+    else:
+        save(model, target)
 
 
 def save(model: ModelProto, path: Path) -> None:

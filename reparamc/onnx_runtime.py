@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -33,7 +33,7 @@ def verify_end_to_end(original: ModelProto, result: ModelProto, seed: int = 0) -
         InputError: ONNX Runtime cannot run the original.
     """
     with session(original, "the model") as run_original, session(result, "the rewritten model") as run_result:
-        inputs, expected = _first_working_inputs(original, run_original, seed)
+        inputs, expected = first_working_inputs(original, run_original, seed)
         # A perturbation may be absorbed by rounding or a saturated layer, so three are tried.
         noises = [run_original(_perturbed(inputs, seed + n)) for n in range(3)]
         actual = run_result(inputs)
@@ -56,11 +56,14 @@ def verify_end_to_end(original: ModelProto, result: ModelProto, seed: int = 0) -
 class Run:
     """A model in ONNX Runtime on the CPU."""
 
-    def __init__(self, path_or_bytes: str | bytes, outputs: list[str], what: str) -> None:
+    def __init__(self, path_or_bytes: str | bytes, outputs: list[str], what: str, optimize: bool) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        if optimize:  # sessions that take turns must not spin in one another's
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4
         self.outputs = outputs
         try:
@@ -74,26 +77,34 @@ class Run:
 
 
 @contextmanager
-def session(model: ModelProto, what: str) -> Iterator[Run]:
-    """``model`` ready to run; models beyond the file limit go through a temporary file."""
+def session(model: ModelProto, what: str, optimize: bool = False) -> Iterator[Run]:
+    """``model`` ready to run, with ONNX Runtime's own optimizations if wanted.
+
+    Models beyond the file limit go through a temporary file.
+    """
     outputs = [o.name for o in model.graph.output]
     if model.ByteSize() < FILE_LIMIT:
-        yield Run(model.SerializeToString(), outputs, what)
+        yield Run(model.SerializeToString(), outputs, what, optimize)
         return
     with tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
         path = os.path.join(folder, "model.onnx")
         copy = ModelProto()
         copy.CopyFrom(model)
         onnx.save_model(copy, path, save_as_external_data=True)
-        yield Run(path, outputs, what)
+        yield Run(path, outputs, what, optimize)
 
 
-def _first_working_inputs(
-    model: ModelProto, run: Run, seed: int
+def first_working_inputs(
+    model: ModelProto, run: Run, seed: int, guesses: Sequence[int] = GUESSES
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Random inputs that ``run`` accepts, and its outputs; unknown extents are the first of ``guesses`` that runs.
+
+    Raises:
+        InputError: none does.
+    """
     failure: Exception | None = None
     unknown = any(not d.HasField("dim_value") for v in _inputs(model) for d in v.type.tensor_type.shape.dim)
-    for guess in GUESSES if unknown else GUESSES[:1]:
+    for guess in guesses if unknown else guesses[:1]:
         inputs = random_inputs(model, seed, guess)
         try:
             return inputs, run(inputs)

@@ -60,6 +60,30 @@ class OutputError:
     tolerance: float
 
 
+@dataclass(frozen=True)
+class Latency:
+    """Original and result timed in turns in ONNX Runtime.
+
+    Attributes:
+        original, result: median seconds of one run.
+        ratio: median over the turns of result / original.
+        low, high: interval that holds the true median ratio with 95 % confidence.
+        turns: how often each was run.
+    """
+
+    original: float
+    result: float
+    ratio: float
+    low: float
+    high: float
+    turns: int
+
+    @property
+    def faster(self) -> bool:
+        """Whether the result is faster than the original, beyond noise."""
+        return self.high < 1
+
+
 @dataclass
 class Report:
     """The outcome of one fusion.
@@ -71,6 +95,7 @@ class Report:
         end_to_end: one entry per output; empty when that check was off or could not run.
         note: why the end-to-end check did not run, if it did not.
         seconds: wall time of each phase.
+        latency: both models timed; None when that was not asked for, or nothing was rewritten.
     """
 
     before: Counts
@@ -82,10 +107,16 @@ class Report:
     note: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     version: str = __version__
+    latency: Latency | None = None
 
     @property
     def changed(self) -> bool:
         return any(self.passes.values())
+
+    @property
+    def original_kept(self) -> bool:
+        """Whether the original was returned after all, because what is described here is not faster."""
+        return self.latency is not None and not self.latency.faster
 
     @property
     def region_error(self) -> float | None:
@@ -96,6 +127,7 @@ class Report:
     def to_json(self) -> str:
         data: dict[str, Any] = asdict(self)
         data["region_error"] = self.region_error
+        data["original_kept"] = self.original_kept
         return json.dumps(data, indent=2)
 
     def table(self) -> str:
@@ -115,6 +147,11 @@ class Report:
             lines.append(f"regions    {len(self.rewrites)} replaced, not verified")
         for e in self.end_to_end:
             lines.append(f"output     {e.output}: largest error {e.max_rel:.1e} relative, {e.tolerance:.1e} allowed")
+        if (t := self.latency) is not None:
+            figures = f"{1000 * t.original:.2f} ms before, {1000 * t.result:.2f} ms after"
+            lines.append(f"latency    {figures}, ratio {t.ratio:.3f} ({t.low:.3f} to {t.high:.3f}, {t.turns} turns)")
+        if self.original_kept:
+            lines.append("kept       the original, unchanged: the fused model is not faster beyond noise")
         if self.note:
             lines.append(f"note       {self.note}")
         lines.append("time       " + ", ".join(f"{phase} {s:.2f} s" for phase, s in self.seconds.items()))

@@ -19,7 +19,7 @@ from itertools import groupby
 
 import numpy as np
 
-from reparamc.cost import NODE, price
+from reparamc.cost import price
 from reparamc.expr import Concat, Conv, Expr, Select
 from reparamc.kernel import select_outputs, stack
 from reparamc.rewrite import Declined, Pass
@@ -35,7 +35,7 @@ def stacked(e: Expr) -> Expr | Declined | None:
         convs = [t for t in group if isinstance(t, Conv)]
         if key is not None and len(convs) > 1:
             one = stack(convs)
-            if price(one) < sum(price(c) for c in convs) + NODE / 2:
+            if price(one) < sum(price(c) for c in convs):
                 group = [one]
             else:
                 refusal = Declined("stacking its branches would cost more multiply-adds than it saves")
