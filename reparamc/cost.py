@@ -96,6 +96,11 @@ def multiply_adds(conv: Conv) -> float:
     return POSITIONS / (1 if conv.transposed else prod(conv.stride)) * conv.weight.size
 
 
+def moving(channels: int) -> float:
+    """The price of an operator that moves the elements of a map and computes nothing."""
+    return _operator(0, POSITIONS * channels * 2)
+
+
 def addition(channels: int) -> float:
     """The price of adding two maps."""
     return _elementwise(channels, 3)
@@ -124,7 +129,7 @@ def _price(e: Expr, count: dict[Expr, int | None]) -> float:
         case Sum():
             return (len(e.terms) - 1) * addition(width)
         case Layout() | Concat() | Select():
-            return _operator(0, POSITIONS * width * 2)
+            return moving(width)
         case Source():
             return 0.0
 

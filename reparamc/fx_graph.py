@@ -433,6 +433,12 @@ class FxGraph:
             return Declined("its constant may broadcast its operand")
         return axes[0]
 
+    def moves(self, value: Value) -> tuple[Value, ...] | None:
+        return None
+
+    def run(self, root: Value, source: Value, x: Array) -> Array:
+        raise NotImplementedError
+
     # Writing
 
     def splice(self, splice: Splice) -> None:

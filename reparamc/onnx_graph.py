@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from reparamc.expr import (
     ONE,
@@ -30,9 +31,47 @@ from reparamc.expr import (
 )
 from reparamc.kernel import regroup, swap_sides
 from reparamc.onnx_readers import READERS, operand
-from reparamc.onnx_values import Constants, Names, Types, commit, defined_names, is_standard, readers
+from reparamc.onnx_values import FLOATS, Constants, Names, Types, commit, defined_names, is_standard, readers
 from reparamc.region import Reading, Splice, Value, new_nodes
 from reparamc.rewrite import Declined
+
+LINEAR_KINDS = {
+    "Add", "AveragePool", "BatchNormalization", "Concat", "Conv", "ConvTranspose", "CumSum", "DepthToSpace", "Div",
+    "Einsum", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gemm", "GlobalAveragePool", "Identity",
+    "MatMul", "Mean", "Mul", "Neg", "Pad", "ReduceMean", "ReduceSum", "Reshape", "ScatterElements", "ScatterND",
+    "Slice", "SpaceToDepth", "Split", "Squeeze", "Sub", "Sum", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
+}  # fmt: skip
+"""Operators that are affine in each operand that is no constant, all other operands being constant."""
+
+
+def in_float64(graph: OnnxGraph, root: str, source: str) -> ReferenceEvaluator:
+    """What computes ``root`` from ``source`` in float64, by the reference implementation of ONNX."""
+    needed: list[NodeProto] = []
+    constants: set[str] = set()
+    wanted, stack = {source}, [root]
+    while stack:
+        name = stack.pop()
+        if name in wanted or not name:
+            continue
+        wanted.add(name)
+        if name in graph.constants:
+            constants.add(name)
+        else:
+            needed.append(graph.producers[name])
+            stack += graph.producers[name].input
+    order = {name: place for place, node in enumerate(graph.nodes) for name in node.output}
+    nodes = sorted({order[node.output[0]]: node for node in needed}.items())
+    initializers = []
+    for name in constants:
+        value = graph.constants.array(name)
+        is_float = value.dtype in FLOATS.values()
+        initializers.append(numpy_helper.from_array(value.astype(np.float64) if is_float else value, name))
+    x = helper.make_tensor_value_info(source, TensorProto.DOUBLE, None)
+    y = helper.make_tensor_value_info(root, TensorProto.DOUBLE, None)
+    body = helper.make_graph([node for _, node in nodes], "float64", [x], [y], initializers)
+    return ReferenceEvaluator(
+        helper.make_model(body, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version)
+    )
 
 
 class OnnxGraph:
@@ -52,6 +91,7 @@ class OnnxGraph:
         self._initializers: list[TensorProto] = []
         self._replaced: set[str] = set()
         self._suspects: set[str] = set()
+        self._functions: dict[tuple[Value, Value], ReferenceEvaluator] = {}
 
     # Reading
 
@@ -99,6 +139,24 @@ class OnnxGraph:
 
     def array(self, name: str) -> Array:
         return self.constants.array(name).astype(np.float64)
+
+    def moves(self, value: Value) -> tuple[Value, ...] | None:
+        node = self.producers[str(value)]
+        if not is_standard(node) or node.op_type not in LINEAR_KINDS or self.types.dtype(str(value)) is None:
+            return None
+        if len(node.output) > 1 and node.op_type != "Split":
+            return None
+        floating = [name for name in node.input if name and name not in self.constants]
+        if any(self.types.dtype(name) is None for name in floating):
+            return None  # indices that are computed at run time
+        most = {"Mul": 1, "Div": 1, "MatMul": 1, "Gemm": 1, "Einsum": 1}.get(node.op_type, len(floating))
+        by_itself = node.op_type == "Div" and node.input[0] in self.constants
+        return tuple(floating) if 0 < len(floating) <= most and not by_itself else None
+
+    def run(self, root: Value, source: Value, x: Array) -> Array:
+        if (root, source) not in self._functions:
+            self._functions[root, source] = in_float64(self, str(root), str(source))
+        return np.asarray(next(iter(self._functions[root, source].run(None, {str(source): x}))))
 
     # Writing
 

@@ -18,12 +18,16 @@ from reparamc.kernel import swap_sides, transposed
 from reparamc.onnx_values import attribute, is_standard
 from reparamc.region import Reading, layout_reading
 from reparamc.rewrite import Declined
+from reparamc.shape import Shape
 
 if TYPE_CHECKING:
     from reparamc.onnx_graph import OnnxGraph
 
 ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"
 NORMALISATION = "it belongs to a normalisation that runtimes fuse"
+
+LAST = 2**30
+"""An end of a slice from here on means the end of the axis: exporters write the largest integers."""
 
 Reader = Callable[["OnnxGraph", NodeProto, str], "Reading | Declined | None"]
 """From a graph, a node of it and one output of that node to the reading of that output."""
@@ -384,17 +388,44 @@ def _read_split(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Dec
 
 
 def _read_slice(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    """A slice of channels, or of a map: every s-th position from a to the last but b."""
     shape = graph.types.shape(node.input[0])
     given = [graph.constant(node, i) for i in range(1, 5)]
     if shape is None or graph.opset < 10 or any(n is None and operand(node, i) for i, n in enumerate(given, 1)):
         return None
     starts, ends, axes, steps = (graph.constants.array(name).tolist() if name else None for name in given)
-    if starts is None or ends is None or len(starts) != 1:
+    if starts is None or ends is None:
         return None
-    axis = axes[0] if axes else 0
-    if (width := shape[axis].known) is None:
-        return None
-    return _selection(graph, node.input[0], axis, range(width)[starts[0] : ends[0] : steps[0] if steps else 1])
+    axes = [axis % len(shape) for axis in axes or range(len(starts))]
+    steps = steps or [1] * len(starts)
+    if min(axes) >= 2 and len(shape) > 2 and (channels := shape[1].known) is not None:
+        return _crop(node, shape, channels, dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True)))
+    if len(axes) == 1 and (width := shape[axes[0]].known) is not None:
+        return _selection(graph, node.input[0], axes[0], range(width)[starts[0] : ends[0] : steps[0]])
+    return None
+
+
+def _crop(node: NodeProto, shape: Shape, channels: int, cuts: dict[int, tuple[int, int, int]]) -> Reading | None:
+    """A slice of positions as a kernel of one tap: stride s, offset a, the last b positions left out."""
+    n = len(shape) - 2
+    begin, end, stride = [0] * n, [0] * n, [1] * n
+    for axis, (start, stop, step) in cuts.items():
+        extent = shape[axis].known
+        if extent is not None:
+            start, stop = slice(start, stop).indices(extent)[0], min(slice(start, stop).indices(extent)[1] - extent, 0)
+            stop = stop or extent
+        if start < 0 or step < 1 or (0 <= stop < LAST and stop != extent):
+            return None
+        begin[axis - 2], end[axis - 2], stride[axis - 2] = -start, min(stop, 0), step
+    ones = (1,) * n
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        weight, token = np.ones((channels, 1, *ones)), node.output[0]
+        return Conv.padded(
+            operands[0], weight, None, tuple(stride), ones, tuple(begin), tuple(end), channels, token=token
+        )
+
+    return Reading((node.input[0],), build, (), n)
 
 
 def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:

@@ -19,9 +19,11 @@ from typing import Protocol, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from reparamc.cost import cost
+from reparamc.cost import cost, moving
 from reparamc.errors import VerificationError
-from reparamc.expr import Array, Expr, Layout, Permute, Reshape, Source, arrays, flatten, walk
+from reparamc.evaluate import evaluate
+from reparamc.expr import Array, Expr, Layout, Permute, Reshape, Source, Sum, arrays, flatten, walk
+from reparamc.probe import find_kernel
 from reparamc.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.shape import axis_through_reshape
 from reparamc.text import show
@@ -78,6 +80,14 @@ class Graph(Protocol):
 
     def obstacle(self, root: Value, members: Sequence[Value], sources: Sequence[Value]) -> str | None:
         """Why new operators just before ``root`` could not stand for ``members``; None when they can."""
+        ...
+
+    def moves(self, value: Value) -> tuple[Value, ...] | None:
+        """What an operator reads that is linear by its kind but has no reading; None for all others."""
+        ...
+
+    def run(self, root: Value, source: Value, x: Array) -> Array:
+        """``root`` computed from ``source = x`` by the host's own operators, in float64. May raise anything."""
         ...
 
     def splice(self, splice: Splice) -> None:
@@ -147,12 +157,25 @@ def make_plan(
         elif isinstance(reading, Declined):
             plan.kept.append(Kept(graph.name(value), "lift", reading.reason))
     results = _decide(graph, readings, passes, verify, progress)
-    for root, result in results.items():
-        if isinstance(result, Splice):
-            plan.splices.append(result)
-        else:
-            plan.kept.extend(Kept(graph.name(root), r.name, r.reason) for r in result)
+    if any(p.name == UNLISTED for p in passes):
+        for splice in _unlisted(graph, readings, results):
+            results = {root: r for root, r in results.items() if root not in splice.members}
+            results[splice.root] = Decision(splice.expr, splice, [])
+    order = {value: place for place, value in enumerate(graph.values())}
+    for root, result in sorted(results.items(), key=lambda item: order[item[0]]):
+        if result.splice is not None:
+            plan.splices.append(result.splice)
+        plan.kept.extend(Kept(graph.name(root), r.name, r.reason) for r in result.refusals)
     return plan
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one region: its final form, the splice that makes it so, and what was declined."""
+
+    expr: Expr
+    splice: Splice | None
+    refusals: Sequence[Refusal]
 
 
 def _decide(
@@ -161,9 +184,9 @@ def _decide(
     passes: Sequence[Pass],
     verify: bool,
     progress: Callable[[int, int], None],
-) -> dict[Value, Splice | list[Refusal]]:
+) -> dict[Value, Decision]:
     """What becomes of every region. Shared members that some region cannot get rid of are operands in a second try."""
-    results: dict[tuple[Value, tuple[Value, ...]], Splice | list[Refusal]] = {}
+    results: dict[tuple[Value, tuple[Value, ...]], Decision] = {}
     stuck: set[Value] = set()
     while True:
         regions = find_regions(graph, readings, stuck)
@@ -176,17 +199,17 @@ def _decide(
             value
             for root, members in regions.items()
             for value in members
-            if times[value] > 1 and not _is_rid_of(value, results[root, members])
+            if times[value] > 1 and not _is_rid_of(value, results[root, members].splice)
         }
         if not still:
             return {root: results[root, members] for root, members in regions.items()}
         stuck |= still
 
 
-def _is_rid_of(value: Value, result: Splice | list[Refusal]) -> bool:
-    if not isinstance(result, Splice):
+def _is_rid_of(value: Value, splice: Splice | None) -> bool:
+    if splice is None:
         return False
-    return all(result.native.get(e) != value for e in walk(result.expr, stop=result.native.__contains__))
+    return all(splice.native.get(e) != value for e in walk(splice.expr, stop=splice.native.__contains__))
 
 
 MOST_SHARED = 8
@@ -218,26 +241,17 @@ def _consider(
     readings: dict[Value, Reading],
     passes: Sequence[Pass],
     verify: bool,
-) -> Splice | list[Refusal]:
-    exprs: dict[Value, Expr] = {}
-    sources: dict[Value, Source] = {}
-
-    def operand(value: Value) -> Expr:
-        if value in exprs:
-            return exprs[value]
-        return sources.setdefault(value, graph.source(value))
-
-    for value in members:
-        exprs[value] = readings[value].build([operand(v) for v in readings[value].operands])
+) -> Decision:
+    exprs = _lifted(graph, members, readings)
+    sources = [v for v, e in exprs.items() if isinstance(e, Source)]
     before = flatten(exprs[root])
     with np.errstate(all="ignore"):  # whatever is not finite is refused below
         outcome = simplify(before, passes)
     if not outcome.steps:
-        return list(outcome.refusals)
+        return Decision(before, None, outcome.refusals)
     after = outcome.expr
     native = {e: v for v, e in exprs.items() if v != root}
-    native.update({s: v for v, s in sources.items()})
-    refuse = _obstacle(graph, root, members, list(sources), before, after, native)
+    refuse = _obstacle(graph, root, members, sources, before, after, native)
     error = None
     if refuse is None and verify:
         try:
@@ -245,7 +259,7 @@ def _consider(
         except ValueError as unsampled:
             refuse = f"it cannot be verified: {unsampled}"
     if refuse is not None:
-        return [*outcome.refusals, Refusal(outcome.steps[-1].name, before, refuse)]
+        return Decision(before, None, [*outcome.refusals, Refusal(outcome.steps[-1].name, before, refuse)])
     if error is not None and not error <= REGION_TOLERANCE:
         steps = ", ".join(dict.fromkeys(s.name for s in outcome.steps))
         raise VerificationError(
@@ -257,7 +271,96 @@ def _consider(
     assert dtype is not None
     counts = Counter(step.name for step in outcome.steps)
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))
-    return Splice(root, members, after, native, dtype, counts, parameters, show(before), show(after), error)
+    splice = Splice(root, members, after, native, dtype, counts, parameters, show(before), show(after), error)
+    return Decision(after, splice, outcome.refusals)
+
+
+UNLISTED = "impulse-response"
+
+
+def _unlisted(graph: Graph, readings: dict[Value, Reading], decisions: dict[Value, Decision]) -> Iterator[Splice]:
+    """Trees of linear operators on one operand that the rules left in pieces, as the one kernel that they are."""
+    wide: dict[Value, Reading] = {}
+    for value in graph.values():
+        operands = readings[value].operands if value in readings else graph.moves(value)
+        if operands is not None:
+            wide[value] = readings.get(value, Reading(operands, lambda _: Sum(())))
+    for members in find_regions(graph, wide).values():
+        for tree in _trees_on_one_operand(members, wide):
+            left = [decisions[v] for v in tree if v in decisions]
+            unread = [v for v in tree if v not in readings]
+            if unread or any(d.refusals for d in left):
+                splice = _as_kernel(graph, tree, wide, readings, left, len(unread))
+                if splice is not None:
+                    yield splice
+
+
+def _trees_on_one_operand(members: Sequence[Value], readings: dict[Value, Reading]) -> Iterator[tuple[Value, ...]]:
+    """The largest trees inside a region that read one value only; members in execution order, the root last."""
+    inside = set(members)
+    operand: dict[Value, Value | None] = {}  # None: several
+    parent: dict[Value, Value] = {}
+    for value in members:
+        read = {operand[v] if v in inside else v for v in readings[value].operands}
+        operand[value] = read.pop() if len(read) == 1 else None
+        parent.update((v, value) for v in readings[value].operands if v in inside)
+    for root in members:
+        above = parent.get(root)
+        if operand[root] is not None and (above is None or operand[above] is None):
+            found, stack = {root}, [root]
+            while stack:
+                inner = [v for v in readings[stack.pop()].operands if v in inside and v not in found]
+                found.update(inner)
+                stack += inner
+            yield tuple(v for v in members if v in found)
+
+
+def _as_kernel(
+    graph: Graph,
+    tree: tuple[Value, ...],
+    wide: dict[Value, Reading],
+    readings: dict[Value, Reading],
+    left: Sequence[Decision],
+    unread: int,
+) -> Splice | None:
+    root, (operand,) = tree[-1], {v for t in tree for v in wide[t].operands} - set(tree)
+    source, dtype = graph.source(operand), graph.dtype([*tree, operand])
+    if dtype is None or source.shape is None or len(source.shape) < 3 or (channels := source.shape[1].known) is None:
+        return None
+    extents = [d.known for d in source.shape[2:]]
+    before = sum(cost(d.expr) for d in left) + unread * moving(channels)
+    if unread:
+        batch = source.shape[0].known or 1
+        found = find_kernel(lambda x: graph.run(root, operand, x), source, batch, channels, extents, dtype)
+    else:
+        whole = _lifted(graph, tree, readings)[root]
+        if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
+            return None
+        (source,) = (e for e in walk(whole) if isinstance(e, Source))
+        function = lambda x: evaluate(whole, {source: x})[0]  # noqa: E731
+        found = find_kernel(function, source, 1, channels, [None] * len(extents), dtype)
+    if isinstance(found, Declined):
+        return None
+    conv, error = found
+    if not cost(conv) < before or any(rounding_obstacle(a, dtype) for a in arrays(conv)):
+        return None
+    if graph.obstacle(root, tree, [operand]) is not None:
+        return None
+    parameters = tuple(dict.fromkeys(p for v in tree if v in readings for p in readings[v].parameters))
+    text = "\n".join(graph.name(v) for v in tree)
+    native = {conv.x: operand}
+    return Splice(root, tree, conv, native, dtype, Counter({UNLISTED: 1}), parameters, text, show(conv), error)
+
+
+def _lifted(graph: Graph, members: Sequence[Value], readings: dict[Value, Reading]) -> dict[Value, Expr]:
+    """The expressions of ``members``, and of their operands as sources."""
+    exprs: dict[Value, Expr] = {}
+    for value in members:
+        for operand in readings[value].operands:
+            if operand not in exprs:
+                exprs[operand] = graph.source(operand)
+        exprs[value] = readings[value].build([exprs[v] for v in readings[value].operands])
+    return exprs
 
 
 def _obstacle(

@@ -12,6 +12,7 @@ from reparamc_passes.branch_merging import BRANCH_MERGING
 from reparamc_passes.channel_moving import CHANNEL_MOVING
 from reparamc_passes.constant_folding import CONSTANT_FOLDING
 from reparamc_passes.identity_to_conv import IDENTITY_TO_CONV
+from reparamc_passes.impulse_response import IMPULSE_RESPONSE
 from reparamc_passes.layout_cancelling import LAYOUT_CANCELLING
 from reparamc_passes.like_terms import LIKE_TERMS
 from reparamc_passes.repmixer import REPMIXER
@@ -29,6 +30,7 @@ PASSES: tuple[Pass, ...] = (
     LIKE_TERMS,
     CHANNEL_MOVING,
     LAYOUT_CANCELLING,
+    IMPULSE_RESPONSE,
 )
 
 __all__ = ["PASSES"]

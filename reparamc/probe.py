@@ -1,0 +1,170 @@
+"""The kernel of an unlisted operator, from its impulse response.
+
+An affine map that is the same everywhere is a convolution, whatever it is made of. So a function of
+which nothing is known is asked: what it makes of zero is the bias, what it makes of a one in one place
+is the kernel, seen from there. Whether it *is* such a map is then tested, not assumed: the convolution
+found must give what the function gives, on random inputs of several sizes, up to the borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from math import gcd, prod
+
+import ml_dtypes
+import numpy as np
+
+from reparamc.evaluate import evaluate
+from reparamc.expr import Array, Conv, Ints, Source
+from reparamc.rewrite import Declined
+
+LARGEST = 2**28
+"""Elements of all responses together, beyond which a function is not probed."""
+WINDOW = 24
+"""How far from an impulse its response is looked for; what lies farther shows as a difference in the end."""
+STRIDES = (1, 2, 3, 4)
+BASE = (13, 15, 14)
+"""Extents at which impulses are taken, when the function accepts any: odd, even, and unequal."""
+NOT_EVEN = "what it adds differs from place to place, so it is no convolution"
+NOT_AFFINE = "it is not the same affine map everywhere, so it is no convolution"
+
+Function = Callable[[Array], Array]
+
+
+def find_kernel(
+    f: Function, x: Source, batch: int, channels: int, extents: Sequence[int | None], dtype: np.dtype
+) -> tuple[Conv, float] | Declined:
+    """``f`` as a convolution of ``x``, and how far the two lie apart, relative to the values met.
+
+    Args:
+        f: from [batch, channels, *extents] to [batch, any, *extents], in float64. It may raise for sizes that
+            do not fit it.
+        extents: the extents that f accepts; None where it accepts any.
+        dtype: what parameters are stored in. Constants that agree to their last digits in it (in
+            float32, where it is coarser) count as equal: a border that was computed beforehand and a
+            bias that is computed now.
+    """
+    slack = max(32 * min(float(ml_dtypes.finfo(dtype).eps), 2.0**-23), 1e-11)
+    frame = len(extents)
+    sizes = list(_sizes(extents))
+    if batch * channels**2 * prod(sizes[0]) > LARGEST:
+        return Declined("it is too large to be probed")
+    rng = np.random.default_rng(0)
+    try:
+        random = rng.standard_normal((batch, channels, *sizes[0]))
+        at_zero, at_random = f(np.zeros_like(random)), f(random)
+    except Exception:  # whatever a host's operators raise for a size that does not fit them
+        return Declined("it does not run on random inputs")
+    if at_zero.ndim != frame + 2 or not np.isfinite(at_random).all():
+        return Declined(NOT_AFFINE)
+    tolerance = slack * max(np.abs(at_random).max(initial=0.0), np.abs(at_zero).max(initial=0.0))
+    flat = at_zero.swapaxes(0, 1).reshape(at_zero.shape[1], -1)
+    bias = np.median(flat, axis=1)
+    if np.abs(flat - bias[:, None]).max(initial=0.0) > tolerance:
+        return Declined(NOT_EVEN)
+    grid = _grid(f, (batch, channels), sizes, extents)
+    if grid is None:
+        return Declined("its result has other extents than that of a convolution")
+    conv = _from_impulses(f, x, (batch, channels), sizes[0], bias, grid, tolerance)
+    error = _difference(f, conv, (batch, channels), sizes, rng)
+    return (conv, error) if error <= slack else Declined(NOT_AFFINE)
+
+
+def _sizes(extents: Sequence[int | None]) -> Iterator[Ints]:
+    """Extents to try, the first of them for impulses: also even, small, and one by one."""
+    for shift in (0, 1, -5, -8, -10):
+        yield tuple(BASE[axis] + shift if e is None else e for axis, e in enumerate(extents))
+        if None not in extents:
+            return
+
+
+def _grid(f: Function, lead: Ints, sizes: list[Ints], extents: Sequence[int | None]) -> tuple[Ints, Ints] | None:
+    """(stride, delta), so that every extent of the result is floor((extent - 1 - delta) / stride) + 1."""
+    strides, deltas = [], []
+    seen: dict[Ints, Ints] = {}
+    for axis, extent in enumerate(extents):
+        points: list[tuple[int, int]] = []
+        for step in range(1 if extent is not None else 6):
+            size = tuple(n + step * (i == axis) for i, n in enumerate(sizes[0]))
+            if size not in seen:
+                try:
+                    seen[size] = f(np.zeros((*lead, *size))).shape[2:]
+                except Exception:  # as above
+                    return None
+            points.append((size[axis], seen[size][axis]))
+        fits = [
+            (s, d) for s in STRIDES for d in range(-16, 17) if all((n - 1 - d) // s + 1 == out for n, out in points)
+        ]
+        if extent is not None:  # one size tells little: the stride that comes closest to the ratio
+            fits.sort(key=lambda fit: (abs(points[0][0] / points[0][1] - fit[0]), abs(fit[1])))
+        if not fits:
+            return None
+        strides.append(fits[0][0])
+        deltas.append(fits[0][1])
+    return tuple(strides), tuple(deltas)
+
+
+def _from_impulses(
+    f: Function, x: Source, lead: Ints, size: Ints, bias: Array, grid: tuple[Ints, Ints], tolerance: float
+) -> Conv:
+    (stride, delta), channels = grid, lead[1]
+    taps: dict[Ints, Array] = {}  # offset -> [out, in]
+    for phase in product(*map(range, stride)):
+        centre = tuple(min(n - 1, (n // 2) // s * s + p) for n, s, p in zip(size, stride, phase, strict=True))
+        low = tuple(max(0, (c - WINDOW) // s) for c, s in zip(centre, stride, strict=True))
+        near = tuple(slice(a, (c + WINDOW) // s + 1) for a, c, s in zip(low, centre, stride, strict=True))
+        seen = [_impulse(f, lead, i, centre, size)[(slice(None), slice(None), *near)] for i in range(channels)]
+        response = np.concatenate(seen) - bias.reshape(-1, *[1] * len(size))
+        for place in np.argwhere(np.abs(response).max(axis=(0, 1)) > 1e-3 * tolerance):
+            offset = tuple(int(c - s * (a + p)) for c, s, a, p in zip(centre, stride, low, place, strict=True))
+            taps[offset] = response[(slice(None), slice(None), *place)].T
+    if not taps:
+        taps[(0,) * len(size)] = np.zeros((len(bias), channels))
+    spread = [sorted({t[axis] for t in taps}) for axis in range(len(size))]
+    dilation = tuple(gcd(*(t - axis[0] for t in axis)) or 1 for axis in spread)
+    kernel = tuple((axis[-1] - axis[0]) // d + 1 for axis, d in zip(spread, dilation, strict=True))
+    weight = np.zeros((len(bias), channels, *kernel))
+    for offset, matrix in taps.items():
+        at = tuple((t - axis[0]) // d for t, axis, d in zip(offset, spread, dilation, strict=True))
+        weight[(slice(None), slice(None), *at)] = matrix
+    groups = _groups(weight, 1e-3 * tolerance)
+    rows, columns = weight.shape[0] // groups, channels // groups
+    own = [weight[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
+    first = tuple(axis[0] for axis in spread)
+    kept = bias if np.abs(bias).max(initial=0.0) > 1e-3 * tolerance else None
+    return Conv(x, np.concatenate(own), kept, stride, dilation, first, delta, groups)
+
+
+def _impulse(f: Function, lead: Ints, channel: int, centre: Ints, size: Ints) -> Array:
+    x = np.zeros((*lead, *size))
+    x[(0, channel, *centre)] = 1.0
+    return f(x)[:1]
+
+
+def _groups(weight: Array, threshold: float) -> int:
+    """The largest number of groups outside of which ``weight`` is nothing."""
+    out, channels = weight.shape[:2]
+    strength = np.abs(weight).reshape(out, channels, -1).max(axis=2)
+    common = gcd(out, channels)
+    for groups in sorted((g for g in range(2, common + 1) if common % g == 0), reverse=True):
+        blocks = strength.reshape(groups, out // groups, groups, channels // groups).max(axis=(1, 3))
+        if not np.any(blocks[~np.eye(groups, dtype=bool)] > threshold):
+            return groups
+    return 1
+
+
+def _difference(f: Function, conv: Conv, lead: Ints, sizes: list[Ints], rng: np.random.Generator) -> float:
+    """Largest difference of ``f`` and ``conv`` on random inputs, relative; infinite when they differ in kind."""
+    errors: list[float] = []
+    for size, scale in product(sizes, (1.0, 1e3)):
+        x = scale * rng.standard_normal((*lead, *size))
+        try:
+            expected = f(x)
+        except Exception:  # a size too small for its operators
+            continue
+        found, magnitude = evaluate(conv, {e: x for e in conv.children if isinstance(e, Source)})
+        if expected.shape != found.shape or not np.isfinite(expected).all():
+            return float("inf")
+        errors.append(float(np.abs(expected - found).max(initial=0.0)) / magnitude if magnitude else 0.0)
+    return max(errors) if len(errors) >= min(2 * len(sizes), 4) else float("inf")
