@@ -144,6 +144,8 @@ class OnnxGraph:
         node = self.producers[str(value)]
         if not is_standard(node) or node.op_type not in LINEAR_KINDS or self.types.dtype(str(value)) is None:
             return None
+        if isinstance(self.read(value), Declined) and node.op_type in ("Add", "Sub", "Mul", "Div"):
+            return None  # it broadcasts, or is part of an activation
         if len(node.output) > 1 and node.op_type != "Split":
             return None
         floating = [name for name in node.input if name and name not in self.constants]

@@ -19,7 +19,7 @@ from reparamc.evaluate import evaluate
 from reparamc.expr import Array, Conv, Ints, Source
 from reparamc.rewrite import Declined
 
-LARGEST = 2**28
+LARGEST = 2**26
 """Elements of all responses together, beyond which a function is not probed."""
 WINDOW = 24
 """How far from an impulse its response is looked for; what lies farther shows as a difference in the end."""
@@ -66,7 +66,9 @@ def find_kernel(
     grid = _grid(f, (batch, channels), sizes, extents)
     if grid is None:
         return Declined("its result has other extents than that of a convolution")
-    conv = _from_impulses(f, x, (batch, channels), sizes[0], bias, grid, tolerance)
+    if not _follows(f, (batch, channels), sizes[0], grid[0], tolerance, rng):
+        return Declined(NOT_AFFINE)
+    conv = _from_impulses(f, x, (batch, channels), sizes[0], at_zero[:1], bias, grid, tolerance)
     error = _difference(f, conv, (batch, channels), sizes, rng)
     return (conv, error) if error <= slack else Declined(NOT_AFFINE)
 
@@ -106,7 +108,14 @@ def _grid(f: Function, lead: Ints, sizes: list[Ints], extents: Sequence[int | No
 
 
 def _from_impulses(
-    f: Function, x: Source, lead: Ints, size: Ints, bias: Array, grid: tuple[Ints, Ints], tolerance: float
+    f: Function,
+    x: Source,
+    lead: Ints,
+    size: Ints,
+    at_zero: Array,
+    bias: Array,
+    grid: tuple[Ints, Ints],
+    tolerance: float,
 ) -> Conv:
     (stride, delta), channels = grid, lead[1]
     taps: dict[Ints, Array] = {}  # offset -> [out, in]
@@ -114,8 +123,9 @@ def _from_impulses(
         centre = tuple(min(n - 1, (n // 2) // s * s + p) for n, s, p in zip(size, stride, phase, strict=True))
         low = tuple(max(0, (c - WINDOW) // s) for c, s in zip(centre, stride, strict=True))
         near = tuple(slice(a, (c + WINDOW) // s + 1) for a, c, s in zip(low, centre, stride, strict=True))
-        seen = [_impulse(f, lead, i, centre, size)[(slice(None), slice(None), *near)] for i in range(channels)]
-        response = np.concatenate(seen) - bias.reshape(-1, *[1] * len(size))
+        window = (slice(None), slice(None), *near)
+        ones = np.eye(channels)
+        response = np.concatenate([(_impulse(f, lead, one, centre, size) - at_zero)[window] for one in ones])
         for place in np.argwhere(np.abs(response).max(axis=(0, 1)) > 1e-3 * tolerance):
             offset = tuple(int(c - s * (a + p)) for c, s, a, p in zip(centre, stride, low, place, strict=True))
             taps[offset] = response[(slice(None), slice(None), *place)].T
@@ -136,10 +146,25 @@ def _from_impulses(
     return Conv(x, np.concatenate(own), kept, stride, dilation, first, delta, groups)
 
 
-def _impulse(f: Function, lead: Ints, channel: int, centre: Ints, size: Ints) -> Array:
+def _impulse(f: Function, lead: Ints, values: Array, place: Ints, size: Ints) -> Array:
+    """What ``f`` makes of ``values``, one per channel, at ``place`` and zero everywhere else."""
     x = np.zeros((*lead, *size))
-    x[(0, channel, *centre)] = 1.0
+    x[(0, slice(None), *place)] = values
     return f(x)[:1]
+
+
+def _follows(f: Function, lead: Ints, size: Ints, stride: Ints, tolerance: float, rng: np.random.Generator) -> bool:
+    """Whether the response to an impulse moves with it: two runs that spare one for every channel."""
+    values = rng.standard_normal(lead[1])
+    places = [tuple(n // 2 // s * s for n, s in zip(size, stride, strict=True))]
+    places.append(tuple(p - s if p >= s else p for p, s in zip(places[0], stride, strict=True)))
+    at_zero = f(np.zeros((*lead, *size)))[:1]
+    here, there = (_impulse(f, lead, values, place, size) - at_zero for place in places)
+    back = tuple(int(a != b) for a, b in zip(*places, strict=True))
+    inner = tuple(slice(2 + b, n - 2 + b) for b, n in zip(back, here.shape[2:], strict=True))
+    moved = tuple(slice(i.start - b, i.stop - b) for i, b in zip(inner, back, strict=True))
+    rest = (slice(None), slice(None))
+    return bool(np.abs(here[(*rest, *inner)] - there[(*rest, *moved)]).max(initial=0.0) <= tolerance)
 
 
 def _groups(weight: Array, threshold: float) -> int:

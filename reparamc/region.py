@@ -289,7 +289,7 @@ def _unlisted(graph: Graph, readings: dict[Value, Reading], decisions: dict[Valu
         for tree in _trees_on_one_operand(members, wide):
             left = [decisions[v] for v in tree if v in decisions]
             unread = [v for v in tree if v not in readings]
-            if unread or any(d.refusals for d in left):
+            if (unread and len(tree) > 1) or any(r.at_border for d in left for r in d.refusals):
                 splice = _as_kernel(graph, tree, wide, readings, left, len(unread))
                 if splice is not None:
                     yield splice

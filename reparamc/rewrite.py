@@ -16,9 +16,13 @@ from reparamc.expr import Expr, rebuild, walk
 
 @dataclass(frozen=True)
 class Declined:
-    """A refusal worth telling the user: which condition fails, in one clause."""
+    """A refusal worth telling the user: which condition fails, in one clause.
+
+    ``at_border``: it fails where the map ends, so that a larger part of the graph may satisfy it.
+    """
 
     reason: str
+    at_border: bool = False
 
 
 Rule = Callable[[Expr], "Expr | Declined | None"]
@@ -57,6 +61,7 @@ class Refusal:
     name: str
     at: Expr
     reason: str
+    at_border: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class _Simplifier:
         for name, rule in self.rules:
             result = rule(e)
             if isinstance(result, Declined):
-                refusals.append(Refusal(name, e, result.reason))
+                refusals.append(Refusal(name, e, result.reason, result.at_border))
             elif result is not None and result is not e:
                 self.steps.append(Step(name, e, result))
                 return result

@@ -97,7 +97,7 @@ def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Dec
     if not _fits(scale, shift, conv.in_channels):
         return Declined("it would broadcast a single channel")
     if np.any(shift) and conv.reads_padding:
-        return Declined(_border(conv))
+        return Declined(_border(conv), at_border=True)
     x = rebuild(outer, [e.x]) if isinstance(outer, Select) else e.x
     return scale_inputs(conv, under(layouts, x), scale, shift)
 

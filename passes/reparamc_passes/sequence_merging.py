@@ -29,7 +29,7 @@ def in_a_row(e: Expr) -> Expr | Declined | None:
         return None
     convs = _row(e)
     if reason := cannot_compose(e, e.x):
-        return Declined(reason)
+        return Declined(reason, at_border=True)
     shapes = _shapes(convs)
     apart = list(accumulate(price(c) for c in convs))
     gains = [apart[n] - price(shape) for n, shape in enumerate(shapes)]
