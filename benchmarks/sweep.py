@@ -71,12 +71,12 @@ def timm() -> Any:
 
 def choose() -> None:
     """Write the smallest model of each family and module of timm, those with methods of their own first."""
-    from timm.models._registry import _model_entrypoints as entries
-
+    zoo = timm()
     families: dict[tuple[str, str], list[str]] = {}
-    for name in timm().list_models():
+    for name in zoo.list_models():
         family = FAMILY.match(name)
-        families.setdefault((entries[name].__module__.split(".")[-1], family[0] if family else name), []).append(name)
+        module = zoo.models.model_entrypoint(name).__module__
+        families.setdefault((module, family[0] if family else name), []).append(name)
     rows = [min(map(row, names)) for names in families.values()]
     rows = sorted((not own, parameters, name) for parameters, name, own in rows if parameters <= LIMIT)
     lines = [f"{name} {parameters} {'-' if last else 'own'}\n" for last, parameters, name in rows]
