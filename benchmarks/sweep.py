@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import re
-import sys
 import time
 import traceback
 import warnings
@@ -29,17 +28,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from models import ROOT, SEED
+from models import ROOT, SEED, timm
 from torch import nn
+from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparamc
 from reparamc.onnx_fuse import count, fuse_model, load
 from reparamc.report import Report
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
-
-sys.path.insert(0, str(ROOT / "tests"))
-from conftest import _declare_torchvision_operators
 
 TABLE = Path(__file__).with_name("sweep_models.txt")
 LIMIT = 60e6
@@ -56,14 +53,6 @@ NORMS = {"native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_bat
 LINEARS = {"addmm", "mm"}
 
 Record = dict[str, Any]
-
-
-def timm() -> Any:
-    _declare_torchvision_operators()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import timm
-    return timm
 
 
 # The table of models
@@ -159,10 +148,21 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     model = timm().create_model(name, pretrained=False, num_classes=10).eval()
     config = model.pretrained_cfg
     channels, size, _ = config["input_size"]
-    x = torch.randn(1, channels, *[size if config.get("fixed_input_size") else min(size, 224)] * 2)
+    x = torch.randn(1, channels, size, size)
+    if size > 224 and not config.get("fixed_input_size") and runs(model, x[..., :224, :224]):
+        x = x[..., :224, :224].contiguous()
     randomize_layer_scales(model, SEED)
     randomize_batchnorm(model, SEED, torch.randn(2, *x.shape[1:]))
     return model, x
+
+
+def runs(model: nn.Module, x: torch.Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            model(x)
+    except Exception:  # whatever a model makes of a size it was not made for
+        return False
+    return True
 
 
 def export(model: nn.Module, x: torch.Tensor, path: Path) -> None:
@@ -264,7 +264,7 @@ def outputs(model: nn.Module, x: torch.Tensor) -> list[np.ndarray]:
     """Every tensor that the model returns, computed in its own dtype."""
     dtype = next((p.dtype for p in model.parameters()), x.dtype)
     with torch.no_grad():
-        leaves = torch.utils._pytree.tree_leaves(model(x.to(dtype)))
+        leaves = _pytree.tree_leaves(model(x.to(dtype)))
     return [leaf.double().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
