@@ -223,9 +223,10 @@ def generic(reason: str) -> str:
 
 
 def opaque(module: torch.fx.GraphModule) -> list[str]:
-    """Submodules that tracing did not follow although they hold others: nothing in them can be fused."""
+    """Submodules, and their classes, that tracing did not follow although they are not torch's own: these stay."""
     called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
-    return sorted(name for name in called if next(module.get_submodule(name).children(), None) is not None)
+    classes = {name: type(module.get_submodule(name)) for name in called}
+    return sorted(f"{name} ({c.__name__})" for name, c in classes.items() if not c.__module__.startswith("torch.nn"))
 
 
 # What is counted and compared
@@ -379,7 +380,7 @@ def summarize(records: list[Record]) -> None:
         ("could not be built, exported or compared", failures(records, ("build", "export", "sweep", "own"))),
         ("wrong", [*failures(records, ("onnx", "fx"), {"VerificationError"}), *inexact(records)]),
         ("not traceable", failures(records, ("fx",), {"InputError", "InputTypeError"})),
-        ("partly traceable", [f"{r['model']}: {', '.join(names)}" for r in records if (names := hidden(r))]),
+        ("partly traceable", [f"{r['model']}: {some(names)}" for r in records if (names := hidden(r))]),
         ("crashed, or bad input", crashes(records)),
         ("BatchNorms left", left(records)),
         ("slower beyond noise", slower(records)),
@@ -439,6 +440,11 @@ def left(records: list[Record]) -> list[str]:
         if any(after.values()):
             lines.append(f"{r['model']}: " + ", ".join(f"{way} {number}" for way, number in after.items()))
     return lines
+
+
+def some(names: list[str], most: int = 4) -> str:
+    rest = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *rest])
 
 
 def slower(records: list[Record]) -> list[str]:
