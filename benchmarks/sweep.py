@@ -48,6 +48,12 @@ OWN = ("fuse", "reparameterize", "switch_to_deploy")
 FAMILY = re.compile(r"[a-z]+(?:(?<=v)\d+)?")
 """The part of a name before its first size; the number of a version belongs to the family."""
 
+BIG = re.compile(
+    r"large|huge|giant|base|gigantic|_\d+b|_xl|_l(_|$|\d)|_g_|so400m|so150m|[1-9]\d\dm|medium|_m(_|$)"
+    r"|384|448|512|5120|336|280|101|152|200|270|350|420|269"
+)
+"""Sizes that are not the smallest of a family with others: not even built to be counted, which takes long."""
+
 CONVOLUTIONS = {"convolution", "mkldnn_convolution", "_slow_conv2d_forward"}
 NORMS = {"native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"}
 LINEARS = {"addmm", "mm"}
@@ -66,7 +72,8 @@ def choose() -> None:
         family = FAMILY.match(name)
         module = zoo.models.model_entrypoint(name).__module__
         families.setdefault((module, family[0] if family else name), []).append(name)
-    rows = [min(map(row, names)) for names in families.values()]
+    small = [[name for name in names if not BIG.search(name)] or names for names in families.values()]
+    rows = [min(map(row, names)) for names in small]
     rows = sorted((not own, parameters, name) for parameters, name, own in rows if parameters <= LIMIT)
     lines = [f"{name} {parameters} {'-' if last else 'own'}\n" for last, parameters, name in rows]
     TABLE.write_text("# model, parameters, whether it brings a method of fusing; written by sweep.py --choose\n")
