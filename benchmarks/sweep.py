@@ -12,6 +12,7 @@ models that are in it, ``--summary`` only reads it.
 
 import argparse
 import copy
+import io
 import json
 import re
 import time
@@ -19,7 +20,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
@@ -176,15 +177,16 @@ def export(model: nn.Module, x: torch.Tensor, path: Path) -> None:
     if path.exists():
         return
     part = path.with_suffix(".part")
-    torch.onnx.export(
-        model,
-        (x,),
-        str(part),
-        dynamo=False,
-        training=torch.onnx.TrainingMode.PRESERVE,  # this and the next line keep every BatchNorm
-        do_constant_folding=False,
-        opset_version=17,
-    )
+    with redirect_stdout(io.StringIO()):  # the exporter prints the whole graph when it fails
+        torch.onnx.export(
+            model,
+            (x,),
+            str(part),
+            dynamo=False,
+            training=torch.onnx.TrainingMode.PRESERVE,  # this and the next line keep every BatchNorm
+            do_constant_folding=False,
+            opset_version=17,
+        )
     part.rename(path)
 
 
