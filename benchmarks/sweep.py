@@ -445,7 +445,7 @@ def hidden(record: Record) -> list[str]:
 def left(records: list[Record]) -> list[str]:
     lines = []
     for r in records:
-        after = {way: r.get(way, {}).get("after", {}).get("bn", 0) for way in ("onnx", "fx")}
+        after = {way: r[way]["after"]["bn"] for way in ("onnx", "fx") if "after" in r.get(way, {})}
         if any(after.values()):
             lines.append(f"{r['model']}: " + ", ".join(f"{way} {number}" for way, number in after.items()))
     return lines
