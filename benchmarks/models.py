@@ -7,6 +7,7 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -33,10 +34,16 @@ def names(description: str, default: list[str]) -> argparse.ArgumentParser:
 def build(name: str) -> nn.Module:
     """The model ``name`` in evaluation mode, with BatchNorm statistics that fit and layer scales near 0.5."""
     torch.manual_seed(SEED)
-    model = _timm(name.removeprefix("timm/")) if name.startswith("timm/") else create_model(name)
+    model = _create(name)
     randomize_layer_scales(model, SEED)
     randomize_batchnorm(model, SEED, torch.randn(8, 3, 96, 96))
     return model.eval()
+
+
+def _create(name: str) -> nn.Module:
+    if name.startswith("timm/"):
+        return timm().create_model(name.removeprefix("timm/"), pretrained=False)
+    return create_model(name)
 
 
 def size(name: str) -> int:
@@ -62,14 +69,15 @@ def onnx_file(name: str) -> Path:
     return path
 
 
-def _timm(name: str) -> nn.Module:
+def timm() -> ModuleType:
+    """The package timm, made importable beside a torchvision without its compiled library."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
-        from conftest import _declare_torchvision_operators
+        from conftest import _declare_torchvision_operators  # pyright: ignore[reportMissingImports]
     finally:
         sys.path.pop(0)
     _declare_torchvision_operators()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import timm
-    return timm.create_model(name, pretrained=False)
+    return timm
