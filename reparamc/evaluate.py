@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from reparamc.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Permute, Scale, Select, Source, Sum, walk
+from reparamc.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Mean, Permute, Scale, Select, Source, Sum, walk
 from reparamc.kernel import coefficients
 from reparamc.shape import Shape
 
@@ -63,6 +63,8 @@ def _bind(shape: Shape, x: Array, sizes: dict[str, int]) -> None:
 def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
     if isinstance(e.op, Permute):
         return x.transpose(e.op.axes)
+    if isinstance(e.op, Mean):
+        return x.mean(axis=e.op.axes, keepdims=e.op.keep)
     _bind(e.op.before, x, sizes)
     unknown = [s for dim in e.op.after for s in dim.symbols if s not in sizes]
     if unknown:

@@ -228,15 +228,26 @@ class Reshape:
     after: Shape
 
 
+@dataclass(frozen=True)
+class Mean:
+    """The mean over some axes, the channel axis not among them; kept with extent one, or dropped."""
+
+    rank: int
+    axes: Ints
+    keep: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Elements moved, none changed, the channel axis kept whole: frame ``frame_in`` becomes ``frame``.
+    """Elements moved or averaged within their channel, which stays whole: frame ``frame_in`` becomes ``frame``.
+
+    It commutes with everything that is done to each channel by itself.
 
     ``token`` lets the host graph find the operator it came from; the algebra never looks at it.
     """
 
     x: Expr
-    op: Permute | Reshape
+    op: Permute | Reshape | Mean
     frame_in: int
     frame: int
     token: Hashable

@@ -22,7 +22,9 @@ from reparamc.expr import (
     Conv,
     Expr,
     Layout,
+    Mean,
     Permute,
+    Reshape,
     Scale,
     Select,
     Source,
@@ -333,8 +335,12 @@ class _Emitter:
             match e:
                 case Source():
                     return self.graph.types.rank(str(e.key))
-                case Layout():
-                    return len(e.op.axes) if isinstance(e.op, Permute) else len(e.op.after)
+                case Layout(op=Permute(axes=axes)):
+                    return len(axes)
+                case Layout(op=Reshape(after=after)):
+                    return len(after)
+                case Layout(op=Mean() as op):
+                    return op.rank - (0 if op.keep else len(op.axes))
                 case _:
                     e = e.children[0]
 

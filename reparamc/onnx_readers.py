@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from onnx import NodeProto
 
-from reparamc.expr import ONE, ZERO, BatchNorm, Concat, Conv, Expr, Permute, Reshape, Scale, Select, Sum
+from reparamc.expr import ONE, ZERO, BatchNorm, Concat, Conv, Expr, Mean, Permute, Reshape, Scale, Select, Sum
 from reparamc.kernel import swap_sides, transposed
 from reparamc.onnx_values import attribute, is_standard
 from reparamc.region import Reading, layout_reading
@@ -462,6 +462,21 @@ def _shuffle(graph: OnnxGraph, node: NodeProto) -> Reading | None:
     return _selection(graph, x, axis, np.arange(groups * per_group).reshape(groups, per_group).T.ravel().tolist())
 
 
+def _read_mean(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    x = node.input[0]
+    rank, frame = graph.types.rank(x), graph.frame(x)
+    if rank is None:
+        return None
+    if node.op_type == "GlobalAveragePool":
+        return layout_reading(x, Mean(rank, tuple(range(2, rank)), keep=True), frame, output)
+    name = graph.constant(node, 1)
+    axes = graph.constants.array(name).tolist() if name else cast("list[int] | None", attribute(node, "axes"))
+    if axes is None or (operand(node, 1) and name is None):
+        return None
+    keep = bool(cast(int, attribute(node, "keepdims", 1)))
+    return layout_reading(x, Mean(rank, tuple(sorted(a % rank for a in axes)), keep), frame, output)
+
+
 def _read_layout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
     before, after = graph.types.shape(node.input[0]), graph.types.shape(node.output[0])
     if before is None or after is None:
@@ -510,5 +525,6 @@ READERS: dict[str, Reader] = {
     "Neg": _read_neg,
     "Identity": _read_identity,
     "Dropout": _read_dropout,
+    **dict.fromkeys(("GlobalAveragePool", "ReduceMean"), _read_mean),
     **dict.fromkeys(("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"), _read_layout),
 }

@@ -164,6 +164,8 @@ def _follows(f: Function, lead: Ints, size: Ints, stride: Ints, tolerance: float
     inner = tuple(slice(2 + b, n - 2 + b) for b, n in zip(back, here.shape[2:], strict=True))
     moved = tuple(slice(i.start - b, i.stop - b) for i, b in zip(inner, back, strict=True))
     rest = (slice(None), slice(None))
+    if 0 in here[(*rest, *inner)].shape:
+        return False  # a map as small as this shows nothing
     return bool(np.abs(here[(*rest, *inner)] - there[(*rest, *moved)]).max(initial=0.0) <= tolerance)
 
 

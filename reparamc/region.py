@@ -22,7 +22,7 @@ import numpy as np
 from reparamc.cost import cost, moving
 from reparamc.errors import VerificationError
 from reparamc.evaluate import evaluate
-from reparamc.expr import Array, Expr, Layout, Permute, Reshape, Source, Sum, arrays, flatten, walk
+from reparamc.expr import Array, Expr, Layout, Mean, Permute, Reshape, Source, Sum, arrays, flatten, walk
 from reparamc.probe import find_kernel
 from reparamc.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.shape import axis_through_reshape
@@ -402,18 +402,34 @@ def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
     return None
 
 
-def layout_reading(x: Value, op: Permute | Reshape, frame: int | None, token: Value) -> Reading | Declined | None:
+def layout_reading(
+    x: Value, op: Permute | Reshape | Mean, frame: int | None, token: Value
+) -> Reading | Declined | None:
     """The reading of a layout operator over ``x``, when its channel axis is known (from the frame) and stays whole.
 
     ``token`` is what `Layout` keeps for the host graph.
     """
-    rank, rank_out = (len(op.axes),) * 2 if isinstance(op, Permute) else (len(op.before), len(op.after))
+    match op:
+        case Permute():
+            rank = rank_out = len(op.axes)
+        case Reshape():
+            rank, rank_out = len(op.before), len(op.after)
+        case Mean():
+            rank, rank_out = op.rank, op.rank - (0 if op.keep else len(op.axes))
     if frame is None or frame >= rank:
         return None
     axis = rank - 1 - frame
-    at = op.axes.index(axis) if isinstance(op, Permute) else axis_through_reshape(op.before, op.after, axis)
+    match op:
+        case Permute():
+            at = op.axes.index(axis)
+        case Reshape():
+            at = axis_through_reshape(op.before, op.after, axis)
+        case Mean():
+            at = None if axis in op.axes else axis - (0 if op.keep else sum(a < axis for a in op.axes))
     if at is None:
-        return Declined("it splits or merges the channel axis")
+        return Declined(
+            "it averages over the channels" if isinstance(op, Mean) else "it splits or merges the channel axis"
+        )
     moved = rank_out - 1 - at
     return Reading((x,), lambda operands: Layout(operands[0], op, frame, moved, token), (), moved, commutes=True)
 

@@ -30,6 +30,7 @@ from reparamc.expr import (
     Expr,
     Ints,
     Layout,
+    Mean,
     Permute,
     Reshape,
     Scale,
@@ -100,6 +101,9 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
             frames = f"f={e.frame_in}->{e.frame}"
             if isinstance(e.op, Permute):
                 return f"permute {names[e.x]} axes={','.join(map(str, e.op.axes))} {frames}"
+            if isinstance(e.op, Mean):
+                kept = " keep" if e.op.keep else ""
+                return f"mean {names[e.x]} axes={','.join(map(str, e.op.axes))} of {e.op.rank} {frames}{kept}"
             return f"reshape {names[e.x]} {_shape(e.op.before)}->{_shape(e.op.after)} {frames}"
 
 
@@ -189,6 +193,11 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
         case "permute":
             before, after = map(int, options["f"].split("->"))
             return Layout(x, Permute(tuple(map(int, options["axes"].split(",")))), before, after, name)
+        case "mean":
+            before, after = map(int, options["f"].split("->"))
+            rank = int(re.findall(r" of (\d+)", rest)[0])
+            op = Mean(rank, tuple(map(int, options["axes"].split(","))), rest.endswith(" keep"))
+            return Layout(x, op, before, after, name)
         case "reshape":
             before, after = map(int, options["f"].split("->"))
             old, new = (shape_of([_dim(d) for d in s.split(",")]) for s in re.findall(r"\[([^]]*)\]", rest))
