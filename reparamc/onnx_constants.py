@@ -53,40 +53,23 @@ def fold_constants(model: ModelProto) -> int:
 
 
 def _sweep(model: ModelProto) -> int:
-    outputs = {o.name for o in model.graph.output}
     constants, types, uses = Constants(model), Types(model), readers(model.graph)
-    known = {name: _bytes(constants, name) for name in constants.tensors}
-    foldable: list[NodeProto] = []
-    shapes: dict[str, np.ndarray] = {}
-    for node in model.graph.node:
-        if not is_standard(node) or node.op_type in LEFT or any(subgraphs(node)) or outputs.intersection(node.output):
-            continue
-        if (
-            node.op_type == "Shape"
-            and node.input[0] not in known
-            and (extents := types.extents(node.input[0])) is not None
-        ):
-            first, last = (
-                next((a.i for a in node.attribute if a.name == key), default)
-                for key, default in (("start", 0), ("end", None))
-            )
-            shapes[node.output[0]] = np.array(extents[first:last], np.int64)
-            known[node.output[0]] = 8 * len(extents)
-            continue
-        given = [name for name in node.input if name]
-        if node.op_type == "CastLike" and given[0] in known and (kind := types.dtype(given[1])) is not None:
-            node.CopyFrom(helper.make_node("Cast", given[:1], node.output, to=helper.np_dtype_to_tensor_dtype(kind)))
-            given = given[:1]
-        if not given or not all(name in known for name in given):
-            continue
-        if any(known[name] > 4 * SMALL and len(uses.get(name, [])) > 1 for name in given):
-            continue
-        room = max(sum(known[name] for name in given), 4 * SMALL)
-        sizes = [_size(types, name, node.op_type, room) for name in node.output if name]
-        if any(size is None or size > room for size in sizes):
-            continue
-        known.update(zip((name for name in node.output if name), (s or 0 for s in sizes), strict=True))
-        foldable.append(node)
+    apart: set[str] = set()
+    while True:
+        foldable, shapes, sizes = _foldable(model, constants, types, apart)
+        done = {name for node in foldable for name in node.output if name} | set(shapes)
+        # What is large and read by something that stays would be kept beside what is computed from it.
+        still = {
+            name
+            for node in foldable
+            for name in node.input
+            if sizes.get(name, 0) > 4 * SMALL
+            and len(uses.get(name, [])) > 1
+            and not all(user is not None and done.issuperset(filter(None, user.output)) for user in uses[name])
+        }
+        if still <= apart:
+            break
+        apart |= still
     values = shapes | _compute(model, foldable, constants, shapes)
     fresh = [numpy_helper.from_array(np.asarray(value, order="C"), name) for name, value in values.items()]
     kept, folded = [], []
@@ -98,6 +81,43 @@ def _sweep(model: ModelProto) -> int:
         fed = {name for node in folded for name in node.input}
         commit(model, kept, [t for t in fresh if t.name in read], fed)
     return len(folded)
+
+
+def _foldable(
+    model: ModelProto, constants: Constants, types: Types, apart: set[str]
+) -> tuple[list[NodeProto], dict[str, np.ndarray], dict[str, int]]:
+    """The nodes that can be computed now, shapes that are known, and the bytes of every constant.
+
+    Nothing is computed from the constants in ``apart``.
+    """
+    outputs = {o.name for o in model.graph.output}
+    known = {name: _bytes(constants, name) for name in constants.tensors}
+    foldable: list[NodeProto] = []
+    shapes: dict[str, np.ndarray] = {}
+    for node in model.graph.node:
+        if not is_standard(node) or node.op_type in LEFT or any(subgraphs(node)) or outputs.intersection(node.output):
+            continue
+        if node.op_type == "Shape" and (extents := types.extents(node.input[0])) is not None:
+            first, last = (
+                next((a.i for a in node.attribute if a.name == key), default)
+                for key, default in (("start", 0), ("end", None))
+            )
+            shapes[node.output[0]] = np.array(extents[first:last], np.int64)
+            known[node.output[0]] = 8 * len(extents)
+            continue
+        given = [name for name in node.input if name]
+        if node.op_type == "CastLike" and given[0] in known and (kind := types.dtype(given[1])) is not None:
+            node.CopyFrom(helper.make_node("Cast", given[:1], node.output, to=helper.np_dtype_to_tensor_dtype(kind)))
+            given = given[:1]
+        if not given or not all(name in known for name in given) or not apart.isdisjoint(given):
+            continue
+        room = max(sum(known[name] for name in given), 4 * SMALL)
+        sizes = [_size(types, name, node.op_type, room) for name in node.output if name]
+        if any(size is None or size > room for size in sizes):
+            continue
+        known.update(zip((name for name in node.output if name), (s or 0 for s in sizes), strict=True))
+        foldable.append(node)
+    return foldable, shapes, known
 
 
 def _bytes(constants: Constants, name: str) -> int:

@@ -38,10 +38,10 @@ from reparamc.region import Reading, Splice, Value, new_nodes
 from reparamc.rewrite import Declined
 
 LINEAR_KINDS = {
-    "Add", "AveragePool", "BatchNormalization", "Concat", "Conv", "ConvTranspose", "CumSum", "DepthToSpace", "Div",
-    "Einsum", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gemm", "GlobalAveragePool", "Identity",
-    "MatMul", "Mean", "Mul", "Neg", "Pad", "ReduceMean", "ReduceSum", "Reshape", "ScatterElements", "ScatterND",
-    "Slice", "SpaceToDepth", "Split", "Squeeze", "Sub", "Sum", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
+    "Add", "Concat", "CumSum", "DepthToSpace", "Div", "Einsum", "Expand", "Flatten", "Gather", "GatherElements",
+    "GatherND", "Gemm", "Identity", "MatMul", "Mean", "Mul", "Neg", "Pad", "ReduceMean", "ReduceSum", "Reshape",
+    "ScatterElements", "ScatterND", "Slice", "SpaceToDepth", "Split", "Squeeze", "Sub", "Sum", "Tile", "Transpose",
+    "Trilu", "Unsqueeze", "Where",
 }  # fmt: skip
 """Operators that are affine in each operand that is no constant, all other operands being constant."""
 
