@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, InputTypeError, VerificationError
+from reparamc.fx_calls import operation
 from reparamc.fx_graph import FxGraph
-from reparamc.fx_values import IN_PLACE_DUNDERS, lookup
+from reparamc.fx_values import IN_PLACE_DUNDERS
 from reparamc.region import make_plan
 from reparamc.report import Counts, OutputError, Refusal, Report, Rewrite
 from reparamc.rewrite import Pass, select
@@ -72,8 +73,10 @@ def fuse_fx(
     _refuse_changed_state(model, traced)
     before = count(traced)
     traced_at = perf_counter()
-    graph = FxGraph(traced, _float_ranks(model, args, kwargs))
+    graph = FxGraph(traced, _examples(model, args, kwargs))
     plan = make_plan(graph, selected, verify=level != "off")
+    if graph.raise_barriers(plan.splices):
+        plan = make_plan(graph, selected, verify=level != "off")
     counts: Counter[str] = Counter()
     rewrites = []
     for splice in plan.splices:
@@ -278,12 +281,12 @@ def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         raise InputError(f"the model does not run on example_inputs: {' '.join(str(error).split())[:200]}") from error
 
 
-def _float_ranks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    """The rank of every floating tensor argument, by the name of its placeholder."""
+def _examples(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor argument, by the name of its placeholder."""
     if not args and not kwargs:
         return {}
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {k: v.ndim for k, v in bound.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return {k: v for k, v in bound.items() if isinstance(v, Tensor)}
 
 
 def verify_end_to_end(
@@ -357,12 +360,11 @@ def _perturbed(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
 
 def count(module: fx.GraphModule) -> Counts:
     """The size of a traced module: calls, convolutions and BatchNorms (modules or functions), parameters."""
-    kinds: Counter[str] = Counter()
+    ops = conv = norm = 0
     for node in module.graph.nodes:
-        if node.op == "call_module":
-            kinds[type(lookup(module, str(node.target))).__name__] += 1
-        elif node.op in ("call_function", "call_method"):
-            kinds[getattr(node.target, "__name__", str(node.target))] += 1
-    conv = sum(kinds[k] for k in ("Conv1d", "Conv2d", "Conv3d", "conv1d", "conv2d", "conv3d"))
-    norm = sum(kinds[k] for k in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm"))
-    return Counts(sum(kinds.values()), conv, norm, sum(p.numel() for p in module.parameters()))
+        if node.op in ("call_module", "call_function", "call_method"):
+            call = operation(node, module)
+            ops += 1
+            conv += call is not None and call.op == "conv"
+            norm += call is not None and call.op == "batch_norm"
+    return Counts(ops, conv, norm, sum(p.numel() for p in module.parameters()))
