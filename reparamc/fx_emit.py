@@ -43,6 +43,7 @@ class Emitter:
         )
         self.trainable = any(t.requires_grad for t in tensors)
         self.modules = [str(m.target) for m in members if m.op == "call_module"]
+        self.modules = self.modules or [name.rpartition(".")[0] for name in splice.parameters if "." in name]
         self.values: dict[Expr, fx.Node] = {e: graph.current(v) for e, v in splice.native.items()}
 
     def run(self) -> fx.Node:
