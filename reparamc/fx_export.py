@@ -38,6 +38,9 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 module = cast(fx.GraphModule, attempt(model, args, kwargs).module())
             except Exception:  # whatever the model's forward or the exporter raises
                 continue
+        for node in module.graph.find_nodes(op="get_attr"):
+            if not node.users:
+                module.graph.erase_node(node)
         return fx.GraphModule(module, module.graph, type(model).__name__), NOTE.format(varies)
     return None
 

@@ -6,7 +6,9 @@ value, so that modules called twice and tied weights get private copies where th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -39,6 +41,7 @@ from reparamc.fx_values import Memory, Values, only_asserted, reads_size_only
 from reparamc.kernel import swap_sides, transposed
 from reparamc.region import Reading, Splice, Value, layout_reading
 from reparamc.rewrite import Declined
+from reparamc.shape import Dim
 
 DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype(np.float32),
@@ -70,9 +73,10 @@ class FxGraph:
     def __init__(self, module: fx.GraphModule, examples: Mapping[str, Tensor], *, exported: bool = False) -> None:
         self.module, self.graph, self.exported = module, module.graph, exported
         self.examples = examples
-        self.memory = Memory(self.graph, module)
-        ranks = {name: t.ndim for name, t in examples.items() if t.is_floating_point()}
-        self.facts = Values(module, ranks, self.memory, exported=exported)
+        self.ranks = {name: t.ndim for name, t in examples.items() if t.is_floating_point()}
+        self._learn()
+        if self._spell_out_shapes():
+            self._learn()
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.through: dict[fx.Node, list[fx.Node]] = {}
         self.shuffles: dict[fx.Node, tuple[fx.Node, int, list[fx.Node]]] = {}
@@ -82,11 +86,42 @@ class FxGraph:
         self._spliced: dict[fx.Node, fx.Node] = {}
         self.suspects: list[fx.Node] = []
         self._next: dict[str, int] = {}
-        self._assumed_rank = False
+        self._ranked: list[fx.Node] = []
         self._barriers: set[fx.Node] = set()
         self._hoist_size_reads()
         for node in self.graph.nodes:
             self._look_through(node)
+
+    def _learn(self) -> None:
+        self.memory = Memory(self.graph, self.module)
+        self.facts = Values(self.module, self.ranks, self.memory, exported=self.exported)
+
+    def _spell_out_shapes(self) -> bool:
+        """Write ``y.reshape_as(linear(x))`` with the extents of x, so that the linear layer may go; whether any was."""
+        found = False
+        for node in self.graph.nodes:
+            call = self.facts.calls[node]
+            like = call.get("other") if call is not None and call.op == "reshape_as" else None
+            made = self.facts.calls.get(like) if isinstance(like, fx.Node) else None
+            shape = self.facts.shapes.get(like) if made is not None and made.op == "linear" else None
+            if call is None or made is None or shape is None or made.input is None or call.input is None:
+                continue
+            with self.graph.inserting_before(node):
+                dims = [self._extent(made.input, axis, dim) for axis, dim in enumerate(shape)]
+                node.args, node.kwargs = (call.input, dims), {}
+                node.op, node.target = "call_function", torch.reshape
+            found = True
+        return found
+
+    def _extent(self, x: fx.Node, axis: int, dim: Dim) -> int | fx.Node:
+        """The extent ``dim`` of ``x`` along ``axis``: a number where it is known, else a node that reads it."""
+        if dim.known is not None:
+            return dim.known
+        if not self.exported:
+            return self.graph.call_method("size", (x, axis))
+        read = self.graph.call_function(torch.ops.aten.sym_size.int, (x, axis))
+        read.meta["val"] = x.meta["val"].shape[axis]
+        return read
 
     def _hoist_size_reads(self) -> None:
         """Let size reads of a BatchNorm's result ask its operand instead: same shape, and no reader of the result.
@@ -267,12 +302,6 @@ class FxGraph:
         alone = {s for dim in found[0] if len(dim.symbols) == 1 for s in dim.symbols}
         return any(s not in alone for dim in found[1] for s in dim.symbols)
 
-    def _note_rank(self, members: Sequence[fx.Node]) -> None:
-        """Note a BatchNorm among ``members`` whose axis depends on the rank of the example inputs."""
-        for node in members:
-            call = self.facts.calls[node]
-            self._assumed_rank |= call is not None and call.op == "batch_norm" and call.axes is None
-
     # Writing
 
     def splice(self, splice: Splice) -> None:
@@ -288,7 +317,31 @@ class FxGraph:
         result.meta["reparamc"] = dict(splice.counts)
         self._spliced[root] = result
         self.suspects += cast(Sequence[fx.Node], splice.members)
-        self._note_rank(cast(Sequence[fx.Node], splice.members))
+        calls = self.facts.calls
+        self._ranked += [m for m in cast(Sequence[fx.Node], splice.members) if (c := calls[m]) and c.op == "batch_norm"]
+
+    def _assert_ranks(self) -> None:
+        """Refuse inputs of another rank than the examples' where a folded BatchNorm would act on another axis."""
+        if self.exported or all(self.facts.calls[n].axes for n in self._ranked):  # pyright: ignore
+            return
+        alone = Values(self.module, {}, Memory(self.graph, self.module), exported=False)
+        stack = [n for n in self._ranked if alone.rank(n) is None]
+        seen = set(stack)
+        while stack:
+            fresh = [n for n in stack.pop().all_input_nodes if n not in seen]
+            seen.update(fresh)
+            stack += fresh
+        placeholders = self.graph.find_nodes(op="placeholder")
+        with self.graph.inserting_after(placeholders[-1]) if placeholders else nullcontext():
+            for x in placeholders:
+                if x in seen and x.target in self.ranks:
+                    rank = self.ranks[x.target]
+                    read = self.graph.call_method("dim", (x,))
+                    with self.graph.inserting_after(read):
+                        equal = self.graph.call_function(operator.eq, (read, rank))
+                    with self.graph.inserting_after(equal):
+                        message = f"{x.target} must have {rank} axes, as the example had with which this was fused"
+                        self.graph.call_function(torch._assert, (equal, message))
 
     def _would_share(self, splice: Splice, root: fx.Node) -> bool:
         """Whether the replacement is a view of a value of which ``root`` was none, and someone writes into either."""
@@ -319,6 +372,7 @@ class FxGraph:
 
     def finish(self) -> fx.GraphModule:
         """Drop what is dead, and what only it used."""
+        self._assert_ranks()
         suspects = list(self.suspects)
         while suspects:
             node = suspects.pop()
