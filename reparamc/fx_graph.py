@@ -41,7 +41,7 @@ from reparamc.fx_values import Memory, Values, only_asserted, reads_size_only
 from reparamc.kernel import swap_sides, transposed
 from reparamc.region import Reading, Splice, Value, layout_reading
 from reparamc.rewrite import Declined
-from reparamc.shape import Dim
+from reparamc.shape import Dim, Shape
 
 DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype(np.float32),
@@ -88,6 +88,7 @@ class FxGraph:
         self._next: dict[str, int] = {}
         self._ranked: list[fx.Node] = []
         self._barriers: set[fx.Node] = set()
+        self.atoms = self._find_atoms()
         self._hoist_size_reads()
         for node in self.graph.nodes:
             self._look_through(node)
@@ -294,6 +295,28 @@ class FxGraph:
             self._readings.clear()
             self._likes.clear()
         return bool(found)
+
+    def with_atoms(self, before: Shape, after: Shape) -> tuple[Shape, Shape]:
+        """The shapes of a reshape, with a product of extents that is never taken apart in it as one symbol."""
+        dims = (*before, *after)
+        for atom in self.atoms:
+            parts = [Dim(1, dim.symbols).divided_by(Dim(1, atom)) is not None for dim in dims]
+            if any(parts) and not any(set(atom) & set(d.symbols) for d, p in zip(dims, parts, strict=True) if not p):
+                whole = Dim.of("*".join(atom))
+                dims = tuple(
+                    cast(Dim, d.divided_by(Dim(1, atom))) * whole if p else d for d, p in zip(dims, parts, strict=True)
+                )
+        return dims[: len(before)], dims[len(before) :]
+
+    def _find_atoms(self) -> list[tuple[str, ...]]:
+        """The products of extents that reshapes of the graph restore: rows of tokens, say, that were an image once."""
+        found: dict[tuple[str, ...], None] = {}
+        for node in self.graph.nodes:
+            call = self.facts.calls[node]
+            if call is not None and call.op in ("reshape", "reshape_as") and self._takes_apart(node):
+                shape = self.facts.shapes.get(node, ())
+                found.update(dict.fromkeys(d.symbols for d in shape if len(d.symbols) > 1))
+        return list(found)[:8]  # a few shapes suffice: most networks have one per stage
 
     def _takes_apart(self, node: fx.Node) -> bool:
         found = None if node in self.shuffles else self.facts.layout(node)
@@ -720,7 +743,7 @@ def _read_layout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decli
     if found is None or x is None or found[0] is None or x in graph.facts.known:
         return None
     before, after, axes = found
-    op = Reshape(before, after) if axes is None else Permute(axes)
+    op = Reshape(*graph.with_atoms(before, after)) if axes is None else Permute(axes)
     reading = layout_reading(x, op, graph.frame(x), node)
     if not isinstance(reading, Reading):
         return reading
