@@ -307,12 +307,19 @@ def _plain_assertions(graph: fx.Graph) -> None:
 
 
 def _restore_names(graph: fx.Graph, model: nn.Module) -> None:
-    """Give arguments back the names by which callers know them: torch.fx numbers those that it fixes."""
-    names = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind not in _VARIADIC]
+    """Give arguments back the names by which callers know them: torch.fx numbers those that it fixes.
+
+    Keyword-only arguments become ordinary ones; None stands for those that must be given.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    names = [name for name, p in parameters.items() if p.kind not in _VARIADIC]
+    required = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
     for node in graph.find_nodes(op="placeholder"):
         original = str(node.target).removesuffix("_1")
         if original != node.target and original in names and node.target not in names:
             node.target = original
+        if node.target in required:
+            node.args = (None,)
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
