@@ -61,7 +61,7 @@ def _open_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor) and t.ndim > 1:
             shapes[t] = {0: torch.export.Dim.DYNAMIC}
-    return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    return torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
 
 
 def _as_it_is(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:

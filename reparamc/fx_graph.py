@@ -104,8 +104,8 @@ class FxGraph:
             call = self.facts.calls[node]
             like = call.get("other") if call is not None and call.op == "reshape_as" else None
             made = self.facts.calls.get(like) if isinstance(like, fx.Node) else None
-            shape = self.facts.shapes.get(like) if made is not None and made.op == "linear" else None
-            if call is None or made is None or shape is None or made.input is None or call.input is None:
+            shape = self.facts.shapes.get(cast(fx.Node, like)) if made is not None and made.op == "linear" else None
+            if not (call and made and made.plain and shape and made.input and call.input):
                 continue
             with self.graph.inserting_before(node):
                 dims = [self._extent(made.input, axis, dim) for axis, dim in enumerate(shape)]
@@ -345,7 +345,7 @@ class FxGraph:
 
     def _assert_ranks(self) -> None:
         """Refuse inputs of another rank than the examples' where a folded BatchNorm would act on another axis."""
-        if self.exported or all(self.facts.calls[n].axes for n in self._ranked):  # pyright: ignore
+        if self.exported or all(cast(Call, self.facts.calls[n]).axes for n in self._ranked):
             return
         alone = Values(self.module, {}, Memory(self.graph, self.module), exported=False)
         stack = [n for n in self._ranked if alone.rank(n) is None]
@@ -743,7 +743,7 @@ def _read_layout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decli
     if found is None or x is None or found[0] is None or x in graph.facts.known:
         return None
     before, after, axes = found
-    op = Reshape(*graph.with_atoms(before, after)) if axes is None else Permute(axes)
+    op = Reshape(*graph.with_atoms(cast("Shape", before), after)) if axes is None else Permute(axes)
     reading = layout_reading(x, op, graph.frame(x), node)
     if not isinstance(reading, Reading):
         return reading
@@ -902,7 +902,7 @@ def _read_pad(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined
     if x is None or call.get("mode", "constant") != "constant" or call.get("value", 0) != 0:
         return None
     frame = call.axes or _image_frame(graph, x)
-    numbers = list(pads) if isinstance(pads, tuple | list) else [None]
+    numbers: list[Any] = list(pads) if isinstance(pads, tuple | list) else [None]
     if not all(isinstance(p, int) for p in numbers):
         return Declined("its padding is computed at run time")
     if frame is None or any(numbers[2 * frame :]) or min(numbers, default=0) < 0:

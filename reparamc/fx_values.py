@@ -229,7 +229,7 @@ class Values:
         for node in reversed(self.module.graph.nodes):
             call = self.calls[node]
             x = call.input if call is not None else None
-            if call is None or x is None or x in self.shapes or x in self.ranks or x in self.known:
+            if call is None or not call.plain or x is None or x in self.shapes or x in self.ranks or x in self.known:
                 continue
             rank = self.rank(node) or self.ranks.get(node)
             if call.op == "batch_norm" and call.axes:
@@ -239,7 +239,7 @@ class Values:
 
     def _shape(self, node: fx.Node) -> Shape | None:
         call = self.calls[node]
-        if call is None:
+        if call is None or not call.plain:
             return None
         if call.op in ("add", "sub", "mul", "div"):
             return self._broadcast(node, call.args.get("input"), call.args.get("other"))
@@ -359,7 +359,7 @@ class Values:
             cut = [axis for axis, i in enumerate(index) if i != slice(None)]
             if len(cut) != 1:
                 return None
-            axis, wanted = cut[0], index[cut[0]]
+            axis, wanted = cut[0], cast(slice, index[cut[0]])
         else:
             axis = call.get("dim", 0)
             if not isinstance(axis, int) or not -rank <= axis < rank:
