@@ -7,19 +7,37 @@ from itertools import product
 
 import numpy as np
 
-from reparamc.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Mean, Permute, Scale, Select, Source, Sum, walk
+from reparamc.expr import (
+    Array,
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Mean,
+    Permute,
+    Reshape,
+    Scale,
+    Select,
+    Source,
+    Sum,
+    walk,
+)
 from reparamc.kernel import coefficients
 from reparamc.shape import Shape
 
 
-def evaluate(root: Expr, inputs: Mapping[Source, Array]) -> tuple[Array, float]:
+def evaluate(
+    root: Expr, inputs: Mapping[Source, Array], extents: Mapping[str, int] | None = None
+) -> tuple[Array, float]:
     """The value of ``root``, and the largest magnitude met on the way (the scale of its rounding errors).
 
     Args:
         inputs: a float64 array for each source, channel axis ``frame`` places from the right.
+        extents: what the symbols in the shapes stand for, where the shapes of the inputs do not tell.
     """
     values: dict[Expr, Array] = {}
-    sizes: dict[str, int] = {}
+    sizes = dict(extents or {})
     magnitude = 0.0
     for e in walk(root):
         match e:
@@ -178,8 +196,10 @@ def channels(root: Expr) -> dict[Expr, int | None]:
     return found
 
 
-def sample_inputs(roots: Sequence[Expr], rng: np.random.Generator, extra: int = 0) -> dict[Source, Array]:
-    """Random inputs for expressions over the same sources, just larger than their kernels.
+def sample_inputs(
+    roots: Sequence[Expr], rng: np.random.Generator, extra: int = 0
+) -> tuple[dict[Source, Array], dict[str, int]]:
+    """Random inputs for expressions over the same sources, just larger than their kernels; extents of symbols.
 
     Every border case occurs: extents exceed the span of the widest kernel by a little (``extra``
     more) and differ from axis to axis. Where layout operators stand, the sources' own shapes are
@@ -203,9 +223,11 @@ def sample_inputs(roots: Sequence[Expr], rng: np.random.Generator, extra: int = 
         for source in sources:
             if source.shape is None:
                 raise ValueError("the shape of an operand is unknown")
-            for symbol in (s for dim in source.shape for s in dim.symbols):
-                symbols.setdefault(symbol, smallest + len(symbols))
-        return {e: rng.standard_normal([dim.at(symbols) for dim in e.shape or ()]) for e in sources}
+        reshapes = [e.op for e in order if isinstance(e, Layout) and isinstance(e.op, Reshape)]
+        shapes = [s.shape or () for s in sources] + [s for op in reshapes for s in (op.before, op.after)]
+        for symbol in (s for shape in shapes for dim in shape for s in dim.symbols):
+            symbols.setdefault(symbol, smallest + len(symbols))
+        return {e: rng.standard_normal([dim.at(symbols) for dim in e.shape or ()]) for e in sources}, symbols
     wanted = [smallest + axis for axis in range(frame)]
     for e in order:
         if isinstance(e, Scale) and e.frame is not None and e.frame < frame:
@@ -215,7 +237,7 @@ def sample_inputs(roots: Sequence[Expr], rng: np.random.Generator, extra: int = 
     for e in sources:
         spatial = [low + extra % (high - low + 1) for low, high in extents[e]]
         inputs[e] = rng.standard_normal((1, channels_of[e] or 3, *spatial))
-    return inputs
+    return inputs, {}
 
 
 def _channel_symbols(

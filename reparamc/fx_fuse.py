@@ -6,7 +6,8 @@ import copy
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch.utils import _pytree as pytree
 
 from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError, VerificationError
+from reparamc.fx_calls import operation
+from reparamc.fx_export import can_be_exported, exported, holds_linear
 from reparamc.fx_graph import FxGraph
-from reparamc.fx_values import IN_PLACE_DUNDERS, lookup
+from reparamc.fx_values import IN_PLACE_DUNDERS
 from reparamc.region import make_plan
 from reparamc.report import Counts, OutputError, Refusal, Report, Rewrite
 from reparamc.rewrite import Pass, select
@@ -64,18 +67,45 @@ def fuse_fx(
         raise InputError(f"unknown verification level {verify!r}; the levels are {', '.join(LEVELS)}")
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
-    selected = select(pass_table, passes, skip)
+    selected = select(pass_table, None if passes is None else _names("passes", passes), _names("skip", skip))
     model = _checked(model)
-    args, kwargs = _arguments(example_inputs)
+    with _plain_modes():
+        return _fuse(model, example_inputs, selected, level, objective)
+
+
+def _names(argument: str, value: Any) -> tuple[str, ...]:
+    """The names of passes in an argument of `fuse_fx`."""
+    names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{argument} takes the names of passes, as a list, not {value!r}")
+    return names
+
+
+@contextmanager
+def _plain_modes() -> Iterator[None]:
+    """Autocast and inference mode switched off: they would round what is compared, and hide writes."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _fuse(
+    model: nn.Module, example_inputs: Any, selected: tuple[Pass, ...], level: str, objective: str
+) -> fx.GraphModule:
+    given = args, kwargs = _arguments(example_inputs)
+    expected = None
     if example_inputs is not None:
         args, kwargs = _bound(model, args, kwargs)
-        _try(model, args, kwargs)
+        expected = _try(model, args, kwargs)
     start = perf_counter()
-    traced = trace(_copied(model))
+    traced, note = _followed(model, given if example_inputs is not None else None)
     _refuse_changed_state(model, traced)
     before = count(traced)
     traced_at = perf_counter()
-    graph = FxGraph(traced, _float_ranks(model, args, kwargs))
+    graph = FxGraph(traced, _examples(model, args, kwargs), exported=bool(note))
     with priced_by(objective):
         plan = make_plan(graph, selected, verify=level != "off")
     counts: Counter[str] = Counter()
@@ -88,6 +118,8 @@ def fuse_fx(
         rewrites.append(
             Rewrite(where, operators, dict(splice.counts), splice.parameters, splice.before, splice.after, splice.error)
         )
+    if any(p.name == "constant-folding" for p in selected):
+        counts["constant-folding"] = graph.fold_constants()
     fused = graph.finish()
     done = perf_counter()
     report = Report(
@@ -96,13 +128,15 @@ def fuse_fx(
         passes={p.name: counts[p.name] for p in selected},
         rewrites=rewrites,
         kept=[Refusal(k.where, k.name, k.reason) for k in plan.kept],
+        note=note,
         seconds={"tracing": traced_at - start, "rewriting": done - traced_at},
     )
     if level == "full":
-        if example_inputs is None:
+        if expected is None:
             report.note = "not run end to end: no example_inputs"
         else:
-            report.end_to_end = verify_end_to_end(model, fused, args, kwargs)
+            call = given if note else (args, kwargs)
+            report.end_to_end = verify_end_to_end(model, fused, *call, expected=expected)
             report.seconds["verification"] = perf_counter() - done
     fused.meta["reparamc"] = report
     return fused
@@ -133,6 +167,30 @@ def _checked(model: Any) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise InputError(f"BatchNorm {name!r} is in training mode inside a model in eval mode; call .eval() first")
     return model
+
+
+def _followed(model: nn.Module, given: tuple[Any, Any] | None) -> tuple[fx.GraphModule, str]:
+    """``model`` as a graph, and how it was made where not by torch.fx.
+
+    torch.export is asked where torch.fx fails, or leaves something to fold inside a submodule that it
+    cannot follow; it needs the example inputs.
+    """
+    copied = _copied(model)
+    traced = failure = None
+    try:
+        traced, opaque = _traced(copied)
+        hidden = [path for path in opaque if holds_linear(copied.get_submodule(path))]
+        if not hidden or given is None:
+            return traced, ""
+    except InputError as error:
+        failure = error
+    if given is not None and can_be_exported(model):
+        found = exported(_copied(model), *given)
+        if found is not None:
+            return found
+    if traced is None:
+        raise failure or AssertionError
+    return traced, ""
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -218,6 +276,11 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Raises:
         InputError: the outermost forward cannot be followed, or ``model`` has hooks of its own.
     """
+    return _traced(model)[0]
+
+
+def _traced(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
+    """As `trace`, with the paths of the submodules that torch.fx cannot follow."""
     if model._forward_hooks or model._forward_pre_hooks:
         raise InputError(f"{type(model).__name__} has forward hooks, which tracing would drop; remove them first")
     fixed = _fixed(model)
@@ -227,7 +290,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
         try:
             graph = tracer.trace(model, fixed or None)
             _plain_assertions(graph)
-            return fx.GraphModule(tracer.root, graph, type(model).__name__)
+            _restore_names(graph, model)
+            return fx.GraphModule(tracer.root, graph, type(model).__name__), opaque
         except Exception as error:  # a model's forward may raise anything when it meets a proxy
             if tracer.failed is None or tracer.failed in opaque:
                 reason = " ".join(str(error).split())[:200]
@@ -246,6 +310,25 @@ def _plain_assertions(graph: fx.Graph) -> None:
                 is_none = graph.call_function(operator.eq, (node.args[0], None))
                 graph.call_function(torch._assert, (is_none, str(node.args[1])))
             graph.erase_node(node)
+
+
+def _restore_names(graph: fx.Graph, model: nn.Module) -> None:
+    """Give arguments back the names by which callers know them: torch.fx numbers those that it fixes.
+
+    Keyword-only arguments become ordinary ones; None stands for those that must be given.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    names = [name for name, p in parameters.items() if p.kind not in _VARIADIC]
+    required = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+    for node in graph.find_nodes(op="placeholder"):
+        original = str(node.target).removesuffix("_1")
+        if original != node.target and original in names and node.target not in names:
+            node.target = original
+        if node.target in required:
+            node.args = (None,)
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _fixed(model: nn.Module) -> dict[str, Any]:
@@ -273,36 +356,47 @@ def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     return bound.args, bound.kwargs
 
 
-def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
     try:
-        _run(model, args, kwargs)
+        return _run(model, args, kwargs)
     except InputError:
         raise
     except Exception as error:  # whatever the user's forward raises
         raise InputError(f"the model does not run on example_inputs: {' '.join(str(error).split())[:200]}") from error
 
 
-def _float_ranks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    """The rank of every floating tensor argument, by the name of its placeholder."""
+def _examples(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor argument, by the name of its placeholder."""
     if not args and not kwargs:
         return {}
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {k: v.ndim for k, v in bound.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return {k: v for k, v in bound.items() if isinstance(v, Tensor)}
 
 
 def verify_end_to_end(
-    original: nn.Module, fused: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    original: nn.Module,
+    fused: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    expected: dict[str, np.ndarray] | None = None,
 ) -> list[OutputError]:
     """Run both modules on the example inputs, in their own dtype, and compare every output tensor.
 
     The tolerance comes from the original's response to a perturbation of its inputs at rounding level.
+    ``expected`` is the result of the original, where it is known already.
 
     Raises:
-        VerificationError: an output differs by more than rounding explains.
+        VerificationError: the fused model does not run, or an output differs by more than rounding explains.
     """
-    expected = _run(original, args, kwargs)
+    expected = _run(original, args, kwargs) if expected is None else expected
     noises = [_run(original, *_perturbed(args, kwargs, seed)) for seed in range(3)]
-    actual = _run(fused, args, kwargs)
+    try:
+        actual = _run(fused, args, kwargs)
+    except Exception as error:  # whatever a wrong graph raises
+        raise VerificationError(
+            f"the fused model does not run: {' '.join(str(error).split())[:200]}. Report this as a bug, with the model",
+            where="output",
+        ) from error
     if expected.keys() != actual.keys():
         raise VerificationError("the fused model returns another structure than the original", where="output")
     epsilon = max((torch.finfo(t.dtype).eps for t in (*model_tensors(original), *_floats(args, kwargs))), default=0.0)
@@ -361,12 +455,11 @@ def _perturbed(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
 
 def count(module: fx.GraphModule) -> Counts:
     """The size of a traced module: calls, convolutions and BatchNorms (modules or functions), parameters."""
-    kinds: Counter[str] = Counter()
+    ops = conv = norm = 0
     for node in module.graph.nodes:
-        if node.op == "call_module":
-            kinds[type(lookup(module, str(node.target))).__name__] += 1
-        elif node.op in ("call_function", "call_method"):
-            kinds[getattr(node.target, "__name__", str(node.target))] += 1
-    conv = sum(kinds[k] for k in ("Conv1d", "Conv2d", "Conv3d", "conv1d", "conv2d", "conv3d"))
-    norm = sum(kinds[k] for k in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm"))
-    return Counts(sum(kinds.values()), conv, norm, sum(p.numel() for p in module.parameters()))
+        if node.op in ("call_module", "call_function", "call_method"):
+            call = operation(node, module)
+            ops += 1
+            conv += call is not None and call.op == "conv"
+            norm += call is not None and call.op == "batch_norm"
+    return Counts(ops, conv, norm, sum(p.numel() for p in module.parameters()))

@@ -1,4 +1,4 @@
-"""The torch.fx adapter: linear operators of a traced module as expressions, and expressions as modules.
+"""The torch.fx adapter: linear operators of a traced module as expressions.
 
 Nodes that no rewrite touches stay the same objects with the same metadata. Parameters are read by
 value, so that modules called twice and tied weights get private copies where they are folded.
@@ -6,9 +6,10 @@ value, so that modules called twice and tied weights get private copies where th
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import ml_dtypes
@@ -18,34 +19,14 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from reparamc.expr import (
-    ONE,
-    ZERO,
-    Array,
-    BatchNorm,
-    Conv,
-    Expr,
-    Layout,
-    Permute,
-    Reshape,
-    Scale,
-    Source,
-    Sum,
-    is_negation,
-)
-from reparamc.fx_values import (
-    Memory,
-    Values,
-    first_operand,
-    is_plain,
-    lookup,
-    only_asserted,
-    operation,
-    reads_size_only,
-)
-from reparamc.kernel import regroup
-from reparamc.region import Reading, Splice, Value, layout_reading, new_nodes
+from reparamc.expr import Array, Layout, Select, Source
+from reparamc.fx_calls import Call, lookup
+from reparamc.fx_emit import Emitter
+from reparamc.fx_readers import HOOKED, KEEPS_DTYPE, READERS, FxReading, find_shuffle
+from reparamc.fx_values import Memory, Values, only_asserted, reads_size_only
+from reparamc.region import Reading, Splice, Value
 from reparamc.rewrite import Declined
+from reparamc.shape import Dim
 
 DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype(np.float32),
@@ -53,32 +34,134 @@ DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
 }
-ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"
+
+_LINEAR_KINDS = (
+    *("add", "sub", "mul", "div", "neg", "identity", "copy", "reshape", "permute", "transpose", "flatten", "unflatten"),
+    *("squeeze", "unsqueeze", "pad", "cat", "split", "chunk", "getitem", "slice", "narrow", "mean", "matmul", "conv"),
+    *("linear", "addmm", "einsum", "roll", "cumsum", "sum", "flip", "index_select", "expand", "stack"),
+    *("channel_shuffle", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "batch_norm", "dropout"),
+)
+"""Operators that are affine in each operand that is no constant, all other operands being constant."""
+_ONE_OPERAND = ("mul", "div", "matmul", "einsum", "conv", "linear", "addmm", "batch_norm")
+_LINEAR_FUNCTIONS: dict[Any, str] = {
+    torch.einsum: "einsum",
+    torch.roll: "roll",
+    torch.cumsum: "cumsum",
+    torch.sum: "sum",
+    torch.flip: "flip",
+    torch.index_select: "index_select",
+    torch.stack: "stack",
+    F.unfold: "unfold",
+    F.fold: "fold",
+    F.pixel_shuffle: "pixel_shuffle",
+    F.pixel_unshuffle: "pixel_unshuffle",
+    **dict.fromkeys(("roll", "cumsum", "sum", "flip", "index_select", "expand"), "roll"),
+}
 
 
 class FxGraph:
-    """`reparamc.region.Graph` over a traced module. Values are nodes."""
+    """`reparamc.region.Graph` over a traced module. Values are nodes.
 
-    def __init__(self, module: fx.GraphModule, ranks: dict[str, int]) -> None:
-        self.module, self.graph = module, module.graph
-        self.facts = Values(module, ranks)
+    Args:
+        examples: the example inputs that are tensors, by the name of their placeholder.
+        exported: whether torch.export made the graph and recorded its shapes.
+    """
+
+    def __init__(self, module: fx.GraphModule, examples: Mapping[str, Tensor], *, exported: bool = False) -> None:
+        self.module, self.graph, self.exported = module, module.graph, exported
+        self.examples = examples
+        self.ranks = {name: t.ndim for name, t in examples.items() if t.is_floating_point()}
+        self._learn()
+        if self._spell_out_shapes():
+            self._learn()
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
-        self.memory = Memory(self.graph, module)
-        self._readings: dict[fx.Node, Reading | Declined | None] = {}
-        self.tensors: dict[fx.Node, list[Tensor]] = {}
-        self.channels: dict[fx.Node, int | None] = {}
+        self.through: dict[fx.Node, list[fx.Node]] = {}
+        self.shuffles: dict[fx.Node, tuple[fx.Node, int, list[fx.Node]]] = {}
+        self.inner: set[fx.Node] = set()
+        self._readings: dict[fx.Node, FxReading | Declined | None] = {}
+        self._likes: dict[fx.Node, Tensor | None] = {}
         self._spliced: dict[fx.Node, fx.Node] = {}
-        self._suspects: list[fx.Node] = []
+        self.suspects: list[fx.Node] = []
         self._next: dict[str, int] = {}
+        self._ranked: list[fx.Node] = []
+        self.written = self._find_written()
         self._hoist_size_reads()
+        for node in self.graph.nodes:
+            self._look_through(node)
+
+    def _learn(self) -> None:
+        self.memory = Memory(self.graph, self.module)
+        self.facts = Values(self.module, self.ranks, self.memory, exported=self.exported)
+
+    def _spell_out_shapes(self) -> bool:
+        """Write ``y.reshape_as(linear(x))`` with the extents of x, so that the linear layer may go; whether any was."""
+        found = False
+        for node in self.graph.nodes:
+            call = self.facts.calls[node]
+            like = call.get("other") if call is not None and call.op == "reshape_as" else None
+            made = self.facts.calls.get(like) if isinstance(like, fx.Node) else None
+            shape = self.facts.shapes.get(cast(fx.Node, like)) if made is not None and made.op == "linear" else None
+            if not (call and made and made.plain and shape and made.input and call.input):
+                continue
+            with self.graph.inserting_before(node):
+                dims = [self._extent(made.input, axis, dim) for axis, dim in enumerate(shape)]
+                node.args, node.kwargs = (call.input, dims), {}
+                node.op, node.target = "call_function", torch.reshape
+            found = True
+        return found
+
+    def _extent(self, x: fx.Node, axis: int, dim: Dim) -> int | fx.Node:
+        """The extent ``dim`` of ``x`` along ``axis``: a number where it is known, else a node that reads it."""
+        if dim.known is not None:
+            return dim.known
+        if not self.exported:
+            return self.graph.call_method("size", (x, axis))
+        read = self.graph.call_function(torch.ops.aten.sym_size.int, (x, axis))
+        read.meta["val"] = x.meta["val"].shape[axis]
+        return read
 
     def _hoist_size_reads(self) -> None:
-        """Let size reads of a BatchNorm's result ask its operand instead: same shape, and no reader of the result."""
+        """Let size reads of a BatchNorm's result ask its operand instead: same shape, and no reader of the result.
+
+        Not where the operand is a linear operator without other readers, which the BatchNorm folds into.
+        """
         for node in reversed(self.graph.nodes):
-            operand = first_operand(node)
-            if operand is not None and isinstance(self._batchnorm(node), tuple):
-                for user in [u for u in node.users if reads_size_only(u)]:
-                    user.replace_input_with(node, operand)
+            call = self.facts.calls[node]
+            operand = call.input if call is not None else None
+            if call is None or operand is None or call.op != "batch_norm":
+                continue
+            behind = self.facts.calls[operand]
+            if behind is not None and behind.op in ("conv", "linear", "conv_transpose") and len(operand.users) == 1:
+                continue
+            for user in [u for u in node.users if reads_size_only(u)]:
+                user.replace_input_with(node, operand)
+
+    def _find_written(self) -> dict[fx.Node, list[fx.Node]]:
+        """Values with the slice assignments that complete them: constants, before anything else reads the value."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.target is operator.setitem and isinstance(node.args[0], fx.Node):
+                found.setdefault(node.args[0], []).append(node)
+        return {value: writes for value, writes in found.items() if self._is_completed(value, writes)}
+
+    def _is_completed(self, value: fx.Node, writes: list[fx.Node]) -> bool:
+        constant = all(n in self.facts.known for w in writes for n in w.all_input_nodes if n is not value)
+        own = value.op.startswith("call") and set(self.memory.aliases(value)) <= {value, *writes}
+        last = max(self.order[w] for w in writes)
+        return constant and own and all(self.order[u] > last for u in value.users if u not in writes)
+
+    def _look_through(self, node: fx.Node) -> None:
+        """Note what stands for ``node`` as a reader of its operand: the pieces of a split, the end of a shuffle."""
+        call = self.facts.calls[node]
+        if call is not None and call.op in ("split", "chunk") and node.users:
+            users = list(node.users)
+            if all((c := self.facts.calls[u]) is not None and c.op == "getitem" for u in users):
+                self.through[node] = users
+        shuffle = find_shuffle(self, node)
+        if shuffle is not None:
+            self.shuffles[node] = shuffle
+            self.inner.update(shuffle[2])
+            self.through[shuffle[2][-1]] = [node]
 
     # Reading
 
@@ -86,7 +169,7 @@ class FxGraph:
         return [
             n
             for n in self.graph.nodes
-            if n.op in ("call_module", "call_function", "call_method") and n not in self.facts.constants
+            if n.op in ("call_module", "call_function", "call_method") and n not in self.facts.known
         ]
 
     def name(self, value: Value) -> str:
@@ -96,30 +179,69 @@ class FxGraph:
     def readers(self, value: Value) -> Sequence[Value | None]:
         found: list[Value | None] = []
         for user in cast(fx.Node, value).users:
+            if user in self.written.get(cast(fx.Node, value), ()):
+                continue
             if user.op == "output":
                 found.append(None)
             elif not (reads_size_only(user) and only_asserted(user)):
-                found += [user] * _mentions(user, value)
+                found += self.through.get(user) or [user] * _mentions(user, value)
         return found
 
     def source(self, value: Value) -> Source:
         return Source(value, shape=self.facts.shapes.get(cast(fx.Node, value)))
 
+    def tensors(self, members: Sequence[Value]) -> list[Tensor]:
+        """The parameters of ``members``, or else a tensor of the dtype and device of the last of them."""
+        readings = [self.read(m) for m in members]
+        found = [t for r in readings if isinstance(r, FxReading) for t in r.tensors]
+        if not found and (like := self.like(cast(fx.Node, members[-1]))) is not None:
+            return [like]
+        return found
+
     def dtype(self, members: Sequence[Value]) -> np.dtype | None:
-        found = {t.dtype for m in members for t in self.tensors.get(cast(fx.Node, m), [])}
+        found = {t.dtype for t in self.tensors(members)}
         return DTYPES.get(found.pop()) if len(found) == 1 else None
+
+    def like(self, node: fx.Node) -> Tensor | None:
+        """A tensor of the dtype and device of ``node``, where those are known."""
+        chain: list[fx.Node] = []
+        at: fx.Node | None = node
+        found: Tensor | None = None
+        while at is not None and at not in self._likes:
+            chain.append(at)
+            value = at.meta.get("val") if self.exported else self.examples.get(str(at.target))
+            reading = self.read(at)
+            if isinstance(value, Tensor) and (at.op == "placeholder" or self.exported):
+                found, at = value, None
+            elif isinstance(reading, FxReading) and reading.tensors:
+                found, at = reading.tensors[0], None
+            elif isinstance(reading, FxReading):
+                at = cast(fx.Node, reading.operands[0])
+            else:
+                call = self.facts.calls.get(at)
+                kept = call is not None and call.op in KEEPS_DTYPE and "dtype" not in call.args
+                at = call.input if call is not None and kept else None
+        if at is not None:
+            found = self._likes[at]
+        self._likes.update(dict.fromkeys(chain, found))
+        return found
 
     def obstacle(self, root: Value, members: Sequence[Value], sources: Sequence[Value]) -> str | None:
         """Devices must agree, and nothing that is written in place may look different to any reader."""
         nodes = cast(Sequence[fx.Node], members)
-        if len({t.device for m in nodes for t in self.tensors.get(m, [])}) > 1:
+        if len({t.device for t in self.tensors(nodes)}) > 1:
             return "its parameters are on different devices"
         last = self.order[cast(fx.Node, root)]
+        shared = set(self.memory.aliases(cast(fx.Node, root)))
         for value in (*cast(Sequence[fx.Node], sources), *nodes[:-1]):
-            reads = [self.order[u] for u in value.users if u in nodes]
-            for writer in self.memory.writers(value):
+            reads = [self.order[u] for u in cast("list[fx.Node]", self.readers(value)) if u in nodes]
+            writers = self.memory.writers(value)
+            view = value in shared and value in sources and not any(w in nodes for w in writers)
+            for writer in writers:
                 if writer in nodes:
                     visible = not self._is_private(value, writer)
+                elif view:
+                    visible = self.order[writer] > min(reads, default=last)  # it may go through a view of the result
                 else:
                     visible = bool(reads) and min(reads) < self.order[writer] < last
                 if visible:
@@ -137,321 +259,139 @@ class FxGraph:
         reading = self.read(value) if isinstance(value, fx.Node) and value in self.order else None
         return reading.frame if isinstance(reading, Reading) else None
 
-    def read(self, value: Value) -> Reading | Declined | None:
-        node = cast(fx.Node, value)
-        if node not in self._readings:
-            self._readings[node] = self._read(node)
-        return self._readings[node]
+    def channels(self, node: fx.Node, frame: int | None) -> int | None:
+        """The number of channels of ``node``, with ``frame`` axes behind them, where it is known."""
+        reading, shape = self.read(node), self.facts.shapes.get(node)
+        if isinstance(reading, FxReading) and reading.channels is not None and reading.frame in (frame, None):
+            return reading.channels
+        return shape[-1 - frame].known if shape is not None and frame is not None and frame < len(shape) else None
 
-    def _read(self, node: fx.Node) -> Reading | Declined | None:
-        if node.op not in ("call_module", "call_function", "call_method") or node in self.facts.constants:
+    def read(self, value: Value) -> FxReading | Declined | None:
+        """As `Graph.read`. Operands are read first, by an explicit stack: readers ask for their frames."""
+        stack = [cast(fx.Node, value)]
+        while stack:
+            node = stack[-1]
+            if node in self._readings:
+                stack.pop()
+                continue
+            waiting = [n for n in node.all_input_nodes if n not in self._readings]
+            if waiting:
+                stack += waiting
+                continue
+            self._readings[stack.pop()] = self._read(node)
+        return self._readings[cast(fx.Node, value)]
+
+    def _read(self, node: fx.Node) -> FxReading | Declined | None:
+        call = self.facts.calls.get(node)
+        if call is None or node in self.facts.known or node in self.facts.dims:
             return None
-        normed = self._batchnorm(node)
-        if normed is not None:
-            return normed if isinstance(normed, Declined) else self._read_batchnorm(node, *normed)
-        if node.op == "call_module":
-            return self._read_module(node, lookup(self.module, str(node.target)))
-        if node in self.facts.dims or reads_size_only(node):
+        if node in self.inner or node in self.written:
             return None
-        if node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d, F.linear):
-            return self._read_functional(node, node.target is F.linear)
-        name = operation(node)
-        if name in ("dropout", "detach"):
-            live = name == "dropout" and (node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True))
-            return None if live else self._passing(node)
-        if name in ("add", "sub", "mul", "div", "neg"):
-            return self._read_arithmetic(node, name)
-        return self._read_layout(node)
-
-    def _read_module(self, node: fx.Node, module: nn.Module) -> Reading | Declined | None:
-        if type(module) in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d) and not module.training:
-            return self._passing(node) if is_plain(module) else Declined("it has hooks")
-        if type(module) is nn.Flatten:
-            return self._read_layout(node)
-        if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):
-            return None
-        if not is_plain(module):
-            return Declined("it has hooks or a forward of its own, which folding would drop")
-        prefix = str(node.target)
-        if isinstance(module, nn.Linear):
-            return self._linear(node, module.weight, module.bias, (f"{prefix}.weight", f"{prefix}.bias"))
-        conv = cast(nn.Conv2d, module)
-        if conv.padding_mode != "zeros":
-            return Declined(f"it pads with mode {conv.padding_mode!r}, not with zeros")
-        names = (f"{prefix}.weight", f"{prefix}.bias")
-        return self._conv(node, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, names)
-
-    def _read_functional(self, node: fx.Node, linear: bool) -> Reading | Declined | None:
-        keys = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = dict(zip(keys, node.args, strict=False)) | node.kwargs
-        weight, bias = given.get("weight"), given.get("bias")
-        if weight not in self.facts.constants or (bias is not None and bias not in self.facts.constants):
-            return Declined("its weight or bias is computed at run time")
-        w = self.facts.constants[cast(fx.Node, weight)]
-        b = None if bias is None else self.facts.constants[cast(fx.Node, bias)]
-        names = tuple(n for k in (weight, bias) if k is not None for n in self.facts.names[cast(fx.Node, k)])
-        if linear:
-            return self._linear(node, w, b, names)
-        n = w.ndim - 2
-        stride, dilation = (_each(given.get(key, 1), n) for key in ("stride", "dilation"))
-        padding = given.get("padding", 0)
-        groups = given.get("groups", 1)
-        if stride is None or dilation is None or not isinstance(groups, int):
-            return Declined("its geometry is computed at run time")
-        return self._conv(node, w, b, stride, padding, dilation, groups, names)
-
-    def _conv(
-        self,
-        node: fx.Node,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
-        groups: int,
-        names: tuple[str, ...],
-    ) -> Reading | Declined | None:
-        if not weight.is_floating_point():
-            return None
-        n = weight.ndim - 2
-        kernel = tuple(weight.shape[2:])
-        if padding == "same":
-            totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            begin = [t // 2 for t in totals]
-            end = [t - b for t, b in zip(totals, begin, strict=True)]
-        else:
-            pads = _each(0 if padding == "valid" else padding, n)
-            if pads is None:
-                return Declined("its padding is computed at run time")
-            begin = end = list(pads)
-        operand = first_operand(node)
-        if operand is None:
-            return None
-        offset = tuple(-b for b in begin)
-        delta = tuple(d * (k - 1) - b - e for d, k, b, e in zip(dilation, kernel, begin, end, strict=True))
-        self._note(node, weight.shape[0], weight, bias)
-
-        def build(operands: Sequence[Expr]) -> Expr:
-            b = None if bias is None else array(bias)
-            return Conv(operands[0], array(weight), b, tuple(stride), tuple(dilation), offset, delta, groups)
-
-        return Reading((operand,), build, names if bias is not None else names[:1], n)
-
-    def _linear(self, node: fx.Node, weight: Tensor, bias: Tensor | None, names: tuple[str, ...]) -> Reading | None:
-        operand = first_operand(node)
-        if operand is None:
-            return None
-        self._note(node, weight.shape[0], weight, bias)
-
-        def build(operands: Sequence[Expr]) -> Expr:
-            return Conv(operands[0], array(weight), None if bias is None else array(bias))
-
-        return Reading((operand,), build, names if bias is not None else names[:1], 0)
-
-    def _batchnorm(self, node: fx.Node) -> tuple[list[Tensor | None], float, tuple[str, ...]] | Declined | None:
-        """([weight, bias, mean, var], eps, names) of a BatchNorm with stored statistics; None for other operators."""
-        if node.op == "call_module":
-            module = lookup(self.module, str(node.target))
-            if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
-                return None
-            norm = cast(nn.BatchNorm2d, module)
-            if norm.training or norm.running_mean is None:
-                return Declined("BatchNorm uses the statistics of the batch")
-            if not is_plain(norm):
-                return Declined("it has hooks or a forward of its own, which folding would drop")
-            keys = ("weight", "bias", "running_mean", "running_var")
-            tensors = [cast("Tensor | None", getattr(norm, key)) for key in keys]
-            names = tuple(f"{node.target}.{k}" for k, t in zip(keys, tensors, strict=True) if t is not None)
-            return tensors, norm.eps, names
-        if node.op == "call_function" and node.target is F.batch_norm:
-            keys = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-            given = dict(zip(keys, node.args, strict=False)) | node.kwargs
-            if given.get("training", False) is not False:
-                return Declined("batch_norm uses the statistics of the batch")
-            nodes = [given.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
-            if nodes[2] is None or any(n is not None and n not in self.facts.constants for n in nodes):
-                return Declined("the parameters of batch_norm are computed at run time")
-            tensors = [None if n is None else self.facts.constants[cast(fx.Node, n)] for n in nodes]
-            names = tuple(name for n in nodes if n is not None for name in self.facts.names[cast(fx.Node, n)])
-            return tensors, cast(float, given.get("eps", 1e-5)), names
-        return None
-
-    def _read_batchnorm(
-        self, node: fx.Node, tensors: list[Tensor | None], eps: float, names: tuple[str, ...]
-    ) -> Reading | Declined | None:
-        operand = first_operand(node)
-        if operand is None:
-            return None
-        rank = self.facts.rank(node) or self.facts.rank(operand)
-        if rank is None:
-            return Declined("the rank of its input is unknown, and with it the axis it acts on: pass example_inputs")
-        gamma, beta, mean, var = tensors
-        assert mean is not None
-        assert var is not None
-        self._note(node, mean.numel(), *tensors)
-
-        def build(operands: Sequence[Expr]) -> Expr:
-            m = array(mean)
-            g, b = np.ones_like(m) if gamma is None else array(gamma), np.zeros_like(m) if beta is None else array(beta)
-            return BatchNorm(operands[0], g, b, m, array(var), eps, max(rank - 2, 0))
-
-        return Reading((operand,), build, names, max(rank - 2, 0))
-
-    def _read_arithmetic(self, node: fx.Node, op: str) -> Reading | Declined | None:
-        factor = node.kwargs.get("alpha", 1)
-        if (
-            set(node.kwargs) - {"alpha"}
-            or not isinstance(factor, int | float)
-            or len(node.args) != (1 if op == "neg" else 2)
-        ):
-            return None
-        if op == "neg":
-            x = node.args[0]
-            if not isinstance(x, fx.Node):
-                return None
-            self._pass_on(node, x)
-            return Reading((x,), lambda operands: Scale(operands[0], -ONE, ZERO), (), self.frame(x))
-        left, right = node.args[:2]
-        fixed = [self._constant(left), self._constant(right)]
-        if all(c is not None for c in fixed):
-            return None
-        if all(c is None for c in fixed):
-            return self._read_sum(node, left, right, op, float(factor))
-        side = 1 if fixed[1] is not None else 0
-        constant, x = cast(Tensor, fixed[side]), cast(fx.Node, (left, right)[1 - side])
-        if not isinstance(x, fx.Node) or (op == "div" and side == 0):
-            return None
-        if op == "add" and constant.ndim == 0 and constant == 0 and factor == 1:
-            return self._passing(node, x)  # sum() starts from zero
-        frame = self._along_one_axis(constant, x)
-        if isinstance(frame, Declined):
-            return frame
-        if x.op == "placeholder" and x not in self.facts.shapes:
-            return Declined("the dtype of its operand is unknown: pass example_inputs")
-        linear = x.op == "placeholder" or isinstance(self.read(x), Reading)
-        if frame is None and not linear:
-            return Declined(ACTIVATION)
-        if frame is None and op in ("add", "sub") and any(_clips(u, self.module) for u in node.users):
-            return Declined(ACTIVATION)
-        names = tuple(n for arg in (left, right) if isinstance(arg, fx.Node) for n in self.facts.names.get(arg, ()))
-        self._pass_on(node, x)
-        if isinstance((left, right)[side], fx.Node):
-            self.tensors[node] = [constant]
-        elif x in self.tensors:
-            self.tensors[node] = self.tensors[x][:1]
-
-        def build(operands: Sequence[Expr]) -> Expr:
-            c = array(constant).reshape(() if frame is None else -1)
-            with np.errstate(divide="ignore"):
-                scale, shift = {
-                    "add": (ONE, c * factor) if side else (np.float64(factor) * ONE, c),
-                    "sub": (ONE, -c * factor) if side else (-np.float64(factor) * ONE, c),
-                    "mul": (c, ZERO),
-                    "div": (1 / c, ZERO),
-                }[op]
-            return Scale(operands[0], np.asarray(scale), np.asarray(shift), frame)
-
-        return Reading((x,), build, names, self.frame(x) if frame is None else frame)
-
-    def _read_sum(self, node: fx.Node, left: Any, right: Any, op: str, factor: float) -> Reading | None:
-        if op not in ("add", "sub") or not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-            return None
-        shapes = [self.facts.shapes.get(n) for n in (left, right)]
-        if None not in shapes and len(cast(tuple, shapes[0])) != len(cast(tuple, shapes[1])):
-            return None
-        extents = [[d.known for d in shape or ()] for shape in shapes]
-        if any(None not in pair and pair[0] != pair[1] for pair in zip(*extents, strict=False)):
-            return None  # one operand is broadcast
-        frames = [self.frame(n) for n in (left, right)]
-        weight = factor if op == "add" else -factor
-        self._pass_on(node, left if self.channels.get(left) is not None else right)
-
-        def build(operands: Sequence[Expr]) -> Expr:
-            a, b = operands
-            return Sum((a, b if weight == 1 else Scale(b, np.asarray(weight), ZERO)))
-
-        return Reading((left, right), build, (), next((f for f in frames if f is not None), None))
-
-    def _read_layout(self, node: fx.Node) -> Reading | Declined | None:
-        if node.op == "call_module":
-            module, x = lookup(self.module, str(node.target)), first_operand(node)
-            if x is None:
-                return None
-            before, after, axes = self.facts.shapes.get(x), self.facts.shapes.get(node), None
-            if type(module) is not nn.Flatten or after is None:
-                return None
-        else:
-            found = self.facts.layout(node)
-            if found is None:
-                return None
-            x, (before, after, axes) = cast(fx.Node, node.args[0]), found
-        if before is None:
-            return None
-        op = Reshape(before, after) if axes is None else Permute(axes)
-        reading = layout_reading(x, op, self.frame(x), node)
-        if isinstance(reading, Reading):
-            self._pass_on(node, x)
-        return reading
-
-    def _passing(self, node: fx.Node, x: Any = None) -> Reading | None:
-        x = first_operand(node) if x is None else x
-        if not isinstance(x, fx.Node):
-            return None
-        self._pass_on(node, x)
-        return Reading((x,), lambda operands: operands[0], (), self.frame(x))
-
-    def _note(self, node: fx.Node, channels: int, *tensors: Tensor | None) -> None:
-        self.channels[node] = channels
-        self.tensors[node] = [t for t in tensors if t is not None]
-
-    def _pass_on(self, node: fx.Node, x: fx.Node) -> None:
-        self.read(x)
-        self.channels[node] = self.channels.get(x)
-
-    def _constant(self, arg: Any) -> Tensor | None:
-        if isinstance(arg, bool):
-            return None
-        if isinstance(arg, int | float):
-            return torch.tensor(arg, dtype=torch.float64)
-        return self.facts.constants.get(arg) if isinstance(arg, fx.Node) else None
-
-    def _along_one_axis(self, constant: Tensor, x: fx.Node) -> int | Declined | None:
-        """The frame of the axis along which ``constant`` varies; None for one number; Declined if it may broadcast."""
-        dims, shape, frame = tuple(constant.shape), self.facts.shapes.get(x), self.frame(x)
-        rank = len(shape) if shape is not None else None if frame is None else frame + 1
-        if dims and (rank is None or len(dims) > rank):
-            return Declined("its constant may raise the rank: pass example_inputs")
-        axes = [len(dims) - 1 - i for i, d in enumerate(dims) if d != 1]
-        if len(axes) > 1:
-            return Declined("its constant varies along several axes")
-        if not axes:
-            return None
-        extent = shape[len(shape) - 1 - axes[0]].known if shape is not None else None
-        if extent is None and frame == axes[0]:
-            extent = self.channels.get(x)
-        if extent != dims[len(dims) - 1 - axes[0]]:
-            return Declined("its constant may broadcast its operand")
-        return axes[0]
+        reader = READERS.get(call.op)
+        found = reader(self, node, call) if reader is not None else None
+        return Declined(HOOKED) if isinstance(found, Reading) and not call.plain else found
 
     def moves(self, value: Value) -> tuple[Value, ...] | None:
-        return None
+        node = cast(fx.Node, value)
+        call = self.facts.calls.get(node)
+        if node in self.facts.known or node in self.facts.dims or isinstance(self.read(node), Declined):
+            return None
+        op = call.op if call is not None and call.plain else _LINEAR_FUNCTIONS.get(node.target, "")
+        operands = tuple(n for n in node.all_input_nodes if n not in self.facts.known)
+        if op not in _LINEAR_KINDS or (op in _ONE_OPERAND and len(operands) > 1):
+            return None
+        if any(n in self.facts.dims or n in self.facts.sizes for n in operands):
+            return None  # indices that are computed at run time
+        return operands or None
 
     def run(self, root: Value, source: Value, x: Array) -> Array:
-        raise NotImplementedError
+        """By torch's own operators, in float64 on the CPU."""
+        values: dict[fx.Node, Any] = {cast(fx.Node, source): torch.from_numpy(np.array(x, copy=True))}
+        modules: dict[str, nn.Module] = {}
+        with torch.no_grad():
+            for node in self._between(cast(fx.Node, source), cast(fx.Node, root)):
+                known = self.facts.known.get(node)
+                if known is not None:
+                    is_float = isinstance(known, Tensor) and known.is_floating_point()
+                    values[node] = known.detach().to("cpu", torch.float64, copy=True) if is_float else known
+                    continue
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                if node.op == "call_module":
+                    path = str(node.target)
+                    if path not in modules:
+                        modules[path] = copy.deepcopy(lookup(self.module, path)).to("cpu", torch.float64)
+                    values[node] = modules[path](*args, **kwargs)
+                elif node.op == "call_method":
+                    values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    values[node] = cast(Callable[..., Any], node.target)(*args, **kwargs)
+        return values[cast(fx.Node, root)].numpy()
+
+    def _between(self, source: fx.Node, root: fx.Node) -> list[fx.Node]:
+        """What has to be computed for ``root`` from ``source``, in execution order."""
+        found: set[fx.Node] = {source}
+        stack = [root]
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.update((node, *self.written.get(node, ())))
+                stack += [n for w in self.written.get(node, ()) for n in w.all_input_nodes]
+                stack += [] if node in self.facts.known else node.all_input_nodes
+        return sorted(found - {source}, key=self.order.__getitem__)
 
     # Writing
 
     def splice(self, splice: Splice) -> None:
         root = cast(fx.Node, splice.root)
-        emitter = _Emitter(self, splice, root)
+        emitter = Emitter(self, splice, root)
         with self.graph.inserting_before(root):
             result = emitter.run()
+            if self._would_share(splice, root):
+                result = self.graph.call_function(torch.clone, (result,))
         root.replace_all_uses_with(result, propagate_meta=False)
         if not result.meta:
             result.meta.update({k: v for k, v in root.meta.items() if k in ("tensor_meta", "val")})
         result.meta["reparamc"] = dict(splice.counts)
         self._spliced[root] = result
-        self._suspects += cast(Sequence[fx.Node], splice.members)
+        for member in cast(Sequence[fx.Node], splice.members):
+            self.suspects += [member, *self.written.get(member, ())]
+        calls = self.facts.calls
+        self._ranked += [m for m in cast(Sequence[fx.Node], splice.members) if (c := calls[m]) and c.op == "batch_norm"]
+
+    def _assert_ranks(self) -> None:
+        """Refuse inputs of another rank than the examples' where a folded BatchNorm would act on another axis."""
+        if self.exported or all(cast(Call, self.facts.calls[n]).axes for n in self._ranked):
+            return
+        alone = Values(self.module, {}, Memory(self.graph, self.module), exported=False)
+        stack = [n for n in self._ranked if alone.rank(n) is None]
+        seen = set(stack)
+        while stack:
+            fresh = [n for n in stack.pop().all_input_nodes if n not in seen]
+            seen.update(fresh)
+            stack += fresh
+        placeholders = self.graph.find_nodes(op="placeholder")
+        with self.graph.inserting_after(placeholders[-1]) if placeholders else nullcontext():
+            for x in placeholders:
+                if x in seen and x.target in self.ranks:
+                    rank = self.ranks[x.target]
+                    read = self.graph.call_method("dim", (x,))
+                    with self.graph.inserting_after(read):
+                        equal = self.graph.call_function(operator.eq, (read, rank))
+                    with self.graph.inserting_after(equal):
+                        message = f"{x.target} must have {rank} axes, as the example had with which this was fused"
+                        self.graph.call_function(torch._assert, (equal, message))
+
+    def _would_share(self, splice: Splice, root: fx.Node) -> bool:
+        """Whether the replacement is a view of a value of which ``root`` was none, and someone writes into either."""
+        e = splice.expr
+        while e not in splice.native and isinstance(e, Layout | Select):
+            e = e.x
+        if e not in splice.native:
+            return False
+        base = cast(fx.Node, splice.native[e])
+        writers = [*self.memory.writers(base), *self.memory.writers(root)]
+        late = any(self.order[w] > self.order[root] for w in writers)
+        return late and base not in self.memory.aliases(root)
 
     def fresh_path(self, wanted: str) -> str:
         """``wanted``, or that with a number behind it: a path that names nothing yet."""
@@ -468,9 +408,37 @@ class FxGraph:
             node = self._spliced[node]
         return node
 
+    def fold_constants(self) -> int:
+        """Keep what forward computes from parameters alone, instead of computing it; how many results are kept.
+
+        A result that takes more room than its operands is left.
+        """
+        folded = 0
+        for node in list(self.graph.nodes):
+            value = self.facts.known.get(node)
+            users = [u for u in node.users if u not in self.facts.known]
+            if not isinstance(value, Tensor) or not node.op.startswith("call") or not users:
+                continue
+            given = [v for n in node.all_input_nodes if isinstance(v := self.facts.known.get(n), Tensor)]
+            if value.numel() > max(sum(t.numel() for t in given), 1024):
+                continue
+            holder = nn.Module()
+            is_trained = value.is_floating_point() and any(t.requires_grad for t in given)
+            holder.value = nn.Parameter(value.detach().clone(), requires_grad=is_trained)
+            path = self.fresh_path("folded")
+            self.module.add_submodule(path, holder)
+            with self.graph.inserting_before(node):
+                kept = self.graph.get_attr(f"{path}.value")
+            for user in users:
+                user.replace_input_with(node, kept)
+            self.suspects.append(node)
+            folded += 1
+        return folded
+
     def finish(self) -> fx.GraphModule:
         """Drop what is dead, and what only it used."""
-        suspects = list(self._suspects)
+        self._assert_ranks()
+        suspects = list(self.suspects)
         while suspects:
             node = suspects.pop()
             if node.graph is not self.graph or getattr(node, "_erased", False):
@@ -504,7 +472,14 @@ def _mentions(user: fx.Node, value: Value) -> int:
 
 def _is_quiet(node: fx.Node, graph: FxGraph) -> bool:
     """Whether ``node`` may be erased once nothing reads it."""
-    return node.op == "get_attr" or node in graph.facts.constants or node in graph._suspects or reads_size_only(node)
+    return (
+        node.op == "get_attr"
+        or node in graph.facts.known
+        or node in graph.through
+        or node in graph.inner
+        or node in graph.suspects
+        or reads_size_only(node)
+    )
 
 
 def _erase_tree(graph: fx.Graph, node: fx.Node) -> None:
@@ -517,157 +492,6 @@ def _erase_tree(graph: fx.Graph, node: fx.Node) -> None:
             stack.extend(n.users)
     for n in sorted(order, reverse=True):
         graph.erase_node(n)
-
-
-def _clips(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == "call_module":
-        return isinstance(lookup(module, str(node.target)), nn.ReLU6 | nn.Hardtanh)
-    return node.target in (F.relu6, F.hardtanh, torch.clamp, "clamp")
-
-
-def _each(value: Any, n: int) -> tuple[int, ...] | None:
-    if isinstance(value, int):
-        return (value,) * n
-    if isinstance(value, tuple | list) and all(isinstance(v, int) for v in value):
-        return tuple(value) * n if len(value) == 1 else tuple(value)
-    return None
-
-
-def array(tensor: Tensor) -> Array:
-    """A tensor as a float64 array of its own."""
-    return np.array(tensor.detach().to("cpu", torch.float64).numpy(), copy=True)
-
-
-LINEAR_MODULES: dict[int, Callable[..., nn.Module]] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-NORM_MODULES = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
-
-class _Emitter:
-    """The nodes that compute one splice, inserted at the graph's current point."""
-
-    def __init__(self, graph: FxGraph, splice: Splice, root: fx.Node) -> None:
-        self.graph, self.splice, self.root = graph, splice, root
-        members = cast(Sequence[fx.Node], splice.members)
-        tensors = [t for m in members for t in graph.tensors.get(m, [])]
-        self.like = next((t for t in tensors if t.ndim >= 4), tensors[0])
-        self.channels_last = any(
-            t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
-            for t in tensors
-        )
-        self.trainable = any(t.requires_grad for t in tensors)
-        self.modules = [str(m.target) for m in members if m.op == "call_module"]
-        self.values: dict[Expr, fx.Node] = {e: graph.current(v) for e, v in splice.native.items()}
-
-    def run(self) -> fx.Node:
-        top = self.splice.expr
-        for e in new_nodes(self.splice):
-            if e is top or not is_negation(e):
-                self.values[e] = self._emit(e)
-        return self.values[top]
-
-    def _emit(self, e: Expr) -> fx.Node:
-        match e:
-            case Conv():
-                return self._conv(e)
-            case BatchNorm():
-                return self._batchnorm(e)
-            case Scale():
-                return self._scale(e)
-            case Sum():
-                return self._sum(e)
-            case Layout():
-                native = cast(fx.Node, e.token)
-                moved = first_operand(native)
-                return self.graph.graph.node_copy(
-                    native, lambda n: self._value(e.x) if n is moved else self.graph.current(n)
-                )
-            case _:
-                raise AssertionError(f"{type(e).__name__} is never emitted")
-
-    def _conv(self, e: Conv) -> fx.Node:
-        x = self._value(e.x)
-        options: dict[str, Any] = {"bias": e.bias is not None, "device": "meta", "dtype": self.like.dtype}
-        if e.frame == 0:
-            module: nn.Module = nn.Linear(e.in_channels, e.out_channels, **options)
-        else:
-            begin, end = e.padding
-            padding: Any = begin
-            if begin != end or min(begin) < 0:
-                pads = [p for pair in reversed(list(zip(begin, end, strict=True))) for p in pair]
-                x = self.graph.graph.call_function(F.pad, (x, pads))
-                padding = (0,) * e.frame
-            module = LINEAR_MODULES[e.frame](
-                e.in_channels, e.out_channels, e.kernel,
-                stride=e.stride, padding=padding, dilation=e.dilation, groups=e.groups, **options,
-            )  # fmt: skip
-        weight = self._tensor(e.weight if e.frame else regroup(e, 1))
-        if self.channels_last and weight.ndim == 4:
-            weight = weight.to(memory_format=torch.channels_last)
-        module.weight = self._parameter(weight)
-        if e.bias is not None:
-            module.bias = self._parameter(self._tensor(e.bias))
-        return self.graph.graph.call_module(self._add(module), (x,))
-
-    def _batchnorm(self, e: BatchNorm) -> fx.Node:
-        module = NORM_MODULES[e.frame](e.gamma.size, eps=e.eps, device="meta", dtype=self.like.dtype)
-        module.weight, module.bias = (self._parameter(self._tensor(a)) for a in (e.gamma, e.beta))
-        module.running_mean, module.running_var = self._tensor(e.mean), self._tensor(e.var)
-        module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=self.like.device)
-        return self.graph.graph.call_module(self._add(module), (self._value(e.x),))
-
-    def _scale(self, e: Scale) -> fx.Node:
-        y = self._value(e.x)
-        if is_negation(e):
-            return self.graph.graph.call_function(operator.neg, (y,))
-        for op, vector, neutral in ((operator.mul, e.scale, 1), (operator.add, e.shift, 0)):
-            if np.any(vector != neutral):
-                y = self.graph.graph.call_function(op, (y, self._operand(vector, e.frame or 0)))
-        return y
-
-    def _operand(self, vector: Array, frame: int) -> Any:
-        if not vector.ndim:
-            return float(vector)
-        holder = nn.Module()
-        holder.value = self._parameter(self._tensor(vector.reshape(-1, *[1] * frame)))
-        return self.graph.graph.get_attr(f"{self._add(holder)}.value")
-
-    def _sum(self, e: Sum) -> fx.Node:
-        ordered = sorted(e.terms, key=lambda t: t not in self.values and is_negation(t))
-        y = self._value(ordered[0])
-        for t in ordered[1:]:
-            if t not in self.values and isinstance(t, Scale) and is_negation(t):
-                y = self.graph.graph.call_function(operator.sub, (y, self._value(t.x)))
-            else:
-                y = self.graph.graph.call_function(operator.add, (y, self._value(t)))
-        return y
-
-    def _value(self, e: Expr) -> fx.Node:
-        if e not in self.values:
-            self.values[e] = self._emit(e)  # a negation that no sum absorbs
-        return self.values[e]
-
-    def _tensor(self, a: Array) -> Tensor:
-        return torch.from_numpy(np.array(a, dtype=np.float64, copy=True)).to(self.like.device, self.like.dtype)
-
-    def _parameter(self, t: Tensor) -> nn.Parameter:
-        return nn.Parameter(t, requires_grad=self.trainable)
-
-    def _add(self, module: nn.Module) -> str:
-        """Put ``module`` where the modules it replaces have their common home; its path."""
-        homes = [name.split(".") for name in dict.fromkeys(self.modules)]
-        if len(homes) == 1:
-            wanted = ".".join(homes[0]) + "_fused"
-        else:
-            common = []
-            for parts in zip_longest(*homes):
-                if len(set(parts)) != 1:
-                    break
-                common.append(parts[0])
-            wanted = ".".join([*common, "fused"])
-        path = self.graph.fresh_path(wanted)
-        module.eval()
-        self.graph.module.add_submodule(path, module)
-        return path
 
 
 def _exists(module: nn.Module, path: str) -> bool:

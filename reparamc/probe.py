@@ -23,6 +23,8 @@ LARGEST = 2**26
 """Elements of all responses together, beyond which a function is not probed."""
 WINDOW = 24
 """How far from an impulse its response is looked for; what lies farther shows as a difference in the end."""
+SMALL = 2**12
+"""Elements of an input up to which every impulse is tried without knowing whether it leads anywhere."""
 STRIDES = (1, 2, 3, 4)
 BASE = (13, 15, 14)
 """Extents at which impulses are taken, when the function accepts any: odd, even, and unequal."""
@@ -165,7 +167,7 @@ def _follows(f: Function, lead: Ints, size: Ints, stride: Ints, tolerance: float
     moved = tuple(slice(i.start - b, i.stop - b) for i, b in zip(inner, back, strict=True))
     rest = (slice(None), slice(None))
     if 0 in here[(*rest, *inner)].shape:
-        return False  # a map as small as this shows nothing
+        return lead[1] * prod(size) <= SMALL  # a map as small as this shows nothing
     return bool(np.abs(here[(*rest, *inner)] - there[(*rest, *moved)]).max(initial=0.0) <= tolerance)
 
 

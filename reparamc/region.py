@@ -48,7 +48,7 @@ class Reading:
     build: Callable[[Sequence[Expr]], Expr]
     parameters: tuple[str, ...] = ()
     frame: int | None = None
-    commutes: bool = False
+    commutes: bool = field(default=False, kw_only=True)
 
 
 class Graph(Protocol):
@@ -243,7 +243,8 @@ def _consider(
     verify: bool,
 ) -> Decision:
     exprs = _lifted(graph, members, readings)
-    sources = [v for v, e in exprs.items() if isinstance(e, Source)]
+    inside = set(members)
+    sources = [v for v in exprs if v not in inside]
     before = flatten(exprs[root])
     with np.errstate(all="ignore"):  # whatever is not finite is refused below
         outcome = simplify(before, passes)
@@ -251,6 +252,7 @@ def _consider(
         return Decision(before, None, outcome.refusals)
     after = outcome.expr
     native = {e: v for v, e in exprs.items() if v != root}
+    native.update((exprs[v], v) for v in sources)  # not what passes them on
     refuse = _obstacle(graph, root, members, sources, before, after, native)
     error = None
     if refuse is None and verify:

@@ -26,13 +26,13 @@ def compare_expressions(before: Expr, after: Expr, seed: int = 0) -> float:
     rng = np.random.default_rng(seed)
     worst = 0.0
     for extra in (0, 1):
-        inputs = sample_inputs([before, after], rng, extra)
+        inputs, extents = sample_inputs([before, after], rng, extra)
         with np.errstate(over="ignore", invalid="ignore"):
             try:
-                a, size_a = evaluate(before, inputs)
+                a, size_a = evaluate(before, inputs, extents)
             except (ValueError, IndexError) as error:
                 raise ValueError("its shapes do not fit together on sample inputs") from error
-            b, size_b = evaluate(after, inputs)
+            b, size_b = evaluate(after, inputs, extents)
         if not np.isfinite(size_a):
             raise ValueError("its values overflow float64")
         if a.shape != b.shape:

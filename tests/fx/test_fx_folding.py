@@ -103,7 +103,7 @@ class NormAndActivation(nn.BatchNorm2d):
 def test_subclasses_are_taken_by_what_they_compute() -> None:
     check(nn.Sequential(WeightStandardized(CHANNELS, CHANNELS, 3), nn.BatchNorm2d(CHANNELS)))
     model = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3), NormAndActivation(CHANNELS), nn.Conv2d(CHANNELS, 5, 1))
-    check(model)
+    check(model, (2, CHANNELS, 7, 6), (1, CHANNELS, 7, 6))  # exported, for images of one size
 
 
 def test_forward_replaced_on_one_module() -> None:

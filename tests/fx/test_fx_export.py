@@ -1,0 +1,258 @@
+"""Models that torch.fx cannot follow, and the ways in which fuse_fx is called."""
+
+import pytest
+
+pytest.importorskip("torch")
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fx_checks import CHANNELS, Net, conv_bn, counts, images, ready, relative_error, report, run, vector
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparamc import fuse_fx
+from reparamc.errors import InputError, VerificationError
+from reparamc.fx_emit import Emitter
+
+C = CHANNELS
+
+
+class PadsAsNeeded(nn.Module):
+    """A convolution whose padding is computed from the extents of its input, with control flow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n = nn.Conv2d(C, C, 3, 2), nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = [max((-(-e // 2) - 1) * 2 + 3 - e, 0) for e in x.shape[-2:]]
+        if pads[0] > 0 or pads[1] > 0:
+            x = F.pad(x, [0, pads[1], 0, pads[0]])
+        return self.n(self.a(x))
+
+
+class Standardised(nn.Module):
+    """Weights computed from parameters in forward, beside control flow that asks for a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv_bn(), conv_bn(1)
+        self.weight = nn.Parameter(torch.linspace(-1, 1, C * C * 9).reshape(C, C, 3, 3) ** 2)
+        self.mix = nn.Parameter(torch.linspace(0.5, 2, C * 3).reshape(C, 3))
+        self.n = nn.BatchNorm2d(C)
+        self.g = vector()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.einsum("oikl,ol->oikl", self.weight, self.mix) / self.weight.std()
+        y = self.n(F.conv2d(x, weight, padding=1)) + self.g * (self.a(x) + self.b(x))
+        return y if x.shape[-1] > 2 else x
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("make", [PadsAsNeeded, Standardised])
+def test_what_torch_fx_cannot_follow(make: Callable[[], nn.Module], inside: bool) -> None:
+    torch.manual_seed(0)
+    block = make()
+    model = ready(nn.Sequential(conv_bn(), block, nn.ReLU()) if inside else block)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
+        original = copy.deepcopy(model).to(dtype)
+        state = copy.deepcopy(original.state_dict())
+        x = images((1, C, 8, 7), dtype=dtype)[0]
+        fused = fuse_fx(original, x)
+        assert counts(fused) == (1 + inside, 0)
+        assert report(fused).after.batchnorm == 0
+        assert "torch.export" in report(fused).note
+        assert report(fused).end_to_end
+        assert not fused.training
+        assert all(torch.equal(state[k], v) for k, v in original.state_dict().items())
+        kept = {t.untyped_storage().data_ptr() for t in (*original.parameters(), *original.buffers())}
+        assert not kept & {t.untyped_storage().data_ptr() for t in (*fused.parameters(), *fused.buffers())}
+        assert list(inspect.signature(fused.forward).parameters) == ["input" if inside else "x"]
+        for batch in images((1, C, 8, 7), (2, C, 8, 7), (5, C, 8, 7), dtype=dtype):
+            assert relative_error(run(fused, batch), run(original, batch)) < tolerance
+            assert relative_error(run(copy.deepcopy(fused), batch), run(original, batch)) < tolerance
+        with pytest.raises(Exception, match=r"size|shape"):
+            run(fused, images((1, C, 9, 9), dtype=dtype)[0])
+
+
+def test_structures_and_keywords_of_an_exported_model() -> None:
+    class Batch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = PadsAsNeeded()
+
+        def forward(self, batch: dict[str, Tensor], factor: Tensor | None = None) -> dict[str, Any]:
+            y = self.block(batch["image"])
+            return {"out": [y if factor is None else y * factor, None], "n": 3}
+
+    model = ready(Batch()).double()
+    x, factor = images((2, C, 8, 7), (2, 1, 1, 1))
+    fused = fuse_fx(model, {"batch": {"image": x}})
+    assert counts(fused) == (1, 0)
+    with torch.no_grad():
+        assert relative_error(fused(batch={"image": x}), model({"image": x})) < 1e-12
+    assert factor is not None
+
+
+def test_without_examples_nothing_is_exported() -> None:
+    with pytest.raises(InputError, match="cannot trace"):
+        fuse_fx(ready(PadsAsNeeded()))
+    fused = fuse_fx(ready(nn.Sequential(conv_bn(), PadsAsNeeded())))
+    assert counts(fused) == (2, 1)
+
+
+def test_hooks_are_not_lost_in_an_export() -> None:
+    model = ready(nn.Sequential(conv_bn(), PadsAsNeeded()))
+    calls: list[int] = []
+    model[1].a.register_forward_hook(lambda *_: calls.append(1))
+    x = images((1, C, 8, 7), dtype=torch.float32)[0]
+    fused = fuse_fx(model, x)
+    assert report(fused).note == ""
+    calls.clear()
+    run(fused, x)
+    assert calls == [1]
+
+
+TIMM = {"efficientvit_b0": 50, "tf_efficientnet_lite0": 49, "levit_128s": 4}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(timm: Any, name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    size = model.pretrained_cfg["input_size"][-1]
+    x = torch.randn(1, 3, size, size)
+    fused = fuse_fx(ready(model).double(), x.double(), verify="region")
+    assert (report(fused).after.conv, report(fused).after.batchnorm) == (TIMM[name], 0)
+    both = torch.cat([x, x.flip(3)]).double()
+    assert relative_error(run(fused, both), run(model, both)) < 1e-8
+
+
+# Ways to call
+
+
+def test_autocast_is_no_false_alarm() -> None:
+    model = ready(nn.Sequential(*[nn.Sequential(conv_bn(), nn.ReLU()) for _ in range(3)]))
+    x = images((1, C, 8, 8), dtype=torch.float32)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = fuse_fx(model, x)
+    assert counts(fused) == (3, 0)
+    assert report(fused).end_to_end[0].max_rel < 1e-5
+    with torch.inference_mode():
+        assert counts(fuse_fx(model, x)) == (3, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"passes": 3}, {"skip": None}, {"passes": "bn-folding"}, {"skip": [3]}])
+def test_wrong_names_of_passes(wrong: Any) -> None:
+    with pytest.raises(InputError, match="takes the names of passes"):
+        fuse_fx(ready(conv_bn()), **wrong)
+
+
+def test_the_original_runs_once_on_the_examples_as_they_are() -> None:
+    seen: list[Tensor] = []
+
+    class Watched(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            if type(input) is Tensor:
+                seen.append(input)
+            return super().forward(input)
+
+    x = images((1, C, 8, 8), dtype=torch.float32)[0]
+    fuse_fx(ready(Watched(conv_bn())), x)
+    assert sum(torch.equal(s, x) for s in seen) == 1
+
+
+def test_a_copy_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Emitter, e: Any) -> Any:
+        return self._call(torch.reshape, self._value(e.x), (3, 3))
+
+    monkeypatch.setattr(Emitter, "_conv", broken)
+    with pytest.raises(VerificationError, match="does not run") as raised:
+        fuse_fx(ready(conv_bn()), torch.ones(1, C, 8, 8))
+    assert "\n" not in str(raised.value)
+
+
+def test_arguments_keep_their_names() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = conv_bn()
+
+        def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 2.0, shift: Tensor) -> Tensor:
+            return self.block(x) * scale + shift
+
+    model = ready(Keywords())
+    x, shift = torch.ones(1, C, 5, 6), torch.ones(6)
+    fused = fuse_fx(model, {"x": x, "shift": shift})
+    with torch.no_grad():
+        expected = model(x, shift=shift)
+        assert relative_error(fused(x, mask=None, scale=2.0, shift=shift), expected) < 1e-5
+        assert relative_error(fused(x=x, shift=shift), expected) < 1e-5
+        with pytest.raises(AssertionError):
+            fused(x, scale=3.0, shift=shift)
+
+
+# Ranks and extents
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_norm_folded_for_one_rank_refuses_the_other(kind: str) -> None:
+    first, shape = (nn.Linear(C, C), (C, C)) if kind == "linear" else (nn.Conv1d(C, C, 1), (C, C, C))
+    model = ready(nn.Sequential(first, nn.BatchNorm1d(C))).double()
+    x = images(shape)[0]
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (1, 0)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-12
+    other = x[0] if kind == "conv" else x[None].repeat(2, 1, 1)
+    assert relative_error(run(model[1], run(first, other)), run(model, other)) == 0  # the original takes it
+    with pytest.raises(AssertionError, match="must have"):
+        run(fused, other)
+    again = fuse_fx(fused, x)
+    assert relative_error(run(again, x), run(model, x)) < 1e-12
+
+
+def test_no_rank_is_asserted_where_the_model_fixes_it() -> None:
+    model = ready(
+        Net(lambda m, x: m.t(m.head(m.a(x).mean((2, 3)))), a=conv_bn(), head=nn.Linear(C, 5), t=nn.BatchNorm1d(5))
+    )
+    fused = fuse_fx(model, torch.ones(2, C, 5, 6))
+    assert counts(fused) == (2, 0)
+    assert not [n for n in fused.graph.nodes if n.target is torch._assert]
+
+
+@pytest.mark.parametrize("operator", [torch.add, torch.mul])
+def test_constant_with_the_rank_of_its_operand(operator: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The extents of a constant say nothing about those of a value of unknown extents."""
+    model = ready(
+        Net(
+            lambda m, x: m.n(operator(x[:, :, ::2, ::2], m.g)).sum((0, 2, 3)), n=nn.BatchNorm2d(C), g=vector(1, C, 1, 1)
+        )
+    )
+    one, all_ = images((2, 1, 6, 7), (2, C, 6, 7))
+    for example in (one, all_):
+        fused = fuse_fx(model.double(), example)
+        for x in (one, all_):
+            assert relative_error(run(fused, x), run(model, x)) < 1e-12
+
+
+def test_extents_are_those_of_their_own_axis() -> None:
+    """A number of channels that one axis must have is not taken for another axis."""
+    model = ready(
+        Net(
+            lambda m, x: m.linear((m.a(x).flatten(2).transpose(1, 2) * m.g).flatten(0, 1)),
+            a=conv_bn(),
+            linear=nn.Linear(C, 3),
+            g=vector(C),
+        )
+    ).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shape in ((2, C, 3, 5), (1, C, 6, C)):
+            x = images(shape)[0]
+            for example in (None, x):
+                assert relative_error(run(fuse_fx(model, example), x), run(model, x)) < 1e-12
