@@ -291,6 +291,9 @@ class FxGraph:
         found = reader(self, node, call) if reader is not None else None
         return Declined(HOOKED) if isinstance(found, Reading) and not call.plain else found
 
+    def is_written(self, value: Value) -> bool:
+        return bool(self.memory.writers(cast(fx.Node, value)))
+
     def moves(self, value: Value) -> tuple[Value, ...] | None:
         node = cast(fx.Node, value)
         call = self.facts.calls.get(node)

@@ -142,6 +142,9 @@ class OnnxGraph:
     def array(self, name: str) -> Array:
         return self.constants.array(name).astype(np.float64)
 
+    def is_written(self, value: Value) -> bool:
+        return False
+
     def moves(self, value: Value) -> tuple[Value, ...] | None:
         node = self.producers[str(value)]
         if not is_standard(node) or node.op_type not in LINEAR_KINDS or self.types.dtype(str(value)) is None:
@@ -185,6 +188,8 @@ class OnnxGraph:
             roots = [name for name in node.output if name in self._replaced]
             if not roots or any(name not in self._replaced for name in _results(node)):
                 nodes.append(self._without(node, roots))
+            else:
+                self._suspects.update(name for name in node.input if name)
             for root in roots:
                 nodes.extend(self._inserted[root])
         commit(self.model, nodes, self._initializers, self._suspects)

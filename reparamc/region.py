@@ -4,9 +4,10 @@ A **region** is a maximal tree of linear operators: every member but the root ha
 and that is a member too. So all members can die when the root is replaced, and no rewrite can make
 work double by absorbing a value that is needed elsewhere as well.
 
-There is one exception. What scales or moves each channel by itself (a BatchNorm in front of q, k and v) is
-a member of every region that reads it, if all its readers are linear; it must then disappear from all of
-them, or else it is made an operand of all of them. Finding regions is one sweep from the outputs to the inputs.
+There is one exception. What scales or moves each channel by itself (a BatchNorm in front of q, k and
+v), behind something non-linear, is a member of every region that reads it, if all its readers are
+linear; it must then disappear from all of them, or else it is made an operand of all of them. Finding
+regions is one sweep from the outputs to the inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,22 @@ import numpy as np
 from reparamc.cost import cost, moving
 from reparamc.errors import VerificationError
 from reparamc.evaluate import evaluate
-from reparamc.expr import Array, Expr, Layout, Mean, Permute, Reshape, Source, Sum, arrays, flatten, walk
+from reparamc.expr import (
+    Array,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Mean,
+    Permute,
+    Reshape,
+    Select,
+    Source,
+    Sum,
+    arrays,
+    flatten,
+    walk,
+)
 from reparamc.probe import find_kernel
 from reparamc.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.shape import axis_through_reshape
@@ -80,6 +96,10 @@ class Graph(Protocol):
 
     def obstacle(self, root: Value, members: Sequence[Value], sources: Sequence[Value]) -> str | None:
         """Why new operators just before ``root`` could not stand for ``members``; None when they can."""
+        ...
+
+    def is_written(self, value: Value) -> bool:
+        """Whether something writes into the memory of ``value`` after it has been computed."""
         ...
 
     def moves(self, value: Value) -> tuple[Value, ...] | None:
@@ -160,13 +180,33 @@ def make_plan(
     if any(p.name == UNLISTED for p in passes):
         for splice in _unlisted(graph, readings, results):
             results = {root: r for root, r in results.items() if root not in splice.members}
-            results[splice.root] = Decision(splice.expr, splice, [])
+            results[splice.root] = Decision(splice.expr, splice, [], splice.members)
     order = {value: place for place, value in enumerate(graph.values())}
+    if any(p.name == DUPLICATES for p in passes):
+        results.update(_duplicates(graph, dict(sorted(results.items(), key=lambda item: order[item[0]]))))
     for root, result in sorted(results.items(), key=lambda item: order[item[0]]):
         if result.splice is not None:
             plan.splices.append(result.splice)
         plan.kept.extend(Kept(graph.name(root), r.name, r.reason) for r in result.refusals)
+        if not result.refusals and (reason := _why_left(graph, root, result.expr, readings)):
+            plan.kept.append(Kept(graph.name(root), LEFT, reason))
     return plan
+
+
+LEFT = "region"
+"""Stands for the name of a pass where a region ends for a reason that no pass gives."""
+
+
+def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value]) -> str | None:
+    """Why the linear operators of a region in its final form stay; None for one convolution between non-linear ones."""
+    readers = graph.readers(root)
+    if len(readers) > 1 and any(r in readings for r in readers):
+        other = next((r for r in readers[1:] if r != readers[0]), readers[0])
+        return f"second consumer at {'the output of the model' if other is None else graph.name(other)}"
+    kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat)]
+    if kinds and not any(isinstance(e, Conv) for e in kinds):
+        return "no convolution or linear layer stands beside it"
+    return "its parts start from different values, or act on different axes" if len(kinds) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -176,6 +216,7 @@ class Decision:
     expr: Expr
     splice: Splice | None
     refusals: Sequence[Refusal]
+    members: tuple[Value, ...]
 
 
 def _decide(
@@ -220,6 +261,11 @@ def find_regions(
     graph: Graph, readings: dict[Value, Reading], apart: Container[Value] = ()
 ) -> dict[Value, tuple[Value, ...]]:
     """The members of each region by its root, both in execution order; values in ``apart`` are shared by none."""
+    folds_down: dict[Value, bool] = {}  # behind a linear operator that nothing else reads: it goes there
+    for value, reading in readings.items():
+        x = reading.operands[0]
+        only = x in readings and len(graph.readers(x)) == 1
+        folds_down[value] = only and (not readings[x].commutes or folds_down[x])
     roots_of: dict[Value, tuple[Value, ...]] = {}
     members: dict[Value, list[Value]] = {}
     for value in reversed(list(readings)):
@@ -227,7 +273,8 @@ def find_regions(
         known = all(reader is not None and reader in roots_of for reader in readers)
         roots = tuple(dict.fromkeys(root for reader in readers for root in roots_of.get(reader, ())))
         alone = len(readers) == 1 and len(roots) == 1
-        shared = readings[value].commutes and value not in apart and 0 < len(roots) <= MOST_SHARED
+        free = readings[value].commutes and value not in apart and not folds_down[value]
+        shared = free and 0 < len(roots) <= MOST_SHARED
         roots_of[value] = roots = roots if known and (alone or shared) else (value,)
         for root in roots:
             members.setdefault(root, []).append(value)
@@ -249,7 +296,7 @@ def _consider(
     with np.errstate(all="ignore"):  # whatever is not finite is refused below
         outcome = simplify(before, passes)
     if not outcome.steps:
-        return Decision(before, None, outcome.refusals)
+        return Decision(before, None, outcome.refusals, members)
     after = outcome.expr
     native = {e: v for v, e in exprs.items() if v != root}
     native.update((exprs[v], v) for v in sources)  # not what passes them on
@@ -261,7 +308,7 @@ def _consider(
         except ValueError as unsampled:
             refuse = f"it cannot be verified: {unsampled}"
     if refuse is not None:
-        return Decision(before, None, [*outcome.refusals, Refusal(outcome.steps[-1].name, before, refuse)])
+        return Decision(before, None, [*outcome.refusals, Refusal(outcome.steps[-1].name, before, refuse)], members)
     if error is not None and not error <= REGION_TOLERANCE:
         steps = ", ".join(dict.fromkeys(s.name for s in outcome.steps))
         raise VerificationError(
@@ -274,7 +321,41 @@ def _consider(
     counts = Counter(step.name for step in outcome.steps)
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))
     splice = Splice(root, members, after, native, dtype, counts, parameters, show(before), show(after), error)
-    return Decision(after, splice, outcome.refusals)
+    return Decision(after, splice, outcome.refusals, members)
+
+
+DUPLICATES = "duplicate-removal"
+
+
+def _duplicates(graph: Graph, decisions: dict[Value, Decision]) -> Iterator[tuple[Value, Decision]]:
+    """Regions that compute what an earlier one computes from the same values: they take its result."""
+    alike: dict[str, list[Value]] = {}
+    for root, decision in decisions.items():
+        if any(isinstance(e, Conv) for e in walk(decision.expr)) and not graph.is_written(root):
+            alike.setdefault(show(decision.expr), []).append(root)
+    for roots in alike.values():
+        firsts: list[Value] = []
+        for root in roots:
+            old = decisions[root]
+            first = next((f for f in firsts if _equal(decisions[f].expr, old.expr)), None)
+            dtype = None if first is None else graph.dtype([root, first])
+            if dtype is None:
+                firsts.append(root)
+                continue
+            same = Source(first)
+            text, count = show(old.expr), Counter({DUPLICATES: 1})
+            splice = Splice(root, old.members, same, {same: first}, dtype, count, (), text, show(same), 0.0)
+            yield root, Decision(same, splice, [], old.members)
+
+
+def _equal(a: Expr, b: Expr) -> bool:
+    """Whether two expressions of one text hold the same numbers, over the same values."""
+    for x, y in zip(walk(a), walk(b), strict=True):
+        if isinstance(x, Source) and isinstance(y, Source) and x.key != y.key:
+            return False
+        if len(arrays(x)) != len(arrays(y)) or not all(map(np.array_equal, arrays(x), arrays(y))):
+            return False
+    return True
 
 
 UNLISTED = "impulse-response"

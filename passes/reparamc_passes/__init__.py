@@ -11,6 +11,7 @@ from reparamc_passes.bn_folding import BN_FOLDING
 from reparamc_passes.branch_merging import BRANCH_MERGING
 from reparamc_passes.channel_moving import CHANNEL_MOVING
 from reparamc_passes.constant_folding import CONSTANT_FOLDING
+from reparamc_passes.duplicate_removal import DUPLICATE_REMOVAL
 from reparamc_passes.identity_to_conv import IDENTITY_TO_CONV
 from reparamc_passes.impulse_response import IMPULSE_RESPONSE
 from reparamc_passes.layout_cancelling import LAYOUT_CANCELLING
@@ -31,6 +32,7 @@ PASSES: tuple[Pass, ...] = (
     CHANNEL_MOVING,
     LAYOUT_CANCELLING,
     IMPULSE_RESPONSE,
+    DUPLICATE_REMOVAL,
 )
 
 __all__ = ["PASSES"]
