@@ -75,7 +75,7 @@ def _bind(shape: Shape, x: Array, sizes: dict[str, int]) -> None:
     """Learn the extents of symbols from an array of that shape."""
     for dim, extent in zip(shape, x.shape, strict=False):
         if len(dim.symbols) == 1:
-            sizes.setdefault(dim.symbols[0], extent // dim.factor)
+            sizes[dim.symbols[0]] = extent // dim.factor
 
 
 def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:

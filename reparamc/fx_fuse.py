@@ -436,6 +436,7 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
 
 
 def _array(leaf: Tensor) -> np.ndarray:
+    leaf = leaf.detach()
     leaf = torch.view_as_real(leaf) if leaf.is_complex() else leaf
     return (leaf.double() if leaf.is_floating_point() else leaf).cpu().numpy()
 

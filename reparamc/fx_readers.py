@@ -352,8 +352,11 @@ def _read_mean(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decline
         axes, keep = tuple(range(rank - (call.axes or 0), rank)), True
     else:
         dims = call.get("dim")
-        axes = tuple(sorted(d % rank for d in ((dims,) if isinstance(dims, int) else dims or ())))
-        keep = bool(call.get("keepdim", False))
+        dims = (dims,) if isinstance(dims, int) else dims
+        keep = call.get("keepdim", False)
+        if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims) or keep not in (True, False):
+            return None
+        axes = tuple(sorted(d % rank for d in dims))
     reading = layout_reading(x, Mean(rank, axes, keep), graph.frame(x), node) if axes else None
     if not isinstance(reading, Reading):
         return reading

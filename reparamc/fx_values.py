@@ -392,7 +392,7 @@ class Values:
                 found.append(shape)
         if not found:
             return None
-        a, b = max(found, key=len), min(found, key=len)
+        a, b = sorted((found[0], found[-1]), key=len, reverse=True)
         lead = len(a) - len(b)
         dims = [self._together(f"{node.name}.{i}", *pair) for i, pair in enumerate(zip(a[lead:], b, strict=True), lead)]
         return (*a[:lead], *dims)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isclose
 from typing import Protocol, TypeAlias
 
 import ml_dtypes
@@ -298,6 +299,8 @@ def _consider(
     if not outcome.steps:
         return Decision(before, None, outcome.refusals, members)
     after = outcome.expr
+    if isclose(cost(after), cost(before), rel_tol=1e-12):
+        return Decision(before, None, outcome.refusals, members)  # another way to say the same
     native = {e: v for v, e in exprs.items() if v != root}
     native.update((exprs[v], v) for v in sources)  # not what passes them on
     refuse = _obstacle(graph, root, members, sources, before, after, native)

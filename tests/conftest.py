@@ -54,10 +54,6 @@ KNOWN_GAPS = {
         "test_cases.py::test_host_graph[bn-folding/front-through-layouts-fx]",
         "test_cases.py::test_host_graph[layout-cancelling/reshape-and-back-fx]",
     ],
-    "a merged axis taken apart cannot be sampled without an operand that has both extents": [
-        "test_fx_layout.py::test_layer_scale[behind reshape]",
-        "test_fx_layout.py::test_layer_scale[behind unflatten]",
-    ],
     "a chain of writes into a value that something else made is left alone": [
         "test_fx_inplace.py::test_harmless_writes_do_not_hinder[grown]",
     ],

@@ -9,8 +9,6 @@ The exactness conditions are those of BatchNorm, which is a scale with other par
 
 from __future__ import annotations
 
-import numpy as np
-
 from reparamc.expr import BatchNorm, Conv, Expr, Scale
 from reparamc.kernel import coefficients
 from reparamc.rewrite import Declined, Pass
@@ -31,8 +29,6 @@ def of_scale(e: Expr) -> Expr | Declined | None:
             if None not in (e.frame, inner.frame) and e.frame != inner.frame:
                 return Declined("the two scales act on different axes")
             (s, t), (s0, t0) = coefficients(e), coefficients(inner)
-            if np.all(s == 1) and not np.any(t0) and isinstance(inner, Scale):
-                return None  # a product and a sum, as one scale would be
             return Scale(inner.x, s * s0, s * t0 + t, inner.frame if e.frame is None else e.frame)
         case _:
             return None
