@@ -122,6 +122,18 @@ class Conv:
         return tuple(-a for a in self.offset), tuple(r - d for r, d in zip(self.reach, self.delta, strict=True))
 
     @property
+    def skips_border(self) -> bool:
+        """Whether some padding is negative where no operator of a host graph can say so.
+
+        A transposed convolution may add zeros behind, fewer than its stride or dilation (output padding).
+        """
+        begin, end = self.padding
+        if not self.transposed:
+            return any(p < 0 for p in (*begin, *end))
+        most = [max(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
+        return any(b < 0 for b in begin) or any(-e >= m for e, m in zip(end, most, strict=True))
+
+    @property
     def reads_padding(self) -> bool:
         """Whether a constant added to ``x`` changes the result by different amounts in different places."""
         return self.transposed or any(p > 0 for side in self.padding for p in side)

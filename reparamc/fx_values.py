@@ -313,6 +313,10 @@ class Values:
         batch = before[: len(before) - n - 1]
         return (*batch, channels, *self._spatial(node, n))
 
+    def _adapted(self, call: Call) -> Shape | None:
+        outs = integers(call.get("output_size"), call.axes) if call.axes else None
+        return None if outs is None else shape_of(outs)
+
     def _joined(self, call: Call) -> Shape | None:
         terms, axis = call.get("tensors"), call.get("dim", 0)
         if not isinstance(terms, tuple | list) or not terms or not isinstance(axis, int):

@@ -428,7 +428,7 @@ def _as_kernel(
     if isinstance(found, Declined):
         return None
     conv, error = found
-    if not cost(conv) < before or any(rounding_obstacle(a, dtype) for a in arrays(conv)):
+    if not cost(conv) < before or conv.skips_border or any(rounding_obstacle(a, dtype) for a in arrays(conv)):
         return None
     if graph.obstacle(root, tree, [operand]) is not None:
         return None
@@ -466,6 +466,8 @@ def _obstacle(
     if dtype is None:
         return "its values have different dtypes, or an unknown one"
     for e in walk(after, stop=native.__contains__):
+        if e not in native and isinstance(e, Conv) and e.token is None and e.skips_border:
+            return "the rewritten form would have to leave out values at the border"
         if e not in native and any(reason := [r for a in arrays(e) if (r := rounding_obstacle(a, dtype))]):
             return reason[0]
     return graph.obstacle(root, members, sources)

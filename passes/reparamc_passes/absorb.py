@@ -35,7 +35,7 @@ def _absorb(e: Expr, scale: Array, shift: Array, frame: int | None, depth: int =
             return Declined(OTHER_AXIS) if isinstance(e, Conv) else None
         frame = layouts[-1].frame_in
     match e:
-        case Conv():
+        case Conv() if not e.skips_border:
             if frame is not None and frame != e.frame:
                 return Declined(OTHER_AXIS)
             if not _fits(scale, shift, e.out_channels):

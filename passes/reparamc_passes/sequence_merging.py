@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from itertools import accumulate
+from math import inf
 
 from reparamc.cost import addition, multiply_adds, price
 from reparamc.expr import Conv, Expr, Sum, total
@@ -32,10 +33,12 @@ def in_a_row(e: Expr) -> Expr | Declined | None:
         return Declined(reason, at_border=True)
     shapes = _shapes(convs)
     apart = list(accumulate(price(c) for c in convs))
-    gains = [apart[n] - price(shape) for n, shape in enumerate(shapes)]
+    gains = [apart[n] - (inf if shape.skips_border else price(shape)) for n, shape in enumerate(shapes)]
     best = max(range(len(shapes)), key=gains.__getitem__)
     if gains[best] > 0:
         return _composed(convs[: best + 1])
+    if shapes[1].skips_border:
+        return Declined("composed with the convolution behind it, it would have to leave out values at the border")
     ratio = multiply_adds(shapes[1]) / max(multiply_adds(e) + multiply_adds(e.x), 1)
     return Declined(f"composed with the convolution behind it, it would cost {ratio:.1f} times the multiply-adds")
 
@@ -55,7 +58,8 @@ def in_a_sum(e: Expr) -> Expr | None:
             apart = sum(price(c) for _, row, _ in group for c in row) + (len(group) - 1) * addition(
                 group[0][2].out_channels
             )
-            if price(merged_shape([shape for *_, shape in group])) < apart:
+            merged = merged_shape([shape for *_, shape in group])
+            if price(merged) < apart and not merged.skips_border:
                 one = merge([_composed(row) for _, row, _ in group])
                 places = {place for place, *_ in group}
                 return total([one, *(t for place, t in enumerate(e.terms) if place not in places)])
