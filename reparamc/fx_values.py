@@ -276,9 +276,9 @@ class Values:
             case "matmul" | "addmm":
                 found = self.held(call.get("other"))
                 return (*before[:-1], Dim(found[0].shape[1])) if found and found[0].ndim == 2 else None
-            case "avg_pool" | "max_pool" | "adaptive_avg_pool" | "adaptive_max_pool" if (
-                call.axes and len(before) > call.axes
-            ):
+            case "adaptive_avg_pool" | "adaptive_max_pool" if (outs := self._adapted(call)) and len(before) > len(outs):
+                return (*before[: -len(outs)], *outs)
+            case op if op in _POOLS and call.axes and len(before) > call.axes:
                 return self._convolved(node, before, before[-1 - call.axes], call.axes)
             case "interpolate" if len(before) >= 3:
                 return self._convolved(node, before, before[1], len(before) - 2)

@@ -16,6 +16,7 @@ import numpy as np
 from reparamc.expr import ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale
 
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the convolution behind it"
+VARYING = "what it adds would reach the results of the transposed convolution behind it a varying number of times"
 TRANSPOSED = "a transposed convolution composes with a matrix of channels only"
 
 
@@ -141,10 +142,12 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
     those values from x instead, which gives zero only for an inner kernel of one tap without bias
     whose extent covers that of x.
     """
+    if outer.frame != inner.frame:
+        return "it acts on other axes than the convolution behind it"
     if outer.transposed or inner.transposed:
         if inner.transposed:
             return None if outer.is_pointwise and not outer.transposed else TRANSPOSED
-        return (None if inner.bias is None else BIAS_MEETS_PADDING) if inner.is_pointwise else TRANSPOSED
+        return (None if inner.bias is None else VARYING) if inner.is_pointwise else TRANSPOSED
     if not outer.reads_padding:
         return None
     one_tap = all(k == 1 for k in inner.kernel) and all(p >= 0 for side in inner.padding for p in side)

@@ -35,14 +35,14 @@ Function = Callable[[Array], Array]
 
 
 def find_kernel(
-    f: Function, x: Source, batch: int, channels: int, extents: Sequence[int | None], dtype: np.dtype
+    f: Function, x: Source, batch: int | None, channels: int, extents: Sequence[int | None], dtype: np.dtype
 ) -> tuple[Conv, float] | Declined:
     """``f`` as a convolution of ``x``, and how far the two lie apart, relative to the values met.
 
     Args:
         f: from [batch, channels, *extents] to [batch, any, *extents], in float64. It may raise for sizes that
             do not fit it.
-        extents: the extents that f accepts; None where it accepts any.
+        batch, extents: what f accepts; None where it accepts any.
         dtype: what parameters are stored in. Constants that agree to their last digits in it (in
             float32, where it is coarser) count as equal: a border that was computed beforehand and a
             bias that is computed now.
@@ -50,6 +50,8 @@ def find_kernel(
     slack = max(32 * min(float(ml_dtypes.finfo(dtype).eps), 2.0**-23), 1e-11)
     frame = len(extents)
     sizes = list(_sizes(extents))
+    batches = [batch or 2 + n for n in range(len(sizes))]
+    batch = batches[0]
     if batch * channels**2 * prod(sizes[0]) > LARGEST:
         return Declined("it is too large to be probed")
     rng = np.random.default_rng(0)
@@ -71,7 +73,7 @@ def find_kernel(
     if not _follows(f, (batch, channels), sizes[0], grid[0], tolerance, rng):
         return Declined(NOT_AFFINE)
     conv = _from_impulses(f, x, (batch, channels), sizes[0], at_zero[:1], bias, grid, tolerance)
-    error = _difference(f, conv, (batch, channels), sizes, rng)
+    error = _difference(f, conv, channels, list(zip(batches, sizes, strict=True)), rng)
     return (conv, error) if error <= slack else Declined(NOT_AFFINE)
 
 
@@ -183,11 +185,13 @@ def _groups(weight: Array, threshold: float) -> int:
     return 1
 
 
-def _difference(f: Function, conv: Conv, lead: Ints, sizes: list[Ints], rng: np.random.Generator) -> float:
+def _difference(
+    f: Function, conv: Conv, channels: int, sizes: list[tuple[int, Ints]], rng: np.random.Generator
+) -> float:
     """Largest difference of ``f`` and ``conv`` on random inputs, relative; infinite when they differ in kind."""
     errors: list[float] = []
-    for size, scale in product(sizes, (1.0, 1e3)):
-        x = scale * rng.standard_normal((*lead, *size))
+    for (batch, size), scale in product(sizes, (1.0, 1e3)):
+        x = scale * rng.standard_normal((batch, channels, *size))
         try:
             expected = f(x)
         except Exception:  # a size too small for its operators

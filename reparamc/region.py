@@ -334,7 +334,9 @@ def _duplicates(graph: Graph, decisions: dict[Value, Decision]) -> Iterator[tupl
     """Regions that compute what an earlier one computes from the same values: they take its result."""
     alike: dict[str, list[Value]] = {}
     for root, decision in decisions.items():
-        if any(isinstance(e, Conv) for e in walk(decision.expr)) and not graph.is_written(root):
+        nodes = list(walk(decision.expr))
+        values = [root, *(e.key for e in nodes if isinstance(e, Source))]
+        if any(isinstance(e, Conv) for e in nodes) and not any(graph.is_written(v) for v in values):
             alike.setdefault(show(decision.expr), []).append(root)
     for roots in alike.values():
         firsts: list[Value] = []
@@ -416,7 +418,7 @@ def _as_kernel(
     extents = [d.known for d in source.shape[2:]]
     before = sum(cost(d.expr) for d in left) + unread * moving(channels)
     if unread:
-        batch = source.shape[0].known or 1
+        batch = source.shape[0].known
         found = find_kernel(lambda x: graph.run(root, operand, x), source, batch, channels, extents, dtype)
     else:
         whole = _lifted(graph, tree, readings)[root]

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from reparamc.expr import ONE, ZERO, Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, rebuild
-from reparamc.kernel import coefficients, scale_inputs, scale_outputs
+from reparamc.kernel import VARYING, coefficients, scale_inputs, scale_outputs
 from reparamc.rewrite import Declined
 
 OTHER_AXIS = "it acts on another axis than the convolution"
@@ -43,7 +43,7 @@ def _absorb(e: Expr, scale: Array, shift: Array, frame: int | None, depth: int =
             inner: Expr | Declined | None = scale_outputs(e, scale, shift)
         case Sum() | Concat() if depth < DEPTH:
             inner = _share_out(e, scale, shift, frame, depth)
-        case Scale() | BatchNorm() if depth and None not in (frame, e.frame) and frame == e.frame:
+        case Scale() | BatchNorm() if depth and (frame == e.frame or (frame is None and not scale.ndim)):
             inner = _scaled(e, scale, shift)
         case _:
             inner = None
@@ -102,31 +102,36 @@ def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Dec
     return scale_inputs(conv, under(layouts, x), scale, shift)
 
 
-def _columns(conv: Conv, layouts: list[Layout], e: Concat, kind: type[Scale] | type[BatchNorm]) -> Expr | None:
+def _columns(
+    conv: Conv, layouts: list[Layout], e: Concat, kind: type[Scale] | type[BatchNorm]
+) -> Expr | Declined | None:
     """``conv(concat(s x + t, y))``: the columns of x take s and t, those of y stay."""
     if layouts and (layouts[-1].frame_in != e.frame or layouts[0].frame != conv.frame):
         return None
     if not layouts and e.frame != conv.frame:
         return None
     terms, scales, shifts = [], [], []
+    refusal: Declined | None = None
     for term, size in zip(e.terms, e.sizes, strict=True):
         s, t = ONE, ZERO
         if isinstance(term, kind) and term.frame in (None, e.frame):
             found = coefficients(term)
-            if not (np.any(found[1]) and conv.reads_padding):
+            if np.any(found[1]) and conv.reads_padding:
+                refusal = Declined(_border(conv), at_border=True)
+            else:
                 (s, t), term = found, term.x
         terms.append(term)
         scales.append(np.broadcast_to(s, (size,)))
         shifts.append(np.broadcast_to(t, (size,)))
     if all(a is b for a, b in zip(terms, e.terms, strict=True)):
-        return None
+        return refusal
     x = under(layouts, rebuild(e, terms))
     return scale_inputs(conv, x, np.concatenate(scales), np.concatenate(shifts))
 
 
 def _border(conv: Conv) -> str:
     if conv.transposed:
-        return "its shift would reach the results of the transposed convolution behind it a varying number of times"
+        return VARYING
     return "its shift meets the zero padding of the convolution behind it"
 
 

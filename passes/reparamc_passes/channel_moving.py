@@ -30,7 +30,7 @@ def stacked(e: Expr) -> Expr | Declined | None:
         return None
     terms: list[Expr] = []
     refusal: Declined | None = None
-    for key, run in groupby(e.terms, _grid):
+    for key, run in groupby(e.terms, lambda term: _grid(term, e.frame)):
         group = list(run)
         convs = [t for t in group if isinstance(t, Conv)]
         if key is not None and len(convs) > 1:
@@ -43,11 +43,11 @@ def stacked(e: Expr) -> Expr | Declined | None:
     return refusal if len(terms) == len(e.terms) else _concat(terms, e)
 
 
-def _grid(e: Expr) -> Hashable:
+def _grid(e: Expr, frame: int) -> Hashable:
     """What dense convolutions must share to become one; None for everything else."""
-    if not isinstance(e, Conv) or e.groups != 1 or e.transposed:
+    if not isinstance(e, Conv) or e.frame != frame or e.groups != 1 or e.transposed:
         return None
-    return e.x, e.stride, e.delta, e.frame
+    return e.x, e.stride, e.delta
 
 
 def _concat(terms: list[Expr], like: Concat) -> Expr:
@@ -66,7 +66,12 @@ def flattened(e: Expr) -> Expr | None:
         before = parts[-1][0] if parts else None
         if isinstance(term, Concat) and term.frame == e.frame:
             parts += zip(term.terms, term.sizes, strict=True)
-        elif isinstance(term, Select) and isinstance(before, Select) and before.x is term.x:
+        elif (
+            isinstance(term, Select)
+            and isinstance(before, Select)
+            and before.x is term.x
+            and before.frame == term.frame == e.frame
+        ):
             parts[-1] = (replace(before, index=before.index + term.index), parts[-1][1] + size)
         else:
             parts.append((term, size))
@@ -81,7 +86,7 @@ def selected(e: Expr) -> Expr | None:
     if not isinstance(e, Select):
         return None
     match e.x:
-        case Conv(groups=1) as conv if conv.frame == e.frame:
+        case Conv(groups=1) as conv if conv.frame == e.frame and len(e.index) <= e.width:
             return select_outputs(conv, e.index)
         case Select() as inner if inner.frame == e.frame:
             return replace(inner, index=tuple(inner.index[i] for i in e.index))
@@ -104,8 +109,8 @@ def _select_terms(e: Select, concat: Concat) -> Expr | None:
             whole = inside == list(range(size))
             parts.append((term if whole else Select(term, tuple(inside), size, e.frame), len(inside)))
         at += size
-    if used < len(e.index):
-        return None
+    if used < len(e.index) or sum(isinstance(part, Select) for part, _ in parts) > 1:
+        return None  # in another order, or dearer
     return parts[0][0] if len(parts) == 1 else Concat(tuple(t for t, _ in parts), tuple(n for _, n in parts), e.frame)
 
 
