@@ -94,6 +94,8 @@ def _convolve(e: Conv, x: Array) -> Array:
     n = e.frame
     batch, extents = x.shape[: x.ndim - n - 1], x.shape[x.ndim - n :]
     outs = [(h - 1 - d) // s + 1 for h, d, s in zip(extents, e.delta, e.stride, strict=True)]
+    if any(o <= 0 for o in outs):
+        return np.zeros((*batch, e.out_channels, *(max(o, 0) for o in outs)))
     low = [max(0, -a) for a in e.offset]
     high = [max(0, s * (o - 1) + r - (h - 1)) for s, o, r, h in zip(e.stride, outs, e.reach, extents, strict=True)]
     x = np.pad(x.reshape(-1, *x.shape[x.ndim - n - 1 :]), [(0, 0), (0, 0), *zip(low, high, strict=True)])

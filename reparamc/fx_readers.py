@@ -54,7 +54,7 @@ class FxReading(Reading):
 
 Reader = Callable[["FxGraph", fx.Node, Call], "FxReading | Declined | None"]
 KEEPS_DTYPE = (
-    "copy","same", "identity", "dropout", "neg", "avg_pool", "max_pool", "adaptive_pool", "interpolate", "pad",
+    "copy","same", "identity", "dropout", "neg", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool", "interpolate", "pad",
                 "reshape", "reshape_as", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "mean",
                 "amax", "slice", "narrow", "split", "chunk", "channel_shuffle", "getitem")  # fmt: skip
 

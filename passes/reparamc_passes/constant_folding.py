@@ -1,8 +1,8 @@
 """f(c) = c': an operator whose operands are all constant is computed now.
 
-Exporters write weights as Transpose, Unsqueeze or Concat of other constants; other rewrites see a
-parameter only once those are gone. Parameters of a torch module are constants already, so this pass
-acts on ONNX alone, where the adapter carries it out (`reparamc.onnx_constants`).
+Exporters write weights as Transpose, Unsqueeze or Concat of other constants, and modules compute them
+in forward (weight standardisation, branches summed before one convolution); other rewrites see a
+parameter only once that is done. The adapters carry it out (`reparamc.onnx_constants`, `reparamc.fx_graph`).
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ from reparamc.rewrite import Pass
 CONSTANT_FOLDING = Pass(
     name="constant-folding",
     equation="f(c) = c'",
-    exact_when="f is deterministic and its operands cannot be overridden; done when c' takes no more bytes (ONNX only)",
+    exact_when="f is deterministic and its operands cannot be overridden; done when c' takes no more room",
 )
