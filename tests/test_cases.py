@@ -270,15 +270,31 @@ def reasons(table: Pass) -> Iterator[re.Pattern[str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reparamc_passes"):
                 pending.append(import_module(str(node.module)))
-            said = node.value if isinstance(node, ast.Return) else None
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Declined":
-                said = node.args[0]
-            if isinstance(said, ast.Name) and isinstance(getattr(module, said.id, None), str):
-                yield re.compile(re.escape(getattr(module, said.id)))
-            elif isinstance(said, ast.Constant) and isinstance(said.value, str):
-                yield re.compile(re.escape(said.value))
-            elif isinstance(said, ast.JoinedStr):
-                parts = [re.escape(str(v.value)) if isinstance(v, ast.Constant) else ".+" for v in said.values]
+            elif isinstance(node, ast.ImportFrom) and node.module == "reparamc.kernel":
+                for name in (alias.name for alias in node.names):
+                    if inspect.isfunction(found := getattr(module, name)) and "str" in str(found.__annotations__):
+                        yield from _said(ast.parse(inspect.getsource(found)), inspect.getmodule(found))
+        yield from _said(tree, module)
+
+
+def _said(tree: ast.AST, module: ModuleType | None) -> Iterator[re.Pattern[str]]:
+    """The texts that functions in ``tree`` return or decline with."""
+    said: list[ast.expr | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return):
+            said.append(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Declined":
+            said.append(node.args[0])
+    while said:
+        match said.pop():
+            case ast.IfExp(body=body, orelse=orelse):
+                said += [body, orelse]
+            case ast.Name(id=name) if isinstance(text := getattr(module, name, None), str):
+                yield re.compile(re.escape(text))
+            case ast.Constant(value=str(text)):
+                yield re.compile(re.escape(text))
+            case ast.JoinedStr(values=values):
+                parts = [re.escape(str(v.value)) if isinstance(v, ast.Constant) else ".+" for v in values]
                 yield re.compile("".join(parts))
 
 
