@@ -17,7 +17,21 @@ import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from reparamc.evaluate import channels, frames
-from reparamc.expr import BatchNorm, Concat, Conv, Expr, Layout, Mean, Permute, Scale, Select, Source, Sum, walk
+from reparamc.expr import (
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Mean,
+    Permute,
+    Reshape,
+    Scale,
+    Select,
+    Source,
+    Sum,
+    walk,
+)
 
 Shapes = dict[Source, tuple[int, ...]]
 EXTENTS = ((7, 6, 5), (8, 9, 6))
@@ -270,6 +284,7 @@ class _OnnxBuilder:
                 self._node("ReduceMean", [x], out, axes=e.op.axes, keepdims=int(e.op.keep))
                 self.ranks[e] -= 0 if e.op.keep else len(e.op.axes)
             case Layout():
+                assert isinstance(e.op, Reshape)
                 target = _target(e, [0] * len(e.op.before))
                 self.tensors.append(numpy_helper.from_array(np.array(target, np.int64), f"{out}_shape"))
                 self._node("Reshape", [x, f"{out}_shape"], out)
@@ -406,6 +421,7 @@ def _layer(e: Conv | BatchNorm) -> Any:
             ):
                 mine.copy_(torch.from_numpy(given))
             return layer
+        begin, end = e.padding
         if e.frame == 0:
             layer = nn.Linear(e.in_channels, e.out_channels, bias=e.bias is not None).double()
         elif e.transposed:
@@ -414,7 +430,6 @@ def _layer(e: Conv | BatchNorm) -> Any:
                 bias=e.bias is not None, dilation=e.dilation,
             ).double()  # fmt: skip
         else:
-            begin, end = e.padding
             layer = getattr(nn, f"Conv{e.frame}d")(
                 e.in_channels, e.out_channels, e.kernel, e.stride, begin if begin == end else 0, e.dilation, e.groups,
                 bias=e.bias is not None,

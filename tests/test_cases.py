@@ -139,7 +139,7 @@ def regions(root: Expr) -> list[Expr]:
 
 def _pieces(root: Expr, apart: set[Expr]) -> tuple[list[Expr], dict[Expr, set[Expr]]]:
     """The pieces of ``root``, and for every operator that is part of several what stands for it there."""
-    order = [e for e in walk(root) if not isinstance(e, Source)]
+    order: list[Expr] = [e for e in walk(root) if not isinstance(e, Source)]
     readers: dict[Expr, list[Expr]] = {}
     for e in order:
         for c in e.children:
