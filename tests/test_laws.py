@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from reparamc.cost import cost
 from reparamc.errors import InputError, RewriteLimitError
+from reparamc.evaluate import evaluate
 from reparamc.expr import (
     BatchNorm,
     Concat,
@@ -222,6 +223,14 @@ def test_the_value_is_kept(e: Expr) -> None:
     for seed, extents in enumerate([(9, 10, 11), (12, 9, 8)]):
         inputs = draw(source_shapes(e, extents), seed)
         assert_close(reference(e, inputs), reference(after, inputs), 1e-10)
+
+
+@LAW
+@given(expressions())
+def test_the_evaluator_gives_the_reference(e: Expr) -> None:
+    """What replacements are verified with, against PyTorch."""
+    inputs = draw(source_shapes(e, (9, 10, 11)), 1)
+    assert_close(reference(e, inputs), evaluate(e, inputs)[0], 1e-11)
 
 
 @LAW
