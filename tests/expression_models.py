@@ -17,7 +17,21 @@ import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from reparamc.evaluate import channels, frames
-from reparamc.expr import BatchNorm, Conv, Expr, Layout, Permute, Scale, Source, Sum, walk
+from reparamc.expr import (
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Mean,
+    Permute,
+    Reshape,
+    Scale,
+    Select,
+    Source,
+    Sum,
+    walk,
+)
 
 Shapes = dict[Source, tuple[int, ...]]
 EXTENTS = ((7, 6, 5), (8, 9, 6))
@@ -94,8 +108,15 @@ def reference(root: Expr, inputs: Mapping[Source, np.ndarray]) -> np.ndarray:
                 y = (values[e.x] - mean) / np.sqrt(var + e.eps) * gamma + beta
             case Sum():
                 y = sum((values[t] for t in e.terms[1:]), values[e.terms[0]])
+            case Concat():
+                y = _torch().cat([_torch().from_numpy(values[t]) for t in e.terms], -1 - e.frame).numpy()
+            case Select():
+                channels_first = np.moveaxis(values[e.x], -1 - e.frame, 0)
+                y = np.moveaxis(np.stack([channels_first[i] for i in e.index]), 0, -1 - e.frame)
             case Layout() if isinstance(e.op, Permute):
                 y = np.transpose(values[e.x], e.op.axes)
+            case Layout() if isinstance(e.op, Mean):
+                y = _torch().from_numpy(values[e.x]).mean(e.op.axes, e.op.keep).numpy()
             case Layout():
                 y = values[e.x].reshape(_target(e, values[e.x].shape))
         values[e] = y
@@ -113,6 +134,8 @@ def _convolve(e: Conv, x: np.ndarray) -> np.ndarray:
         return y if e.bias is None else y + e.bias
     torch = _torch()
     begin, end = e.padding
+    if e.transposed:
+        return _convolve_transposed(e, x)
     pads = [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
     batch = x.shape[: x.ndim - e.frame - 1]
     padded = torch.nn.functional.pad(torch.from_numpy(x.reshape(-1, *x.shape[len(batch) :])), pads)
@@ -123,9 +146,35 @@ def _convolve(e: Conv, x: np.ndarray) -> np.ndarray:
     return y.reshape(*batch, *y.shape[1:])
 
 
+def _convolve_transposed(e: Conv, x: np.ndarray) -> np.ndarray:
+    """The whole result of PyTorch's operator, of which padding drops some and negative padding adds zeros."""
+    torch = _torch()
+    begin, end = e.padding
+    batch = x.shape[: x.ndim - e.frame - 1]
+    convolve = getattr(torch.nn.functional, f"conv_transpose{e.frame}d")
+    images = torch.from_numpy(x.reshape(-1, *x.shape[len(batch) :]))
+    weight = torch.from_numpy(_in_out(e))
+    whole = convolve(images, weight, None, stride=e.stride, dilation=e.dilation, groups=e.groups)
+    pads = [-n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
+    y = torch.nn.functional.pad(whole, pads).numpy() + _column(e.bias_or_zero, e.frame)
+    return y.reshape(*batch, *y.shape[1:])
+
+
+def _in_out(e: Conv) -> np.ndarray:
+    """The weight of a transposed convolution as ONNX and PyTorch keep it: (in, out / groups, *kernel)."""
+    return np.concatenate([part.swapaxes(0, 1) for part in np.split(e.weight, e.groups)])
+
+
+def _output_padding(e: Conv) -> tuple[int, ...]:
+    """Results that a transposed convolution drops in front and not behind."""
+    begin, end = e.padding
+    assert all(b >= n and b >= 0 for b, n in zip(begin, end, strict=True)), "no host graph can drop more behind"
+    return tuple(b - n for b, n in zip(begin, end, strict=True))
+
+
 def _target(e: Layout, shape: Sequence[int]) -> list[int]:
     """The target of a reshape: numbers, extents that stand in their old place, and one -1 at most."""
-    assert not isinstance(e.op, Permute)
+    assert not isinstance(e.op, Permute | Mean)
     kept = [at < len(e.op.before) and dim == e.op.before[at] for at, dim in enumerate(e.op.after)]
     known = [dim.known if dim.known is not None else shape[at] if kept[at] else -1 for at, dim in enumerate(e.op.after)]
     assert known.count(-1) <= 1, "a reshape with two unknown extents"
@@ -184,6 +233,13 @@ class _OnnxBuilder:
     def _emit(self, e: Expr, x: str, absorbed: set[Expr], out: str) -> None:
         self.names[e] = out
         match e:
+            case Conv(transposed=True):
+                inputs = [x, self._tensor(_in_out(e))] + ([self._tensor(e.bias)] if e.bias is not None else [])
+                extra = _output_padding(e)
+                self._node(
+                    "ConvTranspose", inputs, out, kernel_shape=e.kernel, strides=e.stride, dilations=e.dilation,
+                    pads=e.padding[0] * 2, output_padding=extra, group=e.groups,
+                )  # fmt: skip
             case Conv() if e.frame:
                 begin, end = e.padding
                 inputs = [x, self._tensor(e.weight)] + ([self._tensor(e.bias)] if e.bias is not None else [])
@@ -218,13 +274,34 @@ class _OnnxBuilder:
                     after = out if n == len(e.terms) else f"{out}_{n}"
                     self._node("Sub" if t in absorbed else "Add", [y, self.names[t]], after)
                     y = after
+            case Concat():
+                self._node("Concat", [self.names[t] for t in e.terms], out, axis=self.ranks[e] - 1 - e.frame)
+            case Select():
+                self._select(e, x, out)
             case Layout() if isinstance(e.op, Permute):
                 self._node("Transpose", [x], out, perm=e.op.axes)
+            case Layout() if isinstance(e.op, Mean):
+                self._node("ReduceMean", [x], out, axes=e.op.axes, keepdims=int(e.op.keep))
+                self.ranks[e] -= 0 if e.op.keep else len(e.op.axes)
             case Layout():
+                assert isinstance(e.op, Reshape)
                 target = _target(e, [0] * len(e.op.before))
                 self.tensors.append(numpy_helper.from_array(np.array(target, np.int64), f"{out}_shape"))
                 self._node("Reshape", [x, f"{out}_shape"], out)
                 self.ranks[e] = len(target)
+
+    def _select(self, e: Select, x: str, out: str) -> None:
+        axis = self.ranks[e] - 1 - e.frame
+        if e.index == tuple(range(e.index[0], e.index[-1] + 1)):
+            bounds = [self._integers(n) for n in (e.index[0], e.index[-1] + 1, axis)]
+            self._node("Slice", [x, *bounds], out)
+        else:
+            self._node("Gather", [x, self._integers(*e.index)], out, axis=axis)
+
+    def _integers(self, *values: int) -> str:
+        name = f"p{len(self.tensors)}"
+        self.tensors.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
 
     def _node(self, op: str, inputs: list[str], out: str, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(op, inputs, [out], f"{op}_{out}", **attributes))
@@ -256,8 +333,8 @@ def run(model: ModelProto, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]
 
 
 def operators(model: ModelProto) -> Counter[str]:
-    """How many operators of each kind; a subtraction counts as an addition, for either may come first in a sum."""
-    kinds = {"Sub": "Add", "Sum": "Add"}
+    """How many operators of each kind; operators that say the same in several ways count as one kind."""
+    kinds = {"Sub": "Add", "Sum": "Add", "Slice": "Select", "Gather": "Select", "Split": "Select"}
     return Counter(
         kinds.get(n.op_type, n.op_type) for n in model.graph.node if n.op_type not in ("Constant", "Identity")
     )
@@ -280,6 +357,8 @@ def to_module(root: Expr) -> Any:
                 elif isinstance(e, Scale):
                     for kind, v in (("scale", e.scale), ("shift", e.shift)):
                         self.register_buffer(f"{kind}{at}", torch.from_numpy(np.array(_column(v, e.frame))))
+                elif isinstance(e, Select):
+                    self.register_buffer(f"index{at}", torch.tensor(e.index))
 
         def step(self, at: int, values: dict[Expr, Any]) -> Any:
             e = order[at]
@@ -298,8 +377,17 @@ def to_module(root: Expr) -> Any:
                     for t in e.terms[1:]:
                         y = y - values[t.children[0]] if t in absorbed else y + values[t]
                     return y
+                case Concat():
+                    return torch.cat([values[t] for t in e.terms], -1 - e.frame)
+                case Select():
+                    whole, axis = values[e.x], -1 - e.frame
+                    if e.index == tuple(range(e.index[0], e.index[-1] + 1)):
+                        return whole.narrow(axis, e.index[0], len(e.index))
+                    return whole.index_select(axis, getattr(self, f"index{at}"))
                 case Layout() if isinstance(e.op, Permute):
                     return values[e.x].permute(e.op.axes)
+                case Layout() if isinstance(e.op, Mean):
+                    return values[e.x].mean(e.op.axes, e.op.keep)
                 case Layout():
                     return values[e.x].reshape(_target(e, values[e.x].shape))
 
@@ -333,18 +421,24 @@ def _layer(e: Conv | BatchNorm) -> Any:
             ):
                 mine.copy_(torch.from_numpy(given))
             return layer
+        begin, end = e.padding
         if e.frame == 0:
             layer = nn.Linear(e.in_channels, e.out_channels, bias=e.bias is not None).double()
+        elif e.transposed:
+            layer = getattr(nn, f"ConvTranspose{e.frame}d")(
+                e.in_channels, e.out_channels, e.kernel, e.stride, e.padding[0], _output_padding(e), e.groups,
+                bias=e.bias is not None, dilation=e.dilation,
+            ).double()  # fmt: skip
         else:
-            begin, end = e.padding
             layer = getattr(nn, f"Conv{e.frame}d")(
                 e.in_channels, e.out_channels, e.kernel, e.stride, begin if begin == end else 0, e.dilation, e.groups,
                 bias=e.bias is not None,
             ).double()  # fmt: skip
-        layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(e.weight)))
+        weight = _in_out(e) if e.transposed else np.ascontiguousarray(e.weight)
+        layer.weight.copy_(torch.from_numpy(weight))
         if e.bias is not None:
             layer.bias.copy_(torch.from_numpy(e.bias))
-        if e.frame and begin != end:
+        if e.frame and not e.transposed and begin != end:
             pads = [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
             pad = getattr(nn, f"ConstantPad{e.frame}d")(pads, 0.0)
             return nn.Sequential(pad, layer)

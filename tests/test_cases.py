@@ -39,7 +39,7 @@ from expression_models import (
 
 from reparamc.cost import cost
 from reparamc.evaluate import channels, frames
-from reparamc.expr import BatchNorm, Conv, Expr, Layout, Permute, Source, flatten, rebuild, walk
+from reparamc.expr import BatchNorm, Conv, Expr, Layout, Mean, Reshape, Scale, Source, flatten, rebuild, walk
 from reparamc.onnx_fuse import fuse_model
 from reparamc.rewrite import Pass, simplify
 from reparamc.shape import shape_of
@@ -122,31 +122,65 @@ def test_nothing_is_left_to_do(case: Case) -> None:
 
 
 def regions(root: Expr) -> list[Expr]:
-    """``root`` cut where a value has several readers, as a host graph is."""
-    order = list(walk(root))
-    readers = Counter(c for e in order for c in e.children)
-    ranks, frame_of, width_of = axes(root), frames(root), channels(root)
-    pieces: list[Expr] = []
-    done: dict[Expr, Expr] = {}
+    """What becomes of the pieces into which a host graph falls.
+
+    A value with several readers is a piece of its own. What acts on each channel by itself is part of all pieces
+    that read it, unless one of them keeps it: then it is cut off in a second try.
+    """
+    stuck: set[Expr] = set()
+    while True:
+        pieces, shared = _pieces(root, stuck)
+        found = [(piece, accepted(piece)) for piece in pieces]
+        kept = {whole for whole, copies in shared.items() for _, after in found if copies.intersection(walk(after))}
+        if not kept:
+            return [after for _, after in found]
+        stuck |= kept
+
+
+def _pieces(root: Expr, apart: set[Expr]) -> tuple[list[Expr], dict[Expr, set[Expr]]]:
+    """The pieces of ``root``, and for every operator that is part of several what stands for it there."""
+    order: list[Expr] = [e for e in walk(root) if not isinstance(e, Source)]
+    readers: dict[Expr, list[Expr]] = {}
     for e in order:
-        piece = rebuild(e, [done[c] for c in e.children])
-        if not isinstance(e, Source) and (readers[e] > 1 or e is root):
-            pieces.append(piece)
-            width, frame = width_of[e] or 0, frame_of[e] or 0
-            shape: list[int | str] = [f"cut{len(pieces)}{axis}" for axis in range(ranks[e])]
-            piece = Source(
-                f"cut{len(pieces)}", width, frame, shape_of([*shape[: -frame - 1], width, *shape[len(shape) - frame :]])
-            )
-        done[e] = piece
-    return pieces
+        for c in e.children:
+            readers.setdefault(c, []).append(e)
+    roots: dict[Expr, list[Expr]] = {root: [root]}
+    for e in reversed(order[:-1]):
+        above = list(dict.fromkeys(r for reader in readers[e] for r in roots[reader]))
+        shared = isinstance(e, BatchNorm | Scale | Layout) and e not in apart
+        roots[e] = above if (len(readers[e]) == len(above) == 1) or shared else [e]
+    ranks, frame_of, width_of = axes(root), frames(root), channels(root)
+
+    def cut(e: Expr) -> Source:
+        width, frame, at = width_of[e] or 0, frame_of[e] or 0, order.index(e)
+        shape: list[int | str] = [f"cut{at}{axis}" for axis in range(ranks[e])]
+        shape[ranks[e] - 1 - frame] = width
+        return Source(f"cut{at}", width, frame, shape_of(shape))
+
+    pieces: list[Expr] = []
+    copies: dict[Expr, set[Expr]] = {}
+    for top in (e for e in order if roots[e] == [e]):
+        done: dict[Expr, Expr] = {}
+        for e in order:
+            if top in roots[e]:
+                for c in e.children:
+                    if c not in done:
+                        done[c] = c if isinstance(c, Source) else cut(c)
+                done[e] = rebuild(e, [done[c] for c in e.children])
+                if len(roots[e]) > 1:
+                    copies.setdefault(e, set()).add(done[e])
+        pieces.append(done[top])
+    return pieces, copies
 
 
 def axes(root: Expr) -> dict[Expr, int]:
     """The number of axes of every node."""
     found: dict[Expr, int] = {s: len(shape) for s, shape in source_shapes(root).items()}
     for e in walk(root):
-        if isinstance(e, Layout) and not isinstance(e.op, Permute):
+        if isinstance(e, Layout) and isinstance(e.op, Reshape):
             found[e] = len(e.op.after)
+        elif isinstance(e, Layout) and isinstance(e.op, Mean):
+            found[e] = e.op.rank - (0 if e.op.keep else len(e.op.axes))
         elif e not in found:
             found[e] = found[e.children[0]]
     return found
@@ -161,7 +195,7 @@ def accepted(e: Expr) -> Expr:
 
 def through_onnx(case: Case) -> None:
     e = parse(case.head)
-    expected = sum((operators(to_onnx(accepted(r))) for r in regions(e) if not isinstance(r, Source)), Counter())
+    expected = sum((operators(to_onnx(r)) for r in regions(e) if not isinstance(r, Source)), Counter())
     models = [to_onnx(e, case.extents[0])]
     if len(case.extents) > 1:  # otherwise the sizes drawn for unknown extents would not fit
         models.append(to_onnx(e))
@@ -185,13 +219,13 @@ def through_fx(case: Case) -> None:
     with torch.no_grad():
         assert_close(module(*example).numpy(), fused(*example).numpy(), 1e-10)
     if not leans(e):  # PyTorch pads such a kernel by an operator of its own
-        parts = [p for r in regions(e) if not isinstance(r, Source) for p in walk(accepted(r))]
+        parts = [p for r in regions(e) if not isinstance(r, Source) for p in walk(r)]
         expected = [sum(isinstance(p, Conv) for p in parts), sum(isinstance(p, BatchNorm) for p in parts)]
         assert fx_counts(fused) == expected
 
 
 def leans(e: Expr) -> bool:
-    return any(isinstance(c, Conv) and c.padding[0] != c.padding[1] for c in walk(e))
+    return any(isinstance(c, Conv) and not c.transposed and c.padding[0] != c.padding[1] for c in walk(e))
 
 
 def fx_counts(fused: object) -> list[int]:
@@ -236,15 +270,31 @@ def reasons(table: Pass) -> Iterator[re.Pattern[str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reparamc_passes"):
                 pending.append(import_module(str(node.module)))
-            said = node.value if isinstance(node, ast.Return) else None
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Declined":
-                said = node.args[0]
-            if isinstance(said, ast.Name) and isinstance(getattr(module, said.id, None), str):
-                yield re.compile(re.escape(getattr(module, said.id)))
-            elif isinstance(said, ast.Constant) and isinstance(said.value, str):
-                yield re.compile(re.escape(said.value))
-            elif isinstance(said, ast.JoinedStr):
-                parts = [re.escape(str(v.value)) if isinstance(v, ast.Constant) else ".+" for v in said.values]
+            elif isinstance(node, ast.ImportFrom) and node.module == "reparamc.kernel":
+                for name in (alias.name for alias in node.names):
+                    if inspect.isfunction(found := getattr(module, name)) and "str" in str(found.__annotations__):
+                        yield from _said(ast.parse(inspect.getsource(found)), inspect.getmodule(found))
+        yield from _said(tree, module)
+
+
+def _said(tree: ast.AST, module: ModuleType | None) -> Iterator[re.Pattern[str]]:
+    """The texts that functions in ``tree`` return or decline with."""
+    said: list[ast.expr | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return):
+            said.append(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Declined":
+            said.append(node.args[0])
+    while said:
+        match said.pop():
+            case ast.IfExp(body=body, orelse=orelse):
+                said += [body, orelse]
+            case ast.Name(id=name) if isinstance(text := getattr(module, name, None), str):
+                yield re.compile(re.escape(text))
+            case ast.Constant(value=str(text)):
+                yield re.compile(re.escape(text))
+            case ast.JoinedStr(values=values):
+                parts = [re.escape(str(v.value)) if isinstance(v, ast.Constant) else ".+" for v in values]
                 yield re.compile("".join(parts))
 
 

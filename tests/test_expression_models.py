@@ -38,10 +38,38 @@ def test_the_reference_is_the_formula() -> None:
     assert_close(expected, reference(conv, {source: x}), 1e-14)
 
 
+def test_the_reference_of_transposed_convolutions_is_the_formula() -> None:
+    rng = np.random.default_rng(3)
+    source = Source("x", 4, 1)
+    weight, bias = rng.standard_normal((6, 2, 3)), rng.standard_normal(6)
+    conv = Conv(source, weight, bias, (3,), (2,), (-1,), (1,), 2, transposed=True)
+    x = rng.standard_normal((1, 4, 5))
+    expected = np.zeros((1, 6, 3 * 4 + 1 + 1)) + bias[:, None]
+    for o in range(6):
+        for i in range(2):
+            for p in range(5):
+                for t in range(3):
+                    at = 3 * p - 1 + 2 * t
+                    if 0 <= at < expected.shape[2]:
+                        expected[0, o, at] += weight[o, i, t] * x[0, 2 * (o // 3) + i, p]
+    assert_close(expected, reference(conv, {source: x}), 1e-14)
+
+
+CHANNELS = """%x = source c=6 f=2
+%0 = conv %x 6->4 k=3x2 s=2,3 d=1,2 p=1,1:0 g=2 transposed bias
+%1 = select %0 3,0,1 of 4 f=2
+%2 = select %0 1:3 of 4 f=2
+%3 = concat %2, %1, %0 c=2,3,4 f=2
+%4 = mean %3 axes=3 of 4 f=2->2 keep
+%5 = mean %4 axes=2,3 of 4 f=2->0
+%6 = conv %5 9->5 bias"""
+
+
+@pytest.mark.parametrize("text", [BLOCK, CHANNELS], ids=["block", "channels"])
 @pytest.mark.parametrize("extents", [(8, 6), (7, 9), (9, 8)])
-def test_all_forms_of_an_expression_agree(extents: tuple[int, int]) -> None:
+def test_all_forms_of_an_expression_agree(extents: tuple[int, int], text: str) -> None:
     torch = pytest.importorskip("torch")
-    e = parse(BLOCK)
+    e = parse(text)
     ((source, shape),) = source_shapes(e, extents).items()
     x = np.random.default_rng(1).standard_normal(shape)
     expected = reference(e, {source: x})

@@ -1,0 +1,171 @@
+"""Trees of operators that no reader knows: those that are convolutions become one, the others stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from expression_models import assert_close, operators, run
+from onnx import ModelProto, NodeProto
+from onnx_models import batchnorm, fuse, model, node, norm, rand
+
+from reparamc.onnx_fuse import fuse_model
+
+
+def kernel(x: str, y: str, name: str = "w", **attributes: Any) -> NodeProto:
+    given: dict[str, Any] = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], **attributes}
+    return node("Conv", f"{x} {name}", y, **given)
+
+
+WEIGHTS = {"w": rand(4, 4, 3, 3), "w2": rand(4, 4, 3, 3, seed=2)}
+
+
+def integers(**values: Sequence[int]) -> dict[str, np.ndarray]:
+    return {name: np.array(v, np.int64) for name, v in values.items()}
+
+
+def shifted_by_slices(relu: bool = False, shape: Sequence[int | str] = ("N", 4, "H", "W")) -> ModelProto:
+    """pad, take a window that lies one to the right, and add it to itself: then a kernel."""
+    nodes = [
+        node("Pad", "x pads", "padded"),
+        node("Slice", "padded a1 e1 ax", "left"),
+        node("Slice", "padded a2 e2 ax", "right"),
+        node("Sub", "left right", "edges"),
+        *([node("Relu", "edges", "clipped")] if relu else []),
+        node("Conv", f"{'clipped' if relu else 'edges'} w1", "y", kernel_shape=[1, 1]),
+    ]
+    parameters = {
+        "w1": rand(3, 4, 1, 1),
+        **integers(pads=[0, 0, 1, 1, 0, 0, 1, 1], a1=[0, 0], e1=[-2, -2], a2=[2, 1], e2=[2**40, -1], ax=[2, 3]),
+    }
+    return model(nodes, parameters, shape)
+
+
+def rolled(pad: bool = False) -> ModelProto:
+    """The last column put in front, which no convolution does; with ``pad`` it is a column of zeros."""
+    last = [node("Slice", "x a e ax", "last"), node("Mul", "last zero", "edge")]
+    nodes = [
+        *(last if pad else [node("Slice", "x a e ax", "edge")]),
+        node("Slice", "x b f ax", "rest"),
+        node("Concat", "edge rest", "moved", axis=3),
+        node("Conv", "moved w1", "y", kernel_shape=[1, 1]),
+    ]
+    parameters = {"w1": rand(3, 4, 1, 1), "zero": np.zeros((1, 4, 1, 1), np.float32)}
+    return model(nodes, {**parameters, **integers(a=[-1], e=[2**40], b=[0], f=[-1], ax=[3])}, ("N", 4, 8, 6))
+
+
+def einsum(spatial: bool = False) -> ModelProto:
+    """A matrix of channels by Einsum behind a kernel; or a matrix of rows, which is another one in every place."""
+    equation, matrix = ("nchw,hk->nckw", rand(8, 8)) if spatial else ("nchw,oc->nohw", rand(5, 4))
+    nodes = [kernel("x", "a", pads=[0, 0, 0, 0]), node("Einsum", "a m", "y", equation=equation)]
+    return model(nodes, {**WEIGHTS, "m": matrix}, (2, 4, 10, 7))
+
+
+def transposed_twice(flip: bool = False) -> ModelProto:
+    """channels last, a matrix of channels, a reshape, channels first; or H and W exchanged for good."""
+    nodes = [
+        node("Transpose", "x", "last", perm=[0, 3, 2, 1] if flip else [0, 2, 3, 1]),
+        node("Reshape", "last flat", "rows"),
+        node("MatMul", "rows m", "product"),
+        node("Reshape", "product map", "again"),
+        node("Transpose", "again", "first", perm=[0, 3, 1, 2]),
+        kernel("first", "y"),
+    ]
+    parameters = {**WEIGHTS, "m": rand(4, 4), **integers(flat=[2, 49, 4], map=[2, 7, 7, 4])}
+    return model(nodes, parameters, (2, 4, 7, 7))
+
+
+def depth_to_space(back: bool = True) -> ModelProto:
+    """Four times the channels, spread over the map and collected again; or left spread, with a kernel across."""
+    nodes = [
+        node("Conv", "x w4", "wide", kernel_shape=[1, 1]),
+        node("DepthToSpace", "wide", "large", blocksize=2),
+        *([node("SpaceToDepth", "large", "y", blocksize=2)] if back else [kernel("large", "y")]),
+    ]
+    return model(nodes, {**WEIGHTS, "w4": rand(16, 4, 1, 1)}, (1, 4, 6, 5))
+
+
+def scattered(value: float = 0.0) -> ModelProto:
+    """The border of a padded map overwritten by a constant, in front of a kernel without padding."""
+    rows = np.stack([np.zeros(8), np.arange(8)], axis=1).astype(np.int64)  # row 0, every column
+    nodes = [
+        node("Pad", "x pads", "padded"),
+        node("Transpose", "padded", "front", perm=[2, 3, 0, 1]),
+        node("ScatterND", "front rows values", "written"),
+        node("Transpose", "written", "map", perm=[2, 3, 0, 1]),
+        kernel("map", "y", pads=[0, 0, 0, 0]),
+    ]
+    values = np.full((8, 1, 4), value, np.float32)
+    parameters = {**WEIGHTS, "rows": rows, "values": values, **integers(pads=[0, 0, 1, 1, 0, 0, 1, 1])}
+    return model(nodes, parameters, (1, 4, 7, 6))
+
+
+ARE = {
+    "slices": shifted_by_slices,
+    "slices at one size": lambda: shifted_by_slices(shape=(2, 4, 7, 6)),
+    "rolled in zeros": lambda: rolled(pad=True),
+    "einsum": einsum,
+    "reshape and matmul": transposed_twice,
+    "to space and back": depth_to_space,
+    "border of zeros": scattered,
+}
+ARE_NOT = {
+    "relu between slices": lambda: shifted_by_slices(relu=True),
+    "roll": rolled,
+    "einsum along rows": lambda: einsum(spatial=True),
+    "axes exchanged": lambda: transposed_twice(flip=True),
+    "kernel across pixels": lambda: depth_to_space(back=False),
+    "border of ones": lambda: scattered(1.0),
+}
+
+
+@pytest.mark.parametrize("name", ARE)
+def test_trees_that_are_convolutions_become_one(name: str) -> None:
+    original = ARE[name]()
+    fused, report = fuse(original)
+    assert operators(fused) == {"Conv": 1}, (operators(fused), report.kept)
+
+
+@pytest.mark.parametrize("name", ARE_NOT)
+def test_trees_that_are_none_keep_their_operators(name: str) -> None:
+    original = ARE_NOT[name]()
+    fused, _ = fuse(original)
+    assert sum(operators(fused).values()) > 1
+    if "relu" in name:
+        assert operators(fused)["Relu"] == 1
+
+
+def mixing_samples(kind: str) -> ModelProto:
+    """What is a convolution of one sample alone: with one, its mean over the batch is the sample itself."""
+    nodes = {
+        "mean": [node("ReduceMean", "x", "m", axes=[0]), node("Sub", "x m", "c")],
+        "running sum": [node("CumSum", "x axis", "c")],
+        "first": [node("Slice", "x zero one zero", "m"), node("Add", "x m", "c")],
+    }[kind]
+    parameters = {**WEIGHTS, "axis": np.array(0, np.int64), **integers(zero=[0], one=[1])}
+    return model([*nodes, kernel("c", "y", pads=[0, 0, 0, 0])], parameters, ("N", 4, 7, 6))
+
+
+@pytest.mark.parametrize("kind", ["mean", "running sum", "first"])
+def test_samples_of_a_batch_stay_apart(kind: str) -> None:
+    original = mixing_samples(kind)
+    fused, _ = fuse_model(original, verify="off")
+    x = rand(3, 4, 7, 6)
+    assert_close(run(original, {"x": x})[0], run(fused, {"x": x})[0], 1e-5)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_shift_that_the_border_already_has(fold: bool) -> None:
+    """A BatchNorm behind a 1x1, its map padded with what the norm makes of zeros: exact as a whole, and only so."""
+    parameters = {**norm("n", 4), **WEIGHTS, "w1": rand(4, 4, 1, 1), **integers(pads=[0, 0, 1, 1, 0, 0, 1, 1])}
+    first = ("Pad", "Conv") if fold else ("Conv", "Pad")
+    nodes = (
+        [node("Pad", "x pads", "p"), node("Conv", "p w1", "a", kernel_shape=[1, 1]), batchnorm("a", "n", "b")]
+        if first[0] == "Pad"
+        else [node("Conv", "x w1", "a", kernel_shape=[1, 1]), batchnorm("a", "n", "p"), node("Pad", "p pads", "b")]
+    )
+    original = model([*nodes, kernel("b", "y", pads=[0, 0, 0, 0])], parameters, ("N", 4, "H", "W"))
+    fused, _ = fuse(original)
+    assert (operators(fused)["Conv"] == 1) == fold
