@@ -54,9 +54,10 @@ class FxReading(Reading):
 
 Reader = Callable[["FxGraph", fx.Node, Call], "FxReading | Declined | None"]
 KEEPS_DTYPE = (
-    "copy","same", "identity", "dropout", "neg", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool", "interpolate", "pad",
-                "reshape", "reshape_as", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "mean",
-                "amax", "slice", "narrow", "split", "chunk", "channel_shuffle", "getitem")  # fmt: skip
+    *("same", "neg", "identity", "copy", "dropout", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool"),
+    *("interpolate", "pad", "slice", "narrow", "reshape", "reshape_as", "permute", "transpose", "flatten"),
+    *("unflatten", "squeeze", "unsqueeze", "mean", "channel_shuffle", "getitem"),
+)
 
 
 def _read_conv(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
