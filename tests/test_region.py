@@ -139,3 +139,13 @@ def test_a_written_value_is_no_shared_one() -> None:
         return q, m.k(b)
 
     left(written)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_samples_of_a_batch_stay_apart(batch: int) -> None:
+    """With one sample its mean over the batch is the sample itself; another batch may follow the example."""
+    module = Readers(lambda m, x: m.padded(x - x.mean(0, keepdim=True))).double().eval()
+    fused = fuse_fx(module, torch.randn(batch, 6, 7, 5, dtype=torch.float64), verify="off")
+    x = torch.randn(3, 6, 7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), fused(x), rtol=1e-10, atol=1e-11)

@@ -138,6 +138,6 @@ def test_a_crop_behind_a_convolution() -> None:
 
 
 def test_a_crop_in_front_of_a_convolution() -> None:
-    parameters = {**KERNELS, **{n: np.array(v, np.int64) for n, v in {"a": [2], "e": [-3], "ax": [2]}.items()}}
+    parameters = {**KERNELS, **{n: np.array(v, np.int64) for n, v in {"a": [1], "e": [-1], "ax": [2]}.items()}}
     nodes = [node("Slice", "x a e ax", "c"), kernel("c", "y", "w3", 0)]
     assert counted(nodes, parameters, "y")["Conv"] == 1
