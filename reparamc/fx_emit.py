@@ -36,7 +36,8 @@ class Emitter:
         self.graph, self.splice, self.root = graph, splice, root
         members = cast(Sequence[fx.Node], splice.members)
         tensors = graph.tensors(members)
-        self.like = next((t for t in tensors if t.ndim >= 4), tensors[0])
+        tensors = tensors or [t for v in splice.native.values() if (t := graph.like(cast(fx.Node, v))) is not None]
+        self._like = next((t for t in tensors if t.ndim >= 4), next(iter(tensors), None))
         self.channels_last = any(
             t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
             for t in tensors
@@ -45,6 +46,12 @@ class Emitter:
         self.modules = [str(m.target) for m in members if m.op == "call_module"]
         self.modules = self.modules or [name.rpartition(".")[0] for name in splice.parameters if "." in name]
         self.values: dict[Expr, fx.Node] = {e: graph.current(v) for e, v in splice.native.items()}
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device that new parameters take."""
+        assert self._like is not None
+        return self._like
 
     def run(self) -> fx.Node:
         top = self.splice.expr

@@ -56,7 +56,7 @@ Reader = Callable[["FxGraph", fx.Node, Call], "FxReading | Declined | None"]
 KEEPS_DTYPE = (
     *("same", "neg", "identity", "copy", "dropout", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool"),
     *("interpolate", "pad", "slice", "narrow", "reshape", "reshape_as", "permute", "transpose", "flatten"),
-    *("unflatten", "squeeze", "unsqueeze", "mean", "channel_shuffle", "getitem"),
+    *("unflatten", "squeeze", "unsqueeze", "mean", "amax", "split", "chunk", "channel_shuffle", "getitem"),
 )
 
 
@@ -201,7 +201,7 @@ def _read_batchnorm(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | De
         return BatchNorm(operands[0], g, b, m, array(var), float(eps), frame)
 
     names = tuple(name for h in held if h is not None for name in h[1])
-    return FxReading((x,), build, names, frame, _held(gamma, beta, mean, var), mean.numel(), commutes=True)
+    return FxReading((x,), build, names, frame, _held(gamma, beta, mean, var), mean.numel(), commutes=True, scales=True)
 
 
 def _read_neg(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
@@ -272,7 +272,7 @@ def _read_arithmetic(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | D
     names = held[1] if held is not None else ()
     kept = graph.frame(x) if frame is None else frame
     channels = graph.channels(x, kept) if frame is None else constant.numel()
-    return FxReading((x,), build, names, kept, tensors, channels, commutes=True)
+    return FxReading((x,), build, names, kept, tensors, channels, commutes=True, scales=True)
 
 
 _SUMS = ("add", "sub")

@@ -193,7 +193,7 @@ def _read_batchnorm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading |
         gamma, beta, mean, var = (graph.array(name) for name in parameters)
         return BatchNorm(operands[0], gamma, beta, mean, var, float(eps), frame)
 
-    return Reading((node.input[0],), build, tuple(parameters), frame, commutes=True)
+    return Reading((node.input[0],), build, tuple(parameters), frame, commutes=True, scales=True)
 
 
 def _read_arithmetic(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -226,7 +226,9 @@ def _read_arithmetic(graph: OnnxGraph, node: NodeProto, output: str) -> Reading 
             }[op]
         return Scale(operands[0], scale, shift, frame)
 
-    return Reading((value,), build, (constant,), graph.frame(value) if frame is None else frame, commutes=True)
+    return Reading(
+        (value,), build, (constant,), graph.frame(value) if frame is None else frame, commutes=True, scales=True
+    )
 
 
 def _along_one_axis(graph: OnnxGraph, constant: str, value: str) -> int | Declined | None:

@@ -59,6 +59,7 @@ class Reading:
         parameters: names of the parameters it holds.
         frame: the frame of its result, where it is known.
         commutes: it scales or moves each channel by itself, so that readers may each take it in.
+        scales: it scales, so that a linear operator in front of it would rather take it in.
     """
 
     operands: tuple[Value, ...]
@@ -66,6 +67,7 @@ class Reading:
     parameters: tuple[str, ...] = ()
     frame: int | None = None
     commutes: bool = field(default=False, kw_only=True)
+    scales: bool = field(default=False, kw_only=True)
 
 
 class Graph(Protocol):
@@ -227,7 +229,10 @@ def _decide(
     verify: bool,
     progress: Callable[[int, int], None],
 ) -> dict[Value, Decision]:
-    """What becomes of every region. Shared members that some region cannot get rid of are operands in a second try."""
+    """What becomes of every region.
+
+    Shared members that some region still reads, or that several repeat, are operands in a second try.
+    """
     results: dict[tuple[Value, tuple[Value, ...]], Decision] = {}
     stuck: set[Value] = set()
     while True:
@@ -237,21 +242,19 @@ def _decide(
                 results[root, members] = _consider(graph, root, members, readings, passes, verify)
                 progress(done + 1, len(regions))
         times = Counter(v for members in regions.values() for v in members)
-        still = {
-            value
-            for root, members in regions.items()
-            for value in members
-            if times[value] > 1 and not _is_rid_of(value, results[root, members].splice)
-        }
+        reads, repeats = set[Value](), Counter[Value]()
+        for root, members in regions.items():
+            splice = results[root, members].splice
+            if splice is None:
+                reads.update(members)
+                continue
+            new = list(walk(splice.expr, stop=splice.native.__contains__))
+            reads.update(splice.native[e] for e in new if e in splice.native)
+            repeats.update(e.token for e in new if isinstance(e, Layout | Conv) and e not in splice.native)
+        still = {v for v, n in times.items() if n > 1 and (v in reads or repeats[v] > 1)}
         if not still:
             return {root: results[root, members] for root, members in regions.items()}
         stuck |= still
-
-
-def _is_rid_of(value: Value, splice: Splice | None) -> bool:
-    if splice is None:
-        return False
-    return all(splice.native.get(e) != value for e in walk(splice.expr, stop=splice.native.__contains__))
 
 
 MOST_SHARED = 8
@@ -274,7 +277,7 @@ def find_regions(
         known = all(reader is not None and reader in roots_of for reader in readers)
         roots = tuple(dict.fromkeys(root for reader in readers for root in roots_of.get(reader, ())))
         alone = len(readers) == 1 and len(roots) == 1
-        free = readings[value].commutes and value not in apart and not folds_down[value]
+        free = readings[value].commutes and value not in apart and not (readings[value].scales and folds_down[value])
         shared = free and 0 < len(roots) <= MOST_SHARED
         roots_of[value] = roots = roots if known and (alone or shared) else (value,)
         for root in roots:
@@ -432,7 +435,7 @@ def _as_kernel(
     conv, error = found
     if not cost(conv) < before or conv.skips_border or any(rounding_obstacle(a, dtype) for a in arrays(conv)):
         return None
-    if graph.obstacle(root, tree, [operand]) is not None:
+    if graph.is_written(root) or graph.obstacle(root, tree, [operand]) is not None:
         return None
     parameters = tuple(dict.fromkeys(p for v in tree if v in readings for p in readings[v].parameters))
     text = "\n".join(graph.name(v) for v in tree)

@@ -9,6 +9,8 @@ The exactness conditions are those of BatchNorm, which is a scale with other par
 
 from __future__ import annotations
 
+import numpy as np
+
 from reparamc.expr import BatchNorm, Conv, Expr, Scale
 from reparamc.kernel import coefficients
 from reparamc.rewrite import Declined, Pass
@@ -21,6 +23,11 @@ def behind(e: Expr) -> Expr | Declined | None:
 
 def in_front(e: Expr) -> Expr | Declined | None:
     return into_consumer(e, Scale) if isinstance(e, Conv) else None
+
+
+def by_one(e: Expr) -> Expr | None:
+    """1 x + 0 = x"""
+    return e.x if isinstance(e, Scale) and np.all(e.scale == 1) and not np.any(e.shift) else None
 
 
 def of_scale(e: Expr) -> Expr | Declined | None:
@@ -38,5 +45,5 @@ SCALE_FOLDING = Pass(
     name="scale-folding",
     equation="s(W*x + b) + t = (sW)*x + (sb + t);  W*(sx + t) + b = (Ws)*x + (b + sum W t)",
     exact_when="scale behind the convolution: always; in front: t = 0, or the kernel reads no padding",
-    rules=(behind, in_front, of_scale),
+    rules=(by_one, behind, in_front, of_scale),
 )
