@@ -220,7 +220,8 @@ def sample_inputs(
     smallest = 2 + span + extra
     sources = [e for e in order if isinstance(e, Source)]
     frame = frame_of[whole] or 0
-    if any(isinstance(e, Layout) or (isinstance(e, Concat | Select) and e.frame != frame) for e in order):
+    acting = {e.frame for e in order if isinstance(e, Conv | Concat | Select)}
+    if len(acting | {frame}) > 1 or any(isinstance(e, Layout) for e in order):
         symbols = _channel_symbols(sources, frame_of, channels_of)
         for source in sources:
             if source.shape is None:

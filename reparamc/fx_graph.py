@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from reparamc.expr import Array, Layout, Select, Source
-from reparamc.fx_calls import Call, lookup
+from reparamc.fx_calls import Call, Held, lookup
 from reparamc.fx_emit import Emitter
 from reparamc.fx_readers import HOOKED, KEEPS_DTYPE, READERS, FxReading, find_shuffle
 from reparamc.fx_values import Memory, Values, only_asserted, reads_size_only
@@ -292,7 +292,8 @@ class FxGraph:
         return Declined(HOOKED) if isinstance(found, Reading) and not call.plain else found
 
     def is_written(self, value: Value) -> bool:
-        return bool(self.memory.writers(cast(fx.Node, value)))
+        node = cast(fx.Node, value)
+        return any(self.order[w] > self.order[node] for w in self.memory.writers(node))
 
     def moves(self, value: Value) -> tuple[Value, ...] | None:
         node = cast(fx.Node, value)
@@ -306,6 +307,29 @@ class FxGraph:
         if any(n in self.facts.dims or n in self.facts.sizes for n in operands):
             return None  # indices that are computed at run time
         return operands or None
+
+    def reach(self, value: Value) -> int:
+        node = cast(fx.Node, value)
+        found = [1]
+
+        def see(given: Any) -> None:
+            if isinstance(given, slice):
+                given = (given.start, given.stop, given.step)
+            if isinstance(given, int) and abs(given) < 2**30:
+                found.append(abs(given))
+            elif isinstance(given, tuple | list):
+                for inner in given:
+                    see(inner)
+            elif isinstance(given, fx.Node) and isinstance(known := self.facts.known.get(given), Tensor):
+                whole = known.dtype in (torch.int32, torch.int64)
+                found.extend(known.abs().flatten().tolist() if whole else known.shape[2:])
+
+        call = self.facts.calls.get(node)
+        for arg in (*node.args, *node.kwargs.values(), *(call.args.values() if call is not None else ())):
+            see(arg.tensor.shape[2:] if isinstance(arg, Held) else arg)
+        for write in self.written.get(node, ()):
+            see(write.args)
+        return max(found)
 
     def run(self, root: Value, source: Value, x: Array) -> Array:
         """By torch's own operators, in float64 on the CPU."""

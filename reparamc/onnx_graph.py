@@ -32,8 +32,8 @@ from reparamc.expr import (
     is_negation,
 )
 from reparamc.kernel import regroup, swap_sides
-from reparamc.onnx_readers import READERS, operand
-from reparamc.onnx_values import FLOATS, Constants, Names, Types, commit, defined_names, is_standard, readers
+from reparamc.onnx_readers import LAST, READERS, operand
+from reparamc.onnx_values import FLOATS, Constants, Names, Types, attribute, commit, defined_names, is_standard, readers
 from reparamc.region import Reading, Splice, Value, new_nodes
 from reparamc.rewrite import Declined
 
@@ -153,6 +153,8 @@ class OnnxGraph:
             return None
         if isinstance(self.read(value), Declined) and node.op_type in ("Add", "Sub", "Mul", "Div"):
             return None  # it broadcasts, or is part of an activation
+        if node.op_type == "Pad" and attribute(node, "mode", b"constant") != b"constant":
+            return None  # what stands at the border depends on what stands beside it
         if len(node.output) > 1 and node.op_type != "Split":
             return None
         floating = [name for name in node.input if name and name not in self.constants]
@@ -161,6 +163,17 @@ class OnnxGraph:
         most = {"Mul": 1, "Div": 1, "MatMul": 1, "Gemm": 1, "Einsum": 1}.get(node.op_type, len(floating))
         by_itself = node.op_type == "Div" and node.input[0] in self.constants
         return tuple(floating) if 0 < len(floating) <= most and not by_itself else None
+
+    def reach(self, value: Value) -> int:
+        node = self.producers[str(value)]
+        found = [0]
+        for a in node.attribute:
+            found += [abs(n) for n in (a.i, *a.ints)]
+        for name in node.input:
+            if name in self.constants:
+                array = self.constants.array(name)
+                found += [abs(int(n)) for n in array.ravel()] if array.dtype.kind in "iu" else list(array.shape[2:])
+        return max(n for n in found if n < LAST)  # ends that mean "all" do not count
 
     def run(self, root: Value, source: Value, x: Array) -> Array:
         if (root, source) not in self._functions:

@@ -279,8 +279,8 @@ def _read_sum(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decli
     names = list(node.input)
     if not names or any(name in graph.constants for name in names):
         return None
-    if len({graph.types.rank(name) for name in names}) > 1:
-        return None  # one operand is broadcast
+    if len(ranks := {graph.types.rank(name) for name in names}) > 1 or None in ranks:
+        return None  # one operand is broadcast, or may be
     shapes = [shape for name in names if (shape := graph.types.shape(name)) is not None]
     if any(len({d.known for d in dims} - {None}) > 1 for dims in zip(*shapes, strict=True)):
         return None  # the same
@@ -473,8 +473,8 @@ def _read_mean(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
         return layout_reading(x, Mean(rank, tuple(range(2, rank)), keep=True), frame, output)
     name = graph.constant(node, 1)
     axes = graph.constants.array(name).tolist() if name else cast("list[int] | None", attribute(node, "axes"))
-    if axes is None or (operand(node, 1) and name is None):
-        return None
+    if not axes or (operand(node, 1) and name is None):
+        return None  # over all axes, or over axes computed at run time
     keep = bool(cast(int, attribute(node, "keepdims", 1)))
     return layout_reading(x, Mean(rank, tuple(sorted(a % rank for a in axes)), keep), frame, output)
 

@@ -26,8 +26,8 @@ WINDOW = 24
 SMALL = 2**12
 """Elements of an input up to which every impulse is tried without knowing whether it leads anywhere."""
 STRIDES = (1, 2, 3, 4)
-BASE = (13, 15, 14)
-"""Extents at which impulses are taken, when the function accepts any: odd, even, and unequal."""
+FARTHEST = 64
+"""How far operators may reach together where extents are open; beyond it the sizes to try would be too large."""
 NOT_EVEN = "what it adds differs from place to place, so it is no convolution"
 NOT_AFFINE = "it is not the same affine map everywhere, so it is no convolution"
 
@@ -35,7 +35,7 @@ Function = Callable[[Array], Array]
 
 
 def find_kernel(
-    f: Function, x: Source, batch: int | None, channels: int, extents: Sequence[int | None], dtype: np.dtype
+    f: Function, x: Source, batch: int | None, channels: int, extents: Sequence[int | None], reach: int, dtype: np.dtype
 ) -> tuple[Conv, float] | Declined:
     """``f`` as a convolution of ``x``, and how far the two lie apart, relative to the values met.
 
@@ -43,13 +43,17 @@ def find_kernel(
         f: from [batch, channels, *extents] to [batch, any, *extents], in float64. It may raise for sizes that
             do not fit it.
         batch, extents: what f accepts; None where it accepts any.
+        reach: a bound for how far any value reaches, and for any position that f singles out: maps tried
+            are larger, so that what holds in them holds in every larger one.
         dtype: what parameters are stored in. Constants that agree to their last digits in it (in
             float32, where it is coarser) count as equal: a border that was computed beforehand and a
             bias that is computed now.
     """
     slack = max(32 * min(float(ml_dtypes.finfo(dtype).eps), 2.0**-23), 1e-11)
     frame = len(extents)
-    sizes = list(_sizes(extents))
+    if None in extents and reach > FARTHEST:
+        return Declined("it reaches too far to be probed")
+    sizes = list(_sizes(extents, reach))
     batches = [batch or 2 + n for n in range(len(sizes))]
     batch = batches[0]
     if batch * channels**2 * prod(sizes[0]) > LARGEST:
@@ -62,46 +66,54 @@ def find_kernel(
         return Declined("it does not run on random inputs")
     if at_zero.ndim != frame + 2 or not np.isfinite(at_random).all():
         return Declined(NOT_AFFINE)
-    tolerance = slack * max(np.abs(at_random).max(initial=0.0), np.abs(at_zero).max(initial=0.0))
     flat = at_zero.swapaxes(0, 1).reshape(at_zero.shape[1], -1)
     bias = np.median(flat, axis=1)
-    if np.abs(flat - bias[:, None]).max(initial=0.0) > tolerance:
+    tolerance = slack * np.maximum(
+        _largest(at_random), _largest(at_zero)
+    )  # per channel: a large one hides no small one
+    if np.any(np.abs(flat - bias[:, None]).max(axis=1, initial=0.0) > tolerance):
         return Declined(NOT_EVEN)
-    grid = _grid(f, (batch, channels), sizes, extents)
+    grid = _grid(f, (batch, channels), {sizes[0]: at_zero.shape[2:]}, sizes[0], extents)
     if grid is None:
         return Declined("its result has other extents than that of a convolution")
-    if not _follows(f, (batch, channels), sizes[0], grid[0], tolerance, rng):
+    if not _follows(f, (batch, channels), sizes[0], grid[0], at_zero[:1], tolerance, rng):
         return Declined(NOT_AFFINE)
     conv = _from_impulses(f, x, (batch, channels), sizes[0], at_zero[:1], bias, grid, tolerance)
     error = _difference(f, conv, channels, list(zip(batches, sizes, strict=True)), rng)
     return (conv, error) if error <= slack else Declined(NOT_AFFINE)
 
 
-def _sizes(extents: Sequence[int | None]) -> Iterator[Ints]:
-    """Extents to try, the first of them for impulses: also even, small, and one by one."""
-    for shift in (0, 1, -5, -8, -10):
-        yield tuple(BASE[axis] + shift if e is None else e for axis, e in enumerate(extents))
+def _largest(y: Array) -> Array:
+    """The largest magnitude in each channel."""
+    return np.abs(y).max(axis=(0, *range(2, y.ndim)), initial=0.0)
+
+
+def _sizes(extents: Sequence[int | None], reach: int) -> Iterator[Ints]:
+    """Extents to try, the first of them for impulses: beyond the reach, odd and even, unequal; and small ones."""
+    least = max(13, reach + 5)
+    for start in (least, least + 1, 8, 5, 3):
+        yield tuple(start + (0, 2, 1)[axis] if e is None else e for axis, e in enumerate(extents))
         if None not in extents:
             return
 
 
-def _grid(f: Function, lead: Ints, sizes: list[Ints], extents: Sequence[int | None]) -> tuple[Ints, Ints] | None:
+def _grid(
+    f: Function, lead: Ints, seen: dict[Ints, Ints], first: Ints, extents: Sequence[int | None]
+) -> tuple[Ints, Ints] | None:
     """(stride, delta), so that every extent of the result is floor((extent - 1 - delta) / stride) + 1."""
     strides, deltas = [], []
-    seen: dict[Ints, Ints] = {}
     for axis, extent in enumerate(extents):
         points: list[tuple[int, int]] = []
         for step in range(1 if extent is not None else 6):
-            size = tuple(n + step * (i == axis) for i, n in enumerate(sizes[0]))
+            size = tuple(n + step * (i == axis) for i, n in enumerate(first))
             if size not in seen:
                 try:
                     seen[size] = f(np.zeros((*lead, *size))).shape[2:]
                 except Exception:  # as above
                     return None
             points.append((size[axis], seen[size][axis]))
-        fits = [
-            (s, d) for s in STRIDES for d in range(-16, 17) if all((n - 1 - d) // s + 1 == out for n, out in points)
-        ]
+        candidates = product(STRIDES, range(-WINDOW, WINDOW + 1))
+        fits = [(s, d) for s, d in candidates if all((n - 1 - d) // s + 1 == out for n, out in points)]
         if extent is not None:  # one size tells little: the stride that comes closest to the ratio
             fits.sort(key=lambda fit: (abs(points[0][0] / points[0][1] - fit[0]), abs(fit[1])))
         if not fits:
@@ -119,7 +131,7 @@ def _from_impulses(
     at_zero: Array,
     bias: Array,
     grid: tuple[Ints, Ints],
-    tolerance: float,
+    tolerance: Array,
 ) -> Conv:
     (stride, delta), channels = grid, lead[1]
     taps: dict[Ints, Array] = {}  # offset -> [out, in]
@@ -130,7 +142,8 @@ def _from_impulses(
         window = (slice(None), slice(None), *near)
         ones = np.eye(channels)
         response = np.concatenate([(_impulse(f, lead, one, centre, size) - at_zero)[window] for one in ones])
-        for place in np.argwhere(np.abs(response).max(axis=(0, 1)) > 1e-3 * tolerance):
+        strong = np.abs(response).max(axis=0) > 1e-3 * tolerance.reshape(-1, *[1] * len(size))
+        for place in np.argwhere(strong.any(axis=0)):
             offset = tuple(int(c - s * (a + p)) for c, s, a, p in zip(centre, stride, low, place, strict=True))
             taps[offset] = response[(slice(None), slice(None), *place)].T
     if not taps:
@@ -146,7 +159,7 @@ def _from_impulses(
     rows, columns = weight.shape[0] // groups, channels // groups
     own = [weight[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
     first = tuple(axis[0] for axis in spread)
-    kept = bias if np.abs(bias).max(initial=0.0) > 1e-3 * tolerance else None
+    kept = bias if np.any(np.abs(bias) > 1e-3 * tolerance) else None
     return Conv(x, np.concatenate(own), kept, stride, dilation, first, delta, groups)
 
 
@@ -157,30 +170,35 @@ def _impulse(f: Function, lead: Ints, values: Array, place: Ints, size: Ints) ->
     return f(x)[:1]
 
 
-def _follows(f: Function, lead: Ints, size: Ints, stride: Ints, tolerance: float, rng: np.random.Generator) -> bool:
-    """Whether the response to an impulse moves with it: two runs that spare one for every channel."""
+def _follows(
+    f: Function, lead: Ints, size: Ints, stride: Ints, at_zero: Array, tolerance: Array, rng: np.random.Generator
+) -> bool:
+    """Whether the response to an impulse moves with it, up to the borders: few runs that spare one per channel."""
     values = rng.standard_normal(lead[1])
-    places = [tuple(n // 2 // s * s for n, s in zip(size, stride, strict=True))]
-    places.append(tuple(p - s if p >= s else p for p, s in zip(places[0], stride, strict=True)))
-    at_zero = f(np.zeros((*lead, *size)))[:1]
-    here, there = (_impulse(f, lead, values, place, size) - at_zero for place in places)
-    back = tuple(int(a != b) for a, b in zip(*places, strict=True))
-    inner = tuple(slice(2 + b, n - 2 + b) for b, n in zip(back, here.shape[2:], strict=True))
-    moved = tuple(slice(i.start - b, i.stop - b) for i, b in zip(inner, back, strict=True))
-    rest = (slice(None), slice(None))
-    if 0 in here[(*rest, *inner)].shape:
-        return lead[1] * prod(size) <= SMALL  # a map as small as this shows nothing
-    return bool(np.abs(here[(*rest, *inner)] - there[(*rest, *moved)]).max(initial=0.0) <= tolerance)
+    centre = tuple(n // 2 // s * s for n, s in zip(size, stride, strict=True))
+    here = _impulse(f, lead, values, centre, size) - at_zero
+    for steps in ([1] * len(size), [c // s - 1 for c, s in zip(centre, stride, strict=True)]):
+        for back in (tuple(steps), tuple(-k for k in steps)):
+            place = tuple(c - s * k for c, s, k in zip(centre, stride, back, strict=True))
+            if any(p < 0 or p >= n for p, n in zip(place, size, strict=True)):
+                continue
+            there = _impulse(f, lead, values, place, size) - at_zero
+            rest = (slice(None), slice(None))
+            one = tuple(slice(max(k, 0), n + min(k, 0)) for k, n in zip(back, here.shape[2:], strict=True))
+            other = tuple(slice(max(-k, 0), n + min(-k, 0)) for k, n in zip(back, here.shape[2:], strict=True))
+            if np.any(_largest(here[(*rest, *one)] - there[(*rest, *other)]) > tolerance):
+                return False
+    return min(here.shape[2:]) > 4 or lead[1] * prod(size) <= SMALL  # a map as small as that shows little
 
 
-def _groups(weight: Array, threshold: float) -> int:
+def _groups(weight: Array, threshold: Array) -> int:
     """The largest number of groups outside of which ``weight`` is nothing."""
     out, channels = weight.shape[:2]
-    strength = np.abs(weight).reshape(out, channels, -1).max(axis=2)
+    strong = np.abs(weight).reshape(out, channels, -1).max(axis=2) > threshold[:, None]
     common = gcd(out, channels)
     for groups in sorted((g for g in range(2, common + 1) if common % g == 0), reverse=True):
-        blocks = strength.reshape(groups, out // groups, groups, channels // groups).max(axis=(1, 3))
-        if not np.any(blocks[~np.eye(groups, dtype=bool)] > threshold):
+        blocks = strong.reshape(groups, out // groups, groups, channels // groups).any(axis=(1, 3))
+        if not np.any(blocks[~np.eye(groups, dtype=bool)]):
             return groups
     return 1
 
@@ -199,5 +217,6 @@ def _difference(
         found, magnitude = evaluate(conv, {e: x for e in conv.children if isinstance(e, Source)})
         if expected.shape != found.shape or not np.isfinite(expected).all():
             return float("inf")
-        errors.append(float(np.abs(expected - found).max(initial=0.0)) / magnitude if magnitude else 0.0)
+        scales = np.maximum(_largest(expected), 2.0**-50 * magnitude)
+        errors.append(float(np.max(_largest(expected - found) / np.maximum(scales, np.finfo(np.float64).tiny))))
     return max(errors) if len(errors) >= min(2 * len(sizes), 4) else float("inf")

@@ -109,6 +109,10 @@ class Graph(Protocol):
         """What an operator reads that is linear by its kind but has no reading; None for all others."""
         ...
 
+    def reach(self, value: Value) -> int:
+        """The largest extent, position or distance that an operator without a reading names."""
+        ...
+
     def run(self, root: Value, source: Value, x: Array) -> Array:
         """``root`` computed from ``source = x`` by the host's own operators, in float64. May raise anything."""
         ...
@@ -359,10 +363,12 @@ def _duplicates(graph: Graph, decisions: dict[Value, Decision]) -> Iterator[tupl
 def _equal(a: Expr, b: Expr) -> bool:
     """Whether two expressions of one text hold the same numbers, over the same values."""
     for x, y in zip(walk(a), walk(b), strict=True):
-        if isinstance(x, Source) and isinstance(y, Source) and x.key != y.key:
-            return False
-        if len(arrays(x)) != len(arrays(y)) or not all(map(np.array_equal, arrays(x), arrays(y))):
-            return False
+        for name, mine in vars(x).items():
+            other = getattr(y, name)
+            if name in ("x", "terms", "token"):
+                continue
+            if not (np.array_equal(mine, other) if isinstance(mine, np.ndarray) else mine == other):
+                return False
     return True
 
 
@@ -421,15 +427,16 @@ def _as_kernel(
     extents = [d.known for d in source.shape[2:]]
     before = sum(cost(d.expr) for d in left) + unread * moving(channels)
     if unread:
-        batch = source.shape[0].known
-        found = find_kernel(lambda x: graph.run(root, operand, x), source, batch, channels, extents, dtype)
+        batch, reach = source.shape[0].known, _reach(graph, tree, wide, readings)
+        found = find_kernel(lambda x: graph.run(root, operand, x), source, batch, channels, extents, reach, dtype)
     else:
         whole = _lifted(graph, tree, readings)[root]
         if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
             return None
         (source,) = (e for e in walk(whole) if isinstance(e, Source))
         function = lambda x: evaluate(whole, {source: x})[0]  # noqa: E731
-        found = find_kernel(function, source, 1, channels, [None] * len(extents), dtype)
+        reach = _reach(graph, tree, wide, readings)
+        found = find_kernel(function, source, 1, channels, [None] * len(extents), reach, dtype)
     if isinstance(found, Declined):
         return None
     conv, error = found
@@ -441,6 +448,24 @@ def _as_kernel(
     text = "\n".join(graph.name(v) for v in tree)
     native = {conv.x: operand}
     return Splice(root, tree, conv, native, dtype, Counter({UNLISTED: 1}), parameters, text, show(conv), error)
+
+
+def _reach(graph: Graph, tree: Sequence[Value], wide: dict[Value, Reading], readings: Container[Value]) -> int:
+    """A bound for how far the operators of a tree reach together, and for the positions that they name."""
+    found: dict[Value, tuple[int, int]] = {}  # reach and stride, both in positions of the operand of the tree
+    for value in tree:
+        below = [found.get(v, (0, 1)) for v in wide[value].operands]
+        reach, stride = max(r for r, _ in below), max(s for _, s in below)
+        if value not in readings:
+            found[value] = reach + stride * graph.reach(value), stride
+            continue
+        own, step = 0, 1
+        for e in walk(wide[value].build([Source(v) for v in wide[value].operands])):
+            if isinstance(e, Conv):
+                own += max((abs(n) for ends in (e.offset, e.reach) for n in ends), default=0)
+                step *= max(e.stride, default=1)
+        found[value] = reach + stride * own, stride * step
+    return found[tree[-1]][0]
 
 
 def _lifted(graph: Graph, members: Sequence[Value], readings: dict[Value, Reading]) -> dict[Value, Expr]:

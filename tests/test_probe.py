@@ -31,7 +31,7 @@ def function(text: str, seed: int = 0) -> Function:
 def probe(
     f: Function, channels: int, extents: Sequence[int | None], batch: int = 1, dtype: np.dtype = FLOAT64
 ) -> Conv | Declined:
-    found = find_kernel(f, Source("x"), batch, channels, extents, dtype)
+    found = find_kernel(f, Source("x"), batch, channels, extents, 8, dtype)
     return found if isinstance(found, Declined) else found[0]
 
 

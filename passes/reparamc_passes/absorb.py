@@ -29,13 +29,13 @@ def into_producer(e: Scale | BatchNorm) -> Expr | Declined | None:
 
 
 def _absorb(e: Expr, scale: Array, shift: Array, frame: int | None, depth: int = 0) -> Expr | Declined | None:
-    layouts, e = through_layouts(e)
+    layouts, e = through_layouts(e, shifted=bool(np.any(shift)))
     if layouts and frame is not None:
         if frame != layouts[0].frame:
             return Declined(OTHER_AXIS) if isinstance(e, Conv) else None
-        frame = layouts[-1].frame_in
+        frame = frame_below(layouts[-1])
     match e:
-        case Conv() if not e.skips_border:
+        case Conv() if e.token is None or (e.reads_padding and not e.skips_border):
             if frame is not None and frame != e.frame:
                 return Declined(OTHER_AXIS)
             if not _fits(scale, shift, e.out_channels):
@@ -78,7 +78,9 @@ def _scaled(e: Scale | BatchNorm, scale: Array, shift: Array) -> Scale | BatchNo
 
 def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Declined | None:
     """``conv(s x + t)`` as one convolution of x; x may be moved, selected or concatenated in between."""
-    layouts, e = through_layouts(conv.x)
+    if conv.token is not None:
+        return None  # it would no longer be the pooling or padding that it is
+    layouts, e = through_layouts(conv.x, shifted=True)
     if isinstance(e, Concat):
         return _columns(conv, layouts, e, kind)
     outer, index = e, None
@@ -86,7 +88,7 @@ def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Dec
         e, index = e.x, list(e.index)
     if not isinstance(e, kind):
         return None
-    frame = layouts[-1].frame_in if layouts else conv.frame
+    frame = frame_below(layouts[-1]) if layouts else conv.frame
     if any(f not in (None, frame) for f in (e.frame, outer.frame if isinstance(outer, Select) else None)):
         return Declined(OTHER_AXIS)
     if layouts and layouts[0].frame != conv.frame:
@@ -103,10 +105,10 @@ def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Dec
 
 
 def _columns(
-    conv: Conv, layouts: list[Layout], e: Concat, kind: type[Scale] | type[BatchNorm]
+    conv: Conv, layouts: list[Layout | Conv], e: Concat, kind: type[Scale] | type[BatchNorm]
 ) -> Expr | Declined | None:
     """``conv(concat(s x + t, y))``: the columns of x take s and t, those of y stay."""
-    if layouts and (layouts[-1].frame_in != e.frame or layouts[0].frame != conv.frame):
+    if layouts and (frame_below(layouts[-1]) != e.frame or layouts[0].frame != conv.frame):
         return None
     if not layouts and e.frame != conv.frame:
         return None
@@ -135,17 +137,25 @@ def _border(conv: Conv) -> str:
     return "its shift meets the zero padding of the convolution behind it"
 
 
-def through_layouts(e: Expr) -> tuple[list[Layout], Expr]:
-    """The chain of layout operators that ends in ``e``, last first, and what it starts from."""
-    layouts: list[Layout] = []
-    while isinstance(e, Layout):
-        layouts.append(e)
+def through_layouts(e: Expr, *, shifted: bool) -> tuple[list[Layout | Conv], Expr]:
+    """The chain of operators that ends in ``e`` and commutes with a scale, last first, and what it starts from.
+
+    Layout operators, and convolutions under another name: poolings, crops, paddings. A padding does not
+    commute with a shift.
+    """
+    chain: list[Layout | Conv] = []
+    while isinstance(e, Layout) or (isinstance(e, Conv) and e.token is not None and not (shifted and e.reads_padding)):
+        chain.append(e)
         e = e.x
-    return layouts, e
+    return chain, e
 
 
-def under(layouts: list[Layout], e: Expr) -> Expr:
-    """``e`` with a chain of layout operators put back on top."""
+def frame_below(e: Layout | Conv) -> int:
+    return e.frame_in if isinstance(e, Layout) else e.frame
+
+
+def under(layouts: list[Layout | Conv], e: Expr) -> Expr:
+    """``e`` with a chain of such operators put back on top."""
     for layout in reversed(layouts):
         e = rebuild(layout, [e])
     return e

@@ -17,8 +17,8 @@ from itertools import zip_longest
 from typing import cast
 
 from reparamc.cost import addition, price
-from reparamc.expr import Conv, Expr, Sum, total
-from reparamc.kernel import merge, merged_shape
+from reparamc.expr import BatchNorm, Conv, Expr, Scale, Sum, total
+from reparamc.kernel import coefficients, merge, merged_shape, scale_outputs
 from reparamc.rewrite import Declined, Pass
 
 
@@ -26,17 +26,18 @@ def parallel_convs(e: Expr) -> Expr | Declined | None:
     if not isinstance(e, Sum):
         return None
     branches: dict[Expr, dict[Hashable, list[int]]] = {}  # input -> grid -> places in the sum
-    for place, term in enumerate(e.terms):
-        if isinstance(term, Conv):
+    kernels = [_kernel(term) for term in e.terms]
+    for place, term in enumerate(kernels):
+        if term is not None:
             grid = (term.stride, term.delta, term.out_channels, term.frame, term.transposed)
             branches.setdefault(term.x, {}).setdefault(grid, []).append(place)
     terms: list[Expr | None] = list(e.terms)
     refusal: Declined | None = None
     for grids in branches.values():
         if len(grids) > 1:
-            refusal = Declined(_difference([cast(Conv, e.terms[places[0]]) for places in grids.values()]))
+            refusal = Declined(_difference([cast(Conv, kernels[places[0]]) for places in grids.values()]))
         for places in grids.values():
-            merged = _merge_while_cheaper([cast(Conv, e.terms[place]) for place in places])
+            merged = _merge_while_cheaper([cast(Conv, kernels[place]) for place in places])
             if len(merged) == len(places) > 1:
                 refusal = Declined("merging its branches would cost more multiply-adds than it saves")
             elif len(merged) < len(places):
@@ -44,6 +45,20 @@ def parallel_convs(e: Expr) -> Expr | Declined | None:
                     terms[place] = conv
     kept = [term for term in terms if term is not None]
     return refusal if len(kept) == len(terms) else total(kept)
+
+
+def _kernel(e: Expr) -> Conv | None:
+    """``e`` as a convolution, a crop that is scaled included: alone it could not take the scale in."""
+    match e:
+        case Conv():
+            return e
+        case Scale(x=Conv() as crop) | BatchNorm(x=Conv() as crop) if crop.skips_border and e.frame in (
+            None,
+            crop.frame,
+        ):
+            return scale_outputs(crop, *coefficients(e))
+        case _:
+            return None
 
 
 def _merge_while_cheaper(convs: list[Conv]) -> list[Conv]:
@@ -57,7 +72,8 @@ def _if_cheaper(convs: list[Conv]) -> list[Conv]:
     if len(convs) == 1:
         return convs
     apart = sum(price(c) for c in convs) + (len(convs) - 1) * addition(convs[0].out_channels)
-    return [merge(convs)] if price(merged_shape(convs)) < apart else convs
+    shape = merged_shape(convs)
+    return [merge(convs)] if price(shape) < apart and not shape.skips_border else convs
 
 
 def _difference(convs: list[Conv]) -> str:
