@@ -240,6 +240,9 @@ class FxGraph:
             for writer in writers:
                 if writer in nodes:
                     visible = not self._is_private(value, writer)
+                elif value in nodes:  # it would be computed afresh, without what was written
+                    foreign = writer not in self.written.get(value, ())
+                    visible = foreign and self.order[value] < self.order[writer] < last
                 elif view:
                     visible = self.order[writer] > min(reads, default=last)  # it may go through a view of the result
                 else:

@@ -382,7 +382,7 @@ def _unlisted(graph: Graph, readings: dict[Value, Reading], decisions: dict[Valu
         operands = readings[value].operands if value in readings else graph.moves(value)
         if operands is not None:
             wide[value] = readings.get(value, Reading(operands, lambda _: Sum(())))
-    for members in find_regions(graph, wide).values():
+    for members in find_regions(graph, wide, apart=wide).values():
         for tree in _trees_on_one_operand(members, wide):
             left = [decisions[v] for v in tree if v in decisions]
             unread = [v for v in tree if v not in readings]

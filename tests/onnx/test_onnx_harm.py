@@ -13,7 +13,7 @@ import pytest
 from onnx import ModelProto, NodeProto
 from onnx_models import batchnorm, fuse, model, node, norm, operators
 
-from reparamc import onnx_fuse, onnx_graph
+from reparamc import onnx_fuse, onnx_readers
 from reparamc.onnx_fuse import fuse_model
 from reparamc.onnx_harm import fused_by_runtime, harmful, protected, reason
 
@@ -60,7 +60,7 @@ def gelu_model(blocks: int = 2) -> ModelProto:
 
 @pytest.fixture
 def unprotected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_graph, "_protected", lambda *_, **__: None)
+    monkeypatch.setattr(onnx_readers, "_protected", lambda *_, **__: None)
 
 
 def test_what_the_runtime_fuses() -> None:

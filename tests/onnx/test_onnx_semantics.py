@@ -253,14 +253,16 @@ def test_skip_beside_stride_of_unknown_extent() -> None:
 
 
 def test_skip_of_one_channel() -> None:
-    assert_left(
-        model([node("Conv", "x k", "c", **PAD), node("Add", "c x", "y")], {"k": rand(6, 1, 3, 3)}, ("N", 1, "H", "W"))
+    """It is added to every channel, which is a column of ones: no rule says so, but the impulse response does."""
+    assert_folds(
+        model([node("Conv", "x k", "c", **PAD), node("Add", "c x", "y")], {"k": rand(6, 1, 3, 3)}, ("N", 1, "H", "W")),
+        Conv=1,
     )
 
 
 def test_branches_of_one_and_six_channels() -> None:
     nodes = [CONV, node("Conv", "x k", "d", **PAD), node("Add", "c d", "y")]
-    assert_left(tail(nodes, {"k": rand(1, 6, 3, 3)}))
+    assert_folds(tail(nodes, {"k": rand(1, 6, 3, 3)}), Conv=1)
 
 
 def test_skip_of_a_grouped_conv() -> None:

@@ -124,8 +124,9 @@ def test_one_shared_value_stays_and_the_other_goes() -> None:
 def test_many_readers(readers: int) -> None:
     """All or none, whatever the limit is; the outputs are compared in any case."""
     nodes = [batchnorm("x", "n", "b")]
-    nodes += [node("Conv", "b wq", f"y{at}", kernel_shape=[1, 1]) for at in range(readers)]
-    found = counted(nodes, {**norm("n", 6), **WEIGHTS}, " ".join(f"y{at}" for at in range(readers)))
+    nodes += [node("Conv", f"b w{at}", f"y{at}", kernel_shape=[1, 1]) for at in range(readers)]
+    weights = {f"w{at}": WEIGHTS["wq"] * (at + 1) for at in range(readers)}
+    found = counted(nodes, {**norm("n", 6), **weights}, " ".join(f"y{at}" for at in range(readers)))
     assert found["Conv"] == readers
     assert found.get("BatchNormalization", 0) == int(readers > 8)
 
