@@ -46,8 +46,10 @@ def fuse_fx(
     and ``requires_grad`` of parameters carry over. The `Report` is at ``result.meta["reparamc"]``.
 
     Args:
-        model: a module in eval mode, its BatchNorms included, that torch.fx can trace. Arguments of
-            its ``forward`` whose default is no tensor (None, a number) are fixed to that default.
+        model: a module in eval mode, its BatchNorms included. Arguments of its ``forward`` whose default is
+            no tensor (None, a number) are fixed to that default. What torch.fx cannot trace is followed
+            by torch.export, which needs ``example_inputs`` and fixes their sizes but for the batch; the
+            report then says so.
         example_inputs: one tensor, a tuple of positional arguments, or a mapping of keyword
             arguments. With them the original and the copy are run and compared, and ranks are known,
             which BatchNorm1d behind a linear layer and functional batch_norm may need.

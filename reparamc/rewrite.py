@@ -36,7 +36,7 @@ class Pass:
         name: what users type, such as ``bn-folding``.
         equation: the identity, in one line.
         exact_when: the condition under which it holds.
-        rules: tried in order at every node; empty for a pass that an adapter carries out itself.
+        rules: tried in order at every node; empty for a pass that a driver or an adapter carries out.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The rewrites of reparamc, one file each. This tuple is the only list of them.
 
-Order decides which of two applicable rewrites is tried first, and so what a report counts; the
-result does not depend on it.
+Order decides which of two applicable rewrites is tried first, and so what a report counts. What becomes
+of a graph depends on it in one place: branches of zeros are dropped before anything is merged into them.
 """
 
 from __future__ import annotations

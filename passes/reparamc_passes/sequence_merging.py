@@ -3,8 +3,9 @@
     W' * (W * x + b) + b'  =  (W' W) * x + (W' b + b')        taps meet at a + d t + s (a' + d' u)
 
 It spans both kernels, its strides multiply, its groups are the greatest common divisor of theirs.
-Exact when the outer kernel reads no padding, or the inner one is a single tap without bias (a 1x1
-convolution, a zero padding): zeros beyond the inner result then come from zeros beyond x.
+Exact when the outer kernel reads no padding, or the inner one is a single tap without bias that leaves
+nothing of x out (a 1x1 convolution, a zero padding): zeros beyond the inner result then come from
+zeros beyond x.
 
 Done when the composed kernel is cheaper than the two, or becomes so by falling together with another
 branch of the same sum: a low-rank pair B A beside a full W (LoRA), 1x1 - kxk beside kxk (DBB).
@@ -89,6 +90,6 @@ def _composed(row: list[Conv]) -> Conv:
 SEQUENCE_MERGING = Pass(
     name="sequence-merging",
     equation="W'*(W*x + b) + b' = (W'W)*x + (W'b + b')",
-    exact_when="the outer kernel reads no padding, or the inner one is a single tap without bias; when cheaper",
+    exact_when="the outer kernel reads no padding, or the inner is one tap without bias, cropping nothing; when cheaper",
     rules=(in_a_row, in_a_sum),
 )
