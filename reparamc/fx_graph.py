@@ -334,12 +334,15 @@ class FxGraph:
             see(write.args)
         return max(found)
 
-    def run(self, root: Value, source: Value, x: Array) -> Array:
-        """By torch's own operators, in float64 on the CPU."""
-        values: dict[fx.Node, Any] = {cast(fx.Node, source): torch.from_numpy(np.array(x, copy=True))}
+    def run(self, value: Value, operands: Mapping[Value, Array]) -> Array:
+        """By torch's own operator, in float64 on the CPU."""
+        root = cast(fx.Node, value)
+        values: dict[fx.Node, Any] = {
+            cast(fx.Node, v): torch.from_numpy(np.array(x, copy=True)) for v, x in operands.items()
+        }
         modules: dict[str, nn.Module] = {}
         with torch.no_grad():
-            for node in self._between(cast(fx.Node, source), cast(fx.Node, root)):
+            for node in self._between(set(values), root):
                 known = self.facts.known.get(node)
                 if known is not None:
                     is_float = isinstance(known, Tensor) and known.is_floating_point()
@@ -355,11 +358,11 @@ class FxGraph:
                     values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 else:
                     values[node] = cast(Callable[..., Any], node.target)(*args, **kwargs)
-        return values[cast(fx.Node, root)].numpy()
+        return values[root].numpy()
 
-    def _between(self, source: fx.Node, root: fx.Node) -> list[fx.Node]:
-        """What has to be computed for ``root`` from ``source``, in execution order."""
-        found: set[fx.Node] = {source}
+    def _between(self, given: set[fx.Node], root: fx.Node) -> list[fx.Node]:
+        """What has to be computed for ``root`` where ``given`` is there, in execution order."""
+        found = set(given)
         stack = [root]
         while stack:
             node = stack.pop()
@@ -367,7 +370,7 @@ class FxGraph:
                 found.update((node, *self.written.get(node, ())))
                 stack += [n for w in self.written.get(node, ()) for n in w.all_input_nodes]
                 stack += [] if node in self.facts.known else node.all_input_nodes
-        return sorted(found - {source}, key=self.order.__getitem__)
+        return sorted(found - given, key=self.order.__getitem__)
 
     # Writing
 

@@ -6,7 +6,7 @@ Bodies of If, Loop and Scan and local functions are left alone; what they captur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -46,33 +46,18 @@ LINEAR_KINDS = {
 """Operators that are affine in each operand that is no constant, all other operands being constant."""
 
 
-def in_float64(graph: OnnxGraph, root: str, source: str) -> ReferenceEvaluator:
-    """What computes ``root`` from ``source`` in float64, by the reference implementation of ONNX."""
-    needed: list[NodeProto] = []
-    constants: set[str] = set()
-    wanted, stack = {source}, [root]
-    while stack:
-        name = stack.pop()
-        if name in wanted or not name:
-            continue
-        wanted.add(name)
+def in_float64(graph: OnnxGraph, node: NodeProto, output: str) -> ReferenceEvaluator:
+    """``output`` of one operator as a function of its operands in float64, by the reference implementation of ONNX."""
+    initializers, inputs = [], []
+    for name in dict.fromkeys(n for n in node.input if n):
         if name in graph.constants:
-            constants.add(name)
+            value = graph.constants.array(name)
+            is_float = value.dtype in FLOATS.values()
+            initializers.append(numpy_helper.from_array(value.astype(np.float64) if is_float else value, name))
         else:
-            if graph.producers[name].op_type == "ConvTranspose":
-                raise ValueError("the reference of ONNX is wrong for grouped transposed convolutions with a bias")
-            needed.append(graph.producers[name])
-            stack += graph.producers[name].input
-    order = {name: place for place, node in enumerate(graph.nodes) for name in node.output}
-    nodes = sorted({order[node.output[0]]: node for node in needed}.items())
-    initializers = []
-    for name in constants:
-        value = graph.constants.array(name)
-        is_float = value.dtype in FLOATS.values()
-        initializers.append(numpy_helper.from_array(value.astype(np.float64) if is_float else value, name))
-    x = helper.make_tensor_value_info(source, TensorProto.DOUBLE, None)
-    y = helper.make_tensor_value_info(root, TensorProto.DOUBLE, None)
-    body = helper.make_graph([node for _, node in nodes], "float64", [x], [y], initializers)
+            inputs.append(helper.make_tensor_value_info(name, TensorProto.DOUBLE, None))
+    result = helper.make_tensor_value_info(output, TensorProto.DOUBLE, None)
+    body = helper.make_graph([node], "float64", inputs, [result], initializers)
     return ReferenceEvaluator(
         helper.make_model(body, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version)
     )
@@ -95,7 +80,7 @@ class OnnxGraph:
         self._initializers: list[TensorProto] = []
         self._replaced: set[str] = set()
         self._suspects: set[str] = set()
-        self._functions: dict[tuple[Value, Value], ReferenceEvaluator] = {}
+        self._functions: dict[str, ReferenceEvaluator] = {}
 
     # Reading
 
@@ -175,10 +160,12 @@ class OnnxGraph:
                 found += [abs(int(n)) for n in array.ravel()] if array.dtype.kind in "iu" else list(array.shape[2:])
         return max(n for n in found if n < LAST)  # ends that mean "all" do not count
 
-    def run(self, root: Value, source: Value, x: Array) -> Array:
-        if (root, source) not in self._functions:
-            self._functions[root, source] = in_float64(self, str(root), str(source))
-        return np.asarray(next(iter(self._functions[root, source].run(None, {str(source): x}))))
+    def run(self, value: Value, operands: Mapping[Value, Array]) -> Array:
+        name = str(value)
+        if name not in self._functions:
+            self._functions[name] = in_float64(self, self.producers[name], name)
+        results = self._functions[name].run(None, {str(v): x for v, x in operands.items()})
+        return np.asarray(next(iter(results)))
 
     # Writing
 

@@ -13,7 +13,7 @@ regions is one sweep from the outputs to the inputs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isclose
 from typing import Protocol, TypeAlias
@@ -113,8 +113,8 @@ class Graph(Protocol):
         """The largest extent, position or distance that an operator without a reading names."""
         ...
 
-    def run(self, root: Value, source: Value, x: Array) -> Array:
-        """``root`` computed from ``source = x`` by the host's own operators, in float64. May raise anything."""
+    def run(self, value: Value, operands: Mapping[Value, Array]) -> Array:
+        """``value`` by the host's own operator, in float64, from what it reads. May raise anything."""
         ...
 
     def splice(self, splice: Splice) -> None:
@@ -428,7 +428,8 @@ def _as_kernel(
     before = sum(cost(d.expr) for d in left) + unread * moving(channels)
     if unread:
         batch, reach = source.shape[0].known, _reach(graph, tree, wide, readings)
-        found = find_kernel(lambda x: graph.run(root, operand, x), source, batch, channels, extents, reach, dtype)
+        function = _function(graph, tree, operand, wide, readings)
+        found = find_kernel(function, source, batch, channels, extents, reach, dtype)
     else:
         whole = _lifted(graph, tree, readings)[root]
         if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
@@ -448,6 +449,26 @@ def _as_kernel(
     text = "\n".join(graph.name(v) for v in tree)
     native = {conv.x: operand}
     return Splice(root, tree, conv, native, dtype, Counter({UNLISTED: 1}), parameters, text, show(conv), error)
+
+
+def _function(
+    graph: Graph, tree: Sequence[Value], operand: Value, wide: dict[Value, Reading], readings: Container[Value]
+) -> Callable[[Array], Array]:
+    """A tree as a function of its operand: what has a reading by `evaluate`, the rest by the host's operators."""
+    sources = {v: graph.source(v) for value in tree for v in wide[value].operands}
+    exprs = {v: wide[v].build([sources[o] for o in wide[v].operands]) for v in tree if v in readings}
+
+    def run(x: Array) -> Array:
+        values = {operand: x}
+        for value in tree:
+            operands = {v: values[v] for v in wide[value].operands}
+            if value in exprs:
+                values[value], _ = evaluate(exprs[value], {sources[v]: y for v, y in operands.items()})
+            else:
+                values[value] = graph.run(value, operands)
+        return values[tree[-1]]
+
+    return run
 
 
 def _reach(graph: Graph, tree: Sequence[Value], wide: dict[Value, Reading], readings: Container[Value]) -> int:

@@ -90,6 +90,6 @@ def _composed(row: list[Conv]) -> Conv:
 SEQUENCE_MERGING = Pass(
     name="sequence-merging",
     equation="W'*(W*x + b) + b' = (W'W)*x + (W'b + b')",
-    exact_when="the outer kernel reads no padding, or the inner is one tap without bias, cropping nothing; when cheaper",
+    exact_when="the outer kernel reads no padding, or the inner is one tap without bias, cropping nothing; if cheaper",
     rules=(in_a_row, in_a_sum),
 )
