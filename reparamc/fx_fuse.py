@@ -23,11 +23,9 @@ from reparamc.fx_export import can_be_exported, exported, holds_linear
 from reparamc.fx_graph import FxGraph
 from reparamc.fx_values import IN_PLACE_DUNDERS
 from reparamc.region import make_plan
-from reparamc.report import Counts, OutputError, Refusal, Report, Rewrite
+from reparamc.report import Counts, OutputError, Refusal, Report, rewritten
 from reparamc.rewrite import Pass, select
-from reparamc.verify import difference, tolerance
-
-LEVELS = ("off", "region", "full")
+from reparamc.verify import check_level, compare_outputs
 
 
 def fuse_fx(
@@ -65,8 +63,7 @@ def fuse_fx(
         VerificationError: the copy computes something else.
     """
     level = verify if isinstance(verify, str) else "full" if verify else "off"
-    if level not in LEVELS:
-        raise InputError(f"unknown verification level {verify!r}; the levels are {', '.join(LEVELS)}")
+    check_level(level)
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
     selected = select(pass_table, None if passes is None else _names("passes", passes), _names("skip", skip))
@@ -110,16 +107,10 @@ def _fuse(
     graph = FxGraph(traced, _examples(model, args, kwargs), exported=bool(note))
     with priced_by(objective):
         plan = make_plan(graph, selected, verify=level != "off")
-    counts: Counter[str] = Counter()
-    rewrites = []
+    rewrites = [rewritten(graph, splice) for splice in plan.splices]
     for splice in plan.splices:
-        operators = tuple(graph.name(v) for v in splice.members)
-        where = graph.name(splice.root)
         graph.splice(splice)
-        counts.update(splice.counts)
-        rewrites.append(
-            Rewrite(where, operators, dict(splice.counts), splice.parameters, splice.before, splice.after, splice.error)
-        )
+    counts = sum((s.counts for s in plan.splices), Counter[str]())
     if any(p.name == "constant-folding" for p in selected):
         counts["constant-folding"] = graph.fold_constants()
     fused = graph.finish()
@@ -402,19 +393,14 @@ def verify_end_to_end(
     if expected.keys() != actual.keys():
         raise VerificationError("the fused model returns another structure than the original", where="output")
     epsilon = max((torch.finfo(t.dtype).eps for t in (*model_tensors(original), *_floats(args, kwargs))), default=0.0)
-    errors = []
-    for name, reference in expected.items():
-        found = difference(reference, actual[name])
-        noise = max(difference(reference, n[name]).max_rel for n in noises)
-        allowed = tolerance(noise if np.isfinite(noise) else 0.0, epsilon)
-        if not found.within(allowed):
-            raise VerificationError(
-                f"{name} of the fused model differs by {found.max_rel:.2g} relative to its largest value, "
-                f"{allowed:.1g} is what rounding explains. Report this as a bug, with the model",
-                where=name,
-            )
-        errors.append(OutputError(name, found.max_abs, found.max_rel, allowed))
-    return errors
+
+    def message(name: str, differs: float, allowed: float) -> str:
+        return (
+            f"{name} of the fused model differs by {differs:.2g} relative to its largest value, "
+            f"{allowed:.1g} is what rounding explains. Report this as a bug, with the model"
+        )
+
+    return compare_outputs(expected, actual, noises, lambda _: epsilon, message)
 
 
 def model_tensors(model: nn.Module) -> list[Tensor]:

@@ -83,10 +83,11 @@ def _silent(convs: Sequence[Conv], like: Conv) -> list[Conv]:
 
 def composed_shape(outer: Conv, inner: Conv) -> Conv:
     """``outer(inner(x))`` as one convolution, all but its weights: those are zero and take no memory."""
-    if inner.transposed or outer.transposed:
-        frame = inner if inner.transposed else outer
-        kernel, dilation = frame.kernel, frame.dilation
-        stride, offset, delta = frame.stride, frame.offset, frame.delta
+    transposed = inner.transposed or outer.transposed
+    if transposed:  # the other is a matrix of channels
+        spread = inner if inner.transposed else outer
+        kernel, dilation = spread.kernel, spread.dilation
+        stride, offset, delta = spread.stride, spread.offset, spread.delta
     else:
         pairs = list(zip(inner.stride, outer.stride, strict=True))
         stride = tuple(a * b for a, b in pairs)
@@ -102,7 +103,6 @@ def composed_shape(outer: Conv, inner: Conv) -> Conv:
         kernel = tuple((r - a) // d + 1 for r, a, d in zip(reach, offset, dilation, strict=True))
     groups = gcd(inner.groups, outer.groups)
     weight = np.broadcast_to(ZERO, (outer.out_channels, inner.in_channels // groups, *kernel))
-    transposed = inner.transposed or outer.transposed
     return Conv(inner.x, weight, None, stride, dilation, offset, delta, groups, transposed)
 
 
@@ -117,7 +117,7 @@ def compose(outer: Conv, inner: Conv) -> Conv:
         regroup(c, groups).reshape(groups, c.out_channels // groups, c.in_channels // groups, *c.kernel)
         for c in (outer, inner)
     ]
-    steps = inner.stride if not (inner.transposed or outer.transposed) else (1,) * inner.frame
+    steps = (1,) * inner.frame if shape.transposed else inner.stride
     weight = np.zeros((groups, shape.out_channels // groups, shape.in_channels // groups, *shape.kernel))
     for u in product(*map(range, outer.kernel)):
         rows = blocks[0][(..., *u)]

@@ -26,10 +26,9 @@ from reparamc.onnx_latency import compare_latency
 from reparamc.onnx_runtime import FILE_LIMIT, verify_end_to_end
 from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
 from reparamc.region import Splice, make_plan
-from reparamc.report import Counts, Refusal, Report, Rewrite
+from reparamc.report import Counts, Refusal, Report, rewritten
 from reparamc.rewrite import Pass, select
-
-LEVELS = ("off", "region", "full")
+from reparamc.verify import check_level
 
 OLDEST_OPSET = 7
 """Before it, broadcasting and BatchNormalization meant something else."""
@@ -62,8 +61,7 @@ def fuse_model(
         InputError: the model does not pass the checker or cannot be timed, or an option is unknown.
         VerificationError: the result differs from the original.
     """
-    if verify not in LEVELS:
-        raise InputError(f"unknown verification level {verify!r}; the levels are {', '.join(LEVELS)}")
+    check_level(verify)
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
     selected = select(pass_table, passes, skip)
@@ -91,7 +89,7 @@ def fuse_model(
         before=count(model),
         after=count(result),
         passes={p.name: counts[p.name] for p in selected},
-        rewrites=[_rewrite(graph, s) for s in splices],
+        rewrites=[rewritten(graph, s) for s in splices],
         kept=kept,
         seconds={"reading": clock[1] - clock[0], "rewriting": clock[2] - clock[1]},
     )
@@ -137,11 +135,6 @@ def _harm(model: ModelProto, result: ModelProto, splices: Sequence[Splice], fold
         return fused_by_runtime(part)
 
     return {root: reason(kind) for root, kind in harmful(roots, wanted, left).items()}
-
-
-def _rewrite(graph: OnnxGraph, s: Splice) -> Rewrite:
-    operators = tuple(graph.name(v) for v in s.members)
-    return Rewrite(graph.name(s.root), operators, dict(s.counts), s.parameters, s.before, s.after, s.error)
 
 
 def fuse_onnx(

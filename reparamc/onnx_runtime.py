@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
-from reparamc.errors import InputError, VerificationError
+from reparamc.errors import InputError
 from reparamc.report import OutputError
-from reparamc.verify import difference, tolerance
+from reparamc.verify import compare_outputs
 
 FILE_LIMIT = 2**31 - 2**20
 """A serialised model beyond this many bytes keeps its weights in a file beside it."""
@@ -34,23 +34,16 @@ def verify_end_to_end(original: ModelProto, result: ModelProto, seed: int = 0) -
     """
     with session(original, "the model") as run_original, session(result, "the rewritten model") as run_result:
         inputs, expected = first_working_inputs(original, run_original, seed)
-        # A perturbation may be absorbed by rounding or a saturated layer, so three are tried.
         noises = [run_original(_perturbed(inputs, seed + n)) for n in range(3)]
         actual = run_result(inputs)
-    errors = []
-    for name, reference in expected.items():
-        epsilon = _epsilon(reference, inputs)
-        noise = max(difference(reference, n[name]).max_rel for n in noises)
-        allowed = tolerance(noise if np.isfinite(noise) else 0.0, epsilon)
-        found = difference(reference, actual[name])
-        if not found.within(allowed):
-            raise VerificationError(
-                f"output {name!r} of the rewritten model differs by {found.max_rel:.2g} relative to its largest value, "
-                f"{allowed:.1g} is what rounding explains; nothing was written. Report this as a bug, with the model",
-                where=name,
-            )
-        errors.append(OutputError(name, found.max_abs, found.max_rel, allowed))
-    return errors
+
+    def message(name: str, differs: float, allowed: float) -> str:
+        return (
+            f"output {name!r} of the rewritten model differs by {differs:.2g} relative to its largest value, "
+            f"{allowed:.1g} is what rounding explains; nothing was written. Report this as a bug, with the model"
+        )
+
+    return compare_outputs(expected, actual, noises, lambda output: _epsilon(output, inputs), message)
 
 
 class Run:

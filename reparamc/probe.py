@@ -68,9 +68,8 @@ def find_kernel(
         return Declined(NOT_AFFINE)
     flat = at_zero.swapaxes(0, 1).reshape(at_zero.shape[1], -1)
     bias = np.median(flat, axis=1)
-    tolerance = slack * np.maximum(
-        _largest(at_random), _largest(at_zero)
-    )  # per channel: a large one hides no small one
+    # Per channel, so that a large one hides no small one.
+    tolerance = slack * np.maximum(_largest(at_random), _largest(at_zero))
     if np.any(np.abs(flat - bias[:, None]).max(axis=1, initial=0.0) > tolerance):
         return Declined(NOT_EVEN)
     grid = _grid(f, (batch, channels), {sizes[0]: at_zero.shape[2:]}, sizes[0], extents)

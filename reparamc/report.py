@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reparamc._version import __version__
+
+if TYPE_CHECKING:
+    from reparamc.region import Graph, Splice
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,20 @@ class Rewrite:
     before: str
     after: str
     error: float | None
+
+
+def rewritten(graph: Graph, splice: Splice) -> Rewrite:
+    """The entry of ``splice``; ask before it is carried out, while its operators are there to be named."""
+    operators = tuple(graph.name(v) for v in splice.members)
+    return Rewrite(
+        graph.name(splice.root),
+        operators,
+        dict(splice.counts),
+        splice.parameters,
+        splice.before,
+        splice.after,
+        splice.error,
+    )
 
 
 @dataclass(frozen=True)

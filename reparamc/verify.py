@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from reparamc.errors import InputError, VerificationError
 from reparamc.evaluate import evaluate, sample_inputs
 from reparamc.expr import Expr
+from reparamc.report import OutputError
+
+LEVELS = ("off", "region", "full")
+
+
+def check_level(level: str) -> None:
+    """Raise InputError unless ``level`` names how much is verified."""
+    if level not in LEVELS:
+        raise InputError(f"unknown verification level {level!r}; the levels are {', '.join(LEVELS)}")
+
 
 REGION_TOLERANCE = 1e-10
 """Largest error accepted of a region in float64, relative to the largest magnitude met in it."""
@@ -92,3 +104,35 @@ def tolerance(noise: float, epsilon: float) -> float:
     that are too sensitive to be compared.
     """
     return min(max(20 * noise, min(500 * epsilon, 1e-4), 16 * epsilon), 0.5)
+
+
+Outputs = Mapping[str, npt.NDArray]
+
+
+def compare_outputs(
+    expected: Outputs,
+    actual: Outputs,
+    noises: Sequence[Outputs],
+    epsilon: Callable[[npt.NDArray], float],
+    message: Callable[[str, float, float], str],
+) -> list[OutputError]:
+    """Every output of a result against that of the original, held to the original's own noise.
+
+    Args:
+        noises: outputs of the original for perturbed inputs. One perturbation may be absorbed by
+            rounding or a saturated layer, so give several.
+        epsilon: the machine epsilon that an output is judged by.
+        message: the error, from the output's name, its relative difference, and what is allowed.
+
+    Raises:
+        VerificationError: an output differs by more than rounding explains.
+    """
+    errors = []
+    for name, reference in expected.items():
+        found = difference(reference, actual[name])
+        noise = max(difference(reference, n[name]).max_rel for n in noises)
+        allowed = tolerance(noise if np.isfinite(noise) else 0.0, epsilon(reference))
+        if not found.within(allowed):
+            raise VerificationError(message(name, found.max_rel, allowed), where=name)
+        errors.append(OutputError(name, found.max_abs, found.max_rel, allowed))
+    return errors

@@ -29,9 +29,9 @@ LONGEST = 8
 def in_a_row(e: Expr) -> Expr | Declined | None:
     if not isinstance(e, Conv) or not isinstance(e.x, Conv):
         return None
-    convs = _row(e)
     if reason := cannot_compose(e, e.x):
         return Declined(reason, at_border=True)
+    convs = _row(e)
     shapes = _shapes(convs)
     apart = list(accumulate(price(c) for c in convs))
     gains = [apart[n] - (inf if shape.skips_border else price(shape)) for n, shape in enumerate(shapes)]
