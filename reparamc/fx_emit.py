@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from reparamc.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, is_negation
 from reparamc.fx_calls import first_operand
+from reparamc.graph import Splice, new_nodes
 from reparamc.kernel import regroup, swap_sides
-from reparamc.region import Splice, new_nodes
 
 if TYPE_CHECKING:
     from reparamc.fx_graph import FxGraph

@@ -22,7 +22,7 @@ from reparamc.fx_calls import operation
 from reparamc.fx_export import can_be_exported, exported, holds_linear
 from reparamc.fx_graph import FxGraph
 from reparamc.fx_values import IN_PLACE_DUNDERS
-from reparamc.region import make_plan
+from reparamc.plan import make_plan
 from reparamc.report import Counts, OutputError, Refusal, Report, rewritten
 from reparamc.rewrite import Pass, select
 from reparamc.verify import check_level, compare_outputs

@@ -24,7 +24,7 @@ from reparamc.fx_calls import Call, Held, lookup
 from reparamc.fx_emit import Emitter
 from reparamc.fx_readers import HOOKED, KEEPS_DTYPE, READERS, FxReading, find_shuffle
 from reparamc.fx_values import Memory, Values, only_asserted, reads_size_only
-from reparamc.region import Reading, Splice, Value
+from reparamc.graph import Reading, Splice, Value
 from reparamc.rewrite import Declined
 from reparamc.shape import Dim
 
@@ -60,7 +60,7 @@ _LINEAR_FUNCTIONS: dict[Any, str] = {
 
 
 class FxGraph:
-    """`reparamc.region.Graph` over a traced module. Values are nodes.
+    """`reparamc.graph.Graph` over a traced module. Values are nodes.
 
     Args:
         examples: the example inputs that are tensors, by the name of their placeholder.

@@ -31,8 +31,8 @@ from reparamc.expr import (
     Sum,
 )
 from reparamc.fx_calls import Call, aten_name, integers, lookup
+from reparamc.graph import Reading, layout_reading
 from reparamc.kernel import swap_sides, transposed
-from reparamc.region import Reading, layout_reading
 from reparamc.rewrite import Declined
 
 if TYPE_CHECKING:

@@ -19,13 +19,14 @@ from onnx import ModelProto, TensorProto
 
 from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError
+from reparamc.graph import Splice
 from reparamc.onnx_constants import fold_constants
 from reparamc.onnx_graph import OnnxGraph
 from reparamc.onnx_harm import fused_by_runtime, harmful, reason
 from reparamc.onnx_latency import compare_latency
 from reparamc.onnx_runtime import FILE_LIMIT, verify_end_to_end
 from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
-from reparamc.region import Splice, make_plan
+from reparamc.plan import make_plan
 from reparamc.report import Counts, Refusal, Report, rewritten
 from reparamc.rewrite import Pass, select
 from reparamc.verify import check_level

@@ -31,10 +31,10 @@ from reparamc.expr import (
     Sum,
     is_negation,
 )
+from reparamc.graph import Reading, Splice, Value, new_nodes
 from reparamc.kernel import regroup, swap_sides
 from reparamc.onnx_readers import LAST, READERS, operand
 from reparamc.onnx_values import FLOATS, Constants, Names, Types, attribute, commit, defined_names, is_standard, readers
-from reparamc.region import Reading, Splice, Value, new_nodes
 from reparamc.rewrite import Declined
 
 LINEAR_KINDS = {
@@ -64,7 +64,7 @@ def in_float64(graph: OnnxGraph, node: NodeProto, output: str) -> ReferenceEvalu
 
 
 class OnnxGraph:
-    """`reparamc.region.Graph` over the main graph of a model. Values are tensor names."""
+    """`reparamc.graph.Graph` over the main graph of a model. Values are tensor names."""
 
     def __init__(self, model: ModelProto) -> None:
         self.model = model

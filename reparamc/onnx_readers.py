@@ -14,9 +14,9 @@ import numpy as np
 from onnx import NodeProto
 
 from reparamc.expr import ONE, ZERO, BatchNorm, Concat, Conv, Expr, Mean, Permute, Reshape, Scale, Select, Sum
+from reparamc.graph import Reading, layout_reading
 from reparamc.kernel import swap_sides, transposed
 from reparamc.onnx_values import attribute, is_standard
-from reparamc.region import Reading, layout_reading
 from reparamc.rewrite import Declined
 from reparamc.shape import Shape
 

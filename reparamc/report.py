@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from reparamc._version import __version__
 
 if TYPE_CHECKING:
-    from reparamc.region import Graph, Splice
+    from reparamc.graph import Graph, Splice
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ LIBRARY = sorted((ROOT / "reparamc").glob("*.py"))
 REWRITES = sorted((ROOT / "passes" / "reparamc_passes").glob("*.py"))
 ZOO = sorted((ROOT / "fastvit_zoo").glob("*.py"))
 
-ALGEBRA = {"cost", "evaluate", "expr", "kernel", "probe", "region", "rewrite", "shape", "text", "verify"}
-"""Modules that know neither host graph."""
-PLAIN = ALGEBRA | {"_version", "errors", "report"}
+ALGEBRA = {"cost", "evaluate", "expr", "kernel", "probe", "rewrite", "shape", "text", "verify"}
+DRIVERS = {"duplicates", "graph", "plan", "region", "unlisted"}
+PLAIN = ALGEBRA | DRIVERS | {"_version", "errors", "report"}
 """Modules that any other may use."""
 
 

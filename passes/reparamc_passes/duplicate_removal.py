@@ -2,7 +2,7 @@
 
 Equal convolutions of one value, with equal weights and biases, in different parts of the graph. They are
 compared in their final form, after all other passes, number by number; the later one takes the result of
-the first. The drivers carry it out (`reparamc.region`).
+the first. `reparamc.duplicates` carries it out.
 """
 
 from __future__ import annotations

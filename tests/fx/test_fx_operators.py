@@ -19,7 +19,7 @@ from reparamc.evaluate import evaluate
 from reparamc.expr import Conv, Expr, Source
 from reparamc.fx_fuse import trace
 from reparamc.fx_graph import FxGraph, FxReading
-from reparamc.region import Splice
+from reparamc.graph import Splice
 
 C = CHANNELS
 MAP = (2, 6, 9, 7)

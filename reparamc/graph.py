@@ -1,0 +1,150 @@
+"""What reparamc asks of a host graph, and what it hands back: the protocol that both adapters implement."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from reparamc.expr import Array, Expr, Layout, Mean, Permute, Reshape, Source, walk
+from reparamc.rewrite import Declined
+from reparamc.shape import axis_through_reshape
+
+Value: TypeAlias = Hashable
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One linear operator of the host graph.
+
+    Attributes:
+        operands: the values it reads, parameters left out.
+        build: its expression over the expressions of its operands; loads the parameters.
+        parameters: names of the parameters it holds.
+        frame: the frame of its result, where it is known.
+        commutes: it scales or moves each channel by itself, so that readers may each take it in.
+        scales: it scales, so that a linear operator in front of it would rather take it in.
+    """
+
+    operands: tuple[Value, ...]
+    build: Callable[[Sequence[Expr]], Expr]
+    parameters: tuple[str, ...] = ()
+    frame: int | None = None
+    commutes: bool = field(default=False, kw_only=True)
+    scales: bool = field(default=False, kw_only=True)
+
+
+class Graph(Protocol):
+    """What reparamc needs of a host graph; values are whatever handles the adapter likes."""
+
+    def values(self) -> Sequence[Value]:
+        """The results of all operators, in execution order."""
+        ...
+
+    def read(self, value: Value) -> Reading | Declined | None:
+        """The operator behind ``value`` as a linear one; Declined with the reason when it nearly is."""
+        ...
+
+    def readers(self, value: Value) -> Sequence[Value | None]:
+        """The values computed from ``value``; None for a reader that is no value (a graph output)."""
+        ...
+
+    def source(self, value: Value) -> Source:
+        """``value`` as an operand, with what is known of its channels, frame and shape."""
+        ...
+
+    def name(self, value: Value) -> str:
+        """What the user calls ``value``."""
+        ...
+
+    def dtype(self, members: Sequence[Value]) -> np.dtype | None:
+        """The floating dtype that all of ``members`` share; None when it is unknown or they differ."""
+        ...
+
+    def obstacle(self, root: Value, members: Sequence[Value], sources: Sequence[Value]) -> str | None:
+        """Why new operators just before ``root`` could not stand for ``members``; None when they can."""
+        ...
+
+    def is_written(self, value: Value) -> bool:
+        """Whether something writes into the memory of ``value`` after it has been computed."""
+        ...
+
+    def moves(self, value: Value) -> tuple[Value, ...] | None:
+        """What an operator reads that is linear by its kind but has no reading; None for all others."""
+        ...
+
+    def reach(self, value: Value) -> int:
+        """The largest extent, position or distance that an operator without a reading names."""
+        ...
+
+    def run(self, value: Value, operands: Mapping[Value, Array]) -> Array:
+        """``value`` by the host's own operator, in float64, from what it reads. May raise anything."""
+        ...
+
+    def splice(self, splice: Splice) -> None:
+        """Compute ``splice.expr`` in place of ``splice.root`` and drop what nothing reads any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Splice:
+    """One replacement: ``root`` shall be computed by ``expr``.
+
+    Attributes:
+        members: the operators of the region, in execution order.
+        native: expressions that existing values already compute; never to be rebuilt.
+        dtype: what new parameters are rounded to.
+        counts: applications of each pass.
+        error: largest difference between region and replacement in float64, relative (None: unchecked).
+    """
+
+    root: Value
+    members: tuple[Value, ...]
+    expr: Expr
+    native: dict[Expr, Value]
+    dtype: np.dtype
+    counts: Counter[str]
+    parameters: tuple[str, ...]
+    before: str
+    after: str
+    error: float | None
+
+
+def new_nodes(splice: Splice) -> Iterator[Expr]:
+    """The nodes of the replacement that have to be emitted, operands first."""
+    return (e for e in walk(splice.expr, stop=splice.native.__contains__) if e not in splice.native)
+
+
+def layout_reading(
+    x: Value, op: Permute | Reshape | Mean, frame: int | None, token: Value
+) -> Reading | Declined | None:
+    """The reading of a layout operator over ``x``, when its channel axis is known (from the frame) and stays whole.
+
+    ``token`` is what `Layout` keeps for the host graph.
+    """
+    match op:
+        case Permute():
+            rank = rank_out = len(op.axes)
+        case Reshape():
+            rank, rank_out = len(op.before), len(op.after)
+        case Mean():
+            rank, rank_out = op.rank, op.rank - (0 if op.keep else len(op.axes))
+    if frame is None or frame >= rank:
+        return None
+    axis = rank - 1 - frame
+    match op:
+        case Permute():
+            at = op.axes.index(axis)
+        case Reshape():
+            at = axis_through_reshape(op.before, op.after, axis)
+        case Mean():
+            at = None if axis in op.axes else axis - (0 if op.keep else sum(a < axis for a in op.axes))
+    if at is None:
+        return Declined(
+            "it averages over the channels" if isinstance(op, Mean) else "it splits or merges the channel axis"
+        )
+    moved = rank_out - 1 - at
+    return Reading((x,), lambda operands: Layout(operands[0], op, frame, moved, token), (), moved, commutes=True)
