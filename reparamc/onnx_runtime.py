@@ -34,7 +34,7 @@ def verify_end_to_end(original: ModelProto, result: ModelProto, seed: int = 0) -
     """
     with session(original, "the model") as run_original, session(result, "the rewritten model") as run_result:
         inputs, expected = first_working_inputs(original, run_original, seed)
-        noises = [run_original(_perturbed(inputs, seed + n)) for n in range(3)]
+        noises = [run_original(perturbed(inputs, seed + n)) for n in range(3)]
         actual = run_result(inputs)
 
     def message(name: str, differs: float, allowed: float) -> str:
@@ -43,7 +43,7 @@ def verify_end_to_end(original: ModelProto, result: ModelProto, seed: int = 0) -
             f"{allowed:.1g} is what rounding explains; nothing was written. Report this as a bug, with the model"
         )
 
-    return compare_outputs(expected, actual, noises, lambda output: _epsilon(output, inputs), message)
+    return compare_outputs(expected, actual, noises, lambda output: epsilon(output, inputs), message)
 
 
 class Run:
@@ -62,7 +62,7 @@ class Run:
         try:
             self.session = ort.InferenceSession(path_or_bytes, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise InputError(f"ONNX Runtime cannot load {what}: {_line(error)}") from error
+            raise InputError(f"ONNX Runtime cannot load {what}: {one_line(error)}") from error
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         values = self.session.run(self.outputs, dict(inputs))
@@ -96,14 +96,14 @@ def first_working_inputs(
         InputError: none does.
     """
     failure: Exception | None = None
-    unknown = any(not d.HasField("dim_value") for v in _inputs(model) for d in v.type.tensor_type.shape.dim)
+    unknown = any(not d.HasField("dim_value") for v in free_inputs(model) for d in v.type.tensor_type.shape.dim)
     for guess in guesses if unknown else guesses[:1]:
         inputs = random_inputs(model, seed, guess)
         try:
             return inputs, run(inputs)
         except Exception as error:  # as above; another size may fit
             failure = failure or error
-    raise InputError(f"ONNX Runtime cannot run the model on random inputs: {_line(failure)}; try --verify region")
+    raise InputError(f"ONNX Runtime cannot run the model on random inputs: {one_line(failure)}; try --verify region")
 
 
 def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[str, np.ndarray]:
@@ -117,7 +117,7 @@ def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[st
     rng = np.random.default_rng(seed)
     named: dict[str, int] = {}
     inputs = {}
-    for value in _inputs(model):
+    for value in free_inputs(model):
         if not value.type.HasField("tensor_type"):
             raise InputError(
                 f"input {value.name!r} is no tensor, so no random value can be made for it; try --verify region"
@@ -145,12 +145,14 @@ def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[st
     return inputs
 
 
-def _inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
+def free_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that a caller must give: those without a default."""
     defaults = {t.name for t in model.graph.initializer}
     return [v for v in model.graph.input if v.name not in defaults]
 
 
-def _perturbed(inputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+def perturbed(inputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """``inputs`` with every floating entry moved by one rounding, up or down."""
     rng = np.random.default_rng(seed)
     out = {}
     for name, x in inputs.items():
@@ -162,7 +164,8 @@ def _perturbed(inputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndar
     return out
 
 
-def _epsilon(output: np.ndarray, inputs: Mapping[str, np.ndarray]) -> float:
+def epsilon(output: np.ndarray, inputs: Mapping[str, np.ndarray]) -> float:
+    """The machine epsilon to judge ``output`` by: the coarsest of its own and the inputs'."""
     return max([_finfo(a.dtype) for a in (output, *inputs.values())], default=0.0)
 
 
@@ -172,5 +175,6 @@ def _finfo(dtype: np.dtype) -> float:
     return float(ml_dtypes.finfo(dtype).eps) if dtype.kind not in "iubSUO" else 0.0
 
 
-def _line(error: BaseException | None) -> str:
+def one_line(error: BaseException | None) -> str:
+    """The message of ``error``, fit for one line."""
     return " ".join(str(error).split())[:300]
