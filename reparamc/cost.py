@@ -2,8 +2,8 @@
 
 Besides arithmetic, an operator moves its operands and its result through memory, has a fixed price
 for being launched, and has parameters that take room in the file. An `Objective` says what each of
-these is worth. Extents are unknown to the algebra, so each map is taken to have the same nominal
-number of positions.
+these is worth. Extents are unknown to the algebra, so what an expression starts from is taken to have
+a nominal number of positions.
 
 The objective is a context variable, because rules, which map an expression to an expression and
 nothing else, ask for prices too: `with objective("macs"):` holds for all that is planned inside.
@@ -24,7 +24,7 @@ from reparamc.evaluate import channels
 from reparamc.expr import BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Source, Sum, is_negation, walk
 
 POSITIONS = 196.0
-"""Nominal positions of a map: 14 x 14."""
+"""Nominal positions of a map: 14 x 14. Strides divide them; a transposed convolution gives no more than these."""
 
 
 @dataclass(frozen=True)
@@ -78,32 +78,43 @@ def objective(name: str) -> Iterator[Objective]:
 def cost(root: Expr) -> float:
     """The price of computing ``root`` from its sources; under `LATENCY` in multiply-adds."""
     count = channels(root)
-    return sum(_price(e, count) for e in walk(root))
+    positions: dict[Expr, float] = {}
+    total = 0.0
+    for e in walk(root):
+        read = min((positions[c] for c in e.children), default=POSITIONS)
+        positions[e] = behind(e, read) if isinstance(e, Conv) else read
+        total += _price(e, count, read)
+    return total
 
 
-def price(conv: Conv) -> float:
-    """The price of one convolution."""
+def behind(conv: Conv, positions: float = POSITIONS) -> float:
+    """The positions of the result of ``conv`` over a map of ``positions``."""
+    return min(positions * prod(conv.stride), POSITIONS) if conv.transposed else positions / prod(conv.stride)
+
+
+def price(conv: Conv, positions: float = POSITIONS) -> float:
+    """The price of one convolution over a map of ``positions``."""
     growth = prod(conv.stride) if conv.transposed else 1 / prod(conv.stride)
-    moved = POSITIONS * (conv.in_channels + conv.out_channels * growth)
+    moved = positions * (conv.in_channels + conv.out_channels * growth)
     if conv.token is not None:  # a pooling or a padding: it reads no weights, and its sums are no matter
         return _operator(0, moved)
     bias = 0 if conv.bias is None else conv.bias.size
-    return _operator(multiply_adds(conv), moved + conv.weight.size, conv.weight.size + bias)
+    return _operator(multiply_adds(conv, positions), moved + conv.weight.size, conv.weight.size + bias)
 
 
-def multiply_adds(conv: Conv) -> float:
-    """The multiply-adds of one convolution over a map of the nominal size."""
-    return POSITIONS / (1 if conv.transposed else prod(conv.stride)) * conv.weight.size
+def multiply_adds(conv: Conv, positions: float = POSITIONS) -> float:
+    """The multiply-adds of one convolution over a map of ``positions``."""
+    return positions / (1 if conv.transposed else prod(conv.stride)) * conv.weight.size
 
 
-def moving(channels: int) -> float:
+def moving(channels: int, positions: float = POSITIONS) -> float:
     """The price of an operator that moves the elements of a map and computes nothing."""
-    return _operator(0, POSITIONS * channels * 2)
+    return _operator(0, positions * channels * 2)
 
 
-def addition(channels: int) -> float:
+def addition(channels: int, positions: float = POSITIONS) -> float:
     """The price of adding two maps."""
-    return _elementwise(channels, 3)
+    return _elementwise(channels, 3, positions)
 
 
 def _operator(macs: float, moved: float, parameters: int = 0) -> float:
@@ -111,25 +122,25 @@ def _operator(macs: float, moved: float, parameters: int = 0) -> float:
     return o.node + o.mac * macs + o.element * moved + o.parameter * parameters
 
 
-def _elementwise(channels: int, maps: int, parameters: int = 0) -> float:
+def _elementwise(channels: int, maps: int, positions: float, parameters: int = 0) -> float:
     """The price of one operation per element, reading and writing ``maps`` maps in all."""
-    return _operator(POSITIONS * channels, POSITIONS * channels * maps, parameters)
+    return _operator(positions * channels, positions * channels * maps, parameters)
 
 
-def _price(e: Expr, count: dict[Expr, int | None]) -> float:
+def _price(e: Expr, count: dict[Expr, int | None], positions: float) -> float:
     width = count[e] or 64
     match e:
         case Conv():
-            return price(e)
+            return price(e, positions)
         case BatchNorm():
-            return _elementwise(width, 2, 4 * e.gamma.size)
+            return _elementwise(width, 2, positions, 4 * e.gamma.size)
         case Scale():
-            multiplied = _elementwise(width, 2, e.scale.size) if is_multiplied(e) else 0.0
-            return multiplied + (_elementwise(width, 2, e.shift.size) if is_shifted(e) else _held_bias(e))
+            multiplied = _elementwise(width, 2, positions, e.scale.size) if is_multiplied(e) else 0.0
+            return multiplied + (_elementwise(width, 2, positions, e.shift.size) if is_shifted(e) else _held_bias(e))
         case Sum():
-            return (len(e.terms) - 1) * addition(width)
+            return (len(e.terms) - 1) * addition(width, positions)
         case Layout() | Concat() | Select():
-            return moving(width)
+            return moving(width, positions)
         case Source():
             return 0.0
 

@@ -16,7 +16,7 @@ from collections.abc import Hashable
 from itertools import zip_longest
 from typing import cast
 
-from reparamc.cost import addition, price
+from reparamc.cost import addition, behind, price
 from reparamc.expr import BatchNorm, Conv, Expr, Scale, Sum, total
 from reparamc.kernel import coefficients, merge, merged_shape, scale_outputs
 from reparamc.rewrite import Declined, Pass
@@ -71,7 +71,7 @@ def _merge_while_cheaper(convs: list[Conv]) -> list[Conv]:
 def _if_cheaper(convs: list[Conv]) -> list[Conv]:
     if len(convs) == 1:
         return convs
-    apart = sum(price(c) for c in convs) + (len(convs) - 1) * addition(convs[0].out_channels)
+    apart = sum(price(c) for c in convs) + (len(convs) - 1) * addition(convs[0].out_channels, behind(convs[0]))
     shape = merged_shape(convs)
     return [merge(convs)] if price(shape) < apart and not shape.skips_border else convs
 

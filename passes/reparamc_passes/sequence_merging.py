@@ -17,7 +17,7 @@ from collections.abc import Hashable
 from itertools import accumulate
 from math import inf
 
-from reparamc.cost import addition, multiply_adds, price
+from reparamc.cost import POSITIONS, addition, behind, multiply_adds, price
 from reparamc.expr import Conv, Expr, Sum, total
 from reparamc.kernel import cannot_compose, compose, composed_shape, merge, merged_shape
 from reparamc.rewrite import Declined, Pass
@@ -33,14 +33,15 @@ def in_a_row(e: Expr) -> Expr | Declined | None:
         return Declined(reason, at_border=True)
     convs = _row(e)
     shapes = _shapes(convs)
-    apart = list(accumulate(price(c) for c in convs))
-    gains = [apart[n] - (inf if shape.skips_border else price(shape)) for n, shape in enumerate(shapes)]
+    read = _positions(convs)
+    apart = list(accumulate(map(price, convs, read)))
+    gains = [apart[n] - (inf if shape.skips_border else price(shape, read[n])) for n, shape in enumerate(shapes)]
     best = max(range(len(shapes)), key=gains.__getitem__)
     if gains[best] > 0:
         return _composed(convs[: best + 1])
     if shapes[1].skips_border:
         return Declined("composed with the convolution behind it, it would have to leave out values at the border")
-    ratio = multiply_adds(shapes[1]) / max(multiply_adds(e) + multiply_adds(e.x), 1)
+    ratio = multiply_adds(shapes[1], read[1]) / max(sum(map(multiply_adds, convs[:2], read)), 1)
     return Declined(f"composed with the convolution behind it, it would cost {ratio:.1f} times the multiply-adds")
 
 
@@ -56,9 +57,9 @@ def in_a_sum(e: Expr) -> Expr | None:
                 ways.setdefault(grid, []).append((place, row[: n + 1], shape))
     for group in ways.values():
         if len(group) > 1 and any(len(row) > 1 for _, row, _ in group):
-            apart = sum(price(c) for _, row, _ in group for c in row) + (len(group) - 1) * addition(
-                group[0][2].out_channels
-            )
+            one = group[0][2]
+            apart = (len(group) - 1) * addition(one.out_channels, behind(one))
+            apart += sum(sum(map(price, row, _positions(row))) for _, row, _ in group)
             merged = merged_shape([shape for *_, shape in group])
             if price(merged) < apart and not merged.skips_border:
                 one = merge([_composed(row) for _, row, _ in group])
@@ -78,6 +79,14 @@ def _row(e: Conv) -> list[Conv]:
 
 def _shapes(row: list[Conv]) -> list[Conv]:
     return list(accumulate(row, composed_shape))
+
+
+def _positions(row: list[Conv]) -> list[float]:
+    """Positions of the maps that the convolutions of ``row`` read, the last of which reads a nominal one."""
+    found = [POSITIONS]
+    for conv in reversed(row[1:]):
+        found.append(behind(conv, found[-1]))
+    return found[::-1]
 
 
 def _composed(row: list[Conv]) -> Conv:
