@@ -2,7 +2,8 @@
 
     reparamc.fuse_fx(module)        a torch module in eval mode
     reparamc.fuse_onnx(model)       an ONNX ModelProto, path, or onnx-graphsurgeon Graph
-    reparamc fuse in.onnx -o out    the same from a shell
+    reparamc.verify_onnx(a, b)      two ONNX models on many inputs, whoever made the second
+    reparamc fuse in.onnx -o out    the same from a shell; also reparamc verify a.onnx b.onnx
 
 Importing this package imports neither torch nor onnx; the functions do when they are called.
 """
@@ -17,20 +18,30 @@ from reparamc.errors import InputError, InputTypeError, ReparamcError, Verificat
 if TYPE_CHECKING:
     from reparamc.fx_fuse import fuse_fx
     from reparamc.onnx_fuse import fuse_onnx
+    from reparamc.onnx_verify import verify_onnx
     from reparamc.report import Report
+    from reparamc.verification import Verification
 
 __all__ = [
     "InputError",
     "InputTypeError",
     "ReparamcError",
     "Report",
+    "Verification",
     "VerificationError",
     "__version__",
     "fuse_fx",
     "fuse_onnx",
+    "verify_onnx",
 ]
 
-_HOMES = {"fuse_fx": "reparamc.fx_fuse", "fuse_onnx": "reparamc.onnx_fuse", "Report": "reparamc.report"}
+_HOMES = {
+    "Report": "reparamc.report",
+    "Verification": "reparamc.verification",
+    "fuse_fx": "reparamc.fx_fuse",
+    "fuse_onnx": "reparamc.onnx_fuse",
+    "verify_onnx": "reparamc.onnx_verify",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,12 +17,13 @@ from reparamc.errors import InputError, ReparamcError, VerificationError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-WRITTEN, DIFFERS, BAD_INPUT = 0, 1, 2
+DONE, DIFFERS, BAD_INPUT = 0, 1, 2
 """Exit codes: done; verification failed, nothing written; bad usage or bad input."""
 
 EPILOGUE = (
     "exit codes: 0 written (also when there was nothing to fuse); 1 verification failed; 2 bad usage or bad input"
 )
+VERIFY_EPILOGUE = "exit codes: 0 equal within rounding; 1 the models differ; 2 bad usage or bad input, nothing compared"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return WRITTEN
+        return DONE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--all", action="store_true", help="list all places, not the first few of each kind")
     explain.set_defaults(run=_explain)
 
+    _add_verify(commands.add_parser("verify", help="compare two ONNX models", epilog=VERIFY_EPILOGUE))
+
     passes = commands.add_parser("passes", help="list the passes", description="List the passes.")
     passes.set_defaults(run=_passes)
     return top
@@ -108,6 +111,55 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
         default="latency",
         help="what shall become small: latency (default), multiply-adds, or parameters",
     )
+
+
+def _add_verify(verify: argparse.ArgumentParser) -> None:
+    verify.description = (
+        "Compare an ONNX model with a rewritten one, whoever rewrote it: inputs and outputs first, then both models in "
+        "ONNX Runtime on many inputs. The smallest input for which they differ is saved."
+    )
+    verify.add_argument("original", type=Path, metavar="ORIGINAL", help="the ONNX file to trust")
+    verify.add_argument("fused", type=Path, metavar="FUSED", help="the ONNX file to check")
+    verify.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="PATH",
+        help="compare on these alone: a .npz file; a folder of .npz, .npy or .pb",
+    )
+    verify.add_argument("--examples", type=_count, default=100, metavar="N", help="random inputs to try (default 100)")
+    verify.add_argument(
+        "--seconds",
+        type=_positive,
+        metavar="S",
+        help="how long to try (default 3, or 2.5 times what loading and running both models once takes)",
+    )
+    verify.add_argument("--seed", type=_count, default=0, metavar="N", help="of the random inputs (default 0)")
+    verify.add_argument("--rtol", type=float, metavar="R", help="judge every entry by |a - b| <= A + R |a| instead")
+    verify.add_argument("--atol", type=float, metavar="A", help="of what the original's response to rounding explains")
+    verify.add_argument("--non-finite", action="store_true", help="also try inputs that hold NaN or an infinity")
+    verify.add_argument("--optimize", action="store_true", help="let ONNX Runtime optimise both models")
+    verify.add_argument(
+        "--save", type=Path, metavar="FAIL.npz", help="where to save a failing input (default: FUSED with .failing.npz)"
+    )
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    verify.add_argument("-q", "--quiet", action="store_true", help="print the verdict only")
+    verify.set_defaults(run=_verify)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
 
 
 def _names(text: str) -> list[str]:
@@ -158,7 +210,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(report.table())
         print(f"written    {output}")
-    return WRITTEN
+    return DONE
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -180,7 +232,27 @@ def _explain(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     print(explain_json(report) if arguments.json else explain_text(report, everything=arguments.all))
-    return WRITTEN
+    return DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from reparamc.onnx_verify import verify_onnx
+
+    result = verify_onnx(
+        arguments.original,
+        arguments.fused,
+        inputs=arguments.inputs,
+        examples=arguments.examples,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        rtol=arguments.rtol,
+        atol=arguments.atol,
+        non_finite=arguments.non_finite,
+        optimize=arguments.optimize,
+        save=arguments.save or arguments.fused.with_suffix(".failing.npz"),
+    )
+    print(result.to_json() if arguments.json else result.verdict if arguments.quiet else result.table())
+    return DONE if result.equal else DIFFERS
 
 
 @contextmanager
@@ -220,7 +292,7 @@ def _passes(arguments: argparse.Namespace) -> int:
 
     for p in PASSES:
         print(f"{p.name}\n    {p.equation}\n    exact when: {p.exact_when}")
-    return WRITTEN
+    return DONE
 
 
 if __name__ == "__main__":

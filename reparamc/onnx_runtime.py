@@ -55,8 +55,8 @@ class Run:
         options = ort.SessionOptions()
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-        if optimize:  # sessions that take turns must not spin in one another's
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Sessions that take turns must not spin in one another's.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4
         self.outputs = outputs
         try:

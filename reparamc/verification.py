@@ -1,0 +1,222 @@
+"""What the comparison of two models found: the figures of each output, the verdict, a table and JSON. Pure data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reparamc._version import __version__
+from reparamc.verify import difference, tolerance
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """How far one output lies from the original's.
+
+    Attributes:
+        output: its name in the original.
+        max_abs: largest absolute difference of finite entries.
+        max_rel: ``max_abs`` relative to the largest finite magnitude of the original's output; of whole numbers
+            the share of entries that differ.
+        ulps: largest distance in units in the last place of the output's dtype; None for whole numbers.
+        noise: what rounding may be expected to do to ``max_rel``: the original's response to a perturbation
+            of its inputs at rounding level, and one machine epsilon at least.
+        allowed: the largest ``max_rel`` that is put down to rounding; None where the user gave tolerances.
+        problem: why the outputs are not equal; empty where they are.
+    """
+
+    output: str
+    max_abs: float
+    max_rel: float
+    ulps: int | None
+    noise: float
+    allowed: float | None
+    problem: str
+
+    @property
+    def in_noise(self) -> float:
+        """The error in units of the rounding to be expected."""
+        return 0.0 if self.max_rel == 0 else self.max_rel / self.noise if self.noise else float("inf")
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """For finding the worst of several checks of one output."""
+        return bool(self.problem), self.max_rel
+
+
+def check_output(
+    output: str,
+    expected: npt.NDArray,
+    actual: npt.NDArray,
+    noise: float,
+    epsilon: float,
+    floor: float = 0.0,
+    given: tuple[float, float] | None = None,
+) -> OutputCheck:
+    """One output of the fused model against that of the original.
+
+    Args:
+        noise: the original's relative response to a perturbation at rounding level.
+        epsilon: the machine epsilon that the output is judged by.
+        floor: a largest absolute difference up to this is rounding in any case.
+        given: ``(rtol, atol)`` to judge by instead, as in ``numpy.allclose``.
+    """
+    noise = max(noise if np.isfinite(noise) else 0.0, epsilon)
+    allowed = None if given is not None else tolerance(noise, epsilon)
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        what = [f"{a.dtype} {list(a.shape)}" for a in (expected, actual)]
+        problem = f"the original gives {what[0]}, the fused model {what[1]}"
+        return OutputCheck(output, float("inf"), float("inf"), None, noise, allowed, problem)
+    found = difference(expected, actual)
+    problem = ""
+    if not found.same_kind:
+        problem = f"NaN or infinity in other places: {_not_finite(expected)} in the original, {_not_finite(actual)}"
+        problem += " in the fused model"
+    elif given is not None:
+        if not _close(expected, actual, *given):
+            problem = f"differs by {found.max_abs:.2g}, beyond rtol {given[0]:g} and atol {given[1]:g}"
+    elif allowed is not None and not found.within(allowed) and found.max_abs > floor:
+        of = "of its entries" if expected.dtype.kind in "biuUSO" else "relative to its largest value"
+        problem = f"differs by {found.max_rel:.2g} {of}, {allowed:.1g} is what rounding explains"
+    return OutputCheck(output, found.max_abs, found.max_rel, ulps(expected, actual), noise, allowed, problem)
+
+
+def _not_finite(array: npt.NDArray) -> str:
+    values = array.astype(np.float64)
+    return f"{int(np.isnan(values).sum())} NaN and {int(np.isinf(values).sum())} infinite"
+
+
+def _close(expected: npt.NDArray, actual: npt.NDArray, rtol: float, atol: float) -> bool:
+    if expected.dtype.kind in "biuUSO":
+        return bool(np.array_equal(expected, actual))
+    a, b = expected.astype(np.float64), actual.astype(np.float64)
+    return bool(np.allclose(b, a, rtol, atol, equal_nan=True))
+
+
+def ulps(a: npt.NDArray, b: npt.NDArray) -> int | None:
+    """Largest distance of finite entries in units in the last place; None unless both are of one floating dtype.
+
+    It counts the representable numbers between two entries: floating numbers of one dtype are ordered as
+    the whole numbers that their bits spell. Near zero they lie dense, so a large count there may be a small error.
+    """
+    if a.dtype != b.dtype or a.shape != b.shape or a.dtype.kind in "biuUSOc":
+        return None
+    finite = np.isfinite(a.astype(np.float64)) & np.isfinite(b.astype(np.float64))
+    if not finite.any():
+        return 0
+    whole = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[a.dtype.itemsize]
+
+    def ordered(x: npt.NDArray) -> npt.NDArray[np.int64]:
+        bits = np.ascontiguousarray(x[finite]).view(whole).astype(np.int64)
+        return np.where(bits < 0, np.iinfo(whole).min - bits, bits)
+
+    first, second = ordered(a), ordered(b)
+    high, low = np.maximum(first, second), np.minimum(first, second)
+    return int((high.view(np.uint64) - low.view(np.uint64)).max())  # modulo 2**64: no distance overflows
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The smallest input found for which the models differ.
+
+    Attributes:
+        reason: what differs, in one line.
+        inputs: the input in words; empty where the models differ before anything is run.
+        saved: the file that holds it.
+    """
+
+    reason: str
+    inputs: str = ""
+    saved: str | None = None
+
+
+@dataclass
+class Verification:
+    """The outcome of comparing two models.
+
+    Attributes:
+        original, fused: what was compared.
+        inputs: the inputs of the original, with dtype and declared extents.
+        outputs: the worst that was met of each output; of the failing input where there is one.
+        compared: inputs on which both models ran and every output was compared.
+        refused: inputs that the original refuses: sizes that it does not take.
+        set_aside: inputs of large values by which the original itself overflows.
+        failure: why the models are not equal; None where they are.
+        windows: how many windows of the graph are proven "equal" for every input size, "different" or "undecided";
+            None where that was not tried.
+        notes: what a reader should know besides.
+        seconds: wall time in all.
+    """
+
+    original: str
+    fused: str
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[OutputCheck] = field(default_factory=list)
+    compared: int = 0
+    refused: int = 0
+    set_aside: int = 0
+    failure: Failure | None = None
+    windows: dict[str, int] | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    version: str = __version__
+
+    @property
+    def equal(self) -> bool:
+        return self.failure is None
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        if self.failure is None:
+            return f"equal within rounding, on {self.compared} input{'s' * (self.compared != 1)}"
+        text = f"differs: {self.failure.reason}"
+        if self.failure.inputs:
+            text += f"; at input {self.failure.inputs}"
+        if self.failure.saved:
+            text += f"; saved to {self.failure.saved}"
+        return text
+
+    def to_json(self) -> str:
+        data: dict[str, Any] = asdict(self)
+        for entry, check in zip(data["outputs"], self.outputs, strict=True):
+            entry["in_noise"] = check.in_noise
+        return json.dumps({"equal": self.equal, "verdict": self.verdict, **data}, indent=2)
+
+    def table(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"original   {self.original}", f"fused      {self.fused}"]
+        lines += [f"input      {text}" for text in self.inputs]
+        counts = f"{self.compared} inputs"
+        counts += f", {self.refused} more that the original refuses" * bool(self.refused)
+        counts += f", {self.set_aside} set aside because the original overflows" * bool(self.set_aside)
+        lines.append(f"compared   {counts} in {self.seconds:.1f} s")
+        if self.outputs:
+            width = max(10, *(len(c.output) for c in self.outputs))
+            head = f"{'max abs':>9} {'max rel':>9} {'allowed':>9} {'error/rounding':>15} {'ULP':>12}"
+            lines += ["", f"{'output':<{width}} {head}"]
+            for c in self.outputs:
+                allowed = "given" if c.allowed is None else f"{c.allowed:.1e}"
+                last = "-" if c.ulps is None else f"{c.ulps:,}"
+                figures = f"{c.max_abs:>9.1e} {c.max_rel:>9.1e} {allowed:>9} {c.in_noise:>15.2g} {last:>12}"
+                lines.append(f"{c.output:<{width}} {figures}{'  differs' * bool(c.problem)}")
+            lines.append("")
+        if self.windows is not None:
+            lines.append(f"windows    {_windows(self.windows)}")
+        lines += [f"note       {note}" for note in self.notes]
+        lines.append(f"verdict    {self.verdict}")
+        return "\n".join(lines)
+
+
+def _windows(counts: dict[str, int]) -> str:
+    in_all = sum(counts.values())
+    text = f"{counts.get('equal', 0)} of {in_all} proven equal for every input size"
+    if counts.get("different"):
+        text += f", {counts['different']} of another form"
+    if counts.get("undecided"):
+        text += f", {counts['undecided']} undecided: for these the inputs above are all the evidence"
+    return text
