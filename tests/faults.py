@@ -1,0 +1,12 @@
+"""Faults that somebody might build into reparamc, each with the smallest models on which it shows.
+
+They stand in the algebra, the rules, the regions, and the readers and emitters of both adapters. `planting` plants
+them and asks who notices, `test_faults.py` insists that somebody does, `benchmarks/faults.py` prints the answers.
+"""
+
+from faults_in_algebra import ALGEBRA
+from faults_in_fx import FX_READERS, FX_WRITERS
+from faults_in_onnx import ONNX_READERS, ONNX_WRITERS
+
+ALL = [*ALGEBRA, *ONNX_READERS, *ONNX_WRITERS, *FX_READERS, *FX_WRITERS]
+"""Every fault."""

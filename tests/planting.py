@@ -1,0 +1,284 @@
+"""Planting a fault, and asking each layer of verification whether it sees it.
+
+A fault is an edit of the source of a function: some text, and what stands there instead. The function gets the
+code of its edited source, so that everybody who holds it runs the fault, whoever imported it and when.
+"""
+
+from __future__ import annotations
+import __future__ as futures
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, helper
+
+from reparamc.errors import InputError, VerificationError
+from reparamc.onnx_fuse import check, fuse_model
+from reparamc.onnx_runtime import random_inputs, session, verify_end_to_end
+
+ENOUGH = 1e-4
+"""An output that is wrong by this much, relative to its largest value, is wrong in float32."""
+SIZES = (7, 8, 33)
+"""Small and large, odd and even extents, at which original and result are compared."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """In the function ``where`` ("module:function" or "module:Class.method") ``new`` stands for ``old``, found once."""
+
+    where: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What somebody might get wrong, and the smallest models on which it shows.
+
+    Attributes:
+        name: what is wrong, in words.
+        edits: how it gets wrong.
+        text: an expression (`reparamc.text`) on which it shows through ONNX and through torch.
+        onnx, fx: makes a model for one of them alone; for torch with its example inputs.
+        least: the smallest relative error that makes it a fault.
+    """
+
+    name: str
+    edits: tuple[Edit, ...]
+    text: str | None = None
+    onnx: Callable[[], ModelProto] | None = None
+    fx: Callable[[], tuple[Any, tuple[Any, ...]]] | None = None
+    least: float = ENOUGH
+
+    @property
+    def where(self) -> str:
+        """The function that is wrong; the first, where several are."""
+        return self.edits[0].where.removeprefix("reparamc.").removeprefix("reparamc_passes.")
+
+
+def fault(name: str, where: str, old: str, new: str, *more: Edit, **models: Any) -> Fault:
+    """A `Fault` of one edit, or of several."""
+    return Fault(name, (Edit(where, old, new), *more), **models)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a fault does to a model, and who sees it.
+
+    Attributes:
+        error: the largest relative error of an output, with verification off; infinite where the result does not run.
+        seen_by: the layers that see it, each asked alone.
+        outcome: what a fusion at the default level comes to: "refused" (an error, nothing is returned), "kept" (the
+            wrong replacement is not made) or "escaped".
+    """
+
+    error: float
+    seen_by: tuple[str, ...]
+    outcome: str
+
+
+@contextmanager
+def planted(edits: Sequence[Edit]) -> Iterator[None]:
+    """The edits in force, until the block ends."""
+    with ExitStack() as stack:
+        for where in dict.fromkeys(e.where for e in edits):
+            function = _function(where)
+            before = function.__code__
+            stack.callback(setattr, function, "__code__", before)
+            function.__code__ = _edited(function, [e for e in edits if e.where == where])
+        yield
+
+
+def _function(where: str) -> Any:
+    module, _, path = where.partition(":")
+    found: Any = import_module(module)
+    for part in path.split("."):
+        found = inspect.getattr_static(found, part)
+    return found.fget if isinstance(found, property) else inspect.unwrap(found)
+
+
+def _edited(function: Any, edits: Sequence[Edit]) -> Any:
+    lines, first = inspect.getsourcelines(function)
+    source = textwrap.dedent("".join(lines))
+    while source.startswith("@"):
+        source, first = source[source.index("\n") + 1 :], first + 1
+    for e in edits:
+        assert source.count(e.old) == 1, f"{e.where} holds {e.old!r} {source.count(e.old)} times: adapt the fault"
+        source = source.replace(e.old, e.new)
+    flags = futures.annotations.compiler_flag
+    whole = compile("\n" * (first - 1) + source, function.__code__.co_filename, "exec", flags, dont_inherit=True)
+    (code,) = (c for c in whole.co_consts if getattr(c, "co_name", "") == function.__name__)
+    return code
+
+
+# ONNX
+
+
+def judge_onnx(fault: Fault, model: ModelProto) -> Verdict:
+    with planted(fault.edits):
+        try:
+            wrong = fuse_model(model, verify="off")[0]
+        except InputError:  # the ONNX checker refuses the result, whatever the level
+            return Verdict(float("inf"), ("checker",), "refused")
+        seen_by = tuple(name for name, sees in ONNX_LAYERS.items() if sees(model, wrong))
+        outcome, result = _fused(lambda: fuse_model(model)[0])
+    if result is not None and _onnx_error(model, result) > fault.least / 10:
+        outcome = "escaped"
+    return Verdict(_onnx_error(model, wrong), seen_by, outcome)
+
+
+def _fused(fuse: Callable[[], Any]) -> tuple[str, Any]:
+    try:
+        return "kept", fuse()
+    except (VerificationError, InputError):
+        return "refused", None
+
+
+def _raises(check: Callable[[], Any]) -> bool:
+    try:
+        check()
+    except (VerificationError, InputError):
+        return True
+    return False
+
+
+def _region_onnx(model: ModelProto, wrong: ModelProto) -> bool:
+    """Whether the checks of regions refuse what is wrong: with an error, or by leaving a region as it was."""
+    found: list[ModelProto] = []
+    if _raises(lambda: found.append(fuse_model(model, verify="region")[0])):
+        return True
+    return found[0] != wrong
+
+
+ONNX_LAYERS: dict[str, Callable[[ModelProto, ModelProto], bool]] = {
+    "region": _region_onnx,
+    "end to end": lambda model, wrong: _raises(lambda: (check(wrong), verify_end_to_end(model, wrong))),
+}
+"""Whether a layer sees that ``wrong`` differs from ``model``; asked with the fault in force."""
+
+
+def _onnx_error(model: ModelProto, other: ModelProto) -> float:
+    worst = 0.0
+    for seed, extent in enumerate(SIZES):
+        feeds = {**random_inputs(model, seed, extent), **_overrides(model, seed)}
+        with session(model, "the model") as original:
+            expected = original(feeds)
+        try:
+            with session(other, "the result") as result:
+                found = result(feeds)
+        except Exception:  # whatever a wrong graph raises
+            return float("inf")
+        worst = max([worst, *(relative_error(found[name], y) for name, y in expected.items())])
+    return worst
+
+
+def _overrides(model: ModelProto, seed: int) -> dict[str, np.ndarray]:
+    """Other values for the inputs that have one."""
+    rng = np.random.default_rng(seed)
+    inputs = {v.name for v in model.graph.input}
+    return {
+        t.name: rng.standard_normal(tuple(t.dims)).astype(helper.tensor_dtype_to_np_dtype(t.data_type))
+        for t in model.graph.initializer
+        if t.name in inputs
+    }
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference, relative to the largest value expected; infinite where shapes or finiteness differ."""
+    if found.shape != expected.shape or not np.array_equal(np.isfinite(found), np.isfinite(expected)):
+        return float("inf")
+    a, b = (np.nan_to_num(v.astype(np.float64)) for v in (found, expected))
+    return float(np.abs(a - b).max(initial=0.0) / max(np.abs(b).max(initial=0.0), np.finfo(np.float64).tiny))
+
+
+# torch
+
+
+def judge_fx(fault: Fault, model: Any, inputs: tuple[Any, ...]) -> Verdict:
+    from reparamc.fx_fuse import fuse_fx
+
+    with planted(fault.edits):
+        wrong = fuse_fx(model, inputs, verify="off")
+        seen_by = tuple(name for name, sees in FX_LAYERS.items() if sees(model, wrong, inputs))
+        outcome, result = _fused(lambda: fuse_fx(model, inputs))
+    if result is not None and _fx_error(model, result, inputs) > fault.least / 10:
+        outcome = "escaped"
+    return Verdict(_fx_error(model, wrong, inputs), seen_by, outcome)
+
+
+def _region_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
+    from reparamc.fx_fuse import fuse_fx
+
+    found: list[Any] = []
+    if _raises(lambda: found.append(fuse_fx(model, inputs, verify="region"))):
+        return True
+    return found[0].code != wrong.code
+
+
+def _end_to_end_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
+    from reparamc.fx_fuse import verify_end_to_end as verify
+
+    return _raises(lambda: verify(model, wrong, inputs, {}))
+
+
+FX_LAYERS: dict[str, Callable[[Any, Any, tuple[Any, ...]], bool]] = {
+    "region": _region_fx,
+    "end to end": _end_to_end_fx,
+}
+"""As `ONNX_LAYERS`."""
+
+
+def _fx_error(model: Any, other: Any, inputs: tuple[Any, ...]) -> float:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    worst = 0.0
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in inputs]
+        with torch.no_grad():
+            expected = pytree.tree_leaves(model(*(x.clone() for x in drawn)))
+            try:
+                found = pytree.tree_leaves(other(*(x.clone() for x in drawn)))
+            except Exception:  # whatever a wrong graph raises
+                return float("inf")
+        if len(found) != len(expected):
+            return float("inf")
+        pairs = zip(found, expected, strict=True)
+        worst = max([worst, *(relative_error(a.double().numpy(), b.double().numpy()) for a, b in pairs)])
+    return worst
+
+
+@dataclass
+class Row:
+    """One line of the table: a fault, and the verdict through each adapter on which it has a model."""
+
+    fault: Fault
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+
+
+def judge(fault: Fault, ways: Sequence[str] = ("onnx", "fx")) -> Row:
+    """The verdicts on ``fault`` through the adapters ``ways``."""
+    from expression_models import draw, source_shapes, to_module, to_onnx
+
+    from reparamc.text import parse
+
+    found: dict[str, Verdict] = {}
+    if "onnx" in ways and (fault.onnx or fault.text):
+        found["onnx"] = judge_onnx(fault, fault.onnx() if fault.onnx else to_onnx(parse(fault.text or "")))
+    if "fx" in ways and (fault.fx or fault.text):
+        if fault.fx:
+            model, inputs = fault.fx()
+        else:
+            import torch
+
+            e = parse(fault.text or "")
+            model, inputs = to_module(e), tuple(torch.from_numpy(x) for x in draw(source_shapes(e)).values())
+        found["fx"] = judge_fx(fault, model, inputs)
+    return Row(fault, found)

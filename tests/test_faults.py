@@ -1,0 +1,111 @@
+"""Every fault in the table changes what a model computes, and none gets through.
+
+Also that the table asks what it says: each layer by itself sees faults that it must see, and no layer is idle.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fault_models import CONV_NORM, net, nn
+from faults import ALL, ONNX_READERS
+from planting import ENOUGH, FX_LAYERS, ONNX_LAYERS, Fault, Verdict, fault, judge, judge_onnx, planted, relative_error
+
+from reparamc.kernel import merge
+
+WAYS = ("onnx", "fx") if nn is not None else ("onnx",)
+PLANTED = [(f, way) for f in ALL for way in WAYS if f.text or getattr(f, way)]
+IDS = [f"{way}-{f.where}-{f.name}" for f, way in PLANTED]
+
+
+@pytest.fixture(scope="module")
+def verdict() -> Callable[[Fault, str], Verdict]:
+    """Every fault is judged once."""
+    known: dict[tuple[str, str, str], Verdict] = {}
+
+    def ask(fault: Fault, way: str) -> Verdict:
+        key = (fault.name, fault.where, way)
+        if key not in known:
+            known[key] = judge(fault, (way,)).verdicts[way]
+        return known[key]
+
+    return ask
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize(("fault", "way"), PLANTED, ids=IDS)
+def test_no_fault_gets_through(fault: Fault, way: str, verdict: Callable[[Fault, str], Verdict]) -> None:
+    found = verdict(fault, way)
+    assert found.error >= fault.least, "it changes nothing, so it is no fault"
+    assert found.outcome != "escaped"
+    assert found.seen_by
+
+
+def test_the_table_is_large_and_names_are_unique() -> None:
+    assert len(ALL) >= 100
+    assert Counter((f.name, f.where, bool(f.fx)) for f in ALL).most_common(1)[0][1] == 1
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_every_layer_sees_what_it_is_for(way: str, verdict: Callable[[Fault, str], Verdict]) -> None:
+    seen = {f.name: verdict(f, way).seen_by for f, w in PLANTED if w == way}
+    times = Counter(layer for layers in seen.values() for layer in layers)
+    assert set(times) >= set(ONNX_LAYERS if way == "onnx" else FX_LAYERS)
+    assert "region" in seen["bias not scaled"]
+    assert "region" not in seen["padding: end before begin" if way == "onnx" else "axes of a padding"]
+    assert times["region"] >= 35
+    assert times["end to end"] >= 80 if way == "onnx" else 70
+
+
+# The instrument itself
+
+
+def test_a_fault_that_changes_nothing_is_told() -> None:
+    harmless = fault("harmless", "reparamc.kernel:coefficients", "e.var + e.eps", "e.eps + e.var", text=CONV_NORM)
+    found = judge(harmless, ("onnx",)).verdicts["onnx"]
+    assert found.error < ENOUGH
+    assert (found.seen_by, found.outcome) == ((), "kept")
+
+
+def test_a_fault_that_nobody_sees_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reparamc.onnx_fuse.verify_end_to_end", lambda original, result: [])
+    monkeypatch.setattr("planting.ONNX_LAYERS", {})
+    reader = ONNX_READERS[0]
+    assert reader.onnx is not None
+    found = judge_onnx(reader, reader.onnx())
+    assert (found.seen_by, found.outcome) == ((), "escaped")
+
+
+def test_a_planted_fault_is_gone_afterwards() -> None:
+    before = merge.__code__
+    edits = fault("", "reparamc.kernel:merge", "sum(biased[1:], biased[0])", "biased[0]").edits
+    with planted(edits):
+        assert merge.__code__ is not before
+    assert merge.__code__ is before
+    with pytest.raises(ZeroDivisionError), planted(edits):
+        raise ZeroDivisionError
+    assert merge.__code__ is before
+
+
+def test_a_fault_that_no_longer_fits_the_code_is_told() -> None:
+    stale = fault("", "reparamc.kernel:merge", "no such text", "")
+    with pytest.raises(AssertionError, match="adapt the fault"), planted(stale.edits):
+        pass
+
+
+def test_errors_are_relative_and_shapes_count() -> None:
+    import numpy as np
+
+    assert relative_error(np.array([2.0, 1.0]), np.array([2.0, 4.0])) == 0.75
+    assert relative_error(np.zeros(3), np.zeros(4)) == float("inf")
+    assert relative_error(np.array([np.nan]), np.array([1.0])) == float("inf")
+
+
+@pytest.mark.skipif(nn is None, reason="PyTorch is not installed")
+def test_models_have_norms_that_do_something() -> None:
+    model: Any = net(lambda x, n: n(x), nn.BatchNorm2d(4))[0]
+    assert model.part0.running_mean.abs().max() > 0.1
