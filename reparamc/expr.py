@@ -320,6 +320,16 @@ def flatten(root: Expr) -> Expr:
     return done[root]
 
 
+def replaced(roots: Sequence[Expr], old: Expr, new: Expr) -> dict[Expr, Expr]:
+    """What every node under ``roots`` becomes when ``new`` stands in the place of ``old``."""
+    found: dict[Expr, Expr] = {old: new}
+    for root in roots:
+        for e in walk(root, stop=found.__contains__):
+            if e not in found:
+                found[e] = rebuild(e, [found[c] for c in e.children])
+    return found
+
+
 def total(addends: Sequence[Expr]) -> Expr:
     """The sum of one or more addends."""
     return addends[0] if len(addends) == 1 else Sum(tuple(addends))

@@ -8,6 +8,10 @@ There is one exception. What scales or moves each channel by itself (a BatchNorm
 v), behind something non-linear, is a member of every region that reads it, if all its readers are
 linear; it must then disappear from all of them, or else it is made an operand of all of them. Finding
 regions is one sweep from the outputs to the inputs.
+
+A value that is read several times by one region ends a region of its own at first. Then the two are
+joined and considered as one, the outer first: where its branches merge, the value is read once, and
+the sequence becomes one operator, rounded once. They stay joined if that is cheaper.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import numpy as np
 
 from reparamc.cost import cost
 from reparamc.errors import VerificationError
-from reparamc.expr import Array, Conv, Expr, Layout, arrays, flatten, walk
+from reparamc.expr import Array, Conv, Expr, Layout, Sum, arrays, flatten, replaced, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.rewrite import Pass, Refusal, simplify
 from reparamc.text import show
@@ -56,7 +60,7 @@ def decide(
         regions = find_regions(graph, readings, stuck)
         for done, (root, members) in enumerate(regions.items()):
             if (root, members) not in results:
-                results[root, members] = _consider(graph, root, members, readings, passes, verify)
+                results[root, members] = _consider(graph, (members,), readings, passes, verify)
                 progress(done + 1, len(regions))
         times = Counter(v for members in regions.values() for v in members)
         reads, repeats = set[Value](), Counter[Value]()
@@ -70,8 +74,40 @@ def decide(
             repeats.update(e.token for e in new if isinstance(e, Layout | Conv) and e not in splice.native)
         still = {v for v, n in times.items() if n > 1 and (v in reads or repeats[v] > 1)}
         if not still:
-            return {root: results[root, members] for root, members in regions.items()}
+            decisions = {root: results[root, members] for root, members in regions.items()}
+            return _joined(graph, readings, decisions, passes, verify)
         stuck |= still
+
+
+MOST_JOINED = 16
+"""Regions that are considered as one: work stays in proportion to the graph."""
+
+
+def _joined(
+    graph: Graph, readings: dict[Value, Reading], decisions: dict[Value, Decision], passes: Sequence[Pass], verify: bool
+) -> dict[Value, Decision]:
+    """``decisions``, with regions joined where one alone reads the result of another, several times, if that pays."""
+    home: dict[Value, set[Value]] = {}  # the roots of the regions that a value is a member of
+    for root, decision in decisions.items():
+        for value in decision.members:
+            home.setdefault(value, set()).add(root)
+    parts: dict[Value, tuple[tuple[Value, ...], ...]] = {}
+    for root in list(decisions):
+        readers = graph.readers(root)
+        roots = {outer for reader in readers for outer in home.get(reader, (None,))}
+        outer = roots.pop() if len(roots) == 1 and len(readers) > 1 else None
+        if outer is None or any(home[v] != {root} for v in decisions[root].members):
+            continue
+        first, second = decisions[root], decisions[outer]
+        chain = (*parts.get(outer, (second.members,)), *parts.get(root, (first.members,)))
+        if len(chain) > MOST_JOINED:
+            continue
+        whole = _consider(graph, chain, readings, passes, verify)
+        if whole.splice is not None and cost(whole.expr) < cost(first.expr) + cost(second.expr):
+            del decisions[root]
+            decisions[outer], parts[outer] = whole, chain
+            home.update((v, {outer}) for v in first.members)
+    return decisions
 
 
 MOST_SHARED = 8
@@ -104,23 +140,38 @@ def find_regions(
 
 def _consider(
     graph: Graph,
-    root: Value,
-    members: tuple[Value, ...],
+    parts: Sequence[tuple[Value, ...]],
     readings: dict[Value, Reading],
     passes: Sequence[Pass],
     verify: bool,
 ) -> Decision:
-    exprs = lifted(graph, members, readings)
-    inside = set(members)
-    sources = [v for v in exprs if v not in inside]
-    before = flatten(exprs[root])
-    with np.errstate(all="ignore"):  # whatever is not finite is refused below
-        outcome = simplify(before, passes)
-    if not outcome.steps:
-        return Decision(before, None, outcome.refusals, members)
-    after = outcome.expr
-    if isclose(cost(after), cost(before), rel_tol=1e-12):
-        return Decision(before, None, outcome.refusals, members)  # another way to say the same
+    """What becomes of a region: ``parts`` are its members, and those of the regions joined to it.
+
+    Each part is simplified while the result of the next one still is an operand.
+    """
+    root = parts[0][-1]
+    exprs: dict[Value, Expr] = {}
+    before = after = Sum(())
+    steps, refusals = [], ()
+    for part in parts:
+        joint = exprs.pop(part[-1], None)
+        lifted(graph, part, readings, exprs)
+        inner = flatten(exprs[part[-1]])
+        if joint is None:
+            before = after = inner
+        else:
+            moved = replaced((before, after, *exprs.values()), joint, inner)
+            before, after = flatten(moved[before]), flatten(moved[after])
+            exprs = {v: moved[e] for v, e in exprs.items()}
+        with np.errstate(all="ignore"):  # whatever is not finite is refused below
+            outcome = simplify(after, passes)
+        after, refusals = outcome.expr, outcome.refusals
+        steps += outcome.steps
+    place = {value: n for n, value in enumerate(readings)}
+    members = tuple(sorted({v for part in parts for v in part}, key=place.__getitem__))
+    sources = [v for v in exprs if v not in members]
+    if not steps or isclose(cost(after), cost(before), rel_tol=1e-12):
+        return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
     native = {e: v for v, e in exprs.items() if v != root}
     native.update((exprs[v], v) for v in sources)  # not what passes them on
     refuse = _obstacle(graph, root, members, sources, before, after, native)
@@ -131,30 +182,32 @@ def _consider(
         except ValueError as unsampled:
             refuse = f"it cannot be verified: {unsampled}"
     if refuse is not None:
-        return Decision(before, None, [*outcome.refusals, Refusal(outcome.steps[-1].name, before, refuse)], members)
+        return Decision(before, None, [*refusals, Refusal(steps[-1].name, before, refuse)], members)
     if error is not None and not error <= REGION_TOLERANCE:
-        steps = ", ".join(dict.fromkeys(s.name for s in outcome.steps))
+        names = ", ".join(dict.fromkeys(s.name for s in steps))
         raise VerificationError(
             f"region {graph.name(root)!r}: the rewritten form differs from the original by {error:.2g} (relative, in "
-            f"float64) after {steps}; nothing was changed. Leave the pass out (--skip) and report this as a bug",
+            f"float64) after {names}; nothing was changed. Leave the pass out (--skip) and report this as a bug",
             where=graph.name(root),
         )
     dtype = graph.dtype(members)
     assert dtype is not None
-    counts = Counter(step.name for step in outcome.steps)
+    counts = Counter(step.name for step in steps)
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))
     splice = Splice(root, members, after, native, dtype, counts, parameters, show(before), show(after), error)
-    return Decision(after, splice, outcome.refusals, members)
+    return Decision(after, splice, refusals, members)
 
 
-def lifted(graph: Graph, members: Sequence[Value], readings: dict[Value, Reading]) -> dict[Value, Expr]:
-    """The expressions of ``members``, and of their operands as sources."""
-    exprs: dict[Value, Expr] = {}
+def lifted(
+    graph: Graph, members: Sequence[Value], readings: dict[Value, Reading], exprs: dict[Value, Expr]
+) -> dict[Value, Expr]:
+    """``exprs``, with the expressions of ``members`` and of their operands, as sources, added to it."""
     for value in members:
         for operand in readings[value].operands:
             if operand not in exprs:
                 exprs[operand] = graph.source(operand)
-        exprs[value] = readings[value].build([exprs[v] for v in readings[value].operands])
+        if value not in exprs:
+            exprs[value] = readings[value].build([exprs[v] for v in readings[value].operands])
     return exprs
 
 

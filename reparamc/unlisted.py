@@ -77,7 +77,7 @@ def _as_kernel(
         function = _function(graph, tree, operand, wide, readings)
         found = find_kernel(function, source, batch, channels, extents, reach, dtype)
     else:
-        whole = lifted(graph, tree, readings)[root]
+        whole = lifted(graph, tree, readings, {})[root]
         if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
             return None
         (source,) = (e for e in walk(whole) if isinstance(e, Source))

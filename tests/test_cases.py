@@ -37,10 +37,11 @@ from expression_models import (
     to_onnx,
 )
 
-from reparamc.cost import cost
 from reparamc.evaluate import channels, frames
 from reparamc.expr import BatchNorm, Conv, Expr, Layout, Mean, Reshape, Scale, Source, flatten, rebuild, walk
+from reparamc.graph import Reading, Splice, new_nodes
 from reparamc.onnx_fuse import fuse_model
+from reparamc.plan import make_plan
 from reparamc.rewrite import Pass, simplify
 from reparamc.shape import shape_of
 from reparamc.text import parse, show
@@ -121,56 +122,76 @@ def test_nothing_is_left_to_do(case: Case) -> None:
 # The same through host graphs
 
 
-def regions(root: Expr) -> list[Expr]:
-    """What becomes of the pieces into which a host graph falls.
+class Expressions:
+    """`reparamc.graph.Graph` over an expression: the smallest host there is. Values are its operators."""
 
-    A value with several readers is a piece of its own. What acts on each channel by itself is part of all pieces
-    that read it, unless one of them keeps it: then it is cut off in a second try.
-    """
-    stuck: set[Expr] = set()
-    while True:
-        pieces, shared = _pieces(root, stuck)
-        found = [(piece, accepted(piece)) for piece in pieces]
-        kept = {whole for whole, copies in shared.items() for _, after in found if copies.intersection(walk(after))}
-        if not kept:
-            return [after for _, after in found]
-        stuck |= kept
+    def __init__(self, root: Expr) -> None:
+        self.order = [e for e in walk(root) if not isinstance(e, Source)]
+        self.found: dict[Expr, list[Expr | None]] = {root: [None]}
+        for e in self.order:
+            for c in e.children:
+                self.found.setdefault(c, []).append(e)
+        self.ranks, self.frames, self.widths = axes(root), frames(root), channels(root)
+        self.becomes: dict[Expr, Expr] = {}
+
+    def values(self) -> list[Expr]:
+        return self.order
+
+    def read(self, e: Expr) -> Reading:
+        scales = isinstance(e, BatchNorm | Scale)
+        moves = scales or isinstance(e, Layout)
+        return Reading(e.children, lambda xs: rebuild(e, xs), (), self.frames[e], commutes=moves, scales=scales)
+
+    def readers(self, e: Expr) -> list[Expr | None]:
+        return self.found[e]
+
+    def source(self, e: Expr) -> Source:
+        width, frame, at = self.widths[e] or 0, self.frames[e] or 0, f"v{list(self.found).index(e)}"
+        shape: list[int | str] = [f"{at}{axis}" for axis in range(self.ranks[e])]
+        shape[self.ranks[e] - 1 - frame] = width
+        return Source(e, width, frame, (e.shape if isinstance(e, Source) else None) or shape_of(shape))
+
+    def name(self, e: Expr) -> str:
+        return show(e)
+
+    def dtype(self, members: object) -> np.dtype:
+        return np.dtype(np.float64)
+
+    def obstacle(self, root: Expr, members: object, sources: object) -> None:
+        return None
+
+    def is_written(self, e: Expr) -> bool:
+        return False
+
+    def moves(self, e: Expr) -> None:
+        return None
+
+    def reach(self, e: Expr) -> int:
+        raise AssertionError("nothing here is without a reading")
+
+    def run(self, e: Expr, operands: object) -> np.ndarray:
+        raise AssertionError("nothing here is without a reading")
+
+    def splice(self, splice: Splice) -> None:
+        done = {e: self.current(v) for e, v in splice.native.items()}
+        for e in new_nodes(splice):
+            done[e] = rebuild(e, [done[c] for c in e.children])
+        self.becomes[splice.root] = done[splice.expr]
+
+    def current(self, value: Expr) -> Expr:
+        """``value``, all splices that were made so far carried out."""
+        for e in walk(value, stop=self.becomes.__contains__):
+            if e not in self.becomes:
+                self.becomes[e] = rebuild(e, [self.becomes[c] for c in e.children])
+        return self.becomes[value]
 
 
-def _pieces(root: Expr, apart: set[Expr]) -> tuple[list[Expr], dict[Expr, set[Expr]]]:
-    """The pieces of ``root``, and for every operator that is part of several what stands for it there."""
-    order: list[Expr] = [e for e in walk(root) if not isinstance(e, Source)]
-    readers: dict[Expr, list[Expr]] = {}
-    for e in order:
-        for c in e.children:
-            readers.setdefault(c, []).append(e)
-    roots: dict[Expr, list[Expr]] = {root: [root]}
-    for e in reversed(order[:-1]):
-        above = list(dict.fromkeys(r for reader in readers[e] for r in roots[reader]))
-        shared = isinstance(e, BatchNorm | Scale | Layout) and e not in apart
-        roots[e] = above if (len(readers[e]) == len(above) == 1) or shared else [e]
-    ranks, frame_of, width_of = axes(root), frames(root), channels(root)
-
-    def cut(e: Expr) -> Source:
-        width, frame, at = width_of[e] or 0, frame_of[e] or 0, order.index(e)
-        shape: list[int | str] = [f"cut{at}{axis}" for axis in range(ranks[e])]
-        shape[ranks[e] - 1 - frame] = width
-        return Source(f"cut{at}", width, frame, shape_of(shape))
-
-    pieces: list[Expr] = []
-    copies: dict[Expr, set[Expr]] = {}
-    for top in (e for e in order if roots[e] == [e]):
-        done: dict[Expr, Expr] = {}
-        for e in order:
-            if top in roots[e]:
-                for c in e.children:
-                    if c not in done:
-                        done[c] = c if isinstance(c, Source) else cut(c)
-                done[e] = rebuild(e, [done[c] for c in e.children])
-                if len(roots[e]) > 1:
-                    copies.setdefault(e, set()).add(done[e])
-        pieces.append(done[top])
-    return pieces, copies
+def planned(root: Expr) -> Expr:
+    """What becomes of ``root`` as a graph, where only regions of it are rewritten."""
+    graph = Expressions(root)
+    for splice in make_plan(graph, PASSES).splices:
+        graph.splice(splice)
+    return graph.current(root)
 
 
 def axes(root: Expr) -> dict[Expr, int]:
@@ -186,16 +207,10 @@ def axes(root: Expr) -> dict[Expr, int]:
     return found
 
 
-def accepted(e: Expr) -> Expr:
-    """What a region becomes: its simplified form, if that is cheaper."""
-    before = flatten(e)
-    after = simplify(before, PASSES).expr
-    return after if cost(after) < cost(before) else before
-
-
 def through_onnx(case: Case) -> None:
     e = parse(case.head)
-    expected = sum((operators(to_onnx(r)) for r in regions(e) if not isinstance(r, Source)), Counter())
+    after = planned(e)
+    expected = Counter() if isinstance(after, Source) else operators(to_onnx(after))
     models = [to_onnx(e, case.extents[0])]
     if len(case.extents) > 1:  # otherwise the sizes drawn for unknown extents would not fit
         models.append(to_onnx(e))
@@ -219,7 +234,7 @@ def through_fx(case: Case) -> None:
     with torch.no_grad():
         assert_close(module(*example).numpy(), fused(*example).numpy(), 1e-10)
     if not leans(e):  # PyTorch pads such a kernel by an operator of its own
-        parts = [p for r in regions(e) if not isinstance(r, Source) for p in walk(r)]
+        parts = list(walk(planned(e)))
         expected = [sum(isinstance(p, Conv) for p in parts), sum(isinstance(p, BatchNorm) for p in parts)]
         assert fx_counts(fused) == expected
 
