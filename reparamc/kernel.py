@@ -6,14 +6,14 @@ rewrites decide before they call. Arrays are float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import product
 from math import gcd
 
 import numpy as np
 
-from reparamc.expr import ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale
+from reparamc.expr import ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale, Select, Source
 
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the convolution behind it"
 VARYING = "what it adds would reach the results of the transposed convolution behind it a varying number of times"
@@ -164,19 +164,47 @@ def pointwise(x: Expr, scale: Array, shift: Array, channels: int, frame: int) ->
     return Conv(x, weight, bias, stride=ones, dilation=ones, offset=zeros, delta=zeros, groups=channels)
 
 
+def grid(conv: Conv) -> Hashable:
+    """What convolutions of one input share if their results have the same extents.
+
+    They agree for every input size if strides and deltas do. Where the extents of the input are known,
+    those of the result are all that counts.
+    """
+    known = extents(conv.x, conv.frame)
+    rows = [
+        d if h is None or conv.transposed else ("extent", (h - 1 - d) // s + 1)
+        for h, d, s in zip(known, conv.delta, conv.stride, strict=True)
+    ]
+    return conv.stride, tuple(rows), conv.frame, conv.transposed
+
+
+def extents(e: Expr, frame: int) -> tuple[int | None, ...]:
+    """The extents of ``e`` along the last ``frame`` axes, as far as what it is computed from tells."""
+    while isinstance(e, Scale | BatchNorm) or (isinstance(e, Select) and e.frame == frame):
+        e = e.x
+    shape = e.shape if isinstance(e, Source) else None
+    return tuple(dim.known for dim in shape[len(shape) - frame :]) if shape is not None else (None,) * frame
+
+
 def merged_shape(convs: Sequence[Conv]) -> Conv:
-    """What `merge` makes, all but its weights and bias: those are zero and take no memory."""
+    """What `merge` makes, all but its weights and bias: those are zero and take no memory.
+
+    Where deltas differ, extents are known, and the smallest is right: its padding reaches as far as any tap needs.
+    """
     first = convs[0]
+    delta = tuple(min(deltas) for deltas in zip(*(c.delta for c in convs), strict=True))
     offset, dilation, kernel = (
         zip(*(_span(convs, axis) for axis in range(first.frame)), strict=True) if first.frame else ((), (), ())
     )
     groups = gcd(*(c.groups for c in convs))
     weight = np.broadcast_to(ZERO, (first.out_channels, first.in_channels // groups, *kernel))
-    return replace(first, weight=weight, bias=None, dilation=dilation, offset=offset, groups=groups, token=None)
+    return replace(
+        first, weight=weight, bias=None, dilation=dilation, offset=offset, delta=delta, groups=groups, token=None
+    )
 
 
 def merge(convs: Sequence[Conv]) -> Conv:
-    """The sum of convolutions of one input with equal channels, strides and deltas, as one.
+    """The sum of convolutions of one input and one `grid`, as one.
 
     Taps add at their absolute offsets: the new kernel spans from the first tap of all to the last,
     on the coarsest grid that holds every tap. Its groups are the greatest common divisor of theirs.

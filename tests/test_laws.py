@@ -105,6 +105,13 @@ def branch(data: st.DataObject, x: Expr, width: int, frame: int, delta: Ints, st
     return e
 
 
+def same_extents(data: st.DataObject, extents: Ints | None, stride: Ints) -> Ints:
+    """A delta that gives the extents that 0 gives: for every input size 0 itself, for known extents any of several."""
+    if extents is None:
+        return (0,) * len(stride)
+    return tuple(data.draw(st.integers(0, (h - 1) % s)) for h, s in zip(extents, stride, strict=True))
+
+
 def transposed(data: st.DataObject, x: Expr, width: int, frame: int, delta: Ints) -> Conv:
     """A random transposed convolution of stride 2 that keeps the number of channels."""
     draw_int = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
@@ -143,12 +150,13 @@ def expressions(choose: st.DrawFn) -> Expr:
     """Chains of blocks; a block is an operator, or a sum or concatenation of branches that share its input."""
     data = choose(st.data())
     frame, width = choose(st.integers(0, 3)), choose(st.sampled_from(WIDTHS))
-    e: Expr = Source("x", width, frame, shape_of(["N", width, *"HWD"[:frame]]))
+    fixed = tuple(choose(st.integers(8, 11)) for _ in range(frame)) if choose(st.integers(0, 2)) == 0 else None
+    e: Expr = Source("x", width, frame, shape_of(["N", width, *(fixed or "HWD"[:frame])]))
     kinds = ["conv", "pointwise", "affine", "select", "concat", "sum", "sum", "sum"]
     kinds += ["transposed"] if 0 < frame < 3 else []
     for _ in range(choose(st.integers(1, 3))):
         width = next(channel_counts(e))
-        ones, zeros = (1,) * frame, (0,) * frame
+        ones = (1,) * frame
         match kind := choose(st.sampled_from(kinds)):
             case "conv":
                 e = convolution(data, e, width, frame, None, tuple(choose(st.integers(1, 2)) for _ in range(frame)))
@@ -164,7 +172,9 @@ def expressions(choose: st.DrawFn) -> Expr:
                 e = total([transposed(data, e, width, frame, delta) for _ in range(choose(st.integers(1, 3)))])
             case _:
                 stride = ones if choose(st.booleans()) else tuple(choose(st.integers(1, 2)) for _ in range(frame))
-                terms = [branch(data, e, width, frame, zeros, stride) for _ in range(choose(st.integers(2, 4)))]
+                known = fixed if isinstance(e, Source) else None
+                deltas = [same_extents(data, known, stride) for _ in range(choose(st.integers(2, 4)))]
+                terms = [branch(data, e, width, frame, delta, stride) for delta in deltas]
                 if choose(st.booleans()):
                     terms.append(choose(st.sampled_from(terms)))  # one value, read twice
                 cut = choose(st.integers(1, len(terms) - 1))

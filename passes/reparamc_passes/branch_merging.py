@@ -5,9 +5,10 @@
 Taps add where they land: kernels of different sizes, even kernels, asymmetric paddings and
 dilations meet on the hull of their offsets, and groups become their greatest common divisor.
 
-Exact when the branches have equal strides and equal extents for every input size (equal
-``d (k - 1) - padding``). Merged as long as that is cheaper: first branches of equal groups, then
-across groups, so that a large depthwise kernel beside a dense 1x1 stays what it is.
+Exact when the branches have equal strides and equal extents for every input size that the graph admits:
+equal ``d (k - 1) - padding``, or extents that are fixed and agree. Merged as long as that is cheaper:
+first branches of equal groups, then across groups, so that a large depthwise kernel beside a dense 1x1
+stays what it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import cast
 
 from reparamc.cost import addition, behind, price
 from reparamc.expr import BatchNorm, Conv, Expr, Scale, Sum, total
-from reparamc.kernel import coefficients, merge, merged_shape, scale_outputs
+from reparamc.kernel import coefficients, grid, merge, merged_shape, scale_outputs
 from reparamc.rewrite import Declined, Pass
 
 
@@ -29,8 +30,7 @@ def parallel_convs(e: Expr) -> Expr | Declined | None:
     kernels = [_kernel(term) for term in e.terms]
     for place, term in enumerate(kernels):
         if term is not None:
-            grid = (term.stride, term.delta, term.out_channels, term.frame, term.transposed)
-            branches.setdefault(term.x, {}).setdefault(grid, []).append(place)
+            branches.setdefault(term.x, {}).setdefault((grid(term), term.out_channels), []).append(place)
     terms: list[Expr | None] = list(e.terms)
     refusal: Declined | None = None
     for grids in branches.values():
@@ -92,6 +92,6 @@ def _difference(convs: list[Conv]) -> str:
 BRANCH_MERGING = Pass(
     name="branch-merging",
     equation="W1*x + b1 + W2*x + b2 = (W1 + W2)*x + (b1 + b2)",
-    exact_when="same input, equal strides, and equal output extents for every input size; merged when cheaper",
+    exact_when="same input, equal strides, and equal output extents for every admitted input size; merged when cheaper",
     rules=(parallel_convs,),
 )

@@ -21,7 +21,7 @@ import numpy as np
 
 from reparamc.cost import price
 from reparamc.expr import Concat, Conv, Expr, Select
-from reparamc.kernel import select_outputs, stack
+from reparamc.kernel import grid, select_outputs, stack
 from reparamc.rewrite import Declined, Pass
 
 
@@ -47,7 +47,7 @@ def _grid(e: Expr, frame: int) -> Hashable:
     """What dense convolutions must share to become one; None for everything else."""
     if not isinstance(e, Conv) or e.frame != frame or e.groups != 1 or e.transposed:
         return None
-    return e.x, e.stride, e.delta
+    return e.x, grid(e)
 
 
 def _concat(terms: list[Expr], like: Concat) -> Expr:

@@ -16,7 +16,7 @@ from collections import Counter
 import numpy as np
 
 from reparamc.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum, total
-from reparamc.kernel import coefficients
+from reparamc.kernel import coefficients, grid
 from reparamc.rewrite import Declined, Pass
 
 
@@ -61,14 +61,9 @@ def dropped(e: Expr) -> Expr | None:
 
 def _shown_equal(zero: Conv, e: Sum) -> bool:
     """Whether another term is known to have the extents and channels of ``zero``."""
-    same_grid = any(
-        isinstance(t, Conv) and t is not zero and t.x is zero.x and _grid(t) == _grid(zero) for t in e.terms
-    )
+    beside = [t for t in e.terms if isinstance(t, Conv) and t is not zero and t.x is zero.x]
+    same_grid = any(grid(t) == grid(zero) and t.out_channels == zero.out_channels for t in beside)
     return same_grid or (zero.keeps_grid and zero.in_channels == zero.out_channels and zero.x in e.terms)
-
-
-def _grid(e: Conv) -> tuple[object, ...]:
-    return e.stride, e.delta, e.out_channels, e.transposed
 
 
 LIKE_TERMS = Pass(

@@ -19,7 +19,7 @@ from math import inf
 
 from reparamc.cost import POSITIONS, addition, behind, multiply_adds, price
 from reparamc.expr import Conv, Expr, Sum, total
-from reparamc.kernel import cannot_compose, compose, composed_shape, merge, merged_shape
+from reparamc.kernel import cannot_compose, compose, composed_shape, grid, merge, merged_shape
 from reparamc.rewrite import Declined, Pass
 
 LONGEST = 8
@@ -53,8 +53,7 @@ def in_a_sum(e: Expr) -> Expr | None:
         if isinstance(term, Conv):
             row = _row(term)
             for n, shape in enumerate(_shapes(row)):
-                grid = (shape.x, shape.stride, shape.delta, shape.out_channels, shape.transposed)
-                ways.setdefault(grid, []).append((place, row[: n + 1], shape))
+                ways.setdefault((shape.x, grid(shape), shape.out_channels), []).append((place, row[: n + 1], shape))
     for group in ways.values():
         if len(group) > 1 and any(len(row) > 1 for _, row, _ in group):
             one = group[0][2]

@@ -53,6 +53,35 @@ class Standardised(nn.Module):
         return y if x.shape[-1] > 2 else x
 
 
+class Halves(nn.Module):
+    """Two branches of stride 2 whose extents agree for even sizes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(C, C, 3, 2, 1), nn.Conv2d(C, C, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.a(x) + self.b(x))
+
+
+class HalvesEven(Halves):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:
+            raise ValueError("odd")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("make", "left"), [(Halves, 2), (HalvesEven, 1)])
+def test_extents_that_agree_because_an_export_fixes_them(make: Callable[[], nn.Module], left: int) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    x = torch.randn(2, C, 8, 6)
+    fused = fuse_fx(model, (x,))
+    assert counts(fused)[0] == left
+    with torch.no_grad():
+        assert relative_error(fused(x), model(x)) < 1e-6
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("make", [PadsAsNeeded, Standardised])
 def test_what_torch_fx_cannot_follow(make: Callable[[], nn.Module], inside: bool) -> None:
