@@ -1,43 +1,22 @@
-"""Giving untrained networks parameters that a wrong rewrite cannot hide behind.
-
-A fresh network has BatchNorms that do nothing and layer scales near zero: a rewrite that forgets one of them
-still computes the right output. The functions here replace such parameters by random ones of ordinary size.
-PyTorch is imported only when they are called.
-"""
+"""Random BatchNorms and layer scales of torch modules; `randomize` says what they are for."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Generator, Tensor, nn
-    from torch.nn.modules.batchnorm import _BatchNorm
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-    ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _LAYER_SCALE_PARAMETER = re.compile(r"layer_?scale\w*|gamma(_\d+)?")
 _LAYER_SCALE_CLASS = re.compile(r"layer_?scale", re.IGNORECASE)
 
 
-def randomize_batchnorm(
-    model: ModuleT, seed: int = 0, example_inputs: Tensor | tuple[Any, ...] | None = None
-) -> ModuleT:
-    """Give every BatchNorm random parameters and statistics that fit what it sees; returns `model`.
-
-    Weights are 0.5 to 1.5 in size, one in five negative; biases lie within 0.35 of 0. With `example_inputs`
-    (a tuple of the model's positional inputs, or its only input) the running mean and variance are those of
-    each layer's input (N, C, ...) in one forward pass in evaluation mode, moved by up to a tenth of a
-    standard deviation and by a factor from 0.8 to 1.25. Each layer is set just before it first computes, so
-    that later layers see the output of the new earlier ones. Layers that the pass does not reach, and all
-    of them where there are no inputs, get a mean within 0.1 of 0 and a variance within 0.8 and 1.25.
-
-    The result depends on `seed`, the model and the inputs alone. The global random state and the training
-    mode of every module are left as they were.
-    """
-    import torch
-    from torch.nn.modules.batchnorm import _BatchNorm
-
+def randomize_module(model: ModuleT, seed: int = 0, example_inputs: Any = None) -> ModuleT:
+    """As `randomize_batchnorm`, of a module."""
     generator = torch.Generator().manual_seed(seed)
     pending = {module: None for module in model.modules() if isinstance(module, _BatchNorm)}
 
@@ -64,8 +43,6 @@ def randomize_batchnorm(
 
 
 def _randomize_norm(norm: _BatchNorm, generator: Generator, x: Tensor | None) -> None:
-    import torch
-
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(norm.num_features, dtype=torch.float64).uniform_(low, high, generator=generator)
 
@@ -92,15 +69,8 @@ def _randomize_norm(norm: _BatchNorm, generator: Generator, x: Tensor | None) ->
         norm.running_var.copy_(variance * stretch)
 
 
-def randomize_layer_scales(model: ModuleT, seed: int = 0) -> ModuleT:
-    """Give every layer scale normal values with mean 0 and standard deviation 0.5; returns `model`.
-
-    A layer scale is a parameter named `layer_scale*`, `gamma` or `gamma_<n>`, or any parameter of a module
-    whose class name contains "LayerScale". The result depends on `seed` and the model alone; the global
-    random state is left as it was.
-    """
-    import torch
-
+def randomize_scales(model: ModuleT, seed: int = 0) -> ModuleT:
+    """As `randomize_layer_scales`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():

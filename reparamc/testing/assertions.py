@@ -1,0 +1,290 @@
+"""`assert_equivalent`: two models compute the same, or an AssertionError says where and by how much they do not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from reparamc.errors import InputError
+from reparamc.testing.inputs import Host, Space, Tree, arrays_of, epsilon_of, host_of, leaves, mapped
+from reparamc.verify import tolerance as explained
+
+PERTURBATIONS = 3
+"""One may be absorbed by rounding or by a saturated layer."""
+
+
+def assert_equivalent(
+    a: Any,
+    b: Any,
+    inputs: Any = None,
+    *,
+    tolerance: float | None = None,
+    examples: int = 8,
+    check_dtype: bool = True,
+    seed: int = 0,
+) -> None:
+    """Raise AssertionError unless ``b`` computes what ``a`` computes, on every one of several inputs.
+
+    Compared are the structure of the results, shapes, dtypes, the places of NaN and infinities, and all values.
+    Lists and tuples count as the same. Both sides are left as they are, and so is the global random state: random
+    operators draw the same numbers on both sides.
+
+    Args:
+        a, b: torch modules (in the mode they are in), ONNX models or their paths, or functions of arrays or tensors, in
+            any combination. Arguments go by name where both sides know the same names, otherwise by position.
+            Outputs of an ONNX model are compared in order.
+        inputs: one tensor or array, a tuple of positional arguments, a mapping from names, a list of these, or a
+            strategy of hypothesis. None: what `inputs_for` finds out from ``a``, or else ``b``.
+        tolerance: largest difference allowed, relative to the largest finite magnitude in that output of ``a``. None:
+            what rounding explains, by the response of ``a`` to perturbations of the input at rounding level.
+        examples: how many inputs are tried where they are derived or drawn.
+        check_dtype: whether outputs must be of the same dtype.
+        seed: of derived inputs and of perturbations.
+
+    Raises:
+        AssertionError: they differ, or ``b`` fails where ``a`` runs.
+        InputError: ``a`` fails, or no inputs can be derived.
+    """
+    torch = sys.modules.get("torch")
+    given = inputs if isinstance(inputs, list) else [inputs]
+    tensors = torch is not None and any(
+        isinstance(v, torch.nn.Module | torch.Tensor) for v in (a, b, *(leaf for i in given for _, leaf in leaves(i)))
+    )
+    pair = _Pair(host_of(a, tensors), host_of(b, tensors), tolerance, check_dtype, seed)
+    if hasattr(inputs, "example") and hasattr(inputs, "filter"):
+        _on_strategy(pair, inputs, examples)
+        return
+    if inputs is None:
+        space: Space | None = pair.a.space(None) or pair.b.space(None)
+        if space is None:
+            raise InputError("neither of two functions tells what inputs it takes; give inputs")
+        given = list(space.some(examples, seed))
+    if not given:
+        raise InputError("an empty list of inputs compares nothing")
+    for number, one in enumerate(given, 1):
+        pair.compare(one, f" (number {number} of {len(given)})" if len(given) > 1 else "")
+
+
+def _on_strategy(pair: _Pair, strategy: Any, examples: int) -> None:
+    from hypothesis import HealthCheck, given, settings
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=cast(Any, [*HealthCheck]),
+    )
+    @given(strategy)
+    def same(inputs: Any) -> None:
+        pair.compare(inputs, "")
+
+    same()
+
+
+@dataclass(frozen=True)
+class _Pair:
+    a: Host
+    b: Host
+    tolerance: float | None
+    check_dtype: bool
+    seed: int
+
+    def compare(self, inputs: Tree, which: str) -> None:
+        inputs = arrays_of(inputs)
+        try:
+            expected = _called(self.a, inputs, self)
+        except InputError:
+            raise
+        except Exception as error:  # whatever the user's model raises
+            raise InputError(f"a, {self.a.kind}, does not run on {_sizes(inputs)}: {_line(error)}") from error
+        head = [f"  a          {self.a.kind}", f"  b          {self.b.kind}", f"  inputs     {_sizes(inputs)}{which}"]
+        try:
+            actual = _called(self.b, inputs, self)
+        except Exception as error:  # the same of the other model
+            raise AssertionError(
+                "\n".join(["b does not run where a does", *head, f"  error      {_line(error)}"])
+            ) from error
+        if found := self._structure(expected, actual):
+            raise AssertionError("\n".join(["b returns another structure than a", *head, *found]))
+        noises: list[list[tuple[str, Any]]] = []
+        for (name, x), (_, y) in zip(expected, actual, strict=True):
+            found = _kinds(x, y, self.check_dtype)
+            if not found and isinstance(x, np.ndarray):
+                if self.tolerance is None and not noises and not np.array_equal(x, y, equal_nan=x.dtype.kind in "fc"):
+                    noises = [_called(self.a, _perturbed(inputs, self.seed + n), self) for n in range(PERTURBATIONS)]
+                allowed = self.tolerance
+                if allowed is None:
+                    epsilon = max([self.a.epsilon, epsilon_of(x.dtype), *_epsilons(inputs)])
+                    allowed = explained(_noise(name, x, noises), epsilon)
+                found = _values(x, y, allowed, self.tolerance is None)
+            if found:
+                raise AssertionError(
+                    "\n".join(["b differs from a", *head, f"  output     {_described(name, x)}", *found])
+                )
+
+    def _structure(self, a: Sequence[tuple[str, Any]], b: Sequence[tuple[str, Any]]) -> list[str]:
+        named = not (self.a.flat or self.b.flat)
+        if len(a) == len(b) and not (named and [n for n, _ in a] != [n for n, _ in b]):
+            return []
+        return [
+            f"  {side}          {len(found)}: {', '.join(n for n, _ in found)}" for side, found in (("a", a), ("b", b))
+        ]
+
+
+def _called(host: Host, inputs: Tree, pair: _Pair) -> list[tuple[str, Any]]:
+    """The results of ``host``: by name if it knows the names of the inputs, else in the order of the side that does."""
+    names = host.names
+    if isinstance(inputs, Mapping):
+        if names is None or set(inputs) <= set(names):
+            return host((), inputs)
+        for order in (pair.a.names, pair.b.names):
+            if order and set(inputs) <= set(order):
+                return host([inputs[n] for n in order if n in inputs], {})
+        raise InputError(f"no side has inputs named {', '.join(map(repr, inputs))}")
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    first = pair.a.names
+    if first and names and first != names and set(first) == set(names) and len(args) <= len(first):
+        return host((), dict(zip(first, args, strict=False)))
+    return host(args, {})
+
+
+# What differs
+
+
+def _kinds(a: Any, b: Any, check_dtype: bool) -> list[str]:
+    """How two values differ before any arithmetic: in shape, in dtype, or as plain Python values."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray | np.generic):
+        if a.shape != np.shape(b):
+            return [f"  shape      a has {list(a.shape)}, b has {list(np.shape(b))}"]
+        if check_dtype and a.dtype != b.dtype:
+            return [f"  dtype      a has {a.dtype}, b has {b.dtype}"]
+        return []
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or not (a is b or a == b):
+        return [f"  value      a has {_short(a)}, b has {_short(b)}"]
+    return []
+
+
+def _values(a: np.ndarray, b: np.ndarray, allowed: float, by_rounding: bool) -> list[str]:
+    """Where and by how much two arrays of one shape differ; nothing if they do not."""
+    if a.dtype.kind in "biuUSO" or np.asarray(b).dtype.kind in "biuUSO":
+        wrong = np.asarray(a != b)
+        if not wrong.any():
+            return []
+        at = _index(wrong.astype(float))
+        return [f"  first at   {list(at)}: a has {a[at]}, b has {b[at]}", _spread(wrong)]
+    kind = np.complex128 if a.dtype.kind == "c" else np.float64
+    x, y = a.astype(kind), np.asarray(b).astype(kind)
+    finite = np.isfinite(x)
+    other = ~((x == y) | (np.isnan(x) & np.isnan(y))) & ~(finite & np.isfinite(y))
+    if other.any():
+        at = _index(other.astype(float))
+        return [
+            f"  NaN, inf   a has {np.isnan(x).sum()} NaN and {np.isinf(x).sum()} infinities, "
+            f"b has {np.isnan(y).sum()} and {np.isinf(y).sum()}",
+            f"  first at   {list(at)}: a has {a[at]}, b has {b[at]}",
+            _spread(other),
+        ]
+    gap = np.abs(np.subtract(x, y, where=finite, out=np.zeros(x.shape, kind)))
+    size = float(np.abs(x[finite]).max(initial=0.0))
+    wrong = gap > allowed * size
+    if not wrong.any():
+        return []
+    at = _index(gap)
+    worst = float(gap[at])
+    relative = worst / size if size else float("inf")
+    epsilon = np.finfo(a.dtype).eps if a.dtype.kind == "c" else epsilon_of(a.dtype)
+    ulps = worst / epsilon / 2.0 ** np.floor(np.log2(max(abs(x[at]), np.finfo(np.float64).tiny)))
+    times = relative / allowed if allowed else float("inf")
+    reason = "what rounding explains" if by_rounding else "the tolerance given"
+    return [
+        f"  worst at   {list(at)}: a has {a[at]:.9g}, b has {b[at]:.9g}",
+        f"  difference {worst:.3g} absolute, {relative:.3g} of the largest value of a, {ulps:.3g} ULP",
+        f"  allowed    {allowed:.3g} of the largest value: it is {times:.3g} times {reason}",
+        _spread(wrong),
+    ]
+
+
+def _spread(wrong: np.ndarray) -> str:
+    """How many elements are wrong, and how many of them stand at the border of a map."""
+    line = f"  wrong      {int(wrong.sum())} of {wrong.size} elements"
+    axes = [axis for axis in range(2, wrong.ndim) if wrong.shape[axis] > 2]
+    if not axes:
+        return line
+    inner = tuple(slice(1, -1) if axis in axes else slice(None) for axis in range(wrong.ndim))
+    inside = int(wrong[inner].sum())
+    border = int(wrong.sum()) - inside
+    return f"{line}: {border} at the border of axes {', '.join(map(str, axes))}, {inside} in the interior"
+
+
+def _index(score: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(n) for n in np.unravel_index(int(np.argmax(score)), score.shape))
+
+
+def _noise(name: str, a: np.ndarray, noises: Iterable[Sequence[tuple[str, Any]]]) -> float:
+    """The largest relative change of an output under perturbations; 0 where that is not a number."""
+    if a.dtype.kind in "biuUSO":
+        return 0.0
+    reference = a.astype(np.complex128 if a.dtype.kind == "c" else np.float64)
+    size = float(np.abs(reference[np.isfinite(reference)]).max(initial=0.0))
+    found = 0.0
+    for run in noises:
+        value = np.asarray(dict(run)[name])
+        if value.shape != a.shape or not size:
+            continue
+        with np.errstate(invalid="ignore"):
+            change = np.abs(value.astype(reference.dtype) - reference)
+        if np.isfinite(reference).all() and np.isfinite(change).all():
+            found = max(found, float(change.max(initial=0.0)) / size)
+    return found
+
+
+def _perturbed(inputs: Tree, seed: int) -> Tree:
+    rng = np.random.default_rng(seed)
+
+    def nudge(array: np.ndarray) -> np.ndarray:
+        if array.dtype.kind in "iubSUOc":
+            return array
+        signs = rng.choice([-1.0, 1.0], array.shape)
+        return (array.astype(np.float64) * (1 + signs * epsilon_of(array.dtype))).astype(array.dtype)
+
+    return mapped(nudge, inputs)
+
+
+def _epsilons(inputs: Tree) -> list[float]:
+    return [epsilon_of(v.dtype) for _, v in leaves(inputs) if isinstance(v, np.ndarray)]
+
+
+# Words
+
+
+def _sizes(inputs: Tree) -> str:
+    named = (
+        inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs if isinstance(inputs, tuple) else [inputs])
+    )
+    parts = []
+    for name, tree in named:
+        values = ", ".join(_described("", v).strip() for _, v in leaves(tree))
+        parts.append(f"{name} {values}" if isinstance(name, str) else values)
+    return "; ".join(parts)
+
+
+def _described(name: str, value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{name} {value.dtype}{list(value.shape)}"
+    return f"{name} {_short(value)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,182 @@
+"""`fuse_guard`: a model fuses as it should, or an AssertionError names the part that does not, and why."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reparamc.errors import InputError
+from reparamc.report import Refusal, Report, Rewrite
+from reparamc.testing.assertions import assert_equivalent
+from reparamc.testing.inputs import arrays_of, space_of
+from reparamc.testing.randomize import randomize_batchnorm, randomize_layer_scales
+
+_CONVOLUTION = re.compile(r"^%\S+ = conv ", re.MULTILINE)
+
+
+def fuse_guard(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    max_conv: int | None = None,
+    no_batchnorm: bool = True,
+    fused: Iterable[str] | Mapping[str, int] = (),
+    tolerance: float | None = None,
+    examples: int = 6,
+    randomize: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """Fuse a copy of ``model``, compare both on several inputs, and hold the result to a structure.
+
+    The copy is in eval mode and, unless ``randomize`` is False, has random BatchNorm statistics and layer scales, which
+    a mistake cannot hide behind. Inputs are of sizes that the model takes, odd and small ones among them. The model
+    itself stays as it is.
+
+    Args:
+        model: a torch module, an ONNX ModelProto or the path of one.
+        example_inputs: as of `inputs_for`: one tensor, a tuple, or a mapping.
+        max_conv: how many convolutions may be left in all; None for any number.
+        no_batchnorm: whether no BatchNorm may be left.
+        fused: names of submodules (torch) or prefixes of node names (ONNX) each of which must become one convolution or
+            linear layer, and keep no BatchNorm; or a mapping from such names to how many may be left.
+        tolerance, examples, seed: those of `assert_equivalent`; ``seed`` also of the random parameters.
+        options: those of `fuse_fx` or `fuse_onnx`: ``passes``, ``skip``, ``objective``.
+
+    Returns:
+        The fused copy, for further assertions.
+
+    Raises:
+        AssertionError: it computes something else, or is less fused than it should be.
+        InputError: the model cannot be fused or run, or has no part of a name in ``fused``.
+    """
+    onnx = isinstance(model, str | os.PathLike) or not hasattr(model, "named_modules")
+    fuse = _fuse_onnx if onnx else _fuse_torch
+    outcome = fuse(model, example_inputs, seed if randomize else None, options)
+    allowed = (
+        dict(fused) if isinstance(fused, Mapping) else dict.fromkeys([fused] if isinstance(fused, str) else fused, 1)
+    )
+    faults = [fault for name, count in allowed.items() for fault in _faults(outcome, name, count)]
+    faults += _faults_of_all(outcome.report, max_conv, no_batchnorm)
+    if faults:
+        raise AssertionError("\n".join([f"{outcome.name} does not fuse as it should", *faults]))
+    # A copy that holds for the sizes of the example only is asked which sizes these are.
+    asked = outcome.result if outcome.report.note else outcome.original
+    inputs = list(space_of(asked, outcome.example).some(examples, seed))
+    assert_equivalent(outcome.original, outcome.result, inputs, tolerance=tolerance, seed=seed)
+    return outcome.result
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What fusing gave.
+
+    Attributes:
+        linear, norms: names of all convolutions and linear layers, and of all BatchNorms, of the original.
+        parts: names that may be asked for; None if any prefix may.
+        separator: between the parts of a name.
+    """
+
+    name: str
+    original: Any
+    result: Any
+    report: Report
+    example: Any
+    linear: tuple[str, ...]
+    norms: tuple[str, ...]
+    parts: frozenset[str] | None
+    separators: str
+
+
+def _fuse_torch(model: Any, example: Any, seed: int | None, options: Mapping[str, Any]) -> _Outcome:
+    from reparamc.fx_fuse import fuse_fx
+    from reparamc.testing.fx_host import layers
+
+    try:
+        original = copy.deepcopy(model).eval()
+    except Exception as error:  # whatever the attributes of the user's module raise
+        raise InputError(f"{type(model).__name__} cannot be copied: {' '.join(str(error).split())[:200]}") from error
+    if example is None:
+        space = space_of(original)
+        example = space.inputs(space.base, "normal", 0)
+    if seed is not None:
+        positional = example if not isinstance(example, Mapping) else None
+        randomize_layer_scales(randomize_batchnorm(original, seed, positional), seed)
+    result = fuse_fx(original, example, **options)
+    linear, norms = layers(original)
+    parts = frozenset(name for name, _ in original.named_modules())
+    name = type(model).__name__
+    return _Outcome(name, original, result, result.meta["reparamc"], example, linear, norms, parts, ".")
+
+
+def _fuse_onnx(model: Any, example: Any, seed: int | None, options: Mapping[str, Any]) -> _Outcome:
+    from reparamc.onnx_fuse import fuse_model
+    from reparamc.testing.onnx_host import OnnxHost, layers
+
+    host = OnnxHost(model)
+    original = host.model
+    space = host.space(example)
+    if seed is not None:
+        inputs = space.inputs(space.base, "normal", 0) if example is None else arrays_of(example)
+        original = randomize_batchnorm(original, seed, inputs)
+    result, report = fuse_model(original, **options)
+    name = Path(model).name if isinstance(model, str | os.PathLike) else "the ONNX model"
+    return _Outcome(name, original, result, report, example, *layers(original), None, "/.")
+
+
+# What is wrong
+
+
+def _faults(outcome: _Outcome, name: str, allowed: int) -> list[str]:
+    """Why the part called ``name`` is not fused; nothing if it is."""
+    inside = _inside(name, outcome.separators)
+    rewrites = [r for r in outcome.report.rewrites if any(map(inside, (*r.operators, *r.parameters)))]
+    linear = [n for n in outcome.linear if inside(n)]
+    norms = [n for n in outcome.norms if inside(n)]
+    if (outcome.parts is not None and name not in outcome.parts) or not (linear or norms or rewrites):
+        raise InputError(f"{outcome.name} has no convolution, linear layer or BatchNorm in a part called {name!r}")
+    left = [n for n in linear if not _touched(n, rewrites)]
+    count = len(left) + sum(len(_CONVOLUTION.findall(r.after)) for r in rewrites)
+    norms = [n for n in norms if not _touched(n, rewrites)]
+    norms += [r.where for r in rewrites if " = batchnorm " in r.after]
+    faults = []
+    if norms:
+        faults.append(f"BatchNorm left: {', '.join(norms)}")
+    if count > allowed:
+        faults.append(f"{count} convolutions or linear layers left, {allowed} allowed")
+    if not faults:
+        return []
+    return [f"  {name} no longer fuses: {'; '.join(faults)}", *_reasons(outcome.report, inside)]
+
+
+def _faults_of_all(report: Report, max_conv: int | None, no_batchnorm: bool) -> list[str]:
+    faults = []
+    if no_batchnorm and report.after.batchnorm:
+        faults.append(f"  {report.after.batchnorm} BatchNorm left, none allowed")
+    if max_conv is not None and report.after.conv > max_conv:
+        faults.append(f"  {report.after.conv} convolutions left, {max_conv} allowed")
+    return faults + _reasons(report, lambda name: True) if faults else []
+
+
+def _reasons(report: Report, inside: Callable[[str], bool], most: int = 8) -> list[str]:
+    """The refusals of a part; those of the whole model, if none has a name of that part."""
+    near: list[Refusal] = [k for k in report.kept if inside(k.where)] or report.kept
+    lines = [f"    {k.where}: {k.reason} ({k.name})" for k in near[:most]]
+    if len(near) > most:
+        lines.append(f"    and {len(near) - most} more")
+    return lines or ["    nothing was declined: no pass knows this structure"]
+
+
+def _inside(part: str, separators: str) -> Callable[[str], bool]:
+    """Whether a name is ``part`` or below it; the empty name is the whole model."""
+    stem = part.rstrip(separators)
+    return lambda name: not stem or name == stem or (name.startswith(stem) and name[len(stem)] in separators)
+
+
+def _touched(name: str, rewrites: Iterable[Rewrite]) -> bool:
+    return any(name in r.operators or any(p.startswith(f"{name}.") for p in r.parameters) for r in rewrites)

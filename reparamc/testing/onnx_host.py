@@ -1,0 +1,114 @@
+"""ONNX models as comparisons and inputs need them: run in ONNX Runtime as they are, asked what they take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, helper
+
+from reparamc.errors import InputError
+from reparamc.onnx_fuse import load
+from reparamc.onnx_runtime import first_working_inputs, session
+from reparamc.onnx_values import attribute
+from reparamc.testing.inputs import Argument, Space, Tree, arrays_of
+
+_COPY = "/read_by_pooling"
+"""Behind the name of a value, the name of its copy among the outputs."""
+
+
+class OnnxHost:
+    """A ModelProto, or the path of one."""
+
+    flat = True
+    epsilon = 0.0
+
+    def __init__(self, model: ModelProto | str | os.PathLike[str]) -> None:
+        self.kind = "ONNX model" if isinstance(model, ModelProto) else f"{os.fspath(model)} (ONNX)"
+        self.model = model if isinstance(model, ModelProto) else load(Path(model))
+        defaults = {t.name for t in self.model.graph.initializer}
+        self.inputs = [v for v in self.model.graph.input if v.name not in defaults]
+        self.names = tuple(v.name for v in self.inputs)
+        with session(self.model, "the model") as run:
+            self._run = run
+        self._windows = _windows(self.model)
+        if self._windows:
+            with session(_exposing(self.model, self._windows), "the model") as run:
+                self._run_windows = run
+
+    def __call__(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> list[tuple[str, Any]]:
+        feeds = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        return [(f"output {name!r}", value) for name, value in self._run(feeds).items()]
+
+    def runs(self, inputs: Tree) -> bool:
+        """Whether the model takes these inputs, and no pooling window is larger than what it slides over."""
+        inputs = arrays_of(inputs)
+        try:
+            if not self._windows:
+                self((), inputs)
+                return True
+            maps = self._run_windows(inputs)
+        except Exception:  # ONNX Runtime's exceptions share no base class
+            return False
+        # Of such a window the runtime makes one result where it should make none.
+        return all(np.all(np.array(maps[x + _COPY].shape[2:]) + pads >= kernel) for x, kernel, pads in self._windows)
+
+    def space(self, example_inputs: Any) -> Space:
+        example = self._example(example_inputs)
+        base: dict[str, int] = {}
+        arguments = []
+        for value in self.inputs:
+            array, names = example[value.name], []
+            for axis, (d, n) in enumerate(zip(value.type.tensor_type.shape.dim, array.shape, strict=True)):
+                names.append(int(n) if d.HasField("dim_value") else d.dim_param or f"{value.name}:{axis}")
+                if isinstance(names[-1], str):
+                    base.setdefault(names[-1], int(n))
+            whole = array.dtype.kind in "iub" and array.size
+            bounds = (int(array.min()), int(array.max())) if example_inputs is not None and whole else (0, 1)
+            arguments.append(Argument(value.name, tuple(names), array.dtype, bounds))
+        return Space(arguments, base, self.runs, lambda drawn: dict(zip(self.names, drawn, strict=True)))
+
+    def _example(self, given: Any) -> dict[str, np.ndarray]:
+        if given is None:
+            return first_working_inputs(self.model, self._run, 0)[0]
+        given = arrays_of(given)
+        if not isinstance(given, Mapping):
+            given = dict(zip(self.names, given if isinstance(given, tuple | list) else (given,), strict=False))
+        example = {name: np.asarray(value) for name, value in given.items()}
+        if missing := [name for name in self.names if name not in example]:
+            raise InputError(f"example_inputs lack the input {missing[0]!r}")
+        if not self.runs(example):
+            self((), example)  # raises the runtime's own error
+        return example
+
+
+def _windows(model: ModelProto) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """The input of each pooling, the extents of its window, and those of its padding, both ends together."""
+    found = []
+    for node in model.graph.node:
+        if node.op_type in ("AveragePool", "MaxPool", "LpPool") and not attribute(node, "auto_pad"):
+            dilations, kernel = attribute(node, "dilations"), np.array(attribute(node, "kernel_shape"))
+            reach = (kernel - 1) * np.array(dilations) + 1 if dilations else kernel
+            pads = np.array(attribute(node, "pads") or [0] * (2 * len(kernel)))
+            found.append((node.input[0], reach, pads[: len(kernel)] + pads[len(kernel) :]))
+    return found
+
+
+def _exposing(model: ModelProto, windows: list[tuple[str, np.ndarray, np.ndarray]]) -> ModelProto:
+    """A copy of ``model`` whose outputs are the maps that its poolings read, and its own."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for name in dict.fromkeys(x for x, _, _ in windows):
+        copy.graph.node.append(helper.make_node("Identity", [name], [f"{name}{_COPY}"]))
+        copy.graph.output.append(helper.make_empty_tensor_value_info(f"{name}{_COPY}"))
+    return copy
+
+
+def layers(model: ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of all convolutions and linear layers, and of all BatchNorms; for want of one, that of the output."""
+    named = [(node.name or node.output[0], node.op_type) for node in model.graph.node]
+    linear = tuple(name for name, kind in named if kind in ("Conv", "ConvTranspose", "Gemm", "MatMul"))
+    return linear, tuple(name for name, kind in named if kind == "BatchNormalization")
