@@ -56,8 +56,10 @@ class Emitter:
     def run(self) -> fx.Node:
         top = self.splice.expr
         for e in new_nodes(self.splice):
-            if e is top or not is_negation(e):
-                self.values[e] = self._emit(e)
+            if e in self.graph.emitted:  # in another region, that shares it
+                self.values[e] = self.graph.emitted[e]
+            elif e is top or not is_negation(e):
+                self.values[e] = self.graph.emitted[e] = self._emit(e)
         return self.values[top]
 
     def _emit(self, e: Expr) -> fx.Node:

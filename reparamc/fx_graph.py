@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from reparamc.expr import Array, Layout, Select, Source
+from reparamc.expr import Array, Expr, Layout, Select, Source
 from reparamc.fx_calls import Call, Held, lookup
 from reparamc.fx_emit import Emitter
 from reparamc.fx_readers import HOOKED, KEEPS_DTYPE, READERS, FxReading, find_shuffle
@@ -81,6 +81,7 @@ class FxGraph:
         self._readings: dict[fx.Node, FxReading | Declined | None] = {}
         self._likes: dict[fx.Node, Tensor | None] = {}
         self._spliced: dict[fx.Node, fx.Node] = {}
+        self.emitted: dict[Expr, fx.Node] = {}
         self.suspects: list[fx.Node] = []
         self._next: dict[str, int] = {}
         self._ranked: list[fx.Node] = []

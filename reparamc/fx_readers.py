@@ -508,7 +508,7 @@ def _read_avg_pool(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Dec
         weight = np.full((channels, 1, *kernel), 1 / prod(kernel))
         return Conv.padded(operands[0], weight, None, stride, (1,) * n, pads, pads, channels, node)
 
-    return FxReading((x,), build, (), n, (), channels)
+    return FxReading((x,), build, (), n, (), channels, commutes=not any(pads))
 
 
 def _read_pad(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:

@@ -77,6 +77,7 @@ class OnnxGraph:
         self._readings: dict[str, Reading | Declined | None] = {}
         self.names = Names(defined_names(model.graph))
         self._inserted: dict[str, list[NodeProto]] = {}
+        self.emitted: dict[Expr, str] = {}
         self._initializers: list[TensorProto] = []
         self._replaced: set[str] = set()
         self._suspects: set[str] = set()
@@ -222,8 +223,10 @@ class _Emitter:
     def run(self) -> list[NodeProto]:
         top = self.splice.expr
         for e in new_nodes(self.splice):
-            if e is top or not is_negation(e):  # sums subtract instead
-                self.names[e] = self._emit(e, self.root if e is top else None)
+            if e in self.graph.emitted:  # in another region, that shares it
+                self.names[e] = self.graph.emitted[e]
+            elif e is top or not is_negation(e):  # sums subtract instead
+                self.names[e] = self.graph.emitted[e] = self._emit(e, self.root if e is top else None)
         if top in self.splice.native:
             self._node("Identity", [self.names[top]], self.root)
         return self.nodes

@@ -108,7 +108,7 @@ def _read_average_pool(graph: OnnxGraph, node: NodeProto, output: str) -> Readin
         begin, end = pads[:n], pads[n:]
         return Conv.padded(operands[0], weight, None, stride, dilation, begin, end, channels, token=node.output[0])
 
-    return Reading((node.input[0],), build, (), n)
+    return Reading((node.input[0],), build, (), n, commutes=not any(pads))
 
 
 def _read_pad(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:

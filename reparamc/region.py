@@ -6,8 +6,9 @@ work double by absorbing a value that is needed elsewhere as well.
 
 There is one exception. What scales or moves each channel by itself (a BatchNorm in front of q, k and
 v), behind something non-linear, is a member of every region that reads it, if all its readers are
-linear; it must then disappear from all of them, or else it is made an operand of all of them. Finding
-regions is one sweep from the outputs to the inputs.
+linear. What scales must then disappear from all of them, and what moves may stay in all of them over one
+and the same operand, in which case it is computed once; or else it is made an operand of all of them.
+Finding regions is one sweep from the outputs to the inputs.
 
 A value that is read several times by one region ends a region of its own at first. Then the two are
 joined and considered as one, the outer first: where its branches merge, the value is read once, and
@@ -17,8 +18,8 @@ the sequence becomes one operator, rounded once. They stay joined if that is che
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Hashable, Sequence
+from dataclasses import dataclass, replace
 from math import isclose
 
 import ml_dtypes
@@ -26,7 +27,7 @@ import numpy as np
 
 from reparamc.cost import cost
 from reparamc.errors import VerificationError
-from reparamc.expr import Array, Conv, Expr, Layout, Sum, arrays, flatten, replaced, walk
+from reparamc.expr import Array, Conv, Expr, Layout, Sum, arrays, flatten, rebuild, replaced, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.rewrite import Pass, Refusal, simplify
 from reparamc.text import show
@@ -52,7 +53,8 @@ def decide(
 ) -> dict[Value, Decision]:
     """What becomes of every region.
 
-    Shared members that some region still reads, or that several repeat, are operands in a second try.
+    Shared members that some region still reads, or that several repeat over different operands, are operands in
+    a second try.
     """
     results: dict[tuple[Value, tuple[Value, ...]], Decision] = {}
     stuck: set[Value] = set()
@@ -63,20 +65,66 @@ def decide(
                 results[root, members] = _consider(graph, (members,), readings, passes, verify)
                 progress(done + 1, len(regions))
         times = Counter(v for members in regions.values() for v in members)
-        reads, repeats = set[Value](), Counter[Value]()
+        shared = {v for v, n in times.items() if n > 1}
+        known: dict[tuple[Hashable, Hashable], object] = {}
+        reads, copies, repeats = set[Value](), dict[Value, set[Hashable]](), Counter[Value]()
         for root, members in regions.items():
             splice = results[root, members].splice
             if splice is None:
                 reads.update(members)
-                continue
-            new = list(walk(splice.expr, stop=splice.native.__contains__))
-            reads.update(splice.native[e] for e in new if e in splice.native)
-            repeats.update(e.token for e in new if isinstance(e, Layout | Conv) and e not in splice.native)
-        still = {v for v, n in times.items() if n > 1 and (v in reads or repeats[v] > 1)}
+            elif not shared.isdisjoint(members):
+                for e, key in _keys(splice, known).items():
+                    if e in splice.native:
+                        reads.add(splice.native[e])
+                    elif isinstance(e, Layout | Conv) and e.token is not None:
+                        copies.setdefault(e.token, set()).add(key)
+                        repeats[e.token] += 1
+        still = {v for v in shared if v in reads or len(copies.get(v, ())) > 1}
+        still |= {v for v in shared - still if repeats[v] < times[v] and _is_pooling(graph, readings[v])}
         if not still:
             decisions = {root: results[root, members] for root, members in regions.items()}
-            return _joined(graph, readings, decisions, passes, verify)
+            return _copied_once(_joined(graph, readings, decisions, passes, verify), shared)
         stuck |= still
+
+
+def _is_pooling(graph: Graph, reading: Reading) -> bool:
+    """Whether it computes: such an operator is shared if it stays in all regions, and not composed with each reader."""
+    return not reading.scales and isinstance(reading.build([graph.source(v) for v in reading.operands]), Conv)
+
+
+def _keys(splice: Splice, known: dict[tuple[Hashable, Hashable], object]) -> dict[Expr, Hashable]:
+    """What the nodes of a replacement compute: equal for copies of one operator over one value, in any region.
+
+    ``known`` holds the keys of copies met before, by operator and key of the operand.
+    """
+    keys: dict[Expr, Hashable] = {}
+    for e in walk(splice.expr, stop=splice.native.__contains__):
+        if e in splice.native:
+            keys[e] = splice.native[e]
+        elif e is not splice.expr and isinstance(e, Layout | Conv) and e.token is not None:
+            keys[e] = known.setdefault((e.token, keys[e.x]), object())
+        else:
+            keys[e] = e
+    return keys
+
+
+def _copied_once(decisions: dict[Value, Decision], shared: Container[Value]) -> dict[Value, Decision]:
+    """``decisions``, with one node for equal copies of shared members, so that a host graph computes it once."""
+    first: dict[Hashable, Expr] = {}
+    known: dict[tuple[Hashable, Hashable], object] = {}
+    for root, decision in decisions.items():
+        splice = decision.splice
+        if splice is None or not any(v in shared for v in decision.members):
+            continue
+        native, done = dict(splice.native), dict[Expr, Expr]()
+        for e, key in _keys(splice, known).items():
+            one = e if e in splice.native else rebuild(e, [done[c] for c in e.children])
+            done[e] = one if key is e else first.setdefault(key, one)
+            if e in splice.native:
+                native[done[e]] = splice.native[e]
+        splice = replace(splice, expr=done[splice.expr], native=native)
+        decisions[root] = replace(decision, expr=splice.expr, splice=splice)
+    return decisions
 
 
 MOST_JOINED = 16

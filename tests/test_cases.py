@@ -133,6 +133,7 @@ class Expressions:
                 self.found.setdefault(c, []).append(e)
         self.ranks, self.frames, self.widths = axes(root), frames(root), channels(root)
         self.becomes: dict[Expr, Expr] = {}
+        self.made: dict[Expr, Expr] = {}
 
     def values(self) -> list[Expr]:
         return self.order
@@ -175,7 +176,7 @@ class Expressions:
     def splice(self, splice: Splice) -> None:
         done = {e: self.current(v) for e, v in splice.native.items()}
         for e in new_nodes(splice):
-            done[e] = rebuild(e, [done[c] for c in e.children])
+            done[e] = self.made.setdefault(e, rebuild(e, [done[c] for c in e.children]))
         self.becomes[splice.root] = done[splice.expr]
 
     def current(self, value: Expr) -> Expr:

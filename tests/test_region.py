@@ -25,6 +25,7 @@ class Readers(nn.Module):
         self.norm, self.flat_norm = nn.BatchNorm2d(6), nn.BatchNorm1d(6)
         self.q, self.k, self.v = (nn.Conv2d(6, 4, 1, bias=bias) for bias in (True, False, True))
         self.inside, self.padded = nn.Conv2d(6, 5, 3), nn.Conv2d(6, 5, 3, padding=1)
+        self.wide_q, self.wide_k = nn.Conv2d(6, 40, 1), nn.Conv2d(6, 40, 1)
         self.heads = nn.ModuleList(nn.Linear(6, width) for width in (3, 4, 4))
         self.scale = nn.Parameter(torch.linspace(-0.5, 1.5, 6).reshape(6, 1, 1))
         self.build = forward
@@ -81,11 +82,24 @@ def no_shift(m: Any, x: Any) -> Any:
     return m.inside(b), m.padded(b)
 
 
+def flattened(m: Any, x: Any) -> Any:
+    t = m.norm(m.enter(x)).flatten(2).transpose(1, 2)
+    return tuple(head(t) for head in m.heads)
+
+
+def averaged(m: Any, x: Any) -> Any:
+    b = m.norm(m.enter(x))
+    p = F.avg_pool2d(b, 2)
+    return m.inside(b), m.wide_q(p), m.wide_k(p)
+
+
 FOLDED: dict[Callable[[Any, Any], Any], dict[str, int]] = {
     projections: {"Conv2d": 4},
     tokens: {"Linear": 3},
     scaled_projections: {"Conv2d": 3},
     no_shift: {"Conv2d": 3},
+    flattened: {"Conv2d": 1, "flatten": 1, "transpose": 1, "Linear": 3},
+    averaged: {"Conv2d": 4, "avg_pool2d": 1},
 }
 CHECKS = ("silu", "dim", "eq", "_assert")
 """What is left besides layers: the activation in front, and the checks of the rank that a norm makes."""

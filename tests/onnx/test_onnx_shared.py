@@ -30,8 +30,8 @@ def counted(nodes: list[NodeProto], parameters: dict[str, np.ndarray], outputs: 
     return dict(operators(fused))
 
 
-def left(nodes: list[NodeProto], parameters: dict[str, np.ndarray], outputs: str) -> None:
-    assert_left(model(nodes, parameters, outputs=outputs))
+def left(nodes: list[NodeProto], parameters: dict[str, np.ndarray], outputs: str, *shape: Any) -> None:
+    assert_left(model(nodes, parameters, shape or ("N", 6, "H", "W"), outputs=outputs))
 
 
 def test_a_norm_in_front_of_several_projections() -> None:
@@ -55,17 +55,56 @@ def test_a_chain_of_scales_is_shared_as_a_whole() -> None:
 
 
 def test_linear_layers_of_tokens() -> None:
-    """The transposition stays one operator, and is made no second time for the sake of the norm in front of it."""
+    """The transposition stays one operator, which all three regions share."""
     nodes = [
         batchnorm("x", "n", "b"),
         node("Transpose", "b", "t", perm=[0, 2, 1]),
         *[node("MatMul", f"t m{name}", name) for name in "qkv"],
     ]
     parameters = {**norm("n", 6), **{f"m{name}": rand(6, 4, seed=at) for at, name in enumerate("qkv")}}
-    found = counted(nodes, parameters, "q k v", "N", 6, "L")
-    assert found["MatMul"] == 3
-    assert found["Transpose"] == 1
-    assert set(found) <= {"MatMul", "Transpose", "Add", "BatchNormalization"}
+    assert counted(nodes, parameters, "q k v", "N", 6, "L") == {"MatMul": 3, "Transpose": 1, "Add": 3}
+
+
+def pooled_attention(**pool: Any) -> dict[str, int]:
+    """A norm in front of q and of a pooling with a norm of its own, which k and v read (NextViT)."""
+    nodes = [
+        batchnorm("x", "n", "b"),
+        node("Transpose", "b", "t", perm=[0, 2, 1]),
+        node("Transpose", "t", "r", perm=[0, 2, 1]),
+        node("AveragePool", "r", "p", kernel_shape=[2], strides=[2], **pool),
+        batchnorm("p", "m", "c"),
+        node("Transpose", "c", "u", perm=[0, 2, 1]),
+        node("MatMul", "t mq", "q"),
+        node("MatMul", "u mk", "k"),
+        node("MatMul", "u mv", "v"),
+    ]
+    parameters = {**norm("n", 6), **norm("m", 6), **{f"m{name}": rand(6, 40, seed=at) for at, name in enumerate("qkv")}}
+    return counted(nodes, parameters, "q k v", "N", 6, "L")
+
+
+def test_norms_around_a_pooling() -> None:
+    assert pooled_attention() == {"MatMul": 3, "Add": 3, "AveragePool": 1, "Transpose": 2}
+
+
+def test_a_pooling_that_reads_padding_keeps_the_norm_in_front() -> None:
+    assert pooled_attention(pads=[1, 1], count_include_pad=1)["BatchNormalization"] == 1
+
+
+def test_a_pooling_is_not_composed_with_each_of_its_readers() -> None:
+    nodes = [node("AveragePool", "x", "p", kernel_shape=[2, 2]), *pointwise("p", "q", "k", "v")]
+    assert counted(nodes, WEIGHTS, "q k v") == {"AveragePool": 1, "Conv": 3}
+    assert counted([*nodes[:1], *pointwise("p", "q")], WEIGHTS, "q") == {"Conv": 1}
+
+
+def test_layouts_over_different_values_are_no_copies() -> None:
+    """One reader takes the norm in, one cannot: the transposition is not made twice."""
+    nodes = [
+        batchnorm("x", "n", "b"),
+        node("Transpose", "b", "t", perm=[0, 2, 1]),
+        node("MatMul", "t mq", "q"),
+        node("Relu", "t", "k"),
+    ]
+    left(nodes, {**norm("n", 6), "mq": rand(6, 4)}, "q k", "N", 6, "L")
 
 
 def test_one_padded_reader_keeps_it_for_all() -> None:
