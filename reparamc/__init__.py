@@ -17,6 +17,7 @@ from reparamc.errors import InputError, InputTypeError, ReparamcError, Verificat
 
 if TYPE_CHECKING:
     from reparamc.fx_fuse import fuse_fx
+    from reparamc.onnx_audit import audit
     from reparamc.onnx_fuse import fuse_onnx
     from reparamc.onnx_verify import verify_onnx
     from reparamc.report import Report
@@ -30,6 +31,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "__version__",
+    "audit",
     "fuse_fx",
     "fuse_onnx",
     "verify_onnx",
@@ -38,6 +40,7 @@ __all__ = [
 _HOMES = {
     "Report": "reparamc.report",
     "Verification": "reparamc.verification",
+    "audit": "reparamc.onnx_audit",
     "fuse_fx": "reparamc.fx_fuse",
     "fuse_onnx": "reparamc.onnx_fuse",
     "verify_onnx": "reparamc.onnx_verify",

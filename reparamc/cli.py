@@ -23,6 +23,10 @@ DONE, DIFFERS, BAD_INPUT = 0, 1, 2
 EPILOGUE = (
     "exit codes: 0 written (also when there was nothing to fuse); 1 verification failed; 2 bad usage or bad input"
 )
+AUDIT_EPILOGUE = (
+    "exit codes: 0 all that was checked holds; 1 the graph was changed since, was made from another original, "
+    "or differs from it; 2 no record, bad usage or bad input"
+)
 VERIFY_EPILOGUE = "exit codes: 0 equal within rounding; 1 the models differ; 2 bad usage or bad input, nothing compared"
 
 
@@ -94,6 +98,19 @@ def parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
 
     _add_verify(commands.add_parser("verify", help="compare two ONNX models", epilog=VERIFY_EPILOGUE))
+
+    audit = commands.add_parser(
+        "audit",
+        help="print what a fused ONNX file says of itself",
+        description="Print the record in a fused ONNX file: what it was made from, by which rewrites, and how well "
+        "they agreed. With --against, check that it was made from that file, and compare both as verify does.",
+        epilog=AUDIT_EPILOGUE,
+    )
+    audit.add_argument("model", type=Path, metavar="FUSED", help="the ONNX file to read")
+    audit.add_argument("--against", type=Path, metavar="ORIGINAL", help="the ONNX file that it should be made from")
+    audit.add_argument("--json", action="store_true", help="print JSON")
+    audit.add_argument("--all", action="store_true", help="list all regions, not the first few")
+    audit.set_defaults(run=_audit)
 
     passes = commands.add_parser("passes", help="list the passes", description="List the passes.")
     passes.set_defaults(run=_passes)
@@ -178,6 +195,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
 
     select(PASSES, arguments.passes, arguments.skip)
     from reparamc.onnx_fuse import check_target, fuse_model, load, save_outcome, write_atomically
+    from reparamc.onnx_record import file_origin
 
     check_target(arguments.model, output)
     if arguments.report is not None:
@@ -185,7 +203,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
         if arguments.report.resolve() == output.resolve():
             raise InputError("the report and the output are the same file")
     start = perf_counter()
-    model = load(arguments.model)
+    model, origin = load(arguments.model), file_origin(arguments.model)
     loaded = perf_counter()
     with _progress(arguments.quiet) as progress:
         result, report = fuse_model(
@@ -197,6 +215,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
             only_if_faster=arguments.only_if_faster,
             progress=progress,
         )
+    report.origin = origin
     before_save = perf_counter()
     save_outcome(result, report, arguments.model, output)
     report.seconds = {
@@ -253,6 +272,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     )
     print(result.to_json() if arguments.json else result.verdict if arguments.quiet else result.table())
     return DONE if result.equal else DIFFERS
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from reparamc.onnx_audit import audit
+
+    result = audit(arguments.model, arguments.against)
+    print(result.to_json() if arguments.json else result.page(everything=arguments.all))
+    return DONE if result.holds else DIFFERS
 
 
 @contextmanager

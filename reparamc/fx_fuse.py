@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import operator
 from collections import Counter
@@ -23,7 +24,8 @@ from reparamc.fx_export import can_be_exported, exported, holds_linear
 from reparamc.fx_graph import FxGraph
 from reparamc.fx_values import IN_PLACE_DUNDERS
 from reparamc.plan import make_plan
-from reparamc.report import Counts, OutputError, Refusal, Report, rewritten
+from reparamc.record import records_of
+from reparamc.report import Counts, Origin, OutputError, Refusal, Report, rewritten
 from reparamc.rewrite import Pass, select
 from reparamc.verify import check_level, compare_outputs
 
@@ -123,6 +125,10 @@ def _fuse(
         kept=[Refusal(k.where, k.name, k.reason) for k in plan.kept],
         note=note,
         seconds={"tracing": traced_at - start, "rewriting": done - traced_at},
+        objective=objective,
+        level=level,
+        origin=_origin(model),
+        history=_history(model),
     )
     if level == "full":
         if expected is None:
@@ -133,6 +139,24 @@ def _fuse(
             report.seconds["verification"] = perf_counter() - done
     fused.meta["reparamc"] = report
     return fused
+
+
+def _origin(model: nn.Module) -> Origin | None:
+    """SHA-256 of all parameters and buffers, names and types included; None where one has no data of its own."""
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            return None
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return Origin(digest.hexdigest(), "parameters and buffers")
+
+
+def _history(model: nn.Module) -> list[dict[str, Any]]:
+    """The records of ``model``, if it was fused before."""
+    meta = model.meta if isinstance(model, fx.GraphModule) else {}
+    earlier = meta.get("reparamc")
+    return records_of(earlier) if isinstance(earlier, Report) else []
 
 
 def _checked(model: Any) -> nn.Module:

@@ -24,6 +24,7 @@ from reparamc.onnx_constants import fold_constants
 from reparamc.onnx_graph import OnnxGraph
 from reparamc.onnx_harm import fused_by_runtime, harmful, reason
 from reparamc.onnx_latency import compare_latency
+from reparamc.onnx_record import file_origin, inscribe, model_origin
 from reparamc.onnx_runtime import FILE_LIMIT, verify_end_to_end
 from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
 from reparamc.plan import make_plan
@@ -93,6 +94,8 @@ def fuse_model(
         rewrites=[rewritten(graph, s) for s in splices],
         kept=kept,
         seconds={"reading": clock[1] - clock[0], "rewriting": clock[2] - clock[1]},
+        objective=objective,
+        level=verify,
     )
     if report.changed:
         check(result)
@@ -154,7 +157,8 @@ def fuse_onnx(
     Args:
         model: a ModelProto; an onnx-graphsurgeon Graph; or the path of a file, in which case the
             result is written to ``output`` (default: ``NAME.fused.onnx`` beside it), atomically, and
-            that path is returned. The argument itself is never changed.
+            that path is returned. The argument itself is never changed. A rewritten model carries a record
+            of that in its metadata (a Graph has none); see `reparamc.record`.
         passes, skip: names of passes to apply (default: all) and to leave out.
         verify: True or "full": every replacement in float64, and both models in ONNX Runtime;
             "region": the former alone; False or "off": neither.
@@ -176,16 +180,22 @@ def fuse_onnx(
     )
     if isinstance(model, ModelProto):
         result, report = fuse(model)
+        report.origin = model_origin(model)
+        inscribe(result, report)
         returned: Any = result
     elif isinstance(model, str | os.PathLike):
         source = Path(model)
         target = Path(output) if output is not None else source.with_suffix(".fused.onnx")
         check_target(source, target)
-        result, report = fuse(load(source))
+        loaded, origin = load(source), file_origin(source)
+        result, report = fuse(loaded)
+        report.origin = origin
         save_outcome(result, report, source, target)
         returned = str(target) if isinstance(model, str) else target
     elif (surgeon := sys.modules.get("onnx_graphsurgeon")) is not None and isinstance(model, surgeon.Graph):
-        result, report = fuse(surgeon.export_onnx(model.copy()))
+        exported = surgeon.export_onnx(model.copy())
+        result, report = fuse(exported)
+        report.origin = model_origin(exported)
         returned = surgeon.import_onnx(result)
     else:
         raise InputTypeError(
@@ -271,7 +281,8 @@ def check_target(source: Path, target: Path) -> None:
 def save_outcome(model: ModelProto, report: Report, source: Path, target: Path) -> None:
     """Write the outcome of fusing the file ``source`` to ``target``, all of it or nothing.
 
-    Where the original is kept, that is the same bytes, unless its weights lie in other files.
+    Where the original is kept, that is the same bytes, unless its weights lie in other files. What is
+    rewritten carries a record of that; see `reparamc.record`.
 
     Raises:
         InputError: the file cannot be written.
@@ -279,6 +290,7 @@ def save_outcome(model: ModelProto, report: Report, source: Path, target: Path) 
     if report.original_kept and ModelProto.FromString(data := source.read_bytes()) == model:
         write_atomically(target, data)
     else:
+        inscribe(model, report)
         save(model, target)
 
 

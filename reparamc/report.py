@@ -101,6 +101,24 @@ class Latency:
         return self.high < 1
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What was fused, by its SHA-256.
+
+    Attributes:
+        sha256: the hash, in hexadecimal digits.
+        of: what it is taken of: "file", "serialized ModelProto", "parameters and buffers".
+        data: hashes of the files beside a model that hold its weights, by their names.
+    """
+
+    sha256: str
+    of: str
+    data: dict[str, str] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        return {"sha256": self.sha256, "of": self.of} | ({"data": self.data} if self.data else {})
+
+
 @dataclass
 class Report:
     """The outcome of one fusion.
@@ -113,6 +131,11 @@ class Report:
         note: why the end-to-end check did not run, if it did not.
         seconds: wall time of each phase.
         latency: both models timed; None when that was not asked for, or nothing was rewritten.
+        objective: what was to become small.
+        level: how much was verified: "off", "region" or "full".
+        origin: what was fused; None where that is not known.
+        result: SHA-256 of the fused graph; None where that is not known.
+        history: records of earlier fusions of the same module; an ONNX model carries its own.
     """
 
     before: Counts
@@ -125,6 +148,11 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     version: str = __version__
     latency: Latency | None = None
+    objective: str = "latency"
+    level: str = "full"
+    origin: Origin | None = None
+    result: str | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def changed(self) -> bool:
@@ -140,6 +168,28 @@ class Report:
         """Largest error of any region; None when regions were not verified."""
         errors = [r.error for r in self.rewrites if r.error is not None]
         return max(errors, default=None)
+
+    def record(self) -> dict[str, Any]:
+        """What a fused model should carry of this: plain data, without times and paths; see `reparamc.record`."""
+        return {
+            "reparamc": self.version,
+            "input": None if self.origin is None else self.origin.record(),
+            "objective": self.objective,
+            "verified": self.level,
+            "size": {"before": asdict(self.before), "after": asdict(self.after)},
+            "passes": {name: n for name, n in self.passes.items() if n},
+            "regions": [{"at": r.where, "passes": r.passes, "error": _short(r.error)} for r in self.rewrites],
+            "outputs": [
+                {
+                    "output": e.output,
+                    "max_abs": _short(e.max_abs),
+                    "max_rel": _short(e.max_rel),
+                    "allowed": _short(e.tolerance),
+                }
+                for e in self.end_to_end
+            ],
+            "result": self.result,
+        }
 
     def to_json(self) -> str:
         data: dict[str, Any] = asdict(self)
@@ -173,3 +223,8 @@ class Report:
             lines.append(f"note       {self.note}")
         lines.append("time       " + ", ".join(f"{phase} {s:.2f} s" for phase, s in self.seconds.items()))
         return "\n".join(lines)
+
+
+def _short(error: float | None) -> float | None:
+    """Two digits: what lies behind them may depend on the number of threads."""
+    return None if error is None else float(f"{error:.1e}")

@@ -23,7 +23,7 @@ ZOO = sorted((ROOT / "fastvit_zoo").glob("*.py"))
 
 ALGEBRA = {"cost", "evaluate", "expr", "kernel", "probe", "rewrite", "shape", "text", "verify"}
 DRIVERS = {"duplicates", "graph", "plan", "region", "unlisted"}
-PLAIN = ALGEBRA | DRIVERS | {"_version", "errors", "report"}
+PLAIN = ALGEBRA | DRIVERS | {"_version", "errors", "record", "report", "verification"}
 """Modules that any other may use."""
 
 
@@ -108,7 +108,7 @@ def test_light_imports(code: str) -> None:
     assert run_python(f"{code}\n{heavy}").splitlines()[-1] == "[]"
 
 
-def test_fusing_a_file_works_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+def test_a_file_is_fused_and_audited_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
     norm = {name: np.full(2, 1.5, np.float32) for name in ("gamma", "beta", "mean", "var")}
     constants = {"w": np.ones((2, 2, 1, 1), np.float32), **norm}
@@ -125,6 +125,7 @@ class NoTorch:
 sys.meta_path.insert(0, NoTorch())
 from reparamc.cli import main
 assert main(["fuse", sys.argv[1], "-o", sys.argv[2]]) == 0
+assert main(["audit", sys.argv[2], "--against", sys.argv[1]]) == 0
 assert not any(name.split(".")[0] == "torch" for name in sys.modules)
 """
     run_python(code, source, target)

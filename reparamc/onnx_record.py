@@ -1,0 +1,116 @@
+"""The record in an ONNX file: one entry of ``metadata_props`` for each fusion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import Message
+from onnx import ModelProto, TensorProto
+
+from reparamc.errors import InputError
+from reparamc.onnx_runtime import FILE_LIMIT
+from reparamc.onnx_values import subgraphs
+from reparamc.record import Record, compact
+from reparamc.report import Origin, Report
+
+KEY = "reparamc.record."
+"""Followed by the number of the fusion, from 1."""
+
+
+def inscribe(model: ModelProto, report: Report) -> None:
+    """Write what ``report`` says into ``model``, unless nothing was done to it. Other entries stay."""
+    if report.changed and not report.original_kept:
+        number = max((n for n, _ in _entries(model)), default=0) + 1
+        report.result = graph_hash(model)
+        model.metadata_props.add(key=f"{KEY}{number}", value=compact(report.record()))
+
+
+def records(model: ModelProto) -> list[Record]:
+    """The records in ``model``, the first fusion first.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    found = []
+    for number, text in sorted(_entries(model)):
+        try:
+            record = json.loads(text)
+            for key in ("reparamc", "input", "objective", "verified", "size", "passes", "regions", "outputs"):
+                record[key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"the metadata {KEY}{number} is no record that this version can read") from error
+        found.append(record)
+    return found
+
+
+def _entries(model: ModelProto) -> Iterator[tuple[int, str]]:
+    for entry in model.metadata_props:
+        number = entry.key.removeprefix(KEY)
+        if entry.key.startswith(KEY) and number.isdecimal():
+            yield int(number), entry.value
+
+
+def file_origin(path: Path) -> Origin:
+    """The hash of the file ``path``, and of the files beside it that hold its weights.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    light = onnx.load(path, load_external_data=False)
+    names = {
+        entry.value
+        for tensor in _tensors(light)
+        if tensor.data_location == TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return Origin(_of_file(path), "file", {name: _of_file(path.parent / name) for name in sorted(names)})
+
+
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    stack = [model.graph]
+    while stack:
+        graph = stack.pop()
+        yield from graph.initializer
+        for node in graph.node:
+            yield from (a.t for a in node.attribute if a.HasField("t"))
+            stack.extend(subgraphs(node))
+
+
+def model_origin(model: ModelProto) -> Origin:
+    """The hash of ``model``, serialized; of its parts where it is too large for that."""
+    if model.ByteSize() < FILE_LIMIT:
+        return Origin(hashlib.sha256(_bytes(model)).hexdigest(), "serialized ModelProto")
+    return Origin(graph_hash(model), "parts of the graph")
+
+
+def graph_hash(model: ModelProto) -> str:
+    """SHA-256 of the main graph, part by part, so that it holds for graphs of any size."""
+    digest = hashlib.sha256()
+    graph = model.graph
+    for group in (graph.input, graph.node, graph.initializer, graph.sparse_initializer, graph.output):
+        digest.update(len(group).to_bytes(8, "little"))
+        for part in group:
+            data = _bytes(part)
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _bytes(message: Message) -> bytes:
+    return message.SerializeToString(deterministic=True)
+
+
+def _of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
