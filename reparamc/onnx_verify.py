@@ -8,8 +8,8 @@ fails is shrunk, and the smallest failing input is kept.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -35,7 +35,7 @@ PATIENCE = 2.5
 LEAST_SECONDS = 3.0
 """What it may take in any case: small models are searched thoroughly."""
 PERTURBATIONS = 3
-"""Roundings of the input of which the worst response counts; one may be absorbed by a saturated layer."""
+"""Roundings of the input of which the worst response decides; one may be absorbed by a saturated layer."""
 
 FLOOR = 16
 """A difference of so many machine epsilons of the output's ordinary size is rounding in any case: on inputs such
@@ -99,16 +99,28 @@ def verify_onnx(
         return result
     with ExitStack() as stack:
         loading = perf_counter()
-        first, second = (stack.enter_context(session(m, f"{n}", optimize)) for m, n in zip(models, names, strict=True))
+        del models
+        first, second = (
+            stack.enter_context(_session(m, n, optimize)) for m, n in zip((original, fused), names, strict=True)
+        )
         clock = _Clock(start, seconds, perf_counter() - loading)
         search = _Search(_Pair(interface, first, second, given), result, clock, seed, target)
-        del models
         if inputs is None:
             search.made_up(examples, non_finite)
         else:
             search.given(inputs)
     result.seconds = perf_counter() - start
     return result
+
+
+@contextmanager
+def _session(model: ModelOrPath, what: str, optimize: bool) -> Iterator[Run]:
+    """``model`` ready to run; ONNX Runtime reads a file by itself, which saves a copy of it."""
+    if isinstance(model, ModelProto):
+        with session(model, what, optimize) as run:
+            yield run
+    else:
+        yield Run(os.fspath(model), [], what, optimize)
 
 
 def _loaded(model: ModelOrPath) -> ModelProto:
@@ -205,7 +217,7 @@ class _Pair:
         self._sizes = self._sizes or {name: _size(value) for name, value in expected.items()}
         checks = self._checks(inputs, expected, actual, self._noise)
         if not self._noise or any(c.problem for c in checks):
-            measured = self._measure_noise(inputs, expected)
+            measured = self._measure_noise(inputs, expected, PERTURBATIONS if any(c.problem for c in checks) else 1)
             self._noise = {name: max(measured[name], self._noise.get(name, 0.0)) for name in expected}
             checks = self._checks(inputs, expected, actual, measured)
         bad = next((c for c in checks if c.problem), None)
@@ -235,9 +247,9 @@ class _Pair:
             checks.append(check_output(name, value, actual[name], noise.get(name, 0.0), eps, floor, self._given))
         return checks
 
-    def _measure_noise(self, inputs: Inputs, expected: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def _measure_noise(self, inputs: Inputs, expected: Mapping[str, np.ndarray], times: int) -> dict[str, float]:
         worst = dict.fromkeys(expected, 0.0)
-        for n in range(PERTURBATIONS):
+        for n in range(times):
             response = self.original(perturbed(inputs, n))
             for name, value in expected.items():
                 noise = difference(value, response[name]).max_rel if name in response else 0.0
