@@ -127,7 +127,9 @@ def examine(name: str, options: argparse.Namespace) -> Record:
         with guarded(record, "fx"):
             record["fx"] = through_fx(model, x, reference, options.verify)
             # Rounding hides little in float64, also in networks that amplify it.
-            record["fx"]["error_float64"] = error(outputs(reparamc.fuse_fx(double, x.double(), verify="off"), x), reference)
+            record["fx"]["error_float64"] = error(
+                outputs(reparamc.fuse_fx(double, x.double(), verify="off"), x), reference
+            )
         if own is not None and "own" not in record:
             with guarded(record, "own"):
                 record["own"] = {

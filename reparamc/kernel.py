@@ -67,6 +67,13 @@ def select_outputs(conv: Conv, index: Ints) -> Conv:
     return replace(conv, weight=conv.weight[rows], bias=bias, token=None)
 
 
+def stacked_shape(convs: Sequence[Conv]) -> Conv:
+    """What `stack` makes, all but its weights and bias: those are zero and take no memory."""
+    shape = merged_shape(convs)
+    rows = sum(c.out_channels for c in convs)
+    return replace(shape, weight=np.broadcast_to(ZERO, (rows, *shape.weight.shape[1:])))
+
+
 def stack(convs: Sequence[Conv]) -> Conv:
     """The outputs of dense convolutions of one input and one grid, one after the other: rows put below rows."""
     spread = [merge([c, *_silent(convs, c)]) for c in convs]  # all on the hull of their taps

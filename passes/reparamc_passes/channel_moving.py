@@ -21,7 +21,7 @@ import numpy as np
 
 from reparamc.cost import price
 from reparamc.expr import Concat, Conv, Expr, Select
-from reparamc.kernel import grid, select_outputs, stack
+from reparamc.kernel import grid, select_outputs, stack, stacked_shape
 from reparamc.rewrite import Declined, Pass
 
 
@@ -34,9 +34,8 @@ def stacked(e: Expr) -> Expr | Declined | None:
         group = list(run)
         convs = [t for t in group if isinstance(t, Conv)]
         if key is not None and len(convs) > 1:
-            one = stack(convs)
-            if price(one) < sum(price(c) for c in convs):
-                group = [one]
+            if price(stacked_shape(convs)) < sum(map(price, convs)):
+                group = [stack(convs)]
             else:
                 refusal = Declined("stacking its branches would cost more multiply-adds than it saves")
         terms += group
