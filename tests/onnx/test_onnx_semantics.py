@@ -412,6 +412,56 @@ def test_average_pool_leaves_its_border_alone() -> None:
     assert operators(fused)["AveragePool"] == 1
 
 
+def test_a_last_window_that_hangs_over_stays() -> None:
+    """With ceil_mode the divisor of the last window depends on the extent, which is open."""
+    nodes = [
+        node("Conv", "x k", "c", strides=[2, 2]),
+        node("AveragePool", "x", "p", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1),
+        node("Add", "c p", "y"),
+    ]
+    assert_left(tail(nodes, {"k": W1}))
+
+
+ZEROS = [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def padded(amounts: list[int], *more: str, **mode: Any) -> tuple[list[Any], dict[str, np.ndarray]]:
+    """A convolution of a padded map; ``more`` names the operands of Pad behind the amounts."""
+    pad = helper.make_node("Pad", ["x", "p", *more], ["q"], "pad", **mode)
+    return [pad, node("Conv", "q w", "y")], {"p": np.array(amounts)}
+
+
+@pytest.mark.parametrize(
+    ("amounts", "more", "mode"),
+    [
+        (ZEROS, (), {"mode": "reflect"}),
+        (ZEROS, (), {"mode": "edge"}),
+        (ZEROS, ("one",), {}),
+        ([0, 0, -1, -1, 0, 0, -1, 0], (), {}),
+        ([1, 0, 1, 1, 0, 0, 1, 1], (), {}),
+    ],
+    ids=["reflect", "edge", "with ones", "crops", "images"],
+)
+def test_pads_that_are_no_zeros_around_a_map(amounts: list[int], more: tuple[str, ...], mode: dict[str, Any]) -> None:
+    nodes, parameters = padded(amounts, *more, **mode)
+    fused, _ = fuse(tail(nodes, {**parameters, "one": np.ones((), np.float32)}))
+    assert operators(fused) == {"Pad": 1, "Conv": 1}
+
+
+@pytest.mark.parametrize(
+    ("amounts", "more"), [(ZEROS, ()), (ZEROS, ("zero",)), ([1, 0, 1, 2], ("", "axes"))], ids=["plain", "zero", "axes"]
+)
+def test_zeros_around_a_map_are_padding(amounts: list[int], more: tuple[str, ...]) -> None:
+    nodes, parameters = padded(amounts, *more)
+    parameters |= {"zero": np.zeros((), np.float32), "axes": np.array([2, 3])}
+    assert_folds(tail(nodes, parameters, opset=18), Conv=1)
+
+
+def test_channels_of_zeros_are_columns_that_go() -> None:
+    nodes, parameters = padded([0, 1, 1, 1, 0, 2, 1, 1])
+    assert_folds(model(nodes, {**parameters, "w": rand(6, 9, 3, 3)}), Conv=1)
+
+
 # Live statistics, casts, quantisation
 
 
