@@ -1,0 +1,324 @@
+"""Fuse random networks, and compare each with its original.
+
+    python benchmarks/fuzz.py --count 1000 [--seed S] [--way onnx|fx] [--verify off|region|full] [--jobs J] [--seconds T]
+    python benchmarks/fuzz.py --models [--verify full]     the networks of the other benchmarks instead: false alarms only
+
+A result is wrong if it differs from the original by more than rounding: in ONNX Runtime at several sizes, or in torch in
+double precision. Whatever verification says about a network is checked against that: where it raises, or leaves a region because
+of what it found, the network is fused once more without, and the result was wrong (caught) or not (a false alarm). A result
+that is wrong though verification had no objection has escaped. Networks that fail are left in build/fuzz, with the command that
+repeats them. Exit code 1 if anything is wrong, crashes or is a false alarm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+from fuzz_graphs import OPEN, STATIC, Program, draw, inputs_of, to_module, to_onnx
+
+from reparamc.errors import InputError, VerificationError
+from reparamc.report import Report
+
+FOLDER = Path("build/fuzz")
+ROUNDING = 5e-6
+"""Largest difference that rounding to float32 explains, relative to the largest magnitude met in the network."""
+PLAIN = 1e-5
+"""Below this, relative to the largest value of the output, a difference is rounding without further question."""
+BAD = ("escaped", "caught", "crashed", "false alarm")
+
+
+@dataclass
+class Tally:
+    """What came of many networks."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    passes: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        self.counts.update(other.counts)
+        self.passes.update(other.passes)
+        self.failures += other.failures
+
+
+def objections(report: Report) -> list[str]:
+    """What verification found in regions that were left because of it."""
+    return [str(failed) for failed in getattr(report, "failed", ())]
+
+
+def unsampled(report: Report) -> int:
+    return sum("cannot be verified" in kept.reason for kept in report.kept)
+
+
+# One network
+
+
+def try_one(seed: Sequence[int], way: str, level: str) -> tuple[str, Report | None, str]:
+    """(verdict, report, details) of the network of ``seed``."""
+    program = draw(seed, way)
+    subject: Any = Onnx(program) if way == "onnx" else Torch(program)
+    if not subject.works:
+        return "unusable", None, ""
+    objection = ""
+    report = None
+    try:
+        result, report = subject.fuse(level)
+        if not (found := objections(report)):
+            difference = subject.difference(result)
+            if difference:
+                return "escaped", report, difference
+            if not unsampled(report):
+                return "right", report, ""
+        objection = "; ".join(found)
+    except VerificationError as error:
+        objection = str(error)
+    except Exception:  # whatever a fault raises: it is what is looked for
+        return "crashed", report, traceback.format_exc()
+    difference = subject.difference(subject.fuse("off")[0])
+    if not objection:
+        return ("right" if not difference else "caught"), report, difference
+    return ("caught" if difference else "false alarm"), report, f"{objection}\n{difference}"
+
+
+class Onnx:
+    """A program as an ONNX model, and its comparison with another in ONNX Runtime."""
+
+    def __init__(self, program: Program) -> None:
+        from reparamc.onnx_runtime import Run
+
+        self.program, self.model = program, to_onnx(program)
+        self.outputs = [o.name for o in self.model.graph.output]
+        self.cases: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
+        run = Run(self.model.SerializeToString(), self.outputs, "the model", False)
+        for grown in (0, 1, 2) if program.openness == OPEN else (0, 1) if program.openness != STATIC else (0,):
+            feeds = {f"x{n}": x.astype(np.float32) for n, x in enumerate(inputs_of(program, grown, grown))}
+            try:
+                self.cases.append((feeds, run(feeds)))
+            except Exception:  # the network does not take this size
+                continue
+        self.works = bool(self.cases)
+
+    def fuse(self, level: str) -> tuple[Any, Report]:
+        from reparamc.onnx_fuse import fuse_model
+
+        return fuse_model(self.model, verify=level)
+
+    def difference(self, result: Any) -> str:
+        """What is wrong with ``result``, in words; empty if nothing is."""
+        from reparamc.onnx_runtime import Run
+
+        try:
+            run = Run(result.SerializeToString(), self.outputs, "the result", False)
+        except InputError as error:
+            return str(error)
+        for feeds, expected in self.cases:
+            size = [x.shape for x in feeds.values()]
+            try:
+                found = run(feeds)
+            except Exception as error:  # ONNX Runtime's exceptions share no base class
+                return f"does not run at {size}: {error}"
+            for name, y in expected.items():
+                z = found[name]
+                if y.shape != z.shape:
+                    return f"{name} has shape {z.shape}, not {y.shape}, at {size}"
+                gap = float(np.abs(y.astype(np.float64) - z).max(initial=0.0))
+                if not gap <= PLAIN * float(np.abs(y).max(initial=0.0)) and self._is_wrong(feeds, name, y, z):
+                    return f"{name} differs by {gap:.3g}, largest value {np.abs(y).max():.3g}, at {size}"
+        return ""
+
+    def _is_wrong(self, feeds: dict[str, np.ndarray], name: str, y: np.ndarray, z: np.ndarray) -> bool:
+        """Whether ``z`` is farther from the value in double precision than ``y`` by more than rounding explains."""
+        import torch
+
+        module = to_module(self.program).double()
+        with torch.no_grad():
+            exact = module(*(torch.from_numpy(x).double() for x in feeds.values()))
+        exact = exact if isinstance(exact, tuple) else (exact,)
+        truth = exact[self.outputs.index(name)].numpy()
+        error, own = np.abs(z - truth).max(initial=0.0), np.abs(y - truth).max(initial=0.0)
+        return not error <= 10 * own + ROUNDING * module.largest
+
+    def save(self, path: Path) -> None:
+        path.with_suffix(".onnx").write_bytes(self.model.SerializeToString())
+        if self.cases:
+            np.savez(path.with_suffix(".npz"), **self.cases[0][0])
+
+
+class Torch:
+    """A program as a torch module, and its comparison with another in double precision."""
+
+    def __init__(self, program: Program) -> None:
+        import torch
+
+        self.program = program
+        self.model = to_module(program, len(program.steps))
+        self.inputs = [torch.from_numpy(x) for x in inputs_of(program)]
+        self.examples = tuple(x.to(getattr(torch, program.dtype)) for x in self.inputs)
+        self.exact = to_module(program, len(program.steps)).double()
+        self.cases: list[tuple[list[Any], list[Any]]] = []
+        for grown in (0, 1, 2) if program.openness == OPEN else (0,):
+            inputs = [torch.from_numpy(x) for x in inputs_of(program, grown, grown)]
+            try:
+                self.cases.append((inputs, self._run(self.exact, inputs)))
+                self._run(self.model, [x.to(self.examples[0].dtype) for x in inputs])
+            except Exception:  # the network does not take this size
+                continue
+        self.works = bool(self.cases)
+
+    @staticmethod
+    def _run(module: Any, inputs: Sequence[Any]) -> list[Any]:
+        import torch
+
+        with torch.no_grad():
+            found = module(*(x.clone() for x in inputs))
+        return list(found) if isinstance(found, tuple) else [found]
+
+    def fuse(self, level: str) -> tuple[Any, Report]:
+        from reparamc import fuse_fx
+
+        fused = fuse_fx(self.model, tuple(x.clone() for x in self.examples), verify=level)
+        return fused, fused.meta["reparamc"]
+
+    def difference(self, result: Any) -> str:
+        import torch
+
+        epsilon = max(64 * torch.finfo(self.examples[0].dtype).eps, 1e-11)
+        self._run(result, self.examples)
+        result = result.double()
+        for inputs, expected in self.cases:
+            size = [tuple(x.shape) for x in inputs]
+            self._run(self.exact, inputs)
+            try:
+                found = self._run(result, inputs)
+            except Exception as error:  # whatever a wrong graph raises
+                if "must have" in str(error):  # of another rank than the examples
+                    continue
+                return f"does not run at {size}: {error}"
+            for at, (y, z) in enumerate(zip(expected, found, strict=True)):
+                if y.shape != z.shape:
+                    return f"output {at} has shape {tuple(z.shape)}, not {tuple(y.shape)}, at {size}"
+                gap = float((y - z).abs().max()) if y.numel() else 0.0
+                if not gap <= epsilon * self.exact.largest:
+                    return f"output {at} differs by {gap:.3g}, largest magnitude met {self.exact.largest:.3g}, at {size}"
+        return ""
+
+    def save(self, path: Path) -> None:
+        np.savez(path.with_suffix(".npz"), *[x.numpy() for x in self.inputs])
+        steps = [asdict(s) for s in self.program.steps]
+        about = {"inputs": self.program.inputs, "dtype": self.program.dtype, "outputs": self.program.outputs, "steps": steps}
+        path.with_suffix(".json").write_text(json.dumps(about, indent=1))
+
+
+# Many
+
+
+def work(seed: int, first: int, count: int, way: str, level: str, jobs: int, until: float) -> Tally:
+    """The networks ``first``, ``first + jobs``, ... of a seed."""
+    warnings.simplefilter("ignore")
+    if way == "fx":
+        import torch
+
+        torch.set_num_threads(1)
+    tally = Tally()
+    start = process_time()
+    for index in range(first, first + count * jobs, jobs):
+        if perf_counter() > until:
+            break
+        verdict, report, details = try_one((seed, index), way, level)
+        tally.counts[verdict] += 1
+        if report is not None:
+            tally.counts["fused"] += report.changed
+            tally.counts["regions"] += len(report.rewrites)
+            tally.counts["refused"] += len(report.kept)
+            tally.counts["undecided"] += unsampled(report)
+            tally.passes.update(report.passes)
+        if verdict in BAD:
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            path = FOLDER / f"{way}-{seed}-{index}"
+            command = f"python benchmarks/fuzz.py --way {way} --seed {seed} --first {index} --count 1 --verify {level}"
+            subject = (Onnx if way == "onnx" else Torch)(draw((seed, index), way))
+            subject.save(path)
+            path.with_suffix(".txt").write_text(f"{verdict}\n{command}\n\n{details}\n")
+            last = details.strip().splitlines()[-1] if details.strip() else ""
+            tally.failures.append(f"{verdict}: {command}\n    {last}")
+    tally.counts["seconds"] += round(process_time() - start)
+    return tally
+
+
+def models(level: str) -> Tally:
+    """The networks of the other benchmarks: is there any objection?"""
+    from models import ALL, onnx_file
+
+    from reparamc import fuse_onnx
+
+    tally = Tally()
+    for name in ALL:
+        reports: list[Report] = []
+        try:
+            fuse_onnx(onnx_file(name), verify=level, on_report=reports.append, output=FOLDER / "model.onnx")
+            bad = objections(reports[0])
+        except VerificationError as error:
+            bad = [str(error)]
+        tally.counts["false alarm" if bad else "right"] += 1
+        tally.failures += [f"{name}: {line}" for line in bad]
+        for report in reports:
+            tally.counts["fused"] += report.changed
+            tally.counts["regions"] += len(report.rewrites)
+            tally.counts["undecided"] += unsampled(report)
+            tally.passes.update(report.passes)
+    return tally
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=1000, help="how many networks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first network")
+    parser.add_argument("--way", choices=("onnx", "fx"), default="onnx")
+    parser.add_argument("--verify", choices=("off", "region", "full"), default="region")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--models", action="store_true", help="the networks of the other benchmarks")
+    a = parser.parse_args()
+    start = perf_counter()
+    tally = Tally()
+    if a.models:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        tally = models(a.verify)
+    elif a.jobs == 1:
+        tally = work(a.seed, a.first, a.count, a.way, a.verify, 1, start + a.seconds)
+    else:
+        run: Callable[[int], Any] = lambda job: pool.submit(  # noqa: E731
+            work, a.seed, a.first + job, -(-(a.count - job) // a.jobs), a.way, a.verify, a.jobs, start + a.seconds
+        )
+        with ProcessPoolExecutor(a.jobs, get_context("spawn")) as pool:
+            for future in [run(job) for job in range(a.jobs)]:
+                tally.add(future.result())
+    c, seconds = tally.counts, perf_counter() - start
+    graphs = sum(c[k] for k in ("right", "unusable", *BAD))
+    print(f"{graphs} graphs through {'models' if a.models else a.way}, verification {a.verify}, seed {a.seed}")
+    print(f"  {c['fused']} fused, {c['regions']} regions replaced, {c['refused']} refusals, {c['unusable']} do not run")
+    print(f"  wrong {c['escaped'] + c['caught']} ({c['caught']} caught by verification, {c['escaped']} escaped), "
+          f"{c['crashed']} crashed, {c['false alarm']} false alarms, {c['undecided']} regions undecided")  # fmt: skip
+    print(f"  {seconds:.0f} s, {c['seconds']} CPU s, {graphs / max(c['seconds'], 1):.0f} graphs per CPU second")
+    print("  applied: " + ", ".join(f"{name} {n}" for name, n in tally.passes.items()))
+    for line in tally.failures[:50]:
+        print(line)
+    return int(any(c[k] for k in BAD))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
