@@ -1,13 +1,14 @@
 """Fuse random networks, and compare each with its original.
 
-    python benchmarks/fuzz.py --count 1000 [--seed S] [--way onnx|fx] [--verify off|region|full] [--jobs J] [--seconds T]
-    python benchmarks/fuzz.py --models [--verify full]     the networks of the other benchmarks instead: false alarms only
+    python benchmarks/fuzz.py --count 1000 --way onnx --verify region     through ONNX, or --way fx, through torch
+    python benchmarks/fuzz.py --models --verify full                      the networks of the other benchmarks
 
-A result is wrong if it differs from the original by more than rounding: in ONNX Runtime at several sizes, or in torch in
-double precision. Whatever verification says about a network is checked against that: where it raises, or leaves a region because
-of what it found, the network is fused once more without, and the result was wrong (caught) or not (a false alarm). A result
-that is wrong though verification had no objection has escaped. Networks that fail are left in build/fuzz, with the command that
-repeats them. Exit code 1 if anything is wrong, crashes or is a false alarm.
+A result is wrong if it differs from the original by more than rounding: in ONNX Runtime at several sizes, or in torch
+in double precision. Whatever verification says about a network is checked against that: where it raises, or leaves a
+region because of what it found, the network is fused once more without, and the result was wrong (caught) or not (a
+false alarm). A result that is wrong though verification had no objection has escaped; with --verify off that is every
+wrong one. Networks that fail are left in build/fuzz, with the command that repeats them. The benchmark networks are
+looked at for false alarms only. Exit code 1 if anything is wrong, crashes or is a false alarm.
 """
 
 from __future__ import annotations
@@ -172,8 +173,8 @@ class Torch:
         for grown in (0, 1, 2) if program.openness == OPEN else (0,):
             inputs = [torch.from_numpy(x) for x in inputs_of(program, grown, grown)]
             try:
-                self.cases.append((inputs, self._run(self.exact, inputs)))
                 self._run(self.model, [x.to(self.examples[0].dtype) for x in inputs])
+                self.cases.append((inputs, self._run(self.exact, inputs)))
             except Exception:  # the network does not take this size
                 continue
         self.works = bool(self.cases)
@@ -212,13 +213,20 @@ class Torch:
                     return f"output {at} has shape {tuple(z.shape)}, not {tuple(y.shape)}, at {size}"
                 gap = float((y - z).abs().max()) if y.numel() else 0.0
                 if not gap <= epsilon * self.exact.largest:
-                    return f"output {at} differs by {gap:.3g}, largest magnitude met {self.exact.largest:.3g}, at {size}"
+                    return (
+                        f"output {at} differs by {gap:.3g}, largest magnitude met {self.exact.largest:.3g}, at {size}"
+                    )
         return ""
 
     def save(self, path: Path) -> None:
         np.savez(path.with_suffix(".npz"), *[x.numpy() for x in self.inputs])
         steps = [asdict(s) for s in self.program.steps]
-        about = {"inputs": self.program.inputs, "dtype": self.program.dtype, "outputs": self.program.outputs, "steps": steps}
+        about = {
+            "inputs": self.program.inputs,
+            "dtype": self.program.dtype,
+            "outputs": self.program.outputs,
+            "steps": steps,
+        }
         path.with_suffix(".json").write_text(json.dumps(about, indent=1))
 
 

@@ -216,7 +216,11 @@ class _Draw:
         n, width, *extents = self.shape(x)
         frame = len(extents)
         kernel = (self.pick([1, 3]),) * frame if delta is not None else self.ints(1, 3, frame)
-        pads = tuple((k - 1) // 2 for k in kernel) if delta is not None else tuple((k // 2) * self.chance(0.5) for k in kernel)
+        pads = (
+            tuple((k - 1) // 2 for k in kernel)
+            if delta is not None
+            else tuple((k // 2) * self.chance(0.5) for k in kernel)
+        )
         stride = tuple(stride) if stride else self.ints(1, 2, frame)
         outs = [(e + 2 * p - k) // s + 1 for e, k, p, s in zip(extents, kernel, pads, stride, strict=True)]
         if any(e + 2 * p < k for e, k, p in zip(extents, kernel, pads, strict=True)):
@@ -231,9 +235,7 @@ class _Draw:
         n, width, *extents = self.shape(x)
         begin, end = self.ints(0, 2, len(extents)), self.ints(0, 2, len(extents))
         outs = [b + e + f for b, e, f in zip(begin, extents, end, strict=True)]
-        return self.add(
-            "pad", [x], (n, width, *outs), begin=begin, end=end, value=float(self.pick([0, 0, 0, 0.5]))
-        )
+        return self.add("pad", [x], (n, width, *outs), begin=begin, end=end, value=float(self.pick([0, 0, 0, 0.5])))
 
     def crop(self, x: int) -> int:
         if not self.is_map(x):
@@ -364,24 +366,27 @@ class _Draw:
 
     def twice(self, x: int) -> int:
         """One operator, applied to one value at two places: a duplicate."""
-        y = self.affine(self.conv(x))
+        y = self.conv(x)
+        again, shape = self.p.steps[-1], self.shape(y)
         first = self.nonlinear(y)
-        steps = self.p.steps[len(self.p.steps) - (len(self.p.shapes) - 1 - x if x >= len(self.p.inputs) else 0) :]
-        convs = [s for s in steps if s.op == "conv" and s.inputs == (x,)] or [s for s in self.p.steps if s.inputs == (x,)]
-        again = convs[-1]
-        at = next(i for i, s in enumerate(self.p.steps) if s is again)
-        z = self.add(again.op, [x], self.p.shapes[len(self.p.inputs) + at], params=again.params, **again.settings)
-        return self.add("plus", [first, self.nonlinear(z)]) if self.shape(first) == self.shape(z) else z
+        z = self.nonlinear(self.add(again.op, [x], shape, params=again.params, **again.settings))
+        return self.add("plus", [first, z])
 
     def alike(self, x: int) -> int:
         """Like terms: skip connections, scaled and not, taken several times."""
-        terms = [x if self.chance(0.4) else self.pick([self.norm, self.affine])(x) for _ in range(int(self.rng.integers(2, 4)))]
+        terms = [
+            x if self.chance(0.4) else self.pick([self.norm, self.affine])(x)
+            for _ in range(int(self.rng.integers(2, 4)))
+        ]
         return self.sum(terms)
 
     def in_front(self, x: int) -> int:
         """A scale in front of one or several readers."""
         y = self.pick([self.norm, self.affine])(x)
-        terms = [self.conv(y, 3, None, self.pick([None, (0,) * (len(self.shape(x)) - 2)])) for _ in range(self.pick([1, 2, 3]))]
+        terms = [
+            self.conv(y, 3, None, self.pick([None, (0,) * (len(self.shape(x)) - 2)]))
+            for _ in range(self.pick([1, 2, 3]))
+        ]
         terms = [self.nonlinear(t) if self.chance(0.5) else t for t in terms if self.shape(t) == self.shape(terms[0])]
         return self.sum(terms)
 
@@ -404,7 +409,12 @@ class _Draw:
             if self.p.openness != OPEN:
                 y = self.add("reshape", [flat], (n, length, width), target=(-1, length, width))
         y = self.add("permute", [y], (n, width, length), axes=(0, 2, 1)) if self.chance(0.8) else y
-        if self.p.openness == OPEN or len(self.shape(y)) != 3 or self.shape(y)[1] != width or self.shape(y)[2] != length:
+        if (
+            self.p.openness == OPEN
+            or len(self.shape(y)) != 3
+            or self.shape(y)[1] != width
+            or self.shape(y)[2] != length
+        ):
             return y
         return self.add("reshape", [y], (n, width, *shape[2:]), target=(-1, width, *shape[2:]))
 
@@ -417,9 +427,7 @@ class _Draw:
         if width < 2:
             raise Unfit
         cut = int(self.rng.integers(1, width))
-        parts = [
-            self.add("slice", [x], (n, b - a, *rest), start=a, stop=b) for a, b in ((0, cut), (cut, width))
-        ]
+        parts = [self.add("slice", [x], (n, b - a, *rest), start=a, stop=b) for a, b in ((0, cut), (cut, width))]
         frame = len(rest)
         for place in range(2):
             if self.chance(0.4):
@@ -565,7 +573,9 @@ def to_onnx(p: Program) -> Any:
 
     kind = TensorProto.FLOAT
     inputs = [helper.make_tensor_value_info(f"x{n}", kind, dims(shape)) for n, shape in enumerate(p.inputs)]
-    outputs = [helper.make_tensor_value_info(names[v], kind, [None] * len(p.shapes[v])) for v in dict.fromkeys(p.outputs)]
+    outputs = [
+        helper.make_tensor_value_info(names[v], kind, [None] * len(p.shapes[v])) for v in dict.fromkeys(p.outputs)
+    ]
     used = {name for n in nodes for name in n.input}
     weights = [numpy_helper.from_array(a, name) for name, a in tensors.items() if name in used]
     graph = helper.make_graph(nodes, "random", inputs, outputs, weights)
@@ -615,7 +625,9 @@ def to_module(p: Program, seed: int = 0) -> Any:
                 made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
             elif s.op == "norm":
                 rank = len(p.shapes[s.inputs[0]])
-                made = getattr(nn, f"BatchNorm{max(rank - 2, 1)}d")(self.held(s, "gamma").numel(), eps=s.settings["eps"])
+                made = getattr(nn, f"BatchNorm{max(rank - 2, 1)}d")(
+                    self.held(s, "gamma").numel(), eps=s.settings["eps"]
+                )
                 made.weight, made.bias = self.held(s, "gamma"), self.held(s, "beta")
                 made.running_mean = self.held(s, "mean").detach().clone()
                 made.running_var = self.held(s, "var").detach().clone()
@@ -725,8 +737,9 @@ def to_module(p: Program, seed: int = 0) -> Any:
 def inputs_of(p: Program, seed: int = 0, grown: int = 0) -> list[np.ndarray]:
     """Random float64 inputs; where extents are open they are ``grown`` larger, and so is the batch."""
     rng = np.random.default_rng(seed)
-    shapes = [
-        tuple(n + grown * (axis == 0 and p.openness != STATIC or axis > 1 and p.openness == OPEN) for axis, n in enumerate(s))
-        for s in p.inputs
-    ]
+
+    def is_open(axis: int) -> bool:
+        return axis == 0 if p.openness == OPEN_BATCH else axis != 1 and p.openness == OPEN
+
+    shapes = [tuple(n + grown * is_open(axis) for axis, n in enumerate(shape)) for shape in p.inputs]
     return [rng.standard_normal(shape).astype(np.float32).astype(np.float64) for shape in shapes]

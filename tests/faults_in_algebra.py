@@ -166,7 +166,7 @@ ALGEBRA = [
     ),
     fault(
         "stride lost in merging", f"{KERNEL}merged_shape",
-        "replace(first, weight=weight,", "replace(first, stride=(1,) * first.frame, weight=weight,",
+        "first, weight=weight,", "first, stride=(1,) * first.frame, weight=weight,",
         text=TWO.replace("k=3x3", "k=3x3 s=2").replace("k=1x1", "k=1x1 s=2"),
     ),
     fault(
@@ -202,7 +202,7 @@ ALGEBRA = [
     ),
     fault(
         "branches of different inputs stacked", "reparamc_passes.channel_moving:_grid",
-        "return e.x, e.stride", "return e.stride",
+        "return e.x, grid(e)", "return grid(e)",
         text="""%x = source c=4 f=2
 %z = source c=4 f=2
 %0 = conv %x 4->3 k=3x3 p=1
