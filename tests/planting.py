@@ -21,7 +21,6 @@ from onnx import ModelProto, helper
 from reparamc.errors import InputError, VerificationError
 from reparamc.onnx_fuse import check, fuse_model
 from reparamc.onnx_runtime import random_inputs, session, verify_end_to_end
-from reparamc.onnx_verify import verify_onnx
 
 ENOUGH = 1e-4
 """An output that is wrong by this much, relative to its largest value, is wrong in float32."""
@@ -160,7 +159,6 @@ def _region_onnx(model: ModelProto, wrong: ModelProto) -> bool:
 ONNX_LAYERS: dict[str, Callable[[ModelProto, ModelProto], bool]] = {
     "region": _region_onnx,
     "end to end": lambda model, wrong: _raises(lambda: (check(wrong), verify_end_to_end(model, wrong))),
-    "reparamc verify": lambda model, wrong: not verify_onnx(model, wrong, examples=0).equal,
 }
 """Whether a layer sees that ``wrong`` differs from ``model``; asked with the fault in force."""
 
