@@ -31,15 +31,14 @@ from reparamc.expr import (
     Sum,
 )
 from reparamc.fx_calls import Call, aten_name, integers, lookup
-from reparamc.graph import Reading, layout_reading
-from reparamc.kernel import swap_sides, transposed
+from reparamc.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
+from reparamc.kernel import arithmetic, swap_sides, transposed
 from reparamc.rewrite import Declined
 
 if TYPE_CHECKING:
     from reparamc.fx_graph import FxGraph
     from reparamc.shape import Shape
 
-ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"
 HOOKED = "it has hooks or a forward of its own, which folding would drop"
 CHANNELS_UNKNOWN = "the number of its channels is unknown: pass example_inputs"
 
@@ -260,14 +259,7 @@ def _read_arithmetic(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | D
 
     def build(operands: Sequence[Expr]) -> Expr:
         c = array(constant).reshape(() if frame is None else -1)
-        with np.errstate(divide="ignore"):
-            scale, shift = {
-                "add": (ONE, c * factor) if side else (np.float64(factor) * ONE, c),
-                "sub": (ONE, -c * factor) if side else (-np.float64(factor) * ONE, c),
-                "mul": (c, ZERO),
-                "div": (1 / c, ZERO),
-            }[op]
-        return Scale(operands[0], np.asarray(scale), np.asarray(shift), frame)
+        return Scale(operands[0], *arithmetic(op, c, constant_first=not side, factor=float(factor)), frame)
 
     names = held[1] if held is not None else ()
     kept = graph.frame(x) if frame is None else frame
@@ -312,17 +304,12 @@ def _along_one_axis(graph: FxGraph, constant: Tensor, x: fx.Node) -> int | Decli
     rank = len(shape) if shape is not None else None if frame is None else frame + 1
     if dims and (rank is None or len(dims) > rank):
         return Declined("its constant may raise the rank: pass example_inputs")
-    axes = [len(dims) - 1 - i for i, d in enumerate(dims) if d != 1]
-    if len(axes) > 1:
-        return Declined("its constant varies along several axes")
-    if not axes:
-        return None
-    extent = shape[len(shape) - 1 - axes[0]].known if shape is not None else None
-    if extent is None and frame == axes[0]:
-        extent = graph.channels(x, frame)
-    if extent != dims[len(dims) - 1 - axes[0]]:
-        return Declined("its constant may broadcast its operand")
-    return axes[0]
+
+    def extent(along: int) -> int | None:
+        known = shape[len(shape) - 1 - along].known if shape is not None else None
+        return graph.channels(x, frame) if known is None and frame == along else known
+
+    return axis_of_constant(dims, extent)
 
 
 def _read_layout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:

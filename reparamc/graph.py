@@ -118,6 +118,24 @@ def new_nodes(splice: Splice) -> Iterator[Expr]:
     return (e for e in walk(splice.expr, stop=splice.native.__contains__) if e not in splice.native)
 
 
+ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"
+
+
+def axis_of_constant(dims: Sequence[int], extent: Callable[[int], int | None]) -> int | Declined | None:
+    """The frame of the axis along which a constant of shape ``dims`` varies; None for one number.
+
+    Args:
+        extent: that of its operand along the axis of a frame, None where it is unknown. Unless the constant has as
+            many elements there, it may broadcast the operand, which is declined.
+    """
+    axes = [len(dims) - 1 - i for i, d in enumerate(dims) if d != 1]
+    if len(axes) > 1:
+        return Declined("its constant varies along several axes")
+    if axes and extent(axes[0]) != dims[len(dims) - 1 - axes[0]]:
+        return Declined("its constant may broadcast its operand")
+    return axes[0] if axes else None
+
+
 def layout_reading(
     x: Value, op: Permute | Reshape | Mean, frame: int | None, token: Value
 ) -> Reading | Declined | None:

@@ -13,7 +13,7 @@ from math import gcd
 
 import numpy as np
 
-from reparamc.expr import ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale, Select, Source
+from reparamc.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale, Select, Source
 
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the convolution behind it"
 VARYING = "what it adds would reach the results of the transposed convolution behind it a varying number of times"
@@ -27,6 +27,23 @@ def coefficients(e: Scale | BatchNorm) -> tuple[Array, Array]:
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = e.gamma / np.sqrt(e.var + e.eps)
         return scale, e.beta - e.mean * scale
+
+
+def arithmetic(op: str, c: Array, constant_first: bool, factor: float = 1.0) -> tuple[Array, Array]:
+    """(scale, shift) of an operation of x and a constant ("add", "sub", "mul"), or of x divided by it ("div").
+
+    ``factor`` multiplies the second operand of a sum or difference.
+    """
+    sign = np.float64(-factor if op == "sub" else factor)
+    with np.errstate(divide="ignore"):
+        match op:
+            case "add" | "sub":
+                scale, shift = (sign, c) if constant_first else (ONE, sign * c)
+            case "mul":
+                scale, shift = c, ZERO
+            case _:
+                scale, shift = 1 / c, ZERO
+    return np.asarray(scale), np.asarray(shift)
 
 
 def scale_outputs(conv: Conv, scale: Array, shift: Array) -> Conv:

@@ -14,8 +14,8 @@ import numpy as np
 from onnx import NodeProto
 
 from reparamc.expr import ONE, ZERO, BatchNorm, Concat, Conv, Expr, Mean, Permute, Reshape, Scale, Select, Sum
-from reparamc.graph import Reading, layout_reading
-from reparamc.kernel import swap_sides, transposed
+from reparamc.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
+from reparamc.kernel import arithmetic, swap_sides, transposed
 from reparamc.onnx_values import attribute, is_standard
 from reparamc.rewrite import Declined
 from reparamc.shape import Shape
@@ -23,7 +23,6 @@ from reparamc.shape import Shape
 if TYPE_CHECKING:
     from reparamc.onnx_graph import OnnxGraph
 
-ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"
 NORMALISATION = "it belongs to a normalisation that runtimes fuse"
 
 LAST = 2**30
@@ -213,18 +212,11 @@ def _read_arithmetic(graph: OnnxGraph, node: NodeProto, output: str) -> Reading 
     frame = found
     if reason := _protected(graph, node, value, scalar=frame is None):
         return Declined(reason)
-    op = node.op_type
+    op = node.op_type.lower()
 
     def build(operands: Sequence[Expr]) -> Expr:
         c = graph.array(constant).reshape(() if frame is None else -1)
-        with np.errstate(divide="ignore"):
-            scale, shift = {
-                "Add": (ONE, c),
-                "Sub": (ONE, -c) if side else (-ONE, c),
-                "Mul": (c, ZERO),
-                "Div": (1 / c, ZERO),
-            }[op]
-        return Scale(operands[0], scale, shift, frame)
+        return Scale(operands[0], *arithmetic(op, c, constant_first=not side), frame)
 
     return Reading(
         (value,), build, (constant,), graph.frame(value) if frame is None else frame, commutes=True, scales=True
@@ -238,12 +230,7 @@ def _along_one_axis(graph: OnnxGraph, constant: str, value: str) -> int | Declin
         return None if not dims else Declined("the rank of its operand is unknown")
     if len(dims) > len(shape):
         return Declined("its constant raises the rank")
-    axes = [len(dims) - 1 - i for i, d in enumerate(dims) if d != 1]
-    if len(axes) > 1:
-        return Declined("its constant varies along several axes")
-    if axes and shape[len(shape) - 1 - axes[0]].known != dims[len(dims) - 1 - axes[0]]:
-        return Declined("its constant may broadcast its operand")
-    return axes[0] if axes else None
+    return axis_of_constant(dims, lambda frame: shape[len(shape) - 1 - frame].known)
 
 
 def _protected(graph: OnnxGraph, node: NodeProto, value: str, *, scalar: bool) -> str | None:

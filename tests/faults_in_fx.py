@@ -48,8 +48,8 @@ FX_READERS = [
         ),
     ),
     fault(
-        "c - x read as x - c", f"{READ}arithmetic",
-        "(ONE, -c * factor) if side else (-np.float64(factor) * ONE, c)", "(ONE, -c * factor)",
+        "c - x read as x - c", "reparamc.kernel:arithmetic",
+        "(sign, c) if constant_first else (ONE, sign * c)", "(ONE, sign * c)",
         fx=lambda: net(lambda x, c, v: v - c(x), nn.Conv2d(4, 4, 3), vector(4, 1, 1)),
     ),
     fault(
@@ -61,7 +61,7 @@ FX_READERS = [
         fx=lambda: net(lambda x, c, v: v / c(x), nn.Conv2d(4, 4, 3), vector(4, 1, 1)),
     ),
     fault(
-        "x / c read as x * c", f"{READ}arithmetic", "(1 / c, ZERO)", "(c, ZERO)",
+        "x / c read as x * c", "reparamc.kernel:arithmetic", "1 / c, ZERO", "c, ZERO",
         fx=lambda: net(lambda x, c, v: c(x) / v, nn.Conv2d(4, 4, 3), vector(4, 1, 1)),
     ),
     fault(
@@ -70,8 +70,7 @@ FX_READERS = [
     ),
     fault(
         "a constant along W taken for one per channel", "reparamc.fx_readers:_along_one_axis",
-        "return axes[0]", "return rank - 2",
-        Edit("reparamc.fx_readers:_along_one_axis", "if extent != dims[len(dims) - 1 - axes[0]]:", "if False:"),
+        "return axis_of_constant(dims, extent)", "return rank - 2 if dims else None",
         fx=lambda: net(lambda x, c, v: c(x) * v, nn.Conv2d(4, 4, 3, padding=1), vector(4), shapes=[(2, 4, 5, 4)]),
     ),
     fault(

@@ -61,7 +61,8 @@ ONNX_READERS = [
         ),
     ),
     fault(
-        "c - x read as x - c", f"{READ}arithmetic", "(ONE, -c) if side else (-ONE, c)", "(ONE, -c)",
+        "c - x read as x - c", "reparamc.kernel:arithmetic",
+        "(sign, c) if constant_first else (ONE, sign * c)", "(ONE, sign * c)",
         onnx=lambda: onnx_model([conv("x", "c"), node("Sub", "s c", "y")], {**square(), "s": numbers(4, 1, 1)}),
     ),
     fault(
@@ -69,12 +70,13 @@ ONNX_READERS = [
         onnx=lambda: onnx_model([conv("x", "c"), node("Div", "s c", "y")], {**square(), "s": numbers(4, 1, 1)}),
     ),
     fault(
-        "x / c read as x * c", f"{READ}arithmetic", "(1 / c, ZERO)", "(c, ZERO)",
+        "x / c read as x * c", "reparamc.kernel:arithmetic", "1 / c, ZERO", "c, ZERO",
         onnx=lambda: onnx_model([conv("x", "c"), node("Div", "c s", "y")], {**square(), "s": numbers(4, 1, 1)}),
     ),
     fault(
         "a constant along W taken for one per channel", "reparamc.onnx_readers:_along_one_axis",
-        "return axes[0] if axes else None", "return 2 if axes else None",
+        "return axis_of_constant(dims, lambda frame: shape[len(shape) - 1 - frame].known)",
+        "return 2 if any(d != 1 for d in dims) else None",
         onnx=lambda: onnx_model(
             [conv("x", "c", pads=[1] * 4), node("Mul", "c s", "y")], {**square(), "s": numbers(4)}, ("N", 4, 5, 4)
         ),
