@@ -17,6 +17,8 @@ from reparamc.errors import InputError, ReparamcError, VerificationError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from reparamc.report import Report
+
 DONE, DIFFERS, BAD_INPUT = 0, 1, 2
 """Exit codes: done; verification failed, nothing written; bad usage or bad input."""
 
@@ -229,6 +231,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(report.table())
         print(f"written    {output}")
+    _warn(report)
     return DONE
 
 
@@ -251,6 +254,7 @@ def _explain(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     print(explain_json(report) if arguments.json else explain_text(report, everything=arguments.all))
+    _warn(report)
     return DONE
 
 
@@ -280,6 +284,11 @@ def _audit(arguments: argparse.Namespace) -> int:
     result = audit(arguments.model, arguments.against)
     print(result.to_json() if arguments.json else result.page(everything=arguments.all))
     return DONE if result.holds else DIFFERS
+
+
+def _warn(report: Report) -> None:
+    if report.warning is not None:
+        print(f"reparamc: warning: {report.warning}", file=sys.stderr)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -21,6 +22,7 @@ from reparamc.expr import (
     Select,
     Source,
     Sum,
+    rebuild,
     walk,
 )
 from reparamc.kernel import coefficients
@@ -67,6 +69,29 @@ def evaluate(
     return values[root], magnitude
 
 
+def absolute(root: Expr) -> Expr:
+    """``root`` with the magnitude of every parameter.
+
+    Evaluated on the magnitudes of the inputs, it gives for each element the sum of the magnitudes of all terms that
+    went into it: the scale of its rounding errors, which exact cancellation does not make small.
+    """
+    done: dict[Expr, Expr] = {}
+    for e in walk(root):
+        x = [done[c] for c in e.children]
+        match e:
+            case Conv():
+                bias = None if e.bias is None else np.abs(e.bias)
+                done[e] = replace(e, x=x[0], weight=np.abs(e.weight), bias=bias)
+            case Scale():
+                done[e] = Scale(x[0], np.abs(e.scale), np.abs(e.shift), e.frame)
+            case BatchNorm():
+                scale, _ = coefficients(e)
+                done[e] = Scale(x[0], np.abs(scale), np.abs(e.beta) + np.abs(e.mean * scale), e.frame)
+            case _:
+                done[e] = rebuild(e, x)
+    return done[root]
+
+
 def _along(v: Array, frame: int | None) -> Array:
     return v.reshape(-1, *[1] * (frame or 0)) if v.ndim else v
 
@@ -90,6 +115,10 @@ def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
     return x.reshape([dim.at(sizes) for dim in e.op.after])
 
 
+COPIED = 2**22
+"""Elements up to which what the taps of a convolution read is copied side by side, to be multiplied at once."""
+
+
 def _convolve(e: Conv, x: Array) -> Array:
     n = e.frame
     batch, extents = x.shape[: x.ndim - n - 1], x.shape[x.ndim - n :]
@@ -99,17 +128,28 @@ def _convolve(e: Conv, x: Array) -> Array:
     low = [max(0, -a) for a in e.offset]
     high = [max(0, s * (o - 1) + r - (h - 1)) for s, o, r, h in zip(e.stride, outs, e.reach, extents, strict=True)]
     x = np.pad(x.reshape(-1, *x.shape[x.ndim - n - 1 :]), [(0, 0), (0, 0), *zip(low, high, strict=True)])
-    # One tap at a time: [batch, group, in, positions] meets [group, out, in], and nothing large is copied.
-    per_group = e.weight.shape[1]
-    weight = e.weight.reshape(e.groups, -1, per_group, *e.kernel)
-    y = np.zeros((x.shape[0], e.groups, e.out_channels // e.groups, int(np.prod(outs, dtype=int))))
-    for tap in product(*map(range, e.kernel)):
+    per_group, positions = e.weight.shape[1], x.shape[0] * int(np.prod(outs, dtype=int))
+    x = np.ascontiguousarray(np.moveaxis(x.reshape(x.shape[0], e.groups, per_group, *x.shape[2:]), 0, 2))
+    taps = list(product(*map(range, e.kernel)))
+
+    def seen(tap: tuple[int, ...]) -> Array:
+        """What each position of the result reads at ``tap``: [group, in, batch, *outs]."""
         start = [lo + a + d * t for lo, a, d, t in zip(low, e.offset, e.dilation, tap, strict=True)]
         at = tuple(slice(b, b + s * (o - 1) + 1, s) for b, s, o in zip(start, e.stride, outs, strict=True))
-        seen = x[(slice(None), slice(None), *at)].reshape(x.shape[0], e.groups, per_group, -1)
-        rows = weight[(..., *tap)]
-        y += rows * seen if per_group == 1 else np.matmul(rows, seen)
-    y = y.reshape(x.shape[0], e.out_channels, *outs)
+        return x[(..., *at)]
+
+    rows = e.weight.reshape(e.groups, -1, per_group * len(taps))
+    if per_group > 1 and e.in_channels * len(taps) * positions <= COPIED:
+        columns = np.empty((e.groups, per_group, len(taps), x.shape[2], *outs))
+        for place, tap in enumerate(taps):
+            columns[:, :, place] = seen(tap)
+        y = np.matmul(rows, columns.reshape(e.groups, -1, positions))
+    else:  # one tap at a time, so that nothing large is copied
+        y = np.zeros((e.groups, e.out_channels // e.groups, positions))
+        for place, tap in enumerate(taps):
+            weight, read = rows[..., place :: len(taps)], seen(tap).reshape(e.groups, per_group, positions)
+            y += weight * read if per_group == 1 else np.matmul(weight, read)
+    y = np.moveaxis(y.reshape(e.out_channels, x.shape[2], *outs), 0, 1)
     if e.bias is not None:
         y = y + e.bias.reshape(-1, *[1] * n)
     return y.reshape(*batch, e.out_channels, *outs)
@@ -199,13 +239,19 @@ def channels(root: Expr) -> dict[Expr, int | None]:
 
 
 def sample_inputs(
-    roots: Sequence[Expr], rng: np.random.Generator, extra: int = 0
+    roots: Sequence[Expr], rng: np.random.Generator, extra: int = 0, small: int | None = None
 ) -> tuple[dict[Source, Array], dict[str, int]]:
     """Random inputs for expressions over the same sources, just larger than their kernels; extents of symbols.
 
-    Every border case occurs: extents exceed the span of the widest kernel by a little (``extra``
-    more) and differ from axis to axis. Where layout operators stand, the sources' own shapes are
-    used, with small numbers for their symbols.
+    The first expression says which extents fit: another one that is equal to it takes them too. Every border case
+    occurs: extents exceed the span of the widest kernel by a little (``extra`` more) and differ from axis to axis.
+    With ``small`` (1, 2 or 3) the extents of the result are that and the next ones in turn instead, where its
+    operators take such a map. The first axis is a batch: of ordinary values, and without ``extra`` and ``small`` also
+    of zeros, where nothing hides a shift, and of values that differ by six decades, among which a large weight does
+    not always hide a small one.
+
+    Where layout operators stand, the sources' own shapes are used, with small numbers for their symbols, and values
+    are ordinary.
 
     Raises:
         ValueError: no extents fit all branches, or a shape that a layout operator needs is unknown.
@@ -218,29 +264,39 @@ def sample_inputs(
         default=0,
     )
     smallest = 2 + span + extra
-    sources = [e for e in order if isinstance(e, Source)]
+    sources = [e for e in walk(roots[0]) if isinstance(e, Source)]
     frame = frame_of[whole] or 0
-    acting = {e.frame for e in order if isinstance(e, Conv | Concat | Select)}
-    if len(acting | {frame}) > 1 or any(isinstance(e, Layout) for e in order):
+    if has_layout(whole):
         symbols = _channel_symbols(sources, frame_of, channels_of)
         for source in sources:
             if source.shape is None:
                 raise ValueError("the shape of an operand is unknown")
+        if small is not None and any(isinstance(e, Conv) and e.frame for e in order):
+            raise ValueError("its kernels may not fit into so small a map")
         reshapes = [e.op for e in order if isinstance(e, Layout) and isinstance(e.op, Reshape)]
         shapes = [s.shape or () for s in sources] + [s for op in reshapes for s in (op.before, op.after)]
         for symbol in (s for shape in shapes for dim in shape for s in dim.symbols):
-            symbols.setdefault(symbol, smallest + len(symbols))
+            open_extent = smallest + len(symbols) if small is None else (small - 1 + len(symbols)) % 3 + 1
+            symbols.setdefault(symbol, open_extent)
         return {e: rng.standard_normal([dim.at(symbols) for dim in e.shape or ()]) for e in sources}, symbols
-    wanted = [smallest + axis for axis in range(frame)]
+    wanted = [smallest + axis if small is None else (small - 1 + axis) % 3 + 1 for axis in range(frame)]
     for e in order:
         if isinstance(e, Scale) and e.frame is not None and e.frame < frame:
             wanted[frame - 1 - e.frame] = max(e.scale.size, e.shift.size)  # it acts on a spatial axis
-    extents = _extents(whole, wanted)
-    inputs = {}
+    extents = _extents(roots[0], wanted)
+    inputs, batch = {}, 1 if extra or small else 3
     for e in sources:
         spatial = [low + extra % (high - low + 1) for low, high in extents[e]]
-        inputs[e] = rng.standard_normal((1, channels_of[e] or 3, *spatial))
+        inputs[e] = x = rng.standard_normal((batch, channels_of[e] or 3, *spatial))
+        if batch == 3:
+            x[1], x[2] = 0.0, x[2] * 10.0 ** rng.uniform(-3, 3, x.shape[1:])
     return inputs, {}
+
+
+def has_layout(root: Expr) -> bool:
+    """Whether the axes of its values change on the way, so that their shapes must be known to evaluate it."""
+    acting = {e.frame for e in walk(root) if isinstance(e, Conv | Concat | Select)} | {frames(root)[root] or 0}
+    return len(acting) > 1 or any(isinstance(e, Layout) for e in walk(root))
 
 
 def _channel_symbols(

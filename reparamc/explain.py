@@ -67,6 +67,7 @@ def explain_json(report: Report) -> str:
         "after": asdict(report.after),
         "passes": report.passes,
         "rewrites": [asdict(r) for r in report.rewrites],
+        "failed": [asdict(f) for f in report.failed],
         "kept": [
             {"reason": reason, "count": len(group), "places": [asdict(r) for r in group]}
             for reason, group in grouped(report.kept).items()

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -71,7 +72,10 @@ def fuse_fx(
     selected = select(pass_table, None if passes is None else _names("passes", passes), _names("skip", skip))
     model = _checked(model)
     with _plain_modes():
-        return _fuse(model, example_inputs, selected, level, objective)
+        fused = _fuse(model, example_inputs, selected, level, objective)
+    if (warning := fused.meta["reparamc"].warning) is not None:
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
+    return fused
 
 
 def _names(argument: str, value: Any) -> tuple[str, ...]:
@@ -123,6 +127,8 @@ def _fuse(
         passes={p.name: counts[p.name] for p in selected},
         rewrites=rewrites,
         kept=[Refusal(k.where, k.name, k.reason) for k in plan.kept],
+        failed=plan.failed,
+        host=plan.host,
         note=note,
         seconds={"tracing": traced_at - start, "rewriting": done - traced_at},
         objective=objective,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -335,12 +335,17 @@ class FxGraph:
             see(write.args)
         return max(found)
 
-    def run(self, value: Value, operands: Mapping[Value, Array]) -> Array:
+    def run(self, value: Value, operands: Mapping[Value, Array], extents: Mapping[str, int] = {}) -> Array:
         """By torch's own operator, in float64 on the CPU."""
         root = cast(fx.Node, value)
         values: dict[fx.Node, Any] = {
             cast(fx.Node, v): torch.from_numpy(np.array(x, copy=True)) for v, x in operands.items()
         }
+        if extents:  # sizes may be read from a value that is not given
+            for node, dims in (*((n, (d,)) for n, d in self.facts.dims.items()), *self.facts.sizes.items()):
+                if all(s in extents for d in dims for s in d.symbols):
+                    found = torch.Size(d.at(extents) for d in dims)
+                    values.setdefault(node, found if node in self.facts.sizes else found[0])
         modules: dict[str, nn.Module] = {}
         with torch.no_grad():
             for node in self._between(set(values), root):
@@ -360,6 +365,28 @@ class FxGraph:
                 else:
                     values[node] = cast(Callable[..., Any], node.target)(*args, **kwargs)
         return values[root].numpy()
+
+    def kind(self, value: Value) -> Hashable:
+        node = cast(fx.Node, value)
+        call = self.facts.calls.get(node)
+
+        def plain(given: Any) -> Hashable:
+            if isinstance(given, fx.Node) and node is not given:
+                given = self.facts.known.get(given, "value")
+            if isinstance(given, Held | Tensor):
+                shape = (given.tensor if isinstance(given, Held) else given).shape
+                return (*(n == 1 for n in shape[:2]), *shape[2:])
+            if isinstance(given, Mapping):
+                return tuple((name, plain(inner)) for name, inner in given.items() if name != "groups")
+            if isinstance(given, slice):
+                return (slice, plain(given.start), plain(given.stop), plain(given.step))
+            if isinstance(given, tuple | list):
+                return tuple(plain(inner) for inner in given)
+            return given if isinstance(given, bool | int | float | str | None) else str(given)
+
+        if call is None or node in self.shuffles:
+            return node.op, str(node.target), plain(node.args), plain(node.kwargs)
+        return node.op, call.op, call.axes, plain(call.args)
 
     def _between(self, given: set[fx.Node], root: fx.Node) -> list[fx.Node]:
         """What has to be computed for ``root`` where ``given`` is there, in execution order."""

@@ -80,8 +80,15 @@ class Graph(Protocol):
         """The largest extent, position or distance that an operator without a reading names."""
         ...
 
-    def run(self, value: Value, operands: Mapping[Value, Array]) -> Array:
-        """``value`` by the host's own operator, in float64, from what it reads. May raise anything."""
+    def run(self, value: Value, operands: Mapping[Value, Array], extents: Mapping[str, int] = {}) -> Array:
+        """``value`` by the host's own operator, in float64, from what it reads. May raise anything.
+
+        ``extents`` says what symbols in shapes stand for, where a size is read from a value that is not given.
+        """
+        ...
+
+    def kind(self, value: Value) -> Hashable:
+        """The operator behind ``value`` with its attributes; without weights, and numbers of channels if possible."""
         ...
 
     def splice(self, splice: Splice) -> None:

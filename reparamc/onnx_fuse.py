@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
@@ -93,6 +94,8 @@ def fuse_model(
         passes={p.name: counts[p.name] for p in selected},
         rewrites=[rewritten(graph, s) for s in splices],
         kept=kept,
+        failed=plan.failed,
+        host=plan.host,
         seconds={"reading": clock[1] - clock[0], "rewriting": clock[2] - clock[1]},
         objective=objective,
         level=verify,
@@ -202,6 +205,8 @@ def fuse_onnx(
             f"fuse_onnx takes an onnx.ModelProto, a path or an onnx_graphsurgeon.Graph, not {type(model).__name__}; "
             "a torch module goes to fuse_fx"
         )
+    if report.warning is not None:
+        warnings.warn(report.warning, RuntimeWarning, stacklevel=2)
     if on_report is not None:
         on_report(report)
     return returned

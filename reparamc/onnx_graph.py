@@ -6,13 +6,12 @@ Bodies of If, Loop and Scan and local functions are left alone; what they captur
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from reparamc.expr import (
     ONE,
@@ -34,6 +33,7 @@ from reparamc.expr import (
 from reparamc.graph import Reading, Splice, Value, new_nodes
 from reparamc.kernel import regroup, swap_sides
 from reparamc.onnx_readers import LAST, READERS, operand
+from reparamc.onnx_reference import Operator, in_float64
 from reparamc.onnx_values import FLOATS, Constants, Names, Types, attribute, commit, defined_names, is_standard, readers
 from reparamc.rewrite import Declined
 
@@ -44,23 +44,6 @@ LINEAR_KINDS = {
     "Trilu", "Unsqueeze", "Where",
 }  # fmt: skip
 """Operators that are affine in each operand that is no constant, all other operands being constant."""
-
-
-def in_float64(graph: OnnxGraph, node: NodeProto, output: str) -> ReferenceEvaluator:
-    """``output`` of one operator as a function of its operands in float64, by the reference implementation of ONNX."""
-    initializers, inputs = [], []
-    for name in dict.fromkeys(n for n in node.input if n):
-        if name in graph.constants:
-            value = graph.constants.array(name)
-            is_float = value.dtype in FLOATS.values()
-            initializers.append(numpy_helper.from_array(value.astype(np.float64) if is_float else value, name))
-        else:
-            inputs.append(helper.make_tensor_value_info(name, TensorProto.DOUBLE, None))
-    result = helper.make_tensor_value_info(output, TensorProto.DOUBLE, None)
-    body = helper.make_graph([node], "float64", inputs, [result], initializers)
-    return ReferenceEvaluator(
-        helper.make_model(body, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version)
-    )
 
 
 class OnnxGraph:
@@ -81,7 +64,7 @@ class OnnxGraph:
         self._initializers: list[TensorProto] = []
         self._replaced: set[str] = set()
         self._suspects: set[str] = set()
-        self._functions: dict[str, ReferenceEvaluator] = {}
+        self._functions: dict[str, Operator] = {}
 
     # Reading
 
@@ -161,12 +144,24 @@ class OnnxGraph:
                 found += [abs(int(n)) for n in array.ravel()] if array.dtype.kind in "iu" else list(array.shape[2:])
         return max(n for n in found if n < LAST)  # ends that mean "all" do not count
 
-    def run(self, value: Value, operands: Mapping[Value, Array]) -> Array:
+    def run(self, value: Value, operands: Mapping[Value, Array], extents: Mapping[str, int] = {}) -> Array:
         name = str(value)
         if name not in self._functions:
             self._functions[name] = in_float64(self, self.producers[name], name)
-        results = self._functions[name].run(None, {str(v): x for v, x in operands.items()})
-        return np.asarray(next(iter(results)))
+        return self._functions[name]({str(v): x for v, x in operands.items()})
+
+    def kind(self, value: Value) -> Hashable:
+        node = self.producers[str(value)]
+        attributes = [a.SerializeToString(deterministic=True) for a in node.attribute if a.name != "group"]
+        inputs: list[Hashable] = [str(value) == name for name in node.output]
+        for name in node.input:
+            if name not in self.constants:
+                inputs.append(bool(name))
+                continue
+            array, shape = self.constants.tensors[name], self.constants.shape(name)
+            whole = array.data_type not in FLOATS and node.op_type not in ("Reshape", "Split", "Gather")
+            inputs.append((tuple(n == 1 for n in shape[:2]), shape[2:], whole and self.constants.array(name).tobytes()))
+        return node.op_type, frozenset(attributes), tuple(inputs)
 
     # Writing
 

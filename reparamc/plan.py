@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from reparamc.duplicates import DUPLICATES, find_duplicates
 from reparamc.expr import Concat, Conv, Expr, Layout, Select, Source, walk
 from reparamc.graph import Graph, Reading, Splice, Value
-from reparamc.region import Decision, decide
+from reparamc.host import Host
+from reparamc.region import Decision, decide, lifted
+from reparamc.report import Failure, HostCheck
 from reparamc.rewrite import Declined, Pass
 from reparamc.unlisted import UNLISTED, find_kernels
+from reparamc.verify import REGION_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Plan:
 
     splices: list[Splice] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    host: HostCheck | None = None
 
 
 def make_plan(
@@ -39,8 +44,7 @@ def make_plan(
 ) -> Plan:
     """Lift every region of ``graph``, simplify it, and decide which results pay.
 
-    Raises:
-        VerificationError: a replacement differs from its region in float64; names the region.
+    A region whose replacement fails its check stays, and is among those that `Plan.failed` names.
     """
     plan = Plan()
     readings: dict[Value, Reading] = {}
@@ -50,14 +54,27 @@ def make_plan(
             readings[value] = reading
         elif isinstance(reading, Declined):
             plan.kept.append(Kept(graph.name(value), "lift", reading.reason))
-    results = decide(graph, readings, passes, verify, progress)
+    host = Host(graph, readings) if verify else None
+    results = decide(graph, readings, passes, host, progress)
+    left = {root: r for root, r in results.items() if r.failed}
+    results = {root: r for root, r in results.items() if not r.failed}
     if any(p.name == UNLISTED for p in passes):
+        wrong = {v for r in left.values() for v in r.members}
         for splice in find_kernels(graph, readings, results):
-            results = {root: r for root, r in results.items() if root not in splice.members}
-            results[splice.root] = Decision(splice.expr, splice, [], splice.members)
+            if wrong.isdisjoint(splice.members) and _are_read_right(host, splice, splice.members, readings):
+                results = {root: r for root, r in results.items() if root not in splice.members}
+                results[splice.root] = Decision(splice.expr, splice, [], splice.members)
     order = {value: place for place, value in enumerate(graph.values())}
     if any(p.name == DUPLICATES for p in passes):
-        results.update(find_duplicates(graph, dict(sorted(results.items(), key=lambda item: order[item[0]]))))
+        for root, found in find_duplicates(graph, dict(sorted(results.items(), key=lambda item: order[item[0]]))):
+            assert found.splice is not None
+            first = next(iter(found.splice.native.values()))
+            both = (*results[first].members, *found.members)
+            if _are_read_right(host, found.splice, both, readings):
+                results[root] = found
+    results.update(left)
+    if host is not None:
+        plan.failed, plan.host = list(host.failures.values()), HostCheck(len(host.errors), host.unable)
     for root, result in sorted(results.items(), key=lambda item: order[item[0]]):
         if result.splice is not None:
             plan.splices.append(result.splice)
@@ -65,6 +82,20 @@ def make_plan(
         if not result.refusals and (reason := _why_left(graph, root, result.expr, readings)):
             plan.kept.append(Kept(graph.name(root), LEFT, reason))
     return plan
+
+
+def _are_read_right(
+    host: Host | None, splice: Splice, members: Sequence[Value], readings: dict[Value, Reading]
+) -> bool:
+    """Whether the host agrees with the reading of each of ``members``; a splice on a wrong one has failed."""
+    if host is None:
+        return True
+    graph = host.graph
+    errors = [host.error([v], lifted(graph, [v], readings, {})[v]) for v in members if v in readings]
+    wrong = [e for e in errors if e is not None and not e <= REGION_TOLERANCE]
+    if wrong:
+        host.fail(splice.root, "reading", wrong[0], tuple(splice.counts), splice.before, splice.after)
+    return not wrong
 
 
 LEFT = "region"

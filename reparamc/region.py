@@ -26,9 +26,9 @@ import ml_dtypes
 import numpy as np
 
 from reparamc.cost import cost
-from reparamc.errors import VerificationError
 from reparamc.expr import Array, Conv, Expr, Layout, Sum, arrays, flatten, rebuild, replaced, walk
 from reparamc.graph import Graph, Reading, Splice, Value
+from reparamc.host import Host
 from reparamc.rewrite import Pass, Refusal, simplify
 from reparamc.text import show
 from reparamc.verify import REGION_TOLERANCE, compare_expressions
@@ -36,22 +36,23 @@ from reparamc.verify import REGION_TOLERANCE, compare_expressions
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one region: its final form, the splice that makes it so, and what was declined."""
+    """What becomes of one region: its final form, the splice that makes it so, what was declined, what went wrong."""
 
     expr: Expr
     splice: Splice | None
     refusals: Sequence[Refusal]
     members: tuple[Value, ...]
+    failed: bool = False
 
 
 def decide(
     graph: Graph,
     readings: dict[Value, Reading],
     passes: Sequence[Pass],
-    verify: bool,
+    host: Host | None,
     progress: Callable[[int, int], None],
 ) -> dict[Value, Decision]:
-    """What becomes of every region.
+    """What becomes of every region. Without ``host`` nothing is checked; otherwise it holds what failed.
 
     Shared members that some region still reads, or that several repeat over different operands, are operands in
     a second try.
@@ -62,7 +63,7 @@ def decide(
         regions = find_regions(graph, readings, stuck)
         for done, (root, members) in enumerate(regions.items()):
             if (root, members) not in results:
-                results[root, members] = _consider(graph, (members,), readings, passes, verify)
+                results[root, members] = _consider(graph, (members,), readings, passes, host)
                 progress(done + 1, len(regions))
         times = Counter(v for members in regions.values() for v in members)
         shared = {v for v, n in times.items() if n > 1}
@@ -83,7 +84,7 @@ def decide(
         still |= {v for v in shared - still if repeats[v] < times[v] and _is_pooling(graph, readings[v])}
         if not still:
             decisions = {root: results[root, members] for root, members in regions.items()}
-            return _copied_once(_joined(graph, readings, decisions, passes, verify), shared)
+            return _copied_once(_joined(graph, readings, decisions, passes, host), shared)
         stuck |= still
 
 
@@ -132,7 +133,11 @@ MOST_JOINED = 16
 
 
 def _joined(
-    graph: Graph, readings: dict[Value, Reading], decisions: dict[Value, Decision], passes: Sequence[Pass], verify: bool
+    graph: Graph,
+    readings: dict[Value, Reading],
+    decisions: dict[Value, Decision],
+    passes: Sequence[Pass],
+    host: Host | None,
 ) -> dict[Value, Decision]:
     """``decisions``, with regions joined where one alone reads the result of another, several times, if that pays."""
     home: dict[Value, set[Value]] = {}  # the roots of the regions that a value is a member of
@@ -150,7 +155,7 @@ def _joined(
         chain = (*parts.get(outer, (second.members,)), *parts.get(root, (first.members,)))
         if len(chain) > MOST_JOINED:
             continue
-        whole = _consider(graph, chain, readings, passes, verify)
+        whole = _consider(graph, chain, readings, passes, host)
         if whole.splice is not None and cost(whole.expr) < cost(first.expr) + cost(second.expr):
             del decisions[root]
             decisions[outer], parts[outer] = whole, chain
@@ -191,7 +196,7 @@ def _consider(
     parts: Sequence[tuple[Value, ...]],
     readings: dict[Value, Reading],
     passes: Sequence[Pass],
-    verify: bool,
+    host: Host | None,
 ) -> Decision:
     """What becomes of a region: ``parts`` are its members, and those of the regions joined to it.
 
@@ -215,8 +220,10 @@ def _consider(
             outcome = simplify(after, passes)
         after, refusals = outcome.expr, outcome.refusals
         steps += outcome.steps
-    place = {value: n for n, value in enumerate(readings)}
-    members = tuple(sorted({v for part in parts for v in part}, key=place.__getitem__))
+    members = parts[0]
+    if len(parts) > 1:
+        place = {value: n for n, value in enumerate(readings)}
+        members = tuple(sorted({v for part in parts for v in part}, key=place.__getitem__))
     sources = [v for v in exprs if v not in members]
     if not steps or isclose(cost(after), cost(before), rel_tol=1e-12):
         return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
@@ -224,20 +231,21 @@ def _consider(
     native.update((exprs[v], v) for v in sources)  # not what passes them on
     refuse = _obstacle(graph, root, members, sources, before, after, native)
     error = None
-    if refuse is None and verify:
+    if refuse is None and host is not None:
         try:
             error = compare_expressions(before, after)
         except ValueError as unsampled:
             refuse = f"it cannot be verified: {unsampled}"
     if refuse is not None:
         return Decision(before, None, [*refusals, Refusal(steps[-1].name, before, refuse)], members)
-    if error is not None and not error <= REGION_TOLERANCE:
-        names = ", ".join(dict.fromkeys(s.name for s in steps))
-        raise VerificationError(
-            f"region {graph.name(root)!r}: the rewritten form differs from the original by {error:.2g} (relative, in "
-            f"float64) after {names}; nothing was changed. Leave the pass out (--skip) and report this as a bug",
-            where=graph.name(root),
-        )
+    if host is not None:
+        by_host = host.error(members, before) if error is not None and error <= REGION_TOLERANCE else None
+        for check, found in (("rewrite", error), ("reading", by_host)):
+            if found is not None and not found <= REGION_TOLERANCE:
+                names = tuple(dict.fromkeys(s.name for s in steps))
+                failed = host.fail(root, check, found, names, show(before), show(after))
+                refusal = Refusal(names[-1], before, f"it failed its check: {failed.reason}")
+                return Decision(before, None, [*refusals, refusal], members, failed=True)
     dtype = graph.dtype(members)
     assert dtype is not None
     counts = Counter(step.name for step in steps)

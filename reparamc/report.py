@@ -68,6 +68,50 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A region whose replacement failed a check: it was left as it was, and the rest of the graph was rewritten.
+
+    Attributes:
+        where: the operator that the region ends in.
+        check: "rewrite" where the two forms differ on samples; "reading" where the framework's own operators give
+            something else than what reparamc takes the region for.
+        error: of the worst element, relative to the terms it is the sum of; None where shapes or NaN patterns differ.
+        passes: what was applied to it.
+        before, after: both forms as text.
+    """
+
+    where: str
+    check: str
+    error: float | None
+    tolerance: float
+    passes: tuple[str, ...]
+    before: str
+    after: str
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, in words."""
+        size = "in kind" if self.error is None else f"by {self.error:.2g} (relative, in float64)"
+        if self.check == "reading":
+            return f"the framework's own operators differ {size} from what they are read as"
+        return f"the rewritten form differs {size} from the original after {', '.join(self.passes)}"
+
+
+@dataclass(frozen=True)
+class HostCheck:
+    """What the framework's own operators said, once per kind of region.
+
+    Attributes:
+        kinds: kinds of region that they were run for.
+        unable: one place of every kind for which they could not, with the reason: there, nothing but the way that
+            reparamc reads its operators was checked.
+    """
+
+    kinds: int
+    unable: list[Refusal]
+
+
+@dataclass(frozen=True)
 class OutputError:
     """End-to-end difference of one output, relative to its largest magnitude, and the tolerance it was held to."""
 
@@ -127,6 +171,8 @@ class Report:
         passes: applications of each selected pass, in pass order.
         rewrites: the regions replaced.
         kept: what was declined and why.
+        failed: regions whose replacement was wrong, and which were therefore left: each a bug in reparamc.
+        host: the outcome of running regions by the framework's own operators; None when regions were not verified.
         end_to_end: one entry per output; empty when that check was off or could not run.
         note: why the end-to-end check did not run, if it did not.
         seconds: wall time of each phase.
@@ -143,6 +189,8 @@ class Report:
     passes: dict[str, int]
     rewrites: list[Rewrite] = field(default_factory=list)
     kept: list[Refusal] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    host: HostCheck | None = None
     end_to_end: list[OutputError] = field(default_factory=list)
     note: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -191,6 +239,18 @@ class Report:
             "result": self.result,
         }
 
+    @property
+    def warning(self) -> str | None:
+        """One line about the regions that failed their check; None when all is well."""
+        if not self.failed:
+            return None
+        first, more = self.failed[0], len(self.failed) - 1
+        others = f" and {more} more" if more else ""
+        return (
+            f"region {first.where!r}{others} failed verification and stays as it was: {first.reason}. "
+            "The rest is rewritten and verified. Please report this as a bug, with the model"
+        )
+
     def to_json(self) -> str:
         data: dict[str, Any] = asdict(self)
         data["region_error"] = self.region_error
@@ -212,6 +272,10 @@ class Report:
             lines.append(f"regions    {len(self.rewrites)} replaced, largest error {error:.1e} (float64, relative)")
         elif self.rewrites:
             lines.append(f"regions    {len(self.rewrites)} replaced, not verified")
+        if self.host is not None and (self.host.kinds or self.host.unable):
+            unable = f", {len(self.host.unable)} could not be run" if self.host.unable else ""
+            lines.append(f"readings   {self.host.kinds} kinds of region run by the framework's own operators{unable}")
+        lines += [f"FAILED     {f.where}: {f.reason}; it stays as it was" for f in self.failed]
         for e in self.end_to_end:
             lines.append(f"output     {e.output}: largest error {e.max_rel:.1e} relative, {e.tolerance:.1e} allowed")
         if (t := self.latency) is not None:

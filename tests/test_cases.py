@@ -14,7 +14,7 @@ import ast
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,7 +37,7 @@ from expression_models import (
     to_onnx,
 )
 
-from reparamc.evaluate import channels, frames
+from reparamc.evaluate import channels, evaluate, frames
 from reparamc.expr import BatchNorm, Conv, Expr, Layout, Mean, Reshape, Scale, Source, flatten, rebuild, walk
 from reparamc.graph import Reading, Splice, new_nodes
 from reparamc.onnx_fuse import fuse_model
@@ -170,8 +170,13 @@ class Expressions:
     def reach(self, e: Expr) -> int:
         raise AssertionError("nothing here is without a reading")
 
-    def run(self, e: Expr, operands: object) -> np.ndarray:
-        raise AssertionError("nothing here is without a reading")
+    def run(self, e: Expr, operands: Mapping[Expr, np.ndarray], extents: Mapping[str, int] = {}) -> np.ndarray:
+        sources = {c: self.source(c) for c in e.children}
+        alone = rebuild(e, [sources[c] for c in e.children])
+        return evaluate(alone, {sources[c]: operands[c] for c in e.children}, extents)[0]
+
+    def kind(self, e: Expr) -> str:
+        return type(e).__name__
 
     def splice(self, splice: Splice) -> None:
         done = {e: self.current(v) for e, v in splice.native.items()}

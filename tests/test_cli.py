@@ -354,14 +354,18 @@ def wrong_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("wrong_pass")
 @pytest.mark.parametrize("level", ["region", "full"])
-def test_a_wrong_rewrite_is_caught_in_its_region(run: Run, model: Path, level: str) -> None:
-    before = contents(model.parent)
-    outcome = run("fuse", model, model.with_name(OUT), "--verify", level)
-    assert (outcome.code, outcome.out) == (1, "")
+def test_a_wrong_rewrite_is_caught_in_its_region_which_stays(run: Run, model: Path, level: str) -> None:
+    report = model.with_name("report.json")
+    outcome = run("fuse", model, model.with_name(OUT), "--verify", level, "--report", report)
+    assert outcome.code == 0
     (line,) = outcome.err.splitlines()
-    assert line.startswith("reparamc: region 'norm'")
-    assert "wrong" in line
-    assert contents(model.parent) == before
+    assert line.startswith("reparamc: warning: region 'norm'")
+    assert "after wrong" in line
+    assert "FAILED     norm: " in outcome.out
+    assert onnx.load(model.with_name(OUT)) == onnx.load(model)
+    (failed,) = json.loads(report.read_text())["failed"]
+    assert (failed["where"], failed["check"], failed["passes"]) == ("norm", "rewrite", ["wrong"])
+    assert failed["error"] > failed["tolerance"]
 
 
 @pytest.mark.usefixtures("wrong_pass")

@@ -80,6 +80,7 @@ def fuse(original: ModelProto, tolerance: float = 1e-5, **options: Any) -> tuple
     """Fuse, and hold the result to the original at odd and even sizes."""
     before = original.SerializeToString()
     fused, report = fuse_model(original, **options)
+    assert not report.failed
     assert original.SerializeToString() == before, "the argument was changed"
     checker.check_model(fused, full_check=True)
     assert_equal_outputs(original, fused, tolerance)
