@@ -59,14 +59,23 @@ def assert_equivalent(
         _on_strategy(pair, inputs, examples)
         return
     if inputs is None:
-        space: Space | None = pair.a.space(None) or pair.b.space(None)
-        if space is None:
-            raise InputError("neither of two functions tells what inputs it takes; give inputs")
-        given = list(space.some(examples, seed))
+        given = list(_space(pair.a, pair.b).some(examples, seed))
     if not given:
         raise InputError("an empty list of inputs compares nothing")
     for number, one in enumerate(given, 1):
         pair.compare(one, f" (number {number} of {len(given)})" if len(given) > 1 else "")
+
+
+def _space(*hosts: Host) -> Space:
+    """What inputs the first side takes that tells."""
+    failure = InputError("neither of two functions tells what inputs it takes; give inputs")
+    for host in hosts:
+        try:
+            if (space := host.space(None)) is not None:
+                return space
+        except InputError as error:
+            failure = error
+    raise failure
 
 
 def _on_strategy(pair: _Pair, strategy: Any, examples: int) -> None:
@@ -131,9 +140,7 @@ class _Pair:
         named = not (self.a.flat or self.b.flat)
         if len(a) == len(b) and not (named and [n for n, _ in a] != [n for n, _ in b]):
             return []
-        return [
-            f"  {side}          {len(found)}: {', '.join(n for n, _ in found)}" for side, found in (("a", a), ("b", b))
-        ]
+        return [f"  {side} returns  {len(v)}: {', '.join(n for n, _ in v)}" for side, v in (("a", a), ("b", b))]
 
 
 def _called(host: Host, inputs: Tree, pair: _Pair) -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError
+from reparamc.fx_fuse import trace
 from reparamc.testing.inputs import Argument, Space, Tree, leaves, mapped
 
 _FIRST_EXTENTS = (16, 32, 64, 224)
@@ -156,8 +158,17 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def layers(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of all convolutions and linear layers, and of all BatchNorms."""
+def layers(module: nn.Module) -> tuple[Counter[str], Counter[str]]:
+    """How often each convolution and linear layer is called, and each BatchNorm; once where torch.fx cannot tell."""
     linear, norms = (nn.modules.conv._ConvNd, nn.Linear), nn.modules.batchnorm._BatchNorm
-    named = list(module.named_modules())
-    return tuple(n for n, m in named if isinstance(m, linear)), tuple(n for n, m in named if isinstance(m, norms))
+    named = dict(module.named_modules())
+    try:
+        calls = Counter(str(n.target) for n in trace(copy.deepcopy(module)).graph.find_nodes(op="call_module"))
+    except InputError:
+        calls = Counter(dict.fromkeys(named, 1))
+    for name in named:  # inside a submodule that torch.fx calls as it is
+        parts = name.split(".")
+        if not calls[name] and any(".".join(parts[:n]) in calls for n in range(1, len(parts))):
+            calls[name] = 1
+    found = [Counter({n: calls[n] for n, m in named.items() if isinstance(m, kinds)}) for kinds in (linear, norms)]
+    return found[0], found[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ class _Outcome:
     """What fusing gave.
 
     Attributes:
-        linear, norms: names of all convolutions and linear layers, and of all BatchNorms, of the original.
+        linear, norms: how often each convolution or linear layer of the original is called, and each BatchNorm.
         parts: names that may be asked for; None if any prefix may.
         separator: between the parts of a name.
     """
@@ -87,8 +88,8 @@ class _Outcome:
     result: Any
     report: Report
     example: Any
-    linear: tuple[str, ...]
-    norms: tuple[str, ...]
+    linear: Counter[str]
+    norms: Counter[str]
     parts: frozenset[str] | None
     separators: str
 
@@ -140,13 +141,16 @@ def _faults(outcome: _Outcome, name: str, allowed: int) -> list[str]:
     norms = [n for n in outcome.norms if inside(n)]
     if (outcome.parts is not None and name not in outcome.parts) or not (linear or norms or rewrites):
         raise InputError(f"{outcome.name} has no convolution, linear layer or BatchNorm in a part called {name!r}")
-    left = [n for n in linear if not _touched(n, rewrites)]
-    count = len(left) + sum(len(_CONVOLUTION.findall(r.after)) for r in rewrites)
-    norms = [n for n in norms if not _touched(n, rewrites)]
-    norms += [r.where for r in rewrites if " = batchnorm " in r.after]
+    count = sum(_left(n, outcome.linear, rewrites) for n in linear) + sum(
+        len(_CONVOLUTION.findall(r.after)) for r in rewrites
+    )
+    remaining = [n for n in norms if _left(n, outcome.norms, rewrites)]
+    for r in rewrites:
+        if " = batchnorm " in r.after:
+            remaining.append(f"in {r.where}, among {', '.join(n for n in norms if _taken(n, r)) or r.where}")
     faults = []
-    if norms:
-        faults.append(f"BatchNorm left: {', '.join(norms)}")
+    if remaining:
+        faults.append(f"BatchNorm left: {', '.join(remaining)}")
     if count > allowed:
         faults.append(f"{count} convolutions or linear layers left, {allowed} allowed")
     if not faults:
@@ -178,5 +182,11 @@ def _inside(part: str, separators: str) -> Callable[[str], bool]:
     return lambda name: not stem or name == stem or (name.startswith(stem) and name[len(stem)] in separators)
 
 
-def _touched(name: str, rewrites: Iterable[Rewrite]) -> bool:
-    return any(name in r.operators or any(p.startswith(f"{name}.") for p in r.parameters) for r in rewrites)
+def _taken(name: str, rewrite: Rewrite) -> int:
+    """How many calls of a layer went into ``rewrite``; by its parameters, where operators have other names."""
+    return rewrite.operators.count(name) or int(any(p.startswith(f"{name}.") for p in rewrite.parameters))
+
+
+def _left(name: str, calls: Counter[str], rewrites: Iterable[Rewrite]) -> int:
+    """How many calls of a layer no rewrite took."""
+    return max(calls[name] - sum(_taken(name, r) for r in rewrites), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,8 @@ def _exposing(model: ModelProto, windows: list[tuple[str, np.ndarray, np.ndarray
     return copy
 
 
-def layers(model: ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def layers(model: ModelProto) -> tuple[Counter[str], Counter[str]]:
     """The names of all convolutions and linear layers, and of all BatchNorms; for want of one, that of the output."""
     named = [(node.name or node.output[0], node.op_type) for node in model.graph.node]
-    linear = tuple(name for name, kind in named if kind in ("Conv", "ConvTranspose", "Gemm", "MatMul"))
-    return linear, tuple(name for name, kind in named if kind == "BatchNormalization")
+    linear = Counter(name for name, kind in named if kind in ("Conv", "ConvTranspose", "Gemm", "MatMul"))
+    return linear, Counter(name for name, kind in named if kind == "BatchNormalization")

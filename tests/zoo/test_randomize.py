@@ -2,8 +2,15 @@
 
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from reparamc.errors import InputTypeError
 
 pytest.importorskip("torch")
 
@@ -135,3 +142,68 @@ def test_layer_scales_by_name_and_by_class() -> None:
         assert scale.std().item() == pytest.approx(0.5, abs=0.05)
     for untouched in (block.gammas, block.norm.weight):
         assert torch.equal(untouched, torch.ones(500))
+
+
+# ONNX
+
+
+def onnx_network() -> onnx.ModelProto:
+    """conv, BatchNorm, relu, a BatchNorm beside a shared one used twice; fresh parameters are stored once."""
+    ones, zeros = np.ones(3, np.float32), np.zeros(3, np.float32)
+    weight = np.random.default_rng(0).standard_normal((3, 3, 3, 3)).astype(np.float32)
+    tensors = [numpy_helper.from_array(a, n) for n, a in {"w": weight, "one": ones, "zero": zeros, "g": ones}.items()]
+    fresh, shared = ["one", "zero", "zero", "one"], ["g", "zero", "zero", "one"]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("BatchNormalization", ["c", *fresh], ["a"]),
+        helper.make_node("Relu", ["a"], ["r"]),
+        helper.make_node("BatchNormalization", ["r", *shared], ["s"]),
+        helper.make_node("BatchNormalization", ["s", *shared], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, "H", "W"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)
+    graph = helper.make_graph(nodes, "net", [x], [y], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def outputs(model: onnx.ModelProto, *names: str) -> list[np.ndarray]:
+    """Values inside ``model``, on the images."""
+    values: Any = ReferenceEvaluator(model).run(None, {"x": IMAGES.numpy()}, intermediate=True)
+    return [values[name] for name in names]
+
+
+def test_onnx_statistics_fit_what_each_layer_sees() -> None:
+    original = onnx_network()
+    before = original.SerializeToString()
+    model = randomize_batchnorm(original, 3, IMAGES)
+    assert original.SerializeToString() == before
+    onnx.checker.check_model(model, full_check=True)
+    arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    norms = [n for n in model.graph.node if n.op_type == "BatchNormalization"]
+    assert list(norms[1].input[1:]) == list(norms[2].input[1:]), "one layer, used twice"
+    assert not set(norms[0].input[1:]) & set(norms[1].input[1:])
+    assert set(arrays) == {"w", *norms[0].input[1:], *norms[1].input[1:]}
+    for norm, x in zip(norms[:2], outputs(model, "c", "r"), strict=True):
+        scale, bias, mean, var = (arrays[n] for n in norm.input[1:])
+        assert (abs(mean - x.mean((0, 2, 3))) <= 0.101 * x.std((0, 2, 3))).all()
+        assert (abs(var / x.var((0, 2, 3)) - 1) < 0.26).all()
+        assert 0.5 <= abs(scale).min() <= abs(scale).max() <= 1.5
+        assert bias.std() > 0.01
+    assert randomize_batchnorm(original, 3, {"x": IMAGES.numpy()}).SerializeToString() == model.SerializeToString()
+    assert randomize_batchnorm(original, 4, IMAGES).SerializeToString() != model.SerializeToString()
+
+
+def test_onnx_without_inputs_and_with_computed_parameters() -> None:
+    model = onnx_network()
+    model.graph.node[3].input[1] = "computed"
+    model.graph.node.insert(0, helper.make_node("Neg", ["g"], ["computed"]))
+    random = randomize_batchnorm(model)
+    arrays = {t.name: numpy_helper.to_array(t) for t in random.graph.initializer}
+    assert list(random.graph.node[4].input) == list(model.graph.node[4].input)
+    assert 0 < abs(arrays[random.graph.node[2].input[3]]).max() <= 0.1
+    onnx.checker.check_model(random, full_check=True)
+
+
+def test_what_has_no_batchnorm_is_refused() -> None:
+    with pytest.raises(InputTypeError, match="not str"):
+        randomize_batchnorm("model.onnx")  # pyright: ignore[reportArgumentType]
