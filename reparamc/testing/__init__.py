@@ -46,6 +46,9 @@ _HOMES = {
 }
 
 
+_NEEDS = "reparamc.testing.{} needs {}; install it with: pip install 'reparamc[{}]'"
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'reparamc.testing' has no attribute {name!r}")
@@ -56,6 +59,4 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise
-        raise ImportError(
-            f"reparamc.testing.{name} needs hypothesis; install it with: pip install 'reparamc[testing]'"
-        ) from error
+        raise ImportError(_NEEDS.format(name, "hypothesis", "testing")) from error

@@ -38,7 +38,8 @@ def assert_equivalent(
             any combination. Arguments go by name where both sides know the same names, otherwise by position.
             Outputs of an ONNX model are compared in order.
         inputs: one tensor or array, a tuple of positional arguments, a mapping from names, a list of these, or a
-            strategy of hypothesis. None: what `inputs_for` finds out from ``a``, or else ``b``.
+            strategy of hypothesis (in a test that hypothesis runs, draw there and pass what was drawn). None: what
+            `inputs_for` finds out from ``a``, or else ``b``.
         tolerance: largest difference allowed, relative to the largest finite magnitude in that output of ``a``. None:
             what rounding explains, by the response of ``a`` to perturbations of the input at rounding level.
         examples: how many inputs are tried where they are derived or drawn.

@@ -7,7 +7,7 @@ fails is therefore reported with a graph of a few operators, printed as the call
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -299,6 +299,19 @@ def branch_structures(draw: st.DrawFn, channels: int, out: int, stride: int, cou
     return s.finish(seed=draw(SEEDS))
 
 
+def _torch_builder(asked: str) -> Callable[..., Any]:
+    """`build_module`, or an ImportError that says who asked."""
+    try:
+        from reparamc.testing.fx_models import build_module
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f"reparamc.testing.{asked} needs torch; install it with: pip install 'reparamc[torch]'"
+        ) from error
+    return build_module
+
+
 # What users draw
 
 
@@ -319,8 +332,7 @@ def linear_modules(
         dtype: of parameters and inputs: "float32", "float64", "float16" or "bfloat16"; the last two without models
             of three axes, which torch cannot pool in 16 bits on the CPU.
     """
-    from reparamc.testing.fx_models import build_module
-
+    build_module = _torch_builder("linear_modules")
     if dtype in ("float16", "bfloat16"):
         axes = [n for n in axes if n != 3]
     drawn = structures(axes=axes, activations=activations, blocks=blocks)
@@ -370,9 +382,7 @@ def branches(
     """
     drawn = branch_structures(channels, out or channels, stride, count, axes)
     if host == "torch":
-        from reparamc.testing.fx_models import build_module
-
-        return st.builds(build_module, drawn)
+        return st.builds(_torch_builder("branches"), drawn)
     if host != "onnx":
         raise InputError(f"host is 'torch' or 'onnx', not {host!r}")
     from reparamc.testing.onnx_models import build_onnx

@@ -204,3 +204,23 @@ def test_the_plugin_loads_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_layer_called_twice_and_folded_once_is_noticed() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(3)
+
+        def forward(self, x: Any) -> Any:
+            return self.block(x) + torch.sigmoid(self.block.large[0](x))
+
+    assert "2 convolutions or linear layers left, 1 allowed" in failure(Twice(), IMAGE, fused=["block"])
+
+
+def test_layers_that_cannot_be_followed_are_counted() -> None:
+    """Hooks keep both torch.fx and torch.export out; what lies inside stays as it is, and may not pass for fused."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), Block(3))
+    model[2].register_forward_hook(lambda module, inputs, output: output)
+    text = failure(model, IMAGE, fused=["0", "2"])
+    assert "2 no longer fuses: BatchNorm left: 2.large.1, 2.small.1; 2 convolutions or linear layers left" in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -305,3 +307,52 @@ def test_inputs_of_every_size_and_kind() -> None:
         x for (x,) in sample if x[..., 1:-1, 1:-1].numel() and not x[..., 1:-1, 1:-1].any() and (x != 0).sum() > 9
     ]
     assert border
+
+
+# Packages that may be missing
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "extra"),
+    [
+        ("linear_onnx", "hypothesis", "testing"),
+        ("branches", "hypothesis", "testing"),
+        ("linear_modules", "torch", "torch"),
+    ],
+)
+def test_a_missing_package_is_one_clear_line(name: str, missing: str, extra: str) -> None:
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{missing}":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+import reparamc.testing
+try:
+    reparamc.testing.{name}()
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (
+        f"reparamc.testing.{name} needs {missing}; install it with: pip install 'reparamc[{extra}]'"
+    )
+
+
+def test_strategies_for_onnx_need_no_torch() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+from hypothesis import given, settings
+from reparamc.testing import assert_equivalent, branches, fuse_guard, inputs_for, linear_onnx
+@settings(max_examples=3, database=None, deadline=None)
+@given(linear_onnx(), branches(host="onnx"))
+def test(model, branch):
+    inputs_for(branch)
+    assert_equivalent(branch, branch, examples=2)
+    fuse_guard(model, no_batchnorm=False, examples=1)
+test()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
