@@ -26,7 +26,7 @@ from reparamc.onnx_interface import Interface, compare_interfaces
 from reparamc.onnx_runtime import Run, epsilon, one_line, perturbed, session
 from reparamc.trial import Inputs, Space, Trial
 from reparamc.verification import Failure, OutputCheck, Verification, check_output
-from reparamc.verify import difference
+from reparamc.verify import CEILING, difference
 
 EXAMPLES = 100
 """Random inputs that are tried after the fixed ones, if time allows."""
@@ -169,8 +169,10 @@ class _Clock:
 class _Comparison:
     checks: list[OutputCheck]
     problem: str
-    overflow: bool
-    """The original's output holds NaN or infinities in other places than the fused model's, from finite inputs."""
+    overflow: bool = False
+    """The models differ, and the original's output holds NaN or infinities."""
+    sensitive: bool = False
+    """The original's response to one rounding is so large that no difference would say anything."""
 
 
 class _Pair:
@@ -180,7 +182,8 @@ class _Pair:
         self.interface = interface
         self._original, self._fused = original, fused
         self._given = given
-        self._noise: dict[str, float] = {}
+        self._typical: dict[str, float] = {}
+        """The noise of each output on the first inputs, for the figures where none was needed to decide."""
         self._sizes: dict[str, float] = {}
         """The largest magnitude of each output on the first inputs."""
 
@@ -210,19 +213,23 @@ class _Pair:
             raise
         except Exception as error:  # as above
             why = f"the fused model refuses an input that the original takes: {one_line(error)}"
-            return _Comparison([], why, False), perf_counter() - start
+            return _Comparison([], why), perf_counter() - start
         took = perf_counter() - start
         if expected.keys() != actual.keys():
-            return _Comparison([], "the fused model gives another number of values in a sequence", False), took
+            return _Comparison([], "the fused model gives another number of values in a sequence"), took
         self._sizes = self._sizes or {name: _size(value) for name, value in expected.items()}
-        checks = self._checks(inputs, expected, actual, self._noise)
-        if not self._noise or any(c.problem for c in checks):
-            measured = self._measure_noise(inputs, expected, PERTURBATIONS if any(c.problem for c in checks) else 1)
-            self._noise = {name: max(measured[name], self._noise.get(name, 0.0)) for name in expected}
-            checks = self._checks(inputs, expected, actual, measured)
+        checks = self._checks(inputs, expected, actual, {})
+        fails = any(c.problem for c in checks)
+        if fails or not self._typical:
+            noise = self._measure_noise(inputs, expected, PERTURBATIONS if fails else 1)
+            checks = self._checks(inputs, expected, actual, noise)
+            self._typical = self._typical or noise
+        else:
+            checks = [replace(c, noise=max(c.noise, self._typical.get(c.output, 0.0))) for c in checks]
         bad = next((c for c in checks if c.problem), None)
+        sensitive = any(c.allowed is not None and c.allowed >= CEILING for c in checks)
         if bad is None:
-            return _Comparison(checks, "", False), took
+            return _Comparison(checks, "", sensitive=sensitive), took
         again = self.original(inputs)
         for name, value in expected.items():
             if _differs(value, again[name]):
@@ -231,7 +238,8 @@ class _Pair:
                     "does it hold random operators, such as Dropout in training mode?"
                 )
         overflow = any(not np.isfinite(v).all() for v in expected.values() if v.dtype.kind not in "iubOSU")
-        return _Comparison(checks, f"output {bad.output!r} {bad.problem}", overflow), took
+        finite = all(np.isfinite(c.max_rel) for c in checks)
+        return _Comparison(checks, f"output {bad.output!r} {bad.problem}", overflow, sensitive and finite), took
 
     def _checks(
         self,
@@ -335,6 +343,11 @@ class _Search:
             _, found, comparison = self.smallest
             arrays = trials.make_inputs(slots, found)
             self._fail(comparison, f"{_shapes(arrays)} ({_words(found)})", arrays)
+        elif not self.result.compared:
+            raise InputError(
+                "rounding alone changes the original's outputs beyond recognition, on every input that was tried; "
+                "give inputs with --inputs, or tolerances with --rtol and --atol"
+            )
 
     def _takes(self, trial: Trial) -> bool:
         """Whether the original runs at ``trial``; False when the time is up."""
@@ -386,7 +399,7 @@ class _Search:
                 raise
             self.result.refused += 1
             return False
-        if comparison.overflow and trial.scale > 1:
+        if (comparison.overflow and trial.scale > 1) or comparison.sensitive:
             self.result.set_aside += 1
             return False
         self._take(comparison)

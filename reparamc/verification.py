@@ -45,7 +45,7 @@ class OutputCheck:
     @property
     def badness(self) -> tuple[bool, float]:
         """For finding the worst of several checks of one output."""
-        return bool(self.problem), self.max_rel
+        return bool(self.problem), self.max_rel / self.allowed if self.allowed else self.max_rel
 
 
 def check_output(
@@ -144,7 +144,8 @@ class Verification:
         outputs: the worst that was met of each output; of the failing input where there is one.
         compared: inputs on which both models ran and every output was compared.
         refused: inputs that the original refuses: sizes that it does not take.
-        set_aside: inputs of large values by which the original itself overflows.
+        set_aside: inputs of large values by which the original itself overflows, and inputs at which rounding alone
+            changes its outputs too much for a comparison.
         failure: why the models are not equal; None where they are.
         windows: how many windows of the graph are proven "equal" for every input size, "different" or "undecided";
             None where that was not tried.
@@ -193,7 +194,7 @@ class Verification:
         lines += [f"input      {text}" for text in self.inputs]
         counts = f"{self.compared} inputs"
         counts += f", {self.refused} more that the original refuses" * bool(self.refused)
-        counts += f", {self.set_aside} set aside because the original overflows" * bool(self.set_aside)
+        counts += f", {self.set_aside} set aside as overflow or all rounding" * bool(self.set_aside)
         lines.append(f"compared   {counts} in {self.seconds:.1f} s")
         if self.outputs:
             width = max(10, *(len(c.output) for c in self.outputs))

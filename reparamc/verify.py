@@ -136,6 +136,10 @@ def difference(reference: npt.NDArray, other: npt.NDArray) -> Difference:
     return Difference(gap, 0.0 if gap == 0 else gap / size if size else float("inf"), same_kind=True)
 
 
+CEILING = 0.5
+"""No tolerance is larger: what responds to rounding by a twentieth of this is too sensitive to be compared."""
+
+
 def tolerance(noise: float, epsilon: float) -> float:
     """Largest relative difference that rounding explains.
 
@@ -147,7 +151,7 @@ def tolerance(noise: float, epsilon: float) -> float:
     perturbation is allowed some times over; the floor covers models that barely react to their input, the ceiling those
     that are too sensitive to be compared.
     """
-    return min(max(20 * noise, min(500 * epsilon, 1e-4), 16 * epsilon), 0.5)
+    return min(max(20 * noise, min(500 * epsilon, 1e-4), 16 * epsilon), CEILING)
 
 
 Outputs = Mapping[str, npt.NDArray]
