@@ -18,9 +18,11 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
+from reparamc.certify import Certificate, roll_back
 from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError
 from reparamc.graph import Splice
+from reparamc.onnx_certify import certify_onnx
 from reparamc.onnx_constants import fold_constants
 from reparamc.onnx_graph import OnnxGraph
 from reparamc.onnx_harm import fused_by_runtime, harmful, reason
@@ -29,7 +31,7 @@ from reparamc.onnx_record import file_origin, inscribe, model_origin
 from reparamc.onnx_runtime import FILE_LIMIT, verify_end_to_end
 from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
 from reparamc.plan import make_plan
-from reparamc.report import Counts, Refusal, Report, rewritten
+from reparamc.report import Certified, Counts, Refusal, Report, certified, rewritten
 from reparamc.rewrite import Pass, select
 from reparamc.verify import check_level
 
@@ -52,8 +54,9 @@ def fuse_model(
 
     Args:
         passes, skip: names of the passes to apply, and to leave out.
-        verify: "off"; "region" checks every replacement in float64; "full" also runs both models in
-            ONNX Runtime, and undoes what would break a pattern that it fuses by itself.
+        verify: "off"; "region" checks every replacement in float64 and proves the whole result equal where it
+            can, undoing what is wrong; "full" also runs both models in ONNX Runtime, and undoes what would break a
+            pattern that it fuses by itself.
         objective: what shall become small: "latency", "macs" or "params".
         only_if_faster: time both models in ONNX Runtime, and return a copy of ``model`` unless the
             result is faster beyond noise; the report says so.
@@ -87,6 +90,13 @@ def fuse_model(
             result, _ = _copied(model, folding)
             graph = OnnxGraph(result)
             _carry_out(graph, splices)
+    certificate = None
+    if (splices or folded) and verify != "off":
+        certificate, wrong = _certified(model, result, splices, folding)
+        kept += [Refusal(graph.name(s.root), "certificate", wrong[str(s.root)]) for s in splices if s.root in wrong]
+        if wrong:
+            splices = [s for s in splices if s.root not in wrong]
+            result = _redone(model, splices, folding)
     counts = sum((s.counts for s in splices), Counter({"constant-folding": folded}))
     report = Report(
         before=count(model),
@@ -99,6 +109,7 @@ def fuse_model(
         seconds={"reading": clock[1] - clock[0], "rewriting": clock[2] - clock[1]},
         objective=objective,
         level=verify,
+        certificate=certificate,
     )
     if report.changed:
         check(result)
@@ -127,6 +138,26 @@ def _carry_out(graph: OnnxGraph, splices: Iterable[Splice]) -> None:
     graph.finish()
 
 
+def _redone(model: ModelProto, splices: Iterable[Splice], folding: bool) -> ModelProto:
+    """A copy of ``model`` with only these splices."""
+    result, _ = _copied(model, folding)
+    _carry_out(OnnxGraph(result), splices)
+    return result
+
+
+def _certified(
+    model: ModelProto, result: ModelProto, splices: Sequence[Splice], folding: bool
+) -> tuple[Certified, dict[str, str]]:
+    """What is proven of ``result``, and the roots of the splices to undo because they are wrong, with reasons."""
+
+    def redo(undone: set[str]) -> Certificate:
+        return certify_onnx(model, _redone(model, [s for s in splices if str(s.root) not in undone], folding))
+
+    start = perf_counter()
+    found, wrong = roll_back(certify_onnx(model, result), {str(s.root) for s in splices}, redo)
+    return certified(found, len(wrong), perf_counter() - start), wrong
+
+
 def _harm(model: ModelProto, result: ModelProto, splices: Sequence[Splice], folding: bool) -> dict[str, str]:
     """The roots of the splices to undo, because ONNX Runtime would fuse less of ``result`` by itself, with reasons."""
     wanted = fused_by_runtime(model)
@@ -137,9 +168,7 @@ def _harm(model: ModelProto, result: ModelProto, splices: Sequence[Splice], fold
     def left(chosen: Collection[str]) -> Counter[str] | None:
         if len(chosen) == len(roots):
             return fused_by_runtime(result)
-        part, _ = _copied(model, folding)
-        _carry_out(OnnxGraph(part), [s for s in splices if s.root in set(chosen)])
-        return fused_by_runtime(part)
+        return fused_by_runtime(_redone(model, [s for s in splices if s.root in set(chosen)], folding))
 
     return {root: reason(kind) for root, kind in harmful(roots, wanted, left).items()}
 

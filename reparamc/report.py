@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from reparamc._version import __version__
 
 if TYPE_CHECKING:
+    from reparamc.certify import Certificate
     from reparamc.graph import Graph, Splice
 
 
@@ -122,6 +123,33 @@ class OutputError:
 
 
 @dataclass(frozen=True)
+class Certified:
+    """What was proven of the result, for every input size; see `reparamc.certify`.
+
+    Attributes:
+        equal: how many windows are proven.
+        undecided: those that are not, each with the reason. They were checked on samples only.
+        rolled_back: rewrites that were undone because they were found to be wrong; they are among `Report.kept`.
+        units: the largest error of a coefficient, in units of what the rounding of parameters explains.
+        bound: how far a window can be off, relative to the sum of the magnitudes of the products it is added up from.
+        seconds: wall time of the proof.
+    """
+
+    equal: int
+    undecided: tuple[Refusal, ...]
+    rolled_back: int
+    units: float
+    bound: float
+    seconds: float
+
+
+def certified(found: Certificate, rolled_back: int, seconds: float) -> Certified:
+    """The entry of a certificate."""
+    undecided = tuple(Refusal(w.where, "certificate", w.reason) for w in found.windows if w.verdict == "undecided")
+    return Certified(found.equal, undecided, rolled_back, found.units, found.bound, seconds)
+
+
+@dataclass(frozen=True)
 class Latency:
     """Original and result timed in turns in ONNX Runtime.
 
@@ -176,6 +204,7 @@ class Report:
         end_to_end: one entry per output; empty when that check was off or could not run.
         note: why the end-to-end check did not run, if it did not.
         seconds: wall time of each phase.
+        certificate: what was proven; None when that was not asked for, or nothing was rewritten.
         latency: both models timed; None when that was not asked for, or nothing was rewritten.
         objective: what was to become small.
         level: how much was verified: "off", "region" or "full".
@@ -201,6 +230,7 @@ class Report:
     origin: Origin | None = None
     result: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    certificate: Certified | None = None
 
     @property
     def changed(self) -> bool:
@@ -276,6 +306,10 @@ class Report:
             unable = f", {len(self.host.unable)} could not be run" if self.host.unable else ""
             lines.append(f"readings   {self.host.kinds} kinds of region run by the framework's own operators{unable}")
         lines += [f"FAILED     {f.where}: {f.reason}; it stays as it was" for f in self.failed]
+        if (c := self.certificate) is not None:
+            undone = f", {c.rolled_back} rolled back" if c.rolled_back else ""
+            windows = f"{c.equal} windows equal for every input size, {len(c.undecided)} undecided{undone}"
+            lines.append(f"certificate  {windows}, {c.seconds:.2f} s")
         for e in self.end_to_end:
             lines.append(f"output     {e.output}: largest error {e.max_rel:.1e} relative, {e.tolerance:.1e} allowed")
         if (t := self.latency) is not None:

@@ -14,6 +14,7 @@ from fault_models import CONV_NORM, net, nn
 from faults import ALL, ONNX_READERS
 from planting import ENOUGH, FX_LAYERS, ONNX_LAYERS, Fault, Verdict, fault, judge, judge_onnx, planted, relative_error
 
+from reparamc.certify import Certificate
 from reparamc.kernel import merge
 
 WAYS = ("onnx", "fx") if nn is not None else ("onnx",)
@@ -63,6 +64,7 @@ def test_every_layer_sees_what_it_is_for(way: str, verdict: Callable[[Fault, str
     assert "region" in seen["bias not scaled"]
     assert "region" not in seen["padding: end before begin" if way == "onnx" else "padding of the wrong axes"]
     assert times["region"] >= 35
+    assert times["certificate"] >= 80 or way == "fx"
     assert times["end to end"] >= 80 if way == "onnx" else 70
 
 
@@ -79,6 +81,7 @@ def test_a_fault_that_changes_nothing_is_told() -> None:
 def test_a_fault_that_nobody_sees_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reparamc.onnx_fuse.verify_end_to_end", lambda original, result: [])
     monkeypatch.setattr("reparamc.host.Host.error", lambda *_: None)
+    monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
     monkeypatch.setattr("planting.ONNX_LAYERS", {})
     reader = ONNX_READERS[0]
     assert reader.onnx is not None

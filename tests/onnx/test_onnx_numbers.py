@@ -23,6 +23,7 @@ from onnx_models import (
     reasons,
 )
 
+from reparamc.certify import Certificate
 from reparamc.errors import InputError, VerificationError
 from reparamc.expr import BatchNorm, Conv, Expr, Sum
 from reparamc.kernel import coefficients, scale_outputs
@@ -276,6 +277,12 @@ def test_a_wrong_splice_is_caught_end_to_end(factor: float, monkeypatch: pytest.
         return add(self, wanted, array * factor, dtype)
 
     monkeypatch.setattr(OnnxGraph, "add_initializer", perturbed)
+    kept, report = fuse_model(conv_bn())
+    assert kept == conv_bn()  # the certificate sees it
+    assert [k.name for k in report.kept] == ["certificate"]
+    assert report.certificate is not None
+    assert report.certificate.rolled_back == 1
+    monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
     with pytest.raises(VerificationError, match="output 'y'") as caught:
         fuse_model(conv_bn())
     assert caught.value.where == "y"
@@ -291,6 +298,7 @@ def test_one_wrong_weight_of_many_is_caught_end_to_end(monkeypatch: pytest.Monke
         return add(self, wanted, array, dtype)
 
     monkeypatch.setattr(OnnxGraph, "add_initializer", perturbed)
+    monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
     with pytest.raises(VerificationError):
         fuse_model(conv_bn())
 

@@ -1,0 +1,365 @@
+"""Whether two normal forms agree: coefficient by coefficient, each held to its own rounding.
+
+The one that was emitted holds parameters that were rounded once, so a coefficient may differ by half a unit in the
+last place for each parameter that it is a product of. What float64 itself loses on the way is bounded by the
+magnitudes that a coefficient was added up from. Nothing is compared relative to the largest channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reparamc.normal_form import Array, Block, Grid, Guard, Source, Tap, Value, Vector, promoted, same_layout
+from reparamc.views import Extent, Unrepresentable
+
+DOUBLE = 2.0**-53
+LOSS = 256 * DOUBLE
+"""What float64 loses, relative to the sum of the magnitudes of what was added: some hundred roundings at worst."""
+
+CHUNK = 1 << 16
+"""Coefficients compared at a time: few enough for a processor's cache."""
+
+
+class Precision(NamedTuple):
+    """Of a stored dtype: half the distance of neighbours, relative (``unit``), and of subnormal numbers (``tiny``)."""
+
+    unit: float
+    tiny: float
+
+
+@dataclass
+class Agreement:
+    """What the comparison of two values found.
+
+    Attributes:
+        verdict: "equal", "different", or "undecided" where the forms differ in more than coefficients.
+        units: the largest difference of coefficients, in units of its bound; equal means at most 1.
+        bound: how far the results can lie apart, relative to the sum of the magnitudes of all products: the worst row.
+        reason: what differs, or why that cannot be said.
+    """
+
+    verdict: str = "equal"
+    units: float = 0.0
+    bound: float = 0.0
+    reason: str = ""
+
+
+@dataclass
+class _Sums:
+    """Per row: differences and magnitudes of all its coefficients, and the worst single difference met."""
+
+    error: Array
+    total: Array
+    units: float = 0.0
+    reason: str = ""
+    guards_only: bool = True
+
+    def enter(self, ratio: float, reason: str, is_guarded_vector: bool = False) -> None:
+        if ratio > 1 and not is_guarded_vector:
+            self.guards_only = False
+        if not ratio <= self.units:
+            self.units, self.reason = ratio, reason
+
+
+def agree(original: Value, emitted: Value, precision: Precision) -> Agreement:
+    """Compare two values of one tensor, for every extent of their sources; failing that, for those that are known."""
+    try:
+        axis = original.channel if original.channel is not None else emitted.channel
+        if axis is not None and len(original.base) == len(emitted.base):
+            original, emitted = promoted(original, axis), promoted(emitted, axis)
+    except Unrepresentable as error:
+        return Agreement("undecided", reason=str(error))
+    if reason := _shape_difference(original.extents, emitted.extents):
+        return Agreement("different", np.inf, np.inf, reason)
+    if original.channel != emitted.channel or not same_layout(original, emitted):
+        return Agreement("undecided", reason="the two are laid out differently")
+    if original.channels != emitted.channels:
+        return Agreement("different", np.inf, np.inf, f"{original.channels} channels against {emitted.channels}")
+    found = _agree(original, emitted, precision, fixed=False)
+    if found.verdict != "equal" and any(
+        e.known is not None and grid != (1, 0)
+        for value in (original, emitted)
+        for source, grids in value.grids.items()
+        for e, grid in zip(source.extents, grids, strict=True)
+    ):
+        at_these = _agree(original, emitted, precision, fixed=True)
+        return at_these if at_these.verdict == "equal" or found.verdict == "undecided" else found
+    return found
+
+
+def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -> Agreement:
+    sources = list(dict.fromkeys([*original.grids, *emitted.grids]))
+    grids: dict[Source, tuple[Grid, ...]] = {}
+    for source in sources:
+        both = [
+            _fixed_grids(value.grids[source], source) if fixed else value.grids[source]
+            for value in (original, emitted)
+            if source in value.grids
+        ]
+        if len(set(both)) > 1:
+            strides = [[g.stride for g in grid] for grid in both]
+            if strides[0] != strides[1]:
+                return Agreement("different", np.inf, np.inf, f"strides {strides[0]} against {strides[1]}")
+            deltas = [[g.delta for g in grid] for grid in both]
+            if any(abs(m.delta - n.delta) >= m.stride for m, n in zip(*both, strict=True)):
+                return Agreement("different", np.inf, np.inf, f"extents smaller by {deltas[0]} against {deltas[1]}")
+            return Agreement("undecided", reason="the extents of the two agree for some input sizes only")
+        grids[source] = both[0]
+    names = [source.leaf for source in sources]
+    unique = len(set(names)) == len(names)
+    sums = _Sums(np.zeros(original.channels), np.zeros(original.channels))
+    averaged = _averaged_axes(original)
+    with np.errstate(all="ignore"):  # what is not finite is compared as what it is
+        for source in sources:
+            mine, other = ([b for b in v.blocks if b.source == source] for v in (original, emitted))
+            frame = _Frame(source, grids[source], averaged, fixed)
+            _compare_blocks(mine, other, original, frame, precision, sums)
+        _compare_vectors(original, emitted, grids, precision, sums, fixed)
+        spread = float(np.max(np.where(sums.error > 0, sums.error / sums.total, 0), initial=0.0))
+    if sums.units <= 1:
+        return Agreement("equal", sums.units, spread)
+    if not unique:
+        return Agreement("undecided", sums.units, spread, "one source is read in several layouts")
+    if any(
+        step > 1 and (grid.stride > 1 or axis in averaged)
+        for source in sources
+        for axis, (grid, step) in enumerate(zip(grids[source], source.spread, strict=True))
+    ):
+        return Agreement("undecided", sums.units, spread, "a strided kernel or a mean reads a transposed convolution")
+    if averaged and (sums.guards_only or _splits(original)):
+        return Agreement("undecided", sums.units, spread, "a mean hides the border: " + sums.reason)
+    return Agreement("different", sums.units, spread, sums.reason)
+
+
+class _Frame(NamedTuple):
+    """What the taps of one source are brought to one form by.
+
+    Attributes:
+        averaged: axes that the mean is taken of.
+        fixed: whether extents that are known are taken for the only ones.
+    """
+
+    source: Source
+    grids: tuple[Grid, ...]
+    averaged: tuple[int, ...]
+    fixed: bool
+
+
+def _fixed_grids(grids: Sequence[Grid], source: Source) -> tuple[Grid, ...]:
+    """``grids`` with the largest deltas that give as many positions at the extents that are known."""
+    return tuple(Grid(g.stride, _last(g.delta, g.stride, e)) for g, e in zip(grids, source.extents, strict=True))
+
+
+def _last(high: int, stride: int, extent: Extent) -> int:
+    """The largest bound that is as good as ``high``, if the extent is known."""
+    return high if extent.known is None else (extent.known - 1) - stride * ((extent.known - 1 - high) // stride)
+
+
+def _shape_difference(a: Sequence[Extent], b: Sequence[Extent]) -> str:
+    if len(a) != len(b):
+        return f"{len(a)} axes against {len(b)}"
+    for axis, (m, n) in enumerate(zip(a, b, strict=True)):
+        if m.known is not None and n.known is not None and m != n:
+            return f"axis {axis} has {m.known} elements against {n.known}"
+    return ""
+
+
+def _averaged_axes(value: Value) -> tuple[int, ...]:
+    """Axes of the base that a layout takes the mean of, at least in part."""
+    kept = {digit.axis for axis in value.view for digit in axis}
+    return tuple(i for i, e in enumerate(value.base) if i not in kept and e != Extent())
+
+
+def _splits(value: Value) -> bool:
+    """Whether an axis other than the channels is split."""
+    return any(d.axis != value.channel and d.extent != value.base[d.axis] for axis in value.view for d in axis)
+
+
+def _key(tap: Tap, frame: _Frame) -> Tap | None:
+    """``tap`` in the form that equal functions of position and extent share; None if it reads nothing at all."""
+    found: list[Guard] = []
+    source = frame.source
+    for axis, (guard, grid, step, extent) in enumerate(
+        zip(tap, frame.grids, source.spread, source.extents, strict=True)
+    ):
+        offset, low, high = guard.offset, max(guard.low, 0), max(guard.high, grid.delta)
+        if step > 1:  # only every step-th element is none of the zeros in between
+            if grid.stride == 1:
+                low += (-offset - low) % step
+                high += (offset - high) % step
+        elif frame.fixed and extent.known is not None:
+            high = _last(high, grid.stride, extent)
+            if grid.stride * low + high > extent.known - 1:
+                return None
+        if axis in frame.averaged and step == 1:  # all that counts is which elements are read
+            offset, low, high = offset + grid.stride * low, 0, high + grid.stride * low
+        found.append(Guard(offset, low, high))
+    return tuple(found)
+
+
+def _compare_blocks(
+    original: Sequence[Block],
+    emitted: Sequence[Block],
+    value: Value,
+    frame: _Frame,
+    precision: Precision,
+    sums: _Sums,
+) -> None:
+    blocks = sorted((*original, *emitted), key=lambda b: -len(b.taps))
+    columns: dict[Tap, int] = {}
+    places: dict[int, Array] = {}
+    for b in blocks:
+        keys = [_key(tap, frame) for tap in b.taps]
+        places[id(b)] = np.array([-1 if k is None else columns.setdefault(k, len(columns)) for k in keys])
+    taps = list(columns)
+    low = np.full(value.channels, np.iinfo(np.int64).max)
+    high = np.zeros(value.channels, np.int64)
+    for b in blocks:
+        low[b.rows] = np.minimum(low[b.rows], b.first)
+        high[b.rows] = np.maximum(high[b.rows], b.first + b.weight.shape[1])
+    width = int((high - low).max(initial=0))
+    if width <= 0 or not columns:
+        return
+    low[high == 0] = 0
+    step = max(1, CHUNK // (width * len(taps)))
+    rounded = max((b.rounded for b in emitted), default=0)
+    single = len(emitted) == 1 and emitted[0].size is None and len(emitted[0].taps) == len(set(places[id(emitted[0])]))
+    for start in range(0, value.channels, step):
+        stop = min(start + step, value.channels)
+        shape = (stop - start, width, len(taps))
+
+        def total(parts: Sequence[Block], magnitude: bool, shape: Any = shape, start: int = start) -> Array:
+            found = np.zeros(shape)
+            for b in parts:
+                _add(found, b, places[id(b)], low, start, magnitude)
+            return found
+
+        a, e = total(original, False), total(emitted, False)
+        gap = np.abs(a - e)
+        size = np.abs(e)
+        allowed = size * (precision.unit * rounded)
+        close = np.all(gap <= allowed)
+        if not close:
+            if not single:
+                allowed = total(emitted, True) * (precision.unit * rounded)
+            allowed += total(original, True) * LOSS
+            if rounded:
+                allowed += precision.tiny
+        sums.error[start:stop] += gap.sum(axis=(1, 2))
+        sums.total[start:stop] += size.sum(axis=(1, 2))
+        ratio = np.divide(gap, allowed, out=np.where(gap == 0, 0.0, np.inf), where=allowed > 0)
+        if not np.isfinite(gap).all():
+            same = (a == e) | (np.isnan(a) & np.isnan(e))
+            ratio = np.where(same, 0.0, np.where(np.isfinite(gap), ratio, np.inf))
+        worst = float(ratio.max(initial=0.0))
+        if worst > sums.units:
+            row, column, tap = np.unravel_index(int(ratio.argmax()), shape)
+            at = (row, column, tap)
+            channel = int(low[start + row]) + int(column)
+            place = _place(taps[tap], value, frame.grids)
+            said = f"channel {start + row} reads channel {channel} of {frame.source.leaf!r} {place}"
+            sums.enter(worst, f"{said} with weight {a[at]:.8g}, and {e[at]:.8g} in the result")
+
+
+def _add(found: Array, b: Block, columns: Array, low: Array, start: int, magnitude: bool) -> None:
+    """Add the rows of ``b`` from ``start`` on to ``found``, whose row r begins at channel ``low[start + r]``."""
+    i, j = np.searchsorted(b.rows, (start, start + len(found)))
+    if i == j:
+        return
+    rows = b.rows[i:j] - start
+    shift = b.first[i:j] - low[b.rows[i:j]]
+    weight, left = b.weight[i:j], b.left[i:j]
+    if magnitude:
+        weight, left = np.abs(weight) if b.size is None else b.size[i:j], np.abs(left)
+    if columns.min(initial=0) < 0:
+        weight, columns = weight[:, :, columns >= 0], columns[columns >= 0]
+    if not len(columns):
+        return
+    part = weight if np.all(left == 1) else weight * left[:, None, None]
+    width = part.shape[1]
+    whole = len(columns) == len(found[0, 0]) and np.array_equal(columns, np.arange(len(columns)))
+    if len(rows) == rows[-1] - rows[0] + 1 and np.all(shift == shift[0]) and (whole or len(columns) == 1):
+        at: Any = slice(None) if whole else slice(columns[0], columns[0] + 1)
+        found[rows[0] : rows[-1] + 1, shift[0] : shift[0] + width, at] += part
+        return
+    channel = shift[:, None] + np.arange(width)
+    if len(set(columns.tolist())) == len(columns):
+        found[rows[:, None, None], channel[:, :, None], columns] += part
+        return
+    for t, column in enumerate(columns):
+        found[rows[:, None], channel, column] += part[:, :, t]
+
+
+def _place(tap: Tap, value: Value, grids: Sequence[Grid]) -> str:
+    axes = [i for i in range(len(tap)) if i != value.channel]
+    offset = ", ".join(f"{tap[i].offset:+d}" for i in axes[-max(len(axes) - 1, 1) :])
+    border = _border([tap[i] for i in axes], [grids[i] for i in axes])
+    return f"at offset ({offset}){border}"
+
+
+def _border(guards: Sequence[Guard], grids: Sequence[Grid]) -> str:
+    """In words: where a guard holds, beyond what the tap itself asks for."""
+    parts = []
+    for axis, (g, grid) in enumerate(zip(guards, grids, strict=True)):
+        inner_low, inner_high = max(0, -(g.offset // grid.stride)), max(grid.delta, g.offset)
+        if g.low > inner_low:
+            parts.append(f"from position {g.low} on along axis {axis}")
+        if g.high > inner_high:
+            parts.append(f"up to {g.high} before the end along axis {axis}")
+    return f", {' and '.join(parts)}," if parts else ""
+
+
+def _compare_vectors(
+    original: Value,
+    emitted: Value,
+    grids: dict[Source, tuple[Grid, ...]],
+    precision: Precision,
+    sums: _Sums,
+    fixed: bool,
+) -> None:
+    """What is added, guard by guard. Guards over sources of equal extents are one."""
+    found: list[dict[Any, Vector]] = [{}, {}]
+    wheres: dict[Any, Any] = {}
+    for value, mine in zip((original, emitted), found, strict=True):
+        for where, vector in value.vectors.items():
+            key = None
+            if where is not None:
+                source, tap = where
+                clipped = [
+                    Guard(0, max(g.low, 0), _last(high, d.stride, e) if fixed else high)
+                    for g, d, e in zip(tap, grids[source], source.extents, strict=True)
+                    for high in (max(g.high, d.delta),)
+                ]
+                if any(g != (0, 0, d.delta) for g, d in zip(clipped, grids[source], strict=True)):
+                    key = tuple(
+                        (e, d.stride, g.low, g.high) if g != (0, 0, d.delta) else None
+                        for e, g, d in zip(source.extents, clipped, grids[source], strict=True)
+                    )
+                    wheres[key] = (clipped, grids[source])
+            mine[key] = mine[key].plus(vector) if key in mine else vector
+    zero = Vector(np.zeros(original.channels), np.zeros(original.channels))
+    for key in dict.fromkeys([*found[0], *found[1]]):
+        a, e = found[0].get(key, zero), found[1].get(key, zero)
+        gap = np.abs(a.value - e.value)
+        allowed = e.size * (precision.unit * e.rounded) + a.size * LOSS + (precision.tiny if e.rounded else 0.0)
+        if set(found[0]) - {None}:  # a border that a model stores in advance fits the rest up to its own rounding
+            allowed += precision.unit * sum(v.size * v.rounded for v in found[0].values())
+        sums.error += gap
+        sums.total += np.abs(e.value)
+        ratio = np.divide(gap, allowed, out=np.where(gap == 0, 0.0, np.inf), where=allowed > 0)
+        if not np.isfinite(gap).all():
+            same = (a.value == e.value) | (np.isnan(a.value) & np.isnan(e.value))
+            ratio = np.where(same, 0.0, np.where(np.isfinite(gap), ratio, np.inf))
+        worst = float(ratio.max(initial=0.0))
+        if worst > sums.units or worst > 1:
+            row = int(ratio.argmax())
+            where = "" if key is None else _border(*wheres[key])
+            sums.enter(
+                worst,
+                f"channel {row} adds{where} {a.value[row]:.8g}, and {e.value[row]:.8g} in the result",
+                key is not None,
+            )

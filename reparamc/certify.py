@@ -1,0 +1,328 @@
+"""The certificate: window by window, that an emitted graph equals the original for every input size.
+
+A name that stands in both graphs is a *cut*. Going through the emitted graph in execution order, each cut is proven
+equal to its counterpart, given that all cuts before it are: by congruence, if both are the same operator over cuts that
+are equal; else as a *window*, by expanding both backwards to common cuts and comparing their normal forms.
+Operators that are not affine are *atoms*, unknown functions: equal if they are the same operator over equal operands.
+
+Nothing here knows how graphs are rewritten, nor shares code with what does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+from reparamc.agreement import Agreement, Precision, agree
+from reparamc.errors import VerificationError
+from reparamc.normal_form import Array, Value
+from reparamc.views import Unrepresentable
+
+Keep = Callable[[set[str]], "Certificate"]
+"""Undo the rewrites that end in some tensors, and prove what is left."""
+
+
+def roll_back(found: Certificate, roots: Collection[str], redo: Keep) -> tuple[Certificate, dict[str, str]]:
+    """The certificate of what is left once wrong rewrites are undone, and these, each with the reason.
+
+    Args:
+        found: of all rewrites.
+        roots: the tensors in which rewrites end.
+        redo: undo those that end in some of them; called as often as new ones turn out to be wrong.
+
+    Raises:
+        VerificationError: something differs that no single rewrite is to blame for.
+    """
+    undone: dict[str, str] = {}
+    while found.different:
+        wrong = {w.where: w.reason for w in found.windows if w.verdict == "different"}
+        fresh = {name: reason for name, reason in wrong.items() if name in roots and name not in undone}
+        if not fresh:
+            where, reason = next(iter(wrong.items()))
+            raise VerificationError(
+                f"{where!r} differs from the original: {reason}; nothing was changed. Report this as a bug",
+                where=where,
+            )
+        undone.update(fresh)
+        found = redo(set(undone))
+    return found, undone
+
+
+class Side(Protocol):
+    """One of the two graphs. Tensors have names; `operands` are those that a caller or an operator gives."""
+
+    @property
+    def order(self) -> Sequence[str]:
+        """What operators compute, in execution order, constants left out."""
+        ...
+
+    def constant(self, name: str) -> Array | None:
+        """The value of a tensor that no input reaches; None for all others."""
+        ...
+
+    def operands(self, name: str) -> Sequence[str]:
+        """What the operator of ``name`` reads, in order."""
+        ...
+
+    def kind(self, name: str) -> Hashable:
+        """All that decides what the operator of ``name`` computes, but for its operands; None for an input."""
+        ...
+
+    def value(self, name: str, of: Callable[[str], Value]) -> Value:
+        """``name`` as an affine map of its operands.
+
+        Raises:
+            Unrepresentable: it is none, or none that is known.
+        """
+        ...
+
+    def leaf(self, name: str, known_as: str) -> Value:
+        """``name`` as a source that both graphs call ``known_as``; raises Unrepresentable where its rank is unknown."""
+        ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """One tensor that was proven, or not.
+
+    Attributes:
+        where: its name.
+        verdict: "equal", "different" or "undecided".
+        units: the largest error of a coefficient, in units of what rounding explains.
+        bound: how far the tensor can be off, relative to the sum of the magnitudes of the products it is added up from,
+            because parameters were rounded.
+        reason: what differs, or why that cannot be said.
+        before, after: how many operators it takes in each graph.
+    """
+
+    where: str
+    verdict: str
+    units: float = 0.0
+    bound: float = 0.0
+    reason: str = ""
+    before: int = 0
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was proven of an emitted graph.
+
+    Attributes:
+        windows: all that was rewritten, and whatever could not be proven.
+        congruent: tensors that both graphs compute by the same operator from equal operands.
+        seconds: wall time of the proof.
+    """
+
+    windows: tuple[Window, ...]
+    congruent: int
+    seconds: float
+
+    def count(self, verdict: str) -> int:
+        return sum(w.verdict == verdict for w in self.windows)
+
+    @property
+    def equal(self) -> int:
+        return self.count("equal")
+
+    @property
+    def different(self) -> int:
+        return self.count("different")
+
+    @property
+    def undecided(self) -> int:
+        return self.count("undecided")
+
+    @property
+    def holds(self) -> bool:
+        """Whether the emitted graph is proven equal to the original, from its inputs to its outputs."""
+        return self.equal == len(self.windows)
+
+    @property
+    def units(self) -> float:
+        return max((w.units for w in self.windows if w.verdict == "equal"), default=0.0)
+
+    @property
+    def bound(self) -> float:
+        return max((w.bound for w in self.windows if w.verdict == "equal"), default=0.0)
+
+
+def certify(
+    original: Side,
+    emitted: Side,
+    outputs: Sequence[tuple[str, str]],
+    stands_for: Mapping[str, str],
+    precision: Callable[[str], Precision],
+    outside: Sequence[Window] = (),
+) -> Certificate:
+    """Prove every tensor of ``emitted`` that stands for one of ``original``, and every output.
+
+    Args:
+        outputs: pairs of names, of the original and of what was emitted.
+        stands_for: what a tensor of the emitted graph is said to be in the original, inputs included. It is
+            proven, so a wrong hint only makes a window fail.
+        precision: of the dtype that parameters are stored in, for a tensor of the emitted graph.
+        outside: what was found wrong with the two as seen by a caller.
+    """
+    start = perf_counter()
+    proof = _Proof(original, emitted, stands_for)
+    windows: list[Window] = list(outside)
+    congruent = 0
+    for name in emitted.order:
+        if name not in stands_for:
+            continue
+        if proof.is_congruent(stands_for[name], name):
+            congruent += 1
+        else:
+            windows.append(proof.window(stands_for[name], name, precision(name)))
+    for before, after in outputs:
+        if stands_for.get(after) != before and not proof.same_constant(before, after):
+            windows.append(proof.window(before, after, precision(after)))
+    return Certificate(tuple(windows), congruent, perf_counter() - start)
+
+
+MOST_TRIES = 16
+"""How often the leaves of a window are expanded further until both graphs have the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Atom:
+    name: str
+    kind: Hashable
+    operands: tuple[Value | Array, ...]
+    leaf: Value
+
+
+def _own(which: int, name: str) -> str:
+    """What a leaf is called that only one of the two graphs is known to have."""
+    return f"{('original', 'emitted')[which]} {name}"
+
+
+class _Proof:
+    def __init__(self, original: Side, emitted: Side, stands_for: Mapping[str, str]) -> None:
+        self.sides = (original, emitted)
+        counterparts = Counter(stands_for.values())
+        # Tensors that stand for the same one are proven apart, and read as themselves.
+        self.cuts: tuple[Mapping[str, str], Mapping[str, str]] = (
+            {name: name for name in counterparts},
+            dict(stands_for),
+        )
+        self.position = {name: at for at, name in enumerate(original.order)}
+
+    def same_constant(self, before: str, after: str) -> bool:
+        try:
+            a, b = self.sides[0].constant(before), self.sides[1].constant(after)
+        except Unrepresentable:
+            return False
+        return a is not None and b is not None and _same_bytes(a, b)
+
+    def is_congruent(self, before: str, after: str) -> bool:
+        mine, other = self.sides[0].operands(before), self.sides[1].operands(after)
+        if len(mine) != len(other) or self.sides[0].kind(before) != self.sides[1].kind(after):
+            return False
+        return all(self.cuts[1].get(b) == a or self.same_constant(a, b) for a, b in zip(mine, other, strict=True))
+
+    def window(self, before: str, after: str, precision: Precision) -> Window:
+        """Compare two tensors as functions of cuts. Where these differ, the latest is expanded, and so on."""
+        through: set[str] = set()
+        found, sizes = Agreement("undecided", reason="its operands differ"), (0, 0)
+        for _ in range(MOST_TRIES):
+            atoms: list[_Atom] = []
+            try:
+                mine, m = self._expand(0, before, through, atoms, None)
+                other, n = self._expand(1, after, through, atoms, precision)
+                found, sizes = agree(mine, other, precision), (m, n)
+            except Unrepresentable as error:
+                found, sizes = Agreement("undecided", reason=str(error)), (0, 0)
+                break
+            leaves = {s.leaf for s in mine.grids} ^ {s.leaf for s in other.grids}
+            if found.verdict == "equal" or not leaves:
+                break
+            # What only one side reads may lie under something that both read, so the latest goes first.
+            first = min(self.position.get(leaf, -1) for leaf in leaves)
+            union = {s.leaf for s in (*mine.grids, *other.grids)}
+            further = [leaf for leaf in union if self.position.get(leaf, -2) >= max(first, 0)]
+            if not further:
+                if not any(atom.name in leaves for atom in atoms):
+                    break  # these are inputs of the graph
+                found = Agreement("undecided", found.units, found.bound, _unmatched(leaves, atoms))
+                break
+            through.add(max(further, key=self.position.__getitem__))
+        return Window(before, found.verdict, found.units, found.bound, found.reason, *sizes)
+
+    def _expand(
+        self, which: int, root: str, through: set[str], atoms: list[_Atom], precision: Precision | None
+    ) -> tuple[Value, int]:
+        """``root`` as a function of cuts, and how many operators that takes.
+
+        Operators that are not affine are entered into ``atoms``; those of the emitted graph (``precision`` given) are
+        looked for among those of the original first.
+        """
+        side, cuts = self.sides[which], self.cuts[which]
+        values: dict[str, Value] = {}
+        stack, count = [root], 0
+        while stack:
+            name = stack[-1]
+            if name in values:
+                stack.pop()
+                continue
+            known_as = cuts.get(name)
+            operands = side.operands(name)
+            if side.kind(name) is None or (known_as is not None and name != root and known_as not in through):
+                # One shape for both graphs: extents that are unknown may be named otherwise in each.
+                values[name] = (
+                    self.sides[0].leaf(known_as, known_as) if known_as else side.leaf(name, _own(which, name))
+                )
+                continue
+            waiting = [o for o in operands if o not in values and side.constant(o) is None]
+            if waiting:
+                stack.extend(reversed(waiting))
+                continue
+            count += 1
+            try:
+                values[name] = side.value(name, values.__getitem__)
+            except Unrepresentable:
+                values[name] = self._atom(which, name, values, atoms, precision)
+        return values[root], count
+
+    def _atom(
+        self, which: int, name: str, values: Mapping[str, Value], atoms: list[_Atom], precision: Precision | None
+    ) -> Value:
+        side = self.sides[which]
+        given: list[Value | Array] = []
+        for operand in side.operands(name):
+            constant = side.constant(operand)
+            given.append(values[operand] if constant is None else constant)
+        kind = side.kind(name)
+        if precision is not None:
+            for atom in atoms:
+                if atom.kind == kind and _all_agree(atom.operands, given, precision):
+                    return atom.leaf
+        atom = _Atom(_own(which, name), kind, tuple(given), side.leaf(name, _own(which, name)))
+        atoms.append(atom)
+        return atom.leaf
+
+
+def _all_agree(mine: Sequence[Value | Array], other: Sequence[Value | Array], precision: Precision) -> bool:
+    if len(mine) != len(other):
+        return False
+    for a, b in zip(mine, other, strict=True):
+        if isinstance(a, Value) and isinstance(b, Value):
+            if agree(a, b, precision).verdict != "equal":
+                return False
+        elif isinstance(a, Value) or isinstance(b, Value) or not _same_bytes(a, b):
+            return False
+    return True
+
+
+def _same_bytes(a: Array, b: Array) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes())
+
+
+def _unmatched(leaves: set[str], atoms: Sequence[_Atom]) -> str:
+    """Why two windows have different leaves to the end."""
+    name = next(atom.name.split(" ", 1)[1] for atom in atoms if atom.name in leaves)
+    return f"no operator of the other graph is known to be equal to {name!r}"

@@ -1,0 +1,678 @@
+"""Certificates of ONNX models: how each operator is read as an affine map, from the specification alone.
+
+See `reparamc.certify` for what is proven, and `reparamc.normal_form` for the algebra. Only the main graph is read;
+operators with bodies, functions and other domains are atoms, and so is all that is not listed in `READERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from itertools import product
+from math import prod
+from typing import cast
+
+import numpy as np
+from onnx import AttributeProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+import reparamc.normal_form as nf
+from reparamc.agreement import Precision
+from reparamc.certify import Certificate, Window, certify
+from reparamc.normal_form import Array, Kernel, Value
+from reparamc.onnx_values import Types, attribute, skeleton
+from reparamc.views import Extent, Unrepresentable
+
+PRECISIONS = {
+    "float64": Precision(2.0**-53, 2.0**-1075),
+    "float32": Precision(2.0**-24, 2.0**-150),
+    "float16": Precision(2.0**-11, 2.0**-25),
+    "bfloat16": Precision(2.0**-8, 2.0**-134),
+}
+
+RANDOM = {
+    "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
+}  # fmt: skip
+"""Operators whose result is not decided by their operands."""
+
+MISREAD = {"BatchNormalization", "ConvTranspose"}
+"""Operators that the reference implementation of ONNX computes otherwise than the standard says, in some versions."""
+
+
+def certify_onnx(original: ModelProto, result: ModelProto) -> Certificate:
+    """Prove that ``result`` computes what ``original`` does, for every input size.
+
+    Parameters of ``result`` may be off by the rounding of their dtype. Neither model is run.
+    """
+    after = _Side(result)
+    # A tensor has the extents in the original that it has in the result, once it is proven to be the same.
+    before = _Side(original, after.types)
+    computed = set(before.order)
+    stands_for = {name: name for name in after.order if name in computed}
+    stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
+    outputs = [(o.name, o.name) for o in result.graph.output]
+    return certify(before, after, outputs, stands_for, after.precision, _outside(original, result))
+
+
+def _outside(original: ModelProto, result: ModelProto) -> list[Window]:
+    """What a caller would see differ: inputs, outputs, operator sets."""
+    found = []
+    for what in ("input", "output"):
+        groups = [{v.name: v.type.SerializeToString() for v in getattr(m.graph, what)} for m in (original, result)]
+        if original.ir_version < 4 and what == "input":  # every initializer is listed among the inputs
+            groups = [
+                {name: t for name, t in group.items() if name not in {i.name for i in m.graph.initializer}}
+                for group, m in zip(groups, (original, result), strict=True)
+            ]
+        if list(groups[0].items()) != list(groups[1].items()):
+            found.append(Window(what, "different", np.inf, np.inf, f"the {what}s of the graph differ"))
+    versions = [{(o.domain, o.version) for o in m.opset_import} for m in (original, result)]
+    if versions[0] != versions[1]:
+        found.append(Window("opset", "different", np.inf, np.inf, "the operator sets differ"))
+    if [f.SerializeToString() for f in original.functions] != [f.SerializeToString() for f in result.functions]:
+        found.append(Window("functions", "different", np.inf, np.inf, "the local functions differ"))
+    return found
+
+
+class _Side:
+    """`certify.Side` over the main graph of a model."""
+
+    def __init__(self, model: ModelProto, others: Types | None = None) -> None:
+        graph = model.graph
+        self.model, self.types = model, Types(model if others is None else _informed(model, others))
+        self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+        self.inputs = {v.name for v in graph.input}
+        self.producers = {name: (node, at) for node in graph.node for at, name in enumerate(node.output) if name}
+        overridable = self.inputs if model.ir_version >= 4 else set()
+        self.tensors = {t.name: t for t in graph.initializer if t.name not in overridable}
+        self.arrays: dict[str, Array] = {}
+        self.constants = self._constants()
+        self.known = {*self.inputs, *self.producers, *self.tensors}
+        self.order = [name for node in graph.node for name in node.output if name and name not in self.constants]
+
+    # Constants
+
+    def _constants(self) -> set[str]:
+        """The names of all tensors that no input reaches."""
+        found = set(self.tensors)
+        for node in self.model.graph.node:
+            standard = node.domain in ("", "ai.onnx")
+            if not standard or node.op_type in RANDOM or _has_body(node):
+                continue
+            if node.op_type == "Constant":
+                if _constant_array(node) is not None:
+                    found.update(node.output)
+            elif node.op_type == "Shape" and self.types.extents(node.input[0]) is not None:
+                found.update(node.output)
+            elif node.op_type not in MISREAD and node.input and all(name in found for name in node.input if name):
+                found.update(name for name in node.output if name)
+        return found
+
+    def constant(self, name: str) -> Array | None:
+        if name not in self.constants:
+            return None
+        stack = [name]
+        while stack:
+            top = stack[-1]
+            if top in self.arrays:
+                stack.pop()
+            elif top in self.tensors:
+                self.arrays[top] = numpy_helper.to_array(self.tensors[top])
+            else:
+                node, _ = self.producers[top]
+                waiting = [n for n in node.input if n and n in self.constants and n not in self.arrays]
+                if waiting and node.op_type != "Shape":
+                    stack.extend(waiting)
+                else:
+                    self._compute(node)
+        return self.arrays[name]
+
+    def _compute(self, node: NodeProto) -> None:
+        """Enter what a node makes of constants."""
+        if node.op_type == "Constant":
+            self.arrays[node.output[0]] = cast(Array, _constant_array(node))
+            return
+        if node.op_type == "Identity":
+            self.arrays[node.output[0]] = self.arrays[node.input[0]]
+            return
+        if node.op_type == "Shape" and (extents := self.types.extents(node.input[0])) is not None:
+            start, end = cast(int, attribute(node, "start", 0)), cast("int | None", attribute(node, "end"))
+            self.arrays[node.output[0]] = np.array(extents[start:end], np.int64)
+            return
+        feeds = {name: self.arrays[name] for name in node.input if name}
+        inputs = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for name, a in feeds.items()
+        ]
+        outputs = [helper.make_empty_tensor_value_info(name) for name in node.output if name]
+        body = helper.make_graph([node], "constant", inputs, outputs)
+        made = helper.make_model(body, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
+        try:
+            with np.errstate(all="ignore"):
+                results = cast("list[Array]", ReferenceEvaluator(made).run(None, feeds))
+        except Exception as error:  # the reference lacks an operator or a type
+            raise Unrepresentable(f"the constant {node.output[0]!r} cannot be computed") from error
+        self.arrays.update(zip((n for n in node.output if n), map(np.asarray, results), strict=True))
+
+    # The protocol
+
+    def operands(self, name: str) -> Sequence[str]:
+        """Operands by position, and what the bodies of an operator capture."""
+        if name not in self.producers:
+            return ()
+        node, _ = self.producers[name]
+        given = [n for n in node.input if n]
+        return [*given, *(n for n in _captured(node) if n in self.known)] if _has_body(node) else given
+
+    def kind(self, name: str) -> Hashable:
+        if name not in self.producers:
+            return None
+        node, at = self.producers[name]
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
+        absent = tuple(bool(n) for n in node.input)
+        if node.op_type in RANDOM or _has_body(node):  # only the very same node, by its name, may be the same
+            return (domain, node.op_type, attributes, absent, at, len(node.output), tuple(node.output))
+        return (domain, node.op_type, attributes, absent, at, len(node.output))
+
+    def leaf(self, name: str, known_as: str) -> Value:
+        shape = self.types.shape(name)
+        if shape is None:
+            raise Unrepresentable(f"the rank of {name!r} is unknown")
+        return nf.leaf(known_as, [Extent(d.factor, d.symbols) for d in shape])
+
+    def value(self, name: str, of: Callable[[str], Value]) -> Value:
+        node, at = self.producers[name]
+        reader = READERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        if reader is None or self.types.dtype(name) is None:
+            raise Unrepresentable(f"{node.op_type} is not affine")
+        return reader(_Call(self, node, at, of))
+
+    def precision(self, name: str) -> Precision:
+        dtype = self.types.dtype(name)
+        return PRECISIONS["float32" if dtype is None else dtype.name]
+
+
+def _informed(model: ModelProto, others: Types) -> ModelProto:
+    """``model`` for shape inference: tensors whose extents are known from another graph are given, not computed."""
+    light = skeleton(model)
+    given: dict[str, ValueInfoProto] = {}
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        names = [name for name in node.output if name]
+        found = {name: (others.dtype(name), others.extents(name)) for name in names}
+        if not names or any(dtype is None or extents is None for dtype, extents in found.values()):
+            nodes.append(node)
+            continue
+        for name, (dtype, extents) in found.items():
+            assert dtype is not None
+            given[name] = helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), extents)
+    outputs = [o for o in light.graph.output if o.name not in given]
+    del light.graph.node[:], light.graph.output[:]
+    light.graph.node.extend(nodes)
+    light.graph.output.extend(outputs)
+    light.graph.input.extend(given.values())
+    return light
+
+
+def _has_body(node: NodeProto) -> bool:
+    return any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute)
+
+
+def _captured(node: NodeProto) -> list[str]:
+    """All names that the bodies of ``node`` read, their own among them."""
+    found: list[str] = []
+    stack = [g for a in node.attribute for g in (a.g, *a.graphs)]
+    while stack:
+        graph = stack.pop()
+        found += [o.name for o in graph.output]
+        for inner in graph.node:
+            found += inner.input
+            stack += [g for a in inner.attribute for g in (a.g, *a.graphs)]
+    return list(dict.fromkeys(found))
+
+
+def _constant_array(node: NodeProto) -> Array | None:
+    for a in node.attribute:
+        if a.name == "value":
+            return numpy_helper.to_array(a.t)
+        if a.name in ("value_float", "value_floats"):
+            return np.array(helper.get_attribute_value(a), np.float32)
+        if a.name in ("value_int", "value_ints"):
+            return np.array(helper.get_attribute_value(a), np.int64)
+    return None
+
+
+class _Call:
+    """A node, with its operands as values or constants."""
+
+    def __init__(self, side: _Side, node: NodeProto, at: int, of: Callable[[str], Value]) -> None:
+        self.side, self.node, self.at, self._of = side, node, at, of
+
+    def name(self, position: int) -> str | None:
+        return self.node.input[position] or None if position < len(self.node.input) else None
+
+    def is_constant(self, position: int) -> bool:
+        name = self.name(position)
+        return name is not None and name in self.side.constants
+
+    def value(self, position: int = 0) -> Value:
+        name = self.name(position)
+        if name is None or name in self.side.constants:
+            raise Unrepresentable("a constant stands where a value is read")
+        return self._of(name)
+
+    def constant(self, position: int) -> Array:
+        name = self.name(position)
+        found = None if name is None else self.side.constant(name)
+        if found is None:
+            raise Unrepresentable("a parameter is computed at run time")
+        if found.dtype.kind not in "iub" and found.dtype != self.side.types.dtype(self.node.output[self.at]):
+            raise Unrepresentable("a parameter has another dtype than the result")
+        return found
+
+    def optional(self, position: int) -> Array | None:
+        return None if self.name(position) is None else self.constant(position)
+
+    def integer(self, key: str, default: int = 0) -> int:
+        return cast(int, attribute(self.node, key, default))
+
+    def integers(self, key: str, default: Sequence[int]) -> list[int]:
+        return list(cast("Sequence[int]", attribute(self.node, key, default)))
+
+    def text(self, key: str, default: str) -> str:
+        return cast(bytes, attribute(self.node, key, default.encode())).decode()
+
+
+# Kernels
+
+
+def _geometry(call: _Call, kernel: Sequence[int], x: Value) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Stride, dilation, and padding before and behind."""
+    n = len(kernel)
+    stride, dilation = call.integers("strides", [1] * n), call.integers("dilations", [1] * n)
+    auto = call.text("auto_pad", "NOTSET")
+    if auto == "NOTSET":
+        pads = call.integers("pads", [0] * 2 * n)
+        return stride, dilation, pads[:n], pads[n:]
+    if auto == "VALID":
+        return stride, dilation, [0] * n, [0] * n
+    begin, end = [], []
+    for extent, k, s, d in zip(x.extents[2:], kernel, stride, dilation, strict=True):
+        reach = d * (k - 1)
+        if s == 1:
+            total = reach
+        elif extent.known is None:
+            raise Unrepresentable("the padding follows from the extents")
+        else:
+            total = max(0, (-(-extent.known // s) - 1) * s + reach + 1 - extent.known)
+        front = total // 2 if auto == "SAME_UPPER" else total - total // 2
+        begin.append(front)
+        end.append(total - front)
+    return stride, dilation, begin, end
+
+
+def _convolution(
+    x: Value,
+    weight: Array,
+    groups: int,
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]],
+    rounded: int = 1,
+) -> Value:
+    kernel = weight.shape[2:]
+    stride, dilation, begin, end = geometry
+    if x.rank != len(kernel) + 2:
+        raise Unrepresentable("a kernel over other axes than its operand has")
+    offsets = product(*(range(-b, -b + d * k, d) for b, d, k in zip(begin, dilation, kernel, strict=True)))
+    delta = tuple(d * (k - 1) - b - e for k, d, b, e in zip(kernel, dilation, begin, end, strict=True))
+    first = nf.grouped_first(weight.shape[0], weight.shape[1], groups)
+    flat = weight.reshape(*weight.shape[:2], -1)
+    axes = tuple(range(2, x.rank))
+    return nf.convolved(x, Kernel(flat, first, tuple(offsets), axes, tuple(stride), delta, rounded), 1)
+
+
+def _read_conv(call: _Call) -> Value:
+    x, weight, bias = call.value(), call.constant(1), call.optional(2)
+    y = _convolution(x, weight, call.integer("group", 1), _geometry(call, weight.shape[2:], x))
+    return y if bias is None else nf.shifted(y, bias, 1)
+
+
+def _read_conv_transpose(call: _Call) -> Value:
+    x, weight, bias = call.value(), call.constant(1), call.optional(2)
+    kernel = weight.shape[2:]
+    n, groups = len(kernel), call.integer("group", 1)
+    if attribute(call.node, "output_shape") or call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        raise Unrepresentable("the padding follows from a wanted output shape")
+    stride, dilation = call.integers("strides", [1] * n), call.integers("dilations", [1] * n)
+    pads, extra = call.integers("pads", [0] * 2 * n), call.integers("output_padding", [0] * n)
+    axes = tuple(range(2, 2 + n))
+    if any(s > 1 for s in stride):
+        x = nf.spread(x, axes, stride)
+    # What is written at offset o of an input position is read at offset -o of an output position.
+    offsets = product(*(range(b, b - d * k, -d) for b, d, k in zip(pads[:n], dilation, kernel, strict=True)))
+    delta = tuple(
+        b + e - o - d * (k - 1) for b, e, o, d, k in zip(pads[:n], pads[n:], extra, dilation, kernel, strict=True)
+    )
+    inside = weight.shape[0] // groups
+    turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(-1, inside, prod(kernel))
+    first = nf.grouped_first(len(turned), inside, groups)
+    y = nf.convolved(x, Kernel(turned, first, tuple(offsets), axes, (1,) * n, delta), 1)
+    return y if bias is None else nf.shifted(y, bias, 1)
+
+
+def _read_average_pool(call: _Call) -> Value:
+    x, kernel = call.value(), call.integers("kernel_shape", [])
+    geometry = _geometry(call, kernel, x)
+    if call.integer("ceil_mode"):
+        raise Unrepresentable("the last window of a pooling may hang over")
+    if any(geometry[2] + geometry[3]) and not call.integer("count_include_pad"):
+        raise Unrepresentable("a pooling divides by fewer elements at the border")
+    channels = x.extents[1].known
+    if channels is None:
+        raise Unrepresentable("the number of channels is unknown")
+    return _convolution(x, np.full((channels, 1, *kernel), 1 / prod(kernel)), channels, geometry, 0)
+
+
+def _read_pad(call: _Call) -> Value:
+    x = call.value()
+    if call.text("mode", "constant") != "constant":
+        raise Unrepresentable("a padding repeats what stands at the border")
+    amounts = call.optional(1)
+    fill, given = call.optional(2), call.optional(3)
+    pads = call.integers("pads", []) if amounts is None else [int(n) for n in amounts]
+    value = cast(float, attribute(call.node, "value", 0.0)) if fill is None else float(fill.reshape(-1)[0])
+    over = list(range(x.rank)) if given is None else [int(a) % x.rank for a in given]
+    begin, end = pads[: len(pads) // 2], pads[len(pads) // 2 :]
+    wanted = [(a, b, e) for a, b, e in zip(over, begin, end, strict=True) if (b, e) != (0, 0)]
+    if any(a < 2 for a, _, _ in wanted):
+        raise Unrepresentable("a padding adds channels or images")
+    if not wanted:
+        return x
+    axes, begin, end = ([w[i] for w in wanted] for i in range(3))
+    return nf.padded(x, axes, begin, end, value, 1)
+
+
+# Matrices
+
+
+def _read_gemm(call: _Call) -> Value:
+    if call.integer("transA"):
+        raise Unrepresentable("Gemm with transA mixes the batch")
+    x, weight, bias = call.value(), call.constant(1), call.optional(2)
+    alpha, beta = (cast(float, attribute(call.node, key, 1.0)) for key in ("alpha", "beta"))
+    y = nf.mixed(x, weight if call.integer("transB") else weight.T, 1)
+    if alpha != 1:
+        y = nf.scaled(y, alpha)
+    if bias is None:
+        return y
+    if bias.ndim == 2 and bias.shape[0] != 1:
+        raise Unrepresentable("a bias that varies along the batch")
+    bias = bias.astype(np.float64).reshape(-1) * beta
+    return nf.shifted(y, bias[0]) if bias.size == 1 else nf.shifted(y, bias, 1)
+
+
+def _read_matmul(call: _Call) -> Value:
+    if call.is_constant(1):
+        x, weight = call.value(0), call.constant(1)
+        axis, weight = x.rank - 1, weight.T
+    else:
+        x, weight = call.value(1), call.constant(0)
+        axis = x.rank - 2
+    if weight.ndim != 2 or axis < 0:
+        raise Unrepresentable("a stack of matrices")
+    return nf.mixed(x, weight, axis)
+
+
+# Each channel by itself
+
+
+def _read_batchnorm(call: _Call) -> Value:
+    if call.integer("training_mode") or any(call.node.output[1:]):
+        raise Unrepresentable("BatchNormalization in training mode")
+    if call.side.opset < 9 and call.integer("spatial", 1) != 1:
+        raise Unrepresentable("BatchNormalization over positions")
+    x = call.value()
+    gamma, beta, mean, var = (call.constant(i).astype(np.float64) for i in range(1, 5))
+    eps = float(np.float32(cast(float, attribute(call.node, "epsilon", 1e-5))))
+    with np.errstate(all="ignore"):
+        factor = gamma / np.sqrt(var + eps)
+        moved = mean * factor
+    return nf.shifted(nf.scaled(x, factor, 1), beta - moved, 1, np.abs(beta) + np.abs(moved))
+
+
+def _read_arithmetic(call: _Call) -> Value:
+    op = call.node.op_type
+    fixed = [call.is_constant(0), call.is_constant(1)]
+    if not any(fixed):
+        if op not in ("Add", "Sub"):
+            raise Unrepresentable("a product of two values")
+        second = call.value(1)
+        return nf.added([call.value(0), nf.scaled(second, -1.0) if op == "Sub" else second])
+    side = 1 if fixed[1] else 0
+    x, constant = call.value(1 - side), call.constant(side).astype(np.float64)
+    axis = _along(constant, x)
+    if op == "Div" and side == 0:
+        raise Unrepresentable("a division by a value")
+    with np.errstate(all="ignore"):
+        if op == "Mul":
+            return nf.scaled(x, constant, axis)
+        if op == "Div":
+            return nf.scaled(x, 1 / constant, axis)
+        if op == "Sub" and side == 0:
+            x = nf.scaled(x, -1.0)
+        return nf.shifted(x, -constant if op == "Sub" and side == 1 else constant, axis)
+
+
+def _along(constant: Array, x: Value) -> int | None:
+    """The axis of ``x`` that a constant varies along; None for one number."""
+    if constant.ndim > x.rank:
+        raise Unrepresentable("a constant raises the rank")
+    wide = [i for i, d in enumerate(constant.shape) if d != 1]
+    if len(wide) > 1:
+        raise Unrepresentable("a constant varies along several axes")
+    if not wide:
+        return None
+    axis = x.rank - constant.ndim + wide[0]
+    if x.extents[axis].known != constant.shape[wide[0]]:
+        raise Unrepresentable("a constant may repeat its operand along an axis")
+    return axis
+
+
+def _read_sum(call: _Call) -> Value:
+    return nf.added([call.value(i) for i in range(len(call.node.input))])
+
+
+def _read_neg(call: _Call) -> Value:
+    return nf.scaled(call.value(), -1.0)
+
+
+def _read_identity(call: _Call) -> Value:
+    return call.value()
+
+
+def _read_dropout(call: _Call) -> Value:
+    training = call.optional(2)
+    if call.at or call.side.opset < 7 or (training is not None and training.any()):
+        raise Unrepresentable("Dropout in training mode")
+    return call.value()
+
+
+# Channels
+
+
+def _read_concat(call: _Call) -> Value:
+    terms = [call.value(i) for i in range(len(call.node.input))]
+    return nf.stacked(terms, call.integer("axis", 1) % terms[0].rank)
+
+
+def _read_split(call: _Call) -> Value:
+    x = call.value()
+    axis = call.integer("axis", 0) % x.rank
+    width = x.extents[axis].known
+    given = call.optional(1)
+    sizes = call.integers("split", []) if given is None else [int(n) for n in given]
+    if width is None:
+        raise Unrepresentable("the extent that is split is unknown")
+    if not sizes:
+        parts = len(call.node.output)
+        each = -(-width // parts)
+        sizes = [min(each, width - each * i) for i in range(parts)]
+    start = sum(sizes[: call.at])
+    return nf.selected(x, range(start, start + sizes[call.at]), axis)
+
+
+def _read_slice(call: _Call) -> Value:
+    x = call.value()
+    if call.side.opset < 10:
+        starts, ends = call.integers("starts", []), call.integers("ends", [])
+        axes, steps = call.integers("axes", range(len(starts))), [1] * len(starts)
+    else:
+        starts, ends = ([int(n) for n in call.constant(i)] for i in (1, 2))
+        given = [call.optional(i) for i in (3, 4)]
+        axes = list(range(len(starts))) if given[0] is None else [int(n) for n in given[0]]
+        steps = [1] * len(starts) if given[1] is None else [int(n) for n in given[1]]
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        x = _cut(x, axis % x.rank, start, end, step)
+    return x
+
+
+def _cut(x: Value, axis: int, start: int, end: int, step: int) -> Value:
+    """Every ``step``-th element from ``start`` to ``end``: of channels a selection, of positions a kernel."""
+    width = x.extents[axis].known
+    if step == 1 and start == 0 and (end >= 2**30 or end == width):
+        return x
+    if axis < 2 or x.rank < 3 or axis == x.channel:
+        if width is None:
+            raise Unrepresentable("a slice of an unknown extent")
+        return nf.selected(x, range(width)[start:end:step], axis)
+    if width is not None:
+        first, stop, _ = slice(start, end, step).indices(width)
+        behind = width - stop
+    elif start >= 0 and step > 0 and (end < 0 or end >= 2**30):
+        first, behind = start, -end if end < 0 else 0
+    else:
+        raise Unrepresentable("a slice of an unknown extent")
+    if step < 1:
+        raise Unrepresentable("a slice in reverse")
+    channel = (
+        1 if x.channel is None else next((i for i, ds in enumerate(x.view) if any(d.axis == x.channel for d in ds)), 1)
+    )
+    count = x.extents[channel].known
+    if count is None or channel == axis:
+        raise Unrepresentable("the number of channels is unknown")
+    kernel = Kernel(np.ones((count, 1, 1)), np.arange(count), ((first,),), (axis,), (step,), (first + behind,), 0)
+    return nf.convolved(x, kernel, channel)
+
+
+def _read_gather(call: _Call) -> Value:
+    x, index = call.value(), call.constant(1)
+    axis = call.integer("axis", 0) % x.rank
+    width = x.extents[axis].known
+    if width is None or index.ndim > 1:
+        raise Unrepresentable("a gather by a table, or along an unknown extent")
+    found = nf.selected(x, [int(i) % width for i in index.reshape(-1)], axis)
+    if index.ndim:
+        return found
+    return nf.regrouped(found, [e for i, e in enumerate(found.extents) if i != axis])
+
+
+# Layouts
+
+
+def _read_transpose(call: _Call) -> Value:
+    x = call.value()
+    return nf.permuted(x, call.integers("perm", range(x.rank)[::-1]))
+
+
+def _read_reshape(call: _Call) -> Value:
+    x = call.value()
+    if call.is_constant(1) or call.side.opset < 5:
+        given = [int(n) for n in call.constant(1)] if call.side.opset >= 5 else call.integers("shape", [])
+        zero_is_zero = call.integer("allowzero")
+        target = [
+            None if n == -1 else x.extents[i] if n == 0 and not zero_is_zero else Extent(n) for i, n in enumerate(given)
+        ]
+        return nf.regrouped(x, target)
+    return nf.regrouped(x, _inferred(call, x))
+
+
+def _inferred(call: _Call, x: Value) -> list[Extent | None]:
+    """The extents of the result as shape inference has them; None for what is no product of those of the operand."""
+    shape = call.side.types.shape(call.node.output[call.at])
+    if shape is None:
+        raise Unrepresentable("the rank of a reshape is unknown")
+    symbols = {s for e in x.extents for s in e.symbols}
+    return [Extent(d.factor, d.symbols) if symbols.issuperset(d.symbols) else None for d in shape]
+
+
+def _read_flatten(call: _Call) -> Value:
+    x = call.value()
+    axis = call.integer("axis", 1)
+    axis = axis + x.rank if axis < 0 else axis
+    front, back = Extent(), Extent()
+    for i, e in enumerate(x.extents):
+        front, back = (front.times(e), back) if i < axis else (front, back.times(e))
+    return nf.regrouped(x, [front, back])
+
+
+def _axes(call: _Call) -> list[int] | None:
+    given = call.optional(1)
+    if given is not None:
+        return [int(n) for n in given.reshape(-1)]
+    return cast("list[int] | None", attribute(call.node, "axes"))
+
+
+def _read_squeeze(call: _Call) -> Value:
+    x, axes = call.value(), _axes(call)
+    if axes is None:
+        raise Unrepresentable("a squeeze of all axes of extent 1")
+    gone = {a % x.rank for a in axes}
+    if any(x.extents[a] != Extent() for a in gone):
+        raise Unrepresentable("a squeeze of an unknown extent")
+    return nf.regrouped(x, [e for i, e in enumerate(x.extents) if i not in gone])
+
+
+def _read_unsqueeze(call: _Call) -> Value:
+    x, axes = call.value(), _axes(call)
+    if axes is None:
+        raise Unrepresentable("Unsqueeze without axes")
+    rank = x.rank + len(axes)
+    new, rest = {a % rank for a in axes}, iter(x.extents)
+    return nf.regrouped(x, [Extent() if i in new else next(rest) for i in range(rank)])
+
+
+def _read_mean(call: _Call) -> Value:
+    x = call.value()
+    if call.node.op_type == "GlobalAveragePool":
+        return nf.averaged(x, range(2, x.rank), keep=True)
+    axes = _axes(call)
+    if not axes:
+        if call.integer("noop_with_empty_axes"):
+            return x
+        raise Unrepresentable("a mean over all axes")
+    return nf.averaged(x, [a % x.rank for a in axes], bool(call.integer("keepdims", 1)))
+
+
+READERS: dict[str, Callable[[_Call], Value]] = {
+    "Conv": _read_conv,
+    "ConvTranspose": _read_conv_transpose,
+    "AveragePool": _read_average_pool,
+    "Pad": _read_pad,
+    "Gemm": _read_gemm,
+    "MatMul": _read_matmul,
+    "BatchNormalization": _read_batchnorm,
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _read_arithmetic),
+    "Sum": _read_sum,
+    "Neg": _read_neg,
+    "Identity": _read_identity,
+    "Dropout": _read_dropout,
+    "Concat": _read_concat,
+    "Split": _read_split,
+    "Slice": _read_slice,
+    "Gather": _read_gather,
+    "Transpose": _read_transpose,
+    "Reshape": _read_reshape,
+    "Flatten": _read_flatten,
+    "Squeeze": _read_squeeze,
+    "Unsqueeze": _read_unsqueeze,
+    **dict.fromkeys(("GlobalAveragePool", "ReduceMean"), _read_mean),
+}

@@ -1,0 +1,150 @@
+"""Layouts: how the axes of a result are made of the axes of a base.
+
+Reshapes, transposes and means only move elements. What they make of an index is written as digits, as of a number in a
+mixed radix, so that layouts which move elements alike are equal, whatever operators they are spelled with. Extents are
+products of a number and of unknowns, because a reshape needs to know products and quotients only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Unrepresentable(Exception):
+    """An operator leaves the algebra; the message says why."""
+
+
+# Extents
+
+
+class Extent(NamedTuple):
+    """The product of a number and of unknowns, sorted by name."""
+
+    factor: int = 1
+    symbols: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> int | None:
+        return None if self.symbols else self.factor
+
+    def times(self, other: Extent) -> Extent:
+        return Extent(self.factor * other.factor, tuple(sorted(self.symbols + other.symbols)))
+
+    def over(self, other: Extent) -> Extent | None:
+        """The exact quotient; None when there is none."""
+        symbols = list(self.symbols)
+        for symbol in other.symbols:
+            if symbol not in symbols:
+                return None
+            symbols.remove(symbol)
+        if not other.factor or self.factor % other.factor:
+            return None
+        return Extent(self.factor // other.factor, tuple(symbols))
+
+
+UNIT = Extent()
+
+
+# Layouts
+
+
+class Digit(NamedTuple):
+    """``index // inner % extent``, where ``index`` runs along one axis of the base."""
+
+    axis: int
+    inner: Extent
+    extent: Extent
+
+
+View = tuple[tuple[Digit, ...], ...]
+"""For every axis of a result the digits that its index is made of, the most significant first. The elements of a base
+that differ only in digits which occur nowhere are averaged."""
+
+
+def identity_view(base: Sequence[Extent]) -> View:
+    return tuple(() if e == UNIT else (Digit(i, UNIT, e),) for i, e in enumerate(base))
+
+
+def extents(view: Sequence[Sequence[Digit]]) -> tuple[Extent, ...]:
+    found = []
+    for digits in view:
+        total = UNIT
+        for digit in digits:
+            total = total.times(digit.extent)
+        found.append(total)
+    return tuple(found)
+
+
+def joined(digits: Iterable[Digit]) -> tuple[Digit, ...]:
+    """``digits`` with neighbours that continue one another made one, and those of extent 1 left out."""
+    done: list[Digit] = []
+    for digit in digits:
+        if digit.extent == UNIT:
+            continue
+        if done and done[-1].axis == digit.axis and done[-1].inner == digit.inner.times(digit.extent):
+            digit = Digit(digit.axis, digit.inner, digit.extent.times(done.pop().extent))
+        done.append(digit)
+    return tuple(done)
+
+
+def _split(digits: Sequence[Digit], inner: Extent) -> tuple[list[Digit], list[Digit]]:
+    """``digits`` in two parts, of which the second has the extent ``inner``."""
+    first, second = list(digits), []
+    while inner != UNIT:
+        if not first:
+            raise Unrepresentable("a reshape asks for more elements than there are")
+        digit = first.pop()
+        rest = inner.over(digit.extent)
+        if rest is not None:
+            second.insert(0, digit)
+            inner = rest
+            continue
+        upper = digit.extent.over(inner)
+        if upper is None:
+            raise Unrepresentable("a reshape cuts across the extents")
+        second.insert(0, Digit(digit.axis, digit.inner, inner))
+        first.append(Digit(digit.axis, digit.inner.times(inner), upper))
+        break
+    return first, second
+
+
+def reshaped(view: View, target: Sequence[Extent | None]) -> View:
+    """``view`` with its elements regrouped to ``target``; one extent may be None, for what is left."""
+    digits = [d for axis in view for d in axis]
+    behind: list[tuple[Digit, ...]] = []
+    target = list(target)
+    while target and target[-1] is not None:
+        extent = target.pop()
+        assert extent is not None
+        digits, taken = _split(digits, extent)
+        behind.insert(0, joined(taken))
+    before: list[tuple[Digit, ...]] = []
+    if target:
+        for extent in target[:-1]:
+            if extent is None:
+                raise Unrepresentable("a reshape has two unknown extents")
+            total = UNIT
+            for digit in digits:
+                total = total.times(digit.extent)
+            rest = total.over(extent)
+            if rest is None:
+                raise Unrepresentable("a reshape cuts across the extents")
+            taken, digits = _split(digits, rest)
+            before.append(joined(taken))
+        before.append(joined(digits))
+    elif digits:
+        raise Unrepresentable("a reshape asks for fewer elements than there are")
+    return (*before, *behind)
+
+
+def composed(inner: View, outer: View) -> View:
+    """The view that takes ``inner``, and of its result ``outer``."""
+    found = []
+    for digits in outer:
+        parts: list[Digit] = []
+        for digit in digits:
+            upper, _ = _split(inner[digit.axis], digit.inner)
+            parts += _split(upper, digit.extent)[1]
+        found.append(joined(parts))
+    return tuple(found)
