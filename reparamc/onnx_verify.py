@@ -20,6 +20,7 @@ from onnx import ModelProto
 
 from reparamc import trial as trials
 from reparamc.errors import InputError, InputTypeError
+from reparamc.onnx_certify import certify_onnx
 from reparamc.onnx_fuse import check_target, load
 from reparamc.onnx_inputs import read_inputs, write_inputs
 from reparamc.onnx_interface import Interface, compare_interfaces
@@ -37,6 +38,8 @@ LEAST_SECONDS = 3.0
 PERTURBATIONS = 3
 """Roundings of the input of which the worst response decides; one may be absorbed by a saturated layer."""
 
+SHOWN = 5
+"""Windows of another form that are named."""
 FLOOR = 16
 """A difference of so many machine epsilons of the output's ordinary size is rounding in any case: on inputs such
 as zeros, constants may cancel, and what is left of them has no correct digit."""
@@ -97,6 +100,8 @@ def verify_onnx(
         result.failure = Failure(interface.problem)
         result.seconds = perf_counter() - start
         return result
+    if inputs is None:
+        _prove(models[0], models[1], result)
     with ExitStack() as stack:
         loading = perf_counter()
         del models
@@ -111,6 +116,18 @@ def verify_onnx(
             search.given(inputs)
     result.seconds = perf_counter() - start
     return result
+
+
+def _prove(original: ModelProto, fused: ModelProto, result: Verification) -> None:
+    """What can be proven without running anything. It decides nothing here: what is not proven may be equal."""
+    try:
+        found = certify_onnx(original, fused)
+    except Exception as error:  # a graph by an unknown hand may be anything; the models are compared all the same
+        result.notes.append(f"nothing is proven for every input size: {one_line(error)}")
+        return
+    result.windows = {"equal": found.equal, "different": found.different, "undecided": found.undecided}
+    different = [w for w in found.windows if w.verdict == "different"]
+    result.notes += [f"window {w.where!r} is of another form: {w.reason}" for w in different[:SHOWN]]
 
 
 @contextmanager

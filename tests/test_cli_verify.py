@@ -235,6 +235,28 @@ def test_a_fusion_passes(run: Run, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"a.onnx", "b.onnx"}
 
 
+def test_what_is_proven_for_every_size_is_counted() -> None:
+    fused, _ = fuse_model(ORIGINAL)
+    result = verify(ORIGINAL, fused)
+    assert result.windows == {"equal": 1, "different": 0, "undecided": 0}
+    assert "windows    1 of 1 proven equal for every input size" in result.table().splitlines()
+    result = verify(ORIGINAL, model(block(), changed("w", (1, 2, 0, 0), 0.01)))
+    assert result.windows is not None
+    assert result.windows["different"] == 1
+    assert any("is of another form" in note for note in result.notes)
+    assert not result.equal
+
+
+def test_a_proof_that_breaks_down_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no\nidea")
+
+    monkeypatch.setattr("reparamc.onnx_verify.certify_onnx", broken)
+    result = verify(ORIGINAL, ORIGINAL)
+    assert (result.equal, result.windows) == (True, None)
+    assert "nothing is proven for every input size: no idea" in result.notes
+
+
 def test_other_names_pass_and_are_said(run: Run, tmp_path: Path) -> None:
     fused, _ = fuse_model(ORIGINAL)
     outcome = run(*files(tmp_path, ORIGINAL, renamed(fused)))
