@@ -266,6 +266,9 @@ class Report:
                 }
                 for e in self.end_to_end
             ],
+            "certificate": None
+            if (c := self.certificate) is None
+            else {"equal": c.equal, "undecided": len(c.undecided), "rolled back": c.rolled_back},
             "result": self.result,
         }
 

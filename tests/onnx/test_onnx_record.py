@@ -74,6 +74,7 @@ def test_a_file_says_what_it_was_made_from(fused: Path) -> None:
     (output,) = record["outputs"]
     assert output["output"] == "y"
     assert 0 <= output["max_rel"] <= output["allowed"]
+    assert record["certificate"] == {"equal": 1, "undecided": 0, "rolled back": 0}
     assert record["size"]["before"]["ops"] == 3
     assert record["size"]["after"]["ops"] == 2
     assert record["result"] == graph_hash(made)
@@ -187,6 +188,7 @@ def test_the_page(run: Run, fused: Path) -> None:
     assert f"by reparamc {__version__}, for latency" in lines
     assert f"made from {sha256(fused.with_name('original.onnx'))} (SHA-256 of the file)" in lines
     assert "verified every replacement in float64, and both models end to end" in lines
+    assert "windows 1 equal, 0 undecided, 0 rolled back" in lines
     assert "passes bn-folding 1" in lines
     assert any(line.startswith("norm0: bn-folding; ") for line in lines)
     assert "graph as the fusion left it" in lines
