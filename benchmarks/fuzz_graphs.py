@@ -117,7 +117,7 @@ class _Draw:
         values = np.abs(values) + 0.2 if positive else values
         name = f"p{len(self.p.params)}{'+' if positive else '-'}"
         rounded = values.astype(np.float16 if self.p.dtype == "float16" else np.float32)
-        self.p.params[name] = rounded.astype(np.float64)
+        self.p.params[name] = np.asarray(rounded, np.float64)
         return name
 
     def add(self, op: str, inputs: Sequence[int], shape: Sequence[int] | None = None, /, **settings: Any) -> int:
