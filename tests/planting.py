@@ -151,17 +151,28 @@ def _raises(check: Callable[[], Any]) -> bool:
     return False
 
 
-def _region_onnx(model: ModelProto, wrong: ModelProto) -> bool:
-    """Whether the checks of regions refuse what is wrong: with an error, or by leaving a region as it was."""
-    found: list[ModelProto] = []
-    with patch("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0)):
-        if _raises(lambda: found.append(fuse_model(model, verify="region")[0])):
-            return True
-    return found[0] != wrong
+SILENT = {
+    "region": ("reparamc.host.Host.error", lambda *_: None),
+    "host": ("reparamc.region.compare_expressions", lambda *_: 0.0),
+}
+"""For a check of regions, the other one, and what it says when it has no objection."""
+
+
+def _region_onnx(layer: str) -> Callable[[ModelProto, ModelProto], bool]:
+    """Whether a check of regions refuses what is wrong: with an error, or by leaving a region as it was."""
+
+    def sees(model: ModelProto, wrong: ModelProto) -> bool:
+        found: list[ModelProto] = []
+        unproven = patch("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
+        with patch(*SILENT[layer]), unproven:
+            return _raises(lambda: found.append(fuse_model(model, verify="region")[0])) or found[0] != wrong
+
+    return sees
 
 
 ONNX_LAYERS: dict[str, Callable[[ModelProto, ModelProto], bool]] = {
-    "region": _region_onnx,
+    "region": _region_onnx("region"),
+    "host": _region_onnx("host"),
     "certificate": lambda model, wrong: certify_onnx(model, wrong).different > 0,
     "end to end": lambda model, wrong: _raises(lambda: (check(wrong), verify_end_to_end(model, wrong))),
 }
@@ -217,13 +228,16 @@ def judge_fx(fault: Fault, model: Any, inputs: tuple[Any, ...]) -> Verdict:
     return Verdict(_fx_error(model, wrong, inputs), seen_by, outcome)
 
 
-def _region_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
+def _region_fx(layer: str) -> Callable[[Any, Any, tuple[Any, ...]], bool]:
+    """As `_region_onnx`."""
     from reparamc.fx_fuse import fuse_fx
 
-    found: list[Any] = []
-    if _raises(lambda: found.append(fuse_fx(model, inputs, verify="region"))):
-        return True
-    return found[0].code != wrong.code
+    def sees(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
+        found: list[Any] = []
+        with patch(*SILENT[layer]):
+            return _raises(lambda: found.append(fuse_fx(model, inputs, verify="region"))) or found[0].code != wrong.code
+
+    return sees
 
 
 def _end_to_end_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
@@ -233,7 +247,8 @@ def _end_to_end_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
 
 
 FX_LAYERS: dict[str, Callable[[Any, Any, tuple[Any, ...]], bool]] = {
-    "region": _region_fx,
+    "region": lambda *given: _region_fx("region")(*given),
+    "host": lambda *given: _region_fx("host")(*given),
     "end to end": _end_to_end_fx,
 }
 """As `ONNX_LAYERS`."""
