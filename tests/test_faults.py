@@ -63,8 +63,11 @@ def test_every_layer_sees_what_it_is_for(way: str, verdict: Callable[[Fault, str
     assert set(times) >= set(ONNX_LAYERS if way == "onnx" else FX_LAYERS)
     assert "region" in seen["bias not scaled"]
     assert "region" not in seen["padding: end before begin" if way == "onnx" else "padding of the wrong axes"]
+    assert "host" in seen["stride ignored" if way == "onnx" else "axes of a padding"]
+    assert "host" not in seen["bias not scaled"]
     assert times["region"] >= 35
     assert times["certificate"] >= 80 or way == "fx"
+    assert times["host"] >= 25
     assert times["end to end"] >= 80 if way == "onnx" else 70
 
 
