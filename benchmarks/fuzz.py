@@ -57,7 +57,8 @@ class Tally:
 
 def objections(report: Report) -> list[str]:
     """What verification found in regions that were left because of it."""
-    return [str(failed) for failed in getattr(report, "failed", ())]
+    wrong = [k.reason for k in report.kept if k.name == "certificate"]
+    return [f"{failed.where}: {failed.reason}" for failed in report.failed] + wrong
 
 
 def unsampled(report: Report) -> int:
@@ -86,8 +87,9 @@ def try_one(seed: Sequence[int], way: str, level: str) -> tuple[str, Report | No
         objection = "; ".join(found)
     except VerificationError as error:
         objection = str(error)
-    except Exception:  # whatever a fault raises: it is what is looked for
-        return "crashed", report, traceback.format_exc()
+    except Exception as error:  # whatever a fault raises: it is what is looked for
+        unfit = isinstance(error, InputError) and "on random inputs" in str(error)  # it runs at sizes of its own only
+        return "unusable" if unfit else "crashed", report, traceback.format_exc()
     difference = subject.difference(subject.fuse("off")[0])
     if not objection:
         return ("right" if not difference else "caught"), report, difference
@@ -252,6 +254,9 @@ def work(seed: int, first: int, count: int, way: str, level: str, jobs: int, unt
             tally.counts["regions"] += len(report.rewrites)
             tally.counts["refused"] += len(report.kept)
             tally.counts["undecided"] += unsampled(report)
+            if report.certificate is not None:
+                tally.counts["windows"] += report.certificate.equal + len(report.certificate.undecided)
+                tally.counts["unproven"] += len(report.certificate.undecided)
             tally.passes.update(report.passes)
         if verdict in BAD:
             FOLDER.mkdir(parents=True, exist_ok=True)
@@ -320,7 +325,9 @@ def main() -> int:
     print(f"{graphs} graphs through {'models' if a.models else a.way}, verification {a.verify}, seed {a.seed}")
     print(f"  {c['fused']} fused, {c['regions']} regions replaced, {c['refused']} refusals, {c['unusable']} do not run")
     print(f"  wrong {c['escaped'] + c['caught']} ({c['caught']} caught by verification, {c['escaped']} escaped), "
-          f"{c['crashed']} crashed, {c['false alarm']} false alarms, {c['undecided']} regions undecided")  # fmt: skip
+          f"{c['crashed']} crashed, {c['false alarm']} false alarms, {c['undecided']} regions unsampled")  # fmt: skip
+    if c["windows"]:
+        print(f"  certificate: {c['windows']} windows, {c['unproven']} undecided")
     print(f"  {seconds:.0f} s, {c['seconds']} CPU s, {graphs / max(c['seconds'], 1):.0f} graphs per CPU second")
     print("  applied: " + ", ".join(f"{name} {n}" for name, n in tally.passes.items()))
     for line in tally.failures[:50]:
