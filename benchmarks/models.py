@@ -36,7 +36,8 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(SEED)
     model = _create(name)
     randomize_layer_scales(model, SEED)
-    randomize_batchnorm(model, SEED, torch.randn(8, 3, 96, 96))
+    extent = 224 if "levit" in name else 96  # LeViT knows one size
+    randomize_batchnorm(model, SEED, torch.randn(8, 3, extent, extent))
     return model.eval()
 
 

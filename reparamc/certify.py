@@ -79,6 +79,10 @@ class Side(Protocol):
         """
         ...
 
+    def mixes(self, name: str) -> bool:
+        """Whether the operator of ``name`` applies a kernel or a matrix."""
+        ...
+
     def leaf(self, name: str, known_as: str) -> Value:
         """``name`` as a source that both graphs call ``known_as``; raises Unrepresentable where its rank is unknown."""
         ...
@@ -201,6 +205,31 @@ def _own(which: int, name: str) -> str:
     return f"{('original', 'emitted')[which]} {name}"
 
 
+class _NoJoint(Exception):
+    """What links two kernels of the emitted graph is nothing that links two of the original."""
+
+
+class _Joints:
+    """What one kernel makes and another reads, in the original, with the leaf that stands for it."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[Value, Value]] = []
+        self.found: list[Agreement] = []
+
+    def link(self, value: Value, leaf: Value | None, precision: Precision | None) -> Value:
+        """The leaf for ``value``: a new one of the original, or that of the joint that it equals."""
+        if leaf is not None:
+            self.values.append((value, leaf))
+            return leaf
+        assert precision is not None
+        for known, leaf in self.values:
+            found = agree(known, value, precision)
+            if found.verdict == "equal":
+                self.found.append(found)
+                return leaf
+        raise _NoJoint
+
+
 class _Proof:
     def __init__(self, original: Side, emitted: Side, stands_for: Mapping[str, str]) -> None:
         self.sides = (original, emitted)
@@ -226,6 +255,25 @@ class _Proof:
         return all(self.cuts[1].get(b) == a or self.same_constant(a, b) for a, b in zip(mine, other, strict=True))
 
     def window(self, before: str, after: str, precision: Precision) -> Window:
+        """Compare two tensors: joint by joint if that succeeds, else as functions of cuts alone."""
+        return self._jointed(before, after, precision) or self._whole(before, after, precision)
+
+    def _jointed(self, before: str, after: str, precision: Precision) -> Window | None:
+        """Compare two tensors link by link, without multiplying kernels; None unless there are links, and all agree."""
+        joints, atoms = _Joints(), list[_Atom]()
+        try:
+            mine, m = self._expand(0, before, set(), atoms, None, joints)
+            if not joints.values:
+                return None
+            other, n = self._expand(1, after, set(), atoms, precision, joints)
+            found = [*joints.found, agree(mine, other, precision)]
+        except (Unrepresentable, _NoJoint):
+            return None
+        if any(f.verdict != "equal" for f in found):
+            return None
+        return Window(before, "equal", max(f.units for f in found), sum(f.bound for f in found), "", m, n)
+
+    def _whole(self, before: str, after: str, precision: Precision) -> Window:
         """Compare two tensors as functions of cuts. Where these differ, the latest is expanded, and so on."""
         through: set[str] = set()
         found, sizes = Agreement("undecided", reason="its operands differ"), (0, 0)
@@ -254,39 +302,62 @@ class _Proof:
         return Window(before, found.verdict, found.units, found.bound, found.reason, *sizes)
 
     def _expand(
-        self, which: int, root: str, through: set[str], atoms: list[_Atom], precision: Precision | None
+        self,
+        which: int,
+        root: str,
+        through: set[str],
+        atoms: list[_Atom],
+        precision: Precision | None,
+        joints: _Joints | None = None,
     ) -> tuple[Value, int]:
         """``root`` as a function of cuts, and how many operators that takes.
 
         Operators that are not affine are entered into ``atoms``; those of the emitted graph (``precision`` given) are
-        looked for among those of the original first.
+        looked for among those of the original first. With ``joints``, what one kernel makes and another reads is a
+        leaf, too: those of the original are entered, those of the emitted graph looked for.
+
+        Raises:
+            _NoJoint: a joint of the emitted graph is none of the original.
         """
         side, cuts = self.sides[which], self.cuts[which]
         values: dict[str, Value] = {}
-        stack, count = [root], 0
-        while stack:
-            name = stack[-1]
-            if name in values:
-                stack.pop()
-                continue
+        order: list[str] = []
+        for name in self._reached(which, root, through):
             known_as = cuts.get(name)
-            operands = side.operands(name)
-            if side.kind(name) is None or (known_as is not None and name != root and known_as not in through):
+            if side.kind(name) is not None and (known_as is None or name == root or known_as in through):
+                order.append(name)
+            else:
                 # One shape for both graphs: extents that are unknown may be named otherwise in each.
                 values[name] = (
                     self.sides[0].leaf(known_as, known_as) if known_as else side.leaf(name, _own(which, name))
                 )
-                continue
-            waiting = [o for o in operands if o not in values and side.constant(o) is None]
+        read_by_kernels = {o for name in order if side.mixes(name) for o in side.operands(name)} if joints else set()
+        for name in order:
+            try:
+                value = side.value(name, values.__getitem__)
+            except Unrepresentable:
+                value = self._atom(which, name, values, atoms, precision)
+            if joints and name in read_by_kernels and any(b.weight.shape[1:] != (1, 1) for b in value.blocks):
+                value = joints.link(value, None if precision else side.leaf(name, _own(which, name)), precision)
+            values[name] = value
+        return values[root], len(order)
+
+    def _reached(self, which: int, root: str, through: set[str]) -> list[str]:
+        """The tensors from which ``root`` is computed, back to cuts, operands first."""
+        side, cuts = self.sides[which], self.cuts[which]
+        done: dict[str, None] = {}
+        stack = [root]
+        while stack:
+            name = stack[-1]
+            known_as = cuts.get(name)
+            waiting: list[str] = []
+            if name not in done and (known_as is None or name == root or known_as in through):
+                waiting = [o for o in side.operands(name) if o not in done and side.constant(o) is None]
             if waiting:
                 stack.extend(reversed(waiting))
-                continue
-            count += 1
-            try:
-                values[name] = side.value(name, values.__getitem__)
-            except Unrepresentable:
-                values[name] = self._atom(which, name, values, atoms, precision)
-        return values[root], count
+            else:
+                done[stack.pop()] = None
+        return list(done)
 
     def _atom(
         self, which: int, name: str, values: Mapping[str, Value], atoms: list[_Atom], precision: Precision | None

@@ -34,6 +34,9 @@ RANDOM = {
 }  # fmt: skip
 """Operators whose result is not decided by their operands."""
 
+MIXING = {"AveragePool", "Conv", "ConvTranspose", "Gemm", "MatMul"}
+"""Operators with a kernel or a matrix."""
+
 MISREAD = {"BatchNormalization", "ConvTranspose"}
 """Operators that the reference implementation of ONNX computes otherwise than the standard says, in some versions."""
 
@@ -85,6 +88,7 @@ class _Side:
         overridable = self.inputs if model.ir_version >= 4 else set()
         self.tensors = {t.name: t for t in graph.initializer if t.name not in overridable}
         self.arrays: dict[str, Array] = {}
+        self._kinds: dict[str, Hashable] = {}
         self.constants = self._constants()
         self.known = {*self.inputs, *self.producers, *self.tensors}
         self.order = [name for node in graph.node for name in node.output if name and name not in self.constants]
@@ -166,6 +170,11 @@ class _Side:
     def kind(self, name: str) -> Hashable:
         if name not in self.producers:
             return None
+        if name not in self._kinds:
+            self._kinds[name] = self._kind(name)
+        return self._kinds[name]
+
+    def _kind(self, name: str) -> Hashable:
         node, at = self.producers[name]
         domain = "" if node.domain == "ai.onnx" else node.domain
         attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
@@ -173,6 +182,9 @@ class _Side:
         if node.op_type in RANDOM or _has_body(node):  # only the very same node, by its name, may be the same
             return (domain, node.op_type, attributes, absent, at, len(node.output), tuple(node.output))
         return (domain, node.op_type, attributes, absent, at, len(node.output))
+
+    def mixes(self, name: str) -> bool:
+        return name in self.producers and self.producers[name][0].op_type in MIXING
 
     def leaf(self, name: str, known_as: str) -> Value:
         shape = self.types.shape(name)

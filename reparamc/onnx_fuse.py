@@ -31,7 +31,7 @@ from reparamc.onnx_record import file_origin, inscribe, model_origin
 from reparamc.onnx_runtime import FILE_LIMIT, verify_end_to_end
 from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
 from reparamc.plan import make_plan
-from reparamc.report import Certified, Counts, Refusal, Report, certified, rewritten
+from reparamc.report import Certified, Counts, Failure, Refusal, Report, certified, rewritten
 from reparamc.rewrite import Pass, select
 from reparamc.verify import check_level
 
@@ -90,11 +90,16 @@ def fuse_model(
             result, _ = _copied(model, folding)
             graph = OnnxGraph(result)
             _carry_out(graph, splices)
-    certificate = None
+    certificate, failed = None, [*plan.failed]
     if (splices or folded) and verify != "off":
         certificate, wrong = _certified(model, result, splices, folding)
-        kept += [Refusal(graph.name(s.root), "certificate", wrong[str(s.root)]) for s in splices if s.root in wrong]
         if wrong:
+            undone = [(graph.name(s.root), wrong[str(s.root)], s) for s in splices if s.root in wrong]
+            kept += [Refusal(where, "certificate", why) for where, why, _ in undone]
+            failed += [
+                Failure(where, "certificate", None, 0.0, (*s.counts,), s.before, s.after, why)
+                for where, why, s in undone
+            ]
             splices = [s for s in splices if s.root not in wrong]
             result = _redone(model, splices, folding)
     counts = sum((s.counts for s in splices), Counter({"constant-folding": folded}))
@@ -104,7 +109,7 @@ def fuse_model(
         passes={p.name: counts[p.name] for p in selected},
         rewrites=[rewritten(graph, s) for s in splices],
         kept=kept,
-        failed=plan.failed,
+        failed=failed,
         host=plan.host,
         seconds={"reading": clock[1] - clock[0], "rewriting": clock[2] - clock[1]},
         objective=objective,

@@ -75,7 +75,8 @@ class Failure:
     Attributes:
         where: the operator that the region ends in.
         check: "rewrite" where the two forms differ on samples; "reading" where the framework's own operators give
-            something else than what reparamc takes the region for.
+            something else than what reparamc takes the region for; "certificate" where what was emitted is proven
+            to differ, which ``detail`` describes.
         error: of the worst element, relative to the terms it is the sum of; None where shapes or NaN patterns differ.
         passes: what was applied to it.
         before, after: both forms as text.
@@ -88,10 +89,13 @@ class Failure:
     passes: tuple[str, ...]
     before: str
     after: str
+    detail: str = ""
 
     @property
     def reason(self) -> str:
         """What is wrong, in words."""
+        if self.check == "certificate":
+            return f"it is proven to differ from the original: {self.detail}"
         size = "in kind" if self.error is None else f"by {self.error:.2g} (relative, in float64)"
         if self.check == "reading":
             return f"the framework's own operators differ {size} from what they are read as"
@@ -129,7 +133,8 @@ class Certified:
     Attributes:
         equal: how many windows are proven.
         undecided: those that are not, each with the reason. They were checked on samples only.
-        rolled_back: rewrites that were undone because they were found to be wrong; they are among `Report.kept`.
+        rolled_back: rewrites that were undone because they were found to be wrong; they are among `Report.kept` and
+            `Report.failed`.
         units: the largest error of a coefficient, in units of what the rounding of parameters explains.
         bound: how far a window can be off, relative to the sum of the magnitudes of the products it is added up from.
         seconds: wall time of the proof.
