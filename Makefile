@@ -2,12 +2,13 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 
 .PHONY: help setup demo test lint format check bench clean
 
 help:
 	@echo "make demo    export FastViT-T8 in training form and fuse it: build/fastvit_t8*.onnx"
-	@echo "make test    run all tests, examples included"
+	@echo "make test    run all tests, examples included, in JOBS=2 processes"
 	@echo "make lint    ruff, ruff format --check, pyright"
 	@echo "make check   lint, then test"
 	@echo "make format  let ruff put the code in order"
@@ -31,7 +32,7 @@ demo: setup
 	$(BIN)/reparamc fuse build/fastvit_t8.onnx -o build/fastvit_t8.fused.onnx
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check
