@@ -2,8 +2,8 @@
 
     python benchmarks/certify.py [MODEL ...]
 
-CPU seconds are the least of three: of the proof, and of one image in ONNX Runtime without its optimizations, 2 threads, of
-the unfused model. `bound` is how far a window can be off because parameters were rounded, relative to the
+CPU seconds are the least of three: of the proof, and of one image in ONNX Runtime without its optimizations, 2
+threads, of the unfused model. `bound` is how far a window can be off because parameters were rounded, relative to the
 magnitudes of the products that it is the sum of.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from time import process_time
 
 import onnx
+import onnxruntime as ort
 from models import ALL, names, onnx_file
 
 from reparamc.onnx_certify import certify_onnx
@@ -47,9 +48,7 @@ def main() -> None:
                 print(f"    {w.verdict}: {w.where}: {w.reason}")
 
 
-def unoptimized(model: onnx.ModelProto):  # noqa: ANN201
-    import onnxruntime as ort
-
+def unoptimized(model: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 2
