@@ -1,16 +1,24 @@
 """The readable form of expressions, for reports and golden cases, and its parser.
 
-One node a line, operands first, the last line is the result::
+One node a line, operands first, the last line is the result. All that can be said::
 
-    %x = source c=64 f=2
-    %0 = conv %x 64->64 k=3x3 s=1 p=1 g=64
-    %1 = batchnorm %x c=64 f=2
-    %2 = sum %0, %1
+    %x = source c=8 f=2                                     # c channels, along the axis of frame f; see `reparamc.expr`
+    %y = source c=6 f=2 shape=[N,6,H,2*W]                   # extents are numbers, symbols, and products of these
+    %0 = conv %x 8->6 k=3x3 s=2 p=0:1 g=2 bias              # kernel, stride, padding before and after, groups
+    %1 = conv %x 8->6 k=3x3 s=1,2 d=2 p=0:1,1 transposed    # a comma between axes that differ; d: dilation
+    %2 = conv %y 6->4                                       # no kernel: a linear layer
+    %3 = batchnorm %x c=8 f=2
+    %4 = scale %x c=8 f=2 shift                             # a factor for each channel, and with "shift" a summand
+    %5 = scale=-1 %x                                        # one factor for all
+    %6 = sum %3, %4
+    %7 = concat %x, %y c=8,6 f=2                            # the channels of both
+    %8 = select %x 0:4,7 of 8 f=2                           # channels 0 to 3 and 7 of eight
+    %9 = permute %y axes=0,2,3,1 f=2->0                     # the frame in front, and behind
+    %10 = reshape %y [N,6,H,2*W]->[N,6,2*H*W] f=2->1
+    %11 = mean %y axes=2,3 of 4 f=2->2 keep                 # over two of four axes, which stay with extent 1
 
-``k`` kernel, ``s`` stride, ``d`` dilation, ``p`` padding (``p=0:1`` before and after; one number for
-all axes when they agree), ``g`` groups, ``transposed``, ``bias``; ``select %x 0:4,7 of 8 f=2`` are channels
-0 to 3 and 7 of eight, ``concat %x, %y c=4,6 f=2`` all of both. Weights are not part of the text: the parser draws
-them from a seed, so a text states structure and its reader checks numbers.
+Weights are not part of the text: the parser draws them from a seed, so a text states structure and its reader checks
+numbers.
 """
 
 from __future__ import annotations
@@ -167,13 +175,7 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
         case "conv":
             return _read_conv(x, rest, options, rng)
         case "scale":
-            shift = (
-                draw(count)
-                if rest.endswith(" shift") and count
-                else draw()
-                if rest.endswith(" shift")
-                else np.zeros(())
-            )
+            shift = draw(*[count] * bool(count)) if rest.endswith(" shift") else np.zeros(())
             scale = np.array(float(number)) if number else draw(count)
             return Scale(x, scale, shift, None if frame is None else int(frame))
         case "batchnorm":

@@ -202,6 +202,7 @@ def to_onnx(root: Expr, extents: Sequence[int] | None = None) -> ModelProto:
     for s, shape in source_shapes(root, extents or EXTENTS[0]).items():
         symbols = [str(d) if d.known is None else d.factor for d in s.shape] if s.shape else ["N", shape[1], *"HWD"]
         declared[str(s.key)] = list(shape) if extents else symbols[: len(shape)]
+    assert "y" not in declared, "no source may be called y: that is the output"
     graph = helper.make_graph(
         builder.nodes, "expression", value_infos(declared), [helper.make_empty_tensor_value_info("y")], builder.tensors
     )

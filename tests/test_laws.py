@@ -5,6 +5,7 @@ Examples are drawn from a fixed seed and limited in number, so that a run is rep
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count, permutations
@@ -38,6 +39,7 @@ from reparamc.expr import (
 )
 from reparamc.rewrite import Pass, simplify
 from reparamc.shape import shape_of
+from reparamc.text import __doc__ as language
 from reparamc.text import parse, show
 from reparamc.verify import REGION_TOLERANCE, compare_expressions
 from reparamc_passes import PASSES
@@ -373,6 +375,14 @@ def test_a_source_of_any_name_can_be_read_back(key: str) -> None:
     assert again.terms[0].x is again.terms[1]
     assert isinstance(again.terms[1], Source)
     assert show(again) == show(e)
+
+
+def test_the_language_is_what_its_page_says() -> None:
+    page = re.findall(r"^    (%.*?) *(?:#.*)?$", language or "", re.MULTILINE)
+    assert len(page) >= 14
+    for end, line in enumerate(page, 1):
+        described = show(parse("\n".join(page[:end]))).splitlines()[-1]
+        assert re.sub(r"%\w+", "%", described) == re.sub(r"%\w+", "%", line)
 
 
 def test_layouts_can_be_read_back() -> None:
