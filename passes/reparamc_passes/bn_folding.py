@@ -16,10 +16,12 @@ from reparamc_passes.absorb import into_consumer, into_producer
 
 
 def behind(e: Expr) -> Expr | Declined | None:
+    """bn(W*x + b) = (gW)*x + (gb + h)."""
     return into_producer(e) if isinstance(e, BatchNorm) else None
 
 
 def in_front(e: Expr) -> Expr | Declined | None:
+    """W*bn(x) + b = (W g)*x + (b + sum of W h)."""
     return into_consumer(e, BatchNorm) if isinstance(e, Conv) else None
 
 

@@ -24,6 +24,7 @@ from reparamc.rewrite import Declined, Pass
 
 
 def parallel_convs(e: Expr) -> Expr | Declined | None:
+    """W1*x + b1 + W2*x + b2 = (W1 + W2)*x + (b1 + b2), for all branches of a sum at once."""
     if not isinstance(e, Sum):
         return None
     branches: dict[Expr, dict[Hashable, list[int]]] = {}  # input -> grid -> places in the sum

@@ -26,6 +26,7 @@ from reparamc.rewrite import Declined, Pass
 
 
 def stacked(e: Expr) -> Expr | Declined | None:
+    """concat(W*x, W'*x) = (W above W')*x, for neighbouring terms of one input and grid."""
     if not isinstance(e, Concat):
         return None
     terms: list[Expr] = []
@@ -82,6 +83,7 @@ def flattened(e: Expr) -> Expr | None:
 
 
 def selected(e: Expr) -> Expr | None:
+    """(W*x)[i] = W[i]*x: a selection goes into what computes the channels it selects."""
     if not isinstance(e, Select):
         return None
     match e.x:

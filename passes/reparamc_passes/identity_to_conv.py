@@ -18,6 +18,7 @@ from reparamc.rewrite import Declined, Pass
 
 
 def beside_conv(e: Expr) -> Expr | Declined | None:
+    """s x + t + W*x = K*x + t + W*x, K with the tap s at offset 0."""
     if not isinstance(e, Sum):
         return None
     convs: dict[Expr, list[Conv]] = {}

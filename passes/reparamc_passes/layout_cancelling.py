@@ -15,6 +15,7 @@ from reparamc.rewrite import Pass
 
 
 def inverse_pair(e: Expr) -> Expr | None:
+    """P'(P(x)) = x."""
     match e:
         case Layout(op=Permute(axes=outer), x=Layout(op=Permute(axes=inner), x=x)):
             return x if all(inner[axis] == i for i, axis in enumerate(outer)) else None

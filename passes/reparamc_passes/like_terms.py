@@ -21,6 +21,7 @@ from reparamc.rewrite import Declined, Pass
 
 
 def collected(e: Expr) -> Expr | Declined | None:
+    """(s x + t) + (s'x + t') = (s + s')x + (t + t')."""
     if not isinstance(e, Sum):
         return None
     times = Counter(_base(t) for t in e.terms)
@@ -49,6 +50,7 @@ def _base(e: Expr) -> Expr:
 
 
 def dropped(e: Expr) -> Expr | None:
+    """A branch of zeros is left out where another term has its extents for certain."""
     if not isinstance(e, Sum):
         return None
     for place, term in enumerate(e.terms):

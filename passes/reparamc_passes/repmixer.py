@@ -22,6 +22,7 @@ SMALL = 64
 
 
 def skip_elimination(e: Expr) -> Expr | None:
+    """x + s(mixer(x) - norm(x)) + t = K*x + b."""
     if not isinstance(e, Sum) or len(e.terms) > SMALL:
         return None
     for x in e.terms:  # the skip connection

@@ -18,10 +18,12 @@ from reparamc_passes.absorb import into_consumer, into_producer
 
 
 def behind(e: Expr) -> Expr | Declined | None:
+    """s(W*x + b) + t = (sW)*x + (sb + t)."""
     return into_producer(e) if isinstance(e, Scale) else None
 
 
 def in_front(e: Expr) -> Expr | Declined | None:
+    """W*(s x + t) + b = (W s)*x + (b + sum of W t)."""
     return into_consumer(e, Scale) if isinstance(e, Conv) else None
 
 

@@ -27,6 +27,7 @@ LONGEST = 8
 
 
 def in_a_row(e: Expr) -> Expr | Declined | None:
+    """W'*(W*x + b) + b' = (W'W)*x + (W'b + b'), where that alone is cheaper."""
     if not isinstance(e, Conv) or not isinstance(e.x, Conv):
         return None
     if reason := cannot_compose(e, e.x):
@@ -46,6 +47,7 @@ def in_a_row(e: Expr) -> Expr | Declined | None:
 
 
 def in_a_sum(e: Expr) -> Expr | None:
+    """The same inside a sum, where only merging the result with another branch pays."""
     if not isinstance(e, Sum) or not any(isinstance(t, Conv) and isinstance(t.x, Conv) for t in e.terms):
         return None
     ways: dict[Hashable, list[tuple[int, list[Conv], Conv]]] = {}  # (input, grid) -> place, row, composed shape
