@@ -21,19 +21,20 @@ class VerificationError(ReparamcError, RuntimeError):
 
     Attributes:
         where: name of the offending region or output.
+        before, after: what the region was and what was made of it, as text; empty where no region is known to be wrong.
     """
 
-    def __init__(self, message: str, *, where: str) -> None:
+    def __init__(self, message: str, *, where: str, before: str = "", after: str = "") -> None:
         super().__init__(message)
-        self.where = where
+        self.where, self.before, self.after = where, before, after
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _verification_error, (str(self), self.where)
+        return _verification_error, (str(self), self.where, self.before, self.after)
 
 
 class RewriteLimitError(ReparamcError, RuntimeError):
     """A set of rules does not terminate: a fault in a rewrite, not in the model."""
 
 
-def _verification_error(message: str, where: str) -> VerificationError:
-    return VerificationError(message, where=where)
+def _verification_error(message: str, where: str, before: str, after: str) -> VerificationError:
+    return VerificationError(message, where=where, before=before, after=after)

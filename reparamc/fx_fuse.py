@@ -8,10 +8,10 @@ import inspect
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,15 +20,17 @@ from torch.utils import _pytree as pytree
 
 from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError, VerificationError
+from reparamc.evaluate import frames
 from reparamc.fx_calls import operation
 from reparamc.fx_export import can_be_exported, exported, holds_linear
 from reparamc.fx_graph import FxGraph
+from reparamc.fx_regions import by_position, run_alone
 from reparamc.fx_values import IN_PLACE_DUNDERS
 from reparamc.plan import make_plan
 from reparamc.record import records_of
 from reparamc.report import Counts, Origin, OutputError, Refusal, Report, rewritten
 from reparamc.rewrite import Pass, select
-from reparamc.verify import check_level, compare_outputs
+from reparamc.verify import Alone, Region, check_level, compare_outputs
 
 
 def fuse_fx(
@@ -141,7 +143,27 @@ def _fuse(
             report.note = "not run end to end: no example_inputs"
         else:
             call = given if note else (args, kwargs)
-            report.end_to_end = verify_end_to_end(model, fused, *call, expected=expected)
+            regions = [
+                Region(
+                    cast(fx.Node, s.root).name,
+                    tuple(cast(fx.Node, v).name for v in s.operands),
+                    graph.name(s.root),
+                    s.before,
+                    s.after,
+                    frames(s.expr)[s.expr],
+                )
+                for s in plan.splices
+            ]
+            places = {cast(fx.Node, s.root).name: graph.current(s.root).name for s in plan.splices}
+
+            def alone() -> Alone | None:
+                original = _followed(model, given)[0]
+                positional = by_position(original, *call)
+                if positional is None:
+                    return None
+                return run_alone(original, fused, regions, places, positional, _named, _nudged)
+
+            report.end_to_end = verify_end_to_end(model, fused, *call, expected, regions, alone)
             report.seconds["verification"] = perf_counter() - done
     fused.meta["reparamc"] = report
     return fused
@@ -402,17 +424,21 @@ def verify_end_to_end(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     expected: dict[str, np.ndarray] | None = None,
+    regions: Sequence[Region] = (),
+    alone: Callable[[], Alone | None] = lambda: None,
 ) -> list[OutputError]:
     """Run both modules on the example inputs, in their own dtype, and compare every output tensor.
 
     The tolerance comes from the original's response to a perturbation of its inputs at rounding level.
-    ``expected`` is the result of the original, where it is known already.
+    ``expected`` is the result of the original, where it is known already. Where that says too little, or an
+    output differs by more, ``regions`` (what was rewritten) are compared one by one; see `compare_outputs`.
 
     Raises:
-        VerificationError: the fused model does not run, or an output differs by more than rounding explains.
+        VerificationError: the fused model does not run, or an output differs by more than rounding explains; names
+            the region that is wrong, or else the output.
     """
     expected = _run(original, args, kwargs) if expected is None else expected
-    noises = [_run(original, *_perturbed(args, kwargs, seed)) for seed in range(3)]
+    noises = [_run(original, *_nudged((args, kwargs), seed)) for seed in range(3)]
     try:
         actual = _run(fused, args, kwargs)
     except Exception as error:  # whatever a wrong graph raises
@@ -430,7 +456,7 @@ def verify_end_to_end(
             f"{allowed:.1g} is what rounding explains. Report this as a bug, with the model"
         )
 
-    return compare_outputs(expected, actual, noises, lambda _: epsilon, message)
+    return compare_outputs(expected, actual, noises, lambda _: epsilon, message, regions, alone)
 
 
 def model_tensors(model: nn.Module) -> list[Tensor]:
@@ -448,7 +474,11 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     devices = {t.device.index or 0 for t in model_tensors(model) if t.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(0)
-        result = model(*args, **kwargs)
+        return _named(model(*args, **kwargs))
+
+
+def _named(result: Any) -> dict[str, np.ndarray]:
+    """Every tensor in ``result`` by its place."""
     leaves, _ = pytree.tree_flatten_with_path(result)
     return {f"output{pytree.keystr(path)}": _array(leaf) for path, leaf in leaves if isinstance(leaf, Tensor)}
 
@@ -459,7 +489,8 @@ def _array(leaf: Tensor) -> np.ndarray:
     return (leaf.double() if leaf.is_floating_point() else leaf).cpu().numpy()
 
 
-def _perturbed(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
+def _nudged(given: Any, seed: int) -> Any:
+    """``given`` with every floating tensor in it changed at rounding level."""
     generator = torch.Generator().manual_seed(seed)
 
     def nudge(t: Tensor) -> Tensor:
@@ -469,7 +500,7 @@ def _perturbed(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
         signs = signs.double()
         return (t.double() * (1 + signs * torch.finfo(t.dtype).eps)).to(t.dtype)
 
-    return pytree.tree_map_only(Tensor, nudge, (args, kwargs))
+    return pytree.tree_map_only(Tensor, nudge, given)
 
 
 def count(module: fx.GraphModule) -> Counts:

@@ -108,6 +108,11 @@ class Splice:
         error: largest difference between region and replacement in float64, relative (None: unchecked).
     """
 
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """The values that the region reads."""
+        return tuple(v for e, v in self.native.items() if isinstance(e, Source))
+
     root: Value
     members: tuple[Value, ...]
     expr: Expr

@@ -21,6 +21,7 @@ from onnx import ModelProto, TensorProto
 from reparamc.certify import Certificate, roll_back
 from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError
+from reparamc.evaluate import frames
 from reparamc.graph import Splice
 from reparamc.onnx_certify import certify_onnx
 from reparamc.onnx_constants import fold_constants
@@ -33,7 +34,7 @@ from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
 from reparamc.plan import make_plan
 from reparamc.report import Certified, Counts, Failure, Refusal, Report, certified, rewritten
 from reparamc.rewrite import Pass, select
-from reparamc.verify import check_level
+from reparamc.verify import Region, check_level
 
 OLDEST_OPSET = 7
 """Before it, broadcasting and BatchNormalization meant something else."""
@@ -119,7 +120,7 @@ def fuse_model(
     if report.changed:
         check(result)
         if verify == "full":
-            report.end_to_end = verify_end_to_end(model, result)
+            report.end_to_end = verify_end_to_end(model, result, regions_of(graph, splices))
             report.seconds["verification"] = perf_counter() - clock[2]
         if only_if_faster:
             start = perf_counter()
@@ -161,6 +162,21 @@ def _certified(
     start = perf_counter()
     found, wrong = roll_back(certify_onnx(model, result), {str(s.root) for s in splices}, redo)
     return certified(found, len(wrong), perf_counter() - start), wrong
+
+
+def regions_of(graph: OnnxGraph, splices: Iterable[Splice]) -> list[Region]:
+    """What was rewritten, for the comparison of whole models."""
+    return [
+        Region(
+            str(s.root),
+            tuple(map(str, s.operands)),
+            graph.name(s.root),
+            s.before,
+            s.after,
+            frames(s.expr)[s.expr],
+        )
+        for s in splices
+    ]
 
 
 def _harm(model: ModelProto, result: ModelProto, splices: Sequence[Splice], folding: bool) -> dict[str, str]:

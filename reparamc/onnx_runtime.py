@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from onnx import ModelProto, TensorProto, helper
 from reparamc.errors import InputError, VerificationError
 from reparamc.onnx_values import FLOATS
 from reparamc.report import OutputError
-from reparamc.verify import compare_outputs
+from reparamc.verify import Alone, Region, compare_outputs
 
 FILE_LIMIT = 2**31 - 2**20
 """A serialised model beyond this many bytes keeps its weights in a file beside it."""
@@ -23,28 +24,42 @@ GUESSES = (32, 64, 224, 256, 128, 16, 8)
 """Extents tried for the unknown axes of an input, behind the first."""
 
 
-def verify_end_to_end(original: ModelProto, result: ModelProto, seed: int = 0) -> list[OutputError]:
+def verify_end_to_end(
+    original: ModelProto, result: ModelProto, regions: Sequence[Region] = (), seed: int = 0
+) -> list[OutputError]:
     """Run both models in their deployed dtypes, without runtime optimizations, and compare every output.
 
     Where extents are open, two neighbouring ones are tried, of which one is odd; where inputs have defaults, also
     other values. The tolerance of each output comes from the model's own noise: its response to a perturbation of
-    the input at rounding level.
+    the input at rounding level. Where that says too little, or an output differs by more, ``regions`` (what was
+    rewritten) are compared one by one; see `compare_outputs`.
 
     Returns:
-        One entry per output, for the inputs that came closest to what is allowed.
+        One entry per output, and per region where they were compared, for the inputs that came closest to what is
+        allowed.
 
     Raises:
-        VerificationError: an output differs by more than that, or the result does not run; names it.
+        VerificationError: an output differs by more than that, or the result does not run; names the region that is
+            wrong, or else the output.
         InputError: ONNX Runtime cannot run the original.
     """
-    worst: dict[str, OutputError] = {}
+    worst: dict[tuple[str, bool], OutputError] = {}
     with session(original, "the model") as run_original, session(result, "the rewritten model") as run_result:
         for inputs, expected in _trials(original, run_original, seed):
-            for error in _compared(run_original, run_result, inputs, expected, seed):
-                before = worst.setdefault(error.output, error)
-                if error.max_rel * before.tolerance > before.max_rel * error.tolerance:
-                    worst[error.output] = error
+            alone = partial(_alone, original, result, regions, inputs, seed)
+            for error in _compared(run_original, run_result, inputs, expected, seed, regions, alone):
+                before = worst.setdefault((error.output, error.alone), error)
+                if error.closeness > before.closeness:
+                    worst[error.output, error.alone] = error
     return list(worst.values())
+
+
+def _alone(
+    original: ModelProto, result: ModelProto, regions: Sequence[Region], inputs: dict[str, np.ndarray], seed: int
+) -> Alone | None:
+    from reparamc.onnx_regions import run_alone
+
+    return run_alone(original, result, regions, inputs, seed)
 
 
 def _trials(model: ModelProto, run: Run, seed: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
@@ -74,7 +89,13 @@ def _other_defaults(model: ModelProto, seed: int) -> dict[str, np.ndarray]:
 
 
 def _compared(
-    run_original: Run, run_result: Run, inputs: dict[str, np.ndarray], expected: dict[str, np.ndarray], seed: int
+    run_original: Run,
+    run_result: Run,
+    inputs: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    seed: int,
+    regions: Sequence[Region],
+    alone: Callable[[], Alone | None],
 ) -> list[OutputError]:
     noises = [run_original(perturbed(inputs, seed + n)) for n in range(3)]
     try:
@@ -92,7 +113,8 @@ def _compared(
             f"{allowed:.1g} is what rounding explains; nothing was written. Report this as a bug, with the model"
         )
 
-    return compare_outputs(expected, actual, noises, lambda output: epsilon(output, inputs), message)
+    judge = lambda output: epsilon(output, inputs)  # noqa: E731
+    return compare_outputs(expected, actual, noises, judge, message, regions, alone)
 
 
 class Run:

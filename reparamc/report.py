@@ -80,6 +80,7 @@ class Failure:
         error: of the worst element, relative to the terms it is the sum of; None where shapes or NaN patterns differ.
         passes: what was applied to it.
         before, after: both forms as text.
+        detail: what the certificate says.
     """
 
     where: str
@@ -118,12 +119,24 @@ class HostCheck:
 
 @dataclass(frozen=True)
 class OutputError:
-    """End-to-end difference of one output, relative to its largest magnitude, and the tolerance it was held to."""
+    """End-to-end difference of one output, relative to its largest magnitude, and the tolerance it was held to.
+
+    Attributes:
+        tolerance: None where rounding alone makes another output of it, so that its regions were judged instead.
+        alone: this is no output but a region, named by where it ends, that was fed with the original's own values.
+            Figures are those of its worst channel.
+    """
 
     output: str
     max_abs: float
     max_rel: float
-    tolerance: float
+    tolerance: float | None
+    alone: bool = False
+
+    @property
+    def closeness(self) -> float:
+        """The error in parts of what is allowed; 0 where nothing is."""
+        return self.max_rel / self.tolerance if self.tolerance else 0.0
 
 
 @dataclass(frozen=True)
@@ -270,6 +283,7 @@ class Report:
                     "allowed": _short(e.tolerance),
                 }
                 for e in self.end_to_end
+                if not e.alone
             ],
             "certificate": None
             if (c := self.certificate) is None
@@ -318,8 +332,16 @@ class Report:
             undone = f", {c.rolled_back} rolled back" if c.rolled_back else ""
             windows = f"{c.equal} windows equal for every input size, {len(c.undecided)} undecided{undone}"
             lines.append(f"certificate  {windows}, {c.seconds:.2f} s")
-        for e in self.end_to_end:
-            lines.append(f"output     {e.output}: largest error {e.max_rel:.1e} relative, {e.tolerance:.1e} allowed")
+        for e in (e for e in self.end_to_end if not e.alone):
+            allowed = "which rounding alone explains" if e.tolerance is None else f"{e.tolerance:.1e} allowed"
+            lines.append(f"output     {e.output}: largest error {e.max_rel:.1e} relative, {allowed}")
+        alone = [e for e in self.end_to_end if e.alone and e.tolerance]
+        if alone:
+            e = max(alone, key=lambda e: e.closeness)
+            lines.append(
+                f"one by one {len(alone)} regions fed with the original's values: error {e.max_rel:.1e} relative to a "
+                f"channel, {e.tolerance:.1e} allowed, at {e.output}"
+            )
         if (t := self.latency) is not None:
             figures = f"{1000 * t.original:.2f} ms before, {1000 * t.result:.2f} ms after"
             lines.append(f"latency    {figures}, ratio {t.ratio:.3f} ({t.low:.3f} to {t.high:.3f}, {t.turns} turns)")

@@ -383,12 +383,12 @@ def test_a_wrong_rewrite_that_regions_miss_is_caught_end_to_end(
     outcome = run("fuse", model, model.with_name(OUT))
     assert (outcome.code, outcome.out) == (1, "")
     (line,) = outcome.err.splitlines()
-    assert line.startswith("reparamc: output 'y'")
+    assert line.startswith("reparamc: region 'norm' of the rewritten model")
     assert contents(model.parent) == before
 
 
 def test_any_verification_error_has_its_own_exit_code(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def differs(original: ModelProto, result: ModelProto) -> None:
+    def differs(original: ModelProto, result: ModelProto, regions: object) -> None:
         raise VerificationError("output 'y' differs", where="y")
 
     monkeypatch.setattr(onnx_fuse, "verify_end_to_end", differs)

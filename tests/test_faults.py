@@ -82,7 +82,7 @@ def test_a_fault_that_changes_nothing_is_told() -> None:
 
 
 def test_a_fault_that_nobody_sees_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reparamc.onnx_fuse.verify_end_to_end", lambda original, result: [])
+    monkeypatch.setattr("reparamc.onnx_fuse.verify_end_to_end", lambda original, result, regions: [])
     monkeypatch.setattr("reparamc.host.Host.error", lambda *_: None)
     monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
     monkeypatch.setattr("planting.ONNX_LAYERS", {})

@@ -282,10 +282,13 @@ def test_a_wrong_splice_is_caught_end_to_end(factor: float, monkeypatch: pytest.
     assert [k.name for k in report.kept] == ["certificate"]
     assert report.certificate is not None
     assert report.certificate.rolled_back == 1
+    assert [f.check for f in report.failed] == ["certificate"]
     monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
-    with pytest.raises(VerificationError, match="output 'y'") as caught:
+    with pytest.raises(VerificationError, match="region 'y' of the rewritten model") as caught:
         fuse_model(conv_bn())
     assert caught.value.where == "y"
+    assert "batchnorm" in caught.value.before.lower()
+    assert caught.value.after
     fuse_model(conv_bn(), verify="region")  # which cannot see it
 
 

@@ -1,0 +1,174 @@
+"""Whole models in their deployed dtype: which region is wrong, and what cannot be told from the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from expression_models import operators
+from onnx import ModelProto, NodeProto
+from onnx_models import batchnorm, model, node, norm, rand
+
+from reparamc.certify import Certificate
+from reparamc.errors import VerificationError
+from reparamc.onnx_fuse import fuse_model
+from reparamc.onnx_graph import OnnxGraph
+from reparamc.onnx_regions import run_alone
+from reparamc.onnx_runtime import random_inputs, verify_end_to_end
+from reparamc.verify import Region
+
+PAD = {"pads": [1, 1, 1, 1]}
+BLOCKS = 4
+
+
+def chain(steepness: float, last: tuple[NodeProto, ...] = (), outputs: str = "y") -> ModelProto:
+    """Convolutions and BatchNorms between sines; steep ones make another result of each rounding."""
+    nodes: list[NodeProto] = []
+    weights: dict[str, np.ndarray] = {"s": np.float32(steepness)[None]}
+    x = "x"
+    for i in range(BLOCKS):
+        nodes += [node("Conv", f"{x} w{i}", f"c{i}", **PAD), batchnorm(f"c{i}", f"n{i}", f"b{i}", name=f"norm{i}")]
+        nodes += [node("Tanh", f"b{i}", f"t{i}"), node("Mul", f"t{i} s", f"m{i}"), node("Sin", f"m{i}", f"r{i}")]
+        weights |= {f"w{i}": rand(6, 6, 3, 3, seed=i), **norm(f"n{i}", 6)}
+        x = f"r{i}"
+    return model([*nodes, *(last or (node("Identity", x, "y"),))], weights, (1, 6, 8, 8), outputs=outputs)
+
+
+def faulty(monkeypatch: pytest.MonkeyPatch, block: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Let the bias emitted for one block be another one."""
+    add = OnnxGraph.add_initializer
+
+    def wrong(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+        return add(self, wanted, change(array) if wanted == f"b{block}.bias" else array, dtype)
+
+    monkeypatch.setattr(OnnxGraph, "add_initializer", wrong)
+
+
+def one_channel(a: np.ndarray) -> np.ndarray:
+    return a + np.where(np.arange(a.size) == 2, 1e-2, 0)
+
+
+@pytest.fixture(autouse=True)
+def no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof would find what is planted here first, and undo it."""
+    monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
+
+
+CALM, CHAOTIC = 1.0, 3e3
+
+
+def test_a_chaotic_model_is_judged_by_its_regions() -> None:
+    fused, report = fuse_model(chain(CHAOTIC))
+    assert operators(fused)["BatchNormalization"] == 0
+    (output,) = [e for e in report.end_to_end if not e.alone]
+    assert output.tolerance is None
+    assert output.max_rel > 0.5  # as unlike as any two results
+    alone = [e for e in report.end_to_end if e.alone]
+    assert [e.output for e in alone][:BLOCKS] == [f"norm{i}" for i in range(BLOCKS)]
+    assert all(e.tolerance is not None and e.max_rel <= e.tolerance < 1e-3 for e in alone)
+    assert "which rounding alone explains" in report.table()
+    assert "regions fed with the original's values" in report.table()
+
+
+def test_a_calm_model_is_judged_by_its_outputs() -> None:
+    _, report = fuse_model(chain(CALM))
+    (output,) = report.end_to_end
+    assert output.tolerance is not None
+    assert output.max_rel <= output.tolerance < 1e-2
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize("steepness", [CALM, CHAOTIC])
+def test_the_region_that_is_wrong_is_named(steepness: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty(monkeypatch, block, one_channel)
+    with pytest.raises(VerificationError, match=rf"region 'norm{block}' of the rewritten model") as raised:
+        fuse_model(chain(steepness))
+    error = raised.value
+    assert error.where == f"norm{block}"
+    assert "\n" not in str(error)
+    assert error.before != error.after
+    assert "conv" in error.after.lower()
+
+
+def test_values_that_are_no_numbers_are_found_in_a_chaotic_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty(monkeypatch, 1, lambda a: a * np.nan)
+    with pytest.raises(VerificationError, match="region 'norm1'"):
+        fuse_model(chain(CHAOTIC))
+
+
+def test_without_regions_a_chaotic_model_is_held_to_the_ceiling() -> None:
+    """So it is the comparison of regions that lets it pass."""
+    made = chain(CHAOTIC)
+    fused, _ = fuse_model(made, verify="region")
+    with pytest.raises(VerificationError, match="output 'y'"):
+        verify_end_to_end(made, fused)
+
+
+def near_tie(weight: np.ndarray) -> ModelProto:
+    """The place of the larger of two channels that are equal but for rounding."""
+    weight = np.concatenate([weight, weight])
+    nodes = [node("Conv", "x w", "c"), batchnorm("c", "n", "b", name="norm"), node("Tanh", "b", "t")]
+    nodes += [node("ArgMax", "t", "y", axis=1, keepdims=0)]
+    parameters = {"w": weight, **{k: np.concatenate([v[:1], v[:1]]) for k, v in norm("n", 6).items()}}
+    return model(nodes, parameters, (1, 6, 8, 8))
+
+
+def test_the_place_of_a_maximum_may_flip_between_equals(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = near_tie(rand(1, 6, 1, 1))
+    faulty_bias = lambda a: a * np.array([1, 1 + 1e-7])  # noqa: E731  what rounding may do
+    add = OnnxGraph.add_initializer
+    monkeypatch.setattr(
+        OnnxGraph,
+        "add_initializer",
+        lambda self, wanted, array, dtype: add(self, wanted, faulty_bias(array) if "bias" in wanted else array, dtype),
+    )
+    _, report = fuse_model(made)
+    output, region = report.end_to_end
+    assert output.max_rel > 0.05  # another place for many positions
+    assert region.alone
+
+
+def test_another_place_for_no_reason_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = near_tie(rand(1, 6, 1, 1))
+    add = OnnxGraph.add_initializer
+    monkeypatch.setattr(
+        OnnxGraph,
+        "add_initializer",
+        lambda self, wanted, array, dtype: (
+            add(self, wanted, array + 0.01 * ("bias" in wanted) * np.arange(2), dtype)
+            if "bias" in wanted
+            else add(self, wanted, array, dtype)
+        ),
+    )
+    with pytest.raises(VerificationError, match="region 'norm'"):
+        fuse_model(made)
+
+
+def test_both_models_are_cut_where_regions_end() -> None:
+    """Also where a root is an output, or is read by the body of a branch."""
+    made = chain(CALM, (node("Identity", "r3", "y"),), outputs="y b1")
+    fused, _ = fuse_model(made, verify="off")
+    inputs = random_inputs(made)
+    regions = [Region(f"b{i}", (f"r{i - 1}" if i else "x",), f"norm{i}", "", "", 2) for i in range(BLOCKS)]
+    seen = run_alone(made, fused, regions, inputs)
+    assert seen is not None
+    for name in ("y", *(f"b{i}" for i in range(BLOCKS))):
+        assert seen.expected[name].shape == seen.actual[name].shape
+        np.testing.assert_allclose(seen.actual[name], seen.expected[name], rtol=1e-4, atol=1e-5)
+    wrong = ModelProto()
+    wrong.CopyFrom(fused)
+    (weight,) = [t for t in wrong.graph.initializer if t.name == "b1.bias"]
+    weight.raw_data = (np.frombuffer(weight.raw_data, np.float32) + 1).astype(np.float32).tobytes()
+    found = run_alone(made, wrong, regions, inputs)
+    assert found is not None
+    for name in ("b0", "b2", "b3", "y"):  # those behind do not see it
+        np.testing.assert_array_equal(found.actual[name], seen.actual[name])
+    assert np.abs(found.actual["b1"] - seen.actual["b1"]).min() > 0.5
+
+
+def test_a_model_that_cannot_be_cut_is_told() -> None:
+    made = chain(CALM)
+    assert run_alone(made, made, [], {}) is None
+    region = Region("b0", ("x",), "norm0", "", "")
+    assert run_alone(made, made, [region], {"x": np.zeros((1, 5, 8, 8), np.float32)}) is None
