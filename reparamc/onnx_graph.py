@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from reparamc.errors import InputError
 from reparamc.expr import (
     ONE,
     Array,
@@ -111,6 +112,15 @@ class OnnxGraph:
         return name if name is not None and name in self.constants else None
 
     def array(self, name: str) -> Array:
+        """The parameter ``name`` in float64.
+
+        Raises:
+            InputError: it is no tensor of floating numbers, which the checker overlooks.
+        """
+        kind = self.constants.tensors[name].data_type
+        if kind not in FLOATS:
+            stored = TensorProto.DataType.Name(kind).lower()
+            raise InputError(f"the parameter {name!r} is of type {stored}, where a floating type is needed")
         return self.constants.array(name).astype(np.float64)
 
     def is_written(self, value: Value) -> bool:

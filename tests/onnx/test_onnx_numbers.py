@@ -214,6 +214,15 @@ def test_weight_that_does_not_fit_its_input() -> None:
     assert fused.SerializeToString() == made.SerializeToString()
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.bool_, object], ids=["int32", "bool", "string"])
+def test_weight_that_is_no_floating_number(dtype: Any) -> None:
+    """The checker does not look at the types of operands."""
+    made = conv_bn()
+    made.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full((6, 6, 3, 3), "1").astype(dtype), "w"))
+    with pytest.raises(InputError, match=r"'w' is of type (int32|bool|string), where a floating type is needed"):
+        fuse_model(made, verify="off")
+
+
 def test_data_that_is_too_short() -> None:
     made = conv_bn()
     made.graph.initializer[0].raw_data = made.graph.initializer[0].raw_data[:-4]
