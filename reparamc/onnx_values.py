@@ -12,7 +12,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from reparamc.errors import InputError
-from reparamc.shape import Dim, Shape
+from reparamc.shape import Dim, Shape, size
 
 SMALL = 1024
 """Constants of up to this many elements take part in shape inference; larger ones are weights."""
@@ -151,6 +151,22 @@ class Types:
         }
         for t in model.graph.initializer:
             self._types[t.name] = helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type
+        self._products: dict[str, Dim] = {}
+        given = {symbol for v in model.graph.input for dim in self.shape(v.name) or () for symbol in dim.symbols}
+        for node in model.graph.node:
+            if node.op_type in ("Flatten", "Reshape") and is_standard(node):
+                self._learn_product(node, given)
+
+    def _learn_product(self, node: NodeProto, given: set[str]) -> None:
+        """Where one extent of a reshape is all that inference left open, the others tell it: -1, a merged batch."""
+        before, after = self.shape(node.input[0]), self.shape(node.output[0])
+        if before is None or after is None:
+            return
+        known = given.union(*(dim.symbols for dim in before), self._products)
+        fresh = [dim for dim in after if dim.factor == 1 and len(dim.symbols) == 1 and dim.symbols[0] not in known]
+        rest = size(before).divided_by(size([dim for dim in after if dim not in fresh])) if len(fresh) == 1 else None
+        if rest is not None:
+            self._products[fresh[0].symbols[0]] = rest
 
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype of a floating value; None for other types and where it is unknown."""
@@ -163,9 +179,12 @@ class Types:
         if kind is None or not kind.HasField("shape"):
             return None
         return tuple(
-            Dim(d.dim_value) if d.HasField("dim_value") else Dim.of(d.dim_param or f"{name}[{axis}]")
+            Dim(d.dim_value) if d.HasField("dim_value") else self._open(d.dim_param or f"{name}[{axis}]")
             for axis, d in enumerate(kind.shape.dim)
         )
+
+    def _open(self, symbol: str) -> Dim:
+        return self._products.get(symbol) or Dim.of(symbol)
 
     def rank(self, name: str) -> int | None:
         shape = self.shape(name)

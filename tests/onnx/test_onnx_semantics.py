@@ -159,6 +159,24 @@ def test_flatten_of_one_position() -> None:
     assert_folds(model(nodes, {"g": rand(6, 5), **N}), GlobalAveragePool=1, Flatten=1, Gemm=1)
 
 
+@pytest.mark.parametrize("extents", [("N", 5, 6), ("N", "L", 6), (2, 5, 6)], ids=str)
+@pytest.mark.parametrize("axis", [2, -1, None], ids=str)
+def test_tokens_merged_with_the_batch_in_front_of_a_norm(extents: tuple[int | str, ...], axis: int | None) -> None:
+    """The channels stay whole, whatever the number of rows: what is -1 or merged follows from the other extents."""
+    merge = node("Reshape", "c s", "f") if axis is None else node("Flatten", "c", "f", axis=axis)
+    nodes = [node("MatMul", "x w", "c"), merge, batchnorm("f", "n", "y")]
+    parameters = {"w": rand(6, 6), **N} | ({"s": np.array([-1, 6])} if axis is None else {})
+    assert_folds(model(nodes, parameters, extents), MatMul=1, Add=1, **{merge.op_type: 1})
+
+
+def test_tokens_merged_otherwise_in_front_of_a_norm() -> None:
+    """Rows of two tokens, and the channels merged with the tokens: a channel of the norm is none of the product."""
+    for width, nodes in ((12, [node("Reshape", "c s", "f")]), (30, [node("Flatten", "c", "f")])):
+        made = [node("MatMul", "x w", "c"), *nodes, batchnorm("f", "n", "y")]
+        parameters = {"w": rand(6, 6), **norm("n", width)} | ({"s": np.array([-1, 12])} if width == 12 else {})
+        assert_left(model(made, parameters, (2 if width == 12 else "N", 4 if width == 12 else 5, 6)))
+
+
 def test_squeeze_and_unsqueeze() -> None:
     nodes = [
         node("GlobalAveragePool", "x", "p"), batchnorm("p", "n", "b"), node("Squeeze", "b a", "f"),
