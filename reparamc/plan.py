@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
+from reparamc.cost import is_multiplied, is_shifted
 from reparamc.duplicates import DUPLICATES, find_duplicates
-from reparamc.expr import Concat, Conv, Expr, Layout, Select, Source, walk
+from reparamc.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
 from reparamc.region import Decision, decide, lifted
@@ -108,7 +109,12 @@ def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value])
     if len(readers) > 1 and any(r in readings for r in readers):
         other = next((r for r in readers[1:] if r != readers[0]), readers[0])
         return f"second consumer at {'the output of the model' if other is None else graph.name(other)}"
-    kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat)]
+    kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat) and not _is_bias(e)]
     if kinds and not any(isinstance(e, Conv) for e in kinds):
         return "no convolution or linear layer stands beside it"
     return "its parts start from different values, or act on different axes" if len(kinds) > 1 else None
+
+
+def _is_bias(e: Expr) -> bool:
+    """Whether ``e`` adds the bias of a linear layer, which ONNX writes as a product and a sum."""
+    return isinstance(e, Scale) and not (is_multiplied(e) or is_shifted(e) or is_negation(e))

@@ -94,6 +94,29 @@ def test_explain_writes_nothing_and_says_what_and_why(run: Run, model: Path) -> 
     assert lines[at + 1 : at + 3] == ["conv0 (bn-folding)", "conv1 (bn-folding)"]
 
 
+def test_a_linear_layer_between_activations_needs_no_reason(run: Run, tmp_path: Path) -> None:
+    """ONNX writes it as a product and a sum; a second sum, of another value, does need one."""
+    rng = np.random.default_rng(0)
+    parameters = {"w": rng.standard_normal((4, 4)), "b": rng.standard_normal(4)}
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["c"], "product"),
+        helper.make_node("Add", ["c", "b"], ["d"], "bias"),
+        helper.make_node("Relu", ["d"], ["e"]),
+        helper.make_node("MatMul", ["e", "w"], ["f"], "product1"),
+        helper.make_node("Add", ["f", "b"], ["g"], "bias1"),
+        helper.make_node("Add", ["g", "x"], ["y"], "skip"),
+    ]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3, 4]) for name in "xy"]
+    tensors = [numpy_helper.from_array(a.astype(np.float32), name) for name, a in parameters.items()]
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], tensors)
+    path = tmp_path / "linear.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    code, out, _ = run("explain", path, "--json")
+    assert code == 0
+    assert [p["where"] for group in json.loads(out)["kept"] for p in group["places"]] == ["skip"]
+
+
 def test_explain_says_what_fuse_does(run: Run, model: Path) -> None:
     for options in ([], ["--skip", "bn-folding"], ["--passes", "bn-folding"], ["--objective", "macs"]):
         report = model.with_name("report.json")
