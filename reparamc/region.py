@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from reparamc.cost import cost
-from reparamc.expr import Array, Conv, Expr, Layout, Sum, arrays, flatten, rebuild, replaced, walk
+from reparamc.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
 from reparamc.rewrite import Pass, Refusal, simplify
@@ -156,11 +156,18 @@ def _joined(
         if len(chain) > MOST_JOINED:
             continue
         whole = _consider(graph, chain, readings, passes, host)
-        if whole.splice is not None and cost(whole.expr) < cost(first.expr) + cost(second.expr):
+        if whole.splice is not None and cost(whole.expr) < cost(_composed(root, first.expr, second.expr)):
             del decisions[root]
             decisions[outer], parts[outer] = whole, chain
             home.update((v, {outer}) for v in first.members)
     return decisions
+
+
+def _composed(root: Value, inner: Expr, outer: Expr) -> Expr:
+    """``outer`` with ``inner`` for its operand ``root``, to be priced over the maps that ``inner`` leaves."""
+    for e in [e for e in walk(outer) if isinstance(e, Source) and e.key == root]:
+        outer = replaced((outer,), e, inner)[outer]
+    return outer
 
 
 MOST_SHARED = 8

@@ -181,3 +181,17 @@ def test_a_crop_in_front_of_a_convolution() -> None:
     parameters = {**KERNELS, **{n: np.array(v, np.int64) for n, v in {"a": [1], "e": [-1], "ax": [2]}.items()}}
     nodes = [node("Slice", "x a e ax", "c"), kernel("c", "y", "w3", 0)]
     assert counted(nodes, parameters, "y")["Conv"] == 1
+
+
+def test_rows_that_two_crops_read_stay_one_crop() -> None:
+    """Every other row, and of these every other column and the rest (Focus): no crop is replaced by a convolution."""
+    ends = np.array([2**31 - 1])
+    numbers = {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2]), "three": np.array([3]), "end": ends}
+    nodes = [
+        node("Slice", "x zero end two two", "a"), node("Slice", "x one end two two", "b"),
+        *(node("Slice", f"{rows} {at} end three two", f"{rows}{at}") for rows in "ab" for at in ("zero", "one")),
+        node("Concat", "azero aone bzero bone", "f", axis=1), node("Conv", "f w", "c", pads=[1, 1, 1, 1]),
+        batchnorm("c", "n", "y"),
+    ]  # fmt: skip
+    parameters = {"w": rand(5, 24, 3, 3), **norm("n", 5), **numbers}
+    assert counted(nodes, parameters, "y", "N", 6, 8, 6) == {"Select": 6, "Concat": 1, "Conv": 1}
