@@ -1,0 +1,55 @@
+"""The random networks of `benchmarks/fuzz.py`: drawn alike from one seed, and able to find what is wrong."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")  # the judge where single precision leaves doubt
+
+from planting import fault, planted
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+WRONG = fault("", "reparamc.kernel:scale_outputs", "rows * conv.bias_or_zero", "conv.bias_or_zero").edits
+SEEDS = [(7, n) for n in range(12)]
+
+
+@pytest.fixture
+def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("fuzz")
+
+
+@pytest.mark.parametrize("way", ["onnx", "fx"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+def test_a_wrong_rule_escapes_without_verification_and_is_caught_with_it(fuzz: ModuleType, way: str) -> None:
+    assert {fuzz.try_one(seed, way, "region")[0] for seed in SEEDS} <= {"right", "unusable"}
+    with planted(WRONG):
+        escaped = [seed for seed in SEEDS if fuzz.try_one(seed, way, "off")[0] == "escaped"]
+        assert escaped
+        assert {fuzz.try_one(seed, way, "region")[0] for seed in escaped} == {"caught"}
+
+
+def test_an_objection_to_a_right_result_is_a_false_alarm(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reparamc.region.compare_expressions", lambda *_: 1.0)
+    assert "false alarm" in {fuzz.try_one(seed, "onnx", "region")[0] for seed in SEEDS[:4]}
+
+
+def test_one_seed_gives_one_network(fuzz: ModuleType) -> None:
+    first, again, other = (fuzz.draw(seed, "onnx") for seed in ((1, 2), (1, 2), (1, 3)))
+    assert first.steps == again.steps
+    assert all(np.array_equal(a, again.params[name]) for name, a in first.params.items())
+    assert first.steps != other.steps
+
+
+def test_a_failure_leaves_what_repeats_it(fuzz: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "FOLDER", tmp_path)
+    with planted(WRONG):
+        tally = fuzz.work(7, 0, 12, "onnx", "off", 1, float("inf"))
+    assert tally.counts["escaped"] == len(tally.failures) > 0
+    assert {p.suffix for p in tmp_path.iterdir()} == {".onnx", ".npz", ".txt"}
+    assert "--first" in next(tmp_path.glob("*.txt")).read_text()
