@@ -102,6 +102,8 @@ def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -
         ]
         if len(set(both)) > 1:
             strides = [[g.stride for g in grid] for grid in both]
+            if any(m.stride != n.stride and _is_single(e, m, n) for e, m, n in zip(source.extents, *both, strict=True)):
+                return Agreement("undecided", reason="strides differ along an axis with one position")
             if strides[0] != strides[1]:
                 return Agreement("different", np.inf, np.inf, f"strides {strides[0]} against {strides[1]}")
             deltas = [[g.delta for g in grid] for grid in both]
@@ -121,6 +123,8 @@ def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -
         _compare_vectors(original, emitted, grids, precision, sums, fixed)
         spread = float(np.max(np.where(sums.error > 0, sums.error / sums.total, 0), initial=0.0))
     if sums.units <= 1:
+        if not original.grids.keys() & emitted.grids.keys() and not _same_extents(original, emitted):
+            return Agreement("undecided", sums.units, spread, "nothing shows that the two have the same extents")
         return Agreement("equal", sums.units, spread)
     if not unique:
         return Agreement("undecided", sums.units, spread, "one source is read in several layouts")
@@ -149,6 +153,11 @@ class _Frame(NamedTuple):
     fixed: bool
 
 
+def _is_single(extent: Extent, *grids: Grid) -> bool:
+    """Whether the grids have one position at most, so that their strides mean nothing."""
+    return extent.known is not None and all(extent.known - 1 - g.delta < g.stride for g in grids)
+
+
 def _fixed_grids(grids: Sequence[Grid], source: Source) -> tuple[Grid, ...]:
     """``grids`` with the largest deltas that give as many positions at the extents that are known."""
     return tuple(Grid(g.stride, _last(g.delta, g.stride, e)) for g, e in zip(grids, source.extents, strict=True))
@@ -166,6 +175,11 @@ def _shape_difference(a: Sequence[Extent], b: Sequence[Extent]) -> str:
         if m.known is not None and n.known is not None and m != n:
             return f"axis {axis} has {m.known} elements against {n.known}"
     return ""
+
+
+def _same_extents(a: Value, b: Value) -> bool:
+    """Whether the extents agree by what is known of them; those of values that read one source do in any case."""
+    return all(m == n for m, n in zip(a.extents, b.extents, strict=True))
 
 
 def _averaged_axes(value: Value) -> tuple[int, ...]:

@@ -246,7 +246,7 @@ class _Proof:
             a, b = self.sides[0].constant(before), self.sides[1].constant(after)
         except Unrepresentable:
             return False
-        return a is not None and b is not None and _same_bytes(a, b)
+        return a is not None and b is not None and same_bytes(a, b)
 
     def is_congruent(self, before: str, after: str) -> bool:
         mine, other = self.sides[0].operands(before), self.sides[1].operands(after)
@@ -384,12 +384,12 @@ def _all_agree(mine: Sequence[Value | Array], other: Sequence[Value | Array], pr
         if isinstance(a, Value) and isinstance(b, Value):
             if agree(a, b, precision).verdict != "equal":
                 return False
-        elif isinstance(a, Value) or isinstance(b, Value) or not _same_bytes(a, b):
+        elif isinstance(a, Value) or isinstance(b, Value) or not same_bytes(a, b):
             return False
     return True
 
 
-def _same_bytes(a: Array, b: Array) -> bool:
+def same_bytes(a: Array, b: Array) -> bool:
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes())
 
 

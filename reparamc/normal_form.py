@@ -269,6 +269,7 @@ def added(terms: Sequence[Value]) -> Value:
             total, term = promoted(total, axis), promoted(term, axis)
         if total.channel != term.channel or not same_layout(total, term):
             raise Unrepresentable("its terms are laid out differently")
+        _never_repeated(total.grids, term.grids)
         total = replace(
             total,
             grids=_grids(total.grids, term.grids),
@@ -290,6 +291,22 @@ def _same_extents(a: Sequence[Extent], b: Sequence[Extent]) -> None:
     for m, n in zip(a, b, strict=True):
         if m != n and (UNIT in (m, n) or (m.known is not None and n.known is not None)):
             raise Unrepresentable("one of its terms is repeated along an axis")
+
+
+def _never_repeated(a: Mapping[Source, tuple[Grid, ...]], b: Mapping[Source, tuple[Grid, ...]]) -> None:
+    """Raise where the extents of two terms differ at some size: one that leaves 1 element is repeated there."""
+    for source in a.keys() & b.keys():
+        for extent, m, n in zip(source.extents, a[source], b[source], strict=True):
+            if extent.known is None and m != n:
+                raise Unrepresentable("its terms are of one extent for some input sizes only")
+
+
+def _one_extent(value: Value, kernel: Kernel) -> None:
+    """Raise if a kernel meets the border of a sum, of whose terms one may be repeated: it would meet others then."""
+    for axis, stride, delta, *taps in zip(kernel.axes, kernel.stride, kernel.delta, *kernel.offsets, strict=True):
+        found = {source.extents[axis] for source in value.grids}
+        if len(found) > 1 and (stride, delta, *taps) != (1, 0, 0) and any(e.known is None for e in found):
+            raise Unrepresentable("a kernel reads a sum of which a term may be repeated along an axis")
 
 
 def _grids(
@@ -609,6 +626,7 @@ def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
     value = _whole(_places(value, axis)[0], axis)
     if kernel.axes and not value.is_plain:
         raise Unrepresentable("a kernel reads a layout that cannot be moved in front of what is under it")
+    _one_extent(value, kernel)
     if value.channels < int(kernel.first.max(initial=0)) + kernel.weight.shape[1]:
         raise Unrepresentable("a weight does not fit the channels of its operand")
     grids = {s: _grids_behind(g, kernel) for s, g in value.grids.items()}

@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 import reparamc.normal_form as nf
 from reparamc.agreement import Precision
-from reparamc.certify import Certificate, Window, certify
+from reparamc.certify import Certificate, Window, certify, same_bytes
 from reparamc.normal_form import Array, Kernel, Value
 from reparamc.onnx_values import Types, attribute, skeleton
 from reparamc.views import Extent, Unrepresentable
@@ -37,6 +37,9 @@ RANDOM = {
 MIXING = {"AveragePool", "Conv", "ConvTranspose", "Gemm", "MatMul"}
 """Operators with a kernel or a matrix."""
 
+OLDEST = 7
+"""The operator set from which on the readings here hold; before it, an attribute names the axis of a broadcast."""
+
 MISREAD = {"BatchNormalization", "ConvTranspose"}
 """Operators that the reference implementation of ONNX computes otherwise than the standard says, in some versions."""
 
@@ -48,7 +51,7 @@ def certify_onnx(original: ModelProto, result: ModelProto) -> Certificate:
     """
     after = _Side(result)
     # A tensor has the extents in the original that it has in the result, once it is proven to be the same.
-    before = _Side(original, after.types)
+    before = _Side(original, after)
     computed = set(before.order)
     stands_for = {name: name for name in after.order if name in computed}
     stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
@@ -60,14 +63,16 @@ def _outside(original: ModelProto, result: ModelProto) -> list[Window]:
     """What a caller would see differ: inputs, outputs, operator sets."""
     found = []
     for what in ("input", "output"):
-        groups = [{v.name: v.type.SerializeToString() for v in getattr(m.graph, what)} for m in (original, result)]
+        lists = [[(v.name, v.type.SerializeToString()) for v in getattr(m.graph, what)] for m in (original, result)]
         if original.ir_version < 4 and what == "input":  # every initializer is listed among the inputs
-            groups = [
-                {name: t for name, t in group.items() if name not in {i.name for i in m.graph.initializer}}
-                for group, m in zip(groups, (original, result), strict=True)
+            lists = [
+                [v for v in values if v[0] not in {i.name for i in m.graph.initializer}]
+                for values, m in zip(lists, (original, result), strict=True)
             ]
-        if list(groups[0].items()) != list(groups[1].items()):
+        if lists[0] != lists[1]:
             found.append(Window(what, "different", np.inf, np.inf, f"the {what}s of the graph differ"))
+    if (name := _other_default(original, result)) is not None:
+        found.append(Window("input", "different", np.inf, np.inf, f"the default of the input {name!r} differs"))
     versions = [{(o.domain, o.version) for o in m.opset_import} for m in (original, result)]
     if versions[0] != versions[1]:
         found.append(Window("opset", "different", np.inf, np.inf, "the operator sets differ"))
@@ -76,12 +81,26 @@ def _outside(original: ModelProto, result: ModelProto) -> list[Window]:
     return found
 
 
+def _other_default(original: ModelProto, result: ModelProto) -> str | None:
+    """The first input that a caller may leave out in one of the two, or that has another value then."""
+    defaults = []
+    for m in (original, result):
+        inputs = {v.name for v in m.graph.input} if m.ir_version >= 4 else set()
+        defaults.append({t.name: t for t in m.graph.initializer if t.name in inputs})
+    for name in dict.fromkeys((*defaults[0], *defaults[1])):
+        a, b = (d.get(name) for d in defaults)
+        if a is None or b is None or not same_bytes(numpy_helper.to_array(a), numpy_helper.to_array(b)):
+            return name
+    return None
+
+
 class _Side:
     """`certify.Side` over the main graph of a model."""
 
-    def __init__(self, model: ModelProto, others: Types | None = None) -> None:
+    def __init__(self, model: ModelProto, other: _Side | None = None) -> None:
         graph = model.graph
-        self.model, self.types = model, Types(model if others is None else _informed(model, others))
+        self.model, self.types = model, Types(model if other is None else _informed(model, other))
+        self.inferred = self.types if other is None else None
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.inputs = {v.name for v in graph.input}
         self.producers = {name: (node, at) for node in graph.node for at, name in enumerate(node.output) if name}
@@ -90,7 +109,8 @@ class _Side:
         self.arrays: dict[str, Array] = {}
         self._kinds: dict[str, Hashable] = {}
         self.constants = self._constants()
-        self.known = {*self.inputs, *self.producers, *self.tensors}
+        sparse = (t.values.name for t in graph.sparse_initializer)
+        self.known = {*self.inputs, *self.producers, *self.tensors, *sparse}
         self.order = [name for node in graph.node for name in node.output if name and name not in self.constants]
 
     # Constants
@@ -176,7 +196,7 @@ class _Side:
 
     def _kind(self, name: str) -> Hashable:
         node, at = self.producers[name]
-        domain = "" if node.domain == "ai.onnx" else node.domain
+        domain = ("" if node.domain == "ai.onnx" else node.domain, node.overload)
         attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
         absent = tuple(bool(n) for n in node.input)
         if node.op_type in RANDOM or _has_body(node):  # only the very same node, by its name, may be the same
@@ -195,7 +215,7 @@ class _Side:
     def value(self, name: str, of: Callable[[str], Value]) -> Value:
         node, at = self.producers[name]
         reader = READERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        if reader is None or self.types.dtype(name) is None:
+        if reader is None or self.types.dtype(name) is None or self.opset < OLDEST:
             raise Unrepresentable(f"{node.op_type} is not affine")
         return reader(_Call(self, node, at, of))
 
@@ -204,15 +224,20 @@ class _Side:
         return PRECISIONS["float32" if dtype is None else dtype.name]
 
 
-def _informed(model: ModelProto, others: Types) -> ModelProto:
-    """``model`` for shape inference: tensors whose extents are known from another graph are given, not computed."""
+def _informed(model: ModelProto, other: _Side) -> ModelProto:
+    """``model`` for shape inference: tensors that are computed in another graph, too, have their extents from there."""
     light = skeleton(model)
     given: dict[str, ValueInfoProto] = {}
     nodes: list[NodeProto] = []
+    computed = set(other.order)
     for node in model.graph.node:
         names = [name for name in node.output if name]
-        found = {name: (others.dtype(name), others.extents(name)) for name in names}
-        if not names or any(dtype is None or extents is None for dtype, extents in found.values()):
+        found = {name: (other.types.dtype(name), other.types.extents(name)) for name in names}
+        if (
+            not names
+            or not computed.issuperset(names)
+            or any(dtype is None or extents is None for dtype, extents in found.values())
+        ):
             nodes.append(node)
             continue
         for name, (dtype, extents) in found.items():
@@ -609,7 +634,10 @@ def _read_reshape(call: _Call) -> Value:
 
 def _inferred(call: _Call, x: Value) -> list[Extent | None]:
     """The extents of the result as shape inference has them; None for what is no product of those of the operand."""
-    shape = call.side.types.shape(call.node.output[call.at])
+    side = call.side
+    if side.inferred is None:  # what the other graph says of this very tensor is what is to be proven
+        side.inferred = Types(side.model)
+    shape = side.inferred.shape(call.node.output[call.at])
     if shape is None:
         raise Unrepresentable("the rank of a reshape is unknown")
     symbols = {s for e in x.extents for s in e.symbols}
