@@ -285,7 +285,7 @@ class _Draw:
             return self.vector(x)
         blocks: list[Callable[[int], int]] = [
             self.one, self.one, self.branches, self.branches, self.branches, self.mixer, self.chain, self.chain,
-            self.twice, self.tokens, self.pieces, self.border, self.head, self.alike, self.in_front,
+            self.twice, self.tokens, self.pieces, self.projection, self.border, self.head, self.alike, self.in_front,
         ]  # fmt: skip
         return self.pick(blocks)(x)
 
@@ -436,6 +436,20 @@ class _Draw:
                 parts[place] = self.nonlinear(parts[place])
         y = self.concat(parts if self.chance(0.6) else parts[::-1])
         return self.pick([lambda y: y, self.channels, self.shuffle, self.norm, self.conv])(y)
+
+    def projection(self, x: int) -> int:
+        """A convolution in pieces, each scaled or not; some overlap, and now and then something else reads it as well."""
+        y = self.conv(x, 6)
+        n, width, *rest = self.shape(y)
+        cut = int(self.rng.integers(1, width))
+        parts: list[int] = []
+        for a, b in ((0, cut), (cut - int(self.chance(0.2) and cut > 1), width)):
+            part = self.add("slice", [y], (n, b - a, *rest), start=a, stop=b)
+            part = self.pick([self.norm, self.affine, self.nonlinear])(part)
+            parts.append(self.nonlinear(part) if self.chance(0.5) else part)
+        if self.chance(0.15):
+            parts.append(self.nonlinear(y))
+        return self.concat(parts)
 
     def border(self, x: int) -> int:
         """Padding, crops and shifts around a convolution: exact as a whole or not at all."""

@@ -106,6 +106,8 @@ class Splice:
         dtype: what new parameters are rounded to.
         counts: applications of each pass.
         error: largest difference between region and replacement in float64, relative (None: unchecked).
+        shared: the value that this and other splices compute anew together: all are made, or none, because one
+            alone would not pay.
     """
 
     @property
@@ -123,6 +125,12 @@ class Splice:
     before: str
     after: str
     error: float | None
+    shared: Value | None = None
+
+    @property
+    def unit(self) -> Value:
+        """What splices have in common of which all are made, or none."""
+        return self.root if self.shared is None else self.shared
 
 
 def new_nodes(splice: Splice) -> Iterator[Expr]:

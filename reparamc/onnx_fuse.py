@@ -85,9 +85,9 @@ def fuse_model(
     clock.append(perf_counter())
     if splices and verify == "full":
         harm = _harm(model, result, splices, folding)
-        kept += [Refusal(graph.name(s.root), [*s.counts][-1], harm[str(s.root)]) for s in splices if s.root in harm]
+        kept += [Refusal(graph.name(s.root), [*s.counts][-1], harm[str(s.unit)]) for s in splices if s.unit in harm]
         if harm:
-            splices = [s for s in splices if s.root not in harm]
+            splices = [s for s in splices if s.unit not in harm]
             result, _ = _copied(model, folding)
             graph = OnnxGraph(result)
             _carry_out(graph, splices)
@@ -95,13 +95,13 @@ def fuse_model(
     if (splices or folded) and verify != "off":
         certificate, wrong = _certified(model, result, splices, folding)
         if wrong:
-            undone = [(graph.name(s.root), wrong[str(s.root)], s) for s in splices if s.root in wrong]
+            undone = [(graph.name(s.root), wrong[str(s.unit)], s) for s in splices if s.unit in wrong]
             kept += [Refusal(where, "certificate", why) for where, why, _ in undone]
             failed += [
                 Failure(where, "certificate", None, 0.0, (*s.counts,), s.before, s.after, why)
                 for where, why, s in undone
             ]
-            splices = [s for s in splices if s.root not in wrong]
+            splices = [s for s in splices if s.unit not in wrong]
             result = _redone(model, splices, folding)
     counts = sum((s.counts for s in splices), Counter({"constant-folding": folded}))
     report = Report(
@@ -154,14 +154,16 @@ def _redone(model: ModelProto, splices: Iterable[Splice], folding: bool) -> Mode
 def _certified(
     model: ModelProto, result: ModelProto, splices: Sequence[Splice], folding: bool
 ) -> tuple[Certified, dict[str, str]]:
-    """What is proven of ``result``, and the roots of the splices to undo because they are wrong, with reasons."""
+    """What is proven of ``result``, and the units of the splices to undo because they are wrong, with reasons."""
+    units = {str(s.root): str(s.unit) for s in splices}
 
     def redo(undone: set[str]) -> Certificate:
-        return certify_onnx(model, _redone(model, [s for s in splices if str(s.root) not in undone], folding))
+        gone = {units[root] for root in undone}
+        return certify_onnx(model, _redone(model, [s for s in splices if s.unit not in gone], folding))
 
     start = perf_counter()
-    found, wrong = roll_back(certify_onnx(model, result), {str(s.root) for s in splices}, redo)
-    return certified(found, len(wrong), perf_counter() - start), wrong
+    found, wrong = roll_back(certify_onnx(model, result), units, redo)
+    return certified(found, len(wrong), perf_counter() - start), {units[root]: why for root, why in wrong.items()}
 
 
 def regions_of(graph: OnnxGraph, splices: Iterable[Splice]) -> list[Region]:
@@ -180,18 +182,19 @@ def regions_of(graph: OnnxGraph, splices: Iterable[Splice]) -> list[Region]:
 
 
 def _harm(model: ModelProto, result: ModelProto, splices: Sequence[Splice], folding: bool) -> dict[str, str]:
-    """The roots of the splices to undo, because ONNX Runtime would fuse less of ``result`` by itself, with reasons."""
+    """The units of the splices to undo, because ONNX Runtime would fuse less of ``result`` by itself, with reasons."""
     wanted = fused_by_runtime(model)
     if not wanted:
         return {}
-    roots = [str(s.root) for s in splices]
+    units = list(dict.fromkeys(str(s.unit) for s in splices))
 
     def left(chosen: Collection[str]) -> Counter[str] | None:
-        if len(chosen) == len(roots):
+        if len(chosen) == len(units):
             return fused_by_runtime(result)
-        return fused_by_runtime(_redone(model, [s for s in splices if s.root in set(chosen)], folding))
+        chosen = set(chosen)
+        return fused_by_runtime(_redone(model, [s for s in splices if s.unit in chosen], folding))
 
-    return {root: reason(kind) for root, kind in harmful(roots, wanted, left).items()}
+    return {unit: reason(kind) for unit, kind in harmful(units, wanted, left).items()}
 
 
 def fuse_onnx(

@@ -21,6 +21,7 @@ from reparamc.expr import (
     Concat,
     Conv,
     Expr,
+    Ints,
     Layout,
     Mean,
     Permute,
@@ -63,6 +64,7 @@ class OnnxGraph:
         self._inserted: dict[str, list[NodeProto]] = {}
         self.emitted: dict[Expr, str] = {}
         self._initializers: list[TensorProto] = []
+        self.slices: dict[tuple[str, int], list[tuple[Ints, NodeProto]]] = {}
         self._replaced: set[str] = set()
         self._suspects: set[str] = set()
         self._functions: dict[str, Operator] = {}
@@ -187,10 +189,14 @@ class OnnxGraph:
         self._initializers.append(numpy_helper.from_array(np.asarray(array, dtype, order="C"), name))
         return name
 
+    def add_integers(self, wanted: str, values: Sequence[int]) -> str:
+        return self.add_initializer(wanted, np.array(values), np.dtype(np.int64))
+
     def finish(self) -> None:
         """Carry out all splices in one edit of the model."""
         if not self._replaced:
             return
+        self._complete_slices()
         nodes: list[NodeProto] = []
         for node in self.nodes:
             roots = [name for name in node.output if name in self._replaced]
@@ -199,8 +205,30 @@ class OnnxGraph:
             else:
                 self._suspects.update(name for name in node.input if name)
             for root in roots:
-                nodes.extend(self._inserted[root])
+                nodes.extend(node for node in self._inserted[root] if node.output)
         commit(self.model, nodes, self._initializers, self._suspects)
+
+    def _complete_slices(self) -> None:
+        """Give slices their bounds; those that cut a value into all its parts become one Split, the first of them."""
+        for (x, axis), slices in self.slices.items():
+            parts = sorted(slices, key=lambda part: part[0])
+            starts, ends, widths = zip(*(bounds for bounds, _ in parts), strict=True)
+            if len(parts) == 1 or (*starts, widths[0]) != (0, *ends):
+                for (start, end, _), node in slices:
+                    bounds = {"start": start, "end": end, "axis": axis}
+                    node.input.extend(self.add_integers(f"{x}.{key}", [n]) for key, n in bounds.items())
+                continue
+            outputs, sizes = [node.output[0] for _, node in parts], [b - a for a, b in zip(starts, ends, strict=True)]
+            for _, node in slices:
+                del node.output[:]
+            split = slices[0][1]
+            split.op_type, split.name = "Split", self.names.fresh(f"{x}/fused_Split")
+            split.output.extend(outputs)
+            split.attribute.append(helper.make_attribute("axis", axis))
+            if self.opset < 13:
+                split.attribute.append(helper.make_attribute("split", sizes))
+            else:
+                split.input.append(self.add_integers(f"{x}.split", sizes))
 
     def _without(self, node: NodeProto, roots: list[str]) -> NodeProto:
         """``node``, with outputs that something else computes now under names that nothing reads."""
@@ -220,7 +248,7 @@ class _Emitter:
     """The nodes that compute one splice."""
 
     def __init__(self, graph: OnnxGraph, splice: Splice, root: str) -> None:
-        self.graph, self.splice, self.root = graph, splice, root
+        self.graph, self.splice, self.root, self.base = graph, splice, root, str(splice.unit)
         self.nodes: list[NodeProto] = []
         self.names: dict[Expr, str] = {e: str(v) for e, v in splice.native.items()}
         self.note = f"reparamc: {', '.join(splice.counts)}"
@@ -289,14 +317,13 @@ class _Emitter:
         return (self._rank(e) or 0) - 1 - e.frame
 
     def _select(self, e: Select, output: str | None) -> str:
-        x, axis, first = self._value(e.x), self._axis(e), e.index[0]
-        if e.index != tuple(range(first, first + len(e.index))) or self.graph.opset < 10:
-            return self._node("Gather", [x, self._integers("index", e.index)], output, axis=axis)
-        bounds = {"start": [first], "end": [first + len(e.index)], "axis": [axis]}
-        return self._node("Slice", [x, *(self._integers(key, value) for key, value in bounds.items())], output)
-
-    def _integers(self, kind: str, values: Sequence[int]) -> str:
-        return self.graph.add_initializer(f"{self.root}.{kind}", np.array(values), np.dtype(np.int64))
+        x, axis, first, end = self._value(e.x), self._axis(e), e.index[0], e.index[-1] + 1
+        if e.index != tuple(range(first, end)) or self.graph.opset < 10:
+            index = self.graph.add_integers(f"{self.base}.index", e.index)
+            return self._node("Gather", [x, index], output, axis=axis)
+        name = self._node("Slice", [x], output)  # its bounds follow when all slices are known
+        self.graph.slices.setdefault((x, axis), []).append(((first, end, e.width), self.nodes[-1]))
+        return name
 
     def _rows(self, e: Conv, output: str | None) -> str:
         inputs = [self._parameter("weight", regroup(e, 1)[..., 0]), self._value(e.x)]
@@ -365,10 +392,10 @@ class _Emitter:
         return self.names[e]
 
     def _parameter(self, kind: str, array: Array) -> str:
-        return self.graph.add_initializer(f"{self.root}.{kind}", array, self.splice.dtype)
+        return self.graph.add_initializer(f"{self.base}.{kind}", array, self.splice.dtype)
 
     def _node(self, op: str, inputs: list[str], output: str | None, **attributes: Any) -> str:
-        output = output or self.graph.names.fresh(f"{self.root}_{op.lower()}")
-        name = self.graph.names.fresh(f"{self.root}/fused_{op}")
+        output = output or self.graph.names.fresh(f"{self.base}_{op.lower()}")
+        name = self.graph.names.fresh(f"{self.base}/fused_{op}")
         self.nodes.append(helper.make_node(op, inputs, [output], name, doc_string=self.note, **attributes))
         return output

@@ -10,6 +10,7 @@ from reparamc.duplicates import DUPLICATES, find_duplicates
 from reparamc.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
+from reparamc.pieces import PIECES, fold_pieces
 from reparamc.region import Decision, decide, lifted
 from reparamc.report import Failure, HostCheck
 from reparamc.rewrite import Declined, Pass
@@ -65,6 +66,8 @@ def make_plan(
             if wrong.isdisjoint(splice.members) and _are_read_right(host, splice, splice.members, readings):
                 results = {root: r for root, r in results.items() if root not in splice.members}
                 results[splice.root] = Decision(splice.expr, splice, [], splice.members)
+    if any(p.name == PIECES for p in passes):
+        results = fold_pieces(graph, readings, results, passes, host)
     order = {value: place for place, value in enumerate(graph.values())}
     if any(p.name == DUPLICATES for p in passes):
         for root, found in find_duplicates(graph, dict(sorted(results.items(), key=lambda item: order[item[0]]))):

@@ -29,7 +29,8 @@ from reparamc.cost import cost
 from reparamc.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
-from reparamc.rewrite import Pass, Refusal, simplify
+from reparamc.report import Failure
+from reparamc.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.text import show
 from reparamc.verify import REGION_TOLERANCE, compare_expressions
 
@@ -231,11 +232,41 @@ def _consider(
     if len(parts) > 1:
         place = {value: n for n, value in enumerate(readings)}
         members = tuple(sorted({v for part in parts for v in part}, key=place.__getitem__))
-    sources = [v for v in exprs if v not in members]
     if not steps or isclose(cost(after), cost(before), rel_tol=1e-12):
         return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
     native = {e: v for v, e in exprs.items() if v != root}
-    native.update((exprs[v], v) for v in sources)  # not what passes them on
+    native.update((exprs[v], v) for v in exprs if v not in members)  # not what passes them on
+    found: Splice | Declined | Failure = Declined("the rewritten form would cost more than it saves")
+    if cost(after) < cost(before) or not _is_finite(before):
+        counts = Counter(step.name for step in steps)
+        found = checked(graph, members, readings, before, after, native, counts, host)
+    if isinstance(found, Splice):
+        return Decision(after, found, refusals, members)
+    reason = found.reason if isinstance(found, Declined) else f"it failed its check: {found.reason}"
+    refusals = [*refusals, Refusal(steps[-1].name, before, reason)]
+    return Decision(before, None, refusals, members, failed=isinstance(found, Failure))
+
+
+def checked(
+    graph: Graph,
+    members: tuple[Value, ...],
+    readings: dict[Value, Reading],
+    before: Expr,
+    after: Expr,
+    native: dict[Expr, Value],
+    counts: Counter[str],
+    host: Host | None,
+) -> Splice | Declined | Failure:
+    """``after`` in the place of ``members``, whose expression is ``before``, if that can be done and is right.
+
+    Args:
+        members: in execution order; the last one is what is computed.
+        native: what existing values compute.
+        counts: applications of each pass.
+        host: what the host's operators said; None where nothing is to be checked.
+    """
+    root = members[-1]
+    sources = list(dict.fromkeys(v for m in members for v in readings[m].operands if v not in members))
     refuse = _obstacle(graph, root, members, sources, before, after, native)
     error = None
     if refuse is None and host is not None:
@@ -244,21 +275,16 @@ def _consider(
         except ValueError as unsampled:
             refuse = f"it cannot be verified: {unsampled}"
     if refuse is not None:
-        return Decision(before, None, [*refusals, Refusal(steps[-1].name, before, refuse)], members)
+        return Declined(refuse)
     if host is not None:
         by_host = host.error(members, before) if error is not None and error <= REGION_TOLERANCE else None
         for check, found in (("rewrite", error), ("reading", by_host)):
             if found is not None and not found <= REGION_TOLERANCE:
-                names = tuple(dict.fromkeys(s.name for s in steps))
-                failed = host.fail(root, check, found, names, show(before), show(after))
-                refusal = Refusal(names[-1], before, f"it failed its check: {failed.reason}")
-                return Decision(before, None, [*refusals, refusal], members, failed=True)
+                return host.fail(root, check, found, tuple(counts), show(before), show(after))
     dtype = graph.dtype(members)
     assert dtype is not None
-    counts = Counter(step.name for step in steps)
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))
-    splice = Splice(root, members, after, native, dtype, counts, parameters, show(before), show(after), error)
-    return Decision(after, splice, refusals, members)
+    return Splice(root, members, after, native, dtype, counts, parameters, show(before), show(after), error)
 
 
 def lifted(
@@ -283,10 +309,8 @@ def _obstacle(
     after: Expr,
     native: dict[Expr, Value],
 ) -> str | None:
-    if not all(np.isfinite(a).all() for e in walk(before) for a in arrays(e)):
+    if not _is_finite(before):
         return "a parameter is NaN or infinite"
-    if not cost(after) < cost(before):
-        return "the rewritten form would cost more than it saves"
     dtype = graph.dtype(members)
     if dtype is None:
         return "its values have different dtypes, or an unknown one"
@@ -296,6 +320,10 @@ def _obstacle(
         if e not in native and any(reason := [r for a in arrays(e) if (r := rounding_obstacle(a, dtype))]):
             return reason[0]
     return graph.obstacle(root, members, sources)
+
+
+def _is_finite(e: Expr) -> bool:
+    return all(np.isfinite(a).all() for part in walk(e) for a in arrays(part))
 
 
 def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
