@@ -438,7 +438,7 @@ class _Draw:
         return self.pick([lambda y: y, self.channels, self.shuffle, self.norm, self.conv])(y)
 
     def projection(self, x: int) -> int:
-        """A convolution in pieces, each scaled or not; some overlap, and now and then something else reads it as well."""
+        """A convolution in pieces, scaled or not; some overlap, and now and then something else reads it as well."""
         y = self.conv(x, 6)
         n, width, *rest = self.shape(y)
         cut = int(self.rng.integers(1, width))
