@@ -277,6 +277,7 @@ class _Proof:
         """Compare two tensors as functions of cuts. Where these differ, the latest is expanded, and so on."""
         through: set[str] = set()
         found, sizes = Agreement("undecided", reason="its operands differ"), (0, 0)
+        claim: tuple[Agreement, tuple[int, int]] | None = None  # a difference, over cuts that may depend on one another
         for _ in range(MOST_TRIES):
             atoms: list[_Atom] = []
             try:
@@ -286,20 +287,37 @@ class _Proof:
             except Unrepresentable as error:
                 found, sizes = Agreement("undecided", reason=str(error)), (0, 0)
                 break
-            leaves = {s.leaf for s in mine.grids} ^ {s.leaf for s in other.grids}
-            if found.verdict == "equal" or not leaves:
+            if found.verdict == "equal":
                 break
-            # What only one side reads may lie under something that both read, so the latest goes first.
-            first = min(self.position.get(leaf, -1) for leaf in leaves)
+            leaves = {s.leaf for s in mine.grids} ^ {s.leaf for s in other.grids}
             union = {s.leaf for s in (*mine.grids, *other.grids)}
-            further = [leaf for leaf in union if self.position.get(leaf, -2) >= max(first, 0)]
+            if leaves:
+                # What only one side reads may lie under something that both read, so the latest goes first.
+                first = min(self.position.get(leaf, -1) for leaf in leaves)
+                further = [leaf for leaf in union if self.position.get(leaf, -2) >= max(first, 0)]
+            else:
+                # A cut that is an affine function of another can be written in more than one way.
+                if found.verdict == "different":
+                    claim = found, sizes
+                further = [leaf for leaf in union if leaf in self.position and self._is_affine(leaf)]
             if not further:
                 if not any(atom.name in leaves for atom in atoms):
-                    break  # these are inputs of the graph
+                    break  # these are inputs of the graph, or independent of one another
                 found = Agreement("undecided", found.units, found.bound, _unmatched(leaves, atoms))
                 break
             through.add(max(further, key=self.position.__getitem__))
+        if found.verdict != "equal" and claim is not None:
+            found, sizes = claim
         return Window(before, found.verdict, found.units, found.bound, found.reason, *sizes)
+
+    def _is_affine(self, name: str) -> bool:
+        """Whether the original computes ``name`` by an operator that can be expanded."""
+        side = self.sides[0]
+        try:
+            side.value(name, lambda operand: side.leaf(operand, operand))
+        except Unrepresentable:
+            return False
+        return True
 
     def _expand(
         self,
