@@ -316,13 +316,12 @@ ONNX_WRITERS = [
         ),
     ),
     fault(
-        "a slice that starts at zero", f"{EMIT}_select", '"start": [first], "end": [first + len(e.index)]',
-        '"start": [0], "end": [len(e.index)]',
+        "a slice that starts at zero", f"{EMIT}_select", "((first, end, e.width), self.nodes[-1])",
+        "((0, end - first, e.width), self.nodes[-1])",
         onnx=lambda: neighbours([1, 2], [2, 4]),
     ),
     fault(
-        "a gather in order", f"{EMIT}_select", 'self._integers("index", e.index)',
-        'self._integers("index", sorted(e.index))',
+        "a gather in order", f"{EMIT}_select", '.index", e.index)', '.index", sorted(e.index))',
         onnx=lambda: neighbours([2, 4], [0, 2]),
     ),
     fault(
@@ -357,7 +356,7 @@ ONNX_WRITERS = [
     ),
     fault(
         "results under one another's names", "reparamc.onnx_graph:OnnxGraph.finish",
-        "nodes.extend(self._inserted[root])",
+        "nodes.extend(node for node in self._inserted[root] if node.output)",
         "other = [*self._inserted][::-1][[*self._inserted].index(root)]\n"
         "            made = self._inserted[root]\n"
         "            made[-1].output[0] = other\n"
