@@ -17,23 +17,13 @@ import numpy as np
 from reparamc.evaluate import absolute, evaluate, has_layout
 from reparamc.expr import (
     Array,
-    BatchNorm,
-    Concat,
-    Conv,
     Expr,
-    Layout,
-    Mean,
-    Permute,
-    Reshape,
-    Scale,
-    Select,
     Source,
-    Sum,
     walk,
 )
 from reparamc.graph import Graph, Reading, Value
 from reparamc.report import Failure, Refusal
-from reparamc.verify import REGION_TOLERANCE, relative, samples
+from reparamc.verify import REGION_TOLERANCE, compare_expressions, relative, samples, structure
 
 LARGEST = 2**18
 """Elements of the operands together, beyond which a region is not run: some operators of ONNX's reference are slow."""
@@ -57,6 +47,7 @@ class Host:
     unable: list[Refusal] = field(default_factory=list)
     failures: dict[tuple[str, str], Failure] = field(default_factory=dict)
     _asked: set[Hashable] = field(default_factory=set)
+    _compared: set[Hashable] = field(default_factory=set)
 
     def error(self, members: Sequence[Value], before: Expr) -> float | None:
         """The largest error of ``before``, the expression of ``members``, relative to its terms; None if unknown.
@@ -72,6 +63,16 @@ class Host:
                 self.unable.append(Refusal(self.graph.name(members[-1]), "host", str(reason)))
         return self.errors.get(kind)
 
+    def compare(self, before: Expr, after: Expr) -> float:
+        """`compare_expressions`, at all sizes for the first region of each structure, and at one for the others.
+
+        Which border cases there are depends on the structure alone; what weights there are, on each region.
+        """
+        kind = structure(before), structure(after)
+        error = compare_expressions(before, after, every_size=kind not in self._compared)
+        self._compared.add(kind)
+        return error
+
     def fail(self, root: Value, check: str, error: float, passes: tuple[str, ...], before: str, after: str) -> Failure:
         """Note that the replacement of the region that ends in ``root`` failed a check; see `Failure`."""
         finite = error if np.isfinite(error) else None
@@ -82,8 +83,7 @@ class Host:
     def _kind(self, members: Sequence[Value], before: Expr) -> Hashable:
         places = {v: n for n, v in enumerate(members)}
         host = tuple((self.graph.kind(v), *(places.get(o) for o in self.readings[v].operands)) for v in members)
-        order = {e: n for n, e in enumerate(walk(before))}
-        return host, tuple((*_structure(e), *(order[c] for c in e.children)) for e in order)
+        return host, structure(before)
 
     def _compare(self, members: Sequence[Value], before: Expr) -> float:
         """As `error`, at two sizes; where only the extents of the graph satisfy its operators, at those."""
@@ -125,31 +125,6 @@ class Host:
 
 class _UnableError(Exception):
     """Why the host's operators cannot be asked."""
-
-
-def _structure(e: Expr) -> tuple[Hashable, ...]:
-    """What an operator is, weights and numbers of channels left out."""
-    match e:
-        case Source():
-            return (Source, e.frame)
-        case Conv():
-            groups = 1 if e.groups == 1 else "all" if e.groups == e.in_channels else "some"
-            grid = (e.kernel, e.stride, e.dilation, e.offset, e.delta, e.transposed)
-            return (Conv, *grid, groups, e.bias is None, e.token is None)
-        case Scale():
-            return (Scale, e.frame, e.scale.ndim, e.shift.ndim)
-        case BatchNorm() | Concat() | Select():
-            return (type(e), e.frame)
-        case Sum():
-            return (Sum,)
-        case Layout(op=Permute(axes=axes)):
-            return (Permute, axes)
-        case Layout(op=Mean() as op):
-            return (op,)
-        case Layout(op=Reshape() as op):
-            return (Reshape, len(op.before), len(op.after), e.frame_in, e.frame)
-        case _:
-            raise AssertionError(f"{type(e).__name__} is no expression")
 
 
 def _ordinary(before: Expr) -> Iterator[tuple[dict[Source, Array], dict[str, int]]]:

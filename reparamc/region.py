@@ -32,7 +32,7 @@ from reparamc.host import Host
 from reparamc.report import Failure
 from reparamc.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.text import show
-from reparamc.verify import REGION_TOLERANCE, compare_expressions
+from reparamc.verify import REGION_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def checked(
     error = None
     if refuse is None and host is not None:
         try:
-            error = compare_expressions(before, after)
+            error = host.compare(before, after)
         except ValueError as unsampled:
             refuse = f"it cannot be verified: {unsampled}"
     if refuse is not None:

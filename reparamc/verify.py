@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +10,22 @@ import numpy.typing as npt
 
 from reparamc.errors import InputError, VerificationError
 from reparamc.evaluate import absolute, evaluate, has_layout, sample_inputs
-from reparamc.expr import Array, Conv, Expr, Source, walk
+from reparamc.expr import (
+    Array,
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Mean,
+    Permute,
+    Reshape,
+    Scale,
+    Select,
+    Source,
+    Sum,
+    walk,
+)
 from reparamc.report import OutputError
 
 LEVELS = ("off", "region", "full")
@@ -26,19 +41,20 @@ REGION_TOLERANCE = 1e-11
 """Largest error accepted of an element in float64, relative to the magnitudes of the terms that it is the sum of."""
 
 
-def compare_expressions(before: Expr, after: Expr, seed: int = 0) -> float:
+def compare_expressions(before: Expr, after: Expr, seed: int = 0, *, every_size: bool = True) -> float:
     """Largest error of ``after`` over the same sources, each element relative to its own terms; NaN or inf in kind.
 
     Both are evaluated in float64: on inputs just larger than their kernels, so that every border case occurs, at two
     sizes of different parity, and on results of 1, 2 and 3 elements along each axis, where the region takes such
-    maps. Each time on values of ordinary size, on zeros, and on values of all sizes.
+    maps. The first time on values of ordinary size, on zeros, and on values of all sizes. Without ``every_size`` that
+    first size is all.
 
     Raises:
         ValueError: no input fits all branches, or values overflow.
     """
     worst = 0.0
     terms = absolute(before)
-    for inputs, extents in samples([before, after], seed):
+    for inputs, extents in samples([before, after], seed, SIZES if every_size else SIZES[:1]):
         with np.errstate(over="ignore", invalid="ignore"):
             try:
                 a, _ = evaluate(before, inputs, extents)
@@ -59,7 +75,9 @@ SIZES = ((0, None), (1, None), (0, 1), (0, 2), (0, 3))
 """``extra`` and ``small`` of `sample_inputs`; the first is enough where no position meets another."""
 
 
-def samples(roots: Sequence[Expr], seed: int = 0) -> Iterator[tuple[dict[Source, Array], dict[str, int]]]:
+def samples(
+    roots: Sequence[Expr], seed: int = 0, sizes: Sequence[tuple[int, int | None]] = SIZES
+) -> Iterator[tuple[dict[Source, Array], dict[str, int]]]:
     """Inputs on which expressions over the same sources are compared, and the extents of symbols; see `sample_inputs`.
 
     Raises:
@@ -68,7 +86,7 @@ def samples(roots: Sequence[Expr], seed: int = 0) -> Iterator[tuple[dict[Source,
     rng = np.random.default_rng(seed)
     seen: set[tuple[tuple[int, ...], ...]] = set()
     pointwise = all(e.is_pointwise for root in roots for e in walk(root) if isinstance(e, Conv))
-    for extra, small in SIZES[:1] if pointwise and not has_layout(roots[0]) else SIZES:
+    for extra, small in sizes[:1] if pointwise and not has_layout(roots[0]) else sizes:
         try:
             inputs, extents = sample_inputs(roots, rng, extra, small)
         except ValueError:
@@ -96,6 +114,37 @@ def relative(reference: Array, other: Array, terms: Array) -> float:
     gap, scale = np.abs(reference[finite] - other[finite]), np.broadcast_to(terms, reference.shape)[finite]
     with np.errstate(divide="ignore"):
         return float(np.divide(gap, scale, out=np.zeros_like(gap), where=gap > 0).max(initial=0.0))
+
+
+def structure(root: Expr) -> Hashable:
+    """What operators an expression has, weights and numbers of channels left out."""
+    order = {e: n for n, e in enumerate(walk(root))}
+    return tuple((*_structure(e), *(order[c] for c in e.children)) for e in order)
+
+
+def _structure(e: Expr) -> tuple[Hashable, ...]:
+    """What an operator is, weights and numbers of channels left out."""
+    match e:
+        case Source():
+            return (Source, e.frame)
+        case Conv():
+            groups = 1 if e.groups == 1 else "all" if e.groups == e.in_channels else "some"
+            grid = (e.kernel, e.stride, e.dilation, e.offset, e.delta, e.transposed)
+            return (Conv, *grid, groups, e.bias is None, e.token is None)
+        case Scale():
+            return (Scale, e.frame, e.scale.ndim, e.shift.ndim)
+        case BatchNorm() | Concat() | Select():
+            return (type(e), e.frame)
+        case Sum():
+            return (Sum,)
+        case Layout(op=Permute(axes=axes)):
+            return (Permute, axes)
+        case Layout(op=Mean() as op):
+            return (op,)
+        case Layout(op=Reshape() as op):
+            return (Reshape, len(op.before), len(op.after), e.frame_in, e.frame)
+        case _:
+            raise AssertionError(f"{type(e).__name__} is no expression")
 
 
 @dataclass(frozen=True)
