@@ -172,8 +172,11 @@ def certify(
         outside: what was found wrong with the two as seen by a caller.
     """
     start = perf_counter()
-    proof = _Proof(original, emitted, stands_for)
+    proof = _Proof(original, emitted, stands_for, precision)
     windows: list[Window] = list(outside)
+    for name in sorted(set(stands_for.values())):
+        if name.startswith((_own(0, ""), _own(1, ""))):
+            windows.append(Window(name, "undecided", reason="the proof itself gives such names"))
     congruent = 0
     for name in emitted.order:
         if name not in stands_for:
@@ -231,8 +234,14 @@ class _Joints:
 
 
 class _Proof:
-    def __init__(self, original: Side, emitted: Side, stands_for: Mapping[str, str]) -> None:
-        self.sides = (original, emitted)
+    def __init__(
+        self,
+        original: Side,
+        emitted: Side,
+        stands_for: Mapping[str, str],
+        precision: Callable[[str], Precision],
+    ) -> None:
+        self.sides, self.precision = (original, emitted), precision
         counterparts = Counter(stands_for.values())
         # Tensors that stand for the same one are proven apart, and read as themselves.
         self.cuts: tuple[Mapping[str, str], Mapping[str, str]] = (
@@ -381,24 +390,26 @@ class _Proof:
         self, which: int, name: str, values: Mapping[str, Value], atoms: list[_Atom], precision: Precision | None
     ) -> Value:
         side = self.sides[which]
+        operands = side.operands(name)
         given: list[Value | Array] = []
-        for operand in side.operands(name):
+        for operand in operands:
             constant = side.constant(operand)
             given.append(values[operand] if constant is None else constant)
         kind = side.kind(name)
         if precision is not None:
             for atom in atoms:
-                if atom.kind == kind and _all_agree(atom.operands, given, precision):
+                if atom.kind == kind and _all_agree(atom.operands, given, [self.precision(o) for o in operands]):
                     return atom.leaf
         atom = _Atom(_own(which, name), kind, tuple(given), side.leaf(name, _own(which, name)))
         atoms.append(atom)
         return atom.leaf
 
 
-def _all_agree(mine: Sequence[Value | Array], other: Sequence[Value | Array], precision: Precision) -> bool:
+def _all_agree(mine: Sequence[Value | Array], other: Sequence[Value | Array], precisions: Sequence[Precision]) -> bool:
+    """Whether operands are equal, each held to its own dtype: that of the result may be coarser."""
     if len(mine) != len(other):
         return False
-    for a, b in zip(mine, other, strict=True):
+    for a, b, precision in zip(mine, other, precisions, strict=True):
         if isinstance(a, Value) and isinstance(b, Value):
             if agree(a, b, precision).verdict != "equal":
                 return False

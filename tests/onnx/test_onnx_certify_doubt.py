@@ -118,6 +118,28 @@ def nothing(axis: int) -> ModelProto:
     return model(nodes, {}, IMAGE)
 
 
+def cast(off: float) -> ModelProto:
+    """A weight in float32, and half the precision behind it."""
+    nodes = [node("Mul", "x w", f"a{off}"), node("Floor", f"a{off}", f"b{off}"), node("Cast", f"b{off}", "y", to=10)]
+    return model(nodes, {"w": np.array([1 - off], np.float32)}, IMAGE)
+
+
+def largest(off: float) -> ModelProto:
+    """A weight in float64, and no precision behind it."""
+    nodes = [node("Mul", "x w", f"a{off}"), node("ArgMax", f"a{off}", "y", axis=0)]
+    return model(nodes, {"w": np.array([1, 1 + off])}, (2,), dtype=TensorProto.DOUBLE)
+
+
+def named(op: str) -> ModelProto:
+    """A tensor that is called as the proof calls those of one graph alone."""
+    nodes = [node("Tanh", "x", "-"), node("Neg", "-", "y")]
+    if op != "Tanh":
+        nodes[:1] = [node(op, "x", "a"), nodes[0]]
+    nodes[-1].input[0] = "a" if op != "Tanh" else "original a"
+    nodes[-2].output[0] = "original a"
+    return model(nodes, {}, IMAGE)
+
+
 DOUBTFUL: dict[str, tuple[Callable[[Any], ModelProto], Any, Any, dict[str, np.ndarray]]] = {
     "another default of an input": (default, 1.0, 2.0, X),
     "an input without its default": (default, 1.0, None, X),
@@ -129,6 +151,9 @@ DOUBTFUL: dict[str, tuple[Callable[[Any], ModelProto], Any, Any, dict[str, np.nd
     "a shape of what is no more": (like, "", "stale", {"x": rand(1, 3, 8, 8), "z": rand(3, 64)}),
     "a term repeated under a kernel": (sum_of_two, False, True, {"x": rand(1, 3, 5, 5), "z": rand(1, 3, 1, 1)}),
     "a term repeated at one size": (strided, False, True, {"x": rand(1, 3, 3, 3)}),
+    "a weight before a cast": (cast, 0.0, 1e-4, {"x": np.ones((1, 3, 1, 1), np.float32)}),
+    "a weight before a choice": (largest, 0.0, 1e-8, {"x": np.ones(2)}),
+    "a name that the proof gives": (named, "Sin", "Tanh", X),
     "the extents of what vanishes": (nothing, 0, 2, X),
 }
 
