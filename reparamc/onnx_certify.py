@@ -101,6 +101,9 @@ class _Side:
         graph = model.graph
         self.model, self.types = model, Types(model if other is None else _informed(model, other))
         self.inferred = self.types if other is None else None
+        self.which = "emitted" if other is None else "original"
+        # Unknowns that both graphs name alike; others are numbered by shape inference.
+        self.symbols = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim if d.dim_param}
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.inputs = {v.name for v in graph.input}
         self.producers = {name: (node, at) for node in graph.node for at, name in enumerate(node.output) if name}
@@ -210,7 +213,8 @@ class _Side:
         shape = self.types.shape(name)
         if shape is None:
             raise Unrepresentable(f"the rank of {name!r} is unknown")
-        return nf.leaf(known_as, [Extent(d.factor, d.symbols) for d in shape])
+        named = [tuple(s if s in self.symbols else f"{self.which} {s}" for s in d.symbols) for d in shape]
+        return nf.leaf(known_as, [Extent(d.factor, tuple(sorted(n))) for d, n in zip(shape, named, strict=True)])
 
     def value(self, name: str, of: Callable[[str], Value]) -> Value:
         node, at = self.producers[name]
@@ -640,7 +644,7 @@ def _inferred(call: _Call, x: Value) -> list[Extent | None]:
     shape = side.inferred.shape(call.node.output[call.at])
     if shape is None:
         raise Unrepresentable("the rank of a reshape is unknown")
-    symbols = {s for e in x.extents for s in e.symbols}
+    symbols = {s for e in x.extents for s in e.symbols} & side.symbols
     return [Extent(d.factor, d.symbols) if symbols.issuperset(d.symbols) else None for d in shape]
 
 

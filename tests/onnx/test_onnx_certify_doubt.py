@@ -27,7 +27,9 @@ def whole(*numbers: int) -> np.ndarray:
 def outcome(of: ModelProto, feeds: dict[str, np.ndarray]) -> list[Any]:
     """The outputs; none where the runtime refuses."""
     try:
-        return [a.tolist() for a in run(of, {v.name: feeds[v.name] for v in of.graph.input if v.name in feeds})]
+        return [
+            (a.shape, a.tolist()) for a in run(of, {v.name: feeds[v.name] for v in of.graph.input if v.name in feeds})
+        ]
     except Exception:
         return []
 
@@ -140,6 +142,15 @@ def named(op: str) -> ModelProto:
     return model(nodes, {}, IMAGE)
 
 
+def empty(stride: int) -> ModelProto:
+    """No channels at all, over extents that shape inference numbers alike in both graphs."""
+    nodes = [
+        node("MaxPool", "x", f"p{stride}", kernel_shape=[2, 2], strides=[stride, stride]),
+        node("Slice", f"p{stride} zero zero one", "y"),
+    ]
+    return model(nodes, {"zero": whole(0), "one": whole(1)}, IMAGE)
+
+
 DOUBTFUL: dict[str, tuple[Callable[[Any], ModelProto], Any, Any, dict[str, np.ndarray]]] = {
     "another default of an input": (default, 1.0, 2.0, X),
     "an input without its default": (default, 1.0, None, X),
@@ -154,6 +165,7 @@ DOUBTFUL: dict[str, tuple[Callable[[Any], ModelProto], Any, Any, dict[str, np.nd
     "a weight before a cast": (cast, 0.0, 1e-4, {"x": np.ones((1, 3, 1, 1), np.float32)}),
     "a weight before a choice": (largest, 0.0, 1e-8, {"x": np.ones(2)}),
     "a name that the proof gives": (named, "Sin", "Tanh", X),
+    "the extents of no channels": (empty, 1, 2, X),
     "the extents of what vanishes": (nothing, 0, 2, X),
 }
 
