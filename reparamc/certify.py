@@ -268,13 +268,11 @@ class _Proof:
         return self._jointed(before, after, precision) or self._whole(before, after, precision)
 
     def _jointed(self, before: str, after: str, precision: Precision) -> Window | None:
-        """Compare two tensors link by link, without multiplying kernels; None unless there are links, and all agree."""
+        """Compare two tensors link by link, so that kernels are not multiplied out; None unless all agree."""
         joints, atoms = _Joints(), list[_Atom]()
         try:
             mine, m = self._expand(0, before, set(), atoms, None, joints)
-            if not joints.values:
-                return None
-            other, n = self._expand(1, after, set(), atoms, precision, joints)
+            other, n = self._expand(1, after, set(), atoms, precision, joints if joints.values else None)
             found = [*joints.found, agree(mine, other, precision)]
         except (Unrepresentable, _NoJoint):
             return None

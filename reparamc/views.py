@@ -8,6 +8,7 @@ products of a number and of unknowns, because a reshape needs to know products a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -63,6 +64,12 @@ that differ only in digits which occur nowhere are averaged."""
 
 
 def identity_view(base: Sequence[Extent]) -> View:
+    """The layout of a base itself."""
+    return _identity_view(tuple(base))
+
+
+@lru_cache(maxsize=1024)
+def _identity_view(base: tuple[Extent, ...]) -> View:
     return tuple(() if e == UNIT else (Digit(i, UNIT, e),) for i, e in enumerate(base))
 
 
