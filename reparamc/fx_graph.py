@@ -413,6 +413,8 @@ class FxGraph:
         if not result.meta:
             result.meta.update({k: v for k, v in root.meta.items() if k in ("tensor_meta", "val")})
         result.meta["reparamc"] = dict(splice.counts)
+        if splice.expr not in splice.native:
+            result.meta.setdefault("stands_for", root.name)
         self._spliced[root] = result
         for member in cast(Sequence[fx.Node], splice.members):
             self.suspects += [member, *self.written.get(member, ())]

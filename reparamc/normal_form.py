@@ -839,3 +839,34 @@ def padded(
     full = np.full(moved.channels, float(fill))
     outside = [(None, Vector(full, np.abs(full))), (where, Vector(-full, np.abs(full)))]
     return replace(moved, vectors=_summed(moved.vectors.items(), outside))
+
+
+def sliced(value: Value, axis: int, start: int, end: int, step: int) -> Value:
+    """Every ``step``-th element from ``start`` to ``end``, as Python counts: of channels a selection, else a kernel."""
+    width = value.extents[axis].known
+    if step == 1 and start == 0 and (end >= WHOLE or end == width):
+        return value
+    if axis < 2 or value.rank < 3 or axis == value.channel:
+        if width is None:
+            raise Unrepresentable("a slice of an unknown extent")
+        return selected(value, range(width)[start:end:step], axis)
+    if step < 1:
+        raise Unrepresentable("a slice in reverse")
+    if width is not None:
+        first, stop, _ = slice(start, end, step).indices(width)
+        behind = width - stop
+    elif start >= 0 and (end < 0 or end >= WHOLE):
+        first, behind = start, -end if end < 0 else 0
+    else:
+        raise Unrepresentable("a slice of an unknown extent")
+    owns = [i for i, digits in enumerate(value.view) if any(d.axis == value.channel for d in digits)]
+    channel = owns[0] if owns else 1
+    count = value.extents[channel].known
+    if count is None or channel == axis:
+        raise Unrepresentable("the number of channels is unknown")
+    kernel = Kernel(np.ones((count, 1, 1)), np.arange(count), ((first,),), (axis,), (step,), (first + behind,), 0)
+    return convolved(value, kernel, channel)
+
+
+WHOLE = 2**30
+"""An end of a slice from here on means the end of the axis."""

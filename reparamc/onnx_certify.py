@@ -572,36 +572,8 @@ def _read_slice(call: _Call) -> Value:
         axes = list(range(len(starts))) if given[0] is None else [int(n) for n in given[0]]
         steps = [1] * len(starts) if given[1] is None else [int(n) for n in given[1]]
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        x = _cut(x, axis % x.rank, start, end, step)
+        x = nf.sliced(x, axis % x.rank, start, end, step)
     return x
-
-
-def _cut(x: Value, axis: int, start: int, end: int, step: int) -> Value:
-    """Every ``step``-th element from ``start`` to ``end``: of channels a selection, of positions a kernel."""
-    width = x.extents[axis].known
-    if step == 1 and start == 0 and (end >= 2**30 or end == width):
-        return x
-    if axis < 2 or x.rank < 3 or axis == x.channel:
-        if width is None:
-            raise Unrepresentable("a slice of an unknown extent")
-        return nf.selected(x, range(width)[start:end:step], axis)
-    if width is not None:
-        first, stop, _ = slice(start, end, step).indices(width)
-        behind = width - stop
-    elif start >= 0 and step > 0 and (end < 0 or end >= 2**30):
-        first, behind = start, -end if end < 0 else 0
-    else:
-        raise Unrepresentable("a slice of an unknown extent")
-    if step < 1:
-        raise Unrepresentable("a slice in reverse")
-    channel = (
-        1 if x.channel is None else next((i for i, ds in enumerate(x.view) if any(d.axis == x.channel for d in ds)), 1)
-    )
-    count = x.extents[channel].known
-    if count is None or channel == axis:
-        raise Unrepresentable("the number of channels is unknown")
-    kernel = Kernel(np.ones((count, 1, 1)), np.arange(count), ((first,),), (axis,), (step,), (first + behind,), 0)
-    return nf.convolved(x, kernel, channel)
 
 
 def _read_gather(call: _Call) -> Value:
