@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
 
@@ -283,48 +283,37 @@ class _Proof:
     def _whole(self, before: str, after: str, precision: Precision) -> Window:
         """Compare two tensors as functions of cuts. Where these differ, the latest is expanded, and so on."""
         through: set[str] = set()
-        found, sizes = Agreement("undecided", reason="its operands differ"), (0, 0)
-        claim: tuple[Agreement, tuple[int, int]] | None = None  # a difference, over cuts that may depend on one another
+        different: Window | None = None
+        last = Window(before, "undecided", reason="the two depend on different tensors, however far they are followed")
         for _ in range(MOST_TRIES):
             atoms: list[_Atom] = []
             try:
                 mine, m = self._expand(0, before, through, atoms, None)
                 other, n = self._expand(1, after, through, atoms, precision)
-                found, sizes = agree(mine, other, precision), (m, n)
+                found = agree(mine, other, precision)
             except Unrepresentable as error:
-                found, sizes = Agreement("undecided", reason=str(error)), (0, 0)
+                last = Window(before, "undecided", reason=str(error))
                 break
+            seen = Window(before, found.verdict, found.units, found.bound, found.reason, m, n)
             if found.verdict == "equal":
-                break
-            leaves = {s.leaf for s in mine.grids} ^ {s.leaf for s in other.grids}
+                return seen
             union = {s.leaf for s in (*mine.grids, *other.grids)}
-            if leaves:
-                # What only one side reads may lie under something that both read, so the latest goes first.
-                first = min(self.position.get(leaf, -1) for leaf in leaves)
-                further = [leaf for leaf in union if self.position.get(leaf, -2) >= max(first, 0)]
-            else:
-                # A cut that is an affine function of another can be written in more than one way.
-                if found.verdict == "different":
-                    claim = found, sizes
-                further = [leaf for leaf in union if leaf in self.position and self._is_affine(leaf)]
-            if not further:
-                if not any(atom.name in leaves for atom in atoms):
-                    break  # these are inputs of the graph, or independent of one another
-                found = Agreement("undecided", found.units, found.bound, _unmatched(leaves, atoms))
+            leaves = {s.leaf for s in mine.grids} ^ {s.leaf for s in other.grids}
+            if not leaves:
+                different = different or (seen if found.verdict == "different" else None)
+                last = seen
+            # What only one side reads may lie under something that both read, and leaves may depend on one another:
+            # so the latest goes first.
+            first = min((self.position.get(leaf, -1) for leaf in leaves), default=0)
+            further = [leaf for leaf in union if self.position.get(leaf, -2) >= max(first, 0)]
+            if not further or (not leaves and len(union) == 1):
+                if leaves and atoms:
+                    last = replace(seen, verdict="undecided", reason=_unmatched(leaves, atoms))
+                elif leaves:
+                    different = different or seen  # only inputs of the graph are left, and they are independent
                 break
             through.add(max(further, key=self.position.__getitem__))
-        if found.verdict != "equal" and claim is not None:
-            found, sizes = claim
-        return Window(before, found.verdict, found.units, found.bound, found.reason, *sizes)
-
-    def _is_affine(self, name: str) -> bool:
-        """Whether the original computes ``name`` by an operator that can be expanded."""
-        side = self.sides[0]
-        try:
-            side.value(name, lambda operand: side.leaf(operand, operand))
-        except Unrepresentable:
-            return False
-        return True
+        return different or last
 
     def _expand(
         self,
@@ -422,5 +411,7 @@ def same_bytes(a: Array, b: Array) -> bool:
 
 def _unmatched(leaves: set[str], atoms: Sequence[_Atom]) -> str:
     """Why two windows have different leaves to the end."""
-    name = next(atom.name.split(" ", 1)[1] for atom in atoms if atom.name in leaves)
-    return f"no operator of the other graph is known to be equal to {name!r}"
+    names = [atom.name.split(" ", 1)[1] for atom in atoms if atom.name in leaves]
+    if not names:
+        return f"one of the two alone depends on {min(leaves)!r}, which operators that are not affine read as well"
+    return f"no operator of the other graph is known to be equal to {names[0]!r}"

@@ -185,6 +185,7 @@ class _Side:
             if n.op.startswith("call_") and n.name not in self.constants and n not in self.sizes
             if not (self._is_cut_up(n) and all(self._is_piece(u) for u in n.users))
         ]
+        self.counts: dict[str, int] = {}
         self.ranks = self._ranks()
         self.unsafe = self._unsafe()
 
@@ -271,6 +272,7 @@ class _Side:
                     continue
                 first = call.args.get("input")
                 given = first.name if isinstance(first, fx.Node) else None
+                self._count(node, call, given)
                 if call.axes is not None and call.op in ("conv", "conv_transpose", "batch_norm", "avg_pool"):
                     found.setdefault(node.name, call.axes + 2)
                     if given:
@@ -282,6 +284,16 @@ class _Side:
                         for n in (node.name, *names):
                             found.setdefault(n, known[0])
         return found
+
+    def _count(self, node: fx.Node, call: Described, given: str | None) -> None:
+        """Note how many channels a kernel or a norm reads and gives, where these lie along axis 1."""
+        weight = call.args.get("running_mean" if call.op == "batch_norm" else "weight")
+        if call.op not in ("conv", "batch_norm") or not isinstance(weight, Tensor):
+            return
+        self.counts[node.name] = weight.shape[0]
+        if given is not None:
+            inside = weight.shape[1] * call.args.get("groups", 1) if call.op == "conv" else weight.shape[0]
+            self.counts.setdefault(given, inside)
 
     def _unsafe(self) -> set[str]:
         """Nodes whose memory is written into while somebody may still read them: they are not one value."""
@@ -374,7 +386,10 @@ class _Side:
             raise Unrepresentable(f"{name!r} is written in place while others read it")
         shape = self.shapes.get(name)
         if shape is None and name in self.ranks:
-            shape = tuple(Extent(1, (f"{known_as}[{axis}]",)) for axis in range(self.ranks[name]))
+            shape = tuple(
+                Extent(self.counts[name]) if axis == 1 and name in self.counts else Extent(1, (f"{known_as}[{axis}]",))
+                for axis in range(self.ranks[name])
+            )
         if shape is None:
             raise Unrepresentable(f"the rank of {name!r} is unknown; give example_inputs")
         return nf.leaf(known_as, shape)
@@ -463,6 +478,8 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "identity": ("input",),
     "dropout": ("input", "p", "training", "inplace"),
     "reshape": ("input", "shape"),
+    "reshape_as": ("input", "other"),
+    "view_as": ("input", "other"),
     "permute": ("input", "dims"),
     "transpose": ("input", "dim0", "dim1"),
     "flatten": ("input", "start_dim", "end_dim"),
@@ -933,6 +950,10 @@ def _read_reshape(call: _Read) -> Value:
     return nf.regrouped(call.x, [call.extent(s) for s in shape])
 
 
+def _read_reshape_as(call: _Read) -> Value:
+    return nf.regrouped(call.x, call.value(call.call.args["other"]).extents)
+
+
 def _read_permute(call: _Read) -> Value:
     x, dims = call.x, call.call.args["dims"]
     return nf.permuted(x, [d % x.rank for d in dims])
@@ -993,6 +1014,7 @@ READERS: dict[str, Callable[[_Read], Value]] = {
     "channel_shuffle": _read_channel_shuffle,
     "mean": _read_mean,
     "reshape": _read_reshape,
+    **dict.fromkeys(("reshape_as", "view_as"), _read_reshape_as),
     "permute": _read_permute,
     "transpose": _read_transpose,
     "flatten": _read_flatten,

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, cast
 
@@ -18,17 +19,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from reparamc.certify import Certificate, roll_back
 from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError, VerificationError
 from reparamc.evaluate import frames
 from reparamc.fx_calls import operation
+from reparamc.fx_certify import certify_fx, shapes_of
 from reparamc.fx_export import can_be_exported, exported, holds_linear
 from reparamc.fx_graph import FxGraph
 from reparamc.fx_regions import by_position, run_alone
 from reparamc.fx_values import IN_PLACE_DUNDERS
-from reparamc.plan import make_plan
+from reparamc.graph import Splice
+from reparamc.plan import Plan, make_plan
 from reparamc.record import records_of
-from reparamc.report import Counts, Origin, OutputError, Refusal, Report, rewritten
+from reparamc.report import Counts, Failure, Origin, OutputError, Refusal, Report, Rewrite, certified, rewritten
 from reparamc.rewrite import Pass, select
 from reparamc.verify import Alone, Region, check_level, compare_outputs
 
@@ -112,25 +116,39 @@ def _fuse(
     _refuse_changed_state(model, traced)
     before = count(traced)
     traced_at = perf_counter()
-    graph = FxGraph(traced, _examples(model, args, kwargs), exported=bool(note))
-    with priced_by(objective):
-        plan = make_plan(graph, selected, verify=level != "off")
-    rewrites = [rewritten(graph, splice) for splice in plan.splices]
-    for splice in plan.splices:
-        graph.splice(splice)
-    counts = sum((s.counts for s in plan.splices), Counter[str]())
-    if any(p.name == "constant-folding" for p in selected):
-        counts["constant-folding"] = graph.fold_constants()
-    fused = graph.finish()
+    kept = fx.GraphModule(traced, copy.deepcopy(traced.graph)) if level != "off" else None
+    examples = _examples(model, args, kwargs)
+
+    def rewrite(traced: fx.GraphModule, without: set[str]) -> _Rewritten:
+        graph = FxGraph(traced, examples, exported=bool(note))
+        with priced_by(objective):
+            return _rewrite(graph, make_plan(graph, selected, verify=level != "off"), selected, without)
+
+    made = rewrite(traced, set())
+    certificate, wrong = None, dict[str, str]()
+    if kept is not None and any(made.counts.values()):
+        begun = perf_counter()
+        values = (*given[0], *given[1].values()) if note else args
+        shapes = shapes_of(kept, values) if example_inputs is not None and not kwargs else {}
+
+        def redo(undone: set[str]) -> Certificate:
+            nonlocal made
+            made = rewrite(_followed(model, given if example_inputs is not None else None)[0], undone)
+            return certify_fx(kept, made.fused, shapes)
+
+        found, wrong = roll_back(certify_fx(kept, made.fused, shapes), made.roots, redo)
+        certificate = certified(found, len(wrong), perf_counter() - begun)
+    graph, plan, fused, counts = made.graph, made.plan, made.fused, made.counts
     done = perf_counter()
     report = Report(
         before=before,
         after=count(fused),
         passes={p.name: counts[p.name] for p in selected},
-        rewrites=rewrites,
-        kept=[Refusal(k.where, k.name, k.reason) for k in plan.kept],
-        failed=plan.failed,
+        rewrites=made.rewrites,
+        kept=[Refusal(k.where, k.name, k.reason) for k in plan.kept] + [u.refusal(wrong) for u in made.undone],
+        failed=[*plan.failed, *(u.failure(wrong) for u in made.undone)],
         host=plan.host,
+        certificate=certificate,
         note=note,
         seconds={"tracing": traced_at - start, "rewriting": done - traced_at},
         objective=objective,
@@ -152,9 +170,9 @@ def _fuse(
                     s.after,
                     frames(s.expr)[s.expr],
                 )
-                for s in plan.splices
+                for s in made.splices
             ]
-            places = {cast(fx.Node, s.root).name: graph.current(s.root).name for s in plan.splices}
+            places = {cast(fx.Node, s.root).name: graph.current(s.root).name for s in made.splices}
 
             def alone() -> Alone | None:
                 original = _followed(model, given)[0]
@@ -167,6 +185,51 @@ def _fuse(
             report.seconds["verification"] = perf_counter() - done
     fused.meta["reparamc"] = report
     return fused
+
+
+@dataclass(frozen=True)
+class _Undone:
+    """A splice that was left out, because it was proven wrong."""
+
+    root: str
+    where: str
+    splice: Splice
+
+    def refusal(self, reasons: Mapping[str, str]) -> Refusal:
+        return Refusal(self.where, "certificate", reasons[self.root])
+
+    def failure(self, reasons: Mapping[str, str]) -> Failure:
+        s = self.splice
+        return Failure(self.where, "certificate", None, 0.0, (*s.counts,), s.before, s.after, reasons[self.root])
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """A module with its splices carried out, and what was done; ``roots``: the names of the nodes in which they end."""
+
+    fused: fx.GraphModule
+    graph: FxGraph
+    plan: Plan
+    splices: list[Splice]
+    counts: Counter[str]
+    rewrites: list[Rewrite]
+    roots: set[str]
+    undone: list[_Undone]
+
+
+def _rewrite(graph: FxGraph, plan: Plan, selected: tuple[Pass, ...], without: set[str]) -> _Rewritten:
+    """Carry out ``plan``, but for the splices whose last node has a name in ``without``."""
+    named = [(str(getattr(s.root, "name", "")), s) for s in plan.splices]
+    chosen = [(name, s) for name, s in named if name not in without]
+    undone = [_Undone(name, graph.name(s.root), s) for name, s in named if name in without]
+    rewrites = [rewritten(graph, s) for _, s in chosen]
+    for _, splice in chosen:
+        graph.splice(splice)
+    counts = sum((s.counts for _, s in chosen), Counter[str]())
+    if any(p.name == "constant-folding" for p in selected):
+        counts["constant-folding"] = graph.fold_constants()
+    splices, roots = [s for _, s in chosen], {name for name, _ in chosen}
+    return _Rewritten(graph.finish(), graph, plan, splices, counts, rewrites, roots, undone)
 
 
 def _origin(model: nn.Module) -> Origin | None:

@@ -14,6 +14,7 @@ from fx_checks import CHANNELS, conv_bn, counts, images, ready, report
 from torch import nn
 
 from reparamc import fuse_fx
+from reparamc.certify import Certificate
 from reparamc.errors import VerificationError
 from reparamc.expr import BatchNorm, Conv, Expr
 from reparamc.fx_emit import Emitter
@@ -93,6 +94,10 @@ def test_wrong_splice(
 ) -> None:
     method, wrap = FAULTS[fault]
     monkeypatch.setattr(Emitter, method, wrap(getattr(Emitter, method)))
+    with pytest.warns(RuntimeWarning, match="proven to differ"):
+        certified = fuse_fx(model.to(dtype), x.to(dtype))
+    assert certified.meta["reparamc"].certificate.rolled_back >= 1
+    monkeypatch.setattr("reparamc.fx_fuse.certify_fx", lambda *_: Certificate((), 0, 0.0))
     with pytest.raises(VerificationError, match=r"region '[02]\.1' of the rewritten model") as raised:
         fuse_fx(model.to(dtype), x.to(dtype))
     assert raised.value.where == "0.1" or dtype == torch.bfloat16  # where a small bias of the first does not show

@@ -1,0 +1,200 @@
+"""Certificates of traced modules: what fusion makes is proven, and every fault planted in it is found and named."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from reparamc import fuse_fx
+from reparamc.certify import Certificate, roll_back
+from reparamc.errors import VerificationError
+from reparamc.fx_certify import certify_fx, shapes_of
+from reparamc.fx_emit import Emitter
+from reparamc.fx_fuse import FxGraph, _rewrite, trace
+from reparamc.plan import make_plan
+from reparamc.testing import randomize_batchnorm
+from reparamc_passes import PASSES
+
+
+class Network(nn.Module):
+    """Branches and a skip connection, a strided depthwise link, q and k of tokens, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.point = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.Conv2d(6, 6, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(4))
+        self.deep = nn.Conv2d(6, 6, 3, stride=2, padding=(2, 1), dilation=(2, 1), groups=6)
+        self.qk, self.norm = nn.Linear(6, 12), nn.BatchNorm1d(12)
+        self.head = nn.Linear(6, 5)
+        self.gain = nn.Parameter(torch.rand(5) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](self.wide(x)) + self.norms[1](self.point(x))
+        y += self.norms[2](x)
+        y = F.relu(y)
+        y = F.gelu(self.norms[3](self.deep(y)))
+        t = y.flatten(2).transpose(1, 2)
+        b, n, _ = t.shape
+        qk = self.norm(self.qk(t).flatten(0, 1)).reshape(b, n, 2, 6)
+        q, k = qk.split(3, dim=-1)
+        a = torch.softmax(q.permute(0, 2, 1, 3) @ k.permute(0, 2, 3, 1), -1)
+        return self.head((a.mean(1) @ t).mean(1)) * self.gain
+
+
+def network() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = Network().eval()
+    x = torch.randn(2, 6, 9, 8)
+    return randomize_batchnorm(model, 0, torch.randn(4, 6, 9, 8)), x
+
+
+def both(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, fx.GraphModule, dict[str, Any]]:
+    """A traced module before and after, and the shapes of its nodes."""
+    traced = trace(copy.deepcopy(model))
+    kept = fx.GraphModule(traced, copy.deepcopy(traced.graph))
+    graph = FxGraph(traced, {"x": x})
+    return kept, _rewrite(graph, make_plan(graph, PASSES, verify=False), PASSES, set()).fused, shapes_of(kept, [x])
+
+
+def verdicts(certificate: Certificate) -> list[str]:
+    return [w.verdict for w in certificate.windows]
+
+
+def test_what_fusion_makes_is_proven() -> None:
+    model, x = network()
+    kept, fused, shapes = both(model, x)
+    assert not any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) for _, m in fused.named_modules() if "." not in _)
+    found = certify_fx(kept, fused, shapes)
+    assert found.holds, found.windows
+    assert found.equal >= 4
+    assert found.congruent >= 5
+    assert 0 < found.units <= 1
+    assert 0 < found.bound <= 2.0**-22
+
+
+def test_extents_that_vary_are_symbols() -> None:
+    model, x = network()
+    shapes = both(model, x)[2]
+    batch, channels, *image = shapes["wide"]
+    assert channels.known == 6
+    assert all(e.known is None for e in (batch, *image))
+    assert image[0] != image[1]
+
+
+def emitted(fused: fx.GraphModule, kind: type[nn.Module]) -> list[Any]:
+    return [m for name, m in fused.named_modules() if type(m) is kind and "fused" in name]
+
+
+def first_conv(fused: fx.GraphModule) -> Any:
+    return next(m for m in emitted(fused, nn.Conv2d) if m.kernel_size == (3, 3) and m.groups == 1)
+
+
+def deep_conv(fused: fx.GraphModule) -> Any:
+    return next(m for m in emitted(fused, nn.Conv2d) if m.groups == 6)
+
+
+def scaled(tensor: Tensor, at: tuple[int, ...], by: float) -> None:
+    with torch.no_grad():
+        tensor[at] *= by
+
+
+def swapped(tensor: Tensor) -> None:
+    with torch.no_grad():
+        tensor[[0, 1]] = tensor[[1, 0]].clone()
+
+
+FAULTS: dict[str, Callable[[fx.GraphModule], None]] = {
+    "one weight by a thousandth": lambda m: scaled(first_conv(m).weight, (2, 3, 0, 1), 1.001),
+    "one sign": lambda m: scaled(deep_conv(m).weight, (4, 0, 1, 1), -1),
+    "two channels": lambda m: swapped(emitted(m, nn.Linear)[-1].weight),
+    "one bias": lambda m: scaled(first_conv(m).bias, (1,), 1.001),
+    "bias dropped": lambda m: setattr(deep_conv(m), "bias", None),
+    "pads": lambda m: setattr(deep_conv(m), "padding", (1, 2)),
+    "dilation": lambda m: setattr(deep_conv(m), "dilation", (1, 2)),
+    "stride": lambda m: setattr(deep_conv(m), "stride", (2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name: str) -> None:
+    model, x = network()
+    kept, fused, shapes = both(model, x)
+    FAULTS[name](fused)
+    found = certify_fx(kept, fused, shapes)
+    assert [v for v in verdicts(found) if v != "equal"] == ["different"], found.windows
+    wrong = next(w for w in found.windows if w.verdict == "different")
+    assert wrong.reason
+    assert wrong.units > 1
+
+
+def test_ranks_are_told_by_operators_where_there_are_no_examples() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    )
+    fused = fuse_fx(randomize_batchnorm(model.eval()))
+    certificate = fused.meta["reparamc"].certificate
+    assert (certificate.equal, certificate.undecided) == (2, ())
+
+
+def test_a_value_that_is_written_is_no_proof() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            z = self.norm(self.conv(y))
+            y.relu_()
+            return z + F.silu(y)
+
+    model = randomize_batchnorm(Block().eval(), example_inputs=torch.randn(2, 3, 4, 4))
+    kept, fused, shapes = both(model, torch.randn(2, 3, 5, 6))
+    assert certify_fx(kept, fused, shapes).holds  # nothing was rewritten
+    fused.conv = copy.deepcopy(fused.conv)
+    found = certify_fx(kept, fused, shapes)
+    assert verdicts(found) == ["undecided"]
+    assert "written in place" in found.windows[0].reason
+
+
+def test_a_wrong_rewrite_is_undone_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = Emitter._fill
+
+    def wrong(self: Emitter, module: Any, weight: Any, bias: Any) -> None:
+        fill(self, module, weight * 1.01 if getattr(module, "groups", 1) == 6 else weight, bias)
+
+    monkeypatch.setattr(Emitter, "_fill", wrong)
+    model, x = network()
+    with pytest.warns(RuntimeWarning, match="proven to differ"):
+        fused = fuse_fx(model, x)
+    report = fused.meta["reparamc"]
+    assert report.certificate.rolled_back == 1
+    assert report.certificate.equal >= 3
+    (kept,) = (k for k in report.kept if k.name == "certificate")
+    assert "with weight" in kept.reason
+    norms = [m for n in fused.graph.nodes if n.op == "call_module" for m in [fused.get_submodule(str(n.target))]]
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in norms) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_without_verification_nothing_is_proven() -> None:
+    model, x = network()
+    assert fuse_fx(model, x, verify=False).meta["reparamc"].certificate is None
+    assert fuse_fx(model, x, verify="region").meta["reparamc"].certificate is not None
+
+
+def test_other_arguments_or_results_are_seen_from_outside() -> None:
+    model, x = network()
+    kept, fused, shapes = both(model, x)
+    (output,) = fused.graph.find_nodes(op="output")
+    output.args = ((output.args[0],),)
+    assert certify_fx(kept, fused, shapes).different
+    with pytest.raises(VerificationError):
+        roll_back(certify_fx(kept, fused, shapes), set(), lambda undone: certify_fx(kept, fused, shapes))
