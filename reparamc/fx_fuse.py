@@ -129,7 +129,10 @@ def _fuse(
     if kept is not None and any(made.counts.values()):
         begun = perf_counter()
         values = (*given[0], *given[1].values()) if note else args
-        shapes = shapes_of(kept, values) if example_inputs is not None and not kwargs else {}
+        shapes = {}
+        if example_inputs is not None and not kwargs:
+            with _own_randomness(model), torch.no_grad():
+                shapes = shapes_of(cast(fx.GraphModule, _copied(kept)), values)  # forward may update buffers
 
         def redo(undone: set[str]) -> Certificate:
             nonlocal made
@@ -534,9 +537,7 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     """Every tensor that ``model`` returns, by its place in the result; random operators draw the same numbers."""
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     model = _copied(model)  # forward may update buffers
-    devices = {t.device.index or 0 for t in model_tensors(model) if t.is_cuda}
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-        torch.manual_seed(0)
+    with torch.no_grad(), _own_randomness(model):
         return _named(model(*args, **kwargs))
 
 
@@ -544,6 +545,15 @@ def _named(result: Any) -> dict[str, np.ndarray]:
     """Every tensor in ``result`` by its place."""
     leaves, _ = pytree.tree_flatten_with_path(result)
     return {f"output{pytree.keystr(path)}": _array(leaf) for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+@contextmanager
+def _own_randomness(model: nn.Module) -> Iterator[None]:
+    """Random operators draw the same numbers each time, and the caller's generators stay as they are."""
+    devices = {t.device.index or 0 for t in model_tensors(model) if t.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(0)
+        yield
 
 
 def _array(leaf: Tensor) -> np.ndarray:
