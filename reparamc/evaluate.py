@@ -238,6 +238,41 @@ def channels(root: Expr) -> dict[Expr, int | None]:
     return found
 
 
+def misfit(root: Expr) -> str | None:
+    """Why ``root`` reads what no value has: a parameter made for another number of channels. None if all fit."""
+    made: dict[Expr, tuple[int, int] | None] = {}  # frame and number of the channels, where they are told
+    for e in walk(root):
+        wanted: Sequence[tuple[int, int] | None] = [None] * len(e.children)
+        match e:
+            case Source():
+                own = None if e.frame is None or e.channels is None else (e.frame, e.channels)
+            case Conv():
+                own, wanted = (e.frame, e.out_channels), [(e.frame, e.in_channels)]
+            case BatchNorm():
+                own, wanted = (e.frame, e.gamma.size), [(e.frame, e.gamma.size)]
+            case Scale() if e.frame is not None:
+                own = e.frame, max(e.scale.size, e.shift.size)
+                wanted = [own]
+            case Scale():
+                own = made[e.x]
+            case Sum():
+                own = next((told for t in e.terms if (told := made[t]) is not None), None)
+                wanted = [own] * len(e.terms)
+            case Concat():
+                own, wanted = (e.frame, sum(e.sizes)), [(e.frame, size) for size in e.sizes]
+            case Select():
+                own, wanted = (e.frame, len(e.index)), [(e.frame, e.width)]
+            case Layout():
+                told = made[e.x]
+                own = None if told is None or told[0] != e.frame_in else (e.frame, told[1])
+        made[e] = own
+        for child, want in zip(e.children, wanted, strict=True):
+            has = made[child]
+            if want is not None and has is not None and want[0] == has[0] and want[1] != has[1]:
+                return f"a parameter is made for {want[1]} channels, where its operand has {has[1]}"
+    return None
+
+
 def sample_inputs(
     roots: Sequence[Expr], rng: np.random.Generator, extra: int = 0, small: int | None = None
 ) -> tuple[dict[Source, Array], dict[str, int]]:

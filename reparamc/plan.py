@@ -11,7 +11,7 @@ from reparamc.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
 from reparamc.pieces import PIECES, fold_pieces
-from reparamc.region import Decision, decide, lifted
+from reparamc.region import LIFT, Decision, decide, lifted
 from reparamc.report import Failure, HostCheck
 from reparamc.rewrite import Declined, Pass
 from reparamc.unlisted import UNLISTED, find_kernels
@@ -55,7 +55,7 @@ def make_plan(
         if isinstance(reading, Reading):
             readings[value] = reading
         elif isinstance(reading, Declined):
-            plan.kept.append(Kept(graph.name(value), "lift", reading.reason))
+            plan.kept.append(Kept(graph.name(value), LIFT, reading.reason))
     host = Host(graph, readings) if verify else None
     results = decide(graph, readings, passes, host, progress)
     left = {root: r for root, r in results.items() if r.failed}

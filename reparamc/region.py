@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from reparamc.cost import cost
+from reparamc.evaluate import misfit
 from reparamc.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
@@ -33,6 +34,9 @@ from reparamc.report import Failure
 from reparamc.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.text import show
 from reparamc.verify import REGION_TOLERANCE
+
+LIFT = "lift"
+"""Stands for the name of a pass where an operator is not read as the linear one that it looks like."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,8 @@ def _consider(
             moved = replaced((before, after, *exprs.values()), joint, inner)
             before, after = flatten(moved[before]), flatten(moved[after])
             exprs = {v: moved[e] for v, e in exprs.items()}
+        if reason := misfit(after):
+            return Decision(before, None, [Refusal(LIFT, before, reason)], parts[0])
         with np.errstate(all="ignore"):  # whatever is not finite is refused below
             outcome = simplify(after, passes)
         after, refusals = outcome.expr, outcome.refusals

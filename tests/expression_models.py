@@ -32,6 +32,7 @@ from reparamc.expr import (
     Sum,
     walk,
 )
+from reparamc.kernel import regroup
 
 Shapes = dict[Source, tuple[int, ...]]
 EXTENTS = ((7, 6, 5), (8, 9, 6))
@@ -249,10 +250,11 @@ class _OnnxBuilder:
                     pads=(*begin, *end), group=e.groups,
                 )  # fmt: skip
             case Conv() if self.ranks[e] == 2:
-                inputs = [x, self._tensor(e.weight)] + ([self._tensor(e.bias)] if e.bias is not None else [])
+                weight = self._tensor(regroup(e, 1))
+                inputs = [x, weight] + ([self._tensor(e.bias)] if e.bias is not None else [])
                 self._node("Gemm", inputs, out, transB=1)
             case Conv():
-                self._node("MatMul", [x, self._tensor(e.weight.T)], out if e.bias is None else f"{out}_product")
+                self._node("MatMul", [x, self._tensor(regroup(e, 1).T)], out if e.bias is None else f"{out}_product")
                 if e.bias is not None:
                     self._node("Add", [f"{out}_product", self._tensor(e.bias)], out)
             case Scale() if _is_negation(e):

@@ -214,6 +214,16 @@ def test_weight_that_does_not_fit_its_input() -> None:
     assert fused.SerializeToString() == made.SerializeToString()
 
 
+@pytest.mark.parametrize("columns", [2, 3])
+def test_weights_that_do_not_fit_one_another(columns: int) -> None:
+    """A model that no runtime accepts: what is read from it must not be composed."""
+    nodes = [node("Gemm", "x w", "a", transB=1), node("Gemm", "a v", "y", transB=1)]
+    made = model(nodes, {"w": rand(4, 6), "v": rand(5, columns)}, ("N", 6))
+    fused, report = fuse_model(made, verify="off")
+    assert fused.SerializeToString() == made.SerializeToString()
+    assert any(f"{columns} channels, where its operand has 4" in reason for reason in reasons(report))
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_, object], ids=["int32", "bool", "string"])
 def test_weight_that_is_no_floating_number(dtype: Any) -> None:
     """The checker does not look at the types of operands."""
