@@ -13,7 +13,8 @@ from math import gcd
 
 import numpy as np
 
-from reparamc.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale, Select, Source
+from reparamc.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale, Select, Source, Sum, walk
+from reparamc.shape import Dim, Shape
 
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the convolution behind it"
 VARYING = "what it adds would reach the results of the transposed convolution behind it a varying number of times"
@@ -208,6 +209,45 @@ def extents(e: Expr, frame: int) -> tuple[int | None, ...]:
         e = e.x
     shape = e.shape if isinstance(e, Source) else None
     return tuple(dim.known for dim in shape[len(shape) - frame :]) if shape is not None else (None,) * frame
+
+
+def shape_of_value(root: Expr) -> Shape | None:
+    """The shape of ``root``, where what it is computed from tells it in full."""
+    found: dict[Expr, Shape | None] = {}
+    for e in walk(root):
+        inner = found[e.children[0]] if e.children else None
+        match e:
+            case Source():
+                found[e] = e.shape
+            case Scale() | BatchNorm():
+                found[e] = inner
+            case Sum():
+                found[e] = next((shape for t in e.terms if (shape := found[t]) is not None), None)
+            case Select() if inner is not None and e.frame < len(inner):
+                found[e] = _with_channels(inner, len(e.index), inner[len(inner) - e.frame :])
+            case Conv() if inner is not None and e.frame < len(inner):
+                spatial = [_extent(e, axis, dim) for axis, dim in enumerate(inner[len(inner) - e.frame :])]
+                known = [dim for dim in spatial if dim is not None]
+                found[e] = _with_channels(inner, e.out_channels, known) if len(known) == e.frame else None
+            case _:
+                found[e] = None
+    return found[root]
+
+
+def _with_channels(shape: Shape, channels: int, behind: Sequence[Dim]) -> Shape:
+    """``shape`` with other channels, and other extents ``behind`` them."""
+    return (*shape[: len(shape) - len(behind) - 1], Dim(channels), *behind)
+
+
+def _extent(conv: Conv, axis: int, dim: Dim) -> Dim | None:
+    """What ``conv`` makes of the extent ``dim``."""
+    if conv.stride[axis] == 1 and conv.delta[axis] == 0:
+        return dim
+    if dim.known is None:
+        return None
+    if conv.transposed:
+        return Dim(conv.stride[axis] * (dim.known - 1) + 1 + conv.delta[axis])
+    return Dim((dim.known - 1 - conv.delta[axis]) // conv.stride[axis] + 1)
 
 
 def merged_shape(convs: Sequence[Conv]) -> Conv:

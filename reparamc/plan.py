@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from reparamc.cost import is_multiplied, is_shifted
 from reparamc.duplicates import DUPLICATES, find_duplicates
 from reparamc.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
@@ -113,6 +115,8 @@ def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value])
         other = next((r for r in readers[1:] if r != readers[0]), readers[0])
         return f"second consumer at {'the output of the model' if other is None else graph.name(other)}"
     kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat) and not _is_bias(e)]
+    if any(isinstance(e, Conv) and not np.any(e.weight) for e in kinds):
+        return "its weights are all zero, and the extents of its constant result follow those of its operand"
     if kinds and not any(isinstance(e, Conv) for e in kinds):
         return "no convolution or linear layer stands beside it"
     return "its parts start from different values, or act on different axes" if len(kinds) > 1 else None

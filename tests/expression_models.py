@@ -201,7 +201,8 @@ def to_onnx(root: Expr, extents: Sequence[int] | None = None) -> ModelProto:
     builder = _OnnxBuilder(root)
     declared = {}
     for s, shape in source_shapes(root, extents or EXTENTS[0]).items():
-        symbols = [str(d) if d.known is None else d.factor for d in s.shape] if s.shape else ["N", shape[1], *"HWD"]
+        unsaid = ["N", shape[1], *(f"{axis}_{s.key}" for axis in "HWD")]
+        symbols = [str(d) if d.known is None else d.factor for d in s.shape] if s.shape else unsaid
         declared[str(s.key)] = list(shape) if extents else symbols[: len(shape)]
     assert "y" not in declared, "no source may be called y: that is the output"
     graph = helper.make_graph(

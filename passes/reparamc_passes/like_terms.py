@@ -6,7 +6,7 @@
 A skip connection taken twice, a BatchNorm beside a skip connection without any convolution, x - x.
 Collecting is exact where all act on the same axis. A branch whose weights are all zero (a last
 BatchNorm that was initialised to zero) is dropped where another branch shows that its result has
-the same extent: a convolution of the same value on the same grid.
+the same extent: a convolution of the same value on the same grid, or any value of the same shape.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import Counter
 import numpy as np
 
 from reparamc.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum, total
-from reparamc.kernel import coefficients, grid
+from reparamc.kernel import coefficients, grid, shape_of_value
 from reparamc.rewrite import Declined, Pass
 
 
@@ -54,18 +54,26 @@ def dropped(e: Expr) -> Expr | None:
     if not isinstance(e, Sum):
         return None
     for place, term in enumerate(e.terms):
-        if isinstance(term, Conv) and not np.any(term.weight) and _shown_equal(term, e):
+        if not isinstance(term, Conv | Scale | BatchNorm):
+            continue
+        factor, added = (term.weight, term.bias_or_zero) if isinstance(term, Conv) else coefficients(term)
+        if not np.any(factor) and _shown_equal(term, e):
             rest = total([t for other, t in enumerate(e.terms) if other != place])
-            bias = term.bias_or_zero
-            return Scale(rest, ONE, bias, term.frame) if np.any(bias) else rest
+            return Scale(rest, ONE, added, term.frame if added.ndim else None) if np.any(added) else rest
     return None
 
 
-def _shown_equal(zero: Conv, e: Sum) -> bool:
+def _shown_equal(zero: Conv | Scale | BatchNorm, e: Sum) -> bool:
     """Whether another term is known to have the extents and channels of ``zero``."""
-    beside = [t for t in e.terms if isinstance(t, Conv) and t is not zero and t.x is zero.x]
-    same_grid = any(grid(t) == grid(zero) and t.out_channels == zero.out_channels for t in beside)
-    return same_grid or (zero.keeps_grid and zero.in_channels == zero.out_channels and zero.x in e.terms)
+    others = [t for t in e.terms if t is not zero]
+    if isinstance(zero, Conv):
+        beside = [t for t in others if isinstance(t, Conv) and t.x is zero.x]
+        if any(grid(t) == grid(zero) and t.out_channels == zero.out_channels for t in beside):
+            return True
+        if zero.keeps_grid and zero.in_channels == zero.out_channels and zero.x in others:
+            return True
+    shape = shape_of_value(zero)
+    return shape is not None and any(shape_of_value(t) == shape for t in others)
 
 
 LIKE_TERMS = Pass(

@@ -245,6 +245,12 @@ def test_empty_model() -> None:
         fuse_model(ModelProto())
 
 
+def test_lone_convolution_of_zeros_stays_with_a_reason() -> None:
+    nodes = [node("Relu", "x", "a"), node("Conv", "a w", "b", **PAD), node("Relu", "b", "y")]
+    report = assert_left(model(nodes, {"w": np.zeros((6, 6, 3, 3), np.float32)}))
+    assert any("its weights are all zero" in reason for reason in reasons(report))
+
+
 # What the checks catch
 
 
