@@ -128,11 +128,15 @@ class _Side:
             if node.op_type == "Constant":
                 if _constant_array(node) is not None:
                     found.update(node.output)
-            elif node.op_type == "Shape" and self.types.extents(node.input[0]) is not None:
+            elif self._shape(node) is not None:
                 found.update(node.output)
             elif node.op_type not in MISREAD and node.input and all(name in found for name in node.input if name):
                 found.update(name for name in node.output if name)
         return found
+
+    def _shape(self, node: NodeProto) -> tuple[int, ...] | None:
+        """The extents that a Shape reads from declared ones, whatever its operand is."""
+        return self.types.extents(node.input[0]) if node.op_type == "Shape" else None
 
     def constant(self, name: str) -> Array | None:
         if name not in self.constants:
@@ -147,7 +151,7 @@ class _Side:
             else:
                 node, _ = self.producers[top]
                 waiting = [n for n in node.input if n and n in self.constants and n not in self.arrays]
-                if waiting and node.op_type != "Shape":
+                if waiting and self._shape(node) is None:
                     stack.extend(waiting)
                 else:
                     self._compute(node)
@@ -161,7 +165,7 @@ class _Side:
         if node.op_type == "Identity":
             self.arrays[node.output[0]] = self.arrays[node.input[0]]
             return
-        if node.op_type == "Shape" and (extents := self.types.extents(node.input[0])) is not None:
+        if (extents := self._shape(node)) is not None:
             start, end = cast(int, attribute(node, "start", 0)), cast("int | None", attribute(node, "end"))
             self.arrays[node.output[0]] = np.array(extents[start:end], np.int64)
             return

@@ -212,6 +212,14 @@ def test_names_that_only_one_graph_has_are_no_obstacle() -> None:
 # What becomes of wrong rewrites
 
 
+def test_the_shape_of_a_constant_that_shape_inference_does_not_know() -> None:
+    head = [node("NonZero", "mask", "at"), node("Shape", "at", "extents"), node("Reshape", "x extents", "r")]
+    parameters = {"mask": np.ones(6, np.float32), "a": np.float32([2]), "b": np.float32([4]), "ab": np.float32([8])}
+    made = model([*head, node("Mul", "r a", "h"), node("Mul", "h b", "y")], parameters, (6,))
+    fused = model([*head, node("Mul", "r ab", "y")], parameters, (6,))
+    assert [w.verdict for w in certify_onnx(made, fused).windows] == ["equal"]
+
+
 def test_a_wrong_rewrite_is_undone_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from reparamc.onnx_graph import OnnxGraph
 
