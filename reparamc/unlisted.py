@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 
-from reparamc.cost import cost, moving
+from reparamc.cost import behind, cost, moving
 from reparamc.evaluate import evaluate
 from reparamc.expr import Array, Conv, Layout, Source, Sum, arrays, walk
 from reparamc.graph import Graph, Reading, Splice, Value
@@ -71,7 +71,6 @@ def _as_kernel(
     if dtype is None or source.shape is None or len(source.shape) < 3 or (channels := source.shape[1].known) is None:
         return None
     extents = [d.known for d in source.shape[2:]]
-    before = sum(cost(d.expr) for d in left) + unread * moving(channels)
     if unread:
         batch, reach = source.shape[0].known, _reach(graph, tree, wide, readings)
         function = _function(graph, tree, operand, wide, readings)
@@ -87,7 +86,12 @@ def _as_kernel(
     if isinstance(found, Declined):
         return None
     conv, error = found
-    if not cost(conv) < before or conv.skips_border or any(rounding_obstacle(a, dtype) for a in arrays(conv)):
+    moved = moving(min(conv.in_channels, conv.out_channels), behind(conv))  # what reads a part moves no more than that
+    if (
+        not cost(conv) < sum(cost(d.expr) for d in left) + unread * moved
+        or conv.skips_border
+        or any(rounding_obstacle(a, dtype) for a in arrays(conv))
+    ):
         return None
     if graph.is_written(root) or graph.obstacle(root, tree, [operand]) is not None:
         return None
