@@ -40,8 +40,8 @@ MIXING = {"AveragePool", "Conv", "ConvTranspose", "Gemm", "MatMul"}
 OLDEST = 7
 """The operator set from which on the readings here hold; before it, an attribute names the axis of a broadcast."""
 
-MISREAD = {"BatchNormalization", "ConvTranspose"}
-"""Operators that the reference implementation of ONNX computes otherwise than the standard says, in some versions."""
+MISREAD = {"BatchNormalization": 14, "ConvTranspose": None}
+"""Operators that the reference implementation of ONNX computes otherwise than the standard says, before a version."""
 
 
 def certify_onnx(original: ModelProto, result: ModelProto) -> Certificate:
@@ -130,9 +130,15 @@ class _Side:
                     found.update(node.output)
             elif self._shape(node) is not None:
                 found.update(node.output)
-            elif node.op_type not in MISREAD and node.input and all(name in found for name in node.input if name):
+            elif self._is_misread(node):
+                continue
+            elif node.input and all(name in found for name in node.input if name):
                 found.update(name for name in node.output if name)
         return found
+
+    def _is_misread(self, node: NodeProto) -> bool:
+        right_from = MISREAD.get(node.op_type, 0)
+        return right_from is None or self.opset < right_from
 
     def _shape(self, node: NodeProto) -> tuple[int, ...] | None:
         """The extents that a Shape reads from declared ones, whatever its operand is."""
