@@ -183,18 +183,24 @@ def regions_of(graph: OnnxGraph, splices: Iterable[Splice]) -> list[Region]:
 
 def _harm(model: ModelProto, result: ModelProto, splices: Sequence[Splice], folding: bool) -> dict[str, str]:
     """The units of the splices to undo, because ONNX Runtime would fuse less of ``result`` by itself, with reasons."""
-    wanted = fused_by_runtime(model)
-    if not wanted:
+    kernels = fused_by_runtime(model)
+    if not kernels:
         return {}
     units = list(dict.fromkeys(str(s.unit) for s in splices))
 
     def left(chosen: Collection[str]) -> Counter[str] | None:
-        if len(chosen) == len(units):
-            return fused_by_runtime(result)
+        """The kernels that a result has, or that it does not need any more: nothing reads what they compute."""
         chosen = set(chosen)
-        return fused_by_runtime(_redone(model, [s for s in splices if s.unit in chosen], folding))
+        made = [s for s in splices if s.unit in chosen]
+        fused = result if len(chosen) == len(units) else _redone(model, made, folding)
+        found = fused_by_runtime(fused)
+        if found is None:
+            return None
+        computed = {name for node in fused.graph.node for name in node.output}
+        needed = computed.union(*(map(str, s.members) for s in made))
+        return Counter(found.values()) + Counter(kind for name, kind in kernels.items() if name not in needed)
 
-    return {unit: reason(kind) for unit, kind in harmful(units, wanted, left).items()}
+    return {unit: reason(kind) for unit, kind in harmful(units, Counter(kernels.values()), left).items()}
 
 
 def fuse_onnx(

@@ -40,25 +40,28 @@ _KIND = {op: kind for kind, ops in PROTECTED.items() for op in ops}
 ItemT = TypeVar("ItemT")
 
 
-def fused_by_runtime(model: ModelProto) -> Counter[str] | None:
-    """How many operators of each kind of `PROTECTED` ONNX Runtime makes of patterns in ``model``.
+def fused_by_runtime(model: ModelProto) -> dict[str, str] | None:
+    """The kinds of `PROTECTED` that ONNX Runtime makes of patterns in ``model``, by the tensor that each computes.
 
-    Those that ``model`` itself spells as one operator are not counted. None when ONNX Runtime cannot
+    Those that ``model`` itself spells as one operator are left out. None when ONNX Runtime cannot
     optimise the model.
     """
     optimized = _optimized(model)
-    return None if optimized is None else protected(optimized) - protected(model)
+    if optimized is None:
+        return None
+    spelled = protected(model)
+    return {name: kind for name, kind in protected(optimized).items() if spelled.get(name) != kind}
 
 
-def protected(model: ModelProto) -> Counter[str]:
-    """The operators in ``model`` of each kind of `PROTECTED`, bodies of If and Loop included."""
-    counts: Counter[str] = Counter()
+def protected(model: ModelProto) -> dict[str, str]:
+    """The kinds of `PROTECTED` in ``model``, bodies of If and Loop included, by the tensor that each computes."""
+    found: dict[str, str] = {}
     stack = [model.graph]
     while stack:
         graph = stack.pop()
-        counts.update(_KIND[node.op_type] for node in graph.node if node.op_type in _KIND)
+        found.update((node.output[0], _KIND[node.op_type]) for node in graph.node if node.op_type in _KIND)
         stack.extend(body for node in graph.node for body in subgraphs(node))
-    return counts
+    return found
 
 
 def _optimized(model: ModelProto) -> ModelProto | None:
@@ -81,6 +84,10 @@ def _optimized(model: ModelProto) -> ModelProto | None:
         return None
 
 
+MOST_ROUNDS = 40
+"""How often a part of the items is tried, so that the work stays in proportion to the graph."""
+
+
 def harmful(
     items: Sequence[ItemT], wanted: Counter[str], counts: Callable[[Sequence[ItemT]], Counter[str] | None]
 ) -> dict[ItemT, str]:
@@ -90,19 +97,23 @@ def harmful(
         counts: what is left of each kind when some of the items, in their order, are applied; None
             when that is unknown, which counts as no loss.
 
-    By bisection: few rounds when few items do harm. Of items that do harm only together, the last is
-    blamed. What is lost without any item is nobody's fault.
+    By bisection: few rounds when few items do harm, and no more than `MOST_ROUNDS`, after which all that are
+    suspected are found. Of items that do harm only together, the last is blamed. What is lost without any item is
+    nobody's fault.
     """
     found: dict[ItemT, str] = {}
+    rounds = 0
 
     def lost(chosen: Sequence[ItemT]) -> str | None:
+        nonlocal rounds
+        rounds += 1
         left = counts(chosen)
         return None if left is None else next(iter(wanted - left), None)
 
     def search(safe: list[ItemT], suspects: Sequence[ItemT], kind: str) -> None:
         """``safe`` alone loses nothing; with the suspects, ``kind``."""
-        if len(suspects) == 1:
-            found[suspects[0]] = kind
+        if len(suspects) == 1 or rounds >= MOST_ROUNDS:
+            found.update(dict.fromkeys(suspects, kind))
             return
         left, right = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
         if (of_left := lost([*safe, *left])) is None:
