@@ -4,7 +4,7 @@
     python benchmarks/sweep.py --choose
 
 The models are the smallest of each family; ``--choose`` computes that table, ``sweep_models.txt``, anew. Each
-is built with random BatchNorm statistics, exported in its training form, and fused as an ONNX file and as a
+is built with random BatchNorm statistics and no weights of zeros, exported in its training form, and fused as an ONNX file and as a
 torch module, in a process of its own with a time limit. Where a model brings its own method of fusing, the
 sweep also counts what that reaches. Results are appended to a JSONL file, one line a model; ``--resume`` skips
 models that are in it, ``--summary`` only reads it.
@@ -161,6 +161,10 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     x = torch.randn(1, channels, size, size)
     if size > 224 and not config.get("fixed_input_size") and runs(model, x[..., :224, :224]):
         x = x[..., :224, :224].contiguous()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if not key.endswith("bias") and not p.any():  # before training a head or branch may be switched off
+                p.normal_(0, 0.1)
     randomize_layer_scales(model, SEED)
     randomize_batchnorm(model, SEED, torch.randn(2, *x.shape[1:]))
     return model, x
