@@ -4,10 +4,10 @@
     python benchmarks/sweep.py --choose
 
 The models are the smallest of each family; ``--choose`` computes that table, ``sweep_models.txt``, anew. Each
-is built with random BatchNorm statistics and no weights of zeros, exported in its training form, and fused as an ONNX file and as a
-torch module, in a process of its own with a time limit. Where a model brings its own method of fusing, the
-sweep also counts what that reaches. Results are appended to a JSONL file, one line a model; ``--resume`` skips
-models that are in it, ``--summary`` only reads it.
+is built with random BatchNorm statistics and no weights of zeros, exported in its training form, and fused as an
+ONNX file and as a torch module, in a process of its own with a time limit. Where a model brings its own method of
+fusing, the sweep also counts what that reaches. Results are appended to a JSONL file, one line a model;
+``--resume`` skips models that are in it, ``--summary`` only reads it.
 """
 
 import argparse
