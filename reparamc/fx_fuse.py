@@ -35,6 +35,7 @@ from reparamc.record import records_of
 from reparamc.report import Counts, Failure, Origin, OutputError, Refusal, Report, Rewrite, certified, rewritten
 from reparamc.rewrite import Pass, select
 from reparamc.verify import Alone, Region, check_level, compare_outputs
+from reparamc.views import Extent
 
 
 def fuse_fx(
@@ -118,9 +119,14 @@ def _fuse(
     traced_at = perf_counter()
     kept = fx.GraphModule(traced, copy.deepcopy(traced.graph)) if level != "off" else None
     examples = _examples(model, args, kwargs)
+    shapes = {}
+    if example_inputs is not None:
+        positional = (*given[0], *given[1].values()) if note else by_position(traced, args, kwargs)
+        shapes = _shapes(model, traced, positional)
+    ranks = {name: len(shape) for name, shape in shapes.items()}
 
     def rewrite(traced: fx.GraphModule, without: set[str]) -> _Rewritten:
-        graph = FxGraph(traced, examples, exported=bool(note))
+        graph = FxGraph(traced, examples, ranks, exported=bool(note))
         with priced_by(objective):
             return _rewrite(graph, make_plan(graph, selected, verify=level != "off"), selected, without)
 
@@ -128,11 +134,6 @@ def _fuse(
     certificate, wrong = None, dict[str, str]()
     if kept is not None and any(made.counts.values()):
         begun = perf_counter()
-        values = (*given[0], *given[1].values()) if note else args
-        shapes = {}
-        if example_inputs is not None and not kwargs:
-            with _own_randomness(model), torch.no_grad():
-                shapes = shapes_of(cast(fx.GraphModule, _copied(kept)), values)  # forward may update buffers
 
         def redo(undone: set[str]) -> Certificate:
             nonlocal made
@@ -482,6 +483,17 @@ def _examples(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return {}
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     return {k: v for k, v in bound.items() if isinstance(v, Tensor)}
+
+
+def _shapes(model: nn.Module, traced: fx.GraphModule, args: Sequence[Any] | None) -> dict[str, tuple[Extent, ...]]:
+    """The shapes of all nodes, from runs of a copy, because forward may update buffers; none where it does not run."""
+    if args is None:
+        return {}
+    with _own_randomness(model), torch.no_grad():
+        try:
+            return shapes_of(cast(fx.GraphModule, _copied(traced)), args)
+        except Exception:  # whatever the model's forward raises; the comparison will say so
+            return {}
 
 
 def verify_end_to_end(

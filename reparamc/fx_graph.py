@@ -10,6 +10,7 @@ import copy
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any, cast
 
 import ml_dtypes
@@ -64,13 +65,26 @@ class FxGraph:
 
     Args:
         examples: the example inputs that are tensors, by the name of their placeholder.
+        ranks: of the values that those give, by the name of their node.
         exported: whether torch.export made the graph and recorded its shapes.
     """
 
-    def __init__(self, module: fx.GraphModule, examples: Mapping[str, Tensor], *, exported: bool = False) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        examples: Mapping[str, Tensor],
+        ranks: Mapping[str, int] = MappingProxyType({}),
+        *,
+        exported: bool = False,
+    ) -> None:
         self.module, self.graph, self.exported = module, module.graph, exported
         self.examples = examples
-        self.ranks = {name: t.ndim for name, t in examples.items() if t.is_floating_point()}
+        given = {name: t.ndim for name, t in examples.items() if t.is_floating_point()}
+        self.ranks: dict[fx.Node, int] = {}
+        for node in module.graph.nodes:
+            rank = given.get(str(node.target)) if node.op == "placeholder" else ranks.get(node.name)
+            if rank is not None:
+                self.ranks[node] = rank
         self._learn()
         if self._spell_out_shapes():
             self._learn()
@@ -435,8 +449,8 @@ class FxGraph:
         placeholders = self.graph.find_nodes(op="placeholder")
         with self.graph.inserting_after(placeholders[-1]) if placeholders else nullcontext():
             for x in placeholders:
-                if x in seen and x.target in self.ranks:
-                    rank = self.ranks[x.target]
+                if x in seen and x in self.ranks:
+                    rank = self.ranks[x]
                     read = self.graph.call_method("dim", (x,))
                     with self.graph.inserting_after(read):
                         equal = self.graph.call_function(operator.eq, (read, rank))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any, cast
 
@@ -89,19 +89,19 @@ _PREDICATES = {
 class Values:
     """Constants and symbolic shapes of a traced graph, found in sweeps in execution order.
 
-    A shape is known from the rank of an example input, from operators that accept one rank only
+    A shape is known from the ranks that an example gives, from operators that accept one rank only
     (BatchNorm2d), from assertions on the rank, and through everything computed from such a value. What
     an operator demands of its operand (a rank, a number of channels) is carried back, and the sweep
     repeated with it. Of a graph that torch.export made, the shapes are those that it recorded.
     """
 
-    def __init__(self, module: fx.GraphModule, ranks: dict[str, int], memory: Memory, *, exported: bool) -> None:
+    def __init__(self, module: fx.GraphModule, ranks: Mapping[fx.Node, int], memory: Memory, *, exported: bool) -> None:
         self.module, self.memory, self.exported = module, memory, exported
         self.calls = {node: operation(node, module) for node in module.graph.nodes}
         self.constants: dict[fx.Node, Tensor] = {}
         self.known: dict[fx.Node, Any] = {}
         self.names: dict[fx.Node, tuple[str, ...]] = {}
-        self.ranks: dict[fx.Node, int] = {n: ranks[n.target] for n in module.graph.nodes if n.target in ranks}
+        self.ranks = dict(ranks)
         self.bound: dict[str, int] = {}
         self._evaluate_constants()
         for _ in range(_SWEEPS):

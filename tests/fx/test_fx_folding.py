@@ -1,5 +1,7 @@
 """What folds and what stays: shared parts, functional forms, arithmetic, kinds of BatchNorm and of padding."""
 
+from collections.abc import Callable
+
 import pytest
 
 pytest.importorskip("torch")
@@ -313,6 +315,22 @@ def test_ranks(rank: int, groups: int) -> None:
 def test_equal_lengths_of_one_dimension() -> None:
     model = nn.Sequential(nn.Conv1d(CHANNELS, CHANNELS, 3, padding=1), nn.BatchNorm1d(CHANNELS))
     assert counts(check(model, (CHANNELS,) * 3, examples=True)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "between", [lambda x: F.glu(x, 1), lambda x: x.exp()[:, :CHANNELS], lambda x: x.sort()[0][:, ::2]]
+)
+def test_the_rank_behind_any_operator_follows_from_an_example(between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    model = Net(
+        lambda m, x: m.norm(m.conv(between(m.wide(x)))),
+        wide=nn.Conv1d(CHANNELS, 2 * CHANNELS, 3),
+        conv=nn.Conv1d(CHANNELS, CHANNELS, 3),
+        norm=nn.BatchNorm1d(CHANNELS),
+    )
+    fused = check(model, (2, CHANNELS, 9), examples=True)
+    assert counts(fused) == (2, 0)
+    with pytest.raises(AssertionError, match="must have 3 axes"):
+        fused(torch.ones(CHANNELS, 9))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
