@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from reparamc.errors import InputError, VerificationError
 from reparamc.onnx_values import FLOATS
@@ -227,9 +227,47 @@ def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[st
 
 
 def free_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
-    """The inputs that a caller must give: those without a default."""
+    """The inputs that a caller must give: those without a default. An extent that an operator demands is filled in."""
     defaults = {t.name for t in model.graph.initializer}
-    return [v for v in model.graph.input if v.name not in defaults]
+    free = [v for v in model.graph.input if v.name not in defaults]
+    if not any(not d.HasField("dim_value") for v in free for d in v.type.tensor_type.shape.dim):
+        return free
+    found = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in free]
+    by_name = {v.name: v for v in found}
+    weights = {t.name: list(t.dims) for t in model.graph.initializer}
+    demanded: dict[str, int] = {}
+    for node in model.graph.node:
+        value = by_name.get(node.input[0]) if node.input else None
+        weight = weights.get(node.input[1]) if len(node.input) > 1 else None
+        if value is None or weight is None or (count := _demanded(node, weight)) is None:
+            continue
+        axis, extent = count
+        dims = value.type.tensor_type.shape.dim
+        if -len(dims) <= axis < len(dims) and not dims[axis].HasField("dim_value"):
+            if dims[axis].dim_param:
+                demanded.setdefault(dims[axis].dim_param, extent)
+            dims[axis].dim_value = extent
+    for d in (d for v in found for d in v.type.tensor_type.shape.dim if d.dim_param in demanded):
+        d.dim_value = demanded[d.dim_param]
+    return found
+
+
+def _demanded(node: NodeProto, weight: Sequence[int]) -> tuple[int, int] | None:
+    """(axis, extent) of the first operand of ``node``, where its weight takes one number of channels only."""
+    given = {a.name: a.i for a in node.attribute}
+    match node.op_type:
+        case "Conv" if len(weight) > 2:
+            return 1, weight[1] * given.get("group", 1)
+        case "ConvTranspose" if len(weight) > 2:
+            return 1, weight[0]
+        case "BatchNormalization" | "InstanceNormalization" if len(weight) == 1:
+            return 1, weight[0]
+        case "Gemm" if len(weight) == 2:
+            return 0 if given.get("transA") else 1, weight[1 if given.get("transB") else 0]
+        case "MatMul" if len(weight) >= 2:
+            return -1, weight[-2]
+        case _:
+            return None
 
 
 def perturbed(inputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:

@@ -282,7 +282,7 @@ ALGEBRA = [
     ),
     fault(
         "bias of a branch of zeros lost", "reparamc_passes.like_terms:dropped",
-        "return Scale(rest, ONE, bias, term.frame) if np.any(bias) else rest", "return rest",
+        "return Scale(rest, ONE, added, term.frame if added.ndim else None) if np.any(added) else rest", "return rest",
         text="""%x = source c=6 f=2
 %z = source c=6 f=2
 %0 = conv %x 6->6 k=7x7 s=1 p=3

@@ -240,6 +240,22 @@ def test_data_that_is_too_short() -> None:
         fuse_model(made)
 
 
+@pytest.mark.parametrize("kind", ["Conv", "BatchNormalization", "MatMul", "Gemm"])
+def test_an_open_extent_that_an_operator_demands(kind: str) -> None:
+    """Inputs for the comparison of whole models have as many channels as the first operator takes."""
+    parameters = N | {"w": W3, "m": rand(6, 6)}
+    nodes = {
+        "Conv": [node("Conv", "x w", "c", **PAD), batchnorm("c", "n", "y")],
+        "BatchNormalization": [batchnorm("x", "n", "b"), node("Conv", "b w", "y")],
+        "MatMul": [node("MatMul", "x m", "b"), node("MatMul", "b m", "y")],
+        "Gemm": [node("Gemm", "x m", "b"), node("Gemm", "b m", "y")],
+    }[kind]
+    shape = {"MatMul": ("N", "T", "C"), "Gemm": ("N", "C")}.get(kind, ("N", "C", "H", "W"))
+    _, report = fuse_model(model(nodes, parameters, shape))
+    assert report.changed
+    assert report.end_to_end
+
+
 def test_empty_model() -> None:
     with pytest.raises(InputError):
         fuse_model(ModelProto())
