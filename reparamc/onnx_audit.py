@@ -21,7 +21,7 @@ def audit(model: str | os.PathLike[str], against: str | os.PathLike[str] | None 
         options: for `verify_onnx`.
 
     Raises:
-        InputError: there is no record, or a file cannot be read or compared.
+        InputError: there is no record, or none that can be read, or a file cannot be read or compared.
     """
     path = Path(model)
     fused = load(path)
@@ -31,10 +31,12 @@ def audit(model: str | os.PathLike[str], against: str | os.PathLike[str] | None 
             f"{path} holds no record: reparamc did not fuse it, or found nothing to fuse, or the record was removed; "
             "reparamc verify compares it with its original"
         )
-    if (recorded := result.records[-1].get("result")) is not None:
-        result.unchanged = graph_hash(fused) == recorded
-        if not result.unchanged:
-            result.problems.append("the graph was changed after the fusion: the record describes an earlier form of it")
+    result.unchanged = graph_hash(fused) == result.records[-1]["result"]
+    if not result.unchanged:
+        result.problems.append(
+            "the graph was changed after the fusion, or its operator sets or functions were: "
+            "the record describes an earlier form of it"
+        )
     if against is None:
         return result
     original = Path(against)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -14,11 +14,13 @@ from onnx import ModelProto, TensorProto
 from reparamc.errors import InputError
 from reparamc.onnx_runtime import FILE_LIMIT
 from reparamc.onnx_values import subgraphs
-from reparamc.record import Record, compact
+from reparamc.record import Record, compact, parsed
 from reparamc.report import Origin, Report
 
 KEY = "reparamc.record."
 """Followed by the number of the fusion, from 1."""
+
+_NUMBER = re.compile("[1-9][0-9]{0,17}")
 
 
 def inscribe(model: ModelProto, report: Report) -> None:
@@ -35,22 +37,26 @@ def records(model: ModelProto) -> list[Record]:
     Raises:
         InputError: one cannot be read.
     """
-    found = []
-    for number, text in sorted(_entries(model)):
+    found: dict[int, Record] = {}
+    for number, text in _entries(model):
+        if number in found:
+            raise InputError(f"the metadata entry {KEY}{number} is there twice, so neither can be trusted; {_ADVICE}")
         try:
-            record = json.loads(text)
-            for key in ("reparamc", "input", "objective", "verified", "size", "passes", "regions", "outputs"):
-                record[key]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"the metadata {KEY}{number} is no record that this version can read") from error
-        found.append(record)
-    return found
+            found[number] = parsed(text)
+        except ValueError as error:
+            raise InputError(
+                f"the metadata entry {KEY}{number} is no record that this version can read: {error}; {_ADVICE}"
+            ) from error
+    return [found[number] for number in sorted(found)]
+
+
+_ADVICE = "reparamc verify compares the model with its original"
 
 
 def _entries(model: ModelProto) -> Iterator[tuple[int, str]]:
     for entry in model.metadata_props:
         number = entry.key.removeprefix(KEY)
-        if entry.key.startswith(KEY) and number.isdecimal():
+        if entry.key.startswith(KEY) and _NUMBER.fullmatch(number):
             yield int(number), entry.value
 
 
@@ -89,16 +95,36 @@ def model_origin(model: ModelProto) -> Origin:
 
 
 def graph_hash(model: ModelProto) -> str:
-    """SHA-256 of the main graph, part by part, so that it holds for graphs of any size."""
+    """SHA-256 of all that decides what ``model`` computes, part by part, so that it holds for models of any size.
+
+    That is the main graph, the operator sets by which its operators are read, the functions that they may call, and
+    the IR version, which says whether callers can override initializers. Names, notes, metadata of the model and
+    the types noted for inner values decide nothing.
+    """
     digest = hashlib.sha256()
     graph = model.graph
-    for group in (graph.input, graph.node, graph.initializer, graph.sparse_initializer, graph.output):
-        digest.update(len(group).to_bytes(8, "little"))
-        for part in group:
-            data = _bytes(part)
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
+    opsets = sorted(("" if o.domain == "ai.onnx" else o.domain, o.version) for o in model.opset_import)
+    heads = [f"ir {model.ir_version}", *(f"opset {version} {domain}" for domain, version in opsets)]
+    _add(digest, (head.encode() for head in heads), len(heads))
+    for group in (
+        graph.input,
+        graph.node,
+        graph.initializer,
+        graph.sparse_initializer,
+        graph.output,
+        graph.quantization_annotation,
+        model.functions,
+    ):
+        _add(digest, map(_bytes, group), len(group))
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, parts: Iterable[bytes], count: int) -> None:
+    """Every part with its length, so that no two lists of parts give the same bytes."""
+    digest.update(count.to_bytes(8, "little"))
+    for data in parts:
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
 
 
 def _bytes(message: Message) -> bytes:

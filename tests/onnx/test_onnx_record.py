@@ -4,18 +4,19 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import batchnorm, model, node, norm, rand
 
 import reparamc
 from reparamc import __version__, cli, fuse_onnx
 from reparamc.errors import InputError
 from reparamc.onnx_record import KEY, graph_hash, model_origin, records
-from reparamc.record import Audit, Record
+from reparamc.record import Audit, Record, parsed
 
 SHAPE = (1, 6, 8, 8)
 CONV = {"w": rand(6, 6, 3, 3)}
@@ -247,6 +248,58 @@ def test_a_graph_that_was_changed_since(run: Run, fused: Path) -> None:
     assert "problem    the graph was changed after the fusion" in out
 
 
+CALLED = helper.make_function(
+    "mine", "Twice", ["a"], ["b"], [node("Mul", "a a", "b")], [helper.make_opsetid("", 17)], []
+)
+
+
+def with_function() -> ModelProto:
+    made = conv_bn()
+    made.functions.append(CALLED)
+    made.opset_import.append(helper.make_opsetid("mine", 1))
+    made.graph.node.append(helper.make_node("Twice", ["y"], ["z"], domain="mine"))
+    made.graph.output[0].name = "z"
+    return made
+
+
+ALTERED: dict[str, Callable[[ModelProto], object]] = {
+    "a later operator set": lambda m: m.opset_import[0].__setattr__("version", m.opset_import[0].version + 1),
+    "an earlier operator set": lambda m: m.opset_import[0].__setattr__("version", 13),
+    "the version of a domain": lambda m: m.opset_import[1].__setattr__("version", 2),
+    "one more domain": lambda m: m.opset_import.append(helper.make_opsetid("theirs", 1)),
+    "one domain less": lambda m: m.opset_import.pop(1),
+    "the set twice": lambda m: m.opset_import.append(helper.make_opsetid("", 1)),
+    "the operator of a function": lambda m: m.functions[0].node[0].__setattr__("op_type", "Add"),
+    "the operator set of a function": lambda m: m.functions[0].opset_import[0].__setattr__("version", 13),
+    "no functions": lambda m: m.functions.pop(),
+    "one more function": lambda m: m.functions.add().CopyFrom(CALLED),
+    "initializers that callers override": lambda m: m.__setattr__("ir_version", 3),
+    "the scale of an input": lambda m: m.graph.quantization_annotation.add(tensor_name="x"),
+    "the type of an output": lambda m: m.graph.output[0].type.tensor_type.__setattr__("elem_type", TensorProto.DOUBLE),
+}
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_a_model_that_was_altered_beside_its_graph(run: Run, tmp_path: Path, name: str) -> None:
+    target = Path(fuse_onnx(saved(with_function(), tmp_path / "original.onnx")))
+    made = onnx.load(target)
+    assert run(saved(made, tmp_path / "same.onnx"))[0] == 0
+    ALTERED[name](made)
+    code, out, _ = run(saved(made, tmp_path / "altered.onnx"))
+    assert code == 1
+    assert "graph      changed since" in out
+
+
+def test_what_says_the_same_is_no_alteration(run: Run, tmp_path: Path) -> None:
+    target = Path(fuse_onnx(saved(with_function(), tmp_path / "original.onnx")))
+    made = onnx.load(target)
+    sets = [(o.domain, o.version) for o in made.opset_import]
+    del made.opset_import[:]
+    made.opset_import.extend(helper.make_opsetid(domain or "ai.onnx", version) for domain, version in reversed(sets))
+    made.producer_name, made.doc_string = "someone", "a note"
+    assert run(saved(made, tmp_path / "same.onnx"))[0] == 0
+
+
 def test_json(run: Run, fused: Path) -> None:
     data = json.loads(run(fused, "--json")[1])
     assert data["holds"] is True
@@ -256,15 +309,133 @@ def test_json(run: Run, fused: Path) -> None:
     assert data["verification"]["equal"] is True
 
 
-@pytest.mark.parametrize("value", ["{", "[]", "{}", "null", '{"reparamc":"9"}'])
-def test_a_record_that_cannot_be_read(run: Run, fused: Path, value: str) -> None:
+def altered(change: Callable[[Record], object]) -> str:
+    """A record as it is written, but for one change."""
+    record = records(fuse_onnx(conv_bn(), verify="region"))[0]
+    change(record)
+    return json.dumps(record)
+
+
+def replaced(*path: str | int, by: object) -> str:
+    def change(record: Record) -> None:
+        inner: Any = record
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = by
+
+    return altered(change)
+
+
+RECORD = json.loads(altered(lambda r: None))
+
+UNREADABLE: dict[str, tuple[str, str]] = {
+    "no text": ("", "it is no JSON"),
+    "no JSON": ("{", "it is no JSON"),
+    "two objects": ("{}{}", "it is no JSON"),
+    "a number too long to read": ('{"reparamc":' + "9" * 5000 + "}", "it is no JSON"),
+    "null": ("null", "it is null, not an object"),
+    "a truth value": ("true", "it is a truth value, not an object"),
+    "a number": ("7", "it is another number, not an object"),
+    "a text": ('"reparamc"', "it is another text, not an object"),
+    "a list": ("[]", "it is a list, not an object"),
+    "a list of records": (f"[{altered(lambda r: None)}]", "it is a list, not an object"),
+    "an empty object": ("{}", "it lacks 'reparamc'"),
+    "one key": ('{"reparamc":"9"}', "it lacks 'input'"),
+    "deep lists": ("[" * 50_000 + "]" * 50_000, "it nests too deeply"),
+    "deep objects": ('{"a":' * 50_000 + "1" + "}" * 50_000, "it nests too deeply"),
+    "depth that JSON can still be read at": (replaced("more", by=json.loads("[" * 400 + "]" * 400)), "too deeply"),
+    **{f"no {key}": (altered(lambda r, key=key: r.pop(key)), f"it lacks {key!r}") for key in RECORD},
+    **{f"{key} is false": (replaced(key, by=False), f"{key!r} is a truth value, not ") for key in RECORD},
+    **{
+        f"{key} is null": (replaced(key, by=None), f"{key!r} is null, not ")
+        for key in RECORD
+        if key not in ("input", "certificate")
+    },
+    "half an origin": (replaced("input", by={"sha256": "0" * 64}), "'input' lacks 'of'"),
+    "an origin that is no hash": (replaced("input", "sha256", by="x"), "'sha256' is another text, not a hash"),
+    "data that is a list": (replaced("input", "data", by=["w"]), "'data' is a list, not an object"),
+    "data without hashes": (replaced("input", "data", by={"w": 1}), "an entry of 'data' is another number"),
+    "half a size": (altered(lambda r: r["size"]["after"].pop("conv")), "'after' lacks 'conv'"),
+    "a size in words": (replaced("size", "before", "ops", by="3"), "'ops' is another text, not a count"),
+    "half an operator": (replaced("size", "before", "ops", by=0.5), "'ops' is another number, not a count"),
+    "less than none": (replaced("size", "before", "ops", by=-1), "'ops' is another number, not a count"),
+    "passes without counts": (replaced("passes", "bn-folding", by=None), "an entry of 'passes' is null"),
+    "passes in a list": (replaced("passes", by=["bn-folding"]), "'passes' is a list, not an object"),
+    "regions by name": (replaced("regions", by={"a": 1}), "'regions' is an object, not a list"),
+    "a region of nothing": (replaced("regions", 0, by=None), "an entry of 'regions' is null"),
+    "a region without a place": (altered(lambda r: r["regions"][0].pop("at")), "an entry of 'regions' lacks 'at'"),
+    "a region at a list": (replaced("regions", 0, "at", by=["a"]), "'at' is a list, not a text"),
+    "an error in words": (replaced("regions", 0, "error", by="small"), "'error' is another text, not a number"),
+    "an error that is no number": (replaced("regions", 0, "error", by=float("nan")), "'error' is another number"),
+    "an error beyond all floats": (replaced("regions", 0, "error", by=10**400), "'error' is another number"),
+    "an empty output": (replaced("outputs", by=[{}]), "an entry of 'outputs' lacks 'output'"),
+    "a certificate in words": (replaced("certificate", "equal", by="all"), "an entry of 'certificate' is another text"),
+    "a result that is no hash": (replaced("result", by="unknown"), "'result' is another text, not a hash"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_record_that_cannot_be_read(run: Run, tmp_path: Path, name: str) -> None:
+    value, why = UNREADABLE[name]
     made = conv_bn()
     made.metadata_props.add(key=f"{KEY}1", value=value)
-    path = saved(made, fused.with_name("odd.onnx"))
-    code, out, err = run(path)
-    assert (code, out) == (2, "")
-    assert err.splitlines() == [f"reparamc: the metadata {KEY}1 is no record that this version can read"]
+    path = saved(made, tmp_path / "odd.onnx")
+    for options in ([], ["--json"], ["--against", path]):
+        code, out, err = run(path, *options)
+        assert (code, out) == (2, "")
+        (line,) = err.splitlines()
+        assert line.startswith(f"reparamc: the metadata entry {KEY}1 is no record that this version can read: ")
+        assert why in line
+        assert line.endswith("reparamc verify compares the model with its original")
+        assert len(line) < 400
     assert entries(onnx.load(fuse_onnx(path))).keys() == {"author", f"{KEY}1", f"{KEY}2"}  # fusing goes on
+
+
+def test_two_records_of_one_number(run: Run, fused: Path) -> None:
+    made = onnx.load(fused)
+    made.metadata_props.add(key=f"{KEY}1", value=made.metadata_props[-1].value)
+    code, out, err = run(saved(made, fused.with_name("odd.onnx")))
+    assert (code, out) == (2, "")
+    assert f"the metadata entry {KEY}1 is there twice" in err
+
+
+@pytest.mark.parametrize("number", ["", "0", "01", "-1", "one", "1.5", "\u0661", "9" * 5000])
+def test_entries_of_like_names_are_no_records(run: Run, fused: Path, number: str) -> None:
+    made = conv_bn()
+    made.metadata_props.add(key=KEY + number, value="{}")
+    path = saved(made, fused.with_name("odd.onnx"))
+    code, _, err = run(path)
+    assert code == 2
+    assert "holds no record" in err
+    target = Path(fuse_onnx(path))
+    assert run(target)[0] == 0
+    assert entries(onnx.load(target))[KEY + number] == "{}"
+
+
+def test_a_record_may_say_more_than_this_version_knows(run: Run, fused: Path) -> None:
+    made = onnx.load(fused)
+    record = json.loads(made.metadata_props[-1].value) | {"more": [{"a": None}]}
+    made.metadata_props[-1].value = json.dumps(record)
+    code, out, _ = run(saved(made, fused.with_name("more.onnx")))
+    assert (code, out) == (0, run(fused)[1].replace("fused.onnx", "more.onnx"))
+
+
+def test_names_cannot_write_lines_of_the_page(run: Run, fused: Path) -> None:
+    made = onnx.load(fused)
+    value = replaced("regions", 0, "at", by="norm\ngraph      as the fusion left it\x1b[31m\ud800")
+    made.metadata_props[-1].value = value
+    _, out, _ = run(saved(made, fused.with_name("odd.onnx")))
+    assert "    norm\\ngraph      as the fusion left it\\x1b[31m\\ud800: bn-folding; " in out
+    assert out.isascii()
+    assert sum(line.startswith("graph ") for line in out.splitlines()) == 1
+
+
+def test_an_output_of_which_rounding_makes_another_has_no_tolerance() -> None:
+    record: Record = records(fuse_onnx(conv_bn()))[0]
+    record["outputs"] = [{"output": "y", "max_abs": 1.0, "max_rel": float("inf"), "allowed": None}]
+    assert parsed(json.dumps(record)) == record
+    page = Audit("m", [record], unchanged=True).page()
+    assert "output     y: largest error inf relative, which rounding alone explains" in page
 
 
 def test_no_record(run: Run, fused: Path) -> None:
