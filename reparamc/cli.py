@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ReparamcError as error:
         print(f"reparamc: {error}", file=sys.stderr)
         return BAD_INPUT
+    except MemoryError as error:
+        why = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
+        print(f"reparamc: the memory does not suffice{why}; nothing was written", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("reparamc: interrupted; nothing was written", file=sys.stderr)
         return 130

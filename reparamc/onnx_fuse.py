@@ -29,7 +29,7 @@ from reparamc.onnx_graph import OnnxGraph
 from reparamc.onnx_harm import fused_by_runtime, harmful, reason
 from reparamc.onnx_latency import compare_latency
 from reparamc.onnx_record import file_origin, inscribe, model_origin
-from reparamc.onnx_runtime import FILE_LIMIT, verify_end_to_end
+from reparamc.onnx_runtime import FILE_LIMIT, one_line, verify_end_to_end
 from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
 from reparamc.plan import make_plan
 from reparamc.report import Certified, Counts, Failure, Refusal, Report, certified, rewritten
@@ -120,7 +120,11 @@ def fuse_model(
     if report.changed:
         check(result)
         if verify == "full":
-            report.end_to_end = verify_end_to_end(model, result, regions_of(graph, splices))
+            try:
+                report.end_to_end = verify_end_to_end(model, result, regions_of(graph, splices))
+            except MemoryError as error:
+                why = f"({one_line(error)}); try --verify region"
+                raise InputError(f"the comparison of the whole models does not fit into memory {why}") from error
             report.seconds["verification"] = perf_counter() - clock[2]
         if only_if_faster:
             start = perf_counter()

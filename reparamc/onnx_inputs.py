@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from reparamc.errors import InputError
@@ -97,7 +96,7 @@ def _npz(path: Path) -> Inputs:
             return {name: archive[name] for name in archive.files}
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
+    except Exception as error:  # whatever a file by an unknown hand leads NumPy, zipfile or zlib to
         raise InputError(f"{path} cannot be read as a .npz file: {one_line(error)}") from error
 
 
@@ -118,7 +117,7 @@ def _folder(path: Path, wanted: Sequence[Slot]) -> Inputs | None:
             return _fitting(found, wanted, path)
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, TypeError, DecodeError) as error:
+    except Exception as error:  # as above
         raise InputError(f"the inputs in {path} cannot be read: {one_line(error)}") from error
     return None
 

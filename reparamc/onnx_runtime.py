@@ -15,6 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from reparamc.errors import InputError, VerificationError
 from reparamc.onnx_values import FLOATS
 from reparamc.report import OutputError
+from reparamc.trial import TooLarge, check_size
 from reparamc.verify import Alone, Region, compare_outputs
 
 FILE_LIMIT = 2**31 - 2**20
@@ -174,12 +175,19 @@ def _working(
     model: ModelProto, run: Run, seed: int, guesses: Sequence[int]
 ) -> tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]]:
     failure: Exception | None = None
+    too_large: TooLarge | None = None
     for guess in guesses if _has_open_extents(model) else guesses[:1]:
-        inputs = random_inputs(model, seed, guess)
+        try:
+            inputs = random_inputs(model, seed, guess)
+        except TooLarge as error:
+            too_large = error
+            continue
         try:
             return guess, inputs, run(inputs)
         except Exception as error:  # as above; another size may fit
             failure = failure or error
+    if failure is None and too_large is not None:
+        raise too_large
     raise InputError(f"ONNX Runtime cannot run the model on random inputs: {one_line(failure)}; try --verify region")
 
 
@@ -194,10 +202,11 @@ def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[st
 
     Raises:
         InputError: an input is no dense tensor of numbers.
+        TooLarge: they do not fit into memory.
     """
-    rng = np.random.default_rng(seed)
+    shapes: dict[str, list[int]] = {}
+    kinds: dict[str, np.dtype] = {}
     named: dict[str, int] = {}
-    inputs = {}
     for value in free_inputs(model):
         if not value.type.HasField("tensor_type"):
             raise InputError(
@@ -220,10 +229,21 @@ def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[st
             raise InputError(
                 f"input {value.name!r} holds strings, so no random value can be made for it; try --verify region"
             )
-        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        drawn = rng.standard_normal(shape) if dtype.kind not in "iub" else rng.integers(0, 2, shape)
-        inputs[value.name] = np.asarray(drawn).astype(dtype)
-    return inputs
+        shapes[value.name] = shape
+        kinds[value.name] = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    rng = np.random.default_rng(seed)
+    try:
+        check_size(shapes)
+        return {name: _drawn(rng, shape, kinds[name]) for name, shape in shapes.items()}
+    except TooLarge as error:
+        raise TooLarge(f"{error}; try --verify region") from error
+    except MemoryError as error:
+        raise TooLarge(f"random inputs do not fit into memory: {one_line(error)}; try --verify region") from error
+
+
+def _drawn(rng: np.random.Generator, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    drawn = rng.standard_normal(shape) if dtype.kind not in "iub" else rng.integers(0, 2, shape)
+    return np.asarray(drawn).astype(dtype)
 
 
 def free_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:

@@ -81,7 +81,8 @@ def verify_onnx(
 
     Raises:
         InputTypeError: a model is neither a path nor a ModelProto.
-        InputError: a model cannot be read, ONNX Runtime cannot load one or run the original, or ``inputs`` do not fit.
+        InputError: a model cannot be read, ONNX Runtime cannot load one or run the original, ``inputs`` do not fit, or
+            inputs of the declared extents take more memory than there is.
     """
     start = perf_counter()
     given = None if rtol is None and atol is None else (rtol or 0.0, atol or 0.0)
@@ -110,10 +111,15 @@ def verify_onnx(
         )
         clock = _Clock(start, seconds, perf_counter() - loading)
         search = _Search(_Pair(interface, first, second, given), result, clock, seed, target)
-        if inputs is None:
-            search.made_up(examples, non_finite)
-        else:
-            search.given(inputs)
+        try:
+            if inputs is None:
+                search.made_up(examples, non_finite)
+            else:
+                search.given(inputs)
+        except MemoryError as error:
+            raise InputError(
+                f"the comparison does not fit into memory ({one_line(error)}); give smaller inputs with --inputs"
+            ) from error
     result.seconds = perf_counter() - start
     return result
 
@@ -372,13 +378,14 @@ class _Search:
             if self.clock.allows_another():
                 self.pair.original(trials.make_inputs(self.pair.interface.inputs, trial))
                 return True
-        except _Refused:
+        except (_Refused, trials.TooLarge):
             self.result.refused += 1
         return False
 
     def _base(self) -> Trial:
         """The first ordinary trial that the original takes."""
         refused = ""
+        too_large: trials.TooLarge | None = None
         for trial in trials.first_trials(self.pair.interface.inputs):
             trial = replace(trial, seed=self.seed)
             try:
@@ -386,7 +393,12 @@ class _Search:
             except _Refused as error:
                 refused = refused or str(error)
                 continue
+            except trials.TooLarge as error:
+                too_large = error
+                continue
             return trial
+        if too_large is not None and not refused:
+            raise InputError(f"{too_large}; declare smaller extents, or names for them, in both files") from too_large
         raise InputError(f"ONNX Runtime cannot run the original on random inputs: {refused}; give some with --inputs")
 
     def _look(self, space: Space, examples: int) -> None:
@@ -408,10 +420,10 @@ class _Search:
     def _fails(self, trial: Trial, refuse: bool = False) -> bool:
         """Whether the models differ at ``trial``."""
         self.known[trial.key] = False
-        arrays = trials.make_inputs(self.pair.interface.inputs, trial)
         try:
+            arrays = trials.make_inputs(self.pair.interface.inputs, trial)
             comparison, self.clock.last = self.pair.compare(arrays)
-        except _Refused:
+        except (_Refused, trials.TooLarge):
             if refuse:
                 raise
             self.result.refused += 1

@@ -6,8 +6,10 @@ down, drawn at random and shrunk.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from random import Random
 
 import numpy as np
@@ -124,12 +126,62 @@ GUESSES = (32, 64, 224, 256, 128, 16, 8, 4, 3, 2, 1)
 SMALL = (1, 2, 3, 5, 7)
 
 
+class TooLarge(InputError):
+    """Arrays of these extents do not fit into memory."""
+
+
+PEAK = 24
+"""Bytes that an element takes at least while it is compared: it is drawn, perturbed and judged in double precision."""
+
+
+def check_size(shapes: Mapping[str, Sequence[int]]) -> None:
+    """See that inputs of these shapes fit into the memory of this machine, before any is made.
+
+    Raises:
+        TooLarge: they do not; names the largest.
+    """
+    # NumPy refuses large extents beside one of 0, too.
+    need = sum(PEAK * prod(max(d, 1) for d in shape) for shape in shapes.values())
+    if need > _memory():
+        raise _too_large(shapes, f"takes {_bytes(need)} while it is compared, and this machine has {_bytes(_memory())}")
+
+
+def _too_large(shapes: Mapping[str, Sequence[int]], why: str) -> TooLarge:
+    name = max(shapes, key=lambda name: prod(shapes[name]))
+    extents = ", ".join(map(str, shapes[name]))
+    return TooLarge(f"input {name!r} of the extents [{extents}] does not fit into memory: it {why}")
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return 2**62
+
+
+def _bytes(n: int) -> str:
+    for power, unit in ((20, "MiB"), (30, "GiB"), (40, "TiB")):
+        if n < 2 ** (power + 10):
+            return f"{n / 2**power:.1f} {unit}"
+    return "more than 1,024 TiB"
+
+
 def make_inputs(slots: Sequence[Slot], trial: Trial) -> Inputs:
     """The arrays of ``trial``.
 
     Raises:
         InputError: an input holds strings.
+        TooLarge: they do not fit into memory.
     """
+    shapes = {s.name: tuple(d if isinstance(d, int) else trial.extents[d] for d in s.dims) for s in slots}
+    check_size(shapes)
+    try:
+        return _made(slots, trial)
+    except MemoryError as error:
+        raise _too_large(shapes, "could not be made") from error
+
+
+def _made(slots: Sequence[Slot], trial: Trial) -> Inputs:
     inputs = {}
     for index, slot in enumerate(slots):
         rng = np.random.default_rng([trial.seed, index])

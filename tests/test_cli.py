@@ -335,6 +335,55 @@ def test_bad_input(run: Run, model: Path, arguments: Callable[[Path], list[objec
     assert contents(model.parent) == before
 
 
+@pytest.mark.parametrize(
+    "shape", [[1, 4, 2**20, 2**20], [2**31, 4, 2**31, 2**31], ["N", 4, 2**31, "W"], [0, 4, 2**40, 8]]
+)
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [([], "try --verify region"), (["--verify", "off", "--only-if-faster"], "leave out --only-if-faster")],
+)
+def test_a_model_whose_input_does_not_fit_into_memory(
+    run: Run, tmp_path: Path, shape: list[int | str], options: list[str], advice: str
+) -> None:
+    huge = conv_batchnorm()
+    huge.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape))
+    del huge.graph.output[0].type.tensor_type.shape.dim[:]
+    for _ in range(4):
+        huge.graph.output[0].type.tensor_type.shape.dim.add()
+    path = damaged(tmp_path, "huge.onnx", huge.SerializeToString())
+    before = contents(tmp_path)
+    outcome = run("fuse", path, tmp_path / OUT, *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("reparamc: input 'x' of the extents [")
+    assert "does not fit into memory" in line
+    assert line.endswith(advice)
+    assert contents(tmp_path) == before
+    assert run("fuse", path, tmp_path / OUT, "--verify", "region").code == 0
+    assert kinds(tmp_path / OUT) == ["Conv", "Relu"]
+
+
+def test_where_the_memory_is_gone_nothing_is_written(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_left(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 3 TiB\nfor an array")
+
+    before = contents(model.parent)
+    for place, message in (
+        ("reparamc.onnx_fuse.verify_end_to_end", "the comparison of the whole models does not fit into memory"),
+        (
+            "reparamc.onnx_fuse.make_plan",
+            "the memory does not suffice (Unable to allocate 3 TiB for an array); nothing",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, nothing_left)
+            outcome = run("fuse", model, model.with_name(OUT))
+        assert (outcome.code, outcome.out) == (2, "")
+        (line,) = outcome.err.splitlines()
+        assert message in line
+        assert contents(model.parent) == before
+
+
 def test_options_are_read_before_a_large_model_is(run: Run, tmp_path: Path) -> None:
     outcome = run("fuse", tmp_path / "none.onnx", tmp_path / OUT, "--passes", "nope")
     assert "unknown pass" in outcome.err

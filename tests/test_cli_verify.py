@@ -1,6 +1,8 @@
 """`reparamc verify`: which faults it finds, what it lets pass, and what it says to what cannot be compared."""
 
+import io
 import json
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -478,6 +480,52 @@ def test_bad_options(
     assert message in line
 
 
+# Inputs that do not fit into memory
+
+HUGE: dict[str, list[int | str]] = {
+    "2**40 elements": [1, 1, 2**20, 2**20],
+    "an open batch": ["N", 1, 2**20, 2**20],
+    "more bytes than there are addresses": [2**31, 3, 2**31, 2**31],
+    "an extent near the largest number": [2**62, 3, 4, 4],
+    "the largest number": [2**63 - 1, 3, 2**63 - 1, 4],
+    "beside an extent of 0": [0, 3, 2**62, 2**62],
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL])
+def test_an_input_that_does_not_fit_into_memory(run: Run, tmp_path: Path, name: str, kind: int) -> None:
+    nodes = [node("Cast", "x", "c", to=TensorProto.FLOAT), node("Neg", "c", "y")]
+    huge = model(nodes, {}, {"x": (HUGE[name], kind)})
+    outcome = run(*files(tmp_path, huge, huge))
+    assert (outcome.code, outcome.out) == (2, "")
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("reparamc: input 'x' of the extents [")
+    assert "does not fit into memory" in line
+    assert line.endswith("declare smaller extents, or names for them, in both files")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.onnx", "b.onnx"}
+
+
+def test_sizes_that_do_not_fit_into_memory_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three channels of 32 x 32 are too many here; those of 16 x 16 are not."""
+    monkeypatch.setattr(trial, "_memory", lambda: trial.PEAK * 2 * 3 * 16 * 16)
+    result = verify(*FAULTS["one weight"])
+    assert not result.equal
+    result = verify(ORIGINAL, ORIGINAL)
+    assert result.equal
+    assert result.compared > 10
+
+
+@pytest.mark.parametrize("place", ["_made", "further_trials"])
+def test_memory_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def nothing_left(*_: object) -> None:
+        raise MemoryError("Unable to allocate 3 TiB\nfor an array")
+
+    monkeypatch.setattr(trial, place, nothing_left)
+    with pytest.raises(reparamc.InputError, match="does not fit into memory"):
+        verify(ORIGINAL, ORIGINAL)
+
+
 # Inputs from files
 
 
@@ -523,6 +571,26 @@ def test_inputs_that_do_not_fit(run: Run, tmp_path: Path, arrays: dict[str, np.n
     outcome = run(*files(tmp_path, WIDE, WIDE), "--inputs", tmp_path / "i.npz")
     assert outcome.code == 2
     assert message in outcome.err
+
+
+@pytest.mark.parametrize("shape", [(2**40, 2**20), (2**62, 2**62), (2**64,)])
+@pytest.mark.parametrize("kind", ["npz", "npy"])
+def test_a_file_that_promises_more_than_memory_holds(
+    run: Run, tmp_path: Path, shape: tuple[int, ...], kind: str
+) -> None:
+    data = io.BytesIO()
+    np.lib.format.write_array_header_1_0(data, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    if kind == "npz":
+        with zipfile.ZipFile(tmp_path / "i.npz", "w") as archive:
+            archive.writestr("x.npy", data.getvalue())
+    else:
+        (tmp_path / "x.npy").write_bytes(data.getvalue())
+    where = tmp_path / "i.npz" if kind == "npz" else tmp_path
+    outcome = run(*files(tmp_path, WIDE, WIDE), "--inputs", where)
+    assert (outcome.code, outcome.out) == (2, "")
+    (line,) = outcome.err.splitlines()
+    assert str(where) in line
+    assert "cannot be read" in line
 
 
 def test_every_dtype_and_name_comes_back(tmp_path: Path) -> None:
