@@ -32,17 +32,29 @@ def slots(model: ModelProto) -> list[Slot]:
 def slot(value: onnx.ValueInfoProto) -> Slot:
     """A declared input or output; an extent without a name is named by its place."""
     if not value.type.HasField("tensor_type"):
-        kind = value.type.WhichOneof("value") or "value without a type"
-        raise InputError(f"{value.name!r} is a {kind.removesuffix('_type')}, no tensor; such models cannot be compared")
+        what = _OTHER.get(value.type.WhichOneof("value") or "", "no tensor")
+        raise InputError(f"{value.name!r} is {what}; such models cannot be compared")
     kind = value.type.tensor_type
     dims: list[int | str] = []
     for axis, d in enumerate(kind.shape.dim):
         known = d.HasField("dim_value") and d.dim_value >= 0
         dims.append(d.dim_value if known else d.dim_param or f"{value.name}[{axis}]")
     try:
-        return Slot(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)), tuple(dims))
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type))
     except KeyError as error:
-        raise InputError(f"{value.name!r} declares no element type") from error
+        what = f"the unknown element type {kind.elem_type}" if kind.elem_type else "no element type"
+        raise InputError(f"{value.name!r} declares {what}; such models cannot be compared") from error
+    return Slot(value.name, dtype, tuple(dims), kind.HasField("shape"))
+
+
+_OTHER = {
+    "optional_type": "an optional value, no tensor",
+    "sequence_type": "a sequence, no tensor",
+    "map_type": "a map, no tensor",
+    "opaque_type": "an opaque value, no tensor",
+    "sparse_tensor_type": "a sparse tensor, no dense one",
+    "": "of no declared type",
+}
 
 
 def read_inputs(path: Path, wanted: Sequence[Slot]) -> list[tuple[str, Inputs]]:
@@ -90,14 +102,27 @@ def write_inputs(path: Path, inputs: Mapping[str, np.ndarray]) -> None:
 
 def _npz(path: Path) -> Inputs:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path} holds one array without a name; give a .npz file")
-            return {name: archive[name] for name in archive.files}
+        with path.open("rb") as file:
+            if file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
+                raise InputError(f"{path} holds one array without a name; give a .npz file, or the folder it is in")
+            if not zipfile.is_zipfile(file):
+                raise InputError(
+                    f"{path} cannot be read as a .npz file: it is no zip archive; numpy.savez writes one, with each "
+                    "array under the name of its input"
+                )
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
     except InputError:
         raise
     except Exception as error:  # whatever a file by an unknown hand leads NumPy, zipfile or zlib to
-        raise InputError(f"{path} cannot be read as a .npz file: {one_line(error)}") from error
+        raise InputError(f"{path} cannot be read as a .npz file: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if "pickle" in str(error):  # NumPy's own advice would run what the file holds
+        return "it holds Python objects; give arrays of numbers or strings"
+    return one_line(error) or type(error).__name__
 
 
 def _folder(path: Path, wanted: Sequence[Slot]) -> Inputs | None:
@@ -118,7 +143,7 @@ def _folder(path: Path, wanted: Sequence[Slot]) -> Inputs | None:
     except InputError:
         raise
     except Exception as error:  # as above
-        raise InputError(f"the inputs in {path} cannot be read: {one_line(error)}") from error
+        raise InputError(f"the inputs in {path} cannot be read: {_reason(error)}") from error
     return None
 
 

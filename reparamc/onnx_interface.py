@@ -54,8 +54,8 @@ def compare_interfaces(original: ModelProto, fused: ModelProto) -> Interface:
         found.problem = found.problem or _input(a, b, found.notes)
     for a, b in zip(original.graph.output, fused.graph.output, strict=True):
         if a.type.HasField("tensor_type") and b.type.HasField("tensor_type"):
-            declared = [v.type.tensor_type.HasField("shape") for v in (a, b)]
-            problem = _declared("output", slot(a), slot(b), all(declared), found.notes)
+            x, y = slot(a), slot(b)
+            problem = _declared("output", x, y, x.ranked and y.ranked, found.notes)
         else:
             same = a.type.WhichOneof("value") == b.type.WhichOneof("value")
             problem = "" if same else f"output {a.name!r} is of another kind in the fused model"
@@ -86,13 +86,15 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _input(ours: Slot, theirs: Slot, notes: list[str]) -> str:
-    if problem := _declared("input", ours, theirs, True, []):
+    if problem := _declared("input", ours, theirs, ours.ranked and theirs.ranked, []):
         return problem
-    for a, b in zip(ours.dims, theirs.dims, strict=True):
+    if theirs.ranked and not ours.ranked:
+        return f"the fused model takes input {theirs}, where the original takes {ours}"
+    for a, b in zip(ours.dims, theirs.dims, strict=theirs.ranked):
         if isinstance(b, int) and a != b:
             return f"the fused model takes input {theirs}, where the original takes {ours}"
-    wider = [(a, b) for a, b in zip(ours.dims, theirs.dims, strict=True) if isinstance(a, int) and isinstance(b, str)]
-    if wider:
+    pairs = zip(ours.dims, theirs.dims, strict=theirs.ranked)
+    if ours.ranked > theirs.ranked or any(isinstance(a, int) and isinstance(b, str) for a, b in pairs):
         notes.append(
             f"the fused model declares {theirs}, which is wider than {ours}; what the original takes was tried"
         )
@@ -102,7 +104,7 @@ def _input(ours: Slot, theirs: Slot, notes: list[str]) -> str:
 def _declared(what: str, ours: Slot, theirs: Slot, ranks: bool, notes: list[str]) -> str:
     """Dtypes and, where both declare them, ranks; other extents of an output are a note: the arrays are compared."""
     if ours.dtype != theirs.dtype:
-        return f"{what} {ours.name!r} is {ours.dtype} in the original and {theirs.dtype} in the fused model"
+        return f"{what} {ours.name!r} is {ours.kind} in the original and {theirs.kind} in the fused model"
     if ranks and len(ours.dims) != len(theirs.dims):
         return (
             f"{what} {ours.name!r} has {len(ours.dims)} axes in the original and {len(theirs.dims)} in the fused model"

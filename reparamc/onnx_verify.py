@@ -196,6 +196,8 @@ class _Comparison:
     """The models differ, and the original's output holds NaN or infinities."""
     sensitive: bool = False
     """The original's response to one rounding is so large that no difference would say anything."""
+    empty: bool = False
+    """No output of the original holds an element: nothing was compared."""
 
 
 class _Pair:
@@ -252,7 +254,8 @@ class _Pair:
         bad = next((c for c in checks if c.problem), None)
         sensitive = any(c.allowed is not None and c.allowed >= CEILING for c in checks)
         if bad is None:
-            return _Comparison(checks, "", sensitive=sensitive), took
+            empty = not any(value.size for value in expected.values())
+            return _Comparison(checks, "", sensitive=sensitive, empty=empty), took
         again = self.original(inputs)
         for name, value in expected.items():
             if _differs(value, again[name]):
@@ -324,6 +327,8 @@ class _Search:
     worst: dict[str, OutputCheck] = field(default_factory=dict)
     known: dict[object, bool] = field(default_factory=dict)
     smallest: tuple[tuple[object, ...], Trial, _Comparison] | None = None
+    filled: bool = False
+    """Whether any output ever held an element."""
 
     def given(self, inputs: Mapping[str, Any] | str | os.PathLike[str]) -> None:
         slots = self.pair.interface.inputs
@@ -339,6 +344,11 @@ class _Search:
                 comparison, _ = self.pair.compare(arrays)
             except _Refused as error:
                 raise InputError(f"the original does not run on {label}: {error}") from error
+            if comparison.empty:
+                raise InputError(
+                    f"no output holds an element on {label}, so nothing is compared: the inputs are {_shapes(arrays)}; "
+                    "give others"
+                )
             self._take(comparison)
             if comparison.problem:
                 self._fail(comparison, f"{_shapes(arrays)} of {label}", arrays)
@@ -366,6 +376,11 @@ class _Search:
             _, found, comparison = self.smallest
             arrays = trials.make_inputs(slots, found)
             self._fail(comparison, f"{_shapes(arrays)} ({_words(found)})", arrays)
+        elif self.result.compared and not self.filled:
+            raise InputError(
+                "no output holds an element on any input that was tried, so nothing is compared; "
+                "give inputs with --inputs"
+            )
         elif not self.result.compared:
             raise InputError(
                 "rounding alone changes the original's outputs beyond recognition, on every input that was tried; "
@@ -442,6 +457,7 @@ class _Search:
 
     def _take(self, comparison: _Comparison) -> None:
         self.result.compared += 1
+        self.filled |= not comparison.empty
         for check in comparison.checks:
             if check.output not in self.worst or check.badness > self.worst[check.output].badness:
                 self.worst[check.output] = check

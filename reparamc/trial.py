@@ -16,21 +16,31 @@ import numpy as np
 import numpy.typing as npt
 
 from reparamc.errors import InputError
+from reparamc.verification import kind_of
 
 Inputs = dict[str, npt.NDArray]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One input that a caller must give: extents are numbers, or names of what may vary."""
+    """One input that a caller must give: extents are numbers, or names of what may vary.
+
+    Where even the number of axes is open, ``dims`` is empty and ``ranked`` False.
+    """
 
     name: str
     dtype: np.dtype
     dims: tuple[int | str, ...]
+    ranked: bool = True
+
+    @property
+    def kind(self) -> str:
+        """The type of an entry, in words."""
+        return kind_of(self.dtype)
 
     def __str__(self) -> str:
-        dtype = "string" if self.dtype.kind == "O" else self.dtype
-        return f"{self.name} {dtype} [{', '.join(str(d) for d in self.dims)}]"
+        shape = f"[{', '.join(str(d) for d in self.dims)}]" if self.ranked else "of any number of axes"
+        return f"{self.name} {self.kind} {shape}"
 
 
 @dataclass(frozen=True)
@@ -170,9 +180,14 @@ def make_inputs(slots: Sequence[Slot], trial: Trial) -> Inputs:
     """The arrays of ``trial``.
 
     Raises:
-        InputError: an input holds strings.
+        InputError: an input holds strings, or its number of axes is open.
         TooLarge: they do not fit into memory.
     """
+    if open_rank := next((s.name for s in slots if not s.ranked), None):
+        raise InputError(
+            f"input {open_rank!r} declares no number of axes, so no values can be made up; "
+            "declare its shape, or give values with --inputs"
+        )
     shapes = {s.name: tuple(d if isinstance(d, int) else trial.extents[d] for d in s.dims) for s in slots}
     check_size(shapes)
     try:

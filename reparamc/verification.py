@@ -68,7 +68,7 @@ def check_output(
     noise = max(noise if np.isfinite(noise) else 0.0, epsilon)
     allowed = None if given is not None else tolerance(noise, epsilon)
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
-        what = [f"{a.dtype} {list(a.shape)}" for a in (expected, actual)]
+        what = [f"{kind_of(a.dtype)} {list(a.shape)}" for a in (expected, actual)]
         problem = f"the original gives {what[0]}, the fused model {what[1]}"
         return OutputCheck(output, float("inf"), float("inf"), None, noise, allowed, problem)
     found = difference(expected, actual)
@@ -83,6 +83,11 @@ def check_output(
         of = "of its entries" if expected.dtype.kind in "biuUSO" else "relative to its largest value"
         problem = f"differs by {found.max_rel:.2g} {of}, {allowed:.1g} is what rounding explains"
     return OutputCheck(output, found.max_abs, found.max_rel, ulps(expected, actual), noise, allowed, problem)
+
+
+def kind_of(dtype: np.dtype) -> str:
+    """``dtype`` as users know it: of strings NumPy makes objects."""
+    return "string" if dtype.kind in "OUS" else str(dtype)
 
 
 def _not_finite(array: npt.NDArray) -> str:

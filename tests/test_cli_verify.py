@@ -422,6 +422,35 @@ def random() -> ModelProto:
     return model([node("RandomNormalLike", "x", "r"), node("Add", "x r", "y")], {})
 
 
+def typed(kind: str) -> ModelProto:
+    """An input that is no tensor of numbers."""
+    made = model(RELU, {})
+    declared = made.graph.input[0].type
+    tensor = helper.make_tensor_type_proto(TensorProto.FLOAT, [1])
+    match kind:
+        case "optional":
+            declared.CopyFrom(helper.make_optional_type_proto(tensor))
+        case "map":
+            declared.CopyFrom(helper.make_map_type_proto(TensorProto.INT64, tensor))
+        case "sparse":
+            declared.CopyFrom(helper.make_sparse_tensor_type_proto(TensorProto.FLOAT, [1]))
+        case "none":
+            declared.Clear()
+        case _:
+            declared.tensor_type.elem_type = int(kind)
+    return made
+
+
+def unranked() -> ModelProto:
+    made = model(RELU, {})
+    made.graph.input[0].type.tensor_type.ClearField("shape")
+    return made
+
+
+def empty() -> ModelProto:
+    return model(RELU, {}, {"x": (["N", 0], TensorProto.FLOAT)}, {"y": 2})
+
+
 GOOD = model(RELU, {})
 UNCOMPARABLE: dict[str, tuple[ModelProto | bytes | None, ModelProto | bytes | None, str]] = {
     "no original": (None, GOOD, "a.onnx: no such file"),
@@ -431,6 +460,14 @@ UNCOMPARABLE: dict[str, tuple[ModelProto | bytes | None, ModelProto | bytes | No
     "empty": (GOOD, b"", "b.onnx is not an ONNX file"),
     "strings": (text_input(), text_input(), "holds strings"),
     "a sequence": (sequence_input(), sequence_input(), "'x' is a sequence, no tensor"),
+    "an optional value": (typed("optional"), typed("optional"), "'x' is an optional value, no tensor; such models"),
+    "a map": (typed("map"), typed("map"), "'x' is a map, no tensor; such models"),
+    "a sparse tensor": (typed("sparse"), typed("sparse"), "'x' is a sparse tensor, no dense one; such models"),
+    "no type": (typed("none"), typed("none"), "'x' is of no declared type; such models"),
+    "no element type": (typed("0"), typed("0"), "'x' declares no element type; such models"),
+    "an unknown element type": (typed("99"), typed("99"), "'x' declares the unknown element type 99; such models"),
+    "an unknown rank": (unranked(), unranked(), "input 'x' declares no number of axes, so no values can be made up; "),
+    "outputs without elements": (empty(), empty(), "no output holds an element on any input that was tried"),
     "unknown operator": (GOOD, no_kernel(), "ONNX Runtime cannot load"),
     "an original that does not run": (impossible(), impossible(), "cannot run the original"),
     "random": (random(), random(), "another output 'y' each time"),
@@ -526,6 +563,30 @@ def test_memory_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch, place: str
         verify(ORIGINAL, ORIGINAL)
 
 
+def test_an_open_rank_is_compared_on_given_inputs(tmp_path: Path) -> None:
+    x = np.full((1, 3, 2, 2), -2.0, np.float32)
+    assert verify(unranked(), unranked(), inputs={"x": x}).equal
+    result = verify(GOOD, unranked())
+    assert result.equal
+    assert any("wider than x float32 [N, 3, H, W]" in note for note in result.notes)
+    result = verify(unranked(), GOOD, inputs={"x": x})
+    assert result.failure is not None
+    assert result.failure.reason.endswith("where the original takes x float32 of any number of axes")
+
+
+def test_strings_are_called_strings() -> None:
+    text, number = text_input(), model([node("Identity", "x", "y")], {})
+    for a, b, kinds in (
+        (text, number, "string in the original and float32"),
+        (number, text, "float32 in the original and string"),
+    ):
+        result = verify(a, b)
+        assert result.failure is not None
+        assert f"input 'x' is {kinds} in the fused model" in result.failure.reason
+    found = check_output("y", np.array(["a"], object), np.array(["a", "b"], object), 0, 0)
+    assert found.problem == "the original gives string [1], the fused model string [2]"
+
+
 # Inputs from files
 
 
@@ -571,6 +632,66 @@ def test_inputs_that_do_not_fit(run: Run, tmp_path: Path, arrays: dict[str, np.n
     outcome = run(*files(tmp_path, WIDE, WIDE), "--inputs", tmp_path / "i.npz")
     assert outcome.code == 2
     assert message in outcome.err
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (1, 3, 0, 2)])
+def test_given_inputs_without_elements_prove_nothing(run: Run, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    where = given("npz", tmp_path, np.zeros(shape, np.float32))
+    outcome = run(*files(tmp_path, WIDE, IDENTITY), "--inputs", where)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"no output holds an element on {where}, so nothing is compared: the inputs are x {[*shape]}" in outcome.err
+
+
+def test_an_empty_input_of_an_output_with_elements_is_compared() -> None:
+    inputs: Declared = {"x": (["N", 3], TensorProto.FLOAT)}
+    total, other = (model([node(op, "x", "y")], {}, inputs, {"y": 2}) for op in ("ReduceSum", "ReduceProd"))
+    x = np.zeros((0, 3), np.float32)
+    assert verify(total, total, inputs={"x": x}).equal
+    assert not verify(total, other, inputs={"x": x}).equal
+
+
+NO_ARCHIVE = "it is no zip archive; numpy.savez writes one, with each array under the name of its input"
+JUNK: dict[str, tuple[bytes, str]] = {
+    "text": (b"junk", NO_ARCHIVE),
+    "empty": (b"", NO_ARCHIVE),
+    "pickle": (b"\x80\x04}.", NO_ARCHIVE),
+    "the start of an archive": (b"PK\x03\x04 and so on", NO_ARCHIVE),
+    "one array": (b"\x93NUMPY\x01\x00junk", "holds one array without a name; give a .npz file"),
+}
+
+
+@pytest.mark.parametrize("name", JUNK)
+def test_a_file_that_is_no_archive(run: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / "i.npz").write_bytes(JUNK[name][0])
+    outcome = run(*files(tmp_path, WIDE, WIDE), "--inputs", tmp_path / "i.npz")
+    assert (outcome.code, outcome.out) == (2, "")
+    (line,) = outcome.err.splitlines()
+    assert JUNK[name][1] in line
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy"])
+def test_nobody_is_told_to_run_what_a_file_holds(run: Run, tmp_path: Path, kind: str) -> None:
+    objects = np.array([{}], object)
+    where = tmp_path / "i.npz"
+    if kind == "npz":
+        np.savez(where, x=objects)
+    else:
+        where = tmp_path
+        np.save(tmp_path / "x.npy", objects)
+    outcome = run(*files(tmp_path, WIDE, WIDE), "--inputs", where)
+    assert outcome.code == 2
+    assert "it holds Python objects; give arrays of numbers or strings" in outcome.err
+    assert "pickle" not in outcome.err
+
+
+def test_a_damaged_archive(run: Run, tmp_path: Path) -> None:
+    where = given("npz", tmp_path, np.zeros((1, 3, 2, 2), np.float32))
+    data = where.read_bytes()
+    for at in range(0, len(data), 7):
+        where.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+        outcome = run(*files(tmp_path, WIDE, WIDE), "--inputs", where)
+        assert outcome.code in (0, 2)
+        assert len(outcome.err.splitlines()) == (outcome.code == 2)
 
 
 @pytest.mark.parametrize("shape", [(2**40, 2**20), (2**62, 2**62), (2**64,)])

@@ -48,8 +48,9 @@ def assert_equivalent(
 
     Raises:
         AssertionError: they differ, or ``b`` fails where ``a`` runs.
-        InputError: ``a`` fails, or no inputs can be derived.
+        InputError: ``a`` fails, no inputs can be derived, or the tolerance is negative.
     """
+    check_tolerance(tolerance)
     torch = sys.modules.get("torch")
     given = inputs if isinstance(inputs, list) else [inputs]
     tensors = torch is not None and any(
@@ -65,6 +66,12 @@ def assert_equivalent(
         raise InputError("an empty list of inputs compares nothing")
     for number, one in enumerate(given, 1):
         pair.compare(one, f" (number {number} of {len(given)})" if len(given) > 1 else "")
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raise InputError unless ``tolerance`` is None or a number from 0."""
+    if tolerance is not None and not tolerance >= 0:
+        raise InputError(f"a tolerance cannot be {tolerance:g}: give 0 or more, or None for what rounding explains")
 
 
 def _space(*hosts: Host) -> Space:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reparamc.errors import InputError
+from reparamc.errors import InputError, InputTypeError
 from reparamc.report import Refusal, Report, Rewrite
-from reparamc.testing.assertions import assert_equivalent
+from reparamc.testing.assertions import assert_equivalent, check_tolerance
 from reparamc.testing.inputs import arrays_of, space_of
 from reparamc.testing.randomize import randomize_batchnorm, randomize_layer_scales
 
@@ -54,10 +56,13 @@ def fuse_guard(
 
     Raises:
         AssertionError: it computes something else, or is less fused than it should be.
-        InputError: the model cannot be fused or run, or has no part of a name in ``fused``.
+        InputError: the model cannot be fused or run, or has no part of a name in ``fused``; or the tolerance is
+            negative.
+        InputTypeError: it is no model, or there is no option of that name.
     """
-    onnx = isinstance(model, str | os.PathLike) or not hasattr(model, "named_modules")
-    fuse = _fuse_onnx if onnx else _fuse_torch
+    check_options(options)
+    check_tolerance(tolerance)
+    fuse = _way(model)
     outcome = fuse(model, example_inputs, seed if randomize else None, options)
     allowed = (
         dict(fused) if isinstance(fused, Mapping) else dict.fromkeys([fused] if isinstance(fused, str) else fused, 1)
@@ -71,6 +76,30 @@ def fuse_guard(
     inputs = list(space_of(asked, outcome.example).some(examples, seed))
     assert_equivalent(outcome.original, outcome.result, inputs, tolerance=tolerance, seed=seed)
     return outcome.result
+
+
+_FUSING = ("passes", "skip", "objective")
+OPTIONS = ("max_conv", "no_batchnorm", "fused", "tolerance", "examples", "randomize", "seed", *_FUSING)
+"""What `fuse_guard`, its marker and the fixture may be asked for."""
+
+
+def check_options(options: Iterable[str], known: Sequence[str] = OPTIONS, who: str = "fuse_guard") -> None:
+    """Raise InputTypeError unless all ``options`` are known: one that is misspelt must not be passed over."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
+            raise InputTypeError(f"{who} has no option {name!r}{meant}")
+
+
+def _way(model: Any) -> Callable[..., _Outcome]:
+    onnx, torch = sys.modules.get("onnx"), sys.modules.get("torch")
+    if isinstance(model, str | os.PathLike) or (onnx is not None and isinstance(model, onnx.ModelProto)):
+        return _fuse_onnx
+    if torch is not None and isinstance(model, torch.nn.Module):
+        return _fuse_torch
+    what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise InputTypeError(f"fuse_guard takes a torch module, an onnx.ModelProto or the path of one, not {what}")
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,20 @@ def fixture(request: pytest.FixtureRequest) -> Callable[..., Any]:
         if marker.args:
             raise pytest.UsageError(f"{MARKER} takes options by name only, such as max_conv=12")
         defaults |= marker.kwargs
+    if defaults:
+        from reparamc.errors import InputTypeError
+        from reparamc.testing.guard import check_options
+
+        try:
+            check_options(defaults, who=f"the marker {MARKER}")
+        except InputTypeError as error:
+            raise pytest.UsageError(str(error)) from None
 
     def guard(model: Any, example_inputs: Any = None, **options: Any) -> Any:
         __tracebackhide__ = True
-        from reparamc.testing.guard import fuse_guard
+        from reparamc.testing.guard import check_options, fuse_guard
 
+        check_options(options)
         return fuse_guard(model, example_inputs, **(defaults | options))
 
     return guard

@@ -152,6 +152,13 @@ def test_what_cannot_be_compared_is_an_error() -> None:
         assert_equivalent(nn.ReLU(), nn.ReLU())
 
 
+@pytest.mark.parametrize("tolerance", [-1.0, -1e-9, float("nan")])
+def test_a_tolerance_below_zero_is_an_error(tolerance: float) -> None:
+    with pytest.raises(InputError, match=r"a tolerance cannot be .*: give 0 or more"):
+        assert_equivalent(conv(), conv(), tolerance=tolerance)
+    assert_equivalent(conv(), conv(), tolerance=0)
+
+
 # Differences
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import pytest
 
-from reparamc.errors import InputError
+from reparamc.errors import InputError, InputTypeError
 from reparamc.testing import fuse_guard
 from reparamc.testing.onnx_models import build_onnx
 from reparamc.testing.structure import Step, Structure
@@ -88,6 +88,35 @@ def test_unknown_parts_and_what_cannot_run_are_errors() -> None:
         fuse_guard(net(False), IMAGE, fused=["stage3"])
     with pytest.raises(InputError, match="give example_inputs"):
         fuse_guard(nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_convs": 1}, "fuse_guard has no option 'max_convs'; did you mean 'max_conv'?"),
+        ({"no_batchnorms": True}, "did you mean 'no_batchnorm'?"),
+        ({"verify": False}, "fuse_guard has no option 'verify'; the options are max_conv, no_batchnorm, fused, "),
+    ],
+)
+def test_a_misspelt_option_is_told(options: dict[str, Any], message: str) -> None:
+    for one in (net(False), model()):
+        with pytest.raises(InputTypeError) as caught:
+            fuse_guard(one, IMAGE, **options)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("thing", "name"), [(42, "int"), (None, "NoneType"), (Block, "the class Block"), (net, "func")]
+)
+def test_what_is_no_model(thing: Any, name: str) -> None:
+    with pytest.raises(InputTypeError, match=f"a torch module, an onnx.ModelProto or the path of one, not {name}"):
+        fuse_guard(thing, IMAGE)
+
+
+@pytest.mark.parametrize("tolerance", [-1e-9, float("nan")])
+def test_a_tolerance_below_zero(tolerance: float) -> None:
+    with pytest.raises(InputError, match="a tolerance cannot be"):
+        fuse_guard(net(False), IMAGE, tolerance=tolerance)
 
 
 def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,13 +204,20 @@ def test_broken(fuse_guard):
 @pytest.mark.fuse_guard(3)
 def test_positional(fuse_guard):
     pass
+
+@pytest.mark.fuse_guard(max_convs=3)
+def test_misspelt(fuse_guard):
+    pass
+
+def test_misspelt_call(fuse_guard):
+    fuse_guard(model(), torch.ones(1, 3, 5, 5), max_con=1)
 """
 
 
 def test_fixture_and_marker(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(SUITE)
     result = pytester.runpytest_inprocess(*PLUGIN, "--strict-markers", "-p", "no:cacheprovider")
-    result.assert_outcomes(passed=2, failed=2, errors=1)
+    result.assert_outcomes(passed=2, failed=3, errors=2)
     result.stdout.fnmatch_lines(
         [
             "*1 convolutions left, 0 allowed*",
@@ -189,7 +225,12 @@ def test_fixture_and_marker(pytester: pytest.Pytester) -> None:
             "*2: no convolution or linear layer stands beside it*",
         ]
     )
-    assert "fuse_guard takes options by name only" in result.stdout.str()
+    for line in (
+        "fuse_guard takes options by name only",
+        "the marker fuse_guard has no option 'max_convs'; did you mean 'max_conv'?",
+        "fuse_guard has no option 'max_con'; did you mean 'max_conv'?",
+    ):
+        assert line in result.stdout.str()
 
 
 def test_the_marker_is_documented(pytester: pytest.Pytester) -> None:
