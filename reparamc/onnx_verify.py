@@ -21,6 +21,7 @@ from onnx import ModelProto
 from reparamc import trial as trials
 from reparamc.errors import InputError, InputTypeError
 from reparamc.onnx_certify import certify_onnx
+from reparamc.onnx_fuse import check as check_model
 from reparamc.onnx_fuse import check_target, load
 from reparamc.onnx_inputs import read_inputs, write_inputs
 from reparamc.onnx_interface import Interface, compare_interfaces
@@ -127,6 +128,8 @@ def verify_onnx(
 def _prove(original: ModelProto, fused: ModelProto, result: Verification) -> None:
     """What can be proven without running anything. It decides nothing here: what is not proven may be equal."""
     try:
+        for model in (original, fused):
+            check_model(model)  # a proof follows the graph, which must be one: without circles, every value made once
         found = certify_onnx(original, fused)
     except Exception as error:  # a graph by an unknown hand may be anything; the models are compared all the same
         result.notes.append(f"nothing is proven for every input size: {one_line(error)}")

@@ -335,6 +335,90 @@ def test_bad_input(run: Run, model: Path, arguments: Callable[[Path], list[objec
     assert contents(model.parent) == before
 
 
+def edited(change: Callable[[ModelProto], object]) -> ModelProto:
+    model = conv_batchnorm()
+    change(model)
+    return model
+
+
+def constant_of(kind: int) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], ["k"], value=TensorProto(data_type=kind, dims=[1], raw_data=b"1234"))
+
+
+LAST = onnx.defs.onnx_opset_version()
+INVALID: dict[str, tuple[Callable[[ModelProto], object], str]] = {
+    "opset of the future": (lambda m: m.opset_import[0].__setattr__("version", 999), "the model uses opset 999, and "),
+    "next opset": (lambda m: m.opset_import[0].__setattr__("version", LAST + 1), f"knows those up to {LAST}; install"),
+    "opset of the past": (lambda m: m.opset_import[0].__setattr__("version", 6), "opset 6; convert it to 7 or later"),
+    "opset below all": (lambda m: m.opset_import[0].__setattr__("version", -1), "the model uses opset -1; convert"),
+    "two opsets": (lambda m: m.opset_import.append(helper.make_opsetid("ai.onnx", 11)), "opset 11 and opset 17; leave"),
+    "no opset": (lambda m: m.opset_import.pop(), "must specify opset_import for ONNX"),
+    "undefined value": (
+        lambda m: m.graph.node[0].input.__setitem__(0, "nowhere"),
+        "input 'nowhere' of node: name: conv",
+    ),
+    "undefined weight": (lambda m: m.graph.node[0].input.__setitem__(1, "nowhere"), "input 'nowhere' of node"),
+    "undefined output": (
+        lambda m: m.graph.output[0].__setattr__("name", "nowhere"),
+        "output 'nowhere' is not an output",
+    ),
+    "circle": (lambda m: m.graph.node[0].input.__setitem__(0, "b"), "input 'b' of node: name: conv"),
+    "one value from two nodes": (lambda m: m.graph.node.append(m.graph.node[0]), "single static assignment"),
+    "unknown operator": (lambda m: m.graph.node[2].__setattr__("op_type", "Nope"), "No Op registered for Nope"),
+    "no domain": (lambda m: m.graph.node[2].__setattr__("domain", "nope"), "No opset import for domain 'nope'"),
+    "too few operands": (lambda m: m.graph.node[1].input.pop(), "has input size 4 not in range"),
+    "an attribute of another type": (
+        lambda m: m.graph.node[1].attribute.append(helper.make_attribute("epsilon", "x")),
+        "Mismatched attribute type in 'norm : epsilon'",
+    ),
+    "unknown type of a weight": (
+        lambda m: m.graph.initializer[0].__setattr__("data_type", 99),
+        "the tensor 'w' is of the unknown element type 99",
+    ),
+    "unknown type of a constant": (lambda m: m.graph.node.insert(0, constant_of(99)), "of the unknown element type 99"),
+    "ir of the future": (lambda m: m.__setattr__("ir_version", 999), "ir_version 999 is higher than"),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+@pytest.mark.parametrize("way", ["off", "region", "full", "explain"])
+def test_an_invalid_model_is_refused_at_every_level(run: Run, tmp_path: Path, name: str, way: str) -> None:
+    change, message = INVALID[name]
+    path = damaged(tmp_path, "bad.onnx", edited(change).SerializeToString())
+    before = contents(tmp_path)
+    outcome = run("explain", path) if way == "explain" else run("fuse", path, tmp_path / OUT, "--verify", way)
+    assert (outcome.code, outcome.out) == (2, "")
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("reparamc: the model ")
+    assert message in line
+    assert contents(tmp_path) == before
+
+
+RUN_ALL_THE_SAME = ("next opset", "opset of the past", "two opsets")
+"""By ONNX Runtime, or not: that depends on its version."""
+
+
+@pytest.mark.parametrize("name", [name for name in INVALID if name not in RUN_ALL_THE_SAME])
+def test_an_invalid_model_is_compared_with_nothing(run: Run, model: Path, name: str) -> None:
+    fused = model.with_name("fused.onnx")
+    assert run("fuse", model, fused).code == 0
+    bad = damaged(model.parent, "bad.onnx", edited(INVALID[name][0]).SerializeToString())
+    before = contents(model.parent)
+    for arguments in (("verify", bad, model), ("verify", model, bad), ("audit", fused, "--against", bad)):
+        outcome = run(*arguments)
+        assert (outcome.code, outcome.out) == (2, ""), arguments
+        (line,) = outcome.err.splitlines()
+        assert "bad.onnx" in line
+        assert contents(model.parent) == before
+
+
+def test_an_operator_set_that_is_named_twice_alike_is_one(run: Run, tmp_path: Path) -> None:
+    model = edited(lambda m: m.opset_import.append(helper.make_opsetid("ai.onnx", 17)))
+    path = damaged(tmp_path, "twice.onnx", model.SerializeToString())
+    assert run("fuse", path, tmp_path / OUT).code == 0
+    assert kinds(tmp_path / OUT) == ["Conv", "Relu"]
+
+
 @pytest.mark.parametrize(
     "shape", [[1, 4, 2**20, 2**20], [2**31, 4, 2**31, 2**31], ["N", 4, 2**31, "W"], [0, 4, 2**40, 8]]
 )
