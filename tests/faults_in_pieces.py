@@ -1,0 +1,134 @@
+"""Faults in the folding of scales into pieces of a convolution (`reparamc.pieces`), which several regions share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from fault_models import net, nn, node, norm_of, numbers, onnx_model, statistics
+from onnx import ModelProto, NodeProto
+from planting import Fault, fault
+
+PIECES_OF = "reparamc.pieces:"
+CONV = node("Conv", "x w bias", "c", kernel_shape=[1, 1])
+PARAMETERS = {"w": numbers(8, 4, 1, 1), "bias": numbers(8), **statistics()}
+HALVES = node("Split", "c", "q k", axis=1)
+RELU = node("Relu", "k", "z")
+
+
+def pieces(*nodes: NodeProto, shape: Sequence[int | str] = ("N", 4, "H", "W"), **parameters: Any) -> ModelProto:
+    """A convolution of eight channels, and what reads it; the results are y and z."""
+    return onnx_model([CONV, *nodes], {**PARAMETERS, **parameters}, shape, outputs="y z", opset=11)
+
+
+def halves(*nodes: NodeProto, **parameters: Any) -> Callable[[], ModelProto]:
+    return lambda: pieces(HALVES, *nodes, **parameters)
+
+
+def cut(name: str, first: int, last: int) -> tuple[NodeProto, dict[str, np.ndarray]]:
+    bounds = {f"{name}{n}": np.array([value]) for n, value in zip("fea", (first, last, 1), strict=True)}
+    return node("Slice", f"c {name}f {name}e {name}a", name), bounds
+
+
+def overlapping() -> ModelProto:
+    (a, first), (b, second) = cut("q", 0, 4), cut("k", 2, 7)
+    return pieces(a, b, norm_of("q"), RELU, **first, **second)
+
+
+def rows() -> ModelProto:
+    """A scaled piece of the channels, and some rows of every channel."""
+    a, first = cut("q", 0, 4)
+    picked = node("Gather", "c i", "k", axis=2)
+    return pieces(a, picked, norm_of("q"), RELU, shape=("N", 4, 8, "W"), i=np.array([7, 5]), **first)
+
+
+def projection(run: Callable[..., Any], *more: Any) -> Callable[[], tuple[Any, tuple[Any, ...]]]:
+    return lambda: net(run, nn.Conv2d(4, 8, 1), nn.BatchNorm2d(4), *(make() for make in more))
+
+
+def halved(x: Any, c: Any, n: Any) -> Any:
+    q, k = c(x).chunk(2, 1)
+    return n(q), k.relu()
+
+
+def both(x: Any, c: Any, n: Any, m: Any) -> Any:
+    q, k = c(x).chunk(2, 1)
+    return n(q).sigmoid(), m(k).relu()
+
+
+def in_a_row(x: Any, c: Any, n: Any, m: Any) -> Any:
+    q, k = c(x).chunk(2, 1)
+    return m(n(q)), k.relu()
+
+
+def norm() -> Any:
+    return nn.BatchNorm2d(4)
+
+
+SECOND = {f"{name}2": value for name, value in statistics(seed=9).items()}
+
+
+def second(x: str, y: str) -> NodeProto:
+    return node("BatchNormalization", f"{x} g2 b2 m2 v2", y)
+
+
+PIECES: list[Fault] = [
+    fault(
+        "a piece that another selection reads as well", f"{PIECES_OF}_Folder.fold",
+        "all(times[i] == 1 for i in c.select.index)", "True", onnx=overlapping,
+        fx=projection(lambda x, c, n: (n((y := c(x))[:, :4]), y[:, 2:7].relu())),
+    ),
+    fault(
+        "pieces along different axes", f"{PIECES_OF}_Folder.fold",
+        "if len({e.frame for e in selects}) > 1:", "if False:", onnx=rows,
+    ),
+    fault(
+        "a reader that selects nothing", f"{PIECES_OF}_Folder.fold",
+        "len(selects) < len(cuts) or ", "",
+        onnx=lambda: pieces(HALVES, norm_of("q"), node("Mul", "c h", "z"), h=numbers(8, 1, 1)),
+    ),
+    fault(
+        "shift of a piece lost", f"{PIECES_OF}_in_front", "s * shift[at] + t", "s * shift[at]",
+        onnx=halves(norm_of("q"), RELU), fx=projection(halved),
+    ),
+    fault(
+        "shift of a piece added to all", f"{PIECES_OF}_in_front", "shift[at] = s * scale[at], s * shift[at] + t",
+        "shift[:] = s * scale[at], np.resize(s * shift[at] + t, len(shift))",
+        onnx=halves(norm_of("q"), RELU), fx=projection(halved),
+    ),
+    fault(
+        "the first piece for every piece", f"{PIECES_OF}_in_front",
+        "at = list(select.index)", "at = list(selects[0].index)",
+        onnx=halves(norm_of("q", "s"), second("k", "t"), node("Sigmoid", "s", "y"), node("Relu", "t", "z"), **SECOND),
+        fx=projection(both, norm),
+    ),
+    fault(
+        "rows in the order of the channels", f"{PIECES_OF}_in_front",
+        "at = list(select.index)", "at = sorted(select.index)",
+        onnx=lambda: pieces(
+            node("Gather", "c i", "q", axis=1), node("Gather", "c j", "k", axis=1), norm_of("q"), RELU,
+            i=np.array([6, 1, 4, 3]), j=np.array([0, 2, 5, 7]),
+        ),
+    ),
+    fault(
+        "two scales in a row in the wrong order", f"{PIECES_OF}_in_front",
+        "in map(coefficients, cut.scales)", "in map(coefficients, cut.scales[::-1])",
+        onnx=halves(norm_of("q", "s"), second("s", "y"), RELU, **SECOND), fx=projection(in_a_row, norm),
+    ),
+    fault(
+        "only the first of two scales in a row", f"{PIECES_OF}_in_front",
+        "in map(coefficients, cut.scales)", "in map(coefficients, cut.scales[:1])",
+        onnx=halves(norm_of("q", "s"), second("s", "y"), RELU, **SECOND), fx=projection(in_a_row, norm),
+    ),
+    fault(
+        "the scale left behind the piece as well", f"{PIECES_OF}_Folder._spliced",
+        "value: moved.expr}, scaled)", "value: moved.expr}, ())",
+        onnx=halves(norm_of("q"), RELU), fx=projection(halved),
+    ),
+    fault(
+        "a piece by the name that it had before", f"{PIECES_OF}_over",
+        "if e in done and e not in changed", "if e in done",
+        onnx=halves(norm_of("q"), RELU), fx=projection(halved),
+    ),
+]  # fmt: skip
