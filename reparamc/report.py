@@ -331,7 +331,7 @@ class Report:
         if (c := self.certificate) is not None:
             undone = f", {c.rolled_back} rolled back" if c.rolled_back else ""
             windows = f"{c.equal} windows equal for every input size, {len(c.undecided)} undecided{undone}"
-            lines.append(f"certificate  {windows}, {c.seconds:.2f} s")
+            lines.append(f"certified  {windows}, {c.seconds:.2f} s")
         for e in (e for e in self.end_to_end if not e.alone):
             allowed = "which rounding alone explains" if e.tolerance is None else f"{e.tolerance:.1e} allowed"
             lines.append(f"output     {e.output}: largest error {e.max_rel:.1e} relative, {allowed}")

@@ -120,6 +120,7 @@ def test_the_table_says_what_was_done(run: Run, model: Path) -> None:
     assert ["after", "2", "1", "0", "148"] in rows
     assert ["written", str(output)] in rows
     assert any(line.startswith("regions    1 replaced") for line in lines)
+    assert any(line.startswith("certified  ") for line in lines)
     assert any(line.startswith("output     y: largest error") for line in lines)
 
 
