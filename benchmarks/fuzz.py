@@ -28,7 +28,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
-from fuzz_graphs import OPEN, STATIC, Program, draw, inputs_of, to_module, to_onnx
+from fuzz_graphs import OPEN, STATIC, Program, draw, inputs_of
 
 from reparamc.errors import InputError, VerificationError
 from reparamc.report import Report
@@ -54,11 +54,21 @@ class Tally:
         self.passes.update(other.passes)
         self.failures += other.failures
 
+    def count(self, report: Report) -> None:
+        """Add what was done to one network."""
+        self.counts["fused"] += report.changed
+        self.counts["regions"] += len(report.rewrites)
+        self.counts["refused"] += len(report.kept)
+        self.counts["undecided"] += unsampled(report)
+        if report.certificate is not None:
+            self.counts["windows"] += report.certificate.equal + len(report.certificate.undecided)
+            self.counts["unproven"] += len(report.certificate.undecided)
+        self.passes.update(report.passes)
+
 
 def objections(report: Report) -> list[str]:
     """What verification found in regions that were left because of it."""
-    wrong = [k.reason for k in report.kept if k.name == "certificate"]
-    return [f"{failed.where}: {failed.reason}" for failed in report.failed] + wrong
+    return [f"{failed.where}: {failed.reason}" for failed in report.failed]
 
 
 def unsampled(report: Report) -> int:
@@ -100,6 +110,8 @@ class Onnx:
     """A program as an ONNX model, and its comparison with another in ONNX Runtime."""
 
     def __init__(self, program: Program) -> None:
+        from fuzz_onnx import to_onnx
+
         from reparamc.onnx_runtime import Run
 
         self.program, self.model = program, to_onnx(program)
@@ -145,6 +157,7 @@ class Onnx:
     def _is_wrong(self, feeds: dict[str, np.ndarray], name: str, y: np.ndarray, z: np.ndarray) -> bool:
         """Whether ``z`` is farther from the value in double precision than ``y`` by more than rounding explains."""
         import torch
+        from fuzz_torch import to_module
 
         module = to_module(self.program).double()
         with torch.no_grad():
@@ -165,6 +178,7 @@ class Torch:
 
     def __init__(self, program: Program) -> None:
         import torch
+        from fuzz_torch import to_module
 
         self.program = program
         self.model = to_module(program, len(program.steps))
@@ -250,14 +264,7 @@ def work(seed: int, first: int, count: int, way: str, level: str, jobs: int, unt
         verdict, report, details = try_one((seed, index), way, level)
         tally.counts[verdict] += 1
         if report is not None:
-            tally.counts["fused"] += report.changed
-            tally.counts["regions"] += len(report.rewrites)
-            tally.counts["refused"] += len(report.kept)
-            tally.counts["undecided"] += unsampled(report)
-            if report.certificate is not None:
-                tally.counts["windows"] += report.certificate.equal + len(report.certificate.undecided)
-                tally.counts["unproven"] += len(report.certificate.undecided)
-            tally.passes.update(report.passes)
+            tally.count(report)
         if verdict in BAD:
             FOLDER.mkdir(parents=True, exist_ok=True)
             path = FOLDER / f"{way}-{seed}-{index}"
@@ -288,10 +295,7 @@ def models(level: str) -> Tally:
         tally.counts["false alarm" if bad else "right"] += 1
         tally.failures += [f"{name}: {line}" for line in bad]
         for report in reports:
-            tally.counts["fused"] += report.changed
-            tally.counts["regions"] += len(report.rewrites)
-            tally.counts["undecided"] += unsampled(report)
-            tally.passes.update(report.passes)
+            tally.count(report)
     return tally
 
 
