@@ -76,6 +76,18 @@ def batchnorm(x: str, prefix: str, y: str, **attributes: Any) -> NodeProto:
     return node("BatchNormalization", f"{x} {prefix}.g {prefix}.b {prefix}.m {prefix}.v", y, **attributes)
 
 
+W3, W1 = rand(6, 6, 3, 3), rand(6, 6, 1, 1)
+N = norm("n", 6)
+PAD = {"pads": [1, 1, 1, 1]}
+CONV = node("Conv", "x w", "c", name="conv", **PAD)
+BN = batchnorm("c", "n", "y", name="bn")
+
+
+def conv_bn(parameters: Mapping[str, np.ndarray] = N, weight: np.ndarray = W3, **rest: Any) -> ModelProto:
+    """A convolution and a BatchNorm on its output; see `model`."""
+    return model([CONV, BN], {"w": weight, **parameters}, **rest)
+
+
 def fuse(original: ModelProto, tolerance: float = 1e-5, **options: Any) -> tuple[ModelProto, Report]:
     """Fuse, and hold the result to the original at odd and even sizes."""
     before = original.SerializeToString()

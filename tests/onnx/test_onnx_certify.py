@@ -7,14 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnx_models import batchnorm, model, node, norm, rand
+from onnx_models import PAD, batchnorm, model, node, norm, rand
 
 from reparamc.certify import Certificate, Window, roll_back
 from reparamc.errors import VerificationError
 from reparamc.onnx_certify import certify_onnx
 from reparamc.onnx_fuse import fuse_model
-
-PAD = {"pads": [1, 1, 1, 1]}
 
 
 def network(**options: object) -> ModelProto:

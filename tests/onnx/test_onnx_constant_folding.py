@@ -11,7 +11,6 @@ from onnx_models import assert_folds, assert_left, batchnorm, fuse, model, node,
 from reparamc.onnx_constants import fold_constants
 from reparamc.onnx_fuse import fuse_model
 
-PAD = {"pads": [1, 1, 1, 1]}
 BIG = 64 * 64
 
 

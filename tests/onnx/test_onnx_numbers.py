@@ -11,14 +11,18 @@ import pytest
 from expression_models import operators, run
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import (
+    PAD,
+    W1,
+    W3,
+    N,
     assert_equal_outputs,
     assert_folds,
     assert_left,
     batchnorm,
+    conv_bn,
     fuse,
     model,
     node,
-    norm,
     rand,
     reasons,
 )
@@ -31,14 +35,6 @@ from reparamc.onnx_fuse import fuse_model
 from reparamc.onnx_graph import OnnxGraph
 from reparamc.rewrite import Pass
 from reparamc_passes import PASSES
-
-W3, W1 = rand(6, 6, 3, 3), rand(6, 6, 1, 1)
-PAD = {"pads": [1, 1, 1, 1]}
-N = norm("n", 6)
-
-
-def conv_bn(parameters: dict[str, np.ndarray] = N, weight: np.ndarray = W3, **rest: Any) -> ModelProto:
-    return model([node("Conv", "x w", "c", **PAD), batchnorm("c", "n", "y")], {"w": weight, **parameters}, **rest)
 
 
 def in_type(made: ModelProto, kind: int) -> ModelProto:
@@ -325,9 +321,9 @@ def test_a_wrong_splice_is_caught_end_to_end(factor: float, monkeypatch: pytest.
     assert report.certificate.rolled_back == 1
     assert [f.check for f in report.failed] == ["certificate"]
     monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
-    with pytest.raises(VerificationError, match="region 'y' of the rewritten model") as caught:
+    with pytest.raises(VerificationError, match="region 'bn' of the rewritten model") as caught:
         fuse_model(conv_bn())
-    assert caught.value.where == "y"
+    assert caught.value.where == "bn"
     assert "batchnorm" in caught.value.before.lower()
     assert caught.value.after
     fuse_model(conv_bn(), verify="region")  # which cannot see it

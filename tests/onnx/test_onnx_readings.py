@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from expression_models import operators, run
 from onnx import ModelProto, NodeProto
-from onnx_models import assert_equal_outputs, batchnorm, model, node, norm, rand
+from onnx_models import PAD, N, assert_equal_outputs, batchnorm, model, node, rand
 
 from reparamc import fuse_onnx, onnx_readers
 from reparamc.certify import Certificate
@@ -19,9 +19,6 @@ from reparamc.graph import Reading
 from reparamc.onnx_fuse import fuse_model
 from reparamc.onnx_graph import OnnxGraph
 from reparamc.onnx_reference import in_float64
-
-PAD = {"pads": [1, 1, 1, 1]}
-N = norm("n", 6)
 
 
 def two_blocks(**attributes: Any) -> ModelProto:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from expression_models import operators
 from onnx import ModelProto, NodeProto
-from onnx_models import batchnorm, model, node, norm, rand
+from onnx_models import PAD, batchnorm, model, node, norm, rand
 
 from reparamc.certify import Certificate
 from reparamc.errors import VerificationError
@@ -18,7 +18,6 @@ from reparamc.onnx_regions import run_alone
 from reparamc.onnx_runtime import random_inputs, verify_end_to_end
 from reparamc.verify import Region
 
-PAD = {"pads": [1, 1, 1, 1]}
 BLOCKS = 4
 
 

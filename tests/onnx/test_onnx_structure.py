@@ -9,10 +9,17 @@ import pytest
 from expression_models import operators, run
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import (
+    BN,
+    CONV,
+    PAD,
+    W1,
+    W3,
+    N,
     assert_equal_outputs,
     assert_folds,
     assert_left,
     batchnorm,
+    conv_bn,
     fuse,
     model,
     node,
@@ -21,15 +28,7 @@ from onnx_models import (
     reasons,
 )
 
-W3, W1 = rand(6, 6, 3, 3), rand(6, 6, 1, 1)
-PAD = {"pads": [1, 1, 1, 1]}
-CONV = node("Conv", "x w", "c", name="conv", **PAD)
-BN = batchnorm("c", "n", "y", name="bn")
-PARAMETERS = {"w": W3, **norm("n", 6)}
-
-
-def conv_bn(**rest: Any) -> ModelProto:
-    return model([CONV, BN], PARAMETERS, **rest)
+PARAMETERS = {"w": W3, **N}
 
 
 def test_plain() -> None:
