@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from time import perf_counter
 from typing import Any, cast
 
@@ -19,22 +20,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from reparamc.certify import Certificate, roll_back
+from reparamc.certify import Certificate
 from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError, VerificationError
-from reparamc.evaluate import frames
 from reparamc.fx_calls import operation
-from reparamc.fx_certify import certify_fx, shapes_of
+from reparamc.fx_certify import Extent, certify_fx, shapes_of
 from reparamc.fx_export import can_be_exported, exported, holds_linear
 from reparamc.fx_graph import FxGraph
 from reparamc.fx_regions import by_position, run_alone
 from reparamc.fx_values import IN_PLACE_DUNDERS
-from reparamc.graph import Splice
+from reparamc.graph import Splice, Value
+from reparamc.outcome import proven, regions_of, undone
 from reparamc.plan import Plan, make_plan
 from reparamc.record import records_of
-from reparamc.report import Counts, Failure, Origin, OutputError, Refusal, Report, Rewrite, certified, rewritten
+from reparamc.report import Counts, Origin, OutputError, Refusal, Report, Rewrite, rewritten
 from reparamc.rewrite import Pass, select
-from reparamc.verify import Alone, Region, check_level, compare_outputs
+from reparamc.verify import Alone, Region, compare_outputs, level_of
 from reparamc.views import Extent
 
 
@@ -72,25 +73,16 @@ def fuse_fx(
         InputError: it is in training mode, cannot be traced or run, or an option is unknown.
         VerificationError: the copy computes something else.
     """
-    level = verify if isinstance(verify, str) else "full" if verify else "off"
-    check_level(level)
+    level = level_of(verify)
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
-    selected = select(pass_table, None if passes is None else _names("passes", passes), _names("skip", skip))
+    selected = select(pass_table, passes, skip)
     model = _checked(model)
     with _plain_modes():
         fused = _fuse(model, example_inputs, selected, level, objective)
     if (warning := fused.meta["reparamc"].warning) is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)
     return fused
-
-
-def _names(argument: str, value: Any) -> tuple[str, ...]:
-    """The names of passes in an argument of `fuse_fx`."""
-    names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else None
-    if names is None or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{argument} takes the names of passes, as a list, not {value!r}")
-    return names
 
 
 @contextmanager
@@ -133,24 +125,24 @@ def _fuse(
     made = rewrite(traced, set())
     certificate, wrong = None, dict[str, str]()
     if kept is not None and any(made.counts.values()):
-        begun = perf_counter()
 
-        def redo(undone: set[str]) -> Certificate:
+        def certificate_without(units: set[str]) -> Certificate:
             nonlocal made
-            made = rewrite(_followed(model, given if example_inputs is not None else None)[0], undone)
+            if units:
+                made = rewrite(_followed(model, given if example_inputs is not None else None)[0], units)
             return certify_fx(kept, made.fused, shapes)
 
-        found, wrong = roll_back(certify_fx(kept, made.fused, shapes), made.roots, redo)
-        certificate = certified(found, len(wrong), perf_counter() - begun)
+        certificate, wrong = proven(made.units, certificate_without)
     graph, plan, fused, counts = made.graph, made.plan, made.fused, made.counts
+    failed, left = undone(graph, plan.splices, wrong, _node_name)
     done = perf_counter()
     report = Report(
         before=before,
         after=count(fused),
         passes={p.name: counts[p.name] for p in selected},
         rewrites=made.rewrites,
-        kept=[Refusal(k.where, k.name, k.reason) for k in plan.kept] + [u.refusal(wrong) for u in made.undone],
-        failed=[*plan.failed, *(u.failure(wrong) for u in made.undone)],
+        kept=[*(Refusal(k.where, k.name, k.reason) for k in plan.kept), *left],
+        failed=[*plan.failed, *failed],
         host=plan.host,
         certificate=certificate,
         note=note,
@@ -165,18 +157,8 @@ def _fuse(
             report.note = "not run end to end: no example_inputs"
         else:
             call = given if note else (args, kwargs)
-            regions = [
-                Region(
-                    cast(fx.Node, s.root).name,
-                    tuple(cast(fx.Node, v).name for v in s.operands),
-                    graph.name(s.root),
-                    s.before,
-                    s.after,
-                    frames(s.expr)[s.expr],
-                )
-                for s in made.splices
-            ]
-            places = {cast(fx.Node, s.root).name: graph.current(s.root).name for s in made.splices}
+            regions = regions_of(graph, made.splices, _node_name)
+            places = {_node_name(s.root): graph.current(s.root).name for s in made.splices}
 
             def alone() -> Alone | None:
                 original = _followed(model, given)[0]
@@ -192,24 +174,8 @@ def _fuse(
 
 
 @dataclass(frozen=True)
-class _Undone:
-    """A splice that was left out, because it was proven wrong."""
-
-    root: str
-    where: str
-    splice: Splice
-
-    def refusal(self, reasons: Mapping[str, str]) -> Refusal:
-        return Refusal(self.where, "certificate", reasons[self.root])
-
-    def failure(self, reasons: Mapping[str, str]) -> Failure:
-        s = self.splice
-        return Failure(self.where, "certificate", None, 0.0, (*s.counts,), s.before, s.after, reasons[self.root])
-
-
-@dataclass(frozen=True)
 class _Rewritten:
-    """A module with its splices carried out, and what was done; ``roots``: the names of the nodes in which they end."""
+    """A module with its splices carried out, and what was done; ``units``: those of the splices by their last node."""
 
     fused: fx.GraphModule
     graph: FxGraph
@@ -217,23 +183,24 @@ class _Rewritten:
     splices: list[Splice]
     counts: Counter[str]
     rewrites: list[Rewrite]
-    roots: set[str]
-    undone: list[_Undone]
+    units: dict[str, str]
 
 
 def _rewrite(graph: FxGraph, plan: Plan, selected: tuple[Pass, ...], without: set[str]) -> _Rewritten:
-    """Carry out ``plan``, but for the splices whose last node has a name in ``without``."""
-    named = [(str(getattr(s.root, "name", "")), s) for s in plan.splices]
-    chosen = [(name, s) for name, s in named if name not in without]
-    undone = [_Undone(name, graph.name(s.root), s) for name, s in named if name in without]
-    rewrites = [rewritten(graph, s) for _, s in chosen]
-    for _, splice in chosen:
+    """Carry out ``plan``, but for the splices of the units ``without``."""
+    splices = [s for s in plan.splices if _node_name(s.unit) not in without]
+    rewrites = [rewritten(graph, s) for s in splices]
+    units = {_node_name(s.root): _node_name(s.unit) for s in splices}
+    for splice in splices:
         graph.splice(splice)
-    counts = sum((s.counts for _, s in chosen), Counter[str]())
+    counts = sum((s.counts for s in splices), Counter[str]())
     if any(p.name == "constant-folding" for p in selected):
         counts["constant-folding"] = graph.fold_constants()
-    splices, roots = [s for _, s in chosen], {name for name, _ in chosen}
-    return _Rewritten(graph.finish(), graph, plan, splices, counts, rewrites, roots, undone)
+    return _Rewritten(graph.finish(), graph, plan, splices, counts, rewrites, units)
+
+
+def _node_name(value: Value) -> str:
+    return cast(fx.Node, value).name
 
 
 def _origin(model: nn.Module) -> Origin | None:

@@ -7,9 +7,10 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable
 from functools import partial
 from math import prod
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,10 +19,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto, helper
 
-from reparamc.certify import Certificate, roll_back
+from reparamc.certify import Certificate
 from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError
-from reparamc.evaluate import frames
 from reparamc.graph import Splice
 from reparamc.onnx_certify import certify_onnx
 from reparamc.onnx_constants import fold_constants
@@ -31,10 +31,11 @@ from reparamc.onnx_latency import compare_latency
 from reparamc.onnx_record import file_origin, inscribe, model_origin
 from reparamc.onnx_runtime import FILE_LIMIT, one_line, verify_end_to_end
 from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
+from reparamc.outcome import proven, regions_of, undone
 from reparamc.plan import make_plan
-from reparamc.report import Certified, Counts, Failure, Refusal, Report, certified, rewritten
+from reparamc.report import Counts, Refusal, Report, rewritten
 from reparamc.rewrite import Pass, select
-from reparamc.verify import Region, check_level
+from reparamc.verify import level_of
 
 OLDEST_OPSET = 7
 """Before it, broadcasting and BatchNormalization meant something else."""
@@ -45,7 +46,7 @@ def fuse_model(
     *,
     passes: Iterable[str] | None = None,
     skip: Iterable[str] = (),
-    verify: str = "full",
+    verify: bool | str = "full",
     objective: str = "latency",
     only_if_faster: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
@@ -68,42 +69,41 @@ def fuse_model(
         InputError: the model does not pass the checker or cannot be timed, or an option is unknown.
         VerificationError: the result differs from the original.
     """
-    check_level(verify)
+    level = level_of(verify)
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
     selected = select(pass_table, passes, skip)
-    folding = any(p.name == "constant-folding" for p in selected)
     clock = [perf_counter()]
     check(model)
-    result, folded = _copied(model, folding)
+    made = _Attempt(model, folding=any(p.name == "constant-folding" for p in selected))
+    graph = made.graph
     clock.append(perf_counter())
-    graph = OnnxGraph(result)
     with priced_by(objective):
-        plan = make_plan(graph, selected, verify=verify != "off", progress=progress)
-    splices, kept = plan.splices, [Refusal(k.where, k.name, k.reason) for k in plan.kept]
-    _carry_out(graph, splices)
+        plan = make_plan(graph, selected, verify=level != "off", progress=progress)
+    kept, failed = [Refusal(k.where, k.name, k.reason) for k in plan.kept], [*plan.failed]
+    made.carry_out(plan.splices)
     clock.append(perf_counter())
-    if splices and verify == "full":
-        harm = _harm(model, result, splices, folding)
-        kept += [Refusal(graph.name(s.root), [*s.counts][-1], harm[str(s.unit)]) for s in splices if s.unit in harm]
-        if harm:
-            splices = [s for s in splices if s.unit not in harm]
-            result, _ = _copied(model, folding)
-            graph = OnnxGraph(result)
-            _carry_out(graph, splices)
-    certificate, failed = None, [*plan.failed]
-    if (splices or folded) and verify != "off":
-        certificate, wrong = _certified(model, result, splices, folding)
-        if wrong:
-            undone = [(graph.name(s.root), wrong[str(s.unit)], s) for s in splices if s.unit in wrong]
-            kept += [Refusal(where, "certificate", why) for where, why, _ in undone]
-            failed += [
-                Failure(where, "certificate", None, 0.0, (*s.counts,), s.before, s.after, why)
-                for where, why, s in undone
-            ]
-            splices = [s for s in splices if s.unit not in wrong]
-            result = _redone(model, splices, folding)
-    counts = sum((s.counts for s in splices), Counter({"constant-folding": folded}))
+    if made.splices and level == "full":
+        harm = _harm(made)
+        kept += [
+            Refusal(graph.name(s.root), [*s.counts][-1], harm[str(s.unit)]) for s in made.splices if str(s.unit) in harm
+        ]
+        made.leave_out(harm)
+    certificate = None
+    if (made.splices or made.folded) and level != "off":
+
+        def certificate_without(units: set[str]) -> Certificate:
+            made.leave_out(units)
+            return certify_onnx(model, made.result)
+
+        planned = made.splices
+        units = {str(s.root): str(s.unit) for s in planned}
+        certificate, wrong = proven(units, certificate_without)
+        disproved, left = undone(graph, planned, wrong)
+        failed += disproved
+        kept += left
+    splices, result = made.splices, made.result
+    counts = sum((s.counts for s in splices), Counter({"constant-folding": made.folded}))
     report = Report(
         before=count(model),
         after=count(result),
@@ -114,12 +114,12 @@ def fuse_model(
         host=plan.host,
         seconds={"reading": clock[1] - clock[0], "rewriting": clock[2] - clock[1]},
         objective=objective,
-        level=verify,
+        level=level,
         certificate=certificate,
     )
     if report.changed:
         check(result)
-        if verify == "full":
+        if level == "full":
             try:
                 report.end_to_end = verify_end_to_end(model, result, regions_of(graph, splices))
             except MemoryError as error:
@@ -135,73 +135,73 @@ def fuse_model(
     return result, report
 
 
-def _copied(model: ModelProto, folding: bool) -> tuple[ModelProto, int]:
-    """A copy of ``model``, constants folded if wanted, and how many were."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    return copy, fold_constants(copy) if folding else 0
+class _Attempt:
+    """A copy of a model with splices of one plan carried out.
+
+    Attributes:
+        graph: the copy as a graph, for the plan.
+        folded: how many of its constants were folded.
+        splices: what is carried out.
+        result: the outcome.
+    """
+
+    def __init__(self, model: ModelProto, folding: bool) -> None:
+        self.original, self._folding = model, folding
+        copy, self.folded = self._copied()
+        self.graph = OnnxGraph(copy)
+        self.splices: list[Splice] = []
+        self.result = copy
+
+    def _copied(self) -> tuple[ModelProto, int]:
+        copy = ModelProto()
+        copy.CopyFrom(self.original)
+        return copy, fold_constants(copy) if self._folding else 0
+
+    @cached_property
+    def _folded(self) -> ModelProto:
+        """What every other result starts from; made when the first of them is wanted, for it takes memory."""
+        return self._copied()[0]
+
+    def carry_out(self, splices: list[Splice]) -> None:
+        """Make the result, with all of a plan."""
+        self.splices, self.result = splices, _carried_out(self.graph, splices)
+
+    def without(self, units: Container[str]) -> ModelProto:
+        """Another result, without the splices of these units."""
+        copy = ModelProto()
+        copy.CopyFrom(self._folded)
+        return _carried_out(OnnxGraph(copy), [s for s in self.splices if str(s.unit) not in units])
+
+    def leave_out(self, units: Container[str]) -> None:
+        """Make the result anew without the splices of these units, if there are any."""
+        left = [s for s in self.splices if str(s.unit) not in units]
+        if len(left) < len(self.splices):
+            self.result, self.splices = self.without(units), left
 
 
-def _carry_out(graph: OnnxGraph, splices: Iterable[Splice]) -> None:
+def _carried_out(graph: OnnxGraph, splices: Iterable[Splice]) -> ModelProto:
     for splice in splices:
         graph.splice(splice)
     graph.finish()
+    return graph.model
 
 
-def _redone(model: ModelProto, splices: Iterable[Splice], folding: bool) -> ModelProto:
-    """A copy of ``model`` with only these splices."""
-    result, _ = _copied(model, folding)
-    _carry_out(OnnxGraph(result), splices)
-    return result
-
-
-def _certified(
-    model: ModelProto, result: ModelProto, splices: Sequence[Splice], folding: bool
-) -> tuple[Certified, dict[str, str]]:
-    """What is proven of ``result``, and the units of the splices to undo because they are wrong, with reasons."""
-    units = {str(s.root): str(s.unit) for s in splices}
-
-    def redo(undone: set[str]) -> Certificate:
-        gone = {units[root] for root in undone}
-        return certify_onnx(model, _redone(model, [s for s in splices if s.unit not in gone], folding))
-
-    start = perf_counter()
-    found, wrong = roll_back(certify_onnx(model, result), units, redo)
-    return certified(found, len(wrong), perf_counter() - start), {units[root]: why for root, why in wrong.items()}
-
-
-def regions_of(graph: OnnxGraph, splices: Iterable[Splice]) -> list[Region]:
-    """What was rewritten, for the comparison of whole models."""
-    return [
-        Region(
-            str(s.root),
-            tuple(map(str, s.operands)),
-            graph.name(s.root),
-            s.before,
-            s.after,
-            frames(s.expr)[s.expr],
-        )
-        for s in splices
-    ]
-
-
-def _harm(model: ModelProto, result: ModelProto, splices: Sequence[Splice], folding: bool) -> dict[str, str]:
-    """The units of the splices to undo, because ONNX Runtime would fuse less of ``result`` by itself, with reasons."""
-    kernels = fused_by_runtime(model)
+def _harm(made: _Attempt) -> dict[str, str]:
+    """The units to leave out, because ONNX Runtime would fuse less of the result by itself, with reasons."""
+    kernels = fused_by_runtime(made.original)
     if not kernels:
         return {}
-    units = list(dict.fromkeys(str(s.unit) for s in splices))
+    units = list(dict.fromkeys(str(s.unit) for s in made.splices))
 
     def left(chosen: Collection[str]) -> Counter[str] | None:
         """The kernels that a result has, or that it does not need any more: nothing reads what they compute."""
-        chosen = set(chosen)
-        made = [s for s in splices if s.unit in chosen]
-        fused = result if len(chosen) == len(units) else _redone(model, made, folding)
+        others = set(units).difference(chosen)
+        fused = made.without(others) if others else made.result
         found = fused_by_runtime(fused)
         if found is None:
             return None
         computed = {name for node in fused.graph.node for name in node.output}
-        needed = computed.union(*(map(str, s.members) for s in made))
+        needed = computed.union(*(map(str, s.members) for s in made.splices if str(s.unit) not in others))
         return Counter(found.values()) + Counter(kind for name, kind in kernels.items() if name not in needed)
 
     return {unit: reason(kind) for unit, kind in harmful(units, Counter(kernels.values()), left).items()}
@@ -238,11 +238,10 @@ def fuse_onnx(
         InputError: the file or model is not valid, or an option is unknown.
         VerificationError: the result differs from the original; nothing is written.
     """
-    level = verify if isinstance(verify, str) else "full" if verify else "off"
     if output is not None and not isinstance(model, str | os.PathLike):
         raise InputError("output is for models given as a path; this one is returned")
     fuse = partial(
-        fuse_model, passes=passes, skip=skip, verify=level, objective=objective, only_if_faster=only_if_faster
+        fuse_model, passes=passes, skip=skip, verify=verify, objective=objective, only_if_faster=only_if_faster
     )
     if isinstance(model, ModelProto):
         result, report = fuse(model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from reparamc.errors import InputError, RewriteLimitError
 from reparamc.expr import Expr, rebuild, walk
@@ -145,14 +146,19 @@ def select(passes: Sequence[Pass], only: Iterable[str] | None = None, skip: Iter
     """The passes named in ``only`` (all, when None) but for those in ``skip``, in their own order.
 
     Raises:
-        InputError: a name that no pass has.
+        InputError: a name that no pass has, or something else than names.
     """
-    if isinstance(only, str) or isinstance(skip, str):
-        raise InputError("passes are given as a list of names, not as one string")
     known = [p.name for p in passes]
-    wanted = known if only is None else list(only)
-    skipped = list(skip)
+    wanted = known if only is None else _names("passes", only)
+    skipped = _names("skip", skip)
     for name in [*wanted, *skipped]:
         if name not in known:
             raise InputError(f"unknown pass {name!r}; the passes are {', '.join(known)}")
     return tuple(p for p in passes if p.name in wanted and p.name not in skipped)
+
+
+def _names(argument: str, value: Any) -> list[str]:
+    names = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{argument} takes the names of passes, as a list, not {value!r}")
+    return names

@@ -31,10 +31,16 @@ from reparamc.report import OutputError
 LEVELS = ("off", "region", "full")
 
 
-def check_level(level: str) -> None:
-    """Raise InputError unless ``level`` names how much is verified."""
+def level_of(verify: bool | str) -> str:
+    """The level that an argument ``verify`` asks for: True stands for "full", and False for "off".
+
+    Raises:
+        InputError: there is no such level.
+    """
+    level = verify if isinstance(verify, str) else "full" if verify else "off"
     if level not in LEVELS:
         raise InputError(f"unknown verification level {level!r}; the levels are {', '.join(LEVELS)}")
+    return level
 
 
 REGION_TOLERANCE = 1e-11

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ torch = pytest.importorskip("torch")
 from fx_checks import CHANNELS, Net, check, report  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+
+from reparamc import fuse_fx  # noqa: E402
+from reparamc.expr import Select  # noqa: E402
+from reparamc.fx_emit import Emitter  # noqa: E402
 
 
 def net(run: Callable[[Any, Any], Any], **more: Any) -> Net:
@@ -38,6 +43,11 @@ def activated_in_place(m: Any, x: Any) -> Any:
     """What is written is the result of the norm: no other piece, although it is a view of the convolution then."""
     q, k, v = m.qkv(x).chunk(3, 1)
     return F.relu(m.norm(q), inplace=True), k, v.sigmoid()
+
+
+def halves(m: Any, x: Any) -> Any:
+    y = m.qkv(x)
+    return m.norm(y[:, :4]).relu(), y[:, 4:].relu()
 
 
 def behind_a_norm(m: Any, x: Any) -> Any:
@@ -133,3 +143,20 @@ def test_a_lambda_layer() -> None:
     fused = check(net(run))
     assert report(fused).passes["piece-folding"] == 2
     assert report(fused).after.batchnorm == 0
+
+
+def test_a_wrong_piece_is_undone_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were one of them left, the convolution would be computed twice."""
+    select = Emitter._select
+
+    def wrong(self: Emitter, e: Select) -> Any:
+        return select(self, replace(e, index=e.index[::-1]) if e.index[0] else e)
+
+    monkeypatch.setattr(Emitter, "_select", wrong)
+    with pytest.warns(RuntimeWarning, match="region 'getitem_1' failed"):
+        found = report(fuse_fx(net(halves).eval(), torch.randn(2, CHANNELS, 5, 5)))
+    assert found.after == found.before
+    assert [f.where for f in found.failed] == ["getitem_1"]
+    (other, blamed) = (k.reason for k in found.kept if k.name == "certificate")
+    assert "with weight" in blamed
+    assert other == "it pays only together with 'getitem_1', which is undone"

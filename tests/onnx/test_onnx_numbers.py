@@ -386,3 +386,9 @@ def test_the_report_counts_what_happened() -> None:
     assert output.max_rel <= output.tolerance < 1e-3
     x = {"x": rand(1, 6, 9, 9)}
     assert run(model(nodes, {"w": W3, "k": W1, **N}), x)[0].shape == (1, 6, 9, 9)
+
+
+@pytest.mark.parametrize("wrong", [{"passes": 3}, {"skip": None}, {"passes": "bn-folding"}, {"skip": [3]}])
+def test_names_of_passes_that_are_none(wrong: Any) -> None:
+    with pytest.raises(InputError, match="takes the names of passes"):
+        fuse_model(conv_bn(), **wrong)
