@@ -35,6 +35,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparamc
+from reparamc.errors import one_line
 from reparamc.onnx_fuse import count, fuse_model, load
 from reparamc.report import Report
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
@@ -148,7 +149,7 @@ def guarded(record: Record, key: str) -> Iterator[None]:
         yield
     except Exception as failure:  # whatever a model, an exporter or the compiler raises
         frames = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(failure.__traceback__)]
-        text = " ".join(str(failure).split())[:400]
+        text = one_line(failure)
         record[key] = {"failure": type(failure).__name__, "text": text, "at": frames[-4:]}
 
 

@@ -4,6 +4,11 @@ Each message is one line that names what is wrong, where, and what to do about i
 """
 
 
+def one_line(error: BaseException | None) -> str:
+    """The message of ``error`` on one line, the name of its type where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class ReparamcError(Exception):
     """The family: catch this to catch everything below."""
 

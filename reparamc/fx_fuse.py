@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from reparamc.certify import Certificate
 from reparamc.cost import objective as priced_by
-from reparamc.errors import InputError, InputTypeError, VerificationError
+from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
 from reparamc.fx_calls import operation
 from reparamc.fx_certify import Extent, certify_fx, shapes_of
 from reparamc.fx_export import can_be_exported, exported, holds_linear
@@ -277,9 +277,8 @@ def _copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
     except Exception as error:  # whatever the attributes of the user's module raise
-        reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"{type(model).__name__} cannot be copied: {reason}; remove weight_norm and the like"
+            f"{type(model).__name__} cannot be copied: {one_line(error)}; remove weight_norm and the like"
         ) from error
 
 
@@ -373,9 +372,8 @@ def _traced(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
             return fx.GraphModule(tracer.root, graph, type(model).__name__), opaque
         except Exception as error:  # a model's forward may raise anything when it meets a proxy
             if tracer.failed is None or tracer.failed in opaque:
-                reason = " ".join(str(error).split())[:200]
                 raise InputError(
-                    f"torch.fx cannot trace {type(model).__name__}: {reason}; fuse its submodules one by one, "
+                    f"torch.fx cannot trace {type(model).__name__}: {one_line(error)}; fuse its submodules one by one, "
                     "or export it to ONNX and use fuse_onnx"
                 ) from error
             opaque.add(tracer.failed)
@@ -441,7 +439,7 @@ def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     except InputError:
         raise
     except Exception as error:  # whatever the user's forward raises
-        raise InputError(f"the model does not run on example_inputs: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"the model does not run on example_inputs: {one_line(error)}") from error
 
 
 def _examples(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -488,7 +486,7 @@ def verify_end_to_end(
         actual = _run(fused, args, kwargs)
     except Exception as error:  # whatever a wrong graph raises
         raise VerificationError(
-            f"the fused model does not run: {' '.join(str(error).split())[:200]}. Report this as a bug, with the model",
+            f"the fused model does not run: {one_line(error)}. Report this as a bug, with the model",
             where="output",
         ) from error
     if expected.keys() != actual.keys():

@@ -14,6 +14,7 @@ from itertools import islice
 
 import numpy as np
 
+from reparamc.errors import one_line
 from reparamc.evaluate import absolute, evaluate, has_layout
 from reparamc.expr import (
     Array,
@@ -107,8 +108,7 @@ class Host:
             except Exception as error:  # as above
                 failure = error
         if failure is not None:
-            reason = " ".join(str(failure).split())[:150]
-            raise _UnableError(f"the framework's operators do not run on sample inputs: {reason}")
+            raise _UnableError(f"the framework's operators do not run on sample inputs: {one_line(failure)}")
         return worst
 
     def _difference(

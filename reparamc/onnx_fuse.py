@@ -21,7 +21,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from reparamc.certify import Certificate
 from reparamc.cost import objective as priced_by
-from reparamc.errors import InputError, InputTypeError
+from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.graph import Splice
 from reparamc.onnx_certify import certify_onnx
 from reparamc.onnx_constants import fold_constants
@@ -304,7 +304,7 @@ def check(model: ModelProto) -> None:
                 if attribute.HasField("t"):
                     _check_type(attribute.t)
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise InputError(f"the model does not pass the ONNX checker: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"the model does not pass the ONNX checker: {one_line(error)}") from error
 
 
 def _check_type(tensor: TensorProto) -> None:
@@ -341,7 +341,7 @@ def load(path: Path) -> ModelProto:
     except (DecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not an ONNX file: it cannot be parsed") from error
     except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
     if not model.HasField("graph"):
         raise InputError(f"{path} is not an ONNX file: it holds no graph")
     return model

@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from reparamc.errors import InputError
-from reparamc.onnx_runtime import free_inputs, one_line
+from reparamc.errors import InputError, one_line
+from reparamc.onnx_runtime import free_inputs
 from reparamc.trial import Inputs, Slot
 
 

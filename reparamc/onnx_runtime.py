@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from reparamc.errors import InputError, VerificationError
+from reparamc.dtypes import epsilon_of, is_floating
+from reparamc.errors import InputError, VerificationError, one_line
 from reparamc.onnx_values import FLOATS
 from reparamc.report import OutputError
 from reparamc.trial import TooLarge, check_size
@@ -242,7 +243,7 @@ def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[st
 
 
 def _drawn(rng: np.random.Generator, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    drawn = rng.standard_normal(shape) if dtype.kind not in "iub" else rng.integers(0, 2, shape)
+    drawn = rng.standard_normal(shape) if is_floating(dtype) else rng.integers(0, 2, shape)
     return np.asarray(drawn).astype(dtype)
 
 
@@ -295,25 +296,13 @@ def perturbed(inputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarr
     rng = np.random.default_rng(seed)
     out = {}
     for name, x in inputs.items():
-        if x.dtype.kind in "iubSUO":
-            out[name] = x
-        else:
+        if is_floating(x.dtype):
             signs = rng.choice([-1.0, 1.0], x.shape)
-            out[name] = (x.astype(np.float64) * (1 + signs * _finfo(x.dtype))).astype(x.dtype)
+            x = (x.astype(np.float64) * (1 + signs * epsilon_of(x.dtype))).astype(x.dtype)
+        out[name] = x
     return out
 
 
 def epsilon(output: np.ndarray, inputs: Mapping[str, np.ndarray]) -> float:
     """The machine epsilon to judge ``output`` by: the coarsest of its own and the inputs'."""
-    return max([_finfo(a.dtype) for a in (output, *inputs.values())], default=0.0)
-
-
-def _finfo(dtype: np.dtype) -> float:
-    import ml_dtypes
-
-    return float(ml_dtypes.finfo(dtype).eps) if dtype.kind not in "iubSUO" else 0.0
-
-
-def one_line(error: BaseException | None) -> str:
-    """The message of ``error``, fit for one line."""
-    return " ".join(str(error).split())[:300]
+    return max([epsilon_of(a.dtype) for a in (output, *inputs.values())], default=0.0)

@@ -19,13 +19,13 @@ import numpy as np
 from onnx import ModelProto
 
 from reparamc import trial as trials
-from reparamc.errors import InputError, InputTypeError
+from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.onnx_certify import certify_onnx
 from reparamc.onnx_fuse import check as check_model
 from reparamc.onnx_fuse import check_target, load
 from reparamc.onnx_inputs import read_inputs, write_inputs
 from reparamc.onnx_interface import Interface, compare_interfaces
-from reparamc.onnx_runtime import Run, epsilon, one_line, perturbed, session
+from reparamc.onnx_runtime import Run, epsilon, perturbed, session
 from reparamc.trial import Inputs, Space, Trial
 from reparamc.verification import Failure, OutputCheck, Verification, check_output
 from reparamc.verify import CEILING, difference

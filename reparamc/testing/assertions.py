@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from reparamc.errors import InputError
-from reparamc.testing.inputs import Host, Space, Tree, arrays_of, epsilon_of, host_of, leaves, mapped
+from reparamc.dtypes import epsilon_of
+from reparamc.errors import InputError, one_line
+from reparamc.testing.inputs import Host, Space, Tree, arrays_of, host_of, leaves, mapped
 from reparamc.verify import tolerance as explained
 
 PERTURBATIONS = 3
@@ -118,13 +119,13 @@ class _Pair:
         except InputError:
             raise
         except Exception as error:  # whatever the user's model raises
-            raise InputError(f"a, {self.a.kind}, does not run on {_sizes(inputs)}: {_line(error)}") from error
+            raise InputError(f"a, {self.a.kind}, does not run on {_sizes(inputs)}: {one_line(error)}") from error
         head = [f"  a          {self.a.kind}", f"  b          {self.b.kind}", f"  inputs     {_sizes(inputs)}{which}"]
         try:
             actual = _called(self.b, inputs, self)
         except Exception as error:  # the same of the other model
             raise AssertionError(
-                "\n".join(["b does not run where a does", *head, f"  error      {_line(error)}"])
+                "\n".join(["b does not run where a does", *head, f"  error      {one_line(error)}"])
             ) from error
         if found := self._structure(expected, actual):
             raise AssertionError("\n".join(["b returns another structure than a", *head, *found]))
@@ -299,7 +300,3 @@ def _short(value: Any) -> str:
         return f"an array of shape {list(value.shape)}"
     text = repr(value)
     return text if len(text) < 60 else f"{text[:57]}..."
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

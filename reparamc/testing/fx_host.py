@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from reparamc.errors import InputError
+from reparamc.errors import InputError, one_line
 from reparamc.fx_fuse import trace
 from reparamc.testing.inputs import Argument, Space, Tree, leaves, mapped
 
@@ -33,7 +33,7 @@ class TorchHost:
         try:
             self._copy = copy.deepcopy(module)
         except Exception as error:  # whatever the attributes of the user's module raise
-            raise InputError(f"{type(module).__name__} cannot be copied: {_line(error)}") from error
+            raise InputError(f"{type(module).__name__} cannot be copied: {one_line(error)}") from error
         self._buffers = [(b, b.clone()) for b in self._copy.buffers()]
         parameters = inspect.signature(module.forward).parameters.values()
         variadic = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
@@ -152,10 +152,6 @@ def tensor(a: np.ndarray, device: Any = "cpu") -> Tensor:
     if a.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(a).to(device)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def layers(module: nn.Module) -> tuple[Counter[str], Counter[str]]:

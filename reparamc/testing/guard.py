@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reparamc.errors import InputError, InputTypeError
+from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.report import Refusal, Report, Rewrite
 from reparamc.testing.assertions import assert_equivalent, check_tolerance
 from reparamc.testing.inputs import arrays_of, space_of
@@ -130,7 +130,7 @@ def _fuse_torch(model: Any, example: Any, seed: int | None, options: Mapping[str
     try:
         original = copy.deepcopy(model).eval()
     except Exception as error:  # whatever the attributes of the user's module raise
-        raise InputError(f"{type(model).__name__} cannot be copied: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{type(model).__name__} cannot be copied: {one_line(error)}") from error
     if example is None:
         space = space_of(original)
         example = space.inputs(space.base, "normal", 0)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import ml_dtypes
 import numpy as np
 
 from reparamc.errors import InputError, InputTypeError
@@ -274,8 +273,3 @@ def arrays_of(tree: Tree) -> Tree:
     from reparamc.testing.fx_host import arrays
 
     return arrays(tree)
-
-
-def epsilon_of(dtype: np.dtype) -> float:
-    """The machine epsilon of ``dtype``, 0 for whole numbers."""
-    return 0.0 if dtype.kind in "iubSUO" else float(ml_dtypes.finfo(dtype).eps)

@@ -1,0 +1,27 @@
+"""Which dtypes hold floating and whole numbers, and how finely they round: NumPy's and those of ml_dtypes alike."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether entries are real floating numbers; bfloat16 and its like are, integers of 4 bits are not."""
+    return dtype.kind != "c" and epsilon_of(dtype) > 0
+
+
+def epsilon_of(dtype: np.dtype) -> float:
+    """The machine epsilon of a floating or complex dtype, 0 of every other."""
+    try:
+        return float(ml_dtypes.finfo(dtype).eps)
+    except ValueError:
+        return 0.0
+
+
+def largest_of(dtype: np.dtype) -> int | None:
+    """The largest whole number of ``dtype``, None if it is none of whole numbers."""
+    try:
+        return int(ml_dtypes.iinfo(dtype).max)
+    except ValueError:
+        return None
