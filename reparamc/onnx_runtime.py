@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from reparamc.compare import nudged
 from reparamc.dtypes import epsilon_of, is_floating
 from reparamc.errors import InputError, VerificationError, one_line
 from reparamc.onnx_values import FLOATS
@@ -294,13 +295,7 @@ def _demanded(node: NodeProto, weight: Sequence[int]) -> tuple[int, int] | None:
 def perturbed(inputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     """``inputs`` with every floating entry moved by one rounding, up or down."""
     rng = np.random.default_rng(seed)
-    out = {}
-    for name, x in inputs.items():
-        if is_floating(x.dtype):
-            signs = rng.choice([-1.0, 1.0], x.shape)
-            x = (x.astype(np.float64) * (1 + signs * epsilon_of(x.dtype))).astype(x.dtype)
-        out[name] = x
-    return out
+    return {name: nudged(x, rng) for name, x in inputs.items()}
 
 
 def epsilon(output: np.ndarray, inputs: Mapping[str, np.ndarray]) -> float:

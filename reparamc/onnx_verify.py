@@ -19,6 +19,7 @@ import numpy as np
 from onnx import ModelProto
 
 from reparamc import trial as trials
+from reparamc.compare import CEILING, Difference, difference, differences, noise_of
 from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.onnx_certify import certify_onnx
 from reparamc.onnx_fuse import check as check_model
@@ -28,7 +29,6 @@ from reparamc.onnx_interface import Interface, compare_interfaces
 from reparamc.onnx_runtime import Run, epsilon, perturbed, session
 from reparamc.trial import Inputs, Space, Trial
 from reparamc.verification import Failure, OutputCheck, Verification, check_output
-from reparamc.verify import CEILING, difference
 
 EXAMPLES = 100
 """Random inputs that are tried after the fixed ones, if time allows."""
@@ -243,14 +243,15 @@ class _Pair:
             why = f"the fused model refuses an input that the original takes: {one_line(error)}"
             return _Comparison([], why), perf_counter() - start
         took = perf_counter() - start
-        if expected.keys() != actual.keys():
+        found = differences(expected, actual)
+        if found is None:
             return _Comparison([], "the fused model gives another number of values in a sequence"), took
-        self._sizes = self._sizes or {name: _size(value) for name, value in expected.items()}
-        checks = self._checks(inputs, expected, actual, {})
+        self._sizes = self._sizes or {name: d.size if d.rounds else 0.0 for name, d in found.items()}
+        checks = self._checks(inputs, found, {})
         fails = any(c.problem for c in checks)
         if fails or not self._typical:
             noise = self._measure_noise(inputs, expected, PERTURBATIONS if fails else 1)
-            checks = self._checks(inputs, expected, actual, noise)
+            checks = self._checks(inputs, found, noise)
             self._typical = self._typical or noise
         else:
             checks = [replace(c, noise=max(c.noise, self._typical.get(c.output, 0.0))) for c in checks]
@@ -261,27 +262,23 @@ class _Pair:
             return _Comparison(checks, "", sensitive=sensitive, empty=empty), took
         again = self.original(inputs)
         for name, value in expected.items():
-            if _differs(value, again[name]):
+            if not difference(value, again[name]).equal:
                 raise InputError(
                     f"the original gives another output {name!r} each time it is run, so nothing compares with it; "
                     "does it hold random operators, such as Dropout in training mode?"
                 )
-        overflow = any(not np.isfinite(v).all() for v in expected.values() if v.dtype.kind not in "iubOSU")
+        overflow = any(not np.isfinite(expected[name]).all() for name, d in found.items() if d.rounds)
         finite = all(np.isfinite(c.max_rel) for c in checks)
         return _Comparison(checks, f"output {bad.output!r} {bad.problem}", overflow, sensitive and finite), took
 
     def _checks(
-        self,
-        inputs: Inputs,
-        expected: Mapping[str, np.ndarray],
-        actual: Mapping[str, np.ndarray],
-        noise: Mapping[str, float],
+        self, inputs: Inputs, compared: Mapping[str, Difference], noise: Mapping[str, float]
     ) -> list[OutputCheck]:
         checks = []
-        for name, value in expected.items():
-            eps = epsilon(value, inputs)
+        for name, found in compared.items():
+            eps = epsilon(found.expected, inputs)
             floor = FLOOR * eps * self._sizes.get(name, 0.0)
-            checks.append(check_output(name, value, actual[name], noise.get(name, 0.0), eps, floor, self._given))
+            checks.append(check_output(name, found, noise.get(name, 0.0), eps, floor, self._given))
         return checks
 
     def _measure_noise(self, inputs: Inputs, expected: Mapping[str, np.ndarray], times: int) -> dict[str, float]:
@@ -289,21 +286,8 @@ class _Pair:
         for n in range(times):
             response = self.original(perturbed(inputs, n))
             for name, value in expected.items():
-                noise = difference(value, response[name]).max_rel if name in response else 0.0
-                worst[name] = max(worst[name], noise if np.isfinite(noise) else 0.0)
+                worst[name] = max(worst[name], noise_of(value, [response[name]] if name in response else []))
         return worst
-
-
-def _size(output: np.ndarray) -> float:
-    if output.dtype.kind in "iubOSU":
-        return 0.0
-    values = np.abs(output.astype(np.float64))
-    return float(values[np.isfinite(values)].max(initial=0.0))
-
-
-def _differs(a: np.ndarray, b: np.ndarray) -> bool:
-    found = difference(a, b)
-    return not found.same_kind or found.max_rel > 0
 
 
 def _flat(names: list[str], values: Sequence[Any]) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reparamc._version import __version__
-from reparamc.verify import difference, tolerance
+from reparamc.compare import Difference, tolerance
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class OutputCheck:
 
 def check_output(
     output: str,
-    expected: npt.NDArray,
-    actual: npt.NDArray,
+    found: Difference,
     noise: float,
     epsilon: float,
     floor: float = 0.0,
@@ -60,29 +59,29 @@ def check_output(
     """One output of the fused model against that of the original.
 
     Args:
+        found: how far they lie apart.
         noise: the original's relative response to a perturbation at rounding level.
         epsilon: the machine epsilon that the output is judged by.
         floor: a largest absolute difference up to this is rounding in any case.
         given: ``(rtol, atol)`` to judge by instead, as in ``numpy.allclose``.
     """
-    noise = max(noise if np.isfinite(noise) else 0.0, epsilon)
+    noise = max(noise, epsilon)
     allowed = None if given is not None else tolerance(noise, epsilon)
-    if expected.shape != actual.shape or expected.dtype != actual.dtype:
-        what = [f"{kind_of(a.dtype)} {list(a.shape)}" for a in (expected, actual)]
+    problem = ""
+    if not (found.same_shape and found.same_dtype):
+        what = [f"{kind_of(a.dtype)} {list(a.shape)}" for a in (found.expected, found.actual)]
         problem = f"the original gives {what[0]}, the fused model {what[1]}"
         return OutputCheck(output, float("inf"), float("inf"), None, noise, allowed, problem)
-    found = difference(expected, actual)
-    problem = ""
     if not found.same_kind:
-        problem = f"NaN or infinity in other places: {_not_finite(expected)} in the original, {_not_finite(actual)}"
-        problem += " in the fused model"
+        what = [_not_finite(a) for a in (found.expected, found.actual)]
+        problem = f"NaN or infinity in other places: {what[0]} in the original, {what[1]} in the fused model"
     elif given is not None:
-        if not _close(expected, actual, *given):
+        if not found.close(*given):
             problem = f"differs by {found.max_abs:.2g}, beyond rtol {given[0]:g} and atol {given[1]:g}"
     elif allowed is not None and not found.within(allowed) and found.max_abs > floor:
-        of = "of its entries" if expected.dtype.kind in "biuUSO" else "relative to its largest value"
+        of = "relative to its largest value" if found.rounds else "of its entries"
         problem = f"differs by {found.max_rel:.2g} {of}, {allowed:.1g} is what rounding explains"
-    return OutputCheck(output, found.max_abs, found.max_rel, ulps(expected, actual), noise, allowed, problem)
+    return OutputCheck(output, found.max_abs, found.max_rel, found.ulps, noise, allowed, problem)
 
 
 def kind_of(dtype: np.dtype) -> str:
@@ -93,35 +92,6 @@ def kind_of(dtype: np.dtype) -> str:
 def _not_finite(array: npt.NDArray) -> str:
     values = array.astype(np.float64)
     return f"{int(np.isnan(values).sum())} NaN and {int(np.isinf(values).sum())} infinite"
-
-
-def _close(expected: npt.NDArray, actual: npt.NDArray, rtol: float, atol: float) -> bool:
-    if expected.dtype.kind in "biuUSO":
-        return bool(np.array_equal(expected, actual))
-    a, b = expected.astype(np.float64), actual.astype(np.float64)
-    return bool(np.allclose(b, a, rtol, atol, equal_nan=True))
-
-
-def ulps(a: npt.NDArray, b: npt.NDArray) -> int | None:
-    """Largest distance of finite entries in units in the last place; None unless both are of one floating dtype.
-
-    It counts the representable numbers between two entries: floating numbers of one dtype are ordered as
-    the whole numbers that their bits spell. Near zero they lie dense, so a large count there may be a small error.
-    """
-    if a.dtype != b.dtype or a.shape != b.shape or a.dtype.kind in "biuUSOc":
-        return None
-    finite = np.isfinite(a.astype(np.float64)) & np.isfinite(b.astype(np.float64))
-    if not finite.any():
-        return 0
-    whole = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[a.dtype.itemsize]
-
-    def ordered(x: npt.NDArray) -> npt.NDArray[np.int64]:
-        bits = np.ascontiguousarray(x[finite]).view(whole).astype(np.int64)
-        return np.where(bits < 0, np.iinfo(whole).min - bits, bits)
-
-    first, second = ordered(a), ordered(b)
-    high, low = np.maximum(first, second), np.minimum(first, second)
-    return int((high.view(np.uint64) - low.view(np.uint64)).max())  # modulo 2**64: no distance overflows
 
 
 @dataclass(frozen=True)

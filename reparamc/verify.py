@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from reparamc.compare import Difference, Outputs, difference, differences, tolerance
 from reparamc.errors import InputError, VerificationError
 from reparamc.evaluate import absolute, evaluate, has_layout, sample_inputs
 from reparamc.expr import (
@@ -153,66 +154,6 @@ def _structure(e: Expr) -> tuple[Hashable, ...]:
             raise AssertionError(f"{type(e).__name__} is no expression")
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far two arrays lie apart.
-
-    Attributes:
-        max_abs: largest absolute difference of finite entries.
-        max_rel: ``max_abs`` relative to the largest finite magnitude of the reference.
-        same_kind: shapes agree, and NaN and infinities stand in the same places.
-        same_shape: the former at least.
-    """
-
-    max_abs: float
-    max_rel: float
-    same_kind: bool
-    same_shape: bool = True
-
-    def within(self, tolerance: float) -> bool:
-        return self.same_kind and self.max_rel <= tolerance
-
-
-def difference(reference: npt.NDArray, other: npt.NDArray) -> Difference:
-    """Compare two arrays of equal shape: NaN and infinity patterns first, then finite values.
-
-    Of whole numbers and truth values (masks, indices) it is the share of entries that differ.
-    """
-    if reference.shape != other.shape:
-        return Difference(float("inf"), float("inf"), same_kind=False, same_shape=False)
-    if reference.dtype.kind in "biuUSO":
-        unequal = float(np.mean(reference != other)) if reference.size else 0.0
-        return Difference(unequal, unequal, same_kind=True)
-    a, b = reference.astype(np.float64), other.astype(np.float64)
-    finite = np.isfinite(a)
-    kind = bool(np.array_equal(finite, np.isfinite(b)) and np.array_equal(a[~finite], b[~finite], equal_nan=True))
-    if not kind:
-        return Difference(float("inf"), float("inf"), same_kind=False)
-    gap = float(np.abs(a[finite] - b[finite]).max(initial=0.0))
-    size = float(np.abs(a[finite]).max(initial=0.0))
-    return Difference(gap, 0.0 if gap == 0 else gap / size if size else float("inf"), same_kind=True)
-
-
-CEILING = 0.5
-"""No tolerance is larger: what responds to rounding by a twentieth of this is too sensitive to be compared."""
-
-
-def tolerance(noise: float, epsilon: float) -> float:
-    """Largest relative difference that rounding explains.
-
-    Args:
-        noise: the relative change of the output when the input is perturbed at rounding level.
-        epsilon: the machine epsilon of the deployed dtype.
-
-    An input is rounded once and a network rounds at every layer, so the measured response to one
-    perturbation is allowed some times over; the floor covers models that barely react to their input, the ceiling those
-    that are too sensitive to be compared.
-    """
-    return min(max(20 * noise, min(500 * epsilon, 1e-4), 16 * epsilon), CEILING)
-
-
-Outputs = Mapping[str, npt.NDArray]
-
 CHAOS = 0.1
 """Noise of an output beyond which it says nothing about a rewrite: rounding alone makes another result of it."""
 WEAK = 1e-2
@@ -281,20 +222,23 @@ def compare_outputs(
         One entry per output, and one per region where they were compared by themselves.
 
     Raises:
-        VerificationError: an output differs by more than rounding explains; names the first region that is wrong,
-            or the output if none is.
+        VerificationError: the structures differ, or an output by more than rounding explains; names the first region
+            that is wrong, or the output if none is.
     """
     entries: list[OutputError] = []
     unsure: list[tuple[OutputError, Difference, bool]] = []
-    for name, reference in expected.items():
-        found = difference(reference, actual[name])
+    compared = differences(expected, actual)
+    if compared is None:
+        raise VerificationError("the fused model returns another structure than the original", where="output")
+    for name, found in compared.items():
+        reference = expected[name]
         noise = max(difference(reference, n[name]).max_rel for n in noises)
         eps = epsilon(reference)
         allowed = tolerance(noise if np.isfinite(noise) else 0.0, eps)
         entry = OutputError(name, found.max_abs, found.max_rel, allowed)
         entries.append(entry)
         shaped = found.same_kind or (found.same_shape and not np.isfinite(noise))
-        chaotic = shaped and not noise <= CHAOS and reference.dtype.kind not in "biuUSO"
+        chaotic = shaped and not noise <= CHAOS and found.rounds
         if chaotic or not found.within(allowed) or allowed > max(WEAK, 16 * eps):
             unsure.append((entry, found, chaotic))
     if not unsure:

@@ -24,7 +24,7 @@ ZOO = sorted((ROOT / "fastvit_zoo").glob("*.py"))
 ALGEBRA = {"cost", "evaluate", "expr", "kernel", "probe", "rewrite", "shape", "text", "verify"}
 DRIVERS = {"duplicates", "graph", "host", "outcome", "pieces", "plan", "region", "unlisted"}
 PROOF = {"agreement", "certify", "normal_form", "views"}
-PLAIN = ALGEBRA | DRIVERS | PROOF | {"_version", "dtypes", "errors", "record", "report", "verification"}
+PLAIN = ALGEBRA | DRIVERS | PROOF | {"_version", "compare", "dtypes", "errors", "record", "report", "verification"}
 """Modules that any other may use."""
 
 

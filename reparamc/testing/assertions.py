@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
+from reparamc.compare import Difference, differences, noise_of, nudged, ulps
+from reparamc.compare import tolerance as explained
 from reparamc.dtypes import epsilon_of
 from reparamc.errors import InputError, one_line
 from reparamc.testing.inputs import Host, Space, Tree, arrays_of, host_of, leaves, mapped
-from reparamc.verify import tolerance as explained
 
 PERTURBATIONS = 3
 """One may be absorbed by rounding or by a saturated layer."""
@@ -127,101 +128,83 @@ class _Pair:
             raise AssertionError(
                 "\n".join(["b does not run where a does", *head, f"  error      {one_line(error)}"])
             ) from error
-        if found := self._structure(expected, actual):
-            raise AssertionError("\n".join(["b returns another structure than a", *head, *found]))
-        noises: list[list[tuple[str, Any]]] = []
-        for (name, x), (_, y) in zip(expected, actual, strict=True):
-            found = _kinds(x, y, self.check_dtype)
-            if not found and isinstance(x, np.ndarray):
-                if self.tolerance is None and not noises and not np.array_equal(x, y, equal_nan=x.dtype.kind in "fc"):
-                    noises = [_called(self.a, _perturbed(inputs, self.seed + n), self) for n in range(PERTURBATIONS)]
+        found = differences(expected, actual, by_name=not (self.a.flat or self.b.flat))
+        if found is None:
+            lines = [f"  {side} returns  {len(v)}: {', '.join(v)}" for side, v in (("a", expected), ("b", actual))]
+            raise AssertionError("\n".join(["b returns another structure than a", *head, *lines]))
+        responses: list[dict[str, Any]] = []
+        for name, d in found.items():
+            lines = _kinds(d, self.check_dtype)
+            if not lines and not d.equal:
                 allowed = self.tolerance
-                if allowed is None:
-                    epsilon = max([self.a.epsilon, epsilon_of(x.dtype), *_epsilons(inputs)])
-                    allowed = explained(_noise(name, x, noises), epsilon)
-                found = _values(x, y, allowed, self.tolerance is None)
-            if found:
-                raise AssertionError(
-                    "\n".join(["b differs from a", *head, f"  output     {_described(name, x)}", *found])
-                )
+                if allowed is None and d.rounds:
+                    responses = responses or [self._perturbed(inputs, n) for n in range(PERTURBATIONS)]
+                    epsilon = max([self.a.epsilon, epsilon_of(d.expected.dtype), *_epsilons(inputs)])
+                    allowed = explained(noise_of(d.expected, [r[name] for r in responses if name in r]), epsilon)
+                lines = _values(d, allowed or 0.0, self.tolerance is None)
+            if lines:
+                output = f"  output     {_described(name, d.expected)}"
+                raise AssertionError("\n".join(["b differs from a", *head, output, *lines]))
 
-    def _structure(self, a: Sequence[tuple[str, Any]], b: Sequence[tuple[str, Any]]) -> list[str]:
-        named = not (self.a.flat or self.b.flat)
-        if len(a) == len(b) and not (named and [n for n, _ in a] != [n for n, _ in b]):
-            return []
-        return [f"  {side} returns  {len(v)}: {', '.join(n for n, _ in v)}" for side, v in (("a", a), ("b", b))]
+    def _perturbed(self, inputs: Tree, seed: int) -> dict[str, Any]:
+        """What ``a`` makes of inputs that are changed at rounding level."""
+        rng = np.random.default_rng(self.seed + seed)
+        return _called(self.a, mapped(lambda array: nudged(array, rng), inputs), self)
 
 
-def _called(host: Host, inputs: Tree, pair: _Pair) -> list[tuple[str, Any]]:
+def _called(host: Host, inputs: Tree, pair: _Pair) -> dict[str, Any]:
     """The results of ``host``: by name if it knows the names of the inputs, else in the order of the side that does."""
     names = host.names
     if isinstance(inputs, Mapping):
         if names is None or set(inputs) <= set(names):
-            return host((), inputs)
+            return dict(host((), inputs))
         for order in (pair.a.names, pair.b.names):
             if order and set(inputs) <= set(order):
-                return host([inputs[n] for n in order if n in inputs], {})
+                return dict(host([inputs[n] for n in order if n in inputs], {}))
         raise InputError(f"no side has inputs named {', '.join(map(repr, inputs))}")
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     first = pair.a.names
     if first and names and first != names and set(first) == set(names) and len(args) <= len(first):
-        return host((), dict(zip(first, args, strict=False)))
-    return host(args, {})
+        return dict(host((), dict(zip(first, args, strict=False))))
+    return dict(host(args, {}))
 
 
 # What differs
 
 
-def _kinds(a: Any, b: Any, check_dtype: bool) -> list[str]:
+def _kinds(d: Difference, check_dtype: bool) -> list[str]:
     """How two values differ before any arithmetic: in shape, in dtype, or as plain Python values."""
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray | np.generic):
-        if a.shape != np.shape(b):
-            return [f"  shape      a has {list(a.shape)}, b has {list(np.shape(b))}"]
-        if check_dtype and a.dtype != b.dtype:
-            return [f"  dtype      a has {a.dtype}, b has {b.dtype}"]
-        return []
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or not (a is b or a == b):
-        return [f"  value      a has {_short(a)}, b has {_short(b)}"]
-    return []
+    if d.same_shape:
+        wrong = check_dtype and not d.same_dtype
+        return [f"  dtype      a has {d.expected.dtype}, b has {d.actual.dtype}"] if wrong else []
+    if d.arrays:
+        return [f"  shape      a has {list(d.expected.shape)}, b has {list(d.actual.shape)}"]
+    return [f"  value      a has {_short(d.expected)}, b has {_short(d.actual)}"]
 
 
-def _values(a: np.ndarray, b: np.ndarray, allowed: float, by_rounding: bool) -> list[str]:
+def _values(d: Difference, allowed: float, by_rounding: bool) -> list[str]:
     """Where and by how much two arrays of one shape differ; nothing if they do not."""
-    if a.dtype.kind in "biuUSO" or np.asarray(b).dtype.kind in "biuUSO":
-        wrong = np.asarray(a != b)
-        if not wrong.any():
-            return []
-        at = _index(wrong.astype(float))
-        return [f"  first at   {list(at)}: a has {a[at]}, b has {b[at]}", _spread(wrong)]
-    kind = np.complex128 if a.dtype.kind == "c" else np.float64
-    x, y = a.astype(kind), np.asarray(b).astype(kind)
-    finite = np.isfinite(x)
-    other = ~((x == y) | (np.isnan(x) & np.isnan(y))) & ~(finite & np.isfinite(y))
-    if other.any():
-        at = _index(other.astype(float))
-        return [
-            f"  NaN, inf   a has {np.isnan(x).sum()} NaN and {np.isinf(x).sum()} infinities, "
-            f"b has {np.isnan(y).sum()} and {np.isinf(y).sum()}",
-            f"  first at   {list(at)}: a has {a[at]}, b has {b[at]}",
-            _spread(other),
-        ]
-    gap = np.abs(np.subtract(x, y, where=finite, out=np.zeros(x.shape, kind)))
-    size = float(np.abs(x[finite]).max(initial=0.0))
-    wrong = gap > allowed * size
-    if not wrong.any():
+    if d.rounds and d.within(allowed):
         return []
-    at = _index(gap)
-    worst = float(gap[at])
-    relative = worst / size if size else float("inf")
-    epsilon = np.finfo(a.dtype).eps if a.dtype.kind == "c" else epsilon_of(a.dtype)
-    ulps = worst / epsilon / 2.0 ** np.floor(np.log2(max(abs(x[at]), np.finfo(np.float64).tiny)))
-    times = relative / allowed if allowed else float("inf")
+    a, b, at, gaps = d.expected, d.actual, d.worst, d.gaps()
+    if not d.rounds:
+        return [f"  first at   {list(at)}: a has {a[at]}, b has {b[at]}", _spread(gaps > 0)]
+    if not d.same_kind:
+        return [
+            f"  NaN, inf   a has {np.isnan(a).sum()} NaN and {np.isinf(a).sum()} infinities, "
+            f"b has {np.isnan(b).sum()} and {np.isinf(b).sum()}",
+            f"  first at   {list(at)}: a has {a[at]}, b has {b[at]}",
+            _spread(np.isinf(gaps)),
+        ]
+    last = ulps(a[(*at, None)], b[(*at, None)].astype(a.dtype))
+    counted = "" if last is None else f", {last:,} ULP"
+    times = d.max_rel / allowed if allowed else float("inf")
     reason = "what rounding explains" if by_rounding else "the tolerance given"
     return [
         f"  worst at   {list(at)}: a has {a[at]:.9g}, b has {b[at]:.9g}",
-        f"  difference {worst:.3g} absolute, {relative:.3g} of the largest value of a, {ulps:.3g} ULP",
+        f"  difference {d.max_abs:.3g} absolute, {d.max_rel:.3g} of the largest value of a{counted}",
         f"  allowed    {allowed:.3g} of the largest value: it is {times:.3g} times {reason}",
-        _spread(wrong),
+        _spread(gaps > allowed * d.size),
     ]
 
 
@@ -235,40 +218,6 @@ def _spread(wrong: np.ndarray) -> str:
     inside = int(wrong[inner].sum())
     border = int(wrong.sum()) - inside
     return f"{line}: {border} at the border of axes {', '.join(map(str, axes))}, {inside} in the interior"
-
-
-def _index(score: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(n) for n in np.unravel_index(int(np.argmax(score)), score.shape))
-
-
-def _noise(name: str, a: np.ndarray, noises: Iterable[Sequence[tuple[str, Any]]]) -> float:
-    """The largest relative change of an output under perturbations; 0 where that is not a number."""
-    if a.dtype.kind in "biuUSO":
-        return 0.0
-    reference = a.astype(np.complex128 if a.dtype.kind == "c" else np.float64)
-    size = float(np.abs(reference[np.isfinite(reference)]).max(initial=0.0))
-    found = 0.0
-    for run in noises:
-        value = np.asarray(dict(run)[name])
-        if value.shape != a.shape or not size:
-            continue
-        with np.errstate(invalid="ignore"):
-            change = np.abs(value.astype(reference.dtype) - reference)
-        if np.isfinite(reference).all() and np.isfinite(change).all():
-            found = max(found, float(change.max(initial=0.0)) / size)
-    return found
-
-
-def _perturbed(inputs: Tree, seed: int) -> Tree:
-    rng = np.random.default_rng(seed)
-
-    def nudge(array: np.ndarray) -> np.ndarray:
-        if array.dtype.kind in "iubSUOc":
-            return array
-        signs = rng.choice([-1.0, 1.0], array.shape)
-        return (array.astype(np.float64) * (1 + signs * epsilon_of(array.dtype))).astype(array.dtype)
-
-    return mapped(nudge, inputs)
 
 
 def _epsilons(inputs: Tree) -> list[float]:
