@@ -125,6 +125,8 @@ def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -
     if sums.units <= 1:
         if not original.grids.keys() & emitted.grids.keys() and not _same_extents(original, emitted):
             return Agreement("undecided", sums.units, spread, "nothing shows that the two have the same extents")
+        if original.grids.keys() != emitted.grids.keys() and any(e.known == 0 for e in original.extents):
+            return Agreement("undecided", sums.units, spread, "no element is left, as far as shapes can be inferred")
         return Agreement("equal", sums.units, spread)
     if not unique:
         return Agreement("undecided", sums.units, spread, "one source is read in several layouts")

@@ -878,7 +878,8 @@ def _read_narrow(call: _Read) -> Value:
     x, start, length = call.x, call.get("start", 0), call.call.args["length"]
     if not isinstance(start, int) or not isinstance(length, int):
         raise Unrepresentable("a slice that is computed at run time")
-    return nf.sliced(x, call.axis("dim", x), start, start + length, 1)
+    end = start + length
+    return nf.sliced(x, call.axis("dim", x), start, nf.WHOLE if start < 0 and end == 0 else end, 1)
 
 
 def _read_slice(call: _Read) -> Value:

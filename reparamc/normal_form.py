@@ -238,6 +238,16 @@ def scaled(value: Value, factor: Array | float, axis: int | None = None) -> Valu
     return replace(value, blocks=blocks, vectors=vectors)
 
 
+def least_extent(value: Value, axis: int) -> int:
+    """The smallest extent that ``value`` can have along ``axis`` while every source has a position; 0 if unknown."""
+    known = value.extents[axis].known
+    if known is not None:
+        return known
+    if not value.is_plain:
+        return 0
+    return max((-g[axis].delta // g[axis].stride + 1 for g in value.grids.values()), default=0)
+
+
 def shifted(value: Value, term: Array | float, axis: int | None = None, size: Array | None = None) -> Value:
     """``value`` plus a number (``axis`` None), or plus a vector along one axis; ``size``: what that was summed from."""
     term = np.asarray(term, np.float64)

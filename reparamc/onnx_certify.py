@@ -417,6 +417,11 @@ def _read_average_pool(call: _Call) -> Value:
         raise Unrepresentable("the last window of a pooling may hang over")
     if any(geometry[2] + geometry[3]) and not call.integer("count_include_pad"):
         raise Unrepresentable("a pooling divides by fewer elements at the border")
+    stride, dilation, begin, end = geometry
+    for axis, k, s, d, b, e in zip(range(2, x.rank), kernel, stride, dilation, begin, end, strict=True):
+        # The standard says that no position is left then, and ONNX Runtime, which rounds towards zero, that one is.
+        if s > 1 and nf.least_extent(x, axis) + b + e < d * (k - 1) + 1:
+            raise Unrepresentable("the window of a pooling may be larger than its map")
     channels = x.extents[1].known
     if channels is None:
         raise Unrepresentable("the number of channels is unknown")
@@ -567,6 +572,8 @@ def _read_split(call: _Call) -> Value:
         parts = len(call.node.output)
         each = -(-width // parts)
         sizes = [min(each, width - each * i) for i in range(parts)]
+    if min(sizes) < 0 or sum(sizes) != width:
+        raise Unrepresentable("a split into parts that do not add up")
     start = sum(sizes[: call.at])
     return nf.selected(x, range(start, start + sizes[call.at]), axis)
 
@@ -582,6 +589,10 @@ def _read_slice(call: _Call) -> Value:
         axes = list(range(len(starts))) if given[0] is None else [int(n) for n in given[0]]
         steps = [1] * len(starts) if given[1] is None else [int(n) for n in given[1]]
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        width = x.extents[axis % x.rank].known
+        if step < 0 and width is not None and (start < -width or end >= width):
+            # The standard, its reference implementation and ONNX Runtime do not agree on what is clamped to what.
+            raise Unrepresentable("a slice in reverse, of which an end is out of range")
         x = nf.sliced(x, axis % x.rank, start, end, step)
     return x
 

@@ -163,6 +163,21 @@ def test_a_value_that_is_written_is_no_proof() -> None:
     assert "written in place" in found.windows[0].reason
 
 
+def test_the_last_elements_are_not_none() -> None:
+    """`narrow` counts from the end, and has its own end there."""
+
+    def narrowed(start: int, length: int) -> fx.GraphModule:
+        graph = fx.Graph()
+        graph.output(graph.call_method("narrow", (graph.placeholder("x"), 1, start, length)))
+        return fx.GraphModule(nn.Module(), graph)
+
+    last, none, also = narrowed(-2, 2), narrowed(2, 0), narrowed(2, 2)
+    x = torch.randn(1, 4, 2)
+    shapes = shapes_of(last, [x])
+    assert certify_fx(last, also, shapes).holds
+    assert not certify_fx(last, none, shapes).holds
+
+
 def test_a_wrong_rewrite_is_undone_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     fill = Emitter._fill
 

@@ -151,6 +151,20 @@ def empty(stride: int) -> ModelProto:
     return model(nodes, {"zero": whole(0), "one": whole(1)}, IMAGE)
 
 
+def pooled(as_kernel: bool, shape: Any = IMAGE) -> ModelProto:
+    """A window of which a part hangs over maps of one element: the runtime still has a position there."""
+    if as_kernel:
+        weight = np.full((3, 1, 2, 2), 0.25, np.float32)
+        return model([node("Conv", "x w", "y", group=3, strides=[2, 2])], {"w": weight}, shape)
+    return model([node("AveragePool", "x", "y", kernel_shape=[2, 2], strides=[2, 2])], {}, shape)
+
+
+def backwards(bounds: tuple[int, int, int]) -> ModelProto:
+    """A slice of channels: that of a range which is out of reach is empty, says the standard."""
+    parameters = {name: whole(n) for name, n in zip(("start", "end", "step"), bounds, strict=True)}
+    return model([node("Slice", "x start end one step", "y")], {"one": whole(1), **parameters}, (1, 3, 4, 4))
+
+
 DOUBTFUL: dict[str, tuple[Callable[[Any], ModelProto], Any, Any, dict[str, np.ndarray]]] = {
     "another default of an input": (default, 1.0, 2.0, X),
     "an input without its default": (default, 1.0, None, X),
@@ -167,7 +181,14 @@ DOUBTFUL: dict[str, tuple[Callable[[Any], ModelProto], Any, Any, dict[str, np.nd
     "a name that the proof gives": (named, "Sin", "Tanh", X),
     "the extents of no channels": (empty, 1, 2, X),
     "the extents of what vanishes": (nothing, 0, 2, X),
-}
+    "a window that is larger than its map": (pooled, False, True, {"x": rand(1, 3, 1, 1)}),
+    "a window that is larger than all maps": (
+        lambda as_kernel: pooled(as_kernel, (1, 3, 1, 1)), False, True, {"x": rand(1, 3, 1, 1)},
+    ),
+    "a reversal up to the largest number": (backwards, (-1, 2**63 - 1, -1), (0, 0, 1), X),
+    "a reversal up to the largest number of 32 bits": (backwards, (-1, 2**31 - 1, -1), (0, 0, 1), X),
+    "a reversal from before the start": (backwards, (-9, -10, -1), (0, 0, 1), X),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DOUBTFUL)
@@ -177,6 +198,23 @@ def test_graphs_that_may_differ_are_not_proven_equal(name: str) -> None:
     assert outcome(original, feeds) != outcome(result, feeds)
     assert not certify_onnx(original, result).holds
     assert certify_onnx(original, build(a)).different == 0
+
+
+@pytest.mark.parametrize("extent", ["H", 8])
+@pytest.mark.parametrize(("stride", "border"), [(1, 0), (2, 1), (3, 1)])
+def test_a_window_that_fits_every_map_is_read(extent: int | str, stride: int, border: int) -> None:
+    """With a stride of 1 nothing is rounded; with a border of one element, the least map has three."""
+    amounts = whole(0, 0, border, border, 0, 0, border, border)
+    parameters = {"amounts": amounts, "w": np.full((3, 1, 3, 3), 1 / 9)}
+    steps = {"strides": [stride, stride]}
+    made = [
+        model([node("Pad", "x amounts", "b"), last], parameters, (1, 3, extent, extent), dtype=TensorProto.DOUBLE)
+        for last in (
+            node("AveragePool", "b", "y", kernel_shape=[3, 3], **steps),
+            node("Conv", "b w", "y", group=3, **steps),
+        )
+    ]
+    assert certify_onnx(*made).holds
 
 
 def old(op: str, attributes: dict[str, Any], parameters: dict[str, np.ndarray], opset: int) -> ModelProto:
