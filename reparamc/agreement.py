@@ -20,6 +20,9 @@ DOUBLE = 2.0**-53
 LOSS = 256 * DOUBLE
 """What float64 loses, relative to the sum of the magnitudes of what was added: some hundred roundings at worst."""
 
+ON_THE_WAY = 8
+"""How often what a model computes from parameters may be rounded differently, in units of the magnitudes it has."""
+
 CHUNK = 1 << 16
 """Coefficients compared at a time: few enough for a processor's cache."""
 
@@ -244,6 +247,7 @@ def _compare_blocks(
     step = max(1, CHUNK // (width * len(taps)))
     rounded = max((b.rounded for b in emitted), default=0)
     added = sum((v.size for v in value.vectors.values()), np.zeros(value.channels))
+    doubts = [b for b in original if b.computed]
     single = len(emitted) == 1 and emitted[0].size is None and len(emitted[0].taps) == len(set(places[id(emitted[0])]))
     for start in range(0, value.channels, step):
         stop = min(start + step, value.channels)
@@ -266,6 +270,8 @@ def _compare_blocks(
             allowed += total(original, True) * LOSS
             # A kernel that was asked for is the difference of two results, which hold the vectors of the row as well.
             allowed += 16 * DOUBLE * added[start:stop, None, None]
+            if doubts:
+                allowed += total(doubts, True) * (precision.unit * ON_THE_WAY)
             if rounded:
                 allowed += precision.tiny
         sums.error[start:stop] += gap.sum(axis=(1, 2))
@@ -367,6 +373,8 @@ def _compare_vectors(
         allowed = e.size * (precision.unit * e.rounded) + a.size * LOSS + (precision.tiny if e.rounded else 0.0)
         if set(found[0]) - {None}:  # a border that a model stores in advance fits the rest up to its own rounding
             allowed += precision.unit * sum(v.size * v.rounded for v in found[0].values())
+        if a.computed:
+            allowed += precision.unit * ON_THE_WAY * a.size
         sums.error += gap
         sums.total += np.abs(e.value)
         ratio = np.divide(gap, allowed, out=np.where(gap == 0, 0.0, np.inf), where=allowed > 0)

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -155,6 +155,9 @@ VIEWS = {
 }  # fmt: skip
 """Operators whose result may share memory with their operand."""
 
+ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "add", "sub", "mul"}
+"""Operators that are linear in parameters, so that they are off by as much as these."""
+
 RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal_", "uniform_", "empty")
 """Parts of names of operators whose result is not decided by their operands."""
 
@@ -166,6 +169,24 @@ class _Size:
         self.node, self.axis = node, axis
 
 
+class _Computed(NamedTuple):
+    """A constant as the module computes it, and as it would be without rounding on the way."""
+
+    stored: Any
+    exact: Any
+
+
+def _called(node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = map_arg((node.args, node.kwargs), operands.__getitem__)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+def _doubled(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
+
+
 class _Side:
     """`certify.Side` over a traced module."""
 
@@ -175,7 +196,7 @@ class _Side:
         self.positions = {name: at for at, name in enumerate(self.nodes)}
         self.inputs = [n.name for n in _inputs(module)]
         self.sizes: dict[fx.Node, _Size | None] = {}
-        self.arrays: dict[str, Array] = {}
+        self._computed: dict[str, _Computed] = {}
         self.constants = self._constants()
         for node in self.nodes.values():
             self._note_size(node)
@@ -208,39 +229,52 @@ class _Side:
         return None if tensor is None else _array(tensor)
 
     def tensor(self, name: str) -> Tensor | None:
+        """A constant in its own dtype."""
         if name not in self.constants:
             return None
         stack = [name]
         while stack:
             node = self.nodes[stack[-1]]
-            if node.name in self._tensors:
+            if node.name in self._computed:
                 stack.pop()
                 continue
-            waiting = [n.name for n in node.all_input_nodes if n.name not in self._tensors]
+            waiting = [n.name for n in node.all_input_nodes if n.name not in self._computed]
             if waiting:
                 stack.extend(waiting)
                 continue
-            self._tensors[node.name] = self._computed(node)
-        found = self._tensors[name]
+            self._computed[node.name] = self._compute(node)
+        found = self._computed[name].stored
         if not isinstance(found, Tensor):
             raise Unrepresentable(f"the constant {name!r} is no tensor")
         return found
 
-    @property
-    def _tensors(self) -> dict[str, Any]:
-        return self.__dict__.setdefault("_kept", {})
-
-    def _computed(self, node: fx.Node) -> Any:
+    def _compute(self, node: fx.Node) -> _Computed:
         if node.op == "get_attr":
-            return _attribute(self.module, str(node.target))
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._tensors[n.name])
+            tensor = _attribute(self.module, str(node.target))
+            return _Computed(tensor, tensor)
         try:
             with torch.no_grad():
-                if node.op == "call_method":
-                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+                stored = _called(node, {n: self._computed[n.name].stored for n in node.all_input_nodes})
         except Exception as error:
             raise Unrepresentable(f"the constant {node.name!r} cannot be computed") from error
+        try:
+            with torch.no_grad():
+                exact = _called(node, {n: _doubled(self._computed[n.name].exact) for n in node.all_input_nodes})
+        except Exception:  # an operator mixes what was made double with what was not
+            exact = stored
+        return _Computed(stored, exact)
+
+    def magnitude(self, name: str) -> Array | None:
+        """What a constant that the module computes was added up from, by what rounding did to it; None for others."""
+        if self.nodes[name].op == "get_attr" or self.tensor(name) is None:
+            return None
+        stored, exact = self._computed[name]
+        if not isinstance(exact, Tensor) or not stored.is_floating_point() or stored.shape != exact.shape:
+            return None
+        wide, error = stored.double(), (stored.double() - exact.double()).abs()
+        if error.ndim > 1 and error.numel():  # one element may be exact by chance
+            error = error.flatten(1).amax(1).view(-1, *[1] * (error.ndim - 1))
+        return _array(torch.maximum(wide.abs(), error / (torch.finfo(stored.dtype).eps / 2)))
 
     # Sizes, ranks, writes
 
@@ -402,7 +436,13 @@ class _Side:
         reader = READERS.get(call.op) if call is not None else None
         if call is None or reader is None or not call.plain:
             raise Unrepresentable(f"{_name(node)} is not affine")
-        return reader(_Read(self, call, of))
+        value = reader(_Read(self, call, of))
+        if call.op in ON_PARAMETERS and any(
+            isinstance(given, fx.Node) and given.name in self.constants and given.op != "get_attr"
+            for given in call.args.values()
+        ):
+            return nf.computed(value, reader(_Read(self, call, of, magnitudes=True)))
+        return value
 
 
 _NOT_A_SIZE = object()
@@ -621,10 +661,13 @@ def _of_module(node: fx.Node, module: Any) -> Described | None:
 
 
 class _Read:
-    """A described call, with its operands as values or constants."""
+    """A described call, with its operands as values or constants.
 
-    def __init__(self, side: _Side, call: Described, of: Callable[[str], Value]) -> None:
-        self.side, self.call, self._of = side, call, of
+    With ``magnitudes``, constants that the module computes are what they were added up from.
+    """
+
+    def __init__(self, side: _Side, call: Described, of: Callable[[str], Value], magnitudes: bool = False) -> None:
+        self.side, self.call, self._of, self.magnitudes = side, call, of, magnitudes
 
     def get(self, name: str, default: Any = None) -> Any:
         value = self.call.args.get(name)
@@ -647,7 +690,9 @@ class _Read:
         if given is None:
             return None
         if isinstance(given, fx.Node):
-            given = self.side.tensor(given.name)
+            name, given = given.name, self.side.tensor(given.name)
+            if self.magnitudes and (found := self.side.magnitude(name)) is not None:
+                return found
         if not isinstance(given, Tensor):
             raise Unrepresentable("a parameter is computed at run time")
         return _array(given)

@@ -16,7 +16,7 @@ kernel is one array, a depthwise one has one channel a row, and an identity is a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -93,6 +93,7 @@ class Block:
         size: (J, K, T), the sums of the magnitudes that ``weight`` was added up from; None for its own.
         left: float64 (J,).
         rounded: how many stored parameters a coefficient is a product of, at most.
+        computed: whether ``size`` is there for parameters that the model itself computes, and rounds on the way.
     """
 
     source: Source
@@ -103,18 +104,28 @@ class Block:
     taps: tuple[Tap, ...]
     size: Array | None = None
     rounded: int = 0
+    computed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """What is added to each channel where a guard holds: float64 (n,), and the magnitudes it was added up from."""
+    """What is added to each channel where a guard holds: float64 (n,), and the magnitudes it was added up from.
+
+    ``rounded`` and ``computed`` as for a `Block`.
+    """
 
     value: Array
     size: Array
     rounded: int = 0
+    computed: bool = False
 
     def plus(self, other: Vector) -> Vector:
-        return Vector(self.value + other.value, self.size + other.size, max(self.rounded, other.rounded))
+        rounded, computed = max(self.rounded, other.rounded), self.computed or other.computed
+        return Vector(self.value + other.value, self.size + other.size, rounded, computed)
+
+    def mapped(self, change: Callable[[Array], Array]) -> Vector:
+        """The vector with its elements moved by ``change``."""
+        return replace(self, value=change(self.value), size=change(self.size))
 
 
 Where = tuple[Source, Tap] | None
@@ -201,10 +212,7 @@ def promoted(value: Value, axis: int) -> Value:
         )
         for b in value.blocks
     )
-    vectors = {
-        w: Vector(np.broadcast_to(v.value, count), np.broadcast_to(v.size, count), v.rounded)
-        for w, v in value.vectors.items()
-    }
+    vectors = {w: v.mapped(lambda a, n=count: np.broadcast_to(a, n)) for w, v in value.vectors.items()}
     return replace(value, channel=axis, blocks=blocks, vectors=vectors)
 
 
@@ -234,7 +242,10 @@ def scaled(value: Value, factor: Array | float, axis: int | None = None) -> Valu
     by_row = np.broadcast_to(factor if axis is not None else factor.reshape(()), value.channels)
     one = int(np.any(np.abs(by_row) != 1))
     blocks = tuple(replace(b, left=b.left * by_row[b.rows], rounded=b.rounded + one) for b in value.blocks)
-    vectors = {w: Vector(v.value * by_row, v.size * np.abs(by_row), v.rounded + one) for w, v in value.vectors.items()}
+    vectors = {
+        w: replace(v, value=v.value * by_row, size=v.size * np.abs(by_row), rounded=v.rounded + one)
+        for w, v in value.vectors.items()
+    }
     return replace(value, blocks=blocks, vectors=vectors)
 
 
@@ -246,6 +257,22 @@ def least_extent(value: Value, axis: int) -> int:
     if not value.is_plain:
         return 0
     return max((-g[axis].delta // g[axis].stride + 1 for g in value.grids.values()), default=0)
+
+
+def computed(value: Value, magnitude: Value) -> Value:
+    """``value``, whose parameters are known up to the rounding of numbers of which ``magnitude`` is the map."""
+    doubts = tuple(
+        replace(
+            b, weight=np.broadcast_to(0.0, b.weight.shape), size=np.abs(b.weight) if b.size is None else b.size,
+            computed=True,
+        )
+        for b in magnitude.blocks
+    )  # fmt: skip
+    vectors = [
+        (w, Vector(np.zeros_like(v.value), np.abs(v.value) + v.size, v.rounded, True))
+        for w, v in magnitude.vectors.items()
+    ]
+    return replace(value, blocks=value.blocks + doubts, vectors=_summed(value.vectors.items(), vectors))
 
 
 def shifted(value: Value, term: Array | float, axis: int | None = None, size: Array | None = None) -> Value:
@@ -354,9 +381,7 @@ def stacked(terms: Sequence[Value], axis: int) -> Value:
         blocks += [replace(b, rows=b.rows + at) for b in t.blocks]
         grids = _grids(grids, t.grids)
         for where, v in t.vectors.items():
-            value, size = np.zeros(total), np.zeros(total)
-            value[at : at + t.channels], size[at : at + t.channels] = v.value, v.size
-            vectors.append((where, Vector(value, size, v.rounded)))
+            vectors.append((where, v.mapped(lambda a, at=at: np.pad(a, (at, total - at - len(a))))))
         at += t.channels
     return _resized(replace(first, grids=grids, blocks=tuple(blocks), vectors=_summed(vectors)), total, axis)
 
@@ -441,7 +466,7 @@ def _rows(value: Value, wanted: Array) -> Value:
         rows = np.flatnonzero(chosen >= 0)
         if len(rows):
             blocks.append(_take(b, chosen[rows], rows))
-    vectors = {w: Vector(v.value[wanted], v.size[wanted], v.rounded) for w, v in value.vectors.items()}
+    vectors = {w: v.mapped(lambda a: a[wanted]) for w, v in value.vectors.items()}
     return replace(value, blocks=tuple(blocks), vectors=vectors)
 
 
@@ -652,6 +677,7 @@ def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
                 _dot(w, vector.value, kernel.first, columns),
                 _dot(np.abs(w), vector.size, kernel.first, columns),
                 vector.rounded + kernel.rounded,
+                vector.computed,
             )
             parts.append((_where_behind(value, where, kernel, offset, grids), out))
     base = list(value.base)
@@ -783,7 +809,10 @@ def _times_diagonal(
         if b.size is not None:
             sizes = np.abs(b.left)[:, None] * b.size[:, 0]
             size = (np.abs(w)[:, :, :, None] * sizes[columns][:, :, None, :]).reshape(*w.shape[:2], -1)
-    return Block(b.source, rows, b.first[0] + start, weight, np.ones(len(rows)), flat, size, rounded)
+    left = np.ones(len(rows))
+    return replace(
+        b, rows=rows, first=b.first[0] + start, weight=weight, left=left, taps=flat, size=size, rounded=rounded
+    )
 
 
 def _times_matrix(w: Array, b: Block, rows: Array, taps: Sequence[tuple[Tap, ...]], rounded: int) -> Block:

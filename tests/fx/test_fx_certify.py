@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from paper_blocks import CASES
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -176,6 +177,20 @@ def test_the_last_elements_are_not_none() -> None:
     shapes = shapes_of(last, [x])
     assert certify_fx(last, also, shapes).holds
     assert not certify_fx(last, none, shapes).holds
+
+
+@pytest.mark.parametrize("name", ["orepa", "orepa, products", "orepa, products, stride 2", "lora, merged"])
+def test_what_the_module_computes_of_parameters_may_be_rounded_otherwise(name: str) -> None:
+    """It is added up in float32, in an order that depends on how tensors lie in memory; a fault is still one."""
+    block = CASES[name].module()
+    fused = fuse_fx(block, CASES[name].inputs()[0].float())
+    assert fused.meta["reparamc"].certificate.undecided == ()
+    kept = trace(copy.deepcopy(block))
+    shapes = shapes_of(kept, [CASES[name].inputs()[0].float()])
+    assert certify_fx(kept, fused, shapes).holds
+    (weight,) = (p for p in fused.parameters() if p.ndim > 1)
+    scaled(weight, (0, 1), 1 + 1e-4)
+    assert verdicts(certify_fx(kept, fused, shapes)) == ["different"]
 
 
 def test_a_wrong_rewrite_is_undone_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
