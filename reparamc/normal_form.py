@@ -857,9 +857,12 @@ def spread(value: Value, axes: Sequence[int], by: Sequence[int]) -> Value:
 
 
 def padded(
-    value: Value, axes: Sequence[int], begin: Sequence[int], end: Sequence[int], fill: float, channel: int
+    value: Value, axes: Sequence[int], begin: Sequence[int], end: Sequence[int], fill: Array | float, channel: int
 ) -> Value:
-    """``value`` with elements ``fill`` added along ``axes``, or taken away where an amount is negative."""
+    """``value`` with elements ``fill`` added along ``axes``, or taken away where an amount is negative.
+
+    ``fill`` is one number, or one for each of the channels, which lie along ``channel``.
+    """
     count = value.extents[channel].known
     if count is None:
         raise Unrepresentable("the number of channels is unknown")
@@ -869,15 +872,25 @@ def padded(
         tuple(-b - e for b, e in zip(begin, end, strict=True)), 0,
     )  # fmt: skip
     moved = convolved(value, kernel, channel)
-    if fill == 0:
+    if not np.any(fill):
         return moved
     value = promoted(value, channel)
     where = _where_behind(value, None, kernel, offset, moved.grids)
     if where is None:
         return moved
-    full = np.full(moved.channels, float(fill))
-    outside = [(None, Vector(full, np.abs(full))), (where, Vector(-full, np.abs(full)))]
+    full, rounded = np.broadcast_to(np.asarray(fill, np.float64), moved.channels), int(np.ndim(fill) > 0)
+    outside = [(None, Vector(full, np.abs(full), rounded)), (where, Vector(-full, np.abs(full), rounded))]
     return replace(moved, vectors=_summed(moved.vectors.items(), outside))
+
+
+def overwritten(value: Value, axis: int, number: int, first: bool, by: Array, channel: int) -> Value:
+    """``value`` with its ``first`` or last ``number`` positions along ``axis`` overwritten, ``by`` channel.
+
+    All of them where the extent is less than ``number``, as an assignment to a slice has it.
+    """
+    begin, end = (number, 0) if first else (0, number)
+    left = padded(value, (axis,), (-begin,), (-end,), 0.0, channel)
+    return padded(left, (axis,), (begin,), (end,), by, channel)
 
 
 def sliced(value: Value, axis: int, start: int, end: int, step: int) -> Value:

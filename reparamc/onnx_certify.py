@@ -6,7 +6,7 @@ operators with bodies, functions and other domains are atoms, and so is all that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import product
 from math import prod
 from typing import cast
@@ -99,7 +99,8 @@ class _Side:
 
     def __init__(self, model: ModelProto, other: _Side | None = None) -> None:
         graph = model.graph
-        self.model, self.types = model, Types(model if other is None else _informed(model, other))
+        self.model, self.described = model, model if other is None else _informed(model, other)
+        self.types = Types(self.described)
         self.inferred = self.types if other is None else None
         self.which = "emitted" if other is None else "original"
         # Unknowns that both graphs name alike; others are numbered by shape inference.
@@ -112,6 +113,8 @@ class _Side:
         self.arrays: dict[str, Array] = {}
         self._kinds: dict[str, Hashable] = {}
         self.constants = self._constants()
+        if any(node.op_type == "ScatterND" for node in graph.node):
+            self._infer_further()
         sparse = (t.values.name for t in graph.sparse_initializer)
         self.known = {*self.inputs, *self.producers, *self.tensors, *sparse}
         self.order = [name for node in graph.node for name in node.output if name and name not in self.constants]
@@ -143,6 +146,29 @@ class _Side:
     def _shape(self, node: NodeProto) -> tuple[int, ...] | None:
         """The extents that a Shape reads from declared ones, whatever its operand is."""
         return self.types.extents(node.input[0]) if node.op_type == "Shape" else None
+
+    def _infer_further(self) -> None:
+        """Infer shapes again where what decides them is a constant to be computed, until nothing is added."""
+        given: dict[str, Array] = {}
+        while True:
+            named = {
+                name
+                for node in self.model.graph.node
+                if node.op_type in ("Expand", "Pad", "Reshape", "Slice")
+                for name in node.input[1:]
+                if name in self.constants and name in self.producers and name not in given
+            }
+            for name in named:
+                try:
+                    array = self.constant(name)
+                except Unrepresentable:
+                    continue
+                if array is not None and array.dtype == np.int64 and array.size <= 16:
+                    given[name] = array
+            if named.isdisjoint(given):
+                return
+            self.types = Types(_with_constants(self.described, given))
+            self.constants = self._constants()
 
     def constant(self, name: str) -> Array | None:
         if name not in self.constants:
@@ -262,6 +288,16 @@ def _informed(model: ModelProto, other: _Side) -> ModelProto:
     light.graph.node.extend(nodes)
     light.graph.output.extend(outputs)
     light.graph.input.extend(given.values())
+    return light
+
+
+def _with_constants(model: ModelProto, arrays: Mapping[str, Array]) -> ModelProto:
+    """``model`` for shape inference, with ``arrays`` stored instead of computed."""
+    light = skeleton(model)
+    kept = [node for node in light.graph.node if arrays.keys().isdisjoint(node.output)]
+    del light.graph.node[:]
+    light.graph.node.extend(kept)
+    light.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in arrays.items())
     return light
 
 
@@ -445,6 +481,44 @@ def _read_pad(call: _Call) -> Value:
         return x
     axes, begin, end = ([w[i] for w in wanted] for i in range(3))
     return nf.padded(x, axes, begin, end, value, 1)
+
+
+def _slab(written: Array) -> tuple[int, int, bool]:
+    """The axis along which the first or the last positions are True, and no others; their number; whether the first."""
+    for axis in range(2, written.ndim):
+        along = [bool(np.any(part)) for part in np.moveaxis(written, axis, 0)]
+        number = sum(along)
+        whole = number * written.size == np.count_nonzero(written) * len(along)
+        if whole and number < len(along) and (all(along[:number]) or all(along[-number:])):
+            return axis, number, along[0]
+    raise Unrepresentable("elements are written that are not the first or last along one axis")
+
+
+def _read_scatter(call: _Call) -> Value:
+    """Constants written over the first or the last positions along one axis: how exporters spell an assignment."""
+    x, where, what = call.value(), call.constant(1), call.constant(2)
+    shape = tuple(e.known for e in x.extents)
+    if call.text("reduction", "none") != "none" or None in shape or where.ndim < 1 or x.rank < 3:
+        raise Unrepresentable("elements are written one by one")
+    extents = cast("tuple[int, ...]", shape)
+    depth = where.shape[-1]
+    if depth > x.rank or what.shape != (*where.shape[:-1], *extents[depth:]) or not where.size:
+        raise Unrepresentable("elements are written one by one")
+    at = where.reshape(-1, depth)
+    if np.any(at < -np.array(extents[:depth])) or np.any(at >= np.array(extents[:depth])):
+        raise Unrepresentable("elements are written that are not there")
+    written, values = np.zeros(extents, bool), np.zeros(extents)
+    written[tuple(at.T)] = True
+    values[tuple(at.T)] = what.reshape(-1, *extents[depth:])
+    if np.count_nonzero(written) != what.size:
+        raise Unrepresentable("an element is written twice")
+    axis, number, is_first = _slab(written)
+    slab = np.moveaxis(values, (1, axis), (0, 1))
+    slab = slab[:, :number] if is_first else slab[:, -number:]
+    border = slab.reshape(len(slab), -1)[:, 0]
+    if np.any(np.moveaxis(slab, 0, -1) != border):
+        raise Unrepresentable("what is written varies along other axes than the channels")
+    return nf.overwritten(x, axis, number, is_first, border, 1)
 
 
 # Matrices
@@ -694,6 +768,7 @@ READERS: dict[str, Callable[[_Call], Value]] = {
     "ConvTranspose": _read_conv_transpose,
     "AveragePool": _read_average_pool,
     "Pad": _read_pad,
+    "ScatterND": _read_scatter,
     "Gemm": _read_gemm,
     "MatMul": _read_matmul,
     "BatchNormalization": _read_batchnorm,

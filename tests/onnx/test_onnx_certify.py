@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,6 +206,51 @@ def test_names_that_only_one_graph_has_are_no_obstacle() -> None:
     assert verdicts(certify_onnx(original, fused)) == {"y": "equal"}
     change(fused, "b.weight", lambda w: w.__setitem__((0, 0), 2 * w[0, 0]))
     assert not certify_onnx(original, fused).holds
+
+
+# Borders that a model writes itself
+
+SIDES = {"top": np.s_[:, :, :1], "bottom": np.s_[:, :, -1:], "left": np.s_[:, :, :, :1], "right": np.s_[:, :, :, -1:]}
+
+
+def bordered(regions: dict[str, Any], off: float = 0.0, **options: Any) -> tuple[ModelProto, ModelProto]:
+    """s x + t with a border of t, under a kernel; and the kernel over x with a border of zeros."""
+    s, t, w = (rand(*shape, seed=i).astype(float) for i, shape in enumerate(((3,), (3,), (4, 3, 3, 3))))
+    nodes = [node("Mul", "x s", "m"), node("Add", "m t", "a"), node("Pad", "a amounts", "p0")]
+    parameters = {"s": s.reshape(3, 1, 1), "t": t.reshape(3, 1, 1), "amounts": np.array([0, 0, 1, 1, 0, 0, 1, 1])}
+    places = np.moveaxis(np.indices((2, 3, 6, 7)), 0, -1)
+    for i, region in enumerate(regions.values()):
+        at = places[region]
+        parameters[f"at{i}"] = at
+        parameters[f"what{i}"] = t[at[..., 1]] * (1 + off)
+        nodes.append(node("ScatterND", f"p{i} at{i} what{i}", f"p{i + 1}", **options))
+    nodes.append(node("Conv", f"p{len(regions)} w", "y"))
+    wide: dict[str, Any] = {"dtype": TensorProto.DOUBLE, "shape": (2, 3, 4, 5), "opset": 18}
+    merged = {"w": w * s[:, None, None], "b": w.sum(axis=(2, 3)) @ t}
+    return model(nodes, {**parameters, "w": w}, **wide), model([node("Conv", "x w b", "y", **PAD)], merged, **wide)
+
+
+def test_a_border_that_is_written_is_read() -> None:
+    assert certify_onnx(*bordered(SIDES)).holds
+    assert certify_onnx(*bordered(dict(reversed(SIDES.items())))).holds
+
+
+@pytest.mark.parametrize(
+    ("regions", "off", "options"),
+    [
+        (SIDES, 1e-6, {}),
+        ({k: SIDES[k] for k in ("top", "bottom", "left")}, 0.0, {}),
+        ({**SIDES, "top": np.s_[:, :, :2]}, 0.0, {}),
+        ({**SIDES, "top": np.s_[:, :, 1:2]}, 0.0, {}),
+        ({**SIDES, "top": np.s_[:1, :, :1]}, 0.0, {}),
+        ({**SIDES, "top": np.s_[:, :, [0, 0]]}, 0.0, {}),
+        ({**SIDES, "all": np.s_[:]}, 0.0, {}),
+        (SIDES, 0.0, {"reduction": "add"}),
+    ],
+    ids=["value", "one side left", "two rows", "another row", "one image", "twice", "all", "added"],
+)
+def test_another_border_is_not(regions: dict[str, Any], off: float, options: dict[str, Any]) -> None:
+    assert not certify_onnx(*bordered(regions, off, **options)).holds
 
 
 # What becomes of wrong rewrites
