@@ -99,6 +99,8 @@ def export(case: Case, block: nn.Module) -> onnx.ModelProto:
 def test_fx(case: Case) -> None:
     block = case.module().double()
     fused = fuse_fx(block, case.inputs()[0])
+    certificate = fused.meta["reparamc"].certificate
+    assert certificate is None or certificate.undecided == ()
     assert_equal(block, run_torch(fused), case.inputs(), FX_TOLERANCE)
     assert_one(fx_operators(fused), FX_NAMES[case.operator])
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from paper_blocks import CASES
@@ -143,25 +144,147 @@ def test_ranks_are_told_by_operators_where_there_are_no_examples() -> None:
     assert (certificate.equal, certificate.undecided) == (2, ())
 
 
-def test_a_value_that_is_written_is_no_proof() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+# Writes in place
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = x * 2
-            z = self.norm(self.conv(y))
-            y.relu_()
-            return z + F.silu(y)
 
-    model = randomize_batchnorm(Block().eval(), example_inputs=torch.randn(2, 3, 4, 4))
+class Written(nn.Module):
+    """A convolution is read before and after it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        z = self.norm(self.conv(y))
+        y.relu_()
+        return z + F.silu(y)
+
+
+def node_of(module: fx.GraphModule, name: str) -> fx.Node:
+    return next(n for n in module.graph.nodes if n.name == name)
+
+
+def certified(original: nn.Module, change: Callable[[fx.GraphModule], object], x: Tensor) -> Certificate:
+    """Of a traced module and a changed copy of it."""
+    traced = trace(original)
+    changed = fx.GraphModule(traced, copy.deepcopy(traced.graph))
+    change(changed)
+    changed.graph.lint()
+    return certify_fx(traced, changed, shapes_of(traced, [x]))
+
+
+def test_a_state_of_what_is_written_is_one_value() -> None:
+    model = randomize_batchnorm(Written().eval(), example_inputs=torch.randn(2, 3, 4, 4))
     kept, fused, shapes = both(model, torch.randn(2, 3, 5, 6))
     assert certify_fx(kept, fused, shapes).holds  # nothing was rewritten
     fused.conv = copy.deepcopy(fused.conv)
-    found = certify_fx(kept, fused, shapes)
-    assert verdicts(found) == ["undecided"]
+    assert verdicts(certify_fx(kept, fused, shapes)) == ["equal"]
+
+
+def test_a_write_that_is_moved_or_lost_is_seen() -> None:
+    x = torch.randn(2, 3, 5, 6)
+    moved = certified(Written().eval(), lambda m: node_of(m, "mul").append(node_of(m, "relu_")), x)
+    assert not moved.holds
+    lost = certified(Written().eval(), lambda m: m.graph.erase_node(node_of(m, "relu_")), x)
+    assert not lost.holds
+    assert certified(Written().eval(), lambda m: None, x).holds
+
+
+def test_a_view_that_is_read_later_is_no_proof() -> None:
+    class Viewed(Written):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            rows = y.flatten(2)
+            y.relu_()
+            return rows + self.norm(y).flatten(2)
+
+    def replaced(module: fx.GraphModule) -> None:
+        module.norm = copy.deepcopy(module.norm)
+
+    x = torch.randn(2, 3, 5, 6)
+    assert certified(Viewed().eval(), lambda m: None, x).holds
+    assert verdicts(found := certified(Viewed().eval(), replaced, x)) == ["undecided"]
     assert "written in place" in found.windows[0].reason
+    assert not certified(Viewed().eval(), lambda m: m.graph.erase_node(node_of(m, "relu_")), x).holds
+    assert not certified(Viewed().eval(), lambda m: node_of(m, "norm").append(node_of(m, "relu_")), x).holds
+
+
+def test_a_write_into_an_argument_is_seen_from_outside() -> None:
+    class Argument(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            x.relu_()
+            return y
+
+    x = torch.randn(2, 3)
+    assert certified(Argument(), lambda m: None, x).holds
+    assert not certified(Argument(), lambda m: m.graph.erase_node(node_of(m, "relu_")), x).holds
+
+
+class Bordered(nn.Module):
+    """A border of the value that a BatchNorm gives to zero, under a kernel; ``side`` is written otherwise."""
+
+    def __init__(self, side: tuple[Any, ...] = (), off: float = 1.0) -> None:
+        super().__init__()
+        self.norm, self.conv, self.side, self.off = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), side, off
+        self.sides = [np.s_[:, :, :1], np.s_[:, :, -1:], np.s_[..., :1], np.s_[..., -1:]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: Any = self.norm
+        border = norm.bias - norm.running_mean * norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        y = F.pad(norm(x), [1] * 4)
+        for side in self.sides:
+            y[side] = border.view(1, -1, 1, 1)
+        if self.side:
+            y[self.side] = (border * self.off).view(1, -1, 1, 1)
+        return self.conv(y)
+
+
+def bordered(**options: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return randomize_batchnorm(Bordered(**options), 0, torch.randn(2, 3, 5, 6)).eval().double()
+
+
+def test_a_border_that_is_written_is_read() -> None:
+    model, x = bordered(), torch.randn(2, 3, 5, 6).double()
+    fused = fuse_fx(model, x)
+    assert fused.meta["reparamc"].certificate.equal == 1
+    assert fused.meta["reparamc"].certificate.undecided == ()
+    assert [n.op for n in fused.graph.nodes].count("call_module") == 1
+    for options in (
+        {"side": np.s_[:, :, :1], "off": 1 + 1e-9},
+        {"side": np.s_[:, :, :2]},
+        {"side": np.s_[:, :, 1:2]},
+        {"side": np.s_[:1, :, :1], "off": 2.0},
+        {"side": np.s_[:, :, ::2]},
+    ):
+        other = trace(bordered(**options))
+        assert not certify_fx(other, fused, shapes_of(other, [x])).holds, options
+
+
+@pytest.mark.parametrize("name", ["dbb", "dbb, stride 2", "ecb, wider"])
+@pytest.mark.parametrize("exported", [False, True])
+def test_borders_of_blocks_of_papers_are_read(name: str, exported: bool) -> None:
+    class OfRank(nn.Module):
+        """What torch.fx cannot follow, and torch.export can."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) if x.dim() == 4 else x
+
+    block = CASES[name].module()
+    fused = fuse_fx(OfRank(block).eval() if exported else block, CASES[name].inputs()[0].float())
+    certificate = fused.meta["reparamc"].certificate
+    assert certificate.equal or exported
+    assert certificate.undecided == ()
+
+
+# What is not in place
 
 
 def test_the_last_elements_are_not_none() -> None:
