@@ -82,6 +82,8 @@ def agree(original: Value, emitted: Value, precision: Precision) -> Agreement:
         return Agreement("undecided", reason="the two are laid out differently")
     if original.channels != emitted.channels:
         return Agreement("different", np.inf, np.inf, f"{original.channels} channels against {emitted.channels}")
+    if original.loose - emitted.loose:
+        return Agreement("undecided", reason="a term may be repeated along an axis, in one of the two alone")
     found = _agree(original, emitted, precision, fixed=False)
     if found.verdict != "equal" and any(
         e.known is not None and grid != (1, 0)

@@ -140,6 +140,7 @@ class Value:
         channel: the axis of ``base`` that matrices act on; None while all elements are treated alike, by matrices
             of one row and column.
         grids: one `Grid` for each axis of ``base``, by source.
+        loose: axes of ``base`` along which a term of a sum may be repeated, at some input sizes.
     """
 
     base: tuple[Extent, ...]
@@ -148,6 +149,7 @@ class Value:
     blocks: tuple[Block, ...]
     vectors: Mapping[Where, Vector]
     view: View
+    loose: frozenset[int] = frozenset()
 
     @property
     def channels(self) -> int:
@@ -309,6 +311,7 @@ def added(terms: Sequence[Value]) -> Value:
         _never_repeated(total.grids, term.grids)
         total = replace(
             total,
+            loose=total.loose | term.loose | _loose(total, term),
             grids=_grids(total.grids, term.grids),
             blocks=total.blocks + term.blocks,
             vectors=_summed(total.vectors.items(), term.vectors.items()),
@@ -338,11 +341,19 @@ def _never_repeated(a: Mapping[Source, tuple[Grid, ...]], b: Mapping[Source, tup
                 raise Unrepresentable("its terms are of one extent for some input sizes only")
 
 
+def _loose(a: Value, b: Value) -> frozenset[int]:
+    """The axes along which one of two terms may be repeated."""
+    if not a.grids.keys().isdisjoint(b.grids):
+        return frozenset()  # they lie alike over one source
+    if a.is_plain and b.is_plain:
+        return frozenset(i for i, (m, n) in enumerate(zip(a.base, b.base, strict=True)) if m != n)
+    return frozenset(range(len(a.base)) if a.extents != b.extents else ())
+
+
 def _one_extent(value: Value, kernel: Kernel) -> None:
     """Raise if a kernel meets the border of a sum, of whose terms one may be repeated: it would meet others then."""
     for axis, stride, delta, *taps in zip(kernel.axes, kernel.stride, kernel.delta, *kernel.offsets, strict=True):
-        found = {source.extents[axis] for source in value.grids}
-        if len(found) > 1 and (stride, delta, *taps) != (1, 0, 0) and any(e.known is None for e in found):
+        if axis in value.loose and (stride, delta, *taps) != (1, 0, 0):
             raise Unrepresentable("a kernel reads a sum of which a term may be repeated along an axis")
 
 
@@ -383,7 +394,9 @@ def stacked(terms: Sequence[Value], axis: int) -> Value:
         for where, v in t.vectors.items():
             vectors.append((where, v.mapped(lambda a, at=at: np.pad(a, (at, total - at - len(a))))))
         at += t.channels
-    return _resized(replace(first, grids=grids, blocks=tuple(blocks), vectors=_summed(vectors)), total, axis)
+    loose = frozenset(i for t in whole for i in t.loose)  # what is stacked has one extent, or nothing runs
+    stack = replace(first, grids=grids, blocks=tuple(blocks), vectors=_summed(vectors), loose=loose)
+    return _resized(stack, total, axis)
 
 
 def _whole(value: Value, axis: int) -> Value:
@@ -565,7 +578,8 @@ def _moved(value: Value, view: View, at: int | None, behind: View | None) -> Val
     # What is averaged over keeps its coefficient, and the mean of a constant is this constant.
     blocks = tuple(replace(b, source=moved[b.source], taps=(trivial,)) for b in value.blocks)
     stays = identity_view(base) if behind is None else behind
-    return Value(base, at, dict.fromkeys(moved.values(), grids), blocks, value.vectors, stays)
+    loose = frozenset(range(len(base)) if value.loose else ())
+    return Value(base, at, dict.fromkeys(moved.values(), grids), blocks, value.vectors, stays, loose)
 
 
 def _unshuffled(value: Value) -> Value:

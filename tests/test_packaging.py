@@ -180,9 +180,7 @@ def test_the_algebra_knows_no_host_graph_and_no_rewrite(name: str) -> None:
     assert ours(path) <= PLAIN
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in LIBRARY if p.stem in PROOF or "_certify" in p.stem], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", [p for p in LIBRARY if p.stem in PROOF or "_certify" in p.stem], ids=lambda p: p.name)
 def test_the_certificate_shares_no_code_with_the_rewriter(path: Path) -> None:
     """What it proves must not rest on what it is to prove; the types of an ONNX model are ONNX's own inference."""
     others = {name for name in ours(path) if "_certify" not in name}

@@ -100,6 +100,23 @@ def sum_of_two(split: bool) -> ModelProto:
     return model(apart if split else at_once, {"w": rand(3, 3, 3, 3)}, IMAGE, inputs={"z": ("N", 3, "P", "Q")})
 
 
+def cropped(split: bool) -> ModelProto:
+    """The same over what a kernel leaves of one of two inputs of one size: one element of three."""
+    first = node("Conv", "x w", "c")
+    apart = [node("Conv", "c w", "a", pads=[1] * 4), node("Conv", "z w", "b", pads=[1] * 4), node("Add", "a b", "y")]
+    at_once = [node("Add", "c z", "s"), node("Conv", "s w", "y", pads=[1] * 4)]
+    return model([first, *(apart if split else at_once)], {"w": rand(3, 3, 3, 3)}, IMAGE, inputs={"z": IMAGE})
+
+
+def stacked(at_once: bool) -> ModelProto:
+    """A kernel over two inputs: of the sum of its halves, one may be repeated."""
+    w = rand(4, 6, 3, 3)
+    whole = [node("Concat", "x z", "s", axis=1), node("Conv", "s w", "y", pads=[1] * 4)]
+    apart = [node("Conv", "x v", "a", pads=[1] * 4), node("Conv", "z u", "b", pads=[1] * 4), node("Add", "a b", "y")]
+    parameters = {"w": w} if at_once else {"v": w[:, :3], "u": w[:, 3:]}
+    return model(whole if at_once else apart, parameters, IMAGE, inputs={"z": ("N", 3, "P", "Q")})
+
+
 def strided(merged: bool) -> ModelProto:
     """Branches whose extents agree at even sizes; at 3, one element of the second is repeated."""
     large, small = rand(3, 3, 3, 3), rand(3, 3, 2, 2)
@@ -175,6 +192,10 @@ DOUBTFUL: dict[str, tuple[Callable[[Any], ModelProto], Any, Any, dict[str, np.nd
     "a shape of what is a constant elsewhere": (like, "", "initializer", {"x": rand(1, 3, 8, 8), "z": rand(3, 64)}),
     "a shape of what is no more": (like, "", "stale", {"x": rand(1, 3, 8, 8), "z": rand(3, 64)}),
     "a term repeated under a kernel": (sum_of_two, False, True, {"x": rand(1, 3, 5, 5), "z": rand(1, 3, 1, 1)}),
+    "a term repeated under a kernel, for its crop": (
+        cropped, False, True, {"x": rand(1, 3, 3, 3), "z": rand(1, 3, 3, 3)},
+    ),
+    "a term repeated that is stacked": (stacked, False, True, {"x": rand(1, 3, 5, 5), "z": rand(1, 3, 1, 1)}),
     "a term repeated at one size": (strided, False, True, {"x": rand(1, 3, 3, 3)}),
     "a weight before a cast": (cast, 0.0, 1e-4, {"x": np.ones((1, 3, 1, 1), np.float32)}),
     "a weight before a choice": (largest, 0.0, 1e-8, {"x": np.ones(2)}),
@@ -215,6 +236,11 @@ def test_a_window_that_fits_every_map_is_read(extent: int | str, stride: int, bo
         )
     ]
     assert certify_onnx(*made).holds
+
+
+def test_what_is_stacked_has_one_extent() -> None:
+    """However the extents of the two inputs are called: a concatenation repeats nothing."""
+    assert certify_onnx(stacked(True), stacked(False)).holds
 
 
 def old(op: str, attributes: dict[str, Any], parameters: dict[str, np.ndarray], opset: int) -> ModelProto:
