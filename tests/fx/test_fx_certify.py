@@ -89,6 +89,44 @@ def test_extents_that_vary_are_symbols() -> None:
     assert image[0] != image[1]
 
 
+def test_extents_that_may_differ_have_other_symbols() -> None:
+    """Strides that agree at even sizes, axes of one length, and a second argument of one size with the first."""
+
+    class Extents(nn.Module):
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            even, odd = F.avg_pool2d(x, 2, 2), F.max_pool2d(x, 3, 2, 1)
+            return (even.mean((2, 3)) + odd.mean((2, 3)))[:, :, None, None] + (x + z)
+
+    x = torch.randn(2, 3, 8, 8)
+    shapes = shapes_of(trace(Extents()), [x, x])
+    even, odd = shapes["avg_pool2d"], shapes["max_pool2d"]
+    assert all(m != n for m, n in zip(even[2:], odd[2:], strict=True))
+    assert shapes["x"][2] != shapes["x"][3]
+    assert all(m != n for m, n in zip(shapes["x"][2:], shapes["z"][2:], strict=True))
+    assert shapes["x"][0] != shapes["z"][0]
+
+
+def test_a_term_that_may_be_repeated_is_no_proof() -> None:
+    conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+
+    class Split(nn.Module):
+        def __init__(self, split: bool) -> None:
+            super().__init__()
+            self.conv, self.split = conv, split
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return F.relu(self.conv(x) + self.conv(z) if self.split else self.conv(x + z))
+
+    at_once, apart = fx.symbolic_trace(Split(False)), fx.symbolic_trace(Split(True))
+    x = torch.randn(1, 3, 5, 5)
+    for n in apart.graph.nodes:  # not the same as in the other
+        if n.name.startswith(("conv", "add")):
+            n.name = f"apart_{n.name}"
+    shapes = shapes_of(at_once, [x, x])
+    assert verdicts(certify_fx(at_once, apart, shapes)) == ["undecided"]
+    assert verdicts(certify_fx(at_once, apart, {**shapes, "z": shapes["x"]})) == ["equal"]
+
+
 def emitted(fused: fx.GraphModule, kind: type[nn.Module]) -> list[Any]:
     return [m for name, m in fused.named_modules() if type(m) is kind and "fused" in name]
 
