@@ -148,13 +148,22 @@ def shapes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[Ex
         for i in tensors if len(tensors) > 1 else ():
             attempt(change, 1, i, slice(2, None))
             attempt(change, 1, i, slice(0, 1))
-    return {
-        name: tuple(
-            Extent(ns[0]) if len(set(ns)) == 1 else Extent(1, ("|".join(map(str, ns)),))
-            for ns in zip(*(run[name] for run in runs), strict=True)
-        )
-        for name in runs[0]
+    varying = {name: list(zip(*(run[name] for run in runs), strict=True)) for name in runs[0]}
+    # Rows of an image, one after the other: a reshape has to know what they are made of.
+    areas = {
+        tuple(h * w for h, w in zip(*shape[2:], strict=True)): (_extent(shape[2]), _extent(shape[3]))
+        for shape in varying.values()
+        if len(shape) == 4 and not any(len(set(ns)) == 1 for ns in shape[2:])
     }
+    return {
+        name: tuple(areas[ns][0].times(areas[ns][1]) if len(shape) < 4 and ns in areas else _extent(ns) for ns in shape)
+        for name, shape in varying.items()
+    }
+
+
+def _extent(sizes: tuple[int, ...]) -> Extent:
+    """An extent that has these sizes in several runs."""
+    return Extent(sizes[0]) if len(set(sizes)) == 1 else Extent(1, ("|".join(map(str, sizes)),))
 
 
 def _resized(value: Any, change: Change, batch: int) -> Any:
@@ -217,7 +226,7 @@ class _Side:
         self.positions = {name: at for at, name in enumerate(self.nodes)}
         self.inputs = [n.name for n in _inputs(module)]
         self.memory = Memory(module)
-        self.sizes: dict[fx.Node, Size | None] = {}
+        self.sizes: dict[fx.Node, Size] = {}
         self._computed: dict[str, _Computed] = {}
         self.constants = self._constants()
         for node in self.nodes.values():
@@ -307,7 +316,7 @@ class _Side:
     # Sizes, ranks, writes
 
     def _note_size(self, node: fx.Node) -> None:
-        """Note a node that reads extents: all of them (None), or one."""
+        """Note a node that reads extents: all of them, some, or one."""
         args = list(node.args)
         first = args[0] if args else None
         if not isinstance(first, fx.Node):
@@ -315,13 +324,16 @@ class _Side:
         name = name_of(node)
         whole = node.op == "call_method" and name == "size" and len(args) == 1 and not node.kwargs
         if whole or (node.target is getattr and args[1] == "shape"):
-            self.sizes[node] = None
+            self.sizes[node] = Size(first, slice(None))
         elif name in ("size", "sym_size") and len(args) == 2 and isinstance(args[1], int):
             self.sizes[node] = Size(first, args[1])
-        elif node.target is operator.getitem and first in self.sizes and isinstance(args[1], int):
-            source = first.args[0]
-            if self.sizes[first] is None and isinstance(source, fx.Node):
-                self.sizes[node] = Size(source, args[1])
+        elif node.target is operator.getitem and first in self.sizes:
+            of, index = self.sizes[first], args[1]
+            if of.axis != slice(None):
+                return
+            bounds = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
+            if all(b is None or isinstance(b, int) for b in bounds):
+                self.sizes[node] = Size(of.node, index)  # pyright: ignore[reportArgumentType]
 
     def _ranks(self) -> dict[str, int]:
         """Ranks that the operators themselves tell: those of kernels, and of what keeps them."""
@@ -386,13 +398,9 @@ class _Side:
 
         def key(value: Any) -> Hashable:
             if isinstance(value, fx.Node):
-                size = self.sizes.get(value, _NOT_A_SIZE)
-                if isinstance(size, Size):
+                if (size := self.sizes.get(value)) is not None:
                     given.append(size.node)
-                    return ("size", size.axis)
-                if size is None:
-                    given.append(value.all_input_nodes[0])
-                    return "shape"
+                    return ("size", repr(size.axis))
                 if whole is not None and value is whole:
                     return ("split", str(value.target), key(value.args), key(value.kwargs))
                 if value in self.memory.parts:
@@ -486,6 +494,3 @@ def _sliced_axes(call: Described) -> list[tuple[int, Any]] | None:
     start, end, step = (call.args.get(key) for key in ("start", "end", "step"))
     start, end = (None if start == 0 else start), (None if isinstance(end, int) and end >= nf.WHOLE else end)
     return [(dim, slice(start, end, None if step == 1 else step))]
-
-
-_NOT_A_SIZE = object()

@@ -52,6 +52,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "flatten": ("input", "start_dim", "end_dim"),
     "squeeze": ("input", "dim"),
     "unsqueeze": ("input", "dim"),
+    "unflatten": ("input", "dim", "sizes"),
     "mean": ("input", "dim", "keepdim"),
     "avg_pool": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     "adaptive_avg_pool": ("input", "output_size"),

@@ -22,9 +22,9 @@ ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "a
 
 
 class Size:
-    """An extent of a node: what ``x.size(axis)`` and its like read."""
+    """Extents of a node: what ``x.size(axis)`` and its like read; several where ``axis`` is a slice."""
 
-    def __init__(self, node: fx.Node, axis: int) -> None:
+    def __init__(self, node: fx.Node, axis: int | slice) -> None:
         self.node, self.axis = node, axis
 
 
@@ -41,7 +41,7 @@ class Side(Protocol):
     module: fx.GraphModule
     memory: Memory
     constants: set[str]
-    sizes: dict[fx.Node, Size | None]
+    sizes: dict[fx.Node, Size]
 
     def tensor(self, name: str) -> Tensor | None: ...
     def magnitude(self, name: str) -> Array | None: ...
@@ -97,9 +97,18 @@ class Read:
         if isinstance(given, int):
             return None if given == -1 else Extent(given)
         size = self.side.sizes.get(given) if isinstance(given, fx.Node) else None
-        if size is None:
+        if size is None or not isinstance(size.axis, int):
             raise Unrepresentable("an extent is computed at run time")
         return self._of(size.node.name).extents[size.axis]
+
+    def extents(self, given: Any) -> list[Extent | None]:
+        """An argument that is a shape."""
+        if isinstance(given, list | tuple):
+            return [e for inner in given for e in self.extents(inner)]
+        size = self.side.sizes.get(given) if isinstance(given, fx.Node) else None
+        if size is not None and isinstance(size.axis, slice):
+            return list(self._of(size.node.name).extents[size.axis])
+        return [self.extent(given)]
 
     def integers(self, name: str, n: int, default: int) -> tuple[int, ...]:
         given = self.get(name, default)
@@ -422,9 +431,12 @@ def _read_mean(call: Read) -> Value:
 
 
 def _read_reshape(call: Read) -> Value:
-    shape = call.call.args["shape"]
-    shape = shape if isinstance(shape, list | tuple) else [shape]
-    return nf.regrouped(call.x, [call.extent(s) for s in shape])
+    return nf.regrouped(call.x, call.extents(call.call.args["shape"]))
+
+
+def _read_unflatten(call: Read) -> Value:
+    x, axis = call.x, call.axis("dim", call.x)
+    return nf.regrouped(x, [*x.extents[:axis], *call.extents(call.call.args["sizes"]), *x.extents[axis + 1 :]])
 
 
 def _read_reshape_as(call: Read) -> Value:
@@ -492,6 +504,7 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "channel_shuffle": _read_channel_shuffle,
     "mean": _read_mean,
     "reshape": _read_reshape,
+    "unflatten": _read_unflatten,
     **dict.fromkeys(("reshape_as", "view_as"), _read_reshape_as),
     "permute": _read_permute,
     "transpose": _read_transpose,

@@ -182,6 +182,21 @@ def test_ranks_are_told_by_operators_where_there_are_no_examples() -> None:
     assert (certificate.equal, certificate.undecided) == (2, ())
 
 
+def test_tokens_become_an_image_again() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.scale = nn.Linear(4, 4), nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = F.softmax(x.flatten(2).transpose(1, 2), 1)
+            return x + self.scale * self.proj(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+    fused = fuse_fx(Tokens().eval(), torch.randn(2, 4, 6, 6))
+    certificate = fused.meta["reparamc"].certificate
+    assert (certificate.equal, certificate.undecided) == (1, ())
+
+
 # Writes in place
 
 
