@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from time import perf_counter
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from reparamc.certify import Certificate
 from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
 from reparamc.fx_calls import operation
-from reparamc.fx_certify import Extent, certify_fx, shapes_of
+from reparamc.fx_certify import certify_fx, shapes_of
 from reparamc.fx_export import can_be_exported, exported, holds_linear
 from reparamc.fx_graph import FxGraph
 from reparamc.fx_regions import by_position, run_alone

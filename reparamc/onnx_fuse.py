@@ -8,9 +8,8 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable
-from functools import partial
+from functools import cached_property, partial
 from math import prod
-from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,7 +28,7 @@ from reparamc.onnx_graph import OnnxGraph
 from reparamc.onnx_harm import fused_by_runtime, harmful, reason
 from reparamc.onnx_latency import compare_latency
 from reparamc.onnx_record import file_origin, inscribe, model_origin
-from reparamc.onnx_runtime import FILE_LIMIT, one_line, verify_end_to_end
+from reparamc.onnx_runtime import FILE_LIMIT, verify_end_to_end
 from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
 from reparamc.outcome import proven, regions_of, undone
 from reparamc.plan import make_plan
