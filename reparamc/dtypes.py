@@ -20,7 +20,9 @@ def epsilon_of(dtype: np.dtype) -> float:
 
 
 def largest_of(dtype: np.dtype) -> int | None:
-    """The largest whole number of ``dtype``, None if it is none of whole numbers."""
+    """The largest whole number of ``dtype``, 1 of truth values; None if it is of neither."""
+    if dtype.kind == "b":
+        return 1
     try:
         return int(ml_dtypes.iinfo(dtype).max)
     except ValueError:

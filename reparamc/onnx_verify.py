@@ -353,9 +353,9 @@ class _Search:
                 break
             self._fails(trial)
         if self.smallest is None and slots:
-            largest = {name: extent + extent // 2 + 1 for name, extent in base.extents.items()}
+            extents = {name: range(1, n + n // 2 + 2) for name, n in base.extents.items()}
             patterns = [*trials.PATTERNS, *trials.NON_FINITE * non_finite]
-            self._look(Space(largest, patterns, trials.scales(slots), limits, 2**16), examples)
+            self._look(Space(extents, patterns, trials.scales(slots), limits, 2**16), examples)
         if self.smallest is not None:
             found = self.smallest[1]
             self.clock.extend()

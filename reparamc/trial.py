@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from reparamc.dtypes import epsilon_of, largest_of
 from reparamc.errors import InputError
 from reparamc.verification import kind_of
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 Inputs = dict[str, npt.NDArray]
 
@@ -26,12 +31,14 @@ class Slot:
     """One input that a caller must give: extents are numbers, or names of what may vary.
 
     Where even the number of axes is open, ``dims`` is empty and ``ranked`` False.
+    Whole numbers are drawn from the first of ``bounds`` to the last; without any, below the limit of a trial.
     """
 
     name: str
     dtype: np.dtype
     dims: tuple[int | str, ...]
     ranked: bool = True
+    bounds: tuple[int, int] | None = field(default=None, kw_only=True)
 
     @property
     def kind(self) -> str:
@@ -97,6 +104,14 @@ def _impulse(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
     return x
 
 
+def _border(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
+    """Zeros but for the ends of the axes behind the channels, where one has an interior."""
+    x = _normal(rng, shape)
+    if any(n > 2 for n in shape[2:]):
+        x[tuple(slice(1, -1) if n > 2 and axis > 1 else slice(None) for axis, n in enumerate(shape))] = 0
+    return x
+
+
 def _checkerboard(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
     return 1.0 - 2.0 * (np.indices(shape).sum(0) % 2) if shape else np.ones(())
 
@@ -117,6 +132,7 @@ PATTERNS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], npt.NDArray
     "positive": _positive,
     "uniform": _uniform,
     "impulse": _impulse,
+    "border": _border,
     "checkerboard": _checkerboard,
     "channels": _channels,
 }
@@ -203,8 +219,8 @@ def _made(slots: Sequence[Slot], trial: Trial) -> Inputs:
         shape = tuple(d if isinstance(d, int) else trial.extents[d] for d in slot.dims)
         if slot.dtype.kind == "O":
             raise InputError(f"input {slot.name!r} holds strings, which cannot be made up; give values with --inputs")
-        if slot.dtype.kind in "iub":
-            inputs[slot.name] = _whole(rng, shape, slot.dtype, trial)
+        if (largest := largest_of(slot.dtype)) is not None:
+            inputs[slot.name] = _whole(rng, shape, slot, largest, trial)
             continue
         special = trial.pattern in NON_FINITE
         x = PATTERNS["normal" if special else trial.pattern](rng, shape) * trial.scale
@@ -214,13 +230,13 @@ def _made(slots: Sequence[Slot], trial: Trial) -> Inputs:
     return inputs
 
 
-def _whole(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, trial: Trial) -> npt.NDArray:
+def _whole(rng: np.random.Generator, shape: tuple[int, ...], slot: Slot, largest: int, trial: Trial) -> npt.NDArray:
+    if slot.bounds is not None:
+        return np.asarray(rng.integers(*slot.bounds, shape, endpoint=True)).astype(slot.dtype)
     if trial.pattern in ("ones", "zeros", "impulse"):
-        return PATTERNS[trial.pattern](rng, shape).astype(dtype)
-    if dtype.kind == "b":
-        return np.asarray(rng.integers(0, 2, shape)).astype(dtype)
-    limit = min(trial.limit, np.iinfo(dtype).max + 1, SHORT_LIMIT if len(shape) < 2 else trial.limit)
-    return np.asarray(rng.integers(0, limit, shape)).astype(dtype)
+        return PATTERNS[trial.pattern](rng, shape).astype(slot.dtype)
+    limit = min(trial.limit, largest + 1, SHORT_LIMIT if len(shape) < 2 else trial.limit)
+    return np.asarray(rng.integers(0, limit, shape)).astype(slot.dtype)
 
 
 def symbols(slots: Sequence[Slot]) -> dict[str, bool]:
@@ -234,8 +250,8 @@ def symbols(slots: Sequence[Slot]) -> dict[str, bool]:
 
 
 def scales(slots: Sequence[Slot]) -> tuple[float, ...]:
-    """The members of `SCALES` that leave all digits to the inputs: float16 has few beside 1."""
-    return SCALES[:3] if any(s.dtype == np.float16 for s in slots) else SCALES
+    """The members of `SCALES` that leave all digits to the inputs: dtypes of 16 bits and less have few beside 1."""
+    return SCALES[:3] if any(epsilon_of(s.dtype) > 1e-4 for s in slots) else SCALES
 
 
 def first_trials(slots: Sequence[Slot]) -> Iterator[Trial]:
@@ -271,11 +287,11 @@ def further_trials(
     """Other sizes and other values than ``base``, in turns, the most telling first."""
     names = symbols(slots)
     sizes = list(_sizes(names, base.extents)) if names else []
-    floating = any(s.dtype.kind not in "iubO" for s in slots)
+    floating = any(epsilon_of(s.dtype) for s in slots)
     whole = any(s.dtype.kind in "iu" for s in slots)
     values: list[Trial] = []
     if floating:
-        patterns = ("channels", "negative", "impulse", "uniform", "checkerboard", "zeros", "ones", "positive")
+        patterns = ("channels", "negative", "border", "impulse", "uniform", "checkerboard", "zeros", "ones", "positive")
         values += [replace(base, pattern=p) for p in patterns]
         values += [replace(base, scale=s) for s in scales(slots)[1:]]
         values += [replace(base, pattern=p) for p in NON_FINITE * non_finite]
@@ -300,7 +316,7 @@ def _sizes(names: Mapping[str, bool], base: Mapping[str, int]) -> Iterator[dict[
     yield {name: 2 if is_batch else SMALL[at % len(SMALL)] for at, (name, is_batch) in enumerate(names.items())}
 
 
-class NoHypothesis(Exception):
+class NoHypothesis(ImportError):
     """The package hypothesis is not installed."""
 
 
@@ -309,12 +325,12 @@ class Space:
     """What trials are drawn from.
 
     Attributes:
-        largest: extents are drawn from 1 to these.
+        extents: what each of those that vary may be, the simplest first.
         patterns, scales, limits: of which one is drawn, the simplest first.
         seeds: the seed is drawn from 0 to this.
     """
 
-    largest: Mapping[str, int]
+    extents: Mapping[str, Sequence[int]]
     patterns: Sequence[str]
     scales: Sequence[float]
     limits: Sequence[int]
@@ -325,7 +341,28 @@ class Space:
         """All that is no larger and no less simple than ``trial``."""
         patterns = dict.fromkeys([*list(PATTERNS)[:3], trial.pattern])
         scales, limits = dict.fromkeys([1.0, trial.scale]), dict.fromkeys([2, trial.limit])
-        return cls(trial.extents, tuple(patterns), tuple(scales), tuple(limits), trial.seed)
+        extents = {name: range(1, most + 1) for name, most in trial.extents.items()}
+        return cls(extents, tuple(patterns), tuple(scales), tuple(limits), trial.seed)
+
+
+def strategy(space: Space) -> SearchStrategy[Trial]:
+    """Trials of ``space`` for hypothesis, which shrinks towards the simplest.
+
+    Raises:
+        NoHypothesis: it is not installed.
+    """
+    try:
+        from hypothesis import strategies as st
+    except ImportError as error:
+        raise NoHypothesis("hypothesis is not installed; install it with: pip install 'reparamc[testing]'") from error
+    return st.builds(
+        Trial,
+        extents=st.fixed_dictionaries({name: st.sampled_from(e) for name, e in sorted(space.extents.items())}),
+        pattern=st.sampled_from(space.patterns),
+        scale=st.sampled_from(space.scales),
+        limit=st.sampled_from(space.limits),
+        seed=st.integers(0, space.seeds),
+    )
 
 
 def search(fails: Callable[[Trial], bool], space: Space, examples: int, seed: int) -> None:
@@ -334,20 +371,10 @@ def search(fails: Callable[[Trial], bool], space: Space, examples: int, seed: in
     Raises:
         NoHypothesis: it is not installed.
     """
-    try:
-        from hypothesis import HealthCheck, find, settings
-        from hypothesis import strategies as st
-        from hypothesis.errors import HypothesisException, NoSuchExample
-    except ImportError as error:
-        raise NoHypothesis from error
-    trials = st.builds(
-        Trial,
-        extents=st.fixed_dictionaries({name: st.integers(1, most) for name, most in sorted(space.largest.items())}),
-        pattern=st.sampled_from(space.patterns),
-        scale=st.sampled_from(space.scales),
-        limit=st.sampled_from(space.limits),
-        seed=st.integers(0, space.seeds),
-    )
+    trials = strategy(space)
+    from hypothesis import HealthCheck, find, settings
+    from hypothesis.errors import HypothesisException, NoSuchExample
+
     slow = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
     how = settings(max_examples=max(examples, 1), database=None, deadline=None, suppress_health_check=slow)
     try:

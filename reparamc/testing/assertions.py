@@ -13,7 +13,7 @@ from reparamc.compare import Difference, differences, noise_of, nudged, ulps
 from reparamc.compare import tolerance as explained
 from reparamc.dtypes import epsilon_of
 from reparamc.errors import InputError, one_line
-from reparamc.testing.inputs import Host, Space, Tree, arrays_of, host_of, leaves, mapped
+from reparamc.testing.inputs import Domain, Host, Tree, arrays_of, host_of, leaves, mapped
 
 PERTURBATIONS = 3
 """One may be absorbed by rounding or by a saturated layer."""
@@ -63,7 +63,7 @@ def assert_equivalent(
         _on_strategy(pair, inputs, examples)
         return
     if inputs is None:
-        given = list(_space(pair.a, pair.b).some(examples, seed))
+        given = list(_domain(pair.a, pair.b).some(examples, seed))
     if not given:
         raise InputError("an empty list of inputs compares nothing")
     for number, one in enumerate(given, 1):
@@ -76,13 +76,13 @@ def check_tolerance(tolerance: float | None) -> None:
         raise InputError(f"a tolerance cannot be {tolerance:g}: give 0 or more, or None for what rounding explains")
 
 
-def _space(*hosts: Host) -> Space:
+def _domain(*hosts: Host) -> Domain:
     """What inputs the first side takes that tells."""
     failure = InputError("neither of two functions tells what inputs it takes; give inputs")
     for host in hosts:
         try:
-            if (space := host.space(None)) is not None:
-                return space
+            if (domain := host.domain(None)) is not None:
+                return domain
         except InputError as error:
             failure = error
     raise failure

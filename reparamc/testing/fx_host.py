@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
 from reparamc.fx_fuse import trace
-from reparamc.testing.inputs import Argument, Space, Tree, leaves, mapped
+from reparamc.testing.inputs import Domain, Tree, bounds_of, leaves, mapped
+from reparamc.trial import Slot
 
 _FIRST_EXTENTS = (16, 32, 64, 224)
 
@@ -59,7 +60,7 @@ class TorchHost:
             return False
         return True
 
-    def space(self, example_inputs: Any) -> Space:
+    def domain(self, example_inputs: Any) -> Domain:
         if example_inputs is None:
             example_inputs = self._guess()
         example = arrays(example_inputs if isinstance(example_inputs, tuple | list | Mapping) else (example_inputs,))
@@ -67,15 +68,14 @@ class TorchHost:
         if not self.runs(example):
             self(*split(example))  # raises the model's own error
         base: dict[str, int] = {}
-        arguments = []
+        slots = []
         for at, part in enumerate(parts):
             if isinstance(part, np.ndarray):
-                bounds = (int(part.min()), int(part.max())) if part.size and part.dtype.kind in "iub" else (0, 1)
                 # Axes at the same place and of the same extent vary together: a batch is one thing.
                 names = [f"axis{axis}:{n}" for axis, n in enumerate(part.shape)]
                 base |= dict(zip(names, part.shape, strict=True))
-                arguments.append(Argument(str(at), tuple(names), part.dtype, bounds))
-        places = [int(a.name) for a in arguments]
+                slots.append(Slot(str(at), part.dtype, tuple(names), bounds=bounds_of(part)))
+        places = [int(s.name) for s in slots]
 
         def assemble(drawn: list[np.ndarray]) -> Tree:
             whole = list(parts)
@@ -83,7 +83,7 @@ class TorchHost:
                 whole[place] = tensor(array, self.device)
             return pytree.tree_unflatten(whole, spec)
 
-        return Space(arguments, base, self.runs, assemble)
+        return Domain(slots, base, self.runs, assemble)
 
     def _guess(self) -> tuple[Tensor, ...]:
         """An example input for a module of one argument, from the first layer that says what it takes."""

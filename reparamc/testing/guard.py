@@ -16,7 +16,7 @@ from typing import Any
 from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.report import Refusal, Report, Rewrite
 from reparamc.testing.assertions import assert_equivalent, check_tolerance
-from reparamc.testing.inputs import arrays_of, space_of
+from reparamc.testing.inputs import arrays_of, domain_of
 from reparamc.testing.randomize import randomize_batchnorm, randomize_layer_scales
 
 _CONVOLUTION = re.compile(r"^%\S+ = conv ", re.MULTILINE)
@@ -73,7 +73,7 @@ def fuse_guard(
         raise AssertionError("\n".join([f"{outcome.name} does not fuse as it should", *faults]))
     # A copy that holds for the sizes of the example only is asked which sizes these are.
     asked = outcome.result if outcome.report.note else outcome.original
-    inputs = list(space_of(asked, outcome.example).some(examples, seed))
+    inputs = list(domain_of(asked, outcome.example).some(examples, seed))
     assert_equivalent(outcome.original, outcome.result, inputs, tolerance=tolerance, seed=seed)
     return outcome.result
 
@@ -132,8 +132,7 @@ def _fuse_torch(model: Any, example: Any, seed: int | None, options: Mapping[str
     except Exception as error:  # whatever the attributes of the user's module raise
         raise InputError(f"{type(model).__name__} cannot be copied: {one_line(error)}") from error
     if example is None:
-        space = space_of(original)
-        example = space.inputs(space.base, "normal", 0)
+        example = domain_of(original).example()
     if seed is not None:
         positional = example if not isinstance(example, Mapping) else None
         randomize_layer_scales(randomize_batchnorm(original, seed, positional), seed)
@@ -150,9 +149,9 @@ def _fuse_onnx(model: Any, example: Any, seed: int | None, options: Mapping[str,
 
     host = OnnxHost(model)
     original = host.model
-    space = host.space(example)
+    domain = host.domain(example)
     if seed is not None:
-        inputs = space.inputs(space.base, "normal", 0) if example is None else arrays_of(example)
+        inputs = domain.example() if example is None else arrays_of(example)
         original = randomize_batchnorm(original, seed, inputs)
     result, report = fuse_model(original, **options)
     name = Path(model).name if isinstance(model, str | os.PathLike) else "the ONNX model"

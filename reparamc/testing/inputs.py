@@ -5,127 +5,102 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from reparamc.dtypes import largest_of
 from reparamc.errors import InputError, InputTypeError
+from reparamc.trial import LIMITS, Slot, Space, Trial, make_inputs, scales, strategy, symbols
 
 if TYPE_CHECKING:
     from hypothesis import strategies as st
 
-PATTERNS = ("normal", "border", "spike", "ones", "zeros", "large", "small")
-"""Normal values; the same at the ends of each axis only; one element that is not zero; and so on."""
-
 _BATCHES = (2, 1, 3)
 _EXTENTS = (7, 1, 2, 3, 4, 5, 8, 9, 13, 16)
+_TELLING = ("border", "impulse", "ones", "zeros")
+"""Patterns that bring out borders and shifts, which normal values may hide."""
 
 Tree = Any
 """A value, or tuples, lists and mappings of values."""
 
 
-@dataclass(frozen=True)
-class Argument:
-    """One input: its extents are numbers or names; of whole numbers ``bounds`` are the smallest and the largest."""
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: np.dtype
-    bounds: tuple[int, int] = (0, 1)
-
-
-class Space:
+class Domain:
     """The inputs that a model accepts.
 
     Attributes:
-        arguments: the inputs that vary, in the order in which `inputs` asks ``assemble`` for the whole.
+        slots: the inputs that vary, in the order in which `inputs` asks ``assemble`` for the whole.
+        base: the extents of the example.
         extents: what each name in their shapes may be; each alone was tried.
     """
 
     def __init__(
         self,
-        arguments: Sequence[Argument],
+        slots: Sequence[Slot],
         base: Mapping[str, int],
         runs: Callable[[Tree], bool],
         assemble: Callable[[list[np.ndarray]], Tree],
     ) -> None:
-        self.arguments, self.base = arguments, dict(base)
+        self.slots, self.base = slots, dict(base)
         self._runs, self._assemble = runs, assemble
-        self._known: dict[tuple[int, ...], bool] = {}
-        self.extents = {name: self._tried(name) for name in base}
+        self._known: dict[tuple[tuple[str, int], ...], bool] = {}
+        self.extents = {name: self._tried(name, is_batch) for name, is_batch in symbols(slots).items()}
 
-    def _tried(self, name: str) -> tuple[int, ...]:
+    def _tried(self, name: str, is_batch: bool) -> tuple[int, ...]:
         at = self.base[name]
-        batch = all(name not in a.shape or a.shape[0] == name for a in self.arguments)
-        wanted = dict.fromkeys(_BATCHES if batch else (*_EXTENTS, at, at - 1, at + 1))
+        wanted = dict.fromkeys(_BATCHES if is_batch else (*_EXTENTS, at, at - 1, at + 1))
         found = [n for n in wanted if n > 0 and (n == at or self.accepts({**self.base, name: n}))]
         # An extent of one alone proves nothing: it may have been repeated along a longer one.
         return tuple(found) if set(found) - {1, at} else (at,)
 
+    @property
+    def space(self) -> Space:
+        """What inputs are drawn from."""
+        return Space(self.extents, ("normal", *_TELLING), scales(self.slots), LIMITS[:1], 2**16)
+
     def accepts(self, sizes: Mapping[str, int]) -> bool:
         """Whether the model runs on inputs of these sizes."""
-        key = tuple(sizes.values())
+        key = tuple(sorted(sizes.items()))
         if key not in self._known:
-            self._known[key] = self._runs(self.inputs(sizes, "normal", 0))
+            self._known[key] = self._runs(self.inputs(Trial(sizes)))
         return self._known[key]
 
-    def inputs(self, sizes: Mapping[str, int], pattern: str, seed: int) -> Tree:
-        """Inputs of these sizes, with values of one of `PATTERNS`."""
-        rng = np.random.default_rng(seed)
-        arrays = []
-        for a in self.arguments:
-            shape = [sizes[n] if isinstance(n, str) else n for n in a.shape]
-            if a.dtype.kind in "iub":
-                low, high = a.bounds
-                arrays.append(rng.integers(low, high, shape, endpoint=True).astype(a.dtype))
-            else:
-                arrays.append(values(pattern, shape, rng, a.dtype))
-        return self._assemble(arrays)
+    def inputs(self, trial: Trial) -> Tree:
+        """The whole inputs of ``trial``."""
+        return self._assemble([*make_inputs(self.slots, trial).values()])
+
+    def example(self) -> Tree:
+        """Normal values in the sizes of the example."""
+        return self.inputs(Trial(self.base))
 
     def some(self, count: int, seed: int = 0) -> Iterator[Tree]:
         """``count`` inputs, repeatable: of the sizes given, the smallest, of mixed parities, then of random ones."""
         rng = np.random.default_rng(seed)
         chosen = [self.base, {n: min(e) for n, e in self.extents.items()}]
         chosen += [{n: e[(at + k) % len(e)] for k, (n, e) in enumerate(self.extents.items())} for at in (0, 3)]
+        kinds = [*((pattern, 1.0) for pattern in _TELLING), *(("normal", scale) for scale in scales(self.slots)[1:])]
         made = 0
         for attempt in range(4 * count):
             drawn = {n: int(rng.choice(e)) for n, e in self.extents.items()}
             sizes = chosen[attempt] if attempt < len(chosen) else drawn
             if made < count and self.accepts(sizes):
-                yield self.inputs(sizes, "normal" if made < 4 else PATTERNS[(made - 3) % len(PATTERNS)], seed + made)
+                pattern, scale = ("normal", 1.0) if made < 4 else kinds[(made - 4) % len(kinds)]
+                yield self.inputs(Trial(sizes, pattern, scale, seed=seed + made))
                 made += 1
 
 
-def values(pattern: str, shape: Sequence[int], rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
-    """An array of one of `PATTERNS`."""
-    drawn = np.asarray(rng.standard_normal(shape))
-    narrow = dtype.itemsize < 4
-    match pattern:
-        case "zeros":
-            drawn = np.zeros(shape)
-        case "ones":
-            drawn = np.ones(shape)
-        case "spike":
-            place = int(rng.integers(max(drawn.size, 1)))
-            drawn = np.where(np.arange(drawn.size) == place, 1.0, 0.0).reshape(shape)
-        case "border":
-            drawn[tuple(slice(1, -1) if n > 2 and axis > 1 else slice(None) for axis, n in enumerate(shape))] *= (
-                0.0 if any(n > 2 for n in shape[2:]) else 1.0
-            )
-        case "large":
-            drawn = drawn * (30 if narrow else 1000)
-        case "small":
-            drawn = drawn * (0.03 if narrow else 1e-3)
-    return drawn.astype(dtype)
+def bounds_of(array: np.ndarray) -> tuple[int, int]:
+    """The smallest and the largest of whole numbers or truth values; 0 and 1 where there are none."""
+    whole = array.size and largest_of(array.dtype) is not None
+    return (int(array.min()), int(array.max())) if whole else (0, 1)
 
 
 def inputs_for(model: Any, example_inputs: Any = None) -> st.SearchStrategy[Any]:
     """Inputs for ``model``, as a strategy for hypothesis: sizes, parities, borders, magnitudes.
 
     Every extent that may vary does: each is tried, from 1 upwards, on the model itself before the first example.
-    Values are normal, zero, one, large, small, or other than zero at the border or in one place only. Whole numbers
-    stay between the smallest and the largest of the example, or are 0 and 1.
+    Values are normal, zero, one, or other than zero at the border or in one place only, and large or small. Whole
+    numbers stay between the smallest and the largest of the example, or are 0 and 1.
 
     Args:
         model: a torch module, an ONNX ModelProto or the path of one.
@@ -140,21 +115,19 @@ def inputs_for(model: Any, example_inputs: Any = None) -> st.SearchStrategy[Any]
     Raises:
         InputError: the model does not run on the example, or does not tell what it takes.
     """
-    from hypothesis import strategies as st
-
-    space = space_of(model, example_inputs)
-    sizes = st.fixed_dictionaries({name: st.sampled_from(e) for name, e in space.extents.items()})
-    if len(space.extents) > 1:
-        sizes = sizes.filter(space.accepts)
-    return st.builds(space.inputs, sizes, st.sampled_from(PATTERNS), st.integers(0, 2**16))
+    domain = domain_of(model, example_inputs)
+    trials = strategy(domain.space)
+    if len(domain.extents) > 1:
+        trials = trials.filter(lambda trial: domain.accepts(trial.extents))
+    return trials.map(domain.inputs)
 
 
-def space_of(model: Any, example_inputs: Any = None) -> Space:
+def domain_of(model: Any, example_inputs: Any = None) -> Domain:
     """The inputs that ``model`` accepts; see `inputs_for`."""
-    space = host_of(model).space(example_inputs)
-    if space is None:
+    domain = host_of(model).domain(example_inputs)
+    if domain is None:
         raise InputError("a function does not tell what inputs it takes; give them")
-    return space
+    return domain
 
 
 # Hosts
@@ -183,7 +156,7 @@ class Host(Protocol):
         """The machine epsilon of its parameters, 0 without any."""
         ...
 
-    def space(self, example_inputs: Any) -> Space | None: ...
+    def domain(self, example_inputs: Any) -> Domain | None: ...
 
     def __call__(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> list[tuple[str, Any]]: ...
 
@@ -220,7 +193,7 @@ class FunctionHost:
         self.kind = f"function {getattr(function, '__name__', type(function).__name__)}"
         self.function, self.tensors = function, tensors
 
-    def space(self, example_inputs: Any) -> Space | None:
+    def domain(self, example_inputs: Any) -> Domain | None:
         return None
 
     def __call__(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> list[tuple[str, Any]]:

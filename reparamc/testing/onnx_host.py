@@ -15,7 +15,8 @@ from reparamc.errors import InputError
 from reparamc.onnx_fuse import load
 from reparamc.onnx_runtime import first_working_inputs, session
 from reparamc.onnx_values import attribute
-from reparamc.testing.inputs import Argument, Space, Tree, arrays_of
+from reparamc.testing.inputs import Domain, Tree, arrays_of, bounds_of
+from reparamc.trial import Slot
 
 _COPY = "/read_by_pooling"
 """Behind the name of a value, the name of its copy among the outputs."""
@@ -57,20 +58,19 @@ class OnnxHost:
         # Of such a window the runtime makes one result where it should make none.
         return all(np.all(np.array(maps[x + _COPY].shape[2:]) + pads >= kernel) for x, kernel, pads in self._windows)
 
-    def space(self, example_inputs: Any) -> Space:
+    def domain(self, example_inputs: Any) -> Domain:
         example = self._example(example_inputs)
         base: dict[str, int] = {}
-        arguments = []
+        slots = []
         for value in self.inputs:
             array, names = example[value.name], []
             for axis, (d, n) in enumerate(zip(value.type.tensor_type.shape.dim, array.shape, strict=True)):
                 names.append(int(n) if d.HasField("dim_value") else d.dim_param or f"{value.name}:{axis}")
                 if isinstance(names[-1], str):
                     base.setdefault(names[-1], int(n))
-            whole = array.dtype.kind in "iub" and array.size
-            bounds = (int(array.min()), int(array.max())) if example_inputs is not None and whole else (0, 1)
-            arguments.append(Argument(value.name, tuple(names), array.dtype, bounds))
-        return Space(arguments, base, self.runs, lambda drawn: dict(zip(self.names, drawn, strict=True)))
+            bounds = (0, 1) if example_inputs is None else bounds_of(array)
+            slots.append(Slot(value.name, array.dtype, tuple(names), bounds=bounds))
+        return Domain(slots, base, self.runs, lambda drawn: dict(zip(self.names, drawn, strict=True)))
 
     def _example(self, given: Any) -> dict[str, np.ndarray]:
         if given is None:

@@ -284,9 +284,9 @@ def test_sizes_of_a_fixed_model_are_kept() -> None:
 
 
 def inputs_of(model: Any, example: Any = None) -> list[Any]:
-    from reparamc.testing.inputs import space_of
+    from reparamc.testing.inputs import domain_of
 
-    return list(space_of(model, example).some(12))
+    return list(domain_of(model, example).some(12))
 
 
 def test_named_extents_vary_together() -> None:
@@ -314,6 +314,16 @@ def test_whole_numbers_stay_within_the_example() -> None:
     model = nn.Embedding(5, 2)
     values = torch.cat([x.flatten() for (x,) in inputs_of(model, torch.tensor([[1, 4], [2, 3]]))])
     assert set(values.tolist()) == {1, 2, 3, 4}
+
+
+def test_a_mask_without_holes_stays_one() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Any, mask: Any) -> Any:
+            return x.masked_fill(~mask, float("-inf")).softmax(-1)
+
+    found = inputs_of(Masked(), (torch.ones(2, 5), torch.ones(2, 5, dtype=torch.bool)))
+    assert all(mask.all() for _, mask in found)
+    assert len({tuple(x.shape) for x, _ in found}) > 2
 
 
 def test_windows_larger_than_the_map_are_no_inputs() -> None:
