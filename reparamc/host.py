@@ -23,7 +23,7 @@ from reparamc.expr import (
     walk,
 )
 from reparamc.graph import Graph, Reading, Value
-from reparamc.report import Failure, Refusal
+from reparamc.report import FailedRegion, Refusal
 from reparamc.verify import REGION_TOLERANCE, compare_expressions, relative, samples, structure
 
 LARGEST = 2**18
@@ -46,7 +46,7 @@ class Host:
     readings: Mapping[Value, Reading]
     errors: dict[Hashable, float] = field(default_factory=dict)
     unable: list[Refusal] = field(default_factory=list)
-    failures: dict[tuple[str, str], Failure] = field(default_factory=dict)
+    failures: dict[tuple[str, str], FailedRegion] = field(default_factory=dict)
     _asked: set[Hashable] = field(default_factory=set)
     _compared: set[Hashable] = field(default_factory=set)
 
@@ -74,10 +74,12 @@ class Host:
         self._compared.add(kind)
         return error
 
-    def fail(self, root: Value, check: str, error: float, passes: tuple[str, ...], before: str, after: str) -> Failure:
-        """Note that the replacement of the region that ends in ``root`` failed a check; see `Failure`."""
+    def fail(
+        self, root: Value, check: str, error: float, passes: tuple[str, ...], before: str, after: str
+    ) -> FailedRegion:
+        """Note that the replacement of the region that ends in ``root`` failed a check; see `FailedRegion`."""
         finite = error if np.isfinite(error) else None
-        found = Failure(self.graph.name(root), check, finite, REGION_TOLERANCE, passes, before, after)
+        found = FailedRegion(self.graph.name(root), check, finite, REGION_TOLERANCE, passes, before, after)
         self.failures[found.where, check] = found
         return found
 

@@ -28,7 +28,7 @@ from reparamc.onnx_inputs import read_inputs, write_inputs
 from reparamc.onnx_interface import Interface, compare_interfaces
 from reparamc.onnx_runtime import Run, epsilon, perturbed, session
 from reparamc.trial import Inputs, Space, Trial
-from reparamc.verification import Failure, OutputCheck, Verification, check_output
+from reparamc.verification import Disagreement, OutputCheck, Verification, check_output
 
 EXAMPLES = 100
 """Random inputs that are tried after the fixed ones, if time allows."""
@@ -99,7 +99,7 @@ def verify_onnx(
     interface = compare_interfaces(*models)
     result = Verification(*names, inputs=[str(s) for s in interface.inputs], notes=interface.notes)
     if interface.problem:
-        result.failure = Failure(interface.problem)
+        result.failure = Disagreement(interface.problem)
         result.seconds = perf_counter() - start
         return result
     if inputs is None:
@@ -459,7 +459,7 @@ class _Search:
                 saved = str(self.target)
             except InputError as error:
                 self.result.notes.append(f"the failing input could not be saved: {error}")
-        self.result.failure = Failure(comparison.problem, where, saved)
+        self.result.failure = Disagreement(comparison.problem, where, saved)
 
 
 def _order(trial: Trial) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ from time import perf_counter
 from reparamc.certify import Certificate, roll_back
 from reparamc.evaluate import frames
 from reparamc.graph import Graph, Splice, Value
-from reparamc.report import Certified, Failure, Refusal, certified
+from reparamc.report import Certified, FailedRegion, Refusal, certified
 from reparamc.verify import Region
 
 
@@ -35,19 +35,19 @@ def proven(
 
 def undone(
     graph: Graph, splices: Iterable[Splice], wrong: Mapping[str, str], name: Callable[[Value], str] = str
-) -> tuple[list[Failure], list[Refusal]]:
+) -> tuple[list[FailedRegion], list[Refusal]]:
     """What the report says of the splices that are undone: those that are ``wrong``, and those of the same units.
 
     ``name`` is what tensors go by.
     """
-    failed: list[Failure] = []
+    failed: list[FailedRegion] = []
     kept: list[Refusal] = []
     splices = list(splices)
     blamed = {name(s.unit): graph.name(s.root) for s in splices if name(s.root) in wrong}
     for s in splices:
         where = graph.name(s.root)
         if (why := wrong.get(name(s.root))) is not None:
-            failed.append(Failure(where, "certificate", None, 0.0, (*s.counts,), s.before, s.after, why))
+            failed.append(FailedRegion(where, "certificate", None, 0.0, (*s.counts,), s.before, s.after, why))
             kept.append(Refusal(where, "certificate", why))
         elif other := blamed.get(name(s.unit)):
             kept.append(Refusal(where, "certificate", f"it pays only together with {other!r}, which is undone"))

@@ -22,7 +22,7 @@ from reparamc.graph import Graph, Reading, Value
 from reparamc.host import Host
 from reparamc.kernel import coefficients
 from reparamc.region import Decision, checked, lifted
-from reparamc.report import Failure
+from reparamc.report import FailedRegion
 from reparamc.rewrite import Declined, Pass, Refusal, simplify
 
 PIECES = "piece-folding"
@@ -186,7 +186,7 @@ class _Folder:
             splice = checked(self.graph, members, self.readings, before, new.expr, native, counts, self.host)
             if isinstance(splice, Declined):
                 return splice
-            if isinstance(splice, Failure):
+            if isinstance(splice, FailedRegion):
                 return Declined(f"it failed its check: {splice.reason}")
             refusals = decision.refusals if found else [*decision.refusals, *whole.refusals]
             found.append(Decision(new.expr, replace(splice, shared=value), refusals, members))

@@ -12,11 +12,11 @@ from reparamc.duplicates import DUPLICATES, find_duplicates
 from reparamc.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
+from reparamc.impulse import IMPULSE, find_kernels
 from reparamc.pieces import PIECES, fold_pieces
 from reparamc.region import LIFT, Decision, decide, lifted
-from reparamc.report import Failure, HostCheck
+from reparamc.report import FailedRegion, HostCheck
 from reparamc.rewrite import Declined, Pass
-from reparamc.unlisted import UNLISTED, find_kernels
 from reparamc.verify import REGION_TOLERANCE
 
 
@@ -35,7 +35,7 @@ class Plan:
 
     splices: list[Splice] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
-    failed: list[Failure] = field(default_factory=list)
+    failed: list[FailedRegion] = field(default_factory=list)
     host: HostCheck | None = None
 
 
@@ -62,7 +62,7 @@ def make_plan(
     results = decide(graph, readings, passes, host, progress)
     left = {root: r for root, r in results.items() if r.failed}
     results = {root: r for root, r in results.items() if not r.failed}
-    if any(p.name == UNLISTED for p in passes):
+    if any(p.name == IMPULSE for p in passes):
         wrong = {v for r in left.values() for v in r.members}
         for splice in find_kernels(graph, readings, results):
             if wrong.isdisjoint(splice.members) and _are_read_right(host, splice, splice.members, readings):

@@ -30,7 +30,7 @@ from reparamc.evaluate import misfit
 from reparamc.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
-from reparamc.report import Failure
+from reparamc.report import FailedRegion
 from reparamc.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.text import show
 from reparamc.verify import REGION_TOLERANCE
@@ -242,7 +242,7 @@ def _consider(
         return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
     native = {e: v for v, e in exprs.items() if v != root}
     native.update((exprs[v], v) for v in exprs if v not in members)  # not what passes them on
-    found: Splice | Declined | Failure = Declined("the rewritten form would cost more than it saves")
+    found: Splice | Declined | FailedRegion = Declined("the rewritten form would cost more than it saves")
     if cost(after) < cost(before) or not _is_finite(before):
         counts = Counter(step.name for step in steps)
         found = checked(graph, members, readings, before, after, native, counts, host)
@@ -250,7 +250,7 @@ def _consider(
         return Decision(after, found, refusals, members)
     reason = found.reason if isinstance(found, Declined) else f"it failed its check: {found.reason}"
     refusals = [*refusals, Refusal(steps[-1].name, before, reason)]
-    return Decision(before, None, refusals, members, failed=isinstance(found, Failure))
+    return Decision(before, None, refusals, members, failed=isinstance(found, FailedRegion))
 
 
 def checked(
@@ -262,7 +262,7 @@ def checked(
     native: dict[Expr, Value],
     counts: Counter[str],
     host: Host | None,
-) -> Splice | Declined | Failure:
+) -> Splice | Declined | FailedRegion:
     """``after`` in the place of ``members``, whose expression is ``before``, if that can be done and is right.
 
     Args:

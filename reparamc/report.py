@@ -69,7 +69,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedRegion:
     """A region whose replacement failed a check: it was left as it was, and the rest of the graph was rewritten.
 
     Attributes:
@@ -236,7 +236,7 @@ class Report:
     passes: dict[str, int]
     rewrites: list[Rewrite] = field(default_factory=list)
     kept: list[Refusal] = field(default_factory=list)
-    failed: list[Failure] = field(default_factory=list)
+    failed: list[FailedRegion] = field(default_factory=list)
     host: HostCheck | None = None
     end_to_end: list[OutputError] = field(default_factory=list)
     note: str = ""

@@ -95,7 +95,7 @@ def _not_finite(array: npt.NDArray) -> str:
 
 
 @dataclass(frozen=True)
-class Failure:
+class Disagreement:
     """The smallest input found for which the models differ.
 
     Attributes:
@@ -135,7 +135,7 @@ class Verification:
     compared: int = 0
     refused: int = 0
     set_aside: int = 0
-    failure: Failure | None = None
+    failure: Disagreement | None = None
     windows: dict[str, int] | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0

@@ -22,7 +22,7 @@ REWRITES = sorted((ROOT / "passes" / "reparamc_passes").glob("*.py"))
 ZOO = sorted((ROOT / "fastvit_zoo").glob("*.py"))
 
 ALGEBRA = {"cost", "evaluate", "expr", "kernel", "probe", "rewrite", "shape", "text", "verify"}
-DRIVERS = {"duplicates", "graph", "host", "outcome", "pieces", "plan", "region", "unlisted"}
+DRIVERS = {"duplicates", "graph", "host", "impulse", "outcome", "pieces", "plan", "region"}
 PROOF = {"agreement", "certify", "normal_form", "views"}
 PLAIN = ALGEBRA | DRIVERS | PROOF | {"_version", "compare", "dtypes", "errors", "record", "report", "verification"}
 """Modules that any other may use."""

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
 
 from reparamc.cost import behind, cost, moving
 from reparamc.evaluate import evaluate
-from reparamc.expr import Array, Conv, Layout, Source, Sum, arrays, walk
+from reparamc.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.probe import find_kernel
 from reparamc.region import Decision, find_regions, lifted, rounding_obstacle
 from reparamc.rewrite import Declined
 from reparamc.text import show
 
-UNLISTED = "impulse-response"
+IMPULSE = "impulse-response"
 
 
 def find_kernels(graph: Graph, readings: dict[Value, Reading], decisions: dict[Value, Decision]) -> Iterator[Splice]:
@@ -70,19 +71,16 @@ def _as_kernel(
     source, dtype = graph.source(operand), graph.dtype([*tree, operand])
     if dtype is None or source.shape is None or len(source.shape) < 3 or (channels := source.shape[1].known) is None:
         return None
-    extents = [d.known for d in source.shape[2:]]
+    batch, extents = source.shape[0].known, [d.known for d in source.shape[2:]]
     if unread:
-        batch, reach = source.shape[0].known, _reach(graph, tree, wide, readings)
         function = _function(graph, tree, operand, wide, readings)
-        found = find_kernel(function, source, batch, channels, extents, reach, dtype)
     else:
         whole = lifted(graph, tree, readings, {})[root]
         if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
             return None
         (source,) = (e for e in walk(whole) if isinstance(e, Source))
-        function = lambda x: evaluate(whole, {source: x})[0]  # noqa: E731
-        reach = _reach(graph, tree, wide, readings)
-        found = find_kernel(function, source, 1, channels, [None] * len(extents), reach, dtype)
+        function, batch, extents = partial(_evaluated, whole, source), 1, [None] * len(extents)
+    found = find_kernel(function, source, batch, channels, extents, _reach(graph, tree, wide, readings), dtype)
     if isinstance(found, Declined):
         return None
     conv, error = found
@@ -98,7 +96,12 @@ def _as_kernel(
     parameters = tuple(dict.fromkeys(p for v in tree if v in readings for p in readings[v].parameters))
     text = "\n".join(graph.name(v) for v in tree)
     native = {conv.x: operand}
-    return Splice(root, tree, conv, native, dtype, Counter({UNLISTED: 1}), parameters, text, show(conv), error)
+    return Splice(root, tree, conv, native, dtype, Counter({IMPULSE: 1}), parameters, text, show(conv), error)
+
+
+def _evaluated(whole: Expr, source: Source, x: Array) -> Array:
+    """``whole``, whose only operand is ``source``, on ``x``."""
+    return evaluate(whole, {source: x})[0]
 
 
 def _function(
