@@ -584,7 +584,7 @@ def test_strings_are_called_strings() -> None:
         result = verify(a, b)
         assert result.failure is not None
         assert f"input 'x' is {kinds} in the fused model" in result.failure.reason
-    found = check_output("y", np.array(["a"], object), np.array(["a", "b"], object), 0, 0)
+    found = check_output("y", difference(np.array(["a"], object), np.array(["a", "b"], object)), 0, 0)
     assert found.problem == "the original gives string [1], the fused model string [2]"
 
 
