@@ -297,19 +297,20 @@ class _Proof:
             seen = Window(before, found.verdict, found.units, found.bound, found.reason, m, n)
             if found.verdict == "equal":
                 return seen
-            union = {s.leaf for s in (*mine.grids, *other.grids)}
-            leaves = {s.leaf for s in mine.grids} ^ {s.leaf for s in other.grids}
-            if not leaves:
+            apart = {s.leaf for s in mine.grids} ^ {s.leaf for s in other.grids}
+            first, second = (_cuts_under(value, apart, atoms) for value in (mine, other))
+            leaves, union = first ^ second, first | second
+            if not apart:
                 different = different or (seen if found.verdict == "different" else None)
                 last = seen
             # What only one side reads may lie under something that both read, and leaves may depend on one another:
             # so the latest goes first.
-            first = min((self.position.get(leaf, -1) for leaf in leaves), default=0)
-            further = [leaf for leaf in union if self.position.get(leaf, -2) >= max(first, 0)]
-            if not further or (not leaves and len(union) == 1):
-                if leaves and atoms:
-                    last = replace(seen, verdict="undecided", reason=_unmatched(leaves, atoms))
-                elif leaves:
+            start = min((self.position.get(leaf, -1) for leaf in leaves), default=0)
+            further = [leaf for leaf in union if self.position.get(leaf, -2) >= max(start, 0)]
+            if not further or (not apart and len(union) == 1):
+                if apart and atoms:
+                    last = replace(seen, verdict="undecided", reason=_unmatched(apart, atoms))
+                elif apart:
                     different = different or seen  # only inputs of the graph are left, and they are independent
                 break
             through.add(max(further, key=self.position.__getitem__))
@@ -407,6 +408,25 @@ def _all_agree(mine: Sequence[Value | Array], other: Sequence[Value | Array], pr
 
 def same_bytes(a: Array, b: Array) -> bool:
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes())
+
+
+def _cuts_under(value: Value, apart: set[str], atoms: Sequence[_Atom]) -> set[str]:
+    """The leaves of a value; for atoms that only one side has (``apart``), those of their operands."""
+    by_name = {atom.name: atom for atom in atoms}
+    found: set[str] = set()
+    stack = [s.leaf for s in value.grids]
+    seen = set(stack)
+    while stack:
+        name = stack.pop()
+        if name not in apart or name not in by_name:
+            found.add(name)
+            continue
+        for operand in by_name[name].operands:
+            inner = {s.leaf for s in operand.grids} - seen if isinstance(operand, Value) else set[str]()
+            stack += inner
+            seen |= inner
+            apart = apart | inner
+    return found
 
 
 def _unmatched(leaves: set[str], atoms: Sequence[_Atom]) -> str:

@@ -22,7 +22,7 @@ from reparamc.agreement import Precision
 from reparamc.certify import Certificate, Window, certify
 from reparamc.fx_certify_calls import Described, attribute, described, name_of
 from reparamc.fx_certify_memory import Memory
-from reparamc.fx_certify_readers import ON_PARAMETERS, READERS, Read, Size, as_array
+from reparamc.fx_certify_readers import NUMBERS, ON_PARAMETERS, READERS, Read, Size, as_array
 from reparamc.normal_form import Array, Value
 from reparamc.views import Extent, Unrepresentable
 
@@ -195,6 +195,9 @@ class _Recorder(fx.Interpreter):
 # Nodes
 
 
+FACTORIES = {torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros}
+"""Functions that make a constant of numbers alone."""
+
 RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal_", "uniform_", "empty")
 """Parts of names of operators whose result is not decided by their operands."""
 
@@ -227,15 +230,18 @@ class _Side:
         self.inputs = [n.name for n in _inputs(module)]
         self.memory = Memory(module)
         self.sizes: dict[fx.Node, Size] = {}
+        self.plain: set[fx.Node] = set()
+        """What is no tensor, but follows from operands: dtypes, devices, arithmetic with extents."""
         self._computed: dict[str, _Computed] = {}
-        self.constants = self._constants()
         for node in self.nodes.values():
             self._note_size(node)
+            self._note_plain(node)
+        self.constants = self._constants()
         self.order = [
             n.name
             for n in self.nodes.values()
             if n.op.startswith("call_") and n.name not in self.constants
-            if n not in self.sizes and n not in self.memory.parts
+            if n not in self.sizes and n not in self.plain and n not in self.memory.parts
             if not (self._is_cut_up(n) and all(self._is_piece(u) for u in n.users))
         ]
         for name, root in self.memory.roots.items():  # recorded are the results of writes, not the states they make
@@ -255,11 +261,11 @@ class _Side:
             if node.op == "get_attr":
                 if isinstance(attribute(self.module, str(node.target)), Tensor):
                     found.add(node.name)
-            elif node.op in ("call_function", "call_method") and node.all_input_nodes:
+            elif node.op in ("call_function", "call_method") and (node.all_input_nodes or node.target in FACTORIES):
                 quiet = not any(word in name_of(node) for word in RANDOM) and node not in self.memory.writes
                 if quiet and all(n.name in found for n in node.all_input_nodes):
                     found.add(node.name)
-        return found
+        return found - {node.name for node in self.plain}
 
     def constant(self, name: str) -> Array | None:
         tensor = self.tensor(name)
@@ -335,6 +341,16 @@ class _Side:
             if all(b is None or isinstance(b, int) for b in bounds):
                 self.sizes[node] = Size(of.node, index)  # pyright: ignore[reportArgumentType]
 
+    def _note_plain(self, node: fx.Node) -> None:
+        """Note a node that is no tensor: every reader has it among its own attributes, with what it follows from."""
+        if node.op != "call_function":
+            return
+        if node.target is getattr:
+            if node.args[1] in ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad"):
+                self.plain.add(node)
+        elif node.target in NUMBERS and all(n in self.plain or n in self.sizes for n in node.all_input_nodes):
+            self.plain.add(node)
+
     def _ranks(self) -> dict[str, int]:
         """Ranks that the operators themselves tell: those of kernels, and of what keeps them."""
         found = {name: len(shape) for name, shape in self.shapes.items()}
@@ -403,6 +419,8 @@ class _Side:
                     return ("size", repr(size.axis))
                 if whole is not None and value is whole:
                     return ("split", str(value.target), key(value.args), key(value.kwargs))
+                if value in self.plain:
+                    return ("plain", str(value.target), key(value.args), key(value.kwargs))
                 if value in self.memory.parts:
                     inner, slices = self.memory.whole(value)
                     given.append(self.memory.seen(inner, node))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Sequence
 from itertools import product
-from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,13 @@ from reparamc.views import Extent, Unrepresentable
 
 ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "add", "sub", "mul"}
 """Operators that are linear in parameters, so that they are off by as much as these."""
+
+
+NUMBERS = {
+    operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg, int,
+    math.ceil, math.floor, math.sqrt, torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, min, max,
+}  # fmt: skip
+"""Functions that make numbers of extents."""
 
 
 class Size:
@@ -96,6 +104,12 @@ class Read:
         """An argument that is an extent; None for -1."""
         if isinstance(given, int):
             return None if given == -1 else Extent(given)
+        if isinstance(given, fx.Node) and given.target in (operator.mul, operator.floordiv) and len(given.args) == 2:
+            a, b = (self.extent(arg) for arg in given.args)
+            found = None if a is None or b is None else a.times(b) if given.target is operator.mul else a.over(b)
+            if found is None:
+                raise Unrepresentable("an extent that is no product of others")
+            return found
         size = self.side.sizes.get(given) if isinstance(given, fx.Node) else None
         if size is None or not isinstance(size.axis, int):
             raise Unrepresentable("an extent is computed at run time")
@@ -176,7 +190,7 @@ def _read_conv_transpose(call: Read) -> Value:
     offsets = tuple(product(*(range(p, p - d * k, -d) for p, d, k in zip(pads, dilation, size, strict=True))))
     delta = tuple(2 * p - o - d * (k - 1) for p, o, d, k in zip(pads, extra, dilation, size, strict=True))
     inside = weight.shape[0] // groups
-    turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(-1, inside, prod(size))
+    turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(-1, inside, math.prod(size))
     first = nf.grouped_first(len(turned), inside, groups)
     y = nf.convolved(x, Kernel(turned, first, offsets, axes, (1,) * n, delta), channel)
     return y if bias is None else nf.shifted(y, bias, channel)
@@ -195,7 +209,7 @@ def _read_avg_pool(call: Read) -> Value:
     channels = x.extents[_kernel_axes(call, x, n)[0]].known
     if channels is None:
         raise Unrepresentable("the number of channels is unknown")
-    weight = np.full((channels, 1, *size), 1 / prod(size))
+    weight = np.full((channels, 1, *size), 1 / math.prod(size))
     return _convolution(call, x, weight, channels, stride, (1,) * n, padding, padding, 0)
 
 

@@ -197,6 +197,43 @@ def test_tokens_become_an_image_again() -> None:
     assert (certificate.equal, certificate.undecided) == (1, ())
 
 
+def test_what_is_no_tensor_is_an_attribute_of_what_reads_it() -> None:
+    class Numbers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, c, h, w = x.shape
+            heads = torch.softmax(x.reshape(b, 2, c // 2, h * w), 2).reshape(b, c, h, w)
+            return self.norm(self.conv(heads)).to(self.conv.weight.dtype) + torch.zeros(h, w, dtype=x.dtype)
+
+    model = randomize_batchnorm(Numbers().eval(), 0, torch.randn(2, 4, 6, 6))
+    fused = fuse_fx(model, torch.randn(2, 4, 6, 6))
+    certificate = fused.meta["reparamc"].certificate
+    assert (certificate.equal, certificate.undecided) == (1, ())
+
+
+def test_layouts_under_an_unknown_function_are_compared() -> None:
+    """One graph has a cut there that the other has not."""
+
+    class Under(nn.Module):
+        def __init__(self, rows: bool) -> None:
+            super().__init__()
+            self.rows = rows
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(x)
+            if self.rows:
+                y = y.reshape(-1, 3, 4).reshape(-1, 12)
+            return torch.softmax(y, 1)
+
+    x = torch.randn(2, 12)
+    rows, plain = fx.symbolic_trace(Under(True)), fx.symbolic_trace(Under(False))
+    assert certify_fx(rows, plain, shapes_of(rows, [x])).holds
+    assert certify_fx(plain, rows, shapes_of(plain, [x])).holds
+
+
 # Writes in place
 
 
