@@ -181,10 +181,11 @@ def certify(
     for name in emitted.order:
         if name not in stands_for:
             continue
-        if proof.is_congruent(stands_for[name], name):
+        found = proof.compared(stands_for[name], name)
+        if found is None:
             congruent += 1
         else:
-            windows.append(proof.window(stands_for[name], name, precision(name)))
+            windows.append(found)
     for before, after in outputs:
         if stands_for.get(after) != before and not proof.same_constant(before, after):
             windows.append(proof.window(before, after, precision(after)))
@@ -201,6 +202,11 @@ class _Atom:
     kind: Hashable
     operands: tuple[Value | Array, ...]
     leaf: Value
+
+
+def _stopped(where: str, error: Exception) -> Window:
+    """A graph holds what no reader has thought of: that is no proof, and no reason to stop either."""
+    return Window(where, "undecided", reason=f"the proof stopped at {type(error).__name__}: {error}")
 
 
 def _own(which: int, name: str) -> str:
@@ -263,9 +269,21 @@ class _Proof:
             return False
         return all(self.cuts[1].get(b) == a or self.same_constant(a, b) for a, b in zip(mine, other, strict=True))
 
+    def compared(self, before: str, after: str) -> Window | None:
+        """What is found of two tensors; None where they are congruent."""
+        try:
+            if self.is_congruent(before, after):
+                return None
+        except Exception as error:
+            return _stopped(before, error)
+        return self.window(before, after, self.precision(after))
+
     def window(self, before: str, after: str, precision: Precision) -> Window:
         """Compare two tensors: joint by joint if that succeeds, else as functions of cuts alone."""
-        return self._jointed(before, after, precision) or self._whole(before, after, precision)
+        try:
+            return self._jointed(before, after, precision) or self._whole(before, after, precision)
+        except Exception as error:
+            return _stopped(before, error)
 
     def _jointed(self, before: str, after: str, precision: Precision) -> Window | None:
         """Compare two tensors link by link, so that kernels are not multiplied out; None unless all agree."""

@@ -82,9 +82,8 @@ def _inputs(module: fx.GraphModule) -> list[fx.Node]:
 def _returned(side: _Side) -> tuple[list[str], Any]:
     """The names of the nodes that are returned, and the structure around them."""
     (output,) = side.module.graph.find_nodes(op="output")
-    leaves, spec = pytree.tree_flatten(_plain(output.args))
-    names = [side.memory.seen(leaf, output).name for leaf in leaves if isinstance(leaf, fx.Node)]
-    return names, (spec, [None if isinstance(leaf, fx.Node) else leaf for leaf in leaves])
+    given, key = side.flat(output)  # of extents that are returned, what they are read from
+    return [node.name for node in given], (pytree.tree_structure(_plain(output.args)), key)
 
 
 def _plain(value: Any) -> Any:
@@ -124,7 +123,10 @@ def shapes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[Ex
     below and above powers of two, at which strides with and without padding differ at each level, and, of several
     arguments, some with one element along their axes, which would be repeated. All are known if no other size is taken.
     """
-    runs = [_recorded(module, args)]
+    try:
+        runs = [_recorded(module, args)]
+    except Exception:  # the operators alone tell ranks then
+        return {}
 
     def attempt(change: Change, batch: int, single: int | None = None, axes: slice = slice(0)) -> bool:
         values = [_resized(a, change, batch) for a in args]
@@ -405,9 +407,9 @@ class _Side:
         """Nodes in the order of the arguments; for an extent, the node that it is read from."""
         if not self.nodes[name].op.startswith("call_"):
             return ()
-        return [n.name for n in self._flat(self.nodes[name])[0]]
+        return [n.name for n in self.flat(self.nodes[name])[0]]
 
-    def _flat(self, node: fx.Node) -> tuple[list[fx.Node], Hashable]:
+    def flat(self, node: fx.Node) -> tuple[list[fx.Node], Hashable]:
         """The nodes among the arguments, and a key of all else."""
         given: list[fx.Node] = []
         whole = node.args[0] if self._is_piece(node) else None
@@ -441,7 +443,7 @@ class _Side:
         node = self.nodes[name]
         if not node.op.startswith("call_"):
             return None
-        key = self._flat(node)[1]
+        key = self.flat(node)[1]
         target: Any = node.target
         if node.op == "call_module":
             module = attribute(self.module, str(node.target))

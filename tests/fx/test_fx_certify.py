@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from reparamc import fuse_fx
 from reparamc.certify import Certificate, roll_back
 from reparamc.errors import VerificationError
-from reparamc.fx_certify import certify_fx, shapes_of
+from reparamc.fx_certify import READERS, certify_fx, shapes_of
 from reparamc.fx_emit import Emitter
 from reparamc.fx_fuse import FxGraph, _rewrite, trace
 from reparamc.plan import make_plan
@@ -212,6 +212,34 @@ def test_what_is_no_tensor_is_an_attribute_of_what_reads_it() -> None:
     fused = fuse_fx(model, torch.randn(2, 4, 6, 6))
     certificate = fused.meta["reparamc"].certificate
     assert (certificate.equal, certificate.undecided) == (1, ())
+
+
+def test_extents_and_structures_that_are_returned_are_compared() -> None:
+    class Returned(nn.Module):
+        def __init__(self, axis: int) -> None:
+            super().__init__()
+            self.axis = axis
+
+        def forward(self, x: Tensor) -> Any:
+            y = x * 2
+            return {"y": [y, None]}, y.shape[self.axis], y.shape
+
+    x = torch.randn(1, 2, 3)
+    mine, other, same = (fx.symbolic_trace(Returned(axis)) for axis in (1, 2, 1))
+    assert certify_fx(mine, same, shapes_of(mine, [x])).holds
+    assert not certify_fx(mine, other, shapes_of(mine, [x])).holds
+
+
+def test_what_no_reader_has_thought_of_is_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(call: Any) -> Any:
+        raise IndexError("an argument is missing")
+
+    monkeypatch.setitem(READERS, "batch_norm", fail)
+    model, x = network()
+    report = fuse_fx(model, x).meta["reparamc"]
+    assert report.certificate.undecided
+    assert "the proof stopped at IndexError: an argument is missing" in report.certificate.undecided[0].reason
+    assert "undecided" in report.table()
 
 
 def test_layouts_under_an_unknown_function_are_compared() -> None:
