@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any, cast
 
 import torch
@@ -32,7 +35,7 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     shares storage with ``model``.
     """
     for attempt, varies in ((_open_batch, "the size of the batch"), (_as_it_is, "values")):
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence():
             warnings.simplefilter("ignore")
             try:
                 module = cast(fx.GraphModule, attempt(model, args, kwargs).module())
@@ -42,6 +45,43 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             if not node.users:
                 module.graph.erase_node(node)
         return fx.GraphModule(module, module.graph, type(model).__name__), NOTE.format(varies)
+    return None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing printed or logged by torch: of a model that it cannot follow, the exporter dumps the graph."""
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    handlers = {handler for name in names for handler in logging.getLogger(name).handlers}
+    for handler in handlers:
+        handler.addFilter(_nothing)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+def is_exported(model: nn.Module) -> bool:
+    """Whether ``model`` is the module of an exported program: its graph has a mode, its flags say nothing of that."""
+    return isinstance(model, fx.GraphModule) and "eval" in vars(model)  # replaced by one that refuses
+
+
+def live_in_training(module: fx.GraphModule) -> str | None:
+    """An operator in the graph that computes as in training: batch statistics, random zeros; None where none does."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        names = [a.name for a in node.target._schema.arguments]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        without_statistics = "running_mean" in names and given.get("running_mean") is None  # these it has in any mode
+        if any(given.get(name) is True for name in ("train", "training")) and not without_statistics:
+            return str(node.target)
     return None
 
 

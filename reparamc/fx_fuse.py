@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import keyword
 import operator
 import warnings
 from collections import Counter
@@ -24,7 +25,7 @@ from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
 from reparamc.fx_calls import operation
 from reparamc.fx_certify import certify_fx, shapes_of
-from reparamc.fx_export import can_be_exported, exported, holds_linear
+from reparamc.fx_export import can_be_exported, exported, holds_linear, is_exported, live_in_training
 from reparamc.fx_graph import FxGraph
 from reparamc.fx_regions import by_position, run_alone
 from reparamc.fx_values import IN_PLACE_DUNDERS
@@ -224,6 +225,8 @@ def _checked(model: Any) -> nn.Module:
     """``model`` without the wrapper of torch.compile, if it can be fused."""
     if isinstance(model, torch.jit.ScriptModule):
         raise InputTypeError("fuse_fx cannot see into a ScriptModule; pass the module it was made from")
+    if isinstance(model, torch.export.ExportedProgram):
+        raise InputTypeError("fuse_fx takes a torch.nn.Module, not an ExportedProgram; pass its .module()")
     if not isinstance(model, nn.Module):
         raise InputTypeError(
             f"fuse_fx takes a torch.nn.Module, not {type(model).__name__}; an ONNX model goes to fuse_onnx"
@@ -237,6 +240,13 @@ def _checked(model: Any) -> nn.Module:
         )
     if any(nn.parameter.is_lazy(p) for p in (*model.parameters(), *model.buffers())):
         raise InputError("the model has parameters that are not initialised yet; run it once first")
+    if is_exported(model):
+        if (live := live_in_training(cast(fx.GraphModule, model))) is not None:
+            raise InputError(
+                f"the model was exported in training mode, for {live} computes as in training; "
+                "call .eval() on what it was exported from, and export that again"
+            )
+        return model
     if model.training:
         raise InputError(
             "the model is in training mode, where BatchNorm and Dropout are live; call .eval() on it first"
@@ -260,6 +270,8 @@ def _followed(model: nn.Module, given: tuple[Any, Any] | None) -> tuple[fx.Graph
         hidden = [path for path in opaque if holds_linear(copied.get_submodule(path))]
         if not hidden or given is None:
             return traced, ""
+    except _Reserved as error:
+        raise InputError(str(error)) from None  # torch.export would meet the same
     except InputError as error:
         failure = error
     if given is not None and can_be_exported(model):
@@ -274,11 +286,17 @@ def _followed(model: nn.Module, given: tuple[Any, Any] | None) -> tuple[fx.Graph
 def _copied(model: nn.Module) -> nn.Module:
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
-        return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, about its own exported programs
+            copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
     except Exception as error:  # whatever the attributes of the user's module raise
         raise InputError(
             f"{type(model).__name__} cannot be copied: {one_line(error)}; remove weight_norm and the like"
         ) from error
+    if is_exported(model):
+        for module in copied.modules():
+            module.training = False
+    return copied
 
 
 def _refuse_changed_state(model: nn.Module, traced: fx.GraphModule) -> None:
@@ -368,7 +386,10 @@ def _traced(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
             graph = tracer.trace(model, fixed or None)
             _plain_assertions(graph)
             _restore_names(graph, model)
+            _refuse_reserved(graph, model)
             return fx.GraphModule(tracer.root, graph, type(model).__name__), opaque
+        except _Reserved:
+            raise
         except Exception as error:  # a model's forward may raise anything when it meets a proxy
             if tracer.failed is None or tracer.failed in opaque:
                 raise InputError(
@@ -376,6 +397,33 @@ def _traced(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
                     "or export it to ONNX and use fuse_onnx"
                 ) from error
             opaque.add(tracer.failed)
+
+
+class _Reserved(InputError):
+    """A part of the model has a name that no part of a GraphModule can have."""
+
+
+_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
+
+
+def _refuse_reserved(graph: fx.Graph, model: nn.Module) -> None:
+    """Raise InputError where a part that the graph reads takes the name of what every GraphModule has, or of a keyword.
+
+    A GraphModule holds its own graph as an attribute, and reads its parts by code that is written out.
+    """
+    for node in graph.nodes:
+        names = str(node.target).split(".") if node.op in ("call_module", "get_attr") else [""]
+        if names[0] in _RESERVED:
+            raise _Reserved(
+                f"{type(model).__name__} has a part called {names[0]!r}, which is the name of an attribute that every "
+                "torch.fx.GraphModule has; rename it, or fuse a module that holds the model, such as "
+                "torch.nn.Sequential(model)"
+            )
+        if any(map(keyword.iskeyword, names)):
+            raise _Reserved(
+                f"{type(model).__name__} has a part called {node.target!r}, and a keyword of Python is no name that "
+                "torch.fx can write; rename it"
+            )
 
 
 def _plain_assertions(graph: fx.Graph) -> None:

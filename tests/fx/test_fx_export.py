@@ -6,8 +6,12 @@ pytest.importorskip("torch")
 
 import copy
 import inspect
+import logging
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparamc import fuse_fx
-from reparamc.errors import InputError, VerificationError
+from reparamc.errors import InputError, InputTypeError, VerificationError
 from reparamc.fx_emit import Emitter
 
 C = CHANNELS
@@ -285,3 +289,97 @@ def test_extents_are_those_of_their_own_axis() -> None:
             x = images(shape)[0]
             for example in (None, x):
                 assert relative_error(run(fuse_fx(model, example), x), run(model, x)) < 1e-12
+
+
+# Exported programs
+
+
+def exported(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, (x,), **options)
+
+
+def small() -> Any:
+    return nn.Sequential(conv_bn(), nn.ReLU(), nn.Dropout(0.5))
+
+
+def test_an_exported_program_in_eval_mode() -> None:
+    """Its module says that it trains, and refuses eval(); its graph says what it does."""
+    (x, other) = images((2, C, 6, 5), (3, C, 6, 5), dtype=torch.float32)
+    original = ready(small())
+    program = exported(original, x, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    module = program.module()
+    assert module.training
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    fused = fuse_fx(module, x)
+    assert counts(fused) == (1, 0)
+    for given in (x, other):
+        assert relative_error(run(fused, given), run(original, given)) < 1e-5
+    assert not any(m.training for m in fused.modules())
+    assert module.training
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert counts(fuse_fx(fused, x)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "model", [conv_bn(), nn.Sequential(nn.Conv2d(C, C, 1), nn.Dropout(0.5))], ids=["norm", "dropout"]
+)
+def test_an_exported_program_in_training_mode(model: nn.Module) -> None:
+    (x,) = images((2, C, 6, 5), dtype=torch.float32)
+    module = exported(model.train(), x).module()
+    with pytest.raises(
+        InputError, match=r"exported in training mode, for aten\.(batch_norm|dropout)\.default"
+    ) as raised:
+        fuse_fx(module, x)
+    assert str(raised.value).endswith("call .eval() on what it was exported from, and export that again")
+    again = fuse_fx(exported(model.eval(), x).module(), x)
+    assert relative_error(run(again, x), run(model, x)) < 1e-5
+
+
+def test_a_norm_without_statistics_has_those_of_the_batch_in_any_mode() -> None:
+    (x,) = images((2, C, 6, 5), dtype=torch.float32)
+    model = ready(nn.Sequential(conv_bn(), nn.ReLU(), nn.BatchNorm2d(C, track_running_stats=False)))
+    fused = fuse_fx(exported(model, x).module(), x)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
+def test_an_exported_program_itself() -> None:
+    (x,) = images((2, C, 6, 5), dtype=torch.float32)
+    with pytest.raises(InputTypeError, match=r"not an ExportedProgram; pass its \.module\(\)"):
+        fuse_fx(exported(ready(conv_bn()), x), x)
+
+
+class Deciding(nn.Module):
+    """Control flow that depends on values: nothing can follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = conv_bn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_the_exporter_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing but the one line; and what torch logs otherwise is logged as before."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    filters = [list(h.filters) for h in logger.handlers]
+    with pytest.raises(InputError, match="cannot trace Deciding") as raised:
+        fuse_fx(ready(Deciding()), *images((2, C, 6, 5), dtype=torch.float32))
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+    assert [list(h.filters) for h in logger.handlers] == filters
+
+
+def test_the_exporter_says_nothing_in_a_process_of_its_own() -> None:
+    """Where nothing captures the streams that torch took hold of when it was imported."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]; import torch, reparamc, test_fx_export as t\n"
+        "try: reparamc.fuse_fx(t.ready(t.Deciding()), torch.ones(2, t.C, 6, 5))\n"
+        "except reparamc.InputError: print('refused')"
+    )
+    paths = [str(Path(__file__).parent), *sys.path]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("refused\n", "", 0)

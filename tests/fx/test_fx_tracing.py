@@ -11,7 +11,7 @@ import types
 from typing import Any
 
 import torch
-from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, report, run
+from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, report, run, vector
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -415,10 +415,48 @@ def test_names_of_children(name: str) -> None:
     assert relative_error(run(fused, x), run(model, x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["graph", "code", "meta", "_graph", "recompile", "print_readable", "class"])
+RESERVED = ["graph", "code", "meta", "_graph", "recompile", "print_readable", "shape_env", "_tracer_cls", "to_folder"]
+
+
+@pytest.mark.parametrize("name", RESERVED)
 def test_names_that_a_graph_module_needs(name: str) -> None:
-    with pytest.raises(InputError, match="cannot trace Container"):
-        fuse_fx(ready(Container(name)))
+    model, x = ready(Container(name)), torch.ones(1, CHANNELS, 5, 6)
+    for given in ((), (x,)):
+        with pytest.raises(
+            InputError, match=rf"Container has a part called '{name}', .*; rename it, or fuse"
+        ) as raised:
+            fuse_fx(model, *given)
+        assert "\n" not in str(raised.value)
+    inside = nn.Sequential(model).eval()  # as the message says
+    fused = fuse_fx(inside, x)
+    assert counts(fused) == (1, 0)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "tensor"])
+def test_values_of_a_name_that_a_graph_module_needs(kind: str) -> None:
+    model = Net(lambda m, x: m.a(x) * m.graph, a=conv_bn())
+    if kind == "parameter":
+        model.graph = vector()
+    elif kind == "buffer":
+        model.register_buffer("graph", vector().detach())
+    else:
+        model.graph = vector().detach()
+    with pytest.raises(InputError, match="Net has a part called 'graph'"):
+        fuse_fx(ready(model))
+
+
+def test_a_name_that_only_the_model_itself_reads() -> None:
+    model = Net(lambda m, x: m.a(x) * len(m.graph), a=conv_bn())
+    model.graph = "ab"
+    assert counts(check(model)) == (1, 0)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_child_that_is_called_by_a_keyword(inside: bool) -> None:
+    model = ready(nn.Sequential(Container("class")) if inside else Container("class"))
+    with pytest.raises(InputError, match=r"a part called '(0\.)?class(\.0)?', and a keyword of Python .*; rename it"):
+        fuse_fx(model, torch.ones(1, CHANNELS, 5, 6))
 
 
 def test_deep_nesting_and_a_long_chain() -> None:
