@@ -191,7 +191,7 @@ def _page(record: Record, everything: bool) -> list[str]:
     lines = [f"by         reparamc {record['reparamc']}, for {record['objective']}"]
     if source is not None:
         lines.append(f"made from  {source['sha256']} (SHA-256 of the {source['of']})")
-        lines += [f"           {digest} (SHA-256 of {name})" for name, digest in source.get("data", {}).items()]
+        lines += [f"           {digest} (SHA-256 of {name})" for name, digest in (source.get("data") or {}).items()]
     lines.append(f"verified   {_LEVELS.get(record['verified'], record['verified'])}")
     for output in record["outputs"]:
         allowed = output["allowed"]
@@ -201,7 +201,7 @@ def _page(record: Record, everything: bool) -> list[str]:
         windows = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
         lines.append(f"windows    {windows}")
     for when in ("before", "after"):
-        figures = ", ".join(f"{n:,} {what}" for what, n in sizes[when].items())
+        figures = ", ".join(f"{sizes[when][what]:,} {what}" for what in _SIZE)
         lines.append(f"{when:<10} {figures}")
     lines.append("passes     " + ", ".join(f"{name} {n}" for name, n in record["passes"].items()))
     regions = record["regions"]
