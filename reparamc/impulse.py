@@ -14,8 +14,9 @@ from reparamc.cost import behind, cost, moving
 from reparamc.evaluate import evaluate
 from reparamc.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, walk
 from reparamc.graph import Graph, Reading, Splice, Value
+from reparamc.lift import find_regions, lifted
 from reparamc.probe import find_kernel
-from reparamc.region import Decision, find_regions, lifted, rounding_obstacle
+from reparamc.region import Decision, rounding_obstacle
 from reparamc.rewrite import Declined
 from reparamc.text import show
 

@@ -21,7 +21,8 @@ from reparamc.expr import BatchNorm, Conv, Expr, Scale, Select, Source, flatten,
 from reparamc.graph import Graph, Reading, Value
 from reparamc.host import Host
 from reparamc.kernel import coefficients
-from reparamc.region import Decision, checked, lifted
+from reparamc.lift import lifted
+from reparamc.region import Decision, checked
 from reparamc.report import FailedRegion
 from reparamc.rewrite import Declined, Pass, Refusal, simplify
 

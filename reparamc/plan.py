@@ -13,8 +13,9 @@ from reparamc.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
 from reparamc.impulse import IMPULSE, find_kernels
+from reparamc.lift import LIFT, lifted
 from reparamc.pieces import PIECES, fold_pieces
-from reparamc.region import LIFT, Decision, decide, lifted
+from reparamc.region import Decision, decide
 from reparamc.report import FailedRegion, HostCheck
 from reparamc.rewrite import Declined, Pass
 from reparamc.verify import REGION_TOLERANCE

@@ -1,14 +1,9 @@
-"""Regions of a host graph: where they end, and what becomes of each.
+"""What becomes of each region of a host graph.
 
-A **region** is a maximal tree of linear operators: every member but the root has exactly one reader,
-and that is a member too. So all members can die when the root is replaced, and no rewrite can make
-work double by absorbing a value that is needed elsewhere as well.
-
-There is one exception. What scales or moves each channel by itself (a BatchNorm in front of q, k and
-v), behind something non-linear, is a member of every region that reads it, if all its readers are
-linear. What scales must then disappear from all of them, and what moves may stay in all of them over one
-and the same operand, in which case it is computed once; or else it is made an operand of all of them.
-Finding regions is one sweep from the outputs to the inputs.
+A region (see `lift`) is lifted into an expression, simplified, priced and checked. Values that several regions
+share must disappear from all of them if they scale; if they move, they may stay in all of them over one
+and the same operand, in which case they are computed once. Or else they are made an operand of all, and
+regions are found again.
 
 A value that is read several times by one region ends a region of its own at first. Then the two are
 joined and considered as one, the outer first: where its branches merge, the value is read once, and
@@ -30,13 +25,11 @@ from reparamc.evaluate import misfit
 from reparamc.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
+from reparamc.lift import LIFT, find_regions, lifted
 from reparamc.report import FailedRegion
-from reparamc.rewrite import Declined, Pass, Refusal, simplify
+from reparamc.rewrite import Declined, Pass, Refusal, Step, simplify
 from reparamc.text import show
 from reparamc.verify import REGION_TOLERANCE
-
-LIFT = "lift"
-"""Stands for the name of a pass where an operator is not read as the linear one that it looks like."""
 
 
 @dataclass(frozen=True)
@@ -175,34 +168,6 @@ def _composed(root: Value, inner: Expr, outer: Expr) -> Expr:
     return outer
 
 
-MOST_SHARED = 8
-"""Regions that one value may be a member of."""
-
-
-def find_regions(
-    graph: Graph, readings: dict[Value, Reading], apart: Container[Value] = ()
-) -> dict[Value, tuple[Value, ...]]:
-    """The members of each region by its root, both in execution order; values in ``apart`` are shared by none."""
-    folds_down: dict[Value, bool] = {}  # behind a linear operator that nothing else reads: it goes there
-    for value, reading in readings.items():
-        x = reading.operands[0]
-        only = x in readings and len(graph.readers(x)) == 1
-        folds_down[value] = only and (not readings[x].commutes or folds_down[x])
-    roots_of: dict[Value, tuple[Value, ...]] = {}
-    members: dict[Value, list[Value]] = {}
-    for value in reversed(list(readings)):
-        readers = graph.readers(value)
-        known = all(reader is not None and reader in roots_of for reader in readers)
-        roots = tuple(dict.fromkeys(root for reader in readers for root in roots_of.get(reader, ())))
-        alone = len(readers) == 1 and len(roots) == 1
-        free = readings[value].commutes and value not in apart and not (readings[value].scales and folds_down[value])
-        shared = free and 0 < len(roots) <= MOST_SHARED
-        roots_of[value] = roots = roots if known and (alone or shared) else (value,)
-        for root in roots:
-            members.setdefault(root, []).append(value)
-    return {root: tuple(reversed(members[root])) for root in readings if root in members}
-
-
 def _consider(
     graph: Graph,
     parts: Sequence[tuple[Value, ...]],
@@ -210,14 +175,44 @@ def _consider(
     passes: Sequence[Pass],
     host: Host | None,
 ) -> Decision:
-    """What becomes of a region: ``parts`` are its members, and those of the regions joined to it.
+    """What becomes of a region: ``parts`` are its members, and those of the regions joined to it."""
+    found = _simplified(graph, parts, readings, passes)
+    members, root = _in_order(parts, readings), parts[0][-1]
+    before, after, steps, refusals = found.before, found.after, found.steps, found.refusals
+    if not steps or isclose(cost(after), cost(before), rel_tol=1e-12):
+        return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
+    native = {e: v for v, e in found.exprs.items() if v != root}
+    native.update((found.exprs[v], v) for v in found.exprs if v not in members)  # not what passes them on
+    splice: Splice | Declined | FailedRegion = Declined("the rewritten form would cost more than it saves")
+    if cost(after) < cost(before) or not _is_finite(before):
+        counts = Counter(step.name for step in steps)
+        splice = checked(graph, members, readings, before, after, native, counts, host)
+    if isinstance(splice, Splice):
+        return Decision(after, splice, refusals, members)
+    reason = splice.reason if isinstance(splice, Declined) else f"it failed its check: {splice.reason}"
+    refusals = [*refusals, Refusal(steps[-1].name, before, reason)]
+    return Decision(before, None, refusals, members, failed=isinstance(splice, FailedRegion))
 
-    Each part is simplified while the result of the next one still is an operand.
-    """
-    root = parts[0][-1]
+
+@dataclass(frozen=True)
+class _Simplified:
+    """A region as it is and in its final form, what its values compute, and what was done and declined."""
+
+    before: Expr
+    after: Expr
+    exprs: dict[Value, Expr]
+    steps: Sequence[Step]
+    refusals: Sequence[Refusal]
+
+
+def _simplified(
+    graph: Graph, parts: Sequence[tuple[Value, ...]], readings: dict[Value, Reading], passes: Sequence[Pass]
+) -> _Simplified:
+    """Lift and simplify each part while the result of the next one still is an operand."""
     exprs: dict[Value, Expr] = {}
     before = after = Sum(())
-    steps, refusals = [], ()
+    steps: list[Step] = []
+    refusals: Sequence[Refusal] = ()
     for part in parts:
         joint = exprs.pop(part[-1], None)
         lifted(graph, part, readings, exprs)
@@ -229,28 +224,20 @@ def _consider(
             before, after = flatten(moved[before]), flatten(moved[after])
             exprs = {v: moved[e] for v, e in exprs.items()}
         if reason := misfit(after):
-            return Decision(before, None, [Refusal(LIFT, before, reason)], parts[0])
-        with np.errstate(all="ignore"):  # whatever is not finite is refused below
+            return _Simplified(before, before, exprs, (), [Refusal(LIFT, before, reason)])
+        with np.errstate(all="ignore"):  # whatever is not finite is refused by the check
             outcome = simplify(after, passes)
         after, refusals = outcome.expr, outcome.refusals
         steps += outcome.steps
-    members = parts[0]
-    if len(parts) > 1:
-        place = {value: n for n, value in enumerate(readings)}
-        members = tuple(sorted({v for part in parts for v in part}, key=place.__getitem__))
-    if not steps or isclose(cost(after), cost(before), rel_tol=1e-12):
-        return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
-    native = {e: v for v, e in exprs.items() if v != root}
-    native.update((exprs[v], v) for v in exprs if v not in members)  # not what passes them on
-    found: Splice | Declined | FailedRegion = Declined("the rewritten form would cost more than it saves")
-    if cost(after) < cost(before) or not _is_finite(before):
-        counts = Counter(step.name for step in steps)
-        found = checked(graph, members, readings, before, after, native, counts, host)
-    if isinstance(found, Splice):
-        return Decision(after, found, refusals, members)
-    reason = found.reason if isinstance(found, Declined) else f"it failed its check: {found.reason}"
-    refusals = [*refusals, Refusal(steps[-1].name, before, reason)]
-    return Decision(before, None, refusals, members, failed=isinstance(found, FailedRegion))
+    return _Simplified(before, after, exprs, steps, refusals)
+
+
+def _in_order(parts: Sequence[tuple[Value, ...]], readings: dict[Value, Reading]) -> tuple[Value, ...]:
+    """The members of all ``parts``, in execution order."""
+    if len(parts) == 1:
+        return parts[0]
+    place = {value: n for n, value in enumerate(readings)}
+    return tuple(sorted({v for part in parts for v in part}, key=place.__getitem__))
 
 
 def checked(
@@ -291,19 +278,6 @@ def checked(
     assert dtype is not None
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))
     return Splice(root, members, after, native, dtype, counts, parameters, show(before), show(after), error)
-
-
-def lifted(
-    graph: Graph, members: Sequence[Value], readings: dict[Value, Reading], exprs: dict[Value, Expr]
-) -> dict[Value, Expr]:
-    """``exprs``, with the expressions of ``members`` and of their operands, as sources, added to it."""
-    for value in members:
-        for operand in readings[value].operands:
-            if operand not in exprs:
-                exprs[operand] = graph.source(operand)
-        if value not in exprs:
-            exprs[value] = readings[value].build([exprs[v] for v in readings[value].operands])
-    return exprs
 
 
 def _obstacle(

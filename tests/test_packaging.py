@@ -21,7 +21,7 @@ LIBRARY = sorted((ROOT / "reparamc").rglob("*.py"))
 REWRITES = sorted((ROOT / "passes" / "reparamc_passes").glob("*.py"))
 ZOO = sorted((ROOT / "fastvit_zoo").glob("*.py"))
 
-ALGEBRA = {"cost", "evaluate", "expr", "kernel", "probe", "rewrite", "shape", "text", "verify"}
+ALGEBRA = {"cost", "evaluate", "expr", "kernel", "lift", "probe", "rewrite", "shape", "text", "verify"}
 DRIVERS = {"duplicates", "graph", "host", "impulse", "outcome", "pieces", "plan", "region"}
 PROOF = {"agreement", "certify", "normal_form", "views"}
 PLAIN = ALGEBRA | DRIVERS | PROOF | {"_version", "compare", "dtypes", "errors", "record", "report", "verification"}
