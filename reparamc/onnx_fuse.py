@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable
 from functools import cached_property, partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -29,7 +30,7 @@ from reparamc.onnx_harm import fused_by_runtime, harmful, reason
 from reparamc.onnx_latency import compare_latency
 from reparamc.onnx_record import file_origin, inscribe, model_origin
 from reparamc.onnx_runtime import FILE_LIMIT, verify_end_to_end
-from reparamc.onnx_values import FLOATS, constant_tensor, is_standard, skeleton
+from reparamc.onnx_values import FLOATS, constant_tensor, defined_names, is_standard, skeleton
 from reparamc.outcome import proven, regions_of, undone
 from reparamc.plan import make_plan
 from reparamc.report import Counts, Refusal, Report, rewritten
@@ -343,7 +344,22 @@ def load(path: Path) -> ModelProto:
         raise InputError(f"{path} cannot be read: {one_line(error)}") from error
     if not model.HasField("graph"):
         raise InputError(f"{path} is not an ONNX file: it holds no graph")
+    if (name := _no_text(model)) is not None:
+        raise InputError(f"{path} is damaged: the name {name[:40]!r} in it is no text in UTF-8")
     return model
+
+
+def _no_text(model: ModelProto) -> bytes | None:
+    """A name in ``model`` that is no UTF-8; None if all are. Protobuf lets them pass, and hands them out as bytes."""
+    graph = model.graph
+    values = (v for group in (graph.input, graph.output, graph.value_info) for v in group)
+    names: Iterable[object] = chain(
+        defined_names(graph),
+        (o.domain for o in model.opset_import),
+        (text for n in graph.node for text in (n.op_type, n.domain, *(a.name for a in n.attribute))),
+        (d.dim_param for v in values for d in v.type.tensor_type.shape.dim),
+    )
+    return next((name for name in names if isinstance(name, bytes)), None)
 
 
 def check_target(source: Path, target: Path) -> None:

@@ -55,6 +55,8 @@ _ADVICE = "reparamc verify compares the model with its original"
 
 def _entries(model: ModelProto) -> Iterator[tuple[int, str]]:
     for entry in model.metadata_props:
+        if not isinstance(entry.key, str):
+            continue  # protobuf hands out bytes where they are no UTF-8
         number = entry.key.removeprefix(KEY)
         if entry.key.startswith(KEY) and _NUMBER.fullmatch(number):
             yield int(number), entry.value

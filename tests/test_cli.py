@@ -271,6 +271,13 @@ def without_data(m: Path) -> Path:
     return path
 
 
+def no_text(m: Path, name: bytes) -> Path:
+    """The model with one name that is no UTF-8, which protobuf lets pass."""
+    data = m.read_bytes()
+    assert name in data
+    return damaged(m.parent, "no_text.onnx", data.replace(name, b"\xff" * len(name)))
+
+
 def link_to(m: Path) -> Path:
     link = m.with_name("link.onnx")
     link.symlink_to(m)
@@ -295,6 +302,13 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "not valid": (lambda m: ["fuse", unchecked(m), m.with_name(OUT)], "does not pass the ONNX checker"),
     "short weight": (lambda m: ["fuse", short_weight(m), m.with_name(OUT)], "does not pass the ONNX checker"),
     "no external data": (lambda m: ["fuse", without_data(m), m.with_name(OUT)], "weights.data"),
+    "a name that is no text": (
+        lambda m: ["fuse", no_text(m, b"norm"), m.with_name(OUT)],
+        "no_text.onnx is damaged",
+    ),
+    "an operator that is no text": (lambda m: ["explain", no_text(m, b"Conv")], "is no text in UTF-8"),
+    "a parameter that is no text": (lambda m: ["verify", m, no_text(m, b"gamma")], "is no text in UTF-8"),
+    "an attribute that is no text": (lambda m: ["audit", no_text(m, b"pads")], "is no text in UTF-8"),
     "output in no folder": (lambda m: ["fuse", m, m.with_name("none") / OUT], "does not exist; create it first"),
     "output is a folder": (lambda m: ["fuse", m, m.parent], "is a folder"),
     "output is the input": (lambda m: ["fuse", m, "-o", m], "is the input itself"),

@@ -412,6 +412,20 @@ def test_entries_of_like_names_are_no_records(run: Run, fused: Path, number: str
     assert entries(onnx.load(target))[KEY + number] == "{}"
 
 
+def test_metadata_that_are_no_text(run: Run, fused: Path) -> None:
+    """Protobuf lets them pass, and hands out bytes."""
+    data = fused.read_bytes()
+    path = fused.with_name("odd.onnx")
+    path.write_bytes(data.replace(b"author", b"\xffuthor"))
+    assert run(path)[0] == 0
+    path.write_bytes(data.replace(b"reparamc.record.1", b"reparamc.record.\xff"))
+    assert "holds no record" in run(path)[2]
+    path.write_bytes(data.replace(b"bn-folding", b"bn-\xffolding"))
+    code, out, err = run(path)
+    assert (code, out) == (2, "")
+    assert f"{KEY}1 is no record that this version can read: it is no JSON" in err
+
+
 def test_a_record_may_say_more_than_this_version_knows(run: Run, fused: Path) -> None:
     made = onnx.load(fused)
     record = json.loads(made.metadata_props[-1].value) | {"more": [{"a": None}]}
