@@ -247,9 +247,18 @@ def _end_to_end_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
     return _raises(lambda: verify(model, wrong, inputs, {}))
 
 
+def _certificate_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
+    from reparamc.fx_certify import certify_fx, shapes_of
+    from reparamc.fx_fuse import _followed
+
+    original = _followed(model, (inputs, {}))[0]
+    return certify_fx(original, wrong, shapes_of(_followed(model, (inputs, {}))[0], inputs)).different > 0
+
+
 FX_LAYERS: dict[str, Callable[[Any, Any, tuple[Any, ...]], bool]] = {
     "region": lambda *given: _region_fx("region")(*given),
     "host": lambda *given: _region_fx("host")(*given),
+    "certificate": _certificate_fx,
     "end to end": _end_to_end_fx,
 }
 """As `ONNX_LAYERS`."""
