@@ -18,7 +18,7 @@ from typing import Protocol
 
 from reparamc.agreement import Agreement, Precision, agree
 from reparamc.errors import VerificationError
-from reparamc.normal_form import Array, Value
+from reparamc.normal_form import Array, Value, Vector, promoted
 from reparamc.views import Unrepresentable
 
 Keep = Callable[[set[str]], "Certificate"]
@@ -219,24 +219,55 @@ class _NoJoint(Exception):
 
 
 class _Joints:
-    """What one kernel makes and another reads, in the original, with the leaf that stands for it."""
+    """What one kernel makes and another reads, in the original, with the leaf that stands for it.
+
+    A joint is taken up to what is added to each channel everywhere: that goes on behind it.
+    """
 
     def __init__(self) -> None:
         self.values: list[tuple[Value, Value]] = []
         self.found: list[Agreement] = []
 
-    def link(self, value: Value, leaf: Value | None, precision: Precision | None) -> Value:
-        """The leaf for ``value``: a new one of the original, or that of the joint that it equals."""
-        if leaf is not None:
-            self.values.append((value, leaf))
-            return leaf
-        assert precision is not None
+    def enter(self, value: Value, leaf: Value) -> Value:
+        """A joint of the original: what stands for ``value``, over ``leaf``."""
+        bare, shift = _bare(value)
+        self.values.append((bare, leaf))
+        return _shifted(leaf, value, shift)
+
+    def enter_as(self, value: Value, other: Value) -> None:
+        """What is made of a joint alone is one, too: ``value``, which is ``other`` over the leaf of the joint."""
+        bare, shift = _bare(value)
+        if shift is not None:
+            other, shift = _bare(other)
+        if (shift is None) == (bare is value):  # what is added was taken from both, or from none
+            self.values.append((bare, other))
+
+    def find(self, value: Value, precision: Precision) -> Value | None:
+        """The joint of the original that ``value`` equals."""
+        bare, shift = _bare(value)
         for known, leaf in self.values:
-            found = agree(known, value, precision)
+            found = agree(known, bare, precision)
             if found.verdict == "equal":
                 self.found.append(found)
-                return leaf
-        raise _NoJoint
+                return _shifted(leaf, value, shift)
+        return None
+
+
+def _bare(value: Value) -> tuple[Value, Vector | None]:
+    """A value without what is added everywhere, and that."""
+    if None not in value.vectors or value.channel is None or not value.is_plain:
+        return value, None
+    return replace(value, vectors={w: v for w, v in value.vectors.items() if w is not None}), value.vectors[None]
+
+
+def _shifted(leaf: Value, value: Value, shift: Vector | None) -> Value:
+    if shift is None or value.channel is None:
+        return leaf
+    return replace(promoted(leaf, value.channel), vectors={None: shift})
+
+
+def _is_dense(value: Value) -> bool:
+    return any(b.weight.shape[1:] != (1, 1) for b in value.blocks)
 
 
 class _Proof:
@@ -364,16 +395,43 @@ class _Proof:
                 values[name] = (
                     self.sides[0].leaf(known_as, known_as) if known_as else side.leaf(name, _own(which, name))
                 )
-        read_by_kernels = {o for name in order if side.mixes(name) for o in side.operands(name)} if joints else set()
+        ends = self._ends(which, order) if joints else {}
+        whole: dict[str, Value] = {}  # what a joint of the original stands for, and what is made of it alone
         for name in order:
             try:
                 value = side.value(name, values.__getitem__)
             except Unrepresentable:
                 value = self._atom(which, name, values, atoms, precision)
-            if joints and name in read_by_kernels and any(b.weight.shape[1:] != (1, 1) for b in value.blocks):
-                value = joints.link(value, None if precision else side.leaf(name, _own(which, name)), precision)
+            if joints and name in ends and _is_dense(value):
+                if precision is None:
+                    whole[name] = value
+                    value = joints.enter(value, side.leaf(name, _own(which, name)))
+                elif (found := joints.find(value, precision)) is not None:
+                    value = found
+                elif ends[name]:
+                    raise _NoJoint
+            elif joints and name in ends and not whole.keys().isdisjoint(side.operands(name)):
+                whole[name] = side.value(name, {**values, **whole}.__getitem__)
+                if ends[name]:
+                    joints.enter_as(whole[name], value)
             values[name] = value
         return values[root], len(order)
+
+    def _ends(self, which: int, order: Sequence[str]) -> dict[str, bool]:
+        """Where joints may be: what kernels read (True), and what that is made of without another operand (False)."""
+        side, inside = self.sides[which], set(order)
+        found: dict[str, bool] = {}
+        for kernel in order:
+            if side.mixes(kernel):
+                for name in inside.intersection(side.operands(kernel)):
+                    found[name] = True
+                    while not side.mixes(name):
+                        given = [o for o in side.operands(name) if side.constant(o) is None]
+                        if len(given) != 1 or given[0] not in inside:
+                            break
+                        (name,) = given
+                        found.setdefault(name, False)
+        return found
 
     def _reached(self, which: int, root: str, through: set[str]) -> list[str]:
         """The tensors from which ``root`` is computed, back to cuts, operands first."""

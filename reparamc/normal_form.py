@@ -684,16 +684,11 @@ def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
     ]
     parts: list[tuple[Where, Vector]] = []
     for where, vector in value.vectors.items():
-        columns = kernel.first[:, None] + np.arange(kernel.weight.shape[1])
-        for t, offset in enumerate(kernel.offsets):
-            w = kernel.weight[:, :, t].astype(np.float64)
-            out = Vector(
-                _dot(w, vector.value, kernel.first, columns),
-                _dot(np.abs(w), vector.size, kernel.first, columns),
-                vector.rounded + kernel.rounded,
-                vector.computed,
-            )
-            parts.append((_where_behind(value, where, kernel, offset, grids), out))
+        rounded = vector.rounded + kernel.rounded
+        by_tap = zip(*_applied(kernel, vector), strict=True)
+        for offset, (out, size) in zip(kernel.offsets, by_tap, strict=True):
+            at = _where_behind(value, where, kernel, offset, grids)
+            parts.append((at, Vector(out, size, rounded, vector.computed)))
     base = list(value.base)
     for axis_, s, d in zip(kernel.axes, kernel.stride, kernel.delta, strict=True):
         base[axis_] = _extent_behind(base[axis_], s, d)
@@ -705,10 +700,24 @@ def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
     return replace(resized, base=tuple(base), view=identity_view(base)) if kernel.axes else resized
 
 
-def _dot(weight: Array, vector: Array, first: Array, columns: Array) -> Array:
-    if weight.shape[1] == len(vector):
-        return weight @ vector
-    return np.einsum("ok,ok->o", weight, vector[columns])
+ROWS = 1 << 16
+"""Coefficients that are made float64 at a time: few enough for a processor's cache."""
+
+
+def _applied(kernel: Kernel, vector: Vector) -> tuple[Array, Array]:
+    """What a kernel makes of a vector, and of its magnitudes: both (T, O)."""
+    rows, width, taps = kernel.weight.shape
+    found, size = np.empty((taps, rows)), np.empty((taps, rows))
+    step = max(1, ROWS // max(1, width * taps))
+    whole = width == len(vector.value)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        w = kernel.weight[start:stop].astype(np.float64)
+        at: Any = slice(None) if whole else kernel.first[start:stop, None] + np.arange(width)
+        value, magnitude = (a[None, None] if whole else a[at][:, None] for a in (vector.value, vector.size))
+        found[:, start:stop] = (value @ w)[:, 0].T
+        size[:, start:stop] = (magnitude @ np.abs(w, out=w))[:, 0].T
+    return found, size
 
 
 def _extent_behind(extent: Extent, stride: int, delta: int) -> Extent:
