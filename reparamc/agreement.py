@@ -23,7 +23,7 @@ LOSS = 256 * DOUBLE
 ON_THE_WAY = 8
 """How often what a model computes from parameters may be rounded differently, in units of the magnitudes it has."""
 
-CHUNK = 1 << 16
+CHUNK = 1 << 15
 """Coefficients compared at a time: few enough for a processor's cache."""
 
 
@@ -250,7 +250,6 @@ def _compare_blocks(
     rounded = max((b.rounded for b in emitted), default=0)
     added = sum((v.size for v in value.vectors.values()), np.zeros(value.channels))
     doubts = [b for b in original if b.computed]
-    single = len(emitted) == 1 and emitted[0].size is None and len(emitted[0].taps) == len(set(places[id(emitted[0])]))
     for start in range(0, value.channels, step):
         stop = min(start + step, value.channels)
         shape = (stop - start, width, len(taps))
@@ -261,23 +260,28 @@ def _compare_blocks(
                 _add(found, b, places[id(b)], low, start, magnitude)
             return found
 
+        e = total(emitted, False)
+        gap = total(original, False)
+        gap -= e
+        np.abs(gap, out=gap)
+        size = np.abs(e, out=e)
+        by_row = gap.sum(axis=(1, 2))
+        sums.error[start:stop] += by_row
+        sums.total[start:stop] += size.sum(axis=(1, 2))
+        if rounded and np.isfinite(by_row).all():
+            worst = np.fmax.reduce(np.divide(gap, size, out=gap), axis=None) / (precision.unit * rounded)
+            if not worst > 1:  # not a number where all is zero
+                sums.enter(float(np.nan_to_num(worst)), "")
+                continue
         a, e = total(original, False), total(emitted, False)
         gap = np.abs(a - e)
-        size = np.abs(e)
-        allowed = size * (precision.unit * rounded)
-        close = np.all(gap <= allowed)
-        if not close:
-            if not single:
-                allowed = total(emitted, True) * (precision.unit * rounded)
-            allowed += total(original, True) * LOSS
-            # A kernel that was asked for is the difference of two results, which hold the vectors of the row as well.
-            allowed += 16 * DOUBLE * added[start:stop, None, None]
-            if doubts:
-                allowed += total(doubts, True) * (precision.unit * ON_THE_WAY)
-            if rounded:
-                allowed += precision.tiny
-        sums.error[start:stop] += gap.sum(axis=(1, 2))
-        sums.total[start:stop] += size.sum(axis=(1, 2))
+        allowed = total(emitted, True) * (precision.unit * rounded) + total(original, True) * LOSS
+        # A kernel that was asked for is the difference of two results, which hold the vectors of the row as well.
+        allowed += 16 * DOUBLE * added[start:stop, None, None]
+        if doubts:
+            allowed += total(doubts, True) * (precision.unit * ON_THE_WAY)
+        if rounded:
+            allowed += precision.tiny
         ratio = np.divide(gap, allowed, out=np.where(gap == 0, 0.0, np.inf), where=allowed > 0)
         if not np.isfinite(gap).all():
             same = (a == e) | (np.isnan(a) & np.isnan(e))

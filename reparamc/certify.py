@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
 
+import numpy as np
+
 from reparamc.agreement import Agreement, Precision, agree
 from reparamc.errors import VerificationError
 from reparamc.normal_form import Array, Value, Vector, promoted
@@ -483,7 +485,15 @@ def _all_agree(mine: Sequence[Value | Array], other: Sequence[Value | Array], pr
 
 
 def same_bytes(a: Array, b: Array) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes())
+    """Whether two arrays hold the same bits: NaN is itself, and zero is not negative zero."""
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.dtype.kind == "O" or a.dtype.itemsize not in (1, 2, 4, 8):
+        return a.tobytes() == b.tobytes()
+    m, n = (np.ascontiguousarray(v).reshape(-1).view(f"u{a.dtype.itemsize}") for v in (a, b))
+    return bool(np.array_equal(m, n))
 
 
 def _cuts_under(value: Value, apart: set[str], atoms: Sequence[_Atom]) -> set[str]:
