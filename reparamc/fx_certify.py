@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 import reparamc.normal_form as nf
+import reparamc.normal_kernels as nk
 from reparamc.agreement import Precision
 from reparamc.certify import Certificate, Window, certify
 from reparamc.fx_certify_calls import Described, attribute, described, name_of
@@ -512,5 +513,5 @@ def _sliced_axes(call: Described) -> list[tuple[int, Any]] | None:
     if call.op != "slice" or not isinstance(dim := call.args.get("dim", 0), int):
         return None
     start, end, step = (call.args.get(key) for key in ("start", "end", "step"))
-    start, end = (None if start == 0 else start), (None if isinstance(end, int) and end >= nf.WHOLE else end)
+    start, end = (None if start == 0 else start), (None if isinstance(end, int) and end >= nk.WHOLE else end)
     return [(dim, slice(start, end, None if step == 1 else step))]

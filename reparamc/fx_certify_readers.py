@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, fx
 
 import reparamc.normal_form as nf
+import reparamc.normal_kernels as nk
+import reparamc.normal_layouts as nl
 from reparamc.fx_certify_calls import Described, described
 from reparamc.fx_certify_memory import Memory
-from reparamc.normal_form import Array, Kernel, Value
+from reparamc.normal_form import Array, Value
+from reparamc.normal_kernels import Kernel
 from reparamc.views import Extent, Unrepresentable
 
 ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "add", "sub", "mul"}
@@ -154,9 +157,9 @@ def _convolution(
     channel, axes = _kernel_axes(call, x, len(size))
     offsets = tuple(product(*(range(-b, -b + d * k, d) for b, d, k in zip(begin, dilation, size, strict=True))))
     delta = tuple(d * (k - 1) - b - e for k, d, b, e in zip(size, dilation, begin, end, strict=True))
-    first = nf.grouped_first(weight.shape[0], weight.shape[1], groups)
+    first = nk.grouped_first(weight.shape[0], weight.shape[1], groups)
     flat = weight.reshape(*weight.shape[:2], -1)
-    return nf.convolved(x, Kernel(flat, first, offsets, axes, tuple(stride), delta, rounded), channel)
+    return nk.convolved(x, Kernel(flat, first, offsets, axes, tuple(stride), delta, rounded), channel)
 
 
 def _read_conv(call: Read) -> Value:
@@ -185,14 +188,14 @@ def _read_conv_transpose(call: Read) -> Value:
     stride, dilation = call.integers("stride", n, 1), call.integers("dilation", n, 1)
     pads, extra = call.integers("padding", n, 0), call.integers("output_padding", n, 0)
     if any(s > 1 for s in stride):
-        x = nf.spread(x, axes, stride)
+        x = nk.spread(x, axes, stride)
     # What is written at offset o of an input position is read at offset -o of an output position.
     offsets = tuple(product(*(range(p, p - d * k, -d) for p, d, k in zip(pads, dilation, size, strict=True))))
     delta = tuple(2 * p - o - d * (k - 1) for p, o, d, k in zip(pads, extra, dilation, size, strict=True))
     inside = weight.shape[0] // groups
     turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(-1, inside, math.prod(size))
-    first = nf.grouped_first(len(turned), inside, groups)
-    y = nf.convolved(x, Kernel(turned, first, offsets, axes, (1,) * n, delta), channel)
+    first = nk.grouped_first(len(turned), inside, groups)
+    y = nk.convolved(x, Kernel(turned, first, offsets, axes, (1,) * n, delta), channel)
     return y if bias is None else nf.shifted(y, bias, channel)
 
 
@@ -217,12 +220,12 @@ def _read_adaptive_avg_pool(call: Read) -> Value:
     x, n = call.x, call.call.axes or 2
     if call.integers("output_size", n, 0) != (1,) * n:
         raise Unrepresentable("an adaptive pooling to more than one element")
-    return nf.averaged(x, range(x.rank - n, x.rank), keep=True)
+    return nl.averaged(x, range(x.rank - n, x.rank), keep=True)
 
 
 def _read_linear(call: Read) -> Value:
     x, weight, bias = call.x, call.parameter("weight"), call.array(call.call.args.get("bias"))
-    y = nf.mixed(x, weight, x.rank - 1)
+    y = nk.mixed(x, weight, x.rank - 1)
     return y if bias is None else nf.shifted(y, bias, y.rank - 1)
 
 
@@ -236,7 +239,7 @@ def _read_matmul(call: Read) -> Value:
         axis = x.rank - 2
     if weight is None or weight.ndim != 2 or axis < 0:
         raise Unrepresentable("a stack of matrices")
-    return nf.mixed(x, weight, axis)
+    return nk.mixed(x, weight, axis)
 
 
 def _read_batch_norm(call: Read) -> Value:
@@ -323,7 +326,7 @@ def _read_pad(call: Read) -> Value:
     axes, begin, end = ([p[i] for p in pairs] for i in range(3))
     if min(axes) < 2:
         raise Unrepresentable("a padding adds channels or images")
-    return nf.padded(x, axes, begin, end, float(call.get("value", 0.0)), 1)
+    return nk.padded(x, axes, begin, end, float(call.get("value", 0.0)), 1)
 
 
 def _read_cat(call: Read) -> Value:
@@ -336,19 +339,19 @@ def _read_narrow(call: Read) -> Value:
     if not isinstance(start, int) or not isinstance(length, int):
         raise Unrepresentable("a slice that is computed at run time")
     end = start + length
-    return nf.sliced(x, call.axis("dim", x), start, nf.WHOLE if start < 0 and end == 0 else end, 1)
+    return nk.sliced(x, call.axis("dim", x), start, nk.WHOLE if start < 0 and end == 0 else end, 1)
 
 
 def _read_slice(call: Read) -> Value:
     x, start, end, step = call.x, call.get("start", 0), call.get("end", 2**62), call.get("step", 1)
     if not all(isinstance(v, int) for v in (start, end, step)):
         raise Unrepresentable("a slice that is computed at run time")
-    return nf.sliced(x, call.axis("dim", x), start, end, step)
+    return nk.sliced(x, call.axis("dim", x), start, end, step)
 
 
 def _read_index_select(call: Read) -> Value:
     x, index = call.x, call.parameter("index")
-    return nf.selected(x, [int(i) for i in index.reshape(-1)], call.axis("dim", x))
+    return nl.selected(x, [int(i) for i in index.reshape(-1)], call.axis("dim", x))
 
 
 def _read_getitem(call: Read) -> Value:
@@ -364,7 +367,7 @@ def _read_getitem(call: Read) -> Value:
         bounds = (s.start or 0, 2**62 if s.stop is None else s.stop, s.step or 1)
         if not all(isinstance(b, int) for b in bounds):
             raise Unrepresentable("a slice that is computed at run time")
-        x = nf.sliced(x, axis, *bounds)
+        x = nk.sliced(x, axis, *bounds)
     return x
 
 
@@ -383,16 +386,16 @@ def _read_setitem(call: Read) -> Value:
     at = [i for i, s in enumerate(items) if s != slice(None)]
     if len(at) != 1 or not isinstance(part := items[at[0]], slice) or part.step not in (None, 1):
         raise Unrepresentable("elements are written that are not the first or last along one axis")
-    (axis,), start, stop = at, part.start or 0, nf.WHOLE if part.stop is None else part.stop
+    (axis,), start, stop = at, part.start or 0, nk.WHOLE if part.stop is None else part.stop
     if axis < 2 or not isinstance(start, int) or not isinstance(stop, int):
         raise Unrepresentable("channels or images are written, or how many is computed")
-    if start == 0 and 0 < stop < nf.WHOLE:
+    if start == 0 and 0 < stop < nk.WHOLE:
         number, is_first = stop, True
-    elif start < 0 and stop >= nf.WHOLE:
+    elif start < 0 and stop >= nk.WHOLE:
         number, is_first = -start, False
     else:
         raise Unrepresentable("elements are written that are not the first or last along one axis")
-    return nf.overwritten(x, axis, number, is_first, _by_channel(call, what, x), 1)
+    return nk.overwritten(x, axis, number, is_first, _by_channel(call, what, x), 1)
 
 
 def _by_channel(call: Read, what: Any, x: Value) -> Array:
@@ -425,7 +428,7 @@ def _piece(call: Read, split: Described, index: int) -> Value:
     if isinstance(sizes, int):
         sizes = [min(sizes, width - start) for start in range(0, width, sizes)]
     start = sum(sizes[: index % len(sizes)])
-    return nf.sliced(x, axis, start, start + sizes[index % len(sizes)], 1)
+    return nk.sliced(x, axis, start, start + sizes[index % len(sizes)], 1)
 
 
 def _read_channel_shuffle(call: Read) -> Value:
@@ -433,7 +436,7 @@ def _read_channel_shuffle(call: Read) -> Value:
     width = x.extents[1].known
     if width is None:
         raise Unrepresentable("the number of channels is unknown")
-    return nf.selected(x, np.arange(width).reshape(groups, -1).T.reshape(-1).tolist(), 1)
+    return nl.selected(x, np.arange(width).reshape(groups, -1).T.reshape(-1).tolist(), 1)
 
 
 def _read_mean(call: Read) -> Value:
@@ -441,25 +444,25 @@ def _read_mean(call: Read) -> Value:
     if dims is None or set(call.call.args) - {"input", "dim", "keepdim"}:
         raise Unrepresentable("a mean over all axes, or in another dtype")
     axes = [dims] if isinstance(dims, int) else list(dims)
-    return nf.averaged(x, [a % x.rank for a in axes], bool(call.get("keepdim", False)))
+    return nl.averaged(x, [a % x.rank for a in axes], bool(call.get("keepdim", False)))
 
 
 def _read_reshape(call: Read) -> Value:
-    return nf.regrouped(call.x, call.extents(call.call.args["shape"]))
+    return nl.regrouped(call.x, call.extents(call.call.args["shape"]))
 
 
 def _read_unflatten(call: Read) -> Value:
     x, axis = call.x, call.axis("dim", call.x)
-    return nf.regrouped(x, [*x.extents[:axis], *call.extents(call.call.args["sizes"]), *x.extents[axis + 1 :]])
+    return nl.regrouped(x, [*x.extents[:axis], *call.extents(call.call.args["sizes"]), *x.extents[axis + 1 :]])
 
 
 def _read_reshape_as(call: Read) -> Value:
-    return nf.regrouped(call.x, call.value(call.call.args["other"]).extents)
+    return nl.regrouped(call.x, call.value(call.call.args["other"]).extents)
 
 
 def _read_permute(call: Read) -> Value:
     x, dims = call.x, call.call.args["dims"]
-    return nf.permuted(x, [d % x.rank for d in dims])
+    return nl.permuted(x, [d % x.rank for d in dims])
 
 
 def _read_transpose(call: Read) -> Value:
@@ -467,7 +470,7 @@ def _read_transpose(call: Read) -> Value:
     axes = list(range(x.rank))
     a, b = call.axis("dim0", x), call.axis("dim1", x)
     axes[a], axes[b] = axes[b], axes[a]
-    return nf.permuted(x, axes)
+    return nl.permuted(x, axes)
 
 
 def _read_flatten(call: Read) -> Value:
@@ -476,7 +479,7 @@ def _read_flatten(call: Read) -> Value:
     merged = Extent()
     for e in x.extents[start : end + 1]:
         merged = merged.times(e)
-    return nf.regrouped(x, [*x.extents[:start], merged, *x.extents[end + 1 :]])
+    return nl.regrouped(x, [*x.extents[:start], merged, *x.extents[end + 1 :]])
 
 
 def _read_squeeze(call: Read) -> Value:
@@ -486,13 +489,13 @@ def _read_squeeze(call: Read) -> Value:
     gone = {d % x.rank for d in ([dims] if isinstance(dims, int) else dims)}
     if any(x.extents[a].known is None for a in gone):
         raise Unrepresentable("a squeeze of an unknown extent")
-    return nf.regrouped(x, [e for i, e in enumerate(x.extents) if i not in gone or e != Extent()])
+    return nl.regrouped(x, [e for i, e in enumerate(x.extents) if i not in gone or e != Extent()])
 
 
 def _read_unsqueeze(call: Read) -> Value:
     x = call.x
     axis = call.call.args["dim"] % (x.rank + 1)
-    return nf.regrouped(x, [*x.extents[:axis], Extent(), *x.extents[axis:]])
+    return nl.regrouped(x, [*x.extents[:axis], Extent(), *x.extents[axis:]])
 
 
 READERS: dict[str, Callable[[Read], Value]] = {

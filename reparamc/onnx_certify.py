@@ -16,9 +16,12 @@ from onnx import AttributeProto, ModelProto, NodeProto, ValueInfoProto, helper, 
 from onnx.reference import ReferenceEvaluator
 
 import reparamc.normal_form as nf
+import reparamc.normal_kernels as nk
+import reparamc.normal_layouts as nl
 from reparamc.agreement import Precision
 from reparamc.certify import Certificate, Window, certify, same_bytes
-from reparamc.normal_form import Array, Kernel, Value
+from reparamc.normal_form import Array, Value
+from reparamc.normal_kernels import Kernel
 from reparamc.onnx_values import Types, attribute, skeleton
 from reparamc.views import Extent, Unrepresentable
 
@@ -411,10 +414,10 @@ def _convolution(
         raise Unrepresentable("a kernel over other axes than its operand has")
     offsets = product(*(range(-b, -b + d * k, d) for b, d, k in zip(begin, dilation, kernel, strict=True)))
     delta = tuple(d * (k - 1) - b - e for k, d, b, e in zip(kernel, dilation, begin, end, strict=True))
-    first = nf.grouped_first(weight.shape[0], weight.shape[1], groups)
+    first = nk.grouped_first(weight.shape[0], weight.shape[1], groups)
     flat = weight.reshape(*weight.shape[:2], -1)
     axes = tuple(range(2, x.rank))
-    return nf.convolved(x, Kernel(flat, first, tuple(offsets), axes, tuple(stride), delta, rounded), 1)
+    return nk.convolved(x, Kernel(flat, first, tuple(offsets), axes, tuple(stride), delta, rounded), 1)
 
 
 def _read_conv(call: _Call) -> Value:
@@ -433,7 +436,7 @@ def _read_conv_transpose(call: _Call) -> Value:
     pads, extra = call.integers("pads", [0] * 2 * n), call.integers("output_padding", [0] * n)
     axes = tuple(range(2, 2 + n))
     if any(s > 1 for s in stride):
-        x = nf.spread(x, axes, stride)
+        x = nk.spread(x, axes, stride)
     # What is written at offset o of an input position is read at offset -o of an output position.
     offsets = product(*(range(b, b - d * k, -d) for b, d, k in zip(pads[:n], dilation, kernel, strict=True)))
     delta = tuple(
@@ -441,8 +444,8 @@ def _read_conv_transpose(call: _Call) -> Value:
     )
     inside = weight.shape[0] // groups
     turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(-1, inside, prod(kernel))
-    first = nf.grouped_first(len(turned), inside, groups)
-    y = nf.convolved(x, Kernel(turned, first, tuple(offsets), axes, (1,) * n, delta), 1)
+    first = nk.grouped_first(len(turned), inside, groups)
+    y = nk.convolved(x, Kernel(turned, first, tuple(offsets), axes, (1,) * n, delta), 1)
     return y if bias is None else nf.shifted(y, bias, 1)
 
 
@@ -480,7 +483,7 @@ def _read_pad(call: _Call) -> Value:
     if not wanted:
         return x
     axes, begin, end = ([w[i] for w in wanted] for i in range(3))
-    return nf.padded(x, axes, begin, end, value, 1)
+    return nk.padded(x, axes, begin, end, value, 1)
 
 
 def _slab(written: Array) -> tuple[int, int, bool]:
@@ -518,7 +521,7 @@ def _read_scatter(call: _Call) -> Value:
     border = slab.reshape(len(slab), -1)[:, 0]
     if np.any(np.moveaxis(slab, 0, -1) != border):
         raise Unrepresentable("what is written varies along other axes than the channels")
-    return nf.overwritten(x, axis, number, is_first, border, 1)
+    return nk.overwritten(x, axis, number, is_first, border, 1)
 
 
 # Matrices
@@ -529,7 +532,7 @@ def _read_gemm(call: _Call) -> Value:
         raise Unrepresentable("Gemm with transA mixes the batch")
     x, weight, bias = call.value(), call.constant(1), call.optional(2)
     alpha, beta = (cast(float, attribute(call.node, key, 1.0)) for key in ("alpha", "beta"))
-    y = nf.mixed(x, weight if call.integer("transB") else weight.T, 1)
+    y = nk.mixed(x, weight if call.integer("transB") else weight.T, 1)
     if alpha != 1:
         y = nf.scaled(y, alpha)
     if bias is None:
@@ -549,7 +552,7 @@ def _read_matmul(call: _Call) -> Value:
         axis = x.rank - 2
     if weight.ndim != 2 or axis < 0:
         raise Unrepresentable("a stack of matrices")
-    return nf.mixed(x, weight, axis)
+    return nk.mixed(x, weight, axis)
 
 
 # Each channel by itself
@@ -649,7 +652,7 @@ def _read_split(call: _Call) -> Value:
     if min(sizes) < 0 or sum(sizes) != width:
         raise Unrepresentable("a split into parts that do not add up")
     start = sum(sizes[: call.at])
-    return nf.selected(x, range(start, start + sizes[call.at]), axis)
+    return nl.selected(x, range(start, start + sizes[call.at]), axis)
 
 
 def _read_slice(call: _Call) -> Value:
@@ -667,7 +670,7 @@ def _read_slice(call: _Call) -> Value:
         if step < 0 and width is not None and (start < -width or end >= width):
             # The standard, its reference implementation and ONNX Runtime do not agree on what is clamped to what.
             raise Unrepresentable("a slice in reverse, of which an end is out of range")
-        x = nf.sliced(x, axis % x.rank, start, end, step)
+        x = nk.sliced(x, axis % x.rank, start, end, step)
     return x
 
 
@@ -677,10 +680,10 @@ def _read_gather(call: _Call) -> Value:
     width = x.extents[axis].known
     if width is None or index.ndim > 1:
         raise Unrepresentable("a gather by a table, or along an unknown extent")
-    found = nf.selected(x, [int(i) % width for i in index.reshape(-1)], axis)
+    found = nl.selected(x, [int(i) % width for i in index.reshape(-1)], axis)
     if index.ndim:
         return found
-    return nf.regrouped(found, [e for i, e in enumerate(found.extents) if i != axis])
+    return nl.regrouped(found, [e for i, e in enumerate(found.extents) if i != axis])
 
 
 # Layouts
@@ -688,7 +691,7 @@ def _read_gather(call: _Call) -> Value:
 
 def _read_transpose(call: _Call) -> Value:
     x = call.value()
-    return nf.permuted(x, call.integers("perm", range(x.rank)[::-1]))
+    return nl.permuted(x, call.integers("perm", range(x.rank)[::-1]))
 
 
 def _read_reshape(call: _Call) -> Value:
@@ -699,8 +702,8 @@ def _read_reshape(call: _Call) -> Value:
         target = [
             None if n == -1 else x.extents[i] if n == 0 and not zero_is_zero else Extent(n) for i, n in enumerate(given)
         ]
-        return nf.regrouped(x, target)
-    return nf.regrouped(x, _inferred(call, x))
+        return nl.regrouped(x, target)
+    return nl.regrouped(x, _inferred(call, x))
 
 
 def _inferred(call: _Call, x: Value) -> list[Extent | None]:
@@ -722,7 +725,7 @@ def _read_flatten(call: _Call) -> Value:
     front, back = Extent(), Extent()
     for i, e in enumerate(x.extents):
         front, back = (front.times(e), back) if i < axis else (front, back.times(e))
-    return nf.regrouped(x, [front, back])
+    return nl.regrouped(x, [front, back])
 
 
 def _axes(call: _Call) -> list[int] | None:
@@ -739,7 +742,7 @@ def _read_squeeze(call: _Call) -> Value:
     gone = {a % x.rank for a in axes}
     if any(x.extents[a] != Extent() for a in gone):
         raise Unrepresentable("a squeeze of an unknown extent")
-    return nf.regrouped(x, [e for i, e in enumerate(x.extents) if i not in gone])
+    return nl.regrouped(x, [e for i, e in enumerate(x.extents) if i not in gone])
 
 
 def _read_unsqueeze(call: _Call) -> Value:
@@ -748,19 +751,19 @@ def _read_unsqueeze(call: _Call) -> Value:
         raise Unrepresentable("Unsqueeze without axes")
     rank = x.rank + len(axes)
     new, rest = {a % rank for a in axes}, iter(x.extents)
-    return nf.regrouped(x, [Extent() if i in new else next(rest) for i in range(rank)])
+    return nl.regrouped(x, [Extent() if i in new else next(rest) for i in range(rank)])
 
 
 def _read_mean(call: _Call) -> Value:
     x = call.value()
     if call.node.op_type == "GlobalAveragePool":
-        return nf.averaged(x, range(2, x.rank), keep=True)
+        return nl.averaged(x, range(2, x.rank), keep=True)
     axes = _axes(call)
     if not axes:
         if call.integer("noop_with_empty_axes"):
             return x
         raise Unrepresentable("a mean over all axes")
-    return nf.averaged(x, [a % x.rank for a in axes], bool(call.integer("keepdims", 1)))
+    return nl.averaged(x, [a % x.rank for a in axes], bool(call.integer("keepdims", 1)))
 
 
 READERS: dict[str, Callable[[_Call], Value]] = {

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from reparamc import normal_form as nf
+from reparamc import normal_kernels as nk
+from reparamc import normal_layouts as nl
 from reparamc.agreement import Precision, agree
-from reparamc.normal_form import Kernel, Value
+from reparamc.normal_form import Value
+from reparamc.normal_kernels import Kernel
 from reparamc.views import Digit, Extent, Unrepresentable, composed, identity_view, reshaped
 
 SINGLE = Precision(2.0**-24, 2.0**-150)
@@ -25,7 +28,7 @@ def kernel(
     rng: np.random.Generator, rows: int, columns: int, size: int, stride: int, begin: int, end: int, groups: int = 1
 ) -> Kernel:
     weight = rng.standard_normal((rows, columns // groups, size))
-    first = nf.grouped_first(rows, columns // groups, groups)
+    first = nk.grouped_first(rows, columns // groups, groups)
     return Kernel(weight, first, tuple((t - begin,) for t in range(size)), (2,), (stride,), (size - 1 - begin - end,))
 
 
@@ -76,12 +79,12 @@ def test_a_chain_of_padded_kernels_with_biases(seed: int) -> None:
     for _ in range(int(rng.integers(2, 4))):
         groups = int(rng.choice([1, 2, width])) if width % 2 == 0 else 1
         rows = groups * int(rng.integers(1, 3))
-        k = kernel(
-            rng, rows, width, int(rng.integers(1, 4)), int(rng.integers(1, 3)), *rng.integers(-1, 3, 2).tolist(), groups
-        )
+        size, stride = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+        begin, end = rng.integers(-1, 3, 2).tolist()
+        k = kernel(rng, rows, width, size, stride, begin, end, groups)
         bias = rng.standard_normal(rows)
         kernels.append((k, bias))
-        value, width = nf.shifted(nf.convolved(value, k, 1), bias, 1), rows
+        value, width = nf.shifted(nk.convolved(value, k, 1), bias, 1), rows
     for extent in (12, 13, 14, 17):
         x = rng.standard_normal((4, extent))
         expected = x
@@ -94,21 +97,21 @@ def test_guards_are_what_tells_a_crop_from_a_border() -> None:
     """The same taps, with and without a border of an intermediate: equal inside, different along the edge."""
     rng = np.random.default_rng(0)
     point, wide = kernel(rng, 3, 3, 1, 1, 0, 0), kernel(rng, 3, 3, 3, 1, 1, 1)
-    inner = nf.convolved(image(), point, 1)
-    bordered = nf.convolved(nf.shifted(inner, np.ones(3), 1), wide, 1)
-    plain = nf.shifted(nf.convolved(inner, wide, 1), wide.weight.sum(axis=(1, 2)), 1)
+    inner = nk.convolved(image(), point, 1)
+    bordered = nk.convolved(nf.shifted(inner, np.ones(3), 1), wide, 1)
+    plain = nf.shifted(nk.convolved(inner, wide, 1), wide.weight.sum(axis=(1, 2)), 1)
     found = agree(bordered, plain, SINGLE)
     assert found.verdict == "different"
     assert "from position 1 on" in found.reason or "before the end" in found.reason
     merged = Kernel(
         np.einsum("omt,mi->oit", wide.weight, point.weight[:, :, 0]), wide.first, wide.offsets, (2,), (1,), (0,)
     )
-    assert agree(nf.convolved(inner, wide, 1), nf.convolved(image(), merged, 1), SINGLE).verdict == "equal"
+    assert agree(nk.convolved(inner, wide, 1), nk.convolved(image(), merged, 1), SINGLE).verdict == "equal"
 
 
 def test_a_padding_with_a_value_is_a_bias_outside() -> None:
     rng = np.random.default_rng(1)
-    padded = nf.padded(image(), (2,), (2,), (1,), 0.5, 1)
+    padded = nk.padded(image(), (2,), (2,), (1,), 0.5, 1)
     x = rng.standard_normal((3, 9))
     np.testing.assert_allclose(evaluate(padded, x), np.pad(x, ((0, 0), (2, 1)), constant_values=0.5))
 
@@ -120,7 +123,7 @@ def test_one_wrong_coefficient_is_named_however_small_its_row(change: float) -> 
     k.weight[3] *= 1e-9
     wrong = k.weight.copy()
     wrong[3, 2, 0] *= 1 + change
-    found = agree(nf.convolved(image(), k, 1), nf.convolved(image(), replace(k, weight=wrong), 1), SINGLE)
+    found = agree(nk.convolved(image(), k, 1), nk.convolved(image(), replace(k, weight=wrong), 1), SINGLE)
     assert found.verdict == "different"
     assert found.units > 1
     assert "channel 3 reads channel 2 of 'x' at offset (-1)" in found.reason
@@ -129,7 +132,7 @@ def test_one_wrong_coefficient_is_named_however_small_its_row(change: float) -> 
 def test_rounding_once_is_equal_and_nearly_as_much_as_is_allowed() -> None:
     k = kernel(np.random.default_rng(3), 8, 3, 3, 1, 1, 1)
     rounded = replace(k, weight=k.weight.astype(np.float32))
-    found = agree(nf.convolved(image(), k, 1), nf.convolved(image(), rounded, 1), SINGLE)
+    found = agree(nk.convolved(image(), k, 1), nk.convolved(image(), rounded, 1), SINGLE)
     assert found.verdict == "equal"
     assert 0.5 < found.units <= 1
     assert 0 < found.bound <= SINGLE.unit
@@ -139,9 +142,9 @@ def test_cancellation_raises_no_alarm() -> None:
     """x + W x - W x: magnitudes of a million, and an identity that is left."""
     k = kernel(np.random.default_rng(4), 3, 3, 3, 1, 1, 1)
     big = replace(k, weight=1e6 * k.weight)
-    branch = nf.scaled(nf.convolved(image(), big, 1), np.array([1 / 3, 0.7, 1.1]), 1)
+    branch = nf.scaled(nk.convolved(image(), big, 1), np.array([1 / 3, 0.7, 1.1]), 1)
     total = nf.added([image(), branch, nf.scaled(branch, -1.0)])
-    assert agree(total, nf.added([image(), nf.scaled(nf.convolved(image(), big, 1), 0.0)]), SINGLE).verdict == "equal"
+    assert agree(total, nf.added([image(), nf.scaled(nk.convolved(image(), big, 1), 0.0)]), SINGLE).verdict == "equal"
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
@@ -149,17 +152,17 @@ def test_what_is_not_finite_is_different_unless_both_are(wrong: float) -> None:
     k = kernel(np.random.default_rng(5), 3, 3, 1, 1, 0, 0)
     bad = k.weight.copy()
     bad[1, 1] = wrong
-    other = nf.convolved(image(), replace(k, weight=bad), 1)
-    assert agree(nf.convolved(image(), k, 1), other, SINGLE).verdict == "different"
+    other = nk.convolved(image(), replace(k, weight=bad), 1)
+    assert agree(nk.convolved(image(), k, 1), other, SINGLE).verdict == "different"
     assert agree(other, other, SINGLE).verdict == "equal"
 
 
 def test_other_strides_and_extents_are_different() -> None:
     rng = np.random.default_rng(6)
     k = kernel(rng, 3, 3, 3, 1, 1, 1)
-    value = nf.convolved(image(), k, 1)
-    strided = nf.convolved(image(), replace(k, stride=(2,)), 1)
-    shorter = nf.convolved(image(), replace(k, delta=(1,)), 1)
+    value = nk.convolved(image(), k, 1)
+    strided = nk.convolved(image(), replace(k, stride=(2,)), 1)
+    shorter = nk.convolved(image(), replace(k, delta=(1,)), 1)
     assert agree(value, strided, SINGLE).verdict == "different"
     assert agree(value, shorter, SINGLE).verdict == "different"
 
@@ -169,7 +172,7 @@ def test_extents_that_agree_for_some_sizes_are_compared_at_those_that_are_known(
     k = kernel(rng, 3, 3, 2, 2, 0, 0)
     for extent, expected in ((Extent(8), "equal"), (Extent(9), "different"), (H, "undecided")):
         x = nf.leaf("x", (N, Extent(3), extent))
-        a, b = nf.convolved(x, k, 1), nf.convolved(x, replace(k, delta=(0,)), 1)
+        a, b = nk.convolved(x, k, 1), nk.convolved(x, replace(k, delta=(0,)), 1)
         assert agree(a, b, SINGLE).verdict == expected, extent
 
 
@@ -178,10 +181,10 @@ def test_extents_that_agree_for_some_sizes_are_compared_at_those_that_are_known(
 
 def test_a_shuffle_is_a_selection() -> None:
     x = nf.leaf("x", (N, Extent(6), H))
-    turned = nf.permuted(nf.regrouped(x, (N, Extent(2), Extent(3), H)), (0, 2, 1, 3))
-    shuffled = nf.regrouped(turned, (N, Extent(6), H))
-    assert agree(shuffled, nf.selected(x, (0, 3, 1, 4, 2, 5), 1), SINGLE).verdict == "equal"
-    assert agree(shuffled, nf.selected(x, (0, 3, 1, 4, 5, 2), 1), SINGLE).verdict == "different"
+    turned = nl.permuted(nl.regrouped(x, (N, Extent(2), Extent(3), H)), (0, 2, 1, 3))
+    shuffled = nl.regrouped(turned, (N, Extent(6), H))
+    assert agree(shuffled, nl.selected(x, (0, 3, 1, 4, 2, 5), 1), SINGLE).verdict == "equal"
+    assert agree(shuffled, nl.selected(x, (0, 3, 1, 4, 5, 2), 1), SINGLE).verdict == "different"
 
 
 def test_a_matrix_goes_through_heads() -> None:
@@ -190,22 +193,22 @@ def test_a_matrix_goes_through_heads() -> None:
     length, matrix = Extent(7), rng.standard_normal((12, 4))
     x = nf.leaf("x", (N, length, Extent(4)))
     gain = rng.uniform(0.5, 2, 12)
-    flat = nf.regrouped(nf.mixed(x, matrix, 2), (None, Extent(12)))
-    scaled = nf.regrouped(nf.scaled(flat, gain, 1), (N, length, Extent(2), Extent(6)))
-    part = nf.permuted(nf.selected(scaled, range(2, 4), 3), (0, 2, 1, 3))
+    flat = nl.regrouped(nk.mixed(x, matrix, 2), (None, Extent(12)))
+    scaled = nl.regrouped(nf.scaled(flat, gain, 1), (N, length, Extent(2), Extent(6)))
+    part = nl.permuted(nl.selected(scaled, range(2, 4), 3), (0, 2, 1, 3))
     rows = [2, 3, 8, 9]
-    direct = nf.mixed(x, (gain[:, None] * matrix)[rows], 2)
-    direct = nf.permuted(nf.regrouped(direct, (N, length, Extent(2), Extent(2))), (0, 2, 1, 3))
+    direct = nk.mixed(x, (gain[:, None] * matrix)[rows], 2)
+    direct = nl.permuted(nl.regrouped(direct, (N, length, Extent(2), Extent(2))), (0, 2, 1, 3))
     assert agree(part, direct, SINGLE).verdict == "equal"
 
 
 def test_a_mean_commutes_with_matrices_and_not_with_borders() -> None:
     rng = np.random.default_rng(9)
     point, wide = kernel(rng, 3, 3, 1, 1, 0, 0), kernel(rng, 3, 3, 3, 1, 1, 1)
-    before = nf.averaged(nf.convolved(image(), point, 1), (2,), keep=True)
-    after = nf.convolved(nf.averaged(image(), (2,), keep=True), point, 1)
+    before = nl.averaged(nk.convolved(image(), point, 1), (2,), keep=True)
+    after = nk.convolved(nl.averaged(image(), (2,), keep=True), point, 1)
     assert agree(before, after, SINGLE).verdict == "equal"
-    assert agree(nf.averaged(nf.convolved(image(), wide, 1), (2,), True), before, SINGLE).verdict != "equal"
+    assert agree(nl.averaged(nk.convolved(image(), wide, 1), (2,), True), before, SINGLE).verdict != "equal"
 
 
 def test_views() -> None:
@@ -227,9 +230,9 @@ def test_zeros_between_make_a_transposed_kernel() -> None:
     rng = np.random.default_rng(10)
     k = replace(kernel(rng, 3, 3, 4, 1, 1, 1), delta=(-2,))
     matrix = rng.standard_normal((3, 3))
-    through = nf.convolved(nf.spread(nf.mixed(image(), matrix, 1), (2,), (2,)), k, 1)
+    through = nk.convolved(nk.spread(nk.mixed(image(), matrix, 1), (2,), (2,)), k, 1)
     composed_ = replace(k, weight=np.einsum("omt,mi->oit", k.weight, matrix))
-    assert agree(through, nf.convolved(nf.spread(image(), (2,), (2,)), composed_, 1), SINGLE).verdict == "equal"
-    assert agree(through, nf.convolved(nf.spread(image(), (2,), (2,)), k, 1), SINGLE).verdict == "different"
+    assert agree(through, nk.convolved(nk.spread(image(), (2,), (2,)), composed_, 1), SINGLE).verdict == "equal"
+    assert agree(through, nk.convolved(nk.spread(image(), (2,), (2,)), k, 1), SINGLE).verdict == "different"
     with pytest.raises(Unrepresentable):
-        nf.spread(nf.shifted(image(), 1.0), (2,), (2,))
+        nk.spread(nf.shifted(image(), 1.0), (2,), (2,))

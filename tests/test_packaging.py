@@ -23,7 +23,7 @@ ZOO = sorted((ROOT / "fastvit_zoo").glob("*.py"))
 
 ALGEBRA = {"cost", "evaluate", "expr", "kernel", "lift", "probe", "rewrite", "shape", "text", "verify"}
 DRIVERS = {"duplicates", "graph", "host", "impulse", "outcome", "pieces", "plan", "region"}
-PROOF = {"agreement", "certify", "normal_form", "views"}
+PROOF = {"agreement", "certify", "normal_form", "normal_kernels", "normal_layouts", "views"}
 PLAIN = ALGEBRA | DRIVERS | PROOF | {"_version", "compare", "dtypes", "errors", "record", "report", "verification"}
 """Modules that any other may use."""
 
