@@ -413,7 +413,7 @@ class _Proof:
                 elif ends[name]:
                     raise _NoJoint
             elif joints and name in ends and not whole.keys().isdisjoint(side.operands(name)):
-                whole[name] = side.value(name, {**values, **whole}.__getitem__)
+                whole[name] = side.value(name, lambda operand: whole[operand] if operand in whole else values[operand])
                 if ends[name]:
                     joints.enter_as(whole[name], value)
             values[name] = value
