@@ -229,6 +229,7 @@ class _Joints:
     def __init__(self) -> None:
         self.values: list[tuple[Value, Value]] = []
         self.found: list[Agreement] = []
+        self.next = 0
 
     def enter(self, value: Value, leaf: Value) -> Value:
         """A joint of the original: what stands for ``value``, over ``leaf``."""
@@ -247,10 +248,12 @@ class _Joints:
     def find(self, value: Value, precision: Precision) -> Value | None:
         """The joint of the original that ``value`` equals."""
         bare, shift = _bare(value)
-        for known, leaf in self.values:
+        for at in sorted(range(len(self.values)), key=lambda i: (i < self.next, i)):  # both graphs have one order
+            known, leaf = self.values[at]
             found = agree(known, bare, precision)
             if found.verdict == "equal":
                 self.found.append(found)
+                self.next = at + 1
                 return _shifted(leaf, value, shift)
         return None
 

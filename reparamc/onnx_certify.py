@@ -176,6 +176,8 @@ class _Side:
     def constant(self, name: str) -> Array | None:
         if name not in self.constants:
             return None
+        if (known := self.arrays.get(name)) is not None:
+            return known
         stack = [name]
         while stack:
             top = stack[-1]
