@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reparamc.dtypes import epsilon_of, is_floating
+from reparamc.dtypes import epsilon_of, is_floating, largest_of
 
 Outputs = Mapping[str, npt.NDArray]
 
@@ -50,8 +50,8 @@ class Difference:
 
     @property
     def rounds(self) -> bool:
-        """Whether both are arrays of floating or complex numbers."""
-        return _rounds(self.expected) and _rounds(self.actual)
+        """Whether floating or complex numbers are expected and there are numbers, so that they are compared as such."""
+        return _rounds(self.expected) and _is_number(self.actual)
 
     @property
     def equal(self) -> bool:
@@ -97,14 +97,14 @@ def difference(expected: Any, actual: Any) -> Difference:
         same = not arrays and bool(expected is actual or expected == actual)
         return Difference(expected, actual, *((0.0, 0.0) if same else _FAR), 0.0, same, same)
     actual = np.asarray(actual)
-    size = float(np.abs(_finite(expected)).max(initial=0.0)) if _rounds(expected) else 0.0
     if expected.shape != actual.shape:
-        return Difference(expected, actual, *_FAR, size, same_kind=False, same_shape=False)
-    if not (_rounds(expected) and _rounds(actual)):
+        return Difference(expected, actual, *_FAR, _size(expected), same_kind=False, same_shape=False)
+    if not (_rounds(expected) and _is_number(actual)):
         unequal = float(np.mean(expected != actual)) if expected.size else 0.0
-        return Difference(expected, actual, unequal, unequal, size, same_kind=True)
+        return Difference(expected, actual, unequal, unequal, _size(expected), same_kind=True)
     a, b = _wide(expected, actual)
     finite = np.isfinite(a)
+    size = float(np.abs(a[finite]).max(initial=0.0))
     if not (np.array_equal(finite, np.isfinite(b)) and np.array_equal(a[~finite], b[~finite], equal_nan=True)):
         return Difference(expected, actual, *_FAR, size, same_kind=False)
     gap = float(np.abs(a[finite] - b[finite]).max(initial=0.0))
@@ -128,9 +128,16 @@ def _rounds(value: Any) -> bool:
     return isinstance(value, np.ndarray) and (value.dtype.kind == "c" or is_floating(value.dtype))
 
 
-def _finite(a: npt.NDArray) -> npt.NDArray:
-    a = a.astype(np.complex128 if a.dtype.kind == "c" else np.float64)
-    return a[np.isfinite(a)]
+def _is_number(value: Any) -> bool:
+    return _rounds(value) or (isinstance(value, np.ndarray) and largest_of(value.dtype) is not None)
+
+
+def _size(array: npt.NDArray) -> float:
+    """The largest finite magnitude."""
+    if not _rounds(array):
+        return 0.0
+    wide = np.abs(array).astype(np.float64)
+    return float(wide[np.isfinite(wide)].max(initial=0.0))
 
 
 def _wide(a: npt.NDArray, b: npt.NDArray) -> tuple[npt.NDArray, npt.NDArray]:

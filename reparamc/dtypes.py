@@ -27,3 +27,8 @@ def largest_of(dtype: np.dtype) -> int | None:
         return int(ml_dtypes.iinfo(dtype).max)
     except ValueError:
         return None
+
+
+def kind_of(dtype: np.dtype) -> str:
+    """``dtype`` as users know it: of strings NumPy makes objects."""
+    return "string" if dtype.kind in "OUS" else str(dtype)

@@ -246,7 +246,7 @@ class _Pair:
         found = differences(expected, actual)
         if found is None:
             return _Comparison([], "the fused model gives another number of values in a sequence"), took
-        self._sizes = self._sizes or {name: d.size if d.rounds else 0.0 for name, d in found.items()}
+        self._sizes = self._sizes or {name: d.size for name, d in found.items()}
         checks = self._checks(inputs, found, {})
         fails = any(c.problem for c in checks)
         if fails or not self._typical:

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from reparamc.dtypes import epsilon_of, largest_of
+from reparamc.dtypes import epsilon_of, kind_of, largest_of
 from reparamc.errors import InputError
-from reparamc.verification import kind_of
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

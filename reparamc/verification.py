@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from reparamc._version import __version__
 from reparamc.compare import Difference, tolerance
+from reparamc.dtypes import kind_of
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,6 @@ def check_output(
         of = "relative to its largest value" if found.rounds else "of its entries"
         problem = f"differs by {found.max_rel:.2g} {of}, {allowed:.1g} is what rounding explains"
     return OutputCheck(output, found.max_abs, found.max_rel, found.ulps, noise, allowed, problem)
-
-
-def kind_of(dtype: np.dtype) -> str:
-    """``dtype`` as users know it: of strings NumPy makes objects."""
-    return "string" if dtype.kind in "OUS" else str(dtype)
 
 
 def _not_finite(array: npt.NDArray) -> str:

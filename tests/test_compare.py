@@ -84,6 +84,12 @@ def test_what_does_not_round_is_equal_or_not(dtype: type) -> None:
     assert not found.close(10, 10)
 
 
+def test_whole_numbers_in_place_of_floating_ones_are_compared_as_numbers() -> None:
+    found = difference(np.array([1.0, 2.0, 4.0]), np.array([1, 2, 6]))
+    assert (found.max_rel, found.rounds, found.same_dtype) == (0.5, True, False)
+    assert difference(np.array([1.0, 2.0]), np.array(["1", "2"], object)).max_rel == 1
+
+
 def test_shapes_and_dtypes() -> None:
     found = difference(X, X[:1])
     assert (found.same_shape, found.same_kind, found.max_rel, found.size) == (False, False, np.inf, 4)
