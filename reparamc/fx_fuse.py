@@ -33,7 +33,7 @@ from reparamc.graph import Splice, Value
 from reparamc.outcome import proven, regions_of, undone
 from reparamc.plan import Plan, make_plan
 from reparamc.record import records_of
-from reparamc.report import Counts, Origin, OutputError, Refusal, Report, Rewrite, rewritten
+from reparamc.report import Counts, Origin, OutputError, Report, Rewrite, rewritten
 from reparamc.rewrite import Pass, select
 from reparamc.verify import Alone, Region, compare_outputs, level_of
 from reparamc.views import Extent
@@ -141,7 +141,7 @@ def _fuse(
         after=count(fused),
         passes={p.name: counts[p.name] for p in selected},
         rewrites=made.rewrites,
-        kept=[*(Refusal(k.where, k.name, k.reason) for k in plan.kept), *left],
+        kept=[*plan.kept, *left],
         failed=[*plan.failed, *failed],
         host=plan.host,
         certificate=certificate,

@@ -80,7 +80,7 @@ def fuse_model(
     clock.append(perf_counter())
     with priced_by(objective):
         plan = make_plan(graph, selected, verify=level != "off", progress=progress)
-    kept, failed = [Refusal(k.where, k.name, k.reason) for k in plan.kept], [*plan.failed]
+    kept, failed = [*plan.kept], [*plan.failed]
     made.carry_out(plan.splices)
     clock.append(perf_counter())
     if made.splices and level == "full":

@@ -16,18 +16,9 @@ from reparamc.impulse import IMPULSE, find_kernels
 from reparamc.lift import LIFT, lifted
 from reparamc.pieces import PIECES, fold_pieces
 from reparamc.region import Decision, decide
-from reparamc.report import FailedRegion, HostCheck
+from reparamc.report import FailedRegion, HostCheck, Refusal
 from reparamc.rewrite import Declined, Pass
 from reparamc.verify import REGION_TOLERANCE
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A linear structure that stays, and why."""
-
-    where: str
-    name: str
-    reason: str
 
 
 @dataclass
@@ -35,7 +26,7 @@ class Plan:
     """What shall be done to a graph; nothing has been changed yet."""
 
     splices: list[Splice] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[Refusal] = field(default_factory=list)
     failed: list[FailedRegion] = field(default_factory=list)
     host: HostCheck | None = None
 
@@ -58,7 +49,7 @@ def make_plan(
         if isinstance(reading, Reading):
             readings[value] = reading
         elif isinstance(reading, Declined):
-            plan.kept.append(Kept(graph.name(value), LIFT, reading.reason))
+            plan.kept.append(Refusal(graph.name(value), LIFT, reading.reason))
     host = Host(graph, readings) if verify else None
     results = decide(graph, readings, passes, host, progress)
     left = {root: r for root, r in results.items() if r.failed}
@@ -85,9 +76,9 @@ def make_plan(
     for root, result in sorted(results.items(), key=lambda item: order[item[0]]):
         if result.splice is not None:
             plan.splices.append(result.splice)
-        plan.kept.extend(Kept(graph.name(root), r.name, r.reason) for r in result.refusals)
+        plan.kept.extend(Refusal(graph.name(root), r.name, r.reason) for r in result.refusals)
         if not result.refusals and (reason := _why_left(graph, root, result.expr, readings)):
-            plan.kept.append(Kept(graph.name(root), LEFT, reason))
+            plan.kept.append(Refusal(graph.name(root), LEFT, reason))
     return plan
 
 
