@@ -304,7 +304,12 @@ def test_another_border_is_not(regions: dict[str, Any], off: float, options: dic
 
 def test_the_shape_of_a_constant_that_shape_inference_does_not_know() -> None:
     head = [node("NonZero", "mask", "at"), node("Shape", "at", "extents"), node("Reshape", "x extents", "r")]
-    parameters = {"mask": np.ones(6, np.float32), "a": np.float32([2]), "b": np.float32([4]), "ab": np.float32([8])}
+    parameters = {
+        "mask": np.ones(6, np.float32),
+        "a": np.array([2], np.float32),
+        "b": np.array([4], np.float32),
+        "ab": np.array([8], np.float32),
+    }
     made = model([*head, node("Mul", "r a", "h"), node("Mul", "h b", "y")], parameters, (6,))
     fused = model([*head, node("Mul", "r ab", "y")], parameters, (6,))
     assert [w.verdict for w in certify_onnx(made, fused).windows] == ["equal"]
