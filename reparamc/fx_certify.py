@@ -125,7 +125,7 @@ def shapes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[Ex
     arguments, some with one element along their axes, which would be repeated. All are known if no other size is taken.
     """
     try:
-        runs = [_recorded(module, args)]
+        runs = [sizes_of(module, args)]
     except Exception:  # the operators alone tell ranks then
         return {}
 
@@ -135,7 +135,7 @@ def shapes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[Ex
             index = tuple(slice(1) if i in range(*axes.indices(8)) else slice(None) for i in range(values[single].ndim))
             values[single] = values[single][index].clone()
         try:
-            found = _recorded(module, values)
+            found = sizes_of(module, values)
         except Exception:  # whatever a module raises that does not know a size
             return False
         if found.keys() != runs[0].keys() or any(len(found[n]) != len(runs[0][n]) for n in found):
@@ -176,7 +176,8 @@ def _resized(value: Any, change: Change, batch: int) -> Any:
     return value.new_ones(shape) if not value.is_floating_point() else torch.randn(shape).to(value)
 
 
-def _recorded(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+def sizes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+    """The extents of all nodes of a traced module that are tensors, in a run on ``args``."""
     recorder = _Recorder(module)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         recorder.run(*(a.clone() if isinstance(a, Tensor) else a for a in args))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from reparamc.certify import Certificate
 from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
 from reparamc.fx_calls import operation
-from reparamc.fx_certify import certify_fx, shapes_of
+from reparamc.fx_certify import certify_fx, shapes_of, sizes_of
 from reparamc.fx_export import can_be_exported, exported, holds_linear, is_exported, live_in_training
 from reparamc.fx_graph import FxGraph
 from reparamc.fx_regions import by_position, run_alone
@@ -36,7 +36,8 @@ from reparamc.record import records_of
 from reparamc.report import Counts, Origin, OutputError, Report, Rewrite, rewritten
 from reparamc.rewrite import Pass, select
 from reparamc.verify import Alone, Region, compare_outputs, level_of
-from reparamc.views import Extent
+
+ShapeT = TypeVar("ShapeT")
 
 
 def fuse_fx(
@@ -111,11 +112,10 @@ def _fuse(
     traced_at = perf_counter()
     kept = fx.GraphModule(traced, copy.deepcopy(traced.graph)) if level != "off" else None
     examples = _examples(model, args, kwargs)
-    shapes = {}
+    positional = None
     if example_inputs is not None:
         positional = (*given[0], *given[1].values()) if note else by_position(traced, args, kwargs)
-        shapes = _shapes(model, traced, positional)
-    ranks = {name: len(shape) for name, shape in shapes.items()}
+    ranks = {name: len(shape) for name, shape in _of_runs(sizes_of, model, traced, positional).items()}
 
     def rewrite(traced: fx.GraphModule, without: set[str]) -> _Rewritten:
         graph = FxGraph(traced, examples, ranks, exported=bool(note))
@@ -125,6 +125,7 @@ def _fuse(
     made = rewrite(traced, set())
     certificate, wrong = None, dict[str, str]()
     if kept is not None and any(made.counts.values()):
+        shapes = _of_runs(shapes_of, model, kept, positional)
 
         def certificate_without(units: set[str]) -> Certificate:
             nonlocal made
@@ -497,13 +498,18 @@ def _examples(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return {k: v for k, v in bound.items() if isinstance(v, Tensor)}
 
 
-def _shapes(model: nn.Module, traced: fx.GraphModule, args: Sequence[Any] | None) -> dict[str, tuple[Extent, ...]]:
-    """The shapes of all nodes, from runs of a copy, because forward may update buffers; none where it does not run."""
+def _of_runs(
+    ask: Callable[[fx.GraphModule, Sequence[Any]], dict[str, ShapeT]],
+    model: nn.Module,
+    traced: fx.GraphModule,
+    args: Sequence[Any] | None,
+) -> dict[str, ShapeT]:
+    """What ``ask`` learns from running a copy, because forward may update buffers; nothing where it does not run."""
     if args is None:
         return {}
     with _own_randomness(model), torch.no_grad():
         try:
-            return shapes_of(cast(fx.GraphModule, _copied(traced)), args)
+            return ask(cast(fx.GraphModule, _copied(traced)), args)
         except Exception:  # whatever the model's forward raises; the comparison will say so
             return {}
 
