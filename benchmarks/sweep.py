@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reparamc
 from reparamc.errors import one_line
 from reparamc.onnx_fuse import count, fuse_model, load
+from reparamc.onnx_harm import fused_by_runtime
 from reparamc.report import Report
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
 
@@ -210,6 +211,7 @@ def through_onnx(
             "after": graph_counts(result),
             "error_before": error(run(source, x), reference),
             "error_after": error(run(result, x), reference),
+            "kernels": [Counter((fused_by_runtime(m) or {}).values()) for m in (source, result)],
         }
         if options.latency:
             record["latency"] = latency(source, result, x, options.rounds)
@@ -230,7 +232,12 @@ def through_fx(model: nn.Module, x: torch.Tensor, reference: list[np.ndarray], v
 
 def summary_of(report: Report, seconds: float) -> Record:
     reasons = Counter(f"{r.name}: {generic(r.reason)}" for r in report.kept)
-    return {"seconds": round(seconds, 2), "passes": report.passes, "refused": reasons, "note": report.note}
+    summary: Record = {"seconds": round(seconds, 2), "passes": report.passes, "refused": reasons, "note": report.note}
+    summary["undone"] = [f"{f.where}: {f.reason}" for f in report.failed]
+    if (proof := report.certificate) is not None:
+        undecided = [f"{kept.where}: {kept.reason}" for kept in proof.undecided]
+        summary["certificate"] = {"equal": proof.equal, "undecided": undecided, "seconds": round(proof.seconds, 2)}
+    return summary
 
 
 def generic(reason: str) -> str:
@@ -391,6 +398,9 @@ def read(path: Path) -> dict[str, Record]:
 
 def summarize(records: list[Record]) -> None:
     print(f"{len(records)} models")
+    for way in ("onnx", "fx"):
+        proven = sum(r[way]["certificate"]["equal"] for r in records if "certificate" in r.get(way, {}))
+        print(f"{way}: {proven} windows proven equal for every input size")
     for title, lines in (
         ("died", [f"{r['model']}: {r['died']}" for r in records if "died" in r]),
         ("could not be built, exported or compared", failures(records, ("build", "export", "sweep", "own"))),
@@ -399,6 +409,9 @@ def summarize(records: list[Record]) -> None:
         ("partly traceable", [f"{r['model']}: {some(names)}" for r in records if (names := hidden(r))]),
         ("crashed, or bad input", crashes(records)),
         ("BatchNorms left", left(records)),
+        ("undone, because a check objected", undone(records)),
+        ("windows that the certificate leaves undecided", undecided(records)),
+        ("patterns that ONNX Runtime no longer fuses", lost(records)),
         ("slower beyond noise", slower(records)),
         ("worse than the model's own method", worse(records)),
     ):
@@ -456,6 +469,32 @@ def left(records: list[Record]) -> list[str]:
         if any(after.values()):
             lines.append(f"{r['model']}: " + ", ".join(f"{way} {number}" for way, number in after.items()))
     return lines
+
+
+def undone(records: list[Record]) -> list[str]:
+    return [f"{r['model']}, {way}: {line}" for r in records for way in ("onnx", "fx") for line in of(r, way, "undone")]
+
+
+def undecided(records: list[Record]) -> list[str]:
+    lines = []
+    for r in records:
+        for way in ("onnx", "fx"):
+            proof = r.get(way, {}).get("certificate", {})
+            if found := proof.get("undecided"):
+                lines.append(f"{r['model']}, {way}: {len(found)} of {len(found) + proof['equal']}, {found[0][:160]}")
+    return lines
+
+
+def lost(records: list[Record]) -> list[str]:
+    lines = []
+    for r in records:
+        before, after = map(Counter, of(r, "onnx", "kernels") or ({}, {}))
+        lines += [f"{r['model']}: {before[kind]} > {after[kind]} {kind}" for kind in before - after]
+    return lines
+
+
+def of(record: Record, way: str, key: str) -> list[Any]:
+    return record.get(way, {}).get(key, [])
 
 
 def some(names: list[str], most: int = 4) -> str:
