@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         "--verify",
         choices=("off", "region", "full"),
         default="full",
-        help="region: every replacement in float64; full: also both models in ONNX Runtime (default)",
+        help="region: every replacement in float64, and the proof; full: also both models in ONNX Runtime (default)",
     )
     fuse.add_argument(
         "--only-if-faster",

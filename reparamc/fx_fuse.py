@@ -64,8 +64,8 @@ def fuse_fx(
             arguments. With them the original and the copy are run and compared, and ranks are known,
             which BatchNorm1d behind a linear layer and functional batch_norm may need.
         passes, skip: names of the passes to apply (default: all), and to leave out.
-        verify: True or "full": every replacement in float64, and both modules on
-            ``example_inputs``; "region": the former alone; False or "off": neither.
+        verify: True or "full": every replacement in float64, the certificate of the whole result, and both modules
+            on ``example_inputs``; "region": all but the last; False or "off": nothing.
         objective: what shall become small: "latency", "macs" (multiply-adds) or "params" (parameters).
         pass_table: the passes to choose from, instead of the built-in ones.
 

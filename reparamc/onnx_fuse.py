@@ -226,8 +226,8 @@ def fuse_onnx(
             that path is returned. The argument itself is never changed. A rewritten model carries a record
             of that in its metadata (a Graph has none); see `reparamc.record`.
         passes, skip: names of passes to apply (default: all) and to leave out.
-        verify: True or "full": every replacement in float64, and both models in ONNX Runtime;
-            "region": the former alone; False or "off": neither.
+        verify: True or "full": every replacement in float64, the certificate of the whole result, and both models
+            in ONNX Runtime; "region": all but the last; False or "off": nothing.
         objective: what shall become small: "latency", "macs" (multiply-adds) or "params" (parameters).
         only_if_faster: time both models in ONNX Runtime; unless the result is faster beyond noise,
             return or write the original. The report has the figures.
