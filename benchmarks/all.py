@@ -1,6 +1,8 @@
-"""Run every benchmark and put what it prints into the README.
+"""Run the benchmarks whose tables the README has, and put what they print there.
 
-python benchmarks/all.py [NAME ...]
+    python benchmarks/all.py [NAME ...]
+
+Other benchmarks, which take long or draw random numbers, are run by hand.
 """
 
 import re

@@ -5,7 +5,7 @@ simplified text or ``# unchanged``, then one ``# refused:`` line for each reason
 writes the verdicts anew; review them as a diff. Two comments direct the harness:
 
     # sizes: 8x8           the only extents at which the branches agree
-    # algebra only: why    no host graph can hold the expression
+    # algebra only: why    no host graph can hold the expression, or a driver of the whole graph changes it further
 """
 
 from __future__ import annotations
