@@ -3,9 +3,9 @@
 An expression is an immutable graph of a few kinds of node over arrays of float64. It knows neither
 torch nor ONNX. Nodes are compared by identity, so "the same object" means "the same value".
 
-A value is an array whose *channel axis* has ``rank`` axes to its right; that number is called the
-**frame**: 2 for images [N, C, H, W], 0 for tokens [N, L, C]. Counting from the right makes batched
-and unbatched values one case, and keeps axes apart whose lengths agree by chance.
+The number of axes to the right of a value's *channel axis* is called its **frame**: 2 for images
+[N, C, H, W], 0 for tokens [N, L, C]. Counting from the right makes batched and unbatched values one
+case, and keeps axes apart whose lengths agree by chance.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Conv:
 
     with x zero outside its extent. ``weight`` is (out, in / groups, *kernel); ``bias`` is (out,) or
     None. The other tuples hold one number per axis of the kernel, of which there are ``frame``: none
-    for a linear layer. ``offset`` is where the first tap lands (minus the leading padding), and
+    for a linear layer. ``offset`` is where the first tap lands (-1 for a leading padding of 1), and
     ``delta`` is how much the extent shrinks: ``out = floor((extent - 1 - delta) / stride) + 1``.
 
     A ``transposed`` convolution writes where the other reads: ``weight[o, i, t] * x[i, p]`` is added to
@@ -242,7 +242,7 @@ class Reshape:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean over some axes, the channel axis not among them; kept with extent one, or dropped."""
+    """The mean over some of ``rank`` axes, the channel axis not among them; kept with extent one, or dropped."""
 
     rank: int
     axes: Ints

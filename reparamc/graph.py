@@ -105,15 +105,12 @@ class Splice:
         native: expressions that existing values already compute; never to be rebuilt.
         dtype: what new parameters are rounded to.
         counts: applications of each pass.
+        parameters: names of those of the region, as in `Reading`.
+        before, after: region and replacement as text, for the report.
         error: largest difference between region and replacement in float64, relative (None: unchecked).
         shared: the value that this and other splices compute anew together: all are made, or none, because one
             alone would not pay.
     """
-
-    @property
-    def operands(self) -> tuple[Value, ...]:
-        """The values that the region reads."""
-        return tuple(v for e, v in self.native.items() if isinstance(e, Source))
 
     root: Value
     members: tuple[Value, ...]
@@ -126,6 +123,11 @@ class Splice:
     after: str
     error: float | None
     shared: Value | None = None
+
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """The values that the region reads."""
+        return tuple(v for e, v in self.native.items() if isinstance(e, Source))
 
     @property
     def unit(self) -> Value:

@@ -219,8 +219,9 @@ class Report:
         kept: what was declined and why.
         failed: regions whose replacement was wrong, and which were therefore left: each a bug in reparamc.
         host: the outcome of running regions by the framework's own operators; None when regions were not verified.
-        end_to_end: one entry per output; empty when that check was off or could not run.
-        note: why the end-to-end check did not run, if it did not.
+        end_to_end: one entry per output, and one per region where regions were compared by themselves; empty when that
+            check was off or could not run.
+        note: why the end-to-end check did not run, or which inputs a module traced by torch.export takes.
         seconds: wall time of each phase.
         certificate: what was proven; None when that was not asked for, or nothing was rewritten.
         latency: both models timed; None when that was not asked for, or nothing was rewritten.

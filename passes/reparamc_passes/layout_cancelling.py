@@ -5,7 +5,7 @@
 Once the BatchNorm between them is folded, the two reshapes around it meet (LeViT's Linear + BatchNorm
 over flattened tokens). Two permutations cancel when their composition is the identity, two reshapes
 when the second restores the shape that the first was given, for every input size: the extents are
-compared as products of symbols.
+compared as products of symbols. A reshape to the shape that is there already is nothing by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from reparamc.rewrite import Pass
 
 
 def inverse_pair(e: Expr) -> Expr | None:
-    """P'(P(x)) = x."""
+    """P'(P(x)) = x, and P(x) = x for a reshape that changes nothing."""
     match e:
         case Layout(op=Permute(axes=outer), x=Layout(op=Permute(axes=inner), x=x)):
             return x if all(inner[axis] == i for i, axis in enumerate(outer)) else None

@@ -1,4 +1,6 @@
-"""concat(s q + t, k) with concat(q, k) = W * x is the convolution with q's rows scaled.
+"""A scale behind some channels of a convolution goes into the rows that compute them.
+
+    s (W * x + b)[i] + t  =  ((s' W) * x + (s' b + t'))[i]        s', t' = s, t at i, and 1, 0 elsewhere
 
 For a convolution that is cut into pieces (q, k and v of one fused projection) with a BatchNorm or scale behind
 some of them. What is behind all pieces goes into the convolution by the other passes; what is behind one

@@ -28,11 +28,12 @@ def in_front(e: Expr) -> Expr | Declined | None:
 
 
 def by_one(e: Expr) -> Expr | None:
-    """1 x + 0 = x"""
+    """1 x + 0 = x."""
     return e.x if isinstance(e, Scale) and np.all(e.scale == 1) and not np.any(e.shift) else None
 
 
 def of_scale(e: Expr) -> Expr | Declined | None:
+    """s(s'x + t') + t = (ss')x + (st' + t); one of the two may be a BatchNorm."""
     match e:
         case Scale(x=(Scale() | BatchNorm()) as inner) | BatchNorm(x=Scale() as inner):
             if None not in (e.frame, inner.frame) and e.frame != inner.frame:
