@@ -85,9 +85,6 @@ def live_in_training(module: fx.GraphModule) -> str | None:
     return None
 
 
-Export = Callable[[nn.Module, "tuple[Any, ...]", "dict[str, Any]"], torch.export.ExportedProgram]
-
-
 def _open_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """With the first axis of all tensors left open; one image is doubled, for an extent of one is never open."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 1]

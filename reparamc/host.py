@@ -16,12 +16,7 @@ import numpy as np
 
 from reparamc.errors import one_line
 from reparamc.evaluate import absolute, evaluate, has_layout
-from reparamc.expr import (
-    Array,
-    Expr,
-    Source,
-    walk,
-)
+from reparamc.expr import Array, Expr, Source, walk
 from reparamc.graph import Graph, Reading, Value
 from reparamc.report import FailedRegion, Refusal
 from reparamc.verify import REGION_TOLERANCE, compare_expressions, relative, samples, structure

@@ -63,7 +63,6 @@ def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
     zero or the kernel reads no padding.
     """
     per_group = conv.in_channels // conv.groups
-
     rows = conv.out_channels // conv.groups
     grouped = conv.weight.reshape(conv.groups, rows, per_group, *conv.kernel)
 

@@ -52,10 +52,10 @@ def make_plan(
             plan.kept.append(Refusal(graph.name(value), LIFT, reading.reason))
     host = Host(graph, readings) if verify else None
     results = decide(graph, readings, passes, host, progress)
-    left = {root: r for root, r in results.items() if r.failed}
+    failed = {root: r for root, r in results.items() if r.failed}
     results = {root: r for root, r in results.items() if not r.failed}
     if any(p.name == IMPULSE for p in passes):
-        wrong = {v for r in left.values() for v in r.members}
+        wrong = {v for r in failed.values() for v in r.members}
         for splice in find_kernels(graph, readings, results):
             if wrong.isdisjoint(splice.members) and _are_read_right(host, splice, splice.members, readings):
                 results = {root: r for root, r in results.items() if root not in splice.members}
@@ -70,7 +70,7 @@ def make_plan(
             both = (*results[first].members, *found.members)
             if _are_read_right(host, found.splice, both, readings):
                 results[root] = found
-    results.update(left)
+    results.update(failed)
     if host is not None:
         plan.failed, plan.host = list(host.failures.values()), HostCheck(len(host.errors), host.unable)
     for root, result in sorted(results.items(), key=lambda item: order[item[0]]):

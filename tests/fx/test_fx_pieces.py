@@ -29,11 +29,6 @@ def split(m: Any, x: Any) -> Any:
     return m.norm(q), k.relu(), v
 
 
-def chunked(m: Any, x: Any) -> Any:
-    q, k, v = torch.chunk(m.qkv(x), 3, dim=1)
-    return m.norm(q), k.softmax(-1), m.other(v) * v.shape[0]
-
-
 def sliced(m: Any, x: Any) -> Any:
     y = m.qkv(x)
     return y[:, :4].relu(), m.norm(y[:, 4:8]).permute(0, 2, 3, 1), y.narrow(1, 8, 4)
