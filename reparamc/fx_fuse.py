@@ -27,8 +27,8 @@ from reparamc.fx_calls import operation
 from reparamc.fx_certify import certify_fx, shapes_of, sizes_of
 from reparamc.fx_export import can_be_exported, exported, holds_linear, is_exported, live_in_training
 from reparamc.fx_graph import FxGraph
+from reparamc.fx_memory import IN_PLACE_DUNDERS
 from reparamc.fx_regions import by_position, run_alone
-from reparamc.fx_values import IN_PLACE_DUNDERS
 from reparamc.graph import Splice, Value
 from reparamc.outcome import proven, regions_of, undone
 from reparamc.plan import Plan, make_plan

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from reparamc.expr import Array, Expr, Layout, Select, Source
 from reparamc.fx_calls import Call, Held, lookup
 from reparamc.fx_emit import Emitter
+from reparamc.fx_memory import Memory, only_asserted, reads_size_only
 from reparamc.fx_readers import HOOKED, KEEPS_DTYPE, READERS, FxReading, find_shuffle
-from reparamc.fx_values import Memory, Values, only_asserted, reads_size_only
+from reparamc.fx_values import Values
 from reparamc.graph import Reading, Splice, Value
 from reparamc.rewrite import Declined
 from reparamc.shape import Dim

@@ -121,7 +121,7 @@ FX_READERS = [
         fx=lambda: hooked(*net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))),
     ),
     fault(
-        "writes in place ignored", "reparamc.fx_values:Memory.writers",
+        "writes in place ignored", "reparamc.fx_memory:Memory.writers",
         "return self._writers.get(self._base(node), [])", "return []",
         fx=lambda: net(written_between, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),

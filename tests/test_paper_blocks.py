@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from reparamc import fuse_fx
-from reparamc.fx_values import lookup
+from reparamc.fx_calls import lookup
 from reparamc.onnx_fuse import fuse_model
 
 FX_NAMES = {"Conv": ("Conv2d", "conv2d"), "Linear": ("Linear", "linear")}
