@@ -104,7 +104,8 @@ def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value])
     """Why the linear operators of a region in its final form stay; None for one convolution between non-linear ones."""
     readers = graph.readers(root)
     if len(readers) > 1 and any(r in readings for r in readers):
-        other = next((r for r in readers[1:] if r != readers[0]), readers[0])
+        nonlinear = [r for r in readers if r not in readings]  # these are in the way of the linear ones
+        other = (nonlinear or [r for r in readers[1:] if r != readers[0]] or readers)[0]
         return f"second consumer at {'the output of the model' if other is None else graph.name(other)}"
     kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat) and not _is_bias(e)]
     if any(isinstance(e, Conv) and not np.any(e.weight) for e in kinds):

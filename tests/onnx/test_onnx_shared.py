@@ -195,3 +195,19 @@ def test_rows_that_two_crops_read_stay_one_crop() -> None:
     ]  # fmt: skip
     parameters = {"w": rand(5, 24, 3, 3), **norm("n", 5), **numbers}
     assert counted(nodes, parameters, "y", "N", 6, 8, 6) == {"Select": 6, "Concat": 1, "Conv": 1}
+
+
+@pytest.mark.parametrize(
+    ("readers", "outputs", "named"),
+    [
+        ([batchnorm("c", "n", "y"), node("Relu", "c", "z")], "y z", "z"),
+        ([node("Relu", "c", "z"), batchnorm("c", "n", "y")], "y z", "z"),
+        ([batchnorm("c", "n", "y")], "y c", "the output of the model"),
+        ([batchnorm("c", "n", "y"), kernel("c", "z", "w3", 1)], "y z", "z"),
+    ],
+)
+def test_the_reason_names_the_reader_that_is_in_the_way(readers: list[NodeProto], outputs: str, named: str) -> None:
+    """Of those that do not fold, or else the second."""
+    nodes = [kernel("x", "c", "w", 1), *readers]
+    _, report = fuse(model(nodes, {"w": rand(6, 6, 3, 3), "w3": rand(5, 6, 3, 3), **norm("n", 6)}, outputs=outputs))
+    assert f"second consumer at {named}" in [kept.reason for kept in report.kept if kept.name == "region"]
