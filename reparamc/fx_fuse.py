@@ -1,12 +1,10 @@
-"""`fuse_fx`: the whole way of a torch module, from tracing to verification."""
+"""`fuse_fx`: the whole way of a torch module, from its arguments to verification."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import inspect
-import keyword
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,10 +23,10 @@ from reparamc.cost import objective as priced_by
 from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
 from reparamc.fx_calls import operation
 from reparamc.fx_certify import certify_fx, shapes_of, sizes_of
-from reparamc.fx_export import can_be_exported, exported, holds_linear, is_exported, live_in_training
+from reparamc.fx_export import is_exported, live_in_training
 from reparamc.fx_graph import FxGraph
-from reparamc.fx_memory import IN_PLACE_DUNDERS
 from reparamc.fx_regions import by_position, run_alone
+from reparamc.fx_trace import copied, fixed_arguments, followed
 from reparamc.graph import Splice, Value
 from reparamc.outcome import proven, regions_of, undone
 from reparamc.plan import Plan, make_plan
@@ -106,7 +104,7 @@ def _fuse(
         args, kwargs = _bound(model, args, kwargs)
         expected = _try(model, args, kwargs)
     start = perf_counter()
-    traced, note = _followed(model, given if example_inputs is not None else None)
+    traced, note = followed(model, given if example_inputs is not None else None)
     _refuse_changed_state(model, traced)
     before = count(traced)
     traced_at = perf_counter()
@@ -130,7 +128,7 @@ def _fuse(
         def certificate_without(units: set[str]) -> Certificate:
             nonlocal made
             if units:
-                made = rewrite(_followed(model, given if example_inputs is not None else None)[0], units)
+                made = rewrite(followed(model, given if example_inputs is not None else None)[0], units)
             return certify_fx(kept, made.fused, shapes)
 
         certificate, wrong = proven(made.units, certificate_without)
@@ -162,7 +160,7 @@ def _fuse(
             places = {_node_name(s.root): graph.current(s.root).name for s in made.splices}
 
             def alone() -> Alone | None:
-                original = _followed(model, given)[0]
+                original = followed(model, given)[0]
                 positional = by_position(original, *call)
                 if positional is None:
                     return None
@@ -258,48 +256,6 @@ def _checked(model: Any) -> nn.Module:
     return model
 
 
-def _followed(model: nn.Module, given: tuple[Any, Any] | None) -> tuple[fx.GraphModule, str]:
-    """``model`` as a graph, and how it was made where not by torch.fx.
-
-    torch.export is asked where torch.fx fails, or leaves something to fold inside a submodule that it
-    cannot follow; it needs the example inputs.
-    """
-    copied = _copied(model)
-    traced = failure = None
-    try:
-        traced, opaque = _traced(copied)
-        hidden = [path for path in opaque if holds_linear(copied.get_submodule(path))]
-        if not hidden or given is None:
-            return traced, ""
-    except _Reserved as error:
-        raise InputError(str(error)) from None  # torch.export would meet the same
-    except InputError as error:
-        failure = error
-    if given is not None and can_be_exported(model):
-        found = exported(_copied(model), *given)
-        if found is not None:
-            return found
-    if traced is None:
-        raise failure or AssertionError
-    return traced, ""
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch, about its own exported programs
-            copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
-    except Exception as error:  # whatever the attributes of the user's module raise
-        raise InputError(
-            f"{type(model).__name__} cannot be copied: {one_line(error)}; remove weight_norm and the like"
-        ) from error
-    if is_exported(model):
-        for module in copied.modules():
-            module.training = False
-    return copied
-
-
 def _refuse_changed_state(model: nn.Module, traced: fx.GraphModule) -> None:
     """Raise InputError where running forward once, to trace it, has changed a parameter or buffer."""
     kept = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -325,146 +281,6 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-class _Proxy(fx.Proxy):
-    """A proxy that records ``a += b`` and ``a[i] = b`` as what they are; torch.fx would read ``a + b``, or fail."""
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-def _recorder(function: Any) -> Any:
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-for _name, _function in IN_PLACE_DUNDERS.items():
-    setattr(_Proxy, _name, _recorder(_function))
-
-
-class _Tracer(fx.Tracer):
-    """Steps into everything but torch's own modules and those whose hooks tracing would drop."""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def __init__(self, opaque: set[str] | None = None) -> None:
-        super().__init__()
-        self.opaque = opaque or set()
-        self.failed: str | None = None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        hooked = bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-        hooked = hooked or "forward" in vars(m)
-        parametrized = nn.utils.parametrize.is_parametrized(m)
-        special = hooked or parametrized or module_qualified_name in self.opaque
-        return special or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or self.path_of_module(m)
-            raise
-
-
-def trace(model: nn.Module) -> fx.GraphModule:
-    """``model`` as a graph; submodules that torch.fx cannot follow are called as they are.
-
-    Raises:
-        InputError: the outermost forward cannot be followed, or ``model`` has hooks of its own.
-    """
-    return _traced(model)[0]
-
-
-def _traced(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
-    """As `trace`, with the paths of the submodules that torch.fx cannot follow."""
-    if model._forward_hooks or model._forward_pre_hooks:
-        raise InputError(f"{type(model).__name__} has forward hooks, which tracing would drop; remove them first")
-    fixed = _fixed(model)
-    opaque: set[str] = set()
-    while True:
-        tracer = _Tracer(opaque)
-        try:
-            graph = tracer.trace(model, fixed or None)
-            _plain_assertions(graph)
-            _restore_names(graph, model)
-            _refuse_reserved(graph, model)
-            return fx.GraphModule(tracer.root, graph, type(model).__name__), opaque
-        except _Reserved:
-            raise
-        except Exception as error:  # a model's forward may raise anything when it meets a proxy
-            if tracer.failed is None or tracer.failed in opaque:
-                raise InputError(
-                    f"torch.fx cannot trace {type(model).__name__}: {one_line(error)}; fuse its submodules one by one, "
-                    "or export it to ONNX and use fuse_onnx"
-                ) from error
-            opaque.add(tracer.failed)
-
-
-class _Reserved(InputError):
-    """A part of the model has a name that no part of a GraphModule can have."""
-
-
-_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
-
-
-def _refuse_reserved(graph: fx.Graph, model: nn.Module) -> None:
-    """Raise InputError where a part that the graph reads takes the name of what every GraphModule has, or of a keyword.
-
-    A GraphModule holds its own graph as an attribute, and reads its parts by code that is written out.
-    """
-    for node in graph.nodes:
-        names = str(node.target).split(".") if node.op in ("call_module", "get_attr") else [""]
-        if names[0] in _RESERVED:
-            raise _Reserved(
-                f"{type(model).__name__} has a part called {names[0]!r}, which is the name of an attribute that every "
-                "torch.fx.GraphModule has; rename it, or fuse a module that holds the model, such as "
-                "torch.nn.Sequential(model)"
-            )
-        if any(map(keyword.iskeyword, names)):
-            raise _Reserved(
-                f"{type(model).__name__} has a part called {node.target!r}, and a keyword of Python is no name that "
-                "torch.fx can write; rename it"
-            )
-
-
-def _plain_assertions(graph: fx.Graph) -> None:
-    """Say "this argument is None" with torch._assert: the function torch.fx uses for it breaks every later trace."""
-    for node in list(graph.nodes):
-        if getattr(node.target, "__name__", "") == "_assert_is_none":
-            with graph.inserting_before(node):
-                is_none = graph.call_function(operator.eq, (node.args[0], None))
-                graph.call_function(torch._assert, (is_none, str(node.args[1])))
-            graph.erase_node(node)
-
-
-def _restore_names(graph: fx.Graph, model: nn.Module) -> None:
-    """Give arguments back the names by which callers know them: torch.fx numbers those that it fixes.
-
-    Keyword-only arguments become ordinary ones; None stands for those that must be given.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    names = [name for name, p in parameters.items() if p.kind not in _VARIADIC]
-    required = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
-    for node in graph.find_nodes(op="placeholder"):
-        original = str(node.target).removesuffix("_1")
-        if original != node.target and original in names and node.target not in names:
-            node.target = original
-        if node.target in required:
-            node.args = (None,)
-
-
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def _fixed(model: nn.Module) -> dict[str, Any]:
-    """Arguments of forward that tracing fixes to their defaults: None, numbers and strings steer control flow."""
-    return {
-        name: p.default
-        for name, p in inspect.signature(model.forward).parameters.items()
-        if p.default is None or isinstance(p.default, bool | int | float | str)
-    }
-
-
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example inputs as forward's own arguments, in order."""
     try:
@@ -472,7 +288,7 @@ def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     except TypeError as error:
         raise InputError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
     bound.apply_defaults()
-    for name, default in _fixed(model).items():
+    for name, default in fixed_arguments(model).items():
         value = bound.arguments[name]
         if value is not default and (isinstance(value, Tensor) or value != default):
             raise InputError(
@@ -509,7 +325,7 @@ def _of_runs(
         return {}
     with _own_randomness(model), torch.no_grad():
         try:
-            return ask(cast(fx.GraphModule, _copied(traced)), args)
+            return ask(cast(fx.GraphModule, copied(traced)), args)
         except Exception:  # whatever the model's forward raises; the comparison will say so
             return {}
 
@@ -564,7 +380,7 @@ def _floats(args: Any, kwargs: Any) -> list[Tensor]:
 def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     """Every tensor that ``model`` returns, by its place in the result; random operators draw the same numbers."""
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    model = _copied(model)  # forward may update buffers
+    model = copied(model)  # forward may update buffers
     with torch.no_grad(), _own_randomness(model):
         return _named(model(*args, **kwargs))
 

@@ -249,10 +249,10 @@ def _end_to_end_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
 
 def _certificate_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
     from reparamc.fx_certify import certify_fx, shapes_of
-    from reparamc.fx_fuse import _followed
+    from reparamc.fx_trace import followed
 
-    original = _followed(model, (inputs, {}))[0]
-    return certify_fx(original, wrong, shapes_of(_followed(model, (inputs, {}))[0], inputs)).different > 0
+    original = followed(model, (inputs, {}))[0]
+    return certify_fx(original, wrong, shapes_of(followed(model, (inputs, {}))[0], inputs)).different > 0
 
 
 FX_LAYERS: dict[str, Callable[[Any, Any, tuple[Any, ...]], bool]] = {

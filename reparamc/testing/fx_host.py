@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
-from reparamc.fx_fuse import trace
+from reparamc.fx_trace import trace
 from reparamc.testing.inputs import Domain, Tree, bounds_of, leaves, mapped
 from reparamc.trial import Slot
 

@@ -18,7 +18,8 @@ from reparamc.certify import Certificate, roll_back
 from reparamc.errors import VerificationError
 from reparamc.fx_certify import READERS, certify_fx, shapes_of
 from reparamc.fx_emit import Emitter
-from reparamc.fx_fuse import FxGraph, _rewrite, trace
+from reparamc.fx_fuse import FxGraph, _rewrite
+from reparamc.fx_trace import trace
 from reparamc.plan import make_plan
 from reparamc.testing import randomize_batchnorm
 from reparamc_passes import PASSES

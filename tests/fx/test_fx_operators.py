@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from reparamc import fuse_fx
 from reparamc.evaluate import evaluate
 from reparamc.expr import Conv, Expr, Source
-from reparamc.fx_fuse import trace
 from reparamc.fx_graph import FxGraph, FxReading
+from reparamc.fx_trace import trace
 from reparamc.graph import Splice
 
 C = CHANNELS
