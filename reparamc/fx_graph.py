@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from reparamc.expr import Array, Expr, Layout, Select, Source
-from reparamc.fx_calls import Call, Held, lookup
+from reparamc.fx_calls import Held, lookup
 from reparamc.fx_emit import Emitter
 from reparamc.fx_memory import Memory, only_asserted, reads_size_only
 from reparamc.fx_readers import HOOKED, KEEPS_DTYPE, READERS, FxReading, find_shuffle
@@ -44,6 +44,11 @@ _LINEAR_KINDS = (
     *("channel_shuffle", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "batch_norm", "dropout"),
 )
 """Operators that are affine in each operand that is no constant, all other operands being constant."""
+_ANY_RANK = (
+    *("conv", "conv_transpose", "linear", "matmul", "addmm", "neg", "identity", "copy", "dropout", "avg_pool", "pad"),
+    *("pixel_shuffle", "pixel_unshuffle", "permute"),
+)
+"""Operators that mean the same for values of all ranks that they take, counted from the last axis."""
 _ONE_OPERAND = ("mul", "div", "matmul", "einsum", "conv", "linear", "addmm", "batch_norm")
 _LINEAR_FUNCTIONS: dict[Any, str] = {
     torch.einsum: "einsum",
@@ -243,10 +248,13 @@ class FxGraph:
         return found
 
     def obstacle(self, root: Value, members: Sequence[Value], sources: Sequence[Value]) -> str | None:
-        """Devices must agree, and nothing that is written in place may look different to any reader."""
+        """Devices and dtypes must agree, and nothing that is written in place may look different to any reader."""
         nodes = cast(Sequence[fx.Node], members)
         if len({t.device for t in self.tensors(nodes)}) > 1:
             return "its parameters are on different devices"
+        recorded = [n.meta.get("val") for n in (*nodes, *cast(Sequence[fx.Node], sources)) if self.exported]
+        if len({v.dtype for v in recorded if isinstance(v, Tensor)}) > 1:
+            return "its values are of different dtypes"
         last = self.order[cast(fx.Node, root)]
         shared = set(self.memory.aliases(cast(fx.Node, root)))
         for value in (*cast(Sequence[fx.Node], sources), *nodes[:-1]):
@@ -433,16 +441,38 @@ class FxGraph:
         self._spliced[root] = result
         for member in cast(Sequence[fx.Node], splice.members):
             self.suspects += [member, *self.written.get(member, ())]
-        calls = self.facts.calls
-        self._ranked += [m for m in cast(Sequence[fx.Node], splice.members) if (c := calls[m]) and c.op == "batch_norm"]
+        members = cast(Sequence[fx.Node], splice.members)
+        self._ranked += [m for m in members if self.exported or self._depends_on_rank(m)]
+
+    def _depends_on_rank(self, node: fx.Node) -> bool:
+        """Whether ``node`` may do something else to a value of another rank that it takes as well."""
+        call = self.facts.calls[node]
+        if call is None:
+            return True
+        if call.op == "batch_norm":
+            return not call.axes
+        if call.op == "cat":
+            return call.get("dim", 0) >= 0
+        if call.op in ("add", "sub", "mul", "div"):
+            held = [v for name in ("input", "other") if isinstance(v := self._constant(call.args.get(name)), Tensor)]
+            frame = self.frame(node)
+            return any(t.ndim > (0 if frame is None else frame + 1) for t in held)
+        return call.op not in _ANY_RANK
+
+    def _constant(self, arg: Any) -> Any:
+        return self.facts.known.get(arg) if isinstance(arg, fx.Node) else arg
 
     def _assert_ranks(self) -> None:
-        """Refuse inputs of another rank than the examples' where a folded BatchNorm would act on another axis."""
-        if self.exported or all(cast(Call, self.facts.calls[n]).axes for n in self._ranked):
-            return
-        alone = Values(self.module, {}, Memory(self.graph, self.module), exported=False)
-        stack = [n for n in self._ranked if alone.rank(n) is None]
-        seen = set(stack)
+        """Refuse inputs of another rank than the examples', where something that was rewritten depends on it."""
+        seen = set(self._ranked)
+        if not self.exported and seen:
+            alone = Values(self.module, {}, Memory(self.graph, self.module), exported=False)
+
+            def is_open(n: fx.Node) -> bool:
+                return n not in alone.known and n not in alone.pieces and alone.rank(n) is None
+
+            seen = {n for n in seen if is_open(n) or any(map(is_open, n.all_input_nodes))}
+        stack = list(seen)
         while stack:
             fresh = [n for n in stack.pop().all_input_nodes if n not in seen]
             seen.update(fresh)
@@ -450,14 +480,19 @@ class FxGraph:
         placeholders = self.graph.find_nodes(op="placeholder")
         with self.graph.inserting_after(placeholders[-1]) if placeholders else nullcontext():
             for x in placeholders:
-                if x in seen and x in self.ranks:
-                    rank = self.ranks[x]
+                rank = self._given_rank(x)
+                if x in seen and rank is not None:
                     read = self.graph.call_method("dim", (x,))
                     with self.graph.inserting_after(read):
                         equal = self.graph.call_function(operator.eq, (read, rank))
                     with self.graph.inserting_after(equal):
                         message = f"{x.target} must have {rank} axes, as the example had with which this was fused"
                         self.graph.call_function(torch._assert, (equal, message))
+
+    def _given_rank(self, x: fx.Node) -> int | None:
+        """The rank that the argument ``x`` has in the example."""
+        value = x.meta.get("val") if self.exported else self.examples.get(str(x.target))
+        return value.ndim if isinstance(value, Tensor) else None
 
     def _would_share(self, splice: Splice, root: fx.Node) -> bool:
         """Whether the replacement is a view of a value of which ``root`` was none, and someone writes into either."""

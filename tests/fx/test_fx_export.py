@@ -249,6 +249,48 @@ def test_a_norm_folded_for_one_rank_refuses_the_other(kind: str) -> None:
     assert relative_error(run(again, x), run(model, x)) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda m, y: torch.cat([y, m.b(y)], 1),
+        lambda m, y: y[:, :2],
+        lambda m, y: y.chunk(2, 1)[0],
+        lambda m, y: m.b(y.flip(1)),
+        lambda m, y: y * m.g,
+        lambda m, y: y * m.g[:, :1],
+    ],
+)
+def test_an_axis_counted_from_the_first_holds_for_one_rank(between: Callable[..., Tensor]) -> None:
+    """A convolution takes one image without a batch as well, and such an axis is another one then."""
+    model = ready(
+        Net(lambda m, x: between(m, m.a(x)), a=nn.Conv2d(C, C, 1), b=nn.Conv2d(C, C, 1), g=vector(1, C, 1, 1))
+    ).double()
+    x = images((2, C, C, C))[0]
+    fused = fuse_fx(model, x)
+    assert report(fused).rewrites
+    assert relative_error(run(fused, x), run(model, x)) < 1e-12
+    assert run(model, x[0]).ndim > 0  # the original takes it
+    with pytest.raises(AssertionError, match="x must have 4 axes"):
+        run(fused, x[0])
+
+
+def test_no_rank_is_asserted_where_axes_are_counted_from_the_last() -> None:
+    model = ready(
+        Net(
+            lambda m, x: m.wide(torch.cat([m.a(x) * m.g, m.b(x)], -3)),
+            a=nn.Conv2d(C, C, 1),
+            b=nn.Conv2d(C, C, 1),
+            wide=nn.Conv2d(2 * C, C, 1),
+            g=vector(),
+        )
+    ).double()
+    x = images((2, C, 5, 6))[0]
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (1, 0)
+    for given in (x, x[0]):
+        assert relative_error(run(fused, given), run(model, given)) < 1e-12
+
+
 def test_no_rank_is_asserted_where_the_model_fixes_it() -> None:
     model = ready(
         Net(lambda m, x: m.t(m.head(m.a(x).mean((2, 3)))), a=conv_bn(), head=nn.Linear(C, 5), t=nn.BatchNorm1d(5))
@@ -289,6 +331,46 @@ def test_extents_are_those_of_their_own_axis() -> None:
             x = images(shape)[0]
             for example in (None, x):
                 assert relative_error(run(fuse_fx(model, example), x), run(model, x)) < 1e-12
+
+
+class Steered(nn.Module):
+    """A module with control flow, which torch.export alone follows."""
+
+    def __init__(self, f: Callable[..., Tensor], **parts: Any) -> None:
+        super().__init__()
+        self.net = Net(f, **parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x if x.shape[-1] > 2 else x.exp())
+
+
+def test_an_exported_copy_refuses_another_rank() -> None:
+    model = ready(Steered(lambda m, x: m.n(m.a(x)), a=nn.Linear(C, C), n=nn.BatchNorm1d(C)))
+    fused = fuse_fx(model, torch.ones(3, C))
+    assert counts(fused) == (1, 0)
+    assert run(fused, torch.ones(5, C)).shape == (5, C)
+    assert run(model, torch.ones(2, C, C)).ndim == 3
+    with pytest.raises(AssertionError, match="must have 2 axes"):
+        run(fused, torch.ones(2, C, C))
+
+
+@pytest.mark.parametrize(
+    ("f", "dtype"),
+    [
+        (lambda m, x: x * 0.5 + x * 0.5, torch.int64),
+        (lambda m, x: x * 0.0 + x, torch.int64),
+        (lambda m, x: x + 0 * x.relu().double(), torch.float32),
+        (lambda m, x: x.relu().half() + 0 * x, torch.float32),
+    ],
+)
+def test_what_widens_a_dtype_stays(f: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """A factor of one and a term of zeros may be what the dtype of a result comes from."""
+    model = ready(Steered(f))
+    x = torch.arange(6 * C).reshape(2, C, 1, 3).to(dtype)
+    fused = fuse_fx(model, x)
+    assert report(fused).note
+    assert fused(x).dtype == model(x).dtype
+    assert torch.equal(fused(x), model(x))
 
 
 # Exported programs
