@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -478,16 +477,19 @@ class FxGraph:
             seen.update(fresh)
             stack += fresh
         placeholders = self.graph.find_nodes(op="placeholder")
-        with self.graph.inserting_after(placeholders[-1]) if placeholders else nullcontext():
-            for x in placeholders:
-                rank = self._given_rank(x)
-                if x in seen and rank is not None:
-                    read = self.graph.call_method("dim", (x,))
-                    with self.graph.inserting_after(read):
-                        equal = self.graph.call_function(operator.eq, (read, rank))
-                    with self.graph.inserting_after(equal):
-                        message = f"{x.target} must have {rank} axes, as the example had with which this was fused"
-                        self.graph.call_function(torch._assert, (equal, message))
+        asked = [(placeholders[-1], x, rank) for x in placeholders if x in seen and (rank := self._given_rank(x))]
+        for node in seen:  # how many axes of extent one there are, other inputs may tell otherwise
+            call, rank = self.facts.calls.get(node), self.facts.rank(node)
+            if call is not None and call.op == "squeeze" and call.args.get("dim") is None and rank is not None:
+                asked.append((node, node, rank))
+        for place, x, rank in asked:
+            with self.graph.inserting_after(place):
+                read = self.graph.call_method("dim", (x,))
+            with self.graph.inserting_after(read):
+                equal = self.graph.call_function(operator.eq, (read, rank))
+            with self.graph.inserting_after(equal):
+                message = f"{x.target} must have {rank} axes, as the example had with which this was fused"
+                self.graph.call_function(torch._assert, (equal, message))
 
     def _given_rank(self, x: fx.Node) -> int | None:
         """The rank that the argument ``x`` has in the example."""

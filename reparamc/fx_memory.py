@@ -10,7 +10,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.nn import functional as F
 
@@ -91,8 +91,11 @@ class Memory:
 
     def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
         self._parent: dict[fx.Node, fx.Node] = {}
+        stored: dict[int, fx.Node] = {}  # each reading of one attribute is a node of its own
         for node in graph.nodes:
             self._parent[node] = node
+            if node.op == "get_attr" and (place := _storage(lookup(module, str(node.target)))) is not None:
+                self._parent[node] = self._base(stored.setdefault(place, node))
             if not _allocates(node, module):
                 shared = written(node, module) or node.all_input_nodes  # what is written in place is the result
                 for x in shared:
@@ -103,6 +106,11 @@ class Memory:
             self._aliases.setdefault(self._base(node), []).append(node)
             for target in written(node, module):
                 self._writers.setdefault(self._base(target), []).append(node)
+        self._changed = {place for place, node in stored.items() if self.writers(node)}
+
+    def is_changed(self, tensor: Tensor) -> bool:
+        """Whether a call may write into ``tensor``, a parameter or buffer."""
+        return bool(self._changed) and _storage(tensor) in self._changed
 
     def _base(self, node: fx.Node) -> fx.Node:
         while self._parent[node] is not node:
@@ -116,6 +124,13 @@ class Memory:
     def aliases(self, node: fx.Node) -> list[fx.Node]:
         """All nodes that may share memory with ``node``, itself included, in execution order."""
         return self._aliases[self._base(node)]
+
+
+def _storage(value: Any) -> int | None:
+    """Where a tensor that holds anything lies in memory."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.numel() == 0:
+        return None
+    return value.untyped_storage().data_ptr() or None
 
 
 def _allocates(node: fx.Node, module: nn.Module) -> bool:

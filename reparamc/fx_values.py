@@ -54,7 +54,7 @@ class Values:
     def held(self, value: Any) -> tuple[Tensor, tuple[str, ...]] | None:
         """A parameter or constant operand, and the names of the parameters in it; None for anything else."""
         if isinstance(value, Held):
-            return value.tensor, (value.name,)
+            return None if self.memory.is_changed(value.tensor) else (value.tensor, (value.name,))
         if isinstance(value, fx.Node) and value in self.constants:
             return self.constants[value], self.names[value]
         return None

@@ -274,6 +274,28 @@ def test_an_axis_counted_from_the_first_holds_for_one_rank(between: Callable[...
         run(fused, x[0])
 
 
+def test_an_argument_of_whole_numbers_has_a_rank_too() -> None:
+    model = ready(nn.Sequential(nn.Embedding(9, C), nn.Linear(C, C), nn.BatchNorm1d(C)))
+    fused = fuse_fx(model, torch.tensor([1, 2, 3]))
+    assert counts(fused) == (1, 0)
+    assert run(model, torch.zeros(2, C, dtype=torch.int64)).shape == (2, C, C)
+    with pytest.raises(AssertionError, match="must have 1 axes"):
+        run(fused, torch.zeros(2, C, dtype=torch.int64))
+
+
+def test_a_squeeze_may_leave_another_rank() -> None:
+    model = ready(
+        Net(lambda m, x: m.a(x.mean((2, 3), keepdim=True).squeeze()) * m.g, a=nn.Linear(C, C), g=vector(1, C))
+    ).double()
+    x = images((3, C, 2, 2))[0]
+    fused = fuse_fx(model, x)
+    assert report(fused).rewrites
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+    assert run(model, x[:1]).shape == (1, C)  # of a vector
+    with pytest.raises(AssertionError, match="squeeze must have 2 axes"):
+        run(fused, x[:1])
+
+
 def test_no_rank_is_asserted_where_axes_are_counted_from_the_last() -> None:
     model = ready(
         Net(

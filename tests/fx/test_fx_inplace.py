@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 from collections.abc import Callable
 
 import torch
-from fx_checks import CHANNELS, Net, check, conv_bn, counts, ready, relative_error, run, vector
+from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, run, vector
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -282,3 +282,28 @@ def test_random_program(seed: int) -> None:
     x = torch.randn(2, CHANNELS, 5, 6, dtype=torch.float64)
     fused = fuse_fx(model)
     assert relative_error(run(fused, x), run(model, x)) < 1e-12
+
+
+class Rewrites(nn.Module):
+    """A buffer that forward writes before it reads it again; what it holds at first is not used."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.conv, self.norm = nn.Conv2d(CHANNELS, CHANNELS, 3), nn.BatchNorm2d(CHANNELS)
+        self.register_buffer("shift", torch.zeros(CHANNELS, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        held = self.get_buffer(self.name)
+        held.copy_(x.mean((0, 2, 3)).reshape(held.shape))
+        return self.norm(self.conv(x)) + self.shift
+
+
+@pytest.mark.parametrize("name", ["shift", "norm.running_mean"])
+@pytest.mark.parametrize("examples", [False, True])
+def test_a_buffer_that_is_written_is_no_constant(name: str, examples: bool) -> None:
+    model = ready(Rewrites(name)).double()
+    first, second = images((2, CHANNELS, 6, 7), (1, CHANNELS, 5, 5))
+    fused = fuse_fx(model, first if examples else None)
+    for x in (first, second):
+        assert relative_error(run(fused, x), run(model, x)) < 1e-5
