@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
-
-import numpy as np
 
 from reparamc.cost import behind, cost, moving
 from reparamc.evaluate import evaluate
 from reparamc.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, walk
 from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.lift import find_regions, lifted
-from reparamc.probe import find_kernel
+from reparamc.probe import find_kernel, only_moves
 from reparamc.region import Decision, rounding_obstacle
 from reparamc.rewrite import Declined
 from reparamc.text import show
@@ -88,7 +85,7 @@ def _as_kernel(
     if isinstance(found, Declined):
         return None
     conv, error = found
-    if _only_moves(conv, extents):
+    if only_moves(conv, extents):
         return None
     moved = moving(min(conv.in_channels, conv.out_channels), behind(conv))  # what reads a part moves no more than that
     if (
@@ -108,14 +105,6 @@ def _as_kernel(
 def _evaluated(whole: Expr, source: Source, x: Array) -> Array:
     """``whole``, whose only operand is ``source``, on ``x``."""
     return evaluate(whole, {source: x})[0]
-
-
-def _only_moves(conv: Conv, extents: Sequence[int | None]) -> bool:
-    """Whether every result is zero or one element of the operand: no runtime gets that faster from a convolution."""
-    size = 2 + max((max(r, 0) - min(a, 0) for a, r in zip(conv.offset, conv.reach, strict=True)), default=0)
-    x = np.random.default_rng(0).standard_normal((1, conv.in_channels, *(size if e is None else e for e in extents)))
-    y, _ = evaluate(replace(conv, x=(source := Source("x"))), {source: x})
-    return bool(np.isin(y, [0, *x.flat]).all())
 
 
 def _function(

@@ -9,6 +9,7 @@ found must give what the function gives, on random inputs of several sizes, up t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from math import gcd, prod
 
@@ -80,6 +81,14 @@ def find_kernel(
     conv = _from_impulses(f, x, (batch, channels), sizes[0], at_zero[:1], bias, grid, tolerance)
     error = _difference(f, conv, channels, list(zip(batches, sizes, strict=True)), rng)
     return (conv, error) if error <= slack else Declined(NOT_AFFINE)
+
+
+def only_moves(conv: Conv, extents: Sequence[int | None]) -> bool:
+    """Whether every result is zero or one element of the operand: no runtime gets that faster from a convolution."""
+    size = 2 + max((max(r, 0) - min(a, 0) for a, r in zip(conv.offset, conv.reach, strict=True)), default=0)
+    x = np.random.default_rng(0).standard_normal((1, conv.in_channels, *(size if e is None else e for e in extents)))
+    y, _ = evaluate(replace(conv, x=(source := Source("x"))), {source: x})
+    return bool(np.isin(y, [0, *x.flat]).all())
 
 
 def _largest(y: Array) -> Array:

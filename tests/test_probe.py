@@ -13,7 +13,7 @@ import pytest
 from expression_models import assert_close, reference
 
 from reparamc.expr import Conv, Source
-from reparamc.probe import find_kernel
+from reparamc.probe import find_kernel, only_moves
 from reparamc.rewrite import Declined
 from reparamc.text import parse
 
@@ -232,3 +232,12 @@ def test_a_size_that_does_not_fit_is_no_proof() -> None:
         return x
 
     assert isinstance(probe(f, 3, (None, None)), Declined)
+
+
+@pytest.mark.parametrize(("factor", "moves"), [(1.0, True), (2.0, False)])
+def test_a_kernel_that_only_moves_elements_is_known(factor: float, moves: bool) -> None:
+    """Channels below one another, on maps of two rows: all channels but one are read in the padding."""
+    weight = np.zeros((1, 3, 3))
+    weight[0, [0, 1, 2], [2, 1, 0]] = factor
+    conv = Conv.padded(Source("x", 3, 1), weight, None, stride=(1,), dilation=(2,), begin=(4,), end=(4,))
+    assert only_moves(conv, [2]) == moves

@@ -101,14 +101,6 @@ def scattered(value: float = 0.0) -> ModelProto:
     return model(nodes, parameters, (1, 4, 7, 6))
 
 
-def moved() -> ModelProto:
-    """Channels below one another: a kernel that reads all but one of them in the padding, and no faster for it."""
-    nodes = [node("Slice", f"x a{i} e{i} ax", f"s{i}") for i in range(8)]
-    nodes += [node("Concat", " ".join(f"s{i}" for i in range(8)), "y", axis=2)]
-    given = {f"{key}{i}": [i + n] for i in range(8) for key, n in (("a", 0), ("e", 1))}
-    return model(nodes, integers(ax=[1], **given), (2, 8, 2, 2))
-
-
 ARE = {
     "slices": shifted_by_slices,
     "slices at one size": lambda: shifted_by_slices(shape=(2, 4, 7, 6)),
@@ -124,7 +116,6 @@ ARE_NOT = {
     "axes exchanged": lambda: transposed_twice(flip=True),
     "kernel across pixels": lambda: depth_to_space(back=False),
     "border of ones": lambda: scattered(1.0),
-    "channels below one another": moved,
 }
 
 
