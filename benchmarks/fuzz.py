@@ -194,6 +194,8 @@ class Torch:
             except Exception:  # the network does not take this size
                 continue
         self.works = bool(self.cases)
+        if self.cases:  # the smallest size that it takes
+            self.examples = tuple(x.to(self.examples[0].dtype) for x in self.cases[0][0])
 
     @staticmethod
     def _run(module: Any, inputs: Sequence[Any]) -> list[Any]:
