@@ -183,7 +183,7 @@ class Torch:
         self.program = program
         self.model = to_module(program, len(program.steps))
         self.inputs = [torch.from_numpy(x) for x in inputs_of(program)]
-        self.examples = tuple(x.to(getattr(torch, program.dtype)) for x in self.inputs)
+        self.examples: tuple[Any, ...] = tuple(x.to(getattr(torch, program.dtype)) for x in self.inputs)
         self.exact = to_module(program, len(program.steps)).double()
         self.cases: list[tuple[list[Any], list[Any]]] = []
         for grown in (0, 1, 2) if program.openness == OPEN else (0,):

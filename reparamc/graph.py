@@ -110,6 +110,7 @@ class Splice:
         error: largest difference between region and replacement in float64, relative (None: unchecked).
         shared: the value that this and other splices compute anew together: all are made, or none, because one
             alone would not pay.
+        constants: per channel, the magnitudes of all constants that the region adds up (None: unchecked).
     """
 
     root: Value
@@ -123,6 +124,7 @@ class Splice:
     after: str
     error: float | None
     shared: Value | None = None
+    constants: Array | None = None
 
     @property
     def operands(self) -> tuple[Value, ...]:

@@ -57,6 +57,14 @@ def undone(
 def regions_of(graph: Graph, splices: Iterable[Splice], name: Callable[[Value], str] = str) -> list[Region]:
     """What was rewritten, for the comparison of whole models; ``name`` is what tensors go by."""
     return [
-        Region(name(s.root), (*map(name, s.operands),), graph.name(s.root), s.before, s.after, frames(s.expr)[s.expr])
+        Region(
+            name(s.root),
+            (*map(name, s.operands),),
+            graph.name(s.root),
+            s.before,
+            s.after,
+            frames(s.expr)[s.expr],
+            s.constants,
+        )
         for s in splices
     ]

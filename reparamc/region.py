@@ -29,7 +29,7 @@ from reparamc.lift import LIFT, find_regions, lifted
 from reparamc.report import FailedRegion
 from reparamc.rewrite import Declined, Pass, Refusal, Step, simplify
 from reparamc.text import show
-from reparamc.verify import REGION_TOLERANCE
+from reparamc.verify import REGION_TOLERANCE, constants_of
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,9 @@ def checked(
     dtype = graph.dtype(members)
     assert dtype is not None
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))
-    return Splice(root, members, after, native, dtype, counts, parameters, show(before), show(after), error)
+    constants = constants_of(before) if host is not None else None
+    text = show(before), show(after)
+    return Splice(root, members, after, native, dtype, counts, parameters, *text, error, constants=constants)
 
 
 def _obstacle(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from reparamc.compare import Difference, Outputs, difference, differences, tolerance
 from reparamc.errors import InputError, VerificationError
-from reparamc.evaluate import absolute, evaluate, has_layout, sample_inputs
+from reparamc.evaluate import absolute, evaluate, frames, has_layout, sample_inputs
 from reparamc.expr import (
     Array,
     BatchNorm,
@@ -80,6 +80,20 @@ def compare_expressions(before: Expr, after: Expr, seed: int = 0, *, every_size:
 
 SIZES = ((0, None), (1, None), (0, 1), (0, 2), (0, 3))
 """``extra`` and ``small`` of `sample_inputs`; the first is enough where no position meets another."""
+
+
+def constants_of(e: Expr) -> Array | None:
+    """For each channel of ``e``, the magnitudes of all constants that are added up; None where no input fits it."""
+    try:
+        inputs, extents = sample_inputs([e], np.random.default_rng(0))
+        y, _ = evaluate(absolute(e), {x: np.zeros_like(a) for x, a in inputs.items()}, extents)
+    except (ValueError, IndexError):
+        return None
+    frame = frames(e)[e]
+    if frame is None or frame >= y.ndim:
+        return y.reshape(1, -1).max(axis=1, initial=0.0)
+    axis = y.ndim - 1 - frame
+    return np.moveaxis(y, axis, 0).reshape(y.shape[axis], -1).max(axis=1, initial=0.0)
 
 
 def samples(
@@ -170,6 +184,7 @@ class Region:
         where: what the user calls it.
         before, after: both forms as text.
         frame: axes behind the channel axis of its result; None where that is unknown.
+        constants: as in `constants_of`; None where they are unknown.
     """
 
     root: str
@@ -178,6 +193,7 @@ class Region:
     before: str
     after: str
     frame: int | None = None
+    constants: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -275,7 +291,7 @@ def compare_regions(
             continue
         reference, other = seen.expected[region.root], seen.actual[region.root]
         noises = [n[region.root] for n in seen.noises]
-        gap, error, allowed = by_channel(reference, other, noises, epsilon(reference), region.frame)
+        gap, error, allowed = by_channel(reference, other, noises, epsilon(reference), region.frame, region.constants)
         entries.append(OutputError(region.where, gap, error, allowed, alone=True))
         if not error <= allowed:
             raise VerificationError(
@@ -290,14 +306,20 @@ def compare_regions(
 
 
 def by_channel(
-    reference: npt.NDArray, other: npt.NDArray, noises: Sequence[npt.NDArray], epsilon: float, frame: int | None
+    reference: npt.NDArray,
+    other: npt.NDArray,
+    noises: Sequence[npt.NDArray],
+    epsilon: float,
+    frame: int | None,
+    constants: Array | None = None,
 ) -> tuple[float, float, float]:
     """The channel that comes closest to what rounding explains, or exceeds it most.
 
     Returns:
         Its largest absolute difference, the same relative to its largest value, and what is allowed of that: the
         response to a perturbation and the machine epsilon, some times over. A kernel of some thousand terms rounds
-        often; one of a dtype of 16 bits adds up in a larger one, and rounds a few times.
+        often; one of a dtype of 16 bits adds up in a larger one, and rounds a few times. Constants that cancel round
+        as well, and no perturbation of the operands shows it.
     """
     kind = difference(reference, other)
     if not kind.same_kind:
@@ -315,7 +337,8 @@ def by_channel(
         gap, size = largest(other.astype(np.float64) - reference), largest(reference)
         noise = np.max([largest(n.astype(np.float64) - reference) for n in noises], axis=0, initial=0.0)
     times = (50, 64) if epsilon < 1e-4 else (8, 8)
-    allowed = times[0] * noise + times[1] * epsilon * size
+    added = np.zeros(()) if constants is None else constants if constants.shape == size.shape else constants.max()
+    allowed = times[0] * noise + times[1] * epsilon * (size + added)
     tiny = np.finfo(np.float64).tiny
     worst = int(np.argmax(gap / np.maximum(allowed, tiny))) if gap.size else 0
     if not gap.size or gap[worst] == 0:
