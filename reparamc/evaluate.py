@@ -197,42 +197,39 @@ def frames(root: Expr) -> dict[Expr, int | None]:
     return found
 
 
+def _told(e: Expr) -> tuple[int | None, Sequence[int], int] | None:
+    """(frame, channels read from each operand, channels made), where parameters of ``e`` itself tell."""
+    match e:
+        case Conv():
+            return e.frame, (e.in_channels,), e.out_channels
+        case BatchNorm():
+            return e.frame, (e.gamma.size,), e.gamma.size
+        case Scale() if e.scale.ndim or e.shift.ndim:
+            count = e.scale.size if e.scale.ndim else e.shift.size
+            return e.frame, (count,), count
+        case Concat():
+            return e.frame, e.sizes, sum(e.sizes)
+        case Select():
+            return e.frame, (e.width,), len(e.index)
+        case _:
+            return None
+
+
 def channels(root: Expr) -> dict[Expr, int | None]:
     """The number of channels of every node, inferred in both directions; None where nothing fixes it."""
     found: dict[Expr, int | None] = {}
     order = list(walk(root))
-
-    def own(e: Expr) -> int | None:
-        match e:
-            case Source():
-                return e.channels
-            case Conv():
-                return e.out_channels
-            case BatchNorm():
-                return e.gamma.shape[0]
-            case Scale():
-                return e.scale.shape[0] if e.scale.ndim else e.shift.shape[0] if e.shift.ndim else found[e.x]
-            case Sum():
-                return next((c for t in e.terms if (c := found[t]) is not None), None)
-            case Concat():
-                return sum(e.sizes)
-            case Select():
-                return len(e.index)
-            case Layout():
-                return found[e.x]
-
     for e in order:
-        found[e] = own(e)
+        told = _told(e)
+        if told is not None:
+            found[e] = told[2]
+        elif isinstance(e, Source):
+            found[e] = e.channels
+        else:
+            found[e] = next((c for x in e.children if (c := found[x]) is not None), None)
     for e in reversed(order):
-        match e:
-            case Conv():
-                wanted: Sequence[int | None] = (e.in_channels,)
-            case Concat():
-                wanted = e.sizes
-            case Select():
-                wanted = (e.width,)
-            case _:
-                wanted = (found[e],) * len(e.children)
+        told = _told(e)
+        wanted: Sequence[int | None] = told[1] if told is not None else (found[e],) * len(e.children)
         for child, want in zip(e.children, wanted, strict=True):
             found[child] = want if found[child] is None else found[child]
     return found
@@ -240,32 +237,21 @@ def channels(root: Expr) -> dict[Expr, int | None]:
 
 def misfit(root: Expr) -> str | None:
     """Why ``root`` reads what no value has: a parameter made for another number of channels. None if all fit."""
-    made: dict[Expr, tuple[int, int] | None] = {}  # frame and number of the channels, where they are told
+    made: dict[Expr, tuple[int | None, int] | None] = {}  # frame and number of the channels, where they are told
     for e in walk(root):
-        wanted: Sequence[tuple[int, int] | None] = [None] * len(e.children)
-        match e:
-            case Source():
-                own = None if e.frame is None or e.channels is None else (e.frame, e.channels)
-            case Conv():
-                own, wanted = (e.frame, e.out_channels), [(e.frame, e.in_channels)]
-            case BatchNorm():
-                own, wanted = (e.frame, e.gamma.size), [(e.frame, e.gamma.size)]
-            case Scale() if e.frame is not None:
-                own = e.frame, max(e.scale.size, e.shift.size)
-                wanted = [own]
-            case Scale():
-                own = made[e.x]
-            case Sum():
-                own = next((told for t in e.terms if (told := made[t]) is not None), None)
-                wanted = [own] * len(e.terms)
-            case Concat():
-                own, wanted = (e.frame, sum(e.sizes)), [(e.frame, size) for size in e.sizes]
-            case Select():
-                own, wanted = (e.frame, len(e.index)), [(e.frame, e.width)]
-            case Layout():
-                told = made[e.x]
-                own = None if told is None or told[0] != e.frame_in else (e.frame, told[1])
-        made[e] = own
+        told = _told(e)
+        wanted: Sequence[tuple[int | None, int] | None] = [None] * len(e.children)
+        if told is not None:
+            frame, read, count = told
+            made[e], wanted = (frame, count), [(frame, n) for n in read]
+        elif isinstance(e, Source):
+            made[e] = None if e.frame is None or e.channels is None else (e.frame, e.channels)
+        elif isinstance(e, Layout):
+            inner = made[e.x]
+            made[e] = None if inner is None or inner[0] != e.frame_in else (e.frame, inner[1])
+        else:
+            made[e] = next((m for x in e.children if (m := made[x]) is not None), None)
+            wanted = [made[e]] * len(e.children)
         for child, want in zip(e.children, wanted, strict=True):
             has = made[child]
             if want is not None and has is not None and want[0] == has[0] and want[1] != has[1]:
