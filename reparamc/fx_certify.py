@@ -117,15 +117,18 @@ _SIZES: tuple[Change, ...] = (
 )
 
 
-def shapes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[Extent, ...]]:
+def shapes_of(
+    module: fx.GraphModule, args: Sequence[Any], first: dict[str, tuple[int, ...]] | None = None
+) -> dict[str, tuple[Extent, ...]]:
     """The shapes of all nodes of a traced module, from runs on ``args`` and on others of other sizes.
 
     An extent that is the same in all is known, what varies is a symbol: one for all that vary alike. So there are sizes
     below and above powers of two, at which strides with and without padding differ at each level, and, of several
     arguments, some with one element along their axes, which would be repeated. All are known if no other size is taken.
+    ``first`` is what `sizes_of` found on ``args``, where that was asked before.
     """
     try:
-        runs = [sizes_of(module, args)]
+        runs = [sizes_of(module, args) if first is None else first]
     except Exception:  # the operators alone tell ranks then
         return {}
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
@@ -113,7 +114,8 @@ def _fuse(
     positional = None
     if example_inputs is not None:
         positional = (*given[0], *given[1].values()) if note else by_position(traced, args, kwargs)
-    ranks = {name: len(shape) for name, shape in _of_runs(sizes_of, model, traced, positional).items()}
+    sizes = _of_runs(sizes_of, model, traced, positional)
+    ranks = {name: len(shape) for name, shape in sizes.items()}
 
     def rewrite(traced: fx.GraphModule, without: set[str]) -> _Rewritten:
         graph = FxGraph(traced, examples, ranks, exported=bool(note))
@@ -123,7 +125,7 @@ def _fuse(
     made = rewrite(traced, set())
     certificate, wrong = None, dict[str, str]()
     if kept is not None and any(made.counts.values()):
-        shapes = _of_runs(shapes_of, model, kept, positional)
+        shapes = _of_runs(partial(shapes_of, first=sizes or None), model, kept, positional)
 
         def certificate_without(units: set[str]) -> Certificate:
             nonlocal made
