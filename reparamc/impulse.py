@@ -85,13 +85,12 @@ def _as_kernel(
     if isinstance(found, Declined):
         return None
     conv, error = found
-    if only_moves(conv, extents):
-        return None
     moved = moving(min(conv.in_channels, conv.out_channels), behind(conv))  # what reads a part moves no more than that
     if (
         not cost(conv) < sum(cost(d.expr) for d in left) + unread * moved
         or conv.skips_border
         or any(rounding_obstacle(a, dtype) for a in arrays(conv))
+        or only_moves(conv, extents)
     ):
         return None
     if graph.is_written(root) or graph.obstacle(root, tree, [operand]) is not None:
