@@ -85,15 +85,18 @@ SIZES = ((0, None), (1, None), (0, 1), (0, 2), (0, 3))
 def constants_of(e: Expr) -> Array | None:
     """For each channel of ``e``, the magnitudes of all constants that are added up; None where no input fits it."""
     try:
-        inputs, extents = sample_inputs([e], np.random.default_rng(0))
+        inputs, extents = sample_inputs([e], np.random.default_rng(0), extra=1)
         y, _ = evaluate(absolute(e), {x: np.zeros_like(a) for x, a in inputs.items()}, extents)
     except (ValueError, IndexError):
         return None
-    frame = frames(e)[e]
-    if frame is None or frame >= y.ndim:
-        return y.reshape(1, -1).max(axis=1, initial=0.0)
-    axis = y.ndim - 1 - frame
-    return np.moveaxis(y, axis, 0).reshape(y.shape[axis], -1).max(axis=1, initial=0.0)
+    return _largest_by_channel(y, frames(e)[e])
+
+
+def _largest_by_channel(magnitudes: npt.NDArray, frame: int | None) -> npt.NDArray:
+    """The largest of each channel; of all together where the channel axis is unknown."""
+    axis = magnitudes.ndim - 1 - frame if frame is not None and frame < magnitudes.ndim else None
+    rows = magnitudes.reshape(1, -1) if axis is None else np.moveaxis(magnitudes, axis, 0)
+    return rows.reshape(rows.shape[0], -1).max(axis=1, initial=0.0)
 
 
 def samples(
@@ -324,14 +327,9 @@ def by_channel(
     kind = difference(reference, other)
     if not kind.same_kind:
         return float("inf"), float("inf"), 0.0
-    axis = reference.ndim - 1 - frame if frame is not None and frame < reference.ndim else None
 
     def largest(a: npt.NDArray) -> npt.NDArray:
-        rows = np.abs(np.nan_to_num(a.astype(np.float64), posinf=0.0, neginf=0.0))
-        return rows.reshape(1, -1).max(axis=1, initial=0.0) if axis is None else _others(rows, axis)
-
-    def _others(a: npt.NDArray, axis: int) -> npt.NDArray:
-        return np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1).max(axis=1, initial=0.0)
+        return _largest_by_channel(np.abs(np.nan_to_num(a.astype(np.float64), posinf=0.0, neginf=0.0)), frame)
 
     with np.errstate(invalid="ignore"):
         gap, size = largest(other.astype(np.float64) - reference), largest(reference)
