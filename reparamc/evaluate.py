@@ -22,6 +22,7 @@ from reparamc.expr import (
     Select,
     Source,
     Sum,
+    Take,
     rebuild,
     walk,
 )
@@ -108,6 +109,8 @@ def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
         return x.transpose(e.op.axes)
     if isinstance(e.op, Mean):
         return x.mean(axis=e.op.axes, keepdims=e.op.keep)
+    if isinstance(e.op, Take):
+        return np.take(x, e.op.at, axis=e.op.axis)
     _bind(e.op.before, x, sizes)
     unknown = [s for dim in e.op.after for s in dim.symbols if s not in sizes]
     if unknown:
@@ -225,10 +228,14 @@ def channels(root: Expr) -> dict[Expr, int | None]:
             found[e] = told[2]
         elif isinstance(e, Source):
             found[e] = e.channels
+        elif isinstance(e, Layout) and e.frame is None:
+            found[e] = None
         else:
             found[e] = next((c for x in e.children if (c := found[x]) is not None), None)
     for e in reversed(order):
         told = _told(e)
+        if isinstance(e, Layout) and e.frame is None:
+            continue
         wanted: Sequence[int | None] = told[1] if told is not None else (found[e],) * len(e.children)
         for child, want in zip(e.children, wanted, strict=True):
             found[child] = want if found[child] is None else found[child]
@@ -248,7 +255,8 @@ def misfit(root: Expr) -> str | None:
             made[e] = None if e.frame is None or e.channels is None else (e.frame, e.channels)
         elif isinstance(e, Layout):
             inner = made[e.x]
-            made[e] = None if inner is None or inner[0] != e.frame_in else (e.frame, inner[1])
+            whole = e.frame is not None and inner is not None and inner[0] == e.frame_in
+            made[e] = (e.frame, inner[1]) if whole and inner is not None else None
         else:
             made[e] = next((m for x in e.children if (m := made[x]) is not None), None)
             wanted = [made[e]] * len(e.children)

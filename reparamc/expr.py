@@ -249,19 +249,29 @@ class Mean:
     keep: bool
 
 
+@dataclass(frozen=True)
+class Take:
+    """The position ``at`` along ``axis``, counted from the left; the axis goes."""
+
+    axis: int
+    at: int
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Elements moved or averaged within their channel, which stays whole: frame ``frame_in`` becomes ``frame``.
+    """Elements moved, taken or averaged within their channel: frame ``frame_in`` becomes ``frame``.
 
-    It commutes with everything that is done to each channel by itself.
+    It commutes with everything that is done to each channel by itself. Where the channel axis is split or merged
+    (channels into heads), ``frame`` is None, and so are both frames of what moves such a value further: then it
+    commutes with what is the same for all elements.
 
     ``token`` lets the host graph find the operator it came from; the algebra never looks at it.
     """
 
     x: Expr
-    op: Permute | Reshape | Mean
-    frame_in: int
-    frame: int
+    op: Permute | Reshape | Mean | Take
+    frame_in: int | None
+    frame: int | None
     token: Hashable
 
     @property

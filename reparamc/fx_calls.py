@@ -81,6 +81,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "getitem": ("input", "index"),
     "slice": ("input", "dim", "start", "end", "step"),
     "narrow": ("input", "dim", "start", "length"),
+    "select": ("input", "dim", "index"),
+    "unbind": ("input", "dim"),
     "channel_shuffle": ("input", "groups"),
     "mean": ("input", "dim", "keepdim"),
     "amax": ("input", "dim", "keepdim"),
@@ -130,8 +132,8 @@ del _NAMES["same"], _NAMES["identity"], _NAMES["copy"]
 METHODS = (
     *("add", "sub", "mul", "div", "neg", "subtract", "multiply", "divide", "matmul", "mm", "t"),
     *("reshape", "view", "reshape_as", "view_as", "flatten", "transpose", "swapaxes", "permute", "squeeze"),
-    *("unsqueeze", "unflatten", "mean", "amax", "split", "chunk", "narrow", "detach", "contiguous", "clone"),
-    *("relu", "sigmoid", "tanh", "softmax", "abs"),
+    *("unsqueeze", "unflatten", "mean", "amax", "split", "chunk", "narrow", "select", "unbind", "detach"),
+    *("contiguous", "clone", "relu", "sigmoid", "tanh", "softmax", "abs"),
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from reparamc.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, is_negation
+from reparamc.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, Take, is_negation
 from reparamc.fx_calls import first_operand
 from reparamc.graph import Splice, new_nodes
 from reparamc.kernel import regroup, swap_sides
@@ -76,6 +76,8 @@ class Emitter:
                 return self._scale(e)
             case Sum():
                 return self._sum(e)
+            case Layout(op=Take(axis=axis, at=at)):
+                return self._call(torch.select, self._value(e.x), axis, at)
             case Layout():
                 return self._copy(cast(fx.Node, e.token), e.x)
             case Concat():

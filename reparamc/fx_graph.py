@@ -40,7 +40,17 @@ _LINEAR_KINDS = (
     *("add", "sub", "mul", "div", "neg", "identity", "copy", "reshape", "permute", "transpose", "flatten", "unflatten"),
     *("squeeze", "unsqueeze", "pad", "cat", "split", "chunk", "getitem", "slice", "narrow", "mean", "matmul", "conv"),
     *("linear", "addmm", "einsum", "roll", "cumsum", "sum", "flip", "index_select", "expand", "stack"),
-    *("channel_shuffle", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "batch_norm", "dropout"),
+    *(
+        "select",
+        "unbind",
+        "channel_shuffle",
+        "unfold",
+        "fold",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "batch_norm",
+        "dropout",
+    ),
 )
 """Operators that are affine in each operand that is no constant, all other operands being constant."""
 _ANY_RANK = (
@@ -173,7 +183,7 @@ class FxGraph:
     def _look_through(self, node: fx.Node) -> None:
         """Note what stands for ``node`` as a reader of its operand: the pieces of a split, the end of a shuffle."""
         call = self.facts.calls[node]
-        if call is not None and call.op in ("split", "chunk") and node.users:
+        if call is not None and call.op in ("split", "chunk", "unbind") and node.users:
             users = list(node.users)
             if all((c := self.facts.calls[u]) is not None and c.op == "getitem" for u in users):
                 self.through[node] = users

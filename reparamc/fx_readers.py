@@ -29,6 +29,7 @@ from reparamc.expr import (
     Scale,
     Select,
     Sum,
+    Take,
 )
 from reparamc.fx_calls import Call, aten_name, integers, lookup
 from reparamc.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
@@ -56,6 +57,7 @@ KEEPS_DTYPE = (
     *("same", "neg", "identity", "copy", "dropout", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool"),
     *("interpolate", "pad", "slice", "narrow", "reshape", "reshape_as", "permute", "transpose", "flatten"),
     *("unflatten", "squeeze", "unsqueeze", "mean", "amax", "split", "chunk", "channel_shuffle", "getitem"),
+    *("select", "unbind"),
 )
 
 
@@ -322,11 +324,18 @@ def _read_layout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decli
         return None
     before, after, axes = cast("tuple[Shape, Shape, tuple[int, ...] | None]", found)
     op = Reshape(before, after) if axes is None else Permute(axes)
-    reading = layout_reading(x, op, graph.frame(x), node)
+    return _moved(graph, x, op, node)
+
+
+def _moved(
+    graph: FxGraph, x: fx.Node, op: Permute | Reshape | Mean | Take, node: fx.Node
+) -> FxReading | Declined | None:
+    frame = graph.frame(x)
+    reading = layout_reading(x, op, frame, node, linear=isinstance(graph.read(x), Reading))
     if not isinstance(reading, Reading):
         return reading
-    channels = graph.channels(x, graph.frame(x))
-    return FxReading(reading.operands, reading.build, (), reading.frame, (), channels, commutes=True)
+    channels = None if reading.cuts else graph.channels(x, frame)
+    return FxReading((x,), reading.build, (), reading.frame, (), channels, commutes=True, cuts=reading.cuts)
 
 
 def _read_mean(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -345,11 +354,7 @@ def _read_mean(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decline
         if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims) or keep not in (True, False):
             return None
         axes = tuple(sorted(d % rank for d in dims))
-    reading = layout_reading(x, Mean(rank, axes, keep), graph.frame(x), node) if axes else None
-    if not isinstance(reading, Reading):
-        return reading
-    channels = graph.channels(x, graph.frame(x))
-    return FxReading(reading.operands, reading.build, (), reading.frame, (), channels, commutes=True)
+    return _moved(graph, x, Mean(rank, axes, keep), node) if axes else None
 
 
 # Routing of channels
@@ -378,11 +383,30 @@ def _read_slice(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declin
     behind = graph.facts.calls.get(x)
     if call.op == "getitem" and behind is not None and behind.op in ("split", "chunk"):
         return _read_piece(graph, call, x, behind)
+    if call.op == "getitem" and behind is not None and behind.op == "unbind":
+        made, at = behind.input, call.args.get("index")
+        axis = behind.get("dim", 0)
+        return _taken(graph, made, axis, at, node) if made is not None and x in graph.through else None
     frame, shape = _image_frame(graph, x), graph.facts.shapes.get(x)
+    at = graph.facts.position(call, shape) if shape is not None else None
+    if at is not None:
+        return _taken(graph, x, *at, node)
     found = graph.facts.sliced(call, shape) if shape is not None else None
     if found is None or shape is None or frame is None or found[0] != len(shape) - 1 - frame:
         return None
     return _select(graph, x, list(found[1]), frame)
+
+
+def _taken(graph: FxGraph, x: fx.Node, axis: Any, at: Any, node: fx.Node) -> FxReading | Declined | None:
+    """One position along an axis, which goes; both may be counted from the end."""
+    shape = graph.facts.shapes.get(x)
+    if shape is None or x in graph.facts.known or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+        return None
+    axis %= len(shape)
+    extent = shape[axis].known
+    if not isinstance(at, int) or extent is None or not -extent <= at < extent:
+        return None
+    return _moved(graph, x, Take(axis, at % extent), node)
 
 
 def _read_piece(graph: FxGraph, call: Call, split: fx.Node, made: Call) -> FxReading | Declined | None:
@@ -535,7 +559,7 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(("reshape", "reshape_as", "permute", "transpose", "flatten", "unflatten"), _read_layout),
     **dict.fromkeys(("mean", "adaptive_avg_pool"), _read_mean),
     **dict.fromkeys(("squeeze", "unsqueeze"), _read_layout),
-    **dict.fromkeys(("slice", "narrow", "getitem"), _read_slice),
+    **dict.fromkeys(("slice", "narrow", "getitem", "select"), _read_slice),
     "cat": _read_cat,
     "channel_shuffle": _read_shuffle,
     "avg_pool": _read_avg_pool,

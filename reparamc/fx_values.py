@@ -221,7 +221,16 @@ class Values:
             case "split" | "chunk":
                 self._split(node, call, before)
                 return None
-            case "slice" | "narrow" | "getitem":
+            case "unbind":
+                axis = call.get("dim", 0)
+                if isinstance(axis, int) and -len(before) <= axis < len(before) and (extent := before[axis].known):
+                    axis %= len(before)
+                    self.pieces[node] = [(*before[:axis], *before[axis + 1 :])] * extent
+                return None
+            case "select" | "slice" | "narrow" | "getitem":
+                at = self.position(call, before)
+                if at is not None:
+                    return (*before[: at[0]], *before[at[0] + 1 :])
                 found = self.sliced(call, before)
                 if found is None:
                     return None
@@ -281,6 +290,23 @@ class Values:
             return None
         part = wanted if call.op == "split" else -(-extent // wanted)
         return [min(part, extent - start) for start in range(0, extent, part)]
+
+    def position(self, call: Call, before: Shape) -> tuple[int, int] | None:
+        """(axis, position) of what takes one position along one axis, which goes; None for anything else."""
+        if call.op == "select":
+            axis, at = call.get("dim"), call.get("index")
+        elif call.op == "getitem":
+            index = call.args.get("index")
+            index = index if isinstance(index, tuple) else (index,)
+            numbers = [n for n, i in enumerate(index) if i != slice(None)]
+            if len(numbers) != 1 or len(index) > len(before):
+                return None
+            axis, at = numbers[0], index[numbers[0]]
+        else:
+            return None
+        if not isinstance(axis, int) or not isinstance(at, int) or isinstance(at, bool):
+            return None
+        return (axis % len(before), at) if -len(before) <= axis < len(before) else None
 
     def sliced(self, call: Call, before: Shape) -> tuple[int, range] | None:
         """(axis, positions) of a slice along one axis of known extent; None for any other."""

@@ -9,9 +9,9 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from reparamc.expr import Array, Expr, Layout, Mean, Permute, Reshape, Source, walk
+from reparamc.expr import Array, Expr, Layout, Mean, Permute, Reshape, Source, Take, walk
 from reparamc.rewrite import Declined
-from reparamc.shape import axis_through_reshape
+from reparamc.shape import axis_through_reshape, size
 
 Value: TypeAlias = Hashable
 
@@ -27,6 +27,8 @@ class Reading:
         frame: the frame of its result, where it is known.
         commutes: it scales or moves each channel by itself, so that readers may each take it in.
         scales: it scales, so that a linear operator in front of it would rather take it in.
+        cuts: it splits or merges the channel axis, or moves what such an operator has made of a value: only what is
+            the same for all elements commutes with it. It is a member of a region only where that is of use.
     """
 
     operands: tuple[Value, ...]
@@ -35,6 +37,7 @@ class Reading:
     frame: int | None = None
     commutes: bool = field(default=False, kw_only=True)
     scales: bool = field(default=False, kw_only=True)
+    cuts: bool = field(default=False, kw_only=True)
 
 
 class Graph(Protocol):
@@ -160,33 +163,58 @@ def axis_of_constant(dims: Sequence[int], extent: Callable[[int], int | None]) -
     return axes[0] if axes else None
 
 
-def layout_reading(
-    x: Value, op: Permute | Reshape | Mean, frame: int | None, token: Value
-) -> Reading | Declined | None:
-    """The reading of a layout operator over ``x``, when its channel axis is known (from the frame) and stays whole.
+CUTS = "it splits or merges the channel axis"
 
-    ``token`` is what `Layout` keeps for the host graph.
+
+def layout_reading(
+    x: Value, op: Permute | Reshape | Mean | Take, frame: int | None, token: Value, *, linear: bool = False
+) -> Reading | Declined | None:
+    """The reading of a layout operator over ``x``, of the given frame.
+
+    Args:
+        token: what `Layout` keeps for the host graph.
+        linear: whether ``x`` has a reading, so that a scale behind the operator may have somewhere to go even if the
+            operator splits the channel axis, or moves what another has split.
     """
-    match op:
-        case Permute():
-            rank = rank_out = len(op.axes)
-        case Reshape():
-            rank, rank_out = len(op.before), len(op.after)
-        case Mean():
-            rank, rank_out = op.rank, op.rank - (0 if op.keep else len(op.axes))
-    if frame is None or frame >= rank:
+    rank = _rank(op)
+    if frame is None or (rank is not None and frame >= rank):
+        movable = linear and frame is None and not isinstance(op, Mean)
+        return _cutting(x, op, None, token) if movable else None
+    if isinstance(op, Take) or rank is None:
         return None
     axis = rank - 1 - frame
     match op:
         case Permute():
-            at = op.axes.index(axis)
+            at, rank_out = op.axes.index(axis), rank
         case Reshape():
-            at = axis_through_reshape(op.before, op.after, axis)
+            at, rank_out = axis_through_reshape(op.before, op.after, axis), len(op.after)
         case Mean():
+            rank_out = rank - (0 if op.keep else len(op.axes))
             at = None if axis in op.axes else axis - (0 if op.keep else sum(a < axis for a in op.axes))
+    if at is None and isinstance(op, Mean):
+        return Declined("it averages over the channels")
     if at is None:
-        return Declined(
-            "it averages over the channels" if isinstance(op, Mean) else "it splits or merges the channel axis"
-        )
+        return _cutting(x, op, frame, token) if linear else Declined(CUTS)
     moved = rank_out - 1 - at
     return Reading((x,), lambda operands: Layout(operands[0], op, frame, moved, token), (), moved, commutes=True)
+
+
+def _rank(op: Permute | Reshape | Mean | Take) -> int | None:
+    """The rank of what ``op`` moves, where it tells."""
+    match op:
+        case Permute():
+            return len(op.axes)
+        case Reshape():
+            return len(op.before)
+        case Mean():
+            return op.rank
+        case Take():
+            return None
+
+
+def _cutting(
+    x: Value, op: Permute | Reshape | Mean | Take, frame: int | None, token: Value
+) -> Reading | Declined | None:
+    if isinstance(op, Reshape) and size(op.before) != size(op.after):
+        return None if frame is None else Declined(CUTS)  # its extents are not known well enough to evaluate it
+    return Reading((x,), lambda operands: Layout(operands[0], op, frame, None, token), commutes=True, cuts=True)

@@ -24,6 +24,33 @@ MOST_SHARED = 8
 """Regions that one value may be a member of."""
 
 
+def without_idle_cuts(readings: dict[Value, Reading]) -> tuple[dict[Value, Reading], list[Value]]:
+    """``readings`` without those that cut the channel axis where nothing could go through; where that ends a region.
+
+    A region that reached across all of them would gain nothing, and ask for more shapes to be known. They stay
+    between a scale and what is in front of it, with all that reads the same pieces, and behind a scale that is the
+    same for all channels.
+    """
+
+    def moves(value: Value) -> bool:
+        reading = readings.get(value)
+        return reading is not None and len(reading.operands) == 1 and not (reading.scales or reading.parameters)
+
+    scaled: set[Value] = set()  # what a scale stands behind
+    for value, reading in reversed(readings.items()):
+        if reading.scales or value in scaled:
+            scaled.update(filter(moves, reading.operands))
+    pieces: set[Value] = set()
+    for value, reading in readings.items():
+        x = reading.operands[0]
+        number = x in readings and readings[x].scales and readings[x].frame is None
+        if moves(value) and (x in pieces or (reading.cuts and (number or value in scaled))):
+            pieces.add(value)
+    kept = {v: r for v, r in readings.items() if v in pieces or not r.cuts}
+    ends = [v for v, r in readings.items() if v not in kept and readings[r.operands[0]].frame is not None]
+    return kept, ends
+
+
 def find_regions(
     graph: Graph, readings: dict[Value, Reading], apart: Container[Value] = ()
 ) -> dict[Value, tuple[Value, ...]]:

@@ -1,20 +1,21 @@
 """Constant folding on ONNX graphs: operators whose operands are all constant are computed once, now.
 
 A node is folded when it is deterministic, its result takes no more bytes than its operands (small
-results always may), and no operand of weight size is read elsewhere: the file never grows. Shape of a
-value with known extents counts as constant.
+results always may), and no operand of weight size is read elsewhere: the file never grows. The extents of a
+value that are known count as constant, also where others are not.
 """
 
 from __future__ import annotations
 
 from math import prod
+from typing import cast
 
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from reparamc.onnx_values import SMALL, Constants, Types, captured, commit, is_standard, readers, subgraphs
+from reparamc.onnx_values import SMALL, Constants, Types, attribute, captured, commit, is_standard, readers, subgraphs
 
 LEFT = {
     "Constant", "Identity", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear",
@@ -104,20 +105,20 @@ def _foldable(
     known = {name: _bytes(constants, name) for name in constants.tensors}
     foldable: list[NodeProto] = []
     shapes: dict[str, np.ndarray] = {}
+    partly: dict[str, np.ndarray] = {}  # by the name of a shape: the extents, None where they are unknown
     for node in model.graph.node:
         if not is_standard(node) or node.op_type in LEFT or any(subgraphs(node)) or outputs.intersection(node.output):
             continue
         if _is_misread(model, node):
             continue
-        if node.op_type == "Shape" and (extents := types.extents(node.input[0])) is not None:
-            first, last = (
-                next((a.i for a in node.attribute if a.name == key), default)
-                for key, default in (("start", 0), ("end", None))
-            )
-            shapes[node.output[0]] = np.array(extents[first:last], np.int64)
-            known[node.output[0]] = 8 * len(extents)
-            continue
         given = [name for name in node.input if name]
+        picked = _extents(node, types, partly) if node.op_type == "Shape" else None
+        if node.op_type in ("Gather", "Slice") and given[0] in partly:
+            picked = _picked(node, partly[given[0]], constants)
+        if picked is not None:
+            shapes[node.output[0]] = picked
+            known[node.output[0]] = picked.nbytes
+            continue
         if node.op_type == "CastLike" and given[0] in known and (kind := types.dtype(given[1])) is not None:
             node.CopyFrom(helper.make_node("Cast", given[:1], node.output, to=helper.np_dtype_to_tensor_dtype(kind)))
             given = given[:1]
@@ -130,6 +131,35 @@ def _foldable(
         known.update(zip((name for name in node.output if name), (s or 0 for s in sizes), strict=True))
         foldable.append(node)
     return foldable, shapes, known
+
+
+def _extents(node: NodeProto, types: Types, partly: dict[str, np.ndarray]) -> np.ndarray | None:
+    """What a Shape gives. None where some extents are unknown: then ``partly`` gets those that are known."""
+    shape = types.shape(node.input[0])
+    if shape is None:
+        return None
+    first, last = cast(int, attribute(node, "start", 0)), cast("int | None", attribute(node, "end"))
+    found = np.array([dim.known for dim in shape[first:last]], dtype=object)
+    if any(n is None for n in found):
+        partly[node.output[0]] = found
+        return None
+    return found.astype(np.int64)
+
+
+def _picked(node: NodeProto, extents: np.ndarray, constants: Constants) -> np.ndarray | None:
+    """What a Gather or Slice picks from ``extents``; None where that is not known."""
+    if any(name and name not in constants for name in node.input[1:]) or len(node.input) < 2:
+        return None
+    given = [constants.array(name) if name else None for name in node.input[1:]]
+    index = given[0]
+    if node.op_type == "Slice":
+        start, end, _, step = (None if a is None else a.item() for a in [*given, None, None][:4])
+        index = slice(start, end, step)
+    try:
+        picked = np.asarray(extents[index], dtype=object)
+    except (IndexError, ValueError):
+        return None
+    return None if any(n is None for n in picked.ravel()) else picked.astype(np.int64)
 
 
 def _bytes(constants: Constants, name: str) -> int:

@@ -30,6 +30,7 @@ from reparamc.expr import (
     Select,
     Source,
     Sum,
+    Take,
     is_negation,
 )
 from reparamc.graph import Reading, Splice, Value, new_nodes
@@ -107,6 +108,10 @@ class OnnxGraph:
         """The frame of ``name``, where a linear operator fixes it."""
         reading = self.read(name) if name in self.producers else None
         return reading.frame if isinstance(reading, Reading) else None
+
+    def is_linear(self, name: str) -> bool:
+        """Whether ``name`` is computed by an operator that has a reading."""
+        return name in self.producers and isinstance(self.read(name), Reading)
 
     def constant(self, node: NodeProto, position: int) -> str | None:
         """The name of the constant operand at ``position``; None when it is absent or no constant."""
@@ -373,18 +378,21 @@ class _Emitter:
         return y
 
     def _rank(self, e: Expr) -> int | None:
+        taken = 0
         while True:
             match e:
                 case Source():
-                    return self.graph.types.rank(str(e.key))
+                    rank = self.graph.types.rank(str(e.key))
+                    return None if rank is None else rank - taken
                 case Layout(op=Permute(axes=axes)):
-                    return len(axes)
+                    return len(axes) - taken
                 case Layout(op=Reshape(after=after)):
-                    return len(after)
+                    return len(after) - taken
                 case Layout(op=Mean() as op):
-                    return op.rank - (0 if op.keep else len(op.axes))
-                case _:
-                    e = e.children[0]
+                    return op.rank - (0 if op.keep else len(op.axes)) - taken
+                case Layout(op=Take()):
+                    taken += 1
+            e = e.children[0]
 
     def _value(self, e: Expr) -> str:
         if e not in self.names:

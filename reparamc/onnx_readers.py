@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from onnx import NodeProto
 
-from reparamc.expr import ONE, ZERO, BatchNorm, Concat, Conv, Expr, Mean, Permute, Reshape, Scale, Select, Sum
+from reparamc.expr import ONE, ZERO, BatchNorm, Concat, Conv, Expr, Mean, Permute, Reshape, Scale, Select, Sum, Take
 from reparamc.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
 from reparamc.kernel import arithmetic, swap_sides, transposed
 from reparamc.onnx_values import attribute, is_standard
@@ -387,7 +387,8 @@ def _read_slice(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Dec
         return None
     axes = [axis % len(shape) for axis in axes or range(len(starts))]
     steps = steps or [1] * len(starts)
-    if min(axes) >= 2 and len(shape) > 2 and (channels := shape[1].known) is not None:
+    of_channels = [len(shape) - 1 - axis for axis in axes] == [graph.frame(node.input[0])]
+    if not of_channels and min(axes) >= 2 and len(shape) > 2 and (channels := shape[1].known) is not None:
         return _crop(node, shape, channels, dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True)))
     if len(axes) == 1 and (width := shape[axes[0]].known) is not None:
         return _selection(graph, node.input[0], axes[0], range(width)[starts[0] : ends[0] : steps[0]])
@@ -418,14 +419,16 @@ def _crop(node: NodeProto, shape: Shape, channels: int, cuts: dict[int, tuple[in
 
 
 def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
-    index, shape = graph.constant(node, 1), graph.types.shape(node.input[0])
-    if index is None or shape is None or len(graph.constants.shape(index)) != 1:
-        return None
+    x = node.input[0]
+    index, shape = graph.constant(node, 1), graph.types.shape(x)
     axis = cast(int, attribute(node, "axis", 0))
-    width = shape[axis].known if -len(shape) <= axis < len(shape) else None
-    if width is None:
+    width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
+    if index is None or shape is None or width is None or len(graph.constants.shape(index)) > 1:
         return None
-    return _selection(graph, node.input[0], axis, [i % width for i in graph.constants.array(index).tolist()])
+    positions = [i % width for i in graph.constants.array(index).ravel().tolist()]
+    if graph.constants.shape(index):
+        return _selection(graph, x, axis, positions)
+    return layout_reading(x, Take(axis % len(shape), positions[0]), graph.frame(x), output, linear=graph.is_linear(x))
 
 
 def _shuffle(graph: OnnxGraph, node: NodeProto) -> Reading | None:
@@ -475,10 +478,9 @@ def _read_layout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
         op: Permute | Reshape = Permute(axes)
     else:
         op = Reshape(before, after)
-    reading = layout_reading(node.input[0], op, graph.frame(node.input[0]), node.output[0])
-    if isinstance(reading, Reading) or node.op_type != "Reshape":
-        return reading
-    return _shuffle(graph, node) or reading
+    x = node.input[0]
+    shuffled = _shuffle(graph, node) if node.op_type == "Reshape" else None
+    return shuffled or layout_reading(x, op, graph.frame(x), node.output[0], linear=graph.is_linear(x))
 
 
 def _channels(graph: OnnxGraph, name: str, frame: int) -> int | None:

@@ -1,11 +1,12 @@
 """Piece folding: a scale of some channels of a convolution goes into the rows that compute them.
 
-    s (W*x + b)[i] + t  =  ((s'W)*x + (s'b + t'))[i]        s', t' = s, t at i, and 1, 0 elsewhere
+    s P(W*x + b)[i] + t  =  P((s'W)*x + (s'b + t'))[i]        s', t' = s, t at i, and 1, 0 elsewhere
 
-The convolution ends a region of its own, because several regions select channels of it (q, k and v of one fused
-projection). It can be changed for all of them only, and only if no other selection reads the channels i. So all
-regions that read it get a replacement over one and the same new convolution, which is emitted with the first of
-them. Each replacement is right by itself; all are made or none, because otherwise both convolutions would be computed.
+The convolution ends a region of its own, because several regions take channels of it (q, k and v of one fused
+projection), perhaps after its channels have been split into heads and moved by P. It can be changed for all of them
+only, and only if nothing else takes the channels i. So all regions that read it get a replacement over one and the
+same new convolution, which is emitted with the first of them. Each replacement is right by itself; all are made or
+none, because otherwise both convolutions would be computed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from reparamc.cost import cost
-from reparamc.expr import BatchNorm, Conv, Expr, Scale, Select, Source, flatten, rebuild, walk
+from reparamc.evaluate import channels, frames
+from reparamc.expr import (
+    Array,
+    BatchNorm,
+    Conv,
+    Expr,
+    Layout,
+    Scale,
+    Select,
+    Source,
+    Take,
+    flatten,
+    rebuild,
+    replaced,
+    walk,
+)
 from reparamc.graph import Graph, Reading, Value
 from reparamc.host import Host
 from reparamc.kernel import coefficients
@@ -25,6 +41,8 @@ from reparamc.lift import lifted
 from reparamc.region import Decision, checked
 from reparamc.report import FailedRegion
 from reparamc.rewrite import Declined, Pass, Refusal, simplify
+from reparamc.route import Route, rank_below
+from reparamc.shape import Shape
 
 PIECES = "piece-folding"
 
@@ -46,11 +64,11 @@ def fold_pieces(
     decisions = dict(decisions)
     place = {value: n for n, value in enumerate(graph.values())}
     readers: dict[Value, list[Value]] = {}  # the regions that read a value
-    wanting: dict[Value, list[Value]] = {}  # those that scale what they select
+    wanting: dict[Value, list[Value]] = {}  # those that scale what they take
     for root in sorted(decisions, key=place.__getitem__):
-        for value, cuts in _cuts(decisions[root].expr).items():
+        for value, taken in _taken(decisions[root].expr).items():
             readers.setdefault(value, []).append(root)
-            if any(cut.scales for cut in cuts):
+            if any(branch.scales and branch.takes for branch in taken):
                 wanting.setdefault(value, []).append(root)
     folder = _Folder(graph, readings, passes, host, place)
     for value, roots in wanting.items():
@@ -69,41 +87,57 @@ def fold_pieces(
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """A reader of a value: the selection that it is (None: it is none), and the scales in a row behind it alone."""
+class _Branch:
+    """What one reader after the other does to a value: moves and selections of channels, then scales in a row."""
 
-    select: Select | None
+    moves: tuple[Layout | Select, ...]
     scales: tuple[Scale | BatchNorm, ...] = ()
 
+    @property
+    def takes(self) -> bool:
+        """Whether it reads only some of the channels, as far as can be seen from here."""
+        return any(isinstance(e, Select) or isinstance(e.op, Take) for e in self.moves)
 
-def _cuts(expr: Expr) -> dict[Value, list[_Cut]]:
+
+def _taken(expr: Expr) -> dict[Value, list[_Branch]]:
     """What reads each of the values that ``expr`` starts from."""
     nodes = list(walk(expr))
     readers: dict[Expr, list[Expr]] = {}
     for e in nodes:
         for x in e.children:
             readers.setdefault(x, []).append(e)
-    found: dict[Value, list[_Cut]] = {}
+    found: dict[Value, list[_Branch]] = {}
     for x in nodes:
         if isinstance(x, Source):
-            cuts = [_Cut(None)] if x is expr else [_cut(e, readers) for e in readers[x]]
-            found.setdefault(x.key, []).extend(cuts)
+            found.setdefault(x.key, []).extend(_branches(x, readers))
     return found
 
 
-def _cut(select: Expr, readers: Mapping[Expr, Sequence[Expr]]) -> _Cut:
-    if not isinstance(select, Select):
-        return _Cut(None)
-    scales: list[Scale | BatchNorm] = []
-    e: Expr = select
-    while len(above := readers.get(e, ())) == 1:
-        e = above[0]
-        if not isinstance(e, Scale | BatchNorm) or e.frame not in (None, select.frame):
-            break
-        if any(v.ndim and v.size != len(select.index) for v in coefficients(e)):
-            break
-        scales.append(e)
-    return _Cut(select, tuple(scales))
+def _branches(source: Source, readers: Mapping[Expr, Sequence[Expr]]) -> list[_Branch]:
+    found: list[_Branch] = []
+    stack: list[tuple[Expr, tuple[Layout | Select, ...]]] = [(source, ())]
+    while stack:
+        e, moves = stack.pop()
+        above = readers.get(e, ())
+        moved = [r for r in above if isinstance(r, Layout | Select)]
+        stack += [(r, (*moves, r)) for r in moved]
+        if len(moved) == len(above) and above:
+            continue
+        scales: list[Scale | BatchNorm] = []
+        while len(above) == 1 and isinstance(above[0], Scale | BatchNorm):
+            scales.append(above[0])
+            above = readers.get(above[0], ())
+        found.append(_Branch(moves, tuple(scales)))
+    return found
+
+
+def _core(e: Expr) -> tuple[Expr, list[Layout]]:
+    """What ``e`` is before it is moved, and the moves, first to last."""
+    moves: list[Layout] = []
+    while isinstance(e, Layout):
+        moves.insert(0, e)
+        e = e.x
+    return e, moves
 
 
 @dataclass(frozen=True)
@@ -133,23 +167,30 @@ class _Folder:
         if any(d.splice is not None and d.splice.shared is not None for d in everything):
             return None  # it belongs to another convolution in pieces
         forms = [self._form(d) for d in regions]
-        cuts = [cut for form in forms for cut in _cuts(form.expr).get(value, ())]
-        selects = [cut.select for cut in cuts if cut.select is not None]
+        branches = [branch for form in forms for branch in _taken(form.expr).get(value, ())]
         readers = self.graph.readers(value)
-        if len(selects) < len(cuts) or not {v for d in regions for v in d.members}.issuperset(readers):
-            return Declined(OTHERS)
-        if len({e.frame for e in selects}) > 1:
+        inside = {v for d in regions for v in d.members}.issuperset(readers)
+        if not inside or not all(branch.moves for branch in branches):
             return Declined(OTHERS)
         if any(self.graph.is_written(v) for v in (value, *readers)):
             return Declined("something writes into the convolution that it scales a piece of")
-        times = Counter(i for e in selects for i in e.index)
-        chosen = [c for c in cuts if c.scales and c.select is not None and all(times[i] == 1 for i in c.select.index)]
+        form = self._form(whole)
+        expr = flatten(form.expr)
+        start = _start(expr, self.graph.source(value).shape)
+        if start is None:
+            return None
+        pieces = [_piece(branch, start) for branch in branches]
+        times = Counter(c for piece in pieces for c in piece.channels)
+        whole_reads = [piece for piece in pieces if len(set(piece.channels)) == start.channels.size]
+        if not any(piece.scales and piece not in whole_reads for piece in pieces):
+            return None  # nothing is cut, or it is cut along another axis
+        chosen = [piece for piece in pieces if piece.scales and all(times[c] == 1 for c in piece.channels)]
         if not chosen:
-            return Declined("another selection reads the channels that it scales")
+            return Declined(OTHERS if whole_reads else "another selection reads the channels that it scales")
 
-        form, scaled = self._form(whole), {e for cut in chosen for e in cut.scales}
+        scaled = {e for piece in chosen for e in piece.scales}
         with np.errstate(all="ignore"):  # whatever is not finite is refused below
-            new = simplify(_in_front(flatten(form.expr), chosen), self.passes).expr
+            new = simplify(_in_front(expr, chosen), self.passes).expr
         saved = sum(cost(f.expr) - cost(_over(f, {}, scaled).expr) for f in forms)
         if not cost(new) - cost(form.expr) < saved:
             return None
@@ -194,15 +235,54 @@ class _Folder:
         return found
 
 
-def _in_front(e: Expr, cuts: Sequence[_Cut]) -> Expr:
-    """``e`` with the channels of each of ``cuts`` scaled."""
-    selects = [cut.select for cut in cuts if cut.select is not None]
-    scale, shift = np.ones(selects[0].width), np.zeros(selects[0].width)
-    for cut, select in zip(cuts, selects, strict=True):
-        at = list(select.index)
-        for s, t in map(coefficients, cut.scales):
-            scale[at], shift[at] = s * scale[at], s * shift[at] + t
-    return Scale(e, scale, shift, selects[0].frame)
+@dataclass(frozen=True)
+class _Piece:
+    """The channels of the convolution that a branch reads, and what it scales them by: a number for each."""
+
+    channels: list[int]
+    scales: dict[Scale | BatchNorm, tuple[Array, Array]]
+
+
+def _start(expr: Expr, shape: Shape | None) -> Route | None:
+    """The route behind ``expr``, a value of ``shape``, from what it is before it is moved; None if that is unknown."""
+    core, moves = _core(expr)
+    frame, width = frames(expr)[core], channels(expr)[core]
+    if frame is None or width is None:
+        return None
+    rank = frame + 1 if shape is None else len(shape)
+    for e in reversed(moves):
+        rank = rank_below(e.op, rank)
+    route: Route | None = Route.of(rank, frame, width)
+    for e in moves:
+        route = route.through(e) if route is not None else None
+    return route
+
+
+def _piece(branch: _Branch, route: Route) -> _Piece:
+    """What ``branch`` does behind ``route``; one that cannot be followed to its end reads more, and scales nothing."""
+    for e in branch.moves:
+        behind = route.through(e)
+        if behind is None:
+            return _Piece(route.channels.ravel().tolist(), {})
+        route = behind
+    scales: dict[Scale | BatchNorm, tuple[Array, Array]] = {}
+    for e in branch.scales:
+        scale, shift = (route.along(v, e.frame) for v in coefficients(e))
+        if scale is None or shift is None:
+            break
+        scales[e] = scale.ravel(), shift.ravel()
+    return _Piece(route.channels.ravel().tolist(), scales)
+
+
+def _in_front(e: Expr, pieces: Sequence[_Piece]) -> Expr:
+    """``e`` with the channels of each of ``pieces`` scaled, before they are moved."""
+    core, _ = _core(e)
+    width = channels(e)[core] or 0
+    scale, shift = np.ones(width), np.zeros(width)
+    for piece in pieces:
+        for s, t in piece.scales.values():
+            scale[piece.channels], shift[piece.channels] = s * scale[piece.channels], s * shift[piece.channels] + t
+    return replaced((e,), core, Scale(core, scale, shift, frames(e)[core]))[e]
 
 
 def _over(form: _Form, stands: dict[Value, Expr], without: Collection[Expr]) -> _Form:

@@ -16,6 +16,8 @@ One node a line, operands first, the last line is the result. All that can be sa
     %9 = permute %y axes=0,2,3,1 f=2->0                     # the frame in front, and behind
     %10 = reshape %y [N,6,H,2*W]->[N,6,2*H*W] f=2->1
     %11 = mean %y axes=2,3 of 4 f=2->2 keep                 # over two of four axes, which stay with extent 1
+    %12 = reshape %y [N,6,H,W]->[N,2,3,H,W] f=2->?          # the channel axis is split
+    %13 = take %12 axis=1 at=0 f=?->?                       # the first position of axis 1, which goes
 
 Weights are not part of the text: the parser draws them from a seed, so a text states structure and its reader checks
 numbers.
@@ -45,6 +47,7 @@ from reparamc.expr import (
     Select,
     Source,
     Sum,
+    Take,
     walk,
 )
 from reparamc.shape import Dim, Shape, shape_of, size
@@ -106,12 +109,14 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
         case Select():
             return f"select {names[e.x]} {_runs(e.index)} of {e.width} f={e.frame}"
         case Layout():
-            frames = f"f={e.frame_in}->{e.frame}"
+            frames = "f={}->{}".format(*("?" if f is None else f for f in (e.frame_in, e.frame)))
             if isinstance(e.op, Permute):
                 return f"permute {names[e.x]} axes={','.join(map(str, e.op.axes))} {frames}"
             if isinstance(e.op, Mean):
                 kept = " keep" if e.op.keep else ""
                 return f"mean {names[e.x]} axes={','.join(map(str, e.op.axes))} of {e.op.rank} {frames}{kept}"
+            if isinstance(e.op, Take):
+                return f"take {names[e.x]} axis={e.op.axis} at={e.op.at} {frames}"
             return f"reshape {names[e.x]} {_shape(e.op.before)}->{_shape(e.op.after)} {frames}"
 
 
@@ -193,19 +198,27 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
             channels = [i for run in runs for i in range(run[0], run[-1] + (len(run) == 1))]
             return Select(x, tuple(channels), int(width), int(options["f"]))
         case "permute":
-            before, after = map(int, options["f"].split("->"))
+            before, after = _frames(options)
             return Layout(x, Permute(tuple(map(int, options["axes"].split(",")))), before, after, name)
+        case "take":
+            before, after = _frames(options)
+            return Layout(x, Take(int(options["axis"]), int(options["at"])), before, after, name)
         case "mean":
-            before, after = map(int, options["f"].split("->"))
+            before, after = _frames(options)
             rank = int(re.findall(r" of (\d+)", rest)[0])
             op = Mean(rank, tuple(map(int, options["axes"].split(","))), rest.endswith(" keep"))
             return Layout(x, op, before, after, name)
         case "reshape":
-            before, after = map(int, options["f"].split("->"))
+            before, after = _frames(options)
             old, new = (shape_of([_dim(d) for d in s.split(",")]) for s in re.findall(r"\[([^]]*)\]", rest))
             return Layout(x, Reshape(old, new), before, after, name)
         case _:
             raise ValueError(f"unknown kind {kind!r}")
+
+
+def _frames(options: dict[str, str]) -> tuple[int | None, int | None]:
+    before, after = (None if f == "?" else int(f) for f in options["f"].split("->"))
+    return before, after
 
 
 def _dim(text: str) -> Dim:

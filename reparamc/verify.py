@@ -25,6 +25,7 @@ from reparamc.expr import (
     Select,
     Source,
     Sum,
+    Take,
     walk,
 )
 from reparamc.report import OutputError
@@ -163,7 +164,7 @@ def _structure(e: Expr) -> tuple[Hashable, ...]:
             return (Sum,)
         case Layout(op=Permute(axes=axes)):
             return (Permute, axes)
-        case Layout(op=Mean() as op):
+        case Layout(op=(Mean() | Take()) as op):
             return (op,)
         case Layout(op=Reshape() as op):
             return (Reshape, len(op.before), len(op.after), e.frame_in, e.frame)

@@ -29,11 +29,10 @@ def into_producer(e: Scale | BatchNorm) -> Expr | Declined | None:
 
 
 def _absorb(e: Expr, scale: Array, shift: Array, frame: int | None, depth: int = 0) -> Expr | Declined | None:
-    layouts, e = through_layouts(e, shifted=bool(np.any(shift)))
-    if layouts and frame is not None:
-        if frame != layouts[0].frame:
-            return Declined(OTHER_AXIS) if isinstance(e, Conv) else None
-        frame = frame_below(layouts[-1])
+    layouts, e, below = through_layouts(e, frame, shifted=bool(np.any(shift)))
+    if frame is not None and below is None:
+        return Declined(OTHER_AXIS) if isinstance(e, Conv) else None
+    frame = below
     match e:
         case Conv() if e.token is None or (e.reads_padding and not e.skips_border):
             if frame is not None and frame != e.frame:
@@ -80,18 +79,15 @@ def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Dec
     """``conv(s x + t)`` as one convolution of x; x may be moved, selected or concatenated in between."""
     if conv.token is not None:
         return None  # it would no longer be the pooling or padding that it is
-    layouts, e = through_layouts(conv.x, shifted=True)
+    layouts, e, frame = through_layouts(conv.x, conv.frame, shifted=True)
     if isinstance(e, Concat):
-        return _columns(conv, layouts, e, kind)
+        return _columns(conv, layouts, e, kind) if frame == e.frame else None
     outer, index = e, None
     if isinstance(e, Select):
         e, index = e.x, list(e.index)
     if not isinstance(e, kind):
         return None
-    frame = frame_below(layouts[-1]) if layouts else conv.frame
     if any(f not in (None, frame) for f in (e.frame, outer.frame if isinstance(outer, Select) else None)):
-        return Declined(OTHER_AXIS)
-    if layouts and layouts[0].frame != conv.frame:
         return Declined(OTHER_AXIS)
     scale, shift = coefficients(e)
     if isinstance(outer, Select):
@@ -108,10 +104,6 @@ def _columns(
     conv: Conv, layouts: list[Layout | Conv], e: Concat, kind: type[Scale] | type[BatchNorm]
 ) -> Expr | Declined | None:
     """``conv(concat(s x + t, y))``: the columns of x take s and t, those of y stay."""
-    if layouts and (frame_below(layouts[-1]) != e.frame or layouts[0].frame != conv.frame):
-        return None
-    if not layouts and e.frame != conv.frame:
-        return None
     terms, scales, shifts = [], [], []
     refusal: Declined | None = None
     for term, size in zip(e.terms, e.sizes, strict=True):
@@ -137,21 +129,21 @@ def _border(conv: Conv) -> str:
     return "its shift meets the zero padding of the convolution behind it"
 
 
-def through_layouts(e: Expr, *, shifted: bool) -> tuple[list[Layout | Conv], Expr]:
+def through_layouts(e: Expr, frame: int | None, *, shifted: bool) -> tuple[list[Layout | Conv], Expr, int | None]:
     """The chain of operators that ends in ``e`` and commutes with a scale, last first, and what it starts from.
 
     Layout operators, and convolutions under another name: poolings, crops, paddings. A padding does not
-    commute with a shift.
+    commute with a shift. With it comes the frame at its start of the axis that has ``frame`` at its end; None where
+    ``frame`` is None, or where an operator treats another axis as its channels or does not keep the axis whole.
     """
     chain: list[Layout | Conv] = []
     while isinstance(e, Layout) or (isinstance(e, Conv) and e.token is not None and not (shifted and e.reads_padding)):
         chain.append(e)
+        if frame is not None:
+            frame_in = e.frame_in if isinstance(e, Layout) else e.frame
+            frame = frame_in if frame == e.frame else None
         e = e.x
-    return chain, e
-
-
-def frame_below(e: Layout | Conv) -> int:
-    return e.frame_in if isinstance(e, Layout) else e.frame
+    return chain, e, frame
 
 
 def under(layouts: list[Layout | Conv], e: Expr) -> Expr:
