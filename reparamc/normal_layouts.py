@@ -162,7 +162,8 @@ def selected(value: Value, index: Sequence[int], axis: int) -> Value:
     wanted = np.asarray(index, np.int64)
     if value.view[axis] == identity_view(value.base)[channel]:
         return with_channels(rows_of(value, wanted), len(wanted), axis)
-    if UNIT in (value.base[channel], Extent(len(wanted))) or not value.view[axis]:
+    kept = value.channels // (value.extents[axis].known or 1) * len(wanted)
+    if UNIT in (value.base[channel], Extent(kept)) or not value.view[axis]:
         raise Unrepresentable("a selection leaves an axis without channels")
     # Number the channels as the digits stand in the layout, with one digit for the axis itself.
     digits = [(i, d) for i, ds in enumerate(value.view) for d in ds if d.axis == channel]

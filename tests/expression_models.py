@@ -30,6 +30,7 @@ from reparamc.expr import (
     Select,
     Source,
     Sum,
+    Take,
     walk,
 )
 from reparamc.kernel import regroup
@@ -118,6 +119,8 @@ def reference(root: Expr, inputs: Mapping[Source, np.ndarray]) -> np.ndarray:
                 y = np.transpose(values[e.x], e.op.axes)
             case Layout() if isinstance(e.op, Mean):
                 y = _torch().from_numpy(values[e.x]).mean(e.op.axes, e.op.keep).numpy()
+            case Layout() if isinstance(e.op, Take):
+                y = _torch().from_numpy(values[e.x]).select(e.op.axis, e.op.at).numpy()
             case Layout():
                 y = values[e.x].reshape(_target(e, values[e.x].shape))
         values[e] = y
@@ -175,7 +178,7 @@ def _output_padding(e: Conv) -> tuple[int, ...]:
 
 def _target(e: Layout, shape: Sequence[int]) -> list[int]:
     """The target of a reshape: numbers, extents that stand in their old place, and one -1 at most."""
-    assert not isinstance(e.op, Permute | Mean)
+    assert isinstance(e.op, Reshape)
     kept = [at < len(e.op.before) and dim == e.op.before[at] for at, dim in enumerate(e.op.after)]
     known = [dim.known if dim.known is not None else shape[at] if kept[at] else -1 for at, dim in enumerate(e.op.after)]
     assert known.count(-1) <= 1, "a reshape with two unknown extents"
@@ -287,6 +290,10 @@ class _OnnxBuilder:
             case Layout() if isinstance(e.op, Mean):
                 self._node("ReduceMean", [x], out, axes=e.op.axes, keepdims=int(e.op.keep))
                 self.ranks[e] -= 0 if e.op.keep else len(e.op.axes)
+            case Layout() if isinstance(e.op, Take):
+                self.tensors.append(numpy_helper.from_array(np.array(e.op.at, np.int64), f"{out}_at"))
+                self._node("Gather", [x, f"{out}_at"], out, axis=e.op.axis)
+                self.ranks[e] -= 1
             case Layout():
                 assert isinstance(e.op, Reshape)
                 target = _target(e, [0] * len(e.op.before))
@@ -392,6 +399,8 @@ def to_module(root: Expr) -> Any:
                     return values[e.x].permute(e.op.axes)
                 case Layout() if isinstance(e.op, Mean):
                     return values[e.x].mean(e.op.axes, e.op.keep)
+                case Layout() if isinstance(e.op, Take):
+                    return values[e.x].select(e.op.axis, e.op.at)
                 case Layout():
                     return values[e.x].reshape(_target(e, values[e.x].shape))
 
