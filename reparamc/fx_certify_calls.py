@@ -65,6 +65,8 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "setitem": ("input", "index", "value"),
     "split": ("input", "sizes", "dim"),
     "chunk": ("input", "chunks", "dim"),
+    "unbind": ("input", "dim"),
+    "select": ("input", "dim", "index"),
     "channel_shuffle": ("input", "groups"),
 }  # fmt: skip
 

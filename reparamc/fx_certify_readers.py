@@ -359,16 +359,35 @@ def _read_getitem(call: Read) -> Value:
     inner = described(given, call.side.module) if isinstance(given, fx.Node) else None
     if inner is not None and inner.op in ("split", "chunk") and isinstance(index, int):
         return _piece(call, inner, index)
+    if inner is not None and inner.op == "unbind":
+        whole = Read(call.side, call.node, inner, call._of)
+        return _taken(whole.x, index, whole.axis("dim", whole.x))
     x = call.x
     items = _items(index, x.rank)
-    if not all(isinstance(i, slice) for i in items):
-        raise Unrepresentable("an index that drops or adds an axis")
-    for axis, s in enumerate(items):
+    if not all(isinstance(i, slice) or type(i) is int for i in items):
+        raise Unrepresentable("an index that adds an axis, or is computed at run time")
+    for axis, s in reversed([*enumerate(items)]):
+        if isinstance(s, int):
+            x = _taken(x, s, axis)
+            continue
         bounds = (s.start or 0, 2**62 if s.stop is None else s.stop, s.step or 1)
         if not all(isinstance(b, int) for b in bounds):
             raise Unrepresentable("a slice that is computed at run time")
         x = nk.sliced(x, axis, *bounds)
     return x
+
+
+def _read_select(call: Read) -> Value:
+    return _taken(call.x, call.call.args["index"], call.axis("dim", call.x))
+
+
+def _taken(x: Value, at: Any, axis: int) -> Value:
+    """The position ``at`` along ``axis``, which goes."""
+    width = x.extents[axis].known
+    if width is None or type(at) is not int or not -width <= at < width:
+        raise Unrepresentable("an index along an unknown extent, or one that is computed at run time")
+    found = nl.selected(x, [at % width], axis)
+    return nl.regrouped(found, [e for i, e in enumerate(found.extents) if i != axis])
 
 
 def _items(index: Any, rank: int) -> tuple[Any, ...]:
@@ -516,6 +535,7 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "narrow": _read_narrow,
     "slice": _read_slice,
     "index_select": _read_index_select,
+    "select": _read_select,
     "getitem": _read_getitem,
     "setitem": _read_setitem,
     "channel_shuffle": _read_channel_shuffle,
