@@ -79,11 +79,14 @@ def cost(root: Expr) -> float:
     """The price of computing ``root`` from its sources; under `LATENCY` in multiply-adds."""
     count = channels(root)
     positions: dict[Expr, float] = {}
+    widths: dict[Expr, int] = {}
     total = 0.0
     for e in walk(root):
         read = min((positions[c] for c in e.children), default=POSITIONS)
         positions[e] = behind(e, read) if isinstance(e, Conv) else read
-        total += _price(e, count, read)
+        cut = isinstance(e, Layout) and e.frame is None  # it has the elements of its operand, however they lie
+        widths[e] = widths[e.children[0]] if cut else count[e] or 64
+        total += _price(e, widths[e], read)
     return total
 
 
@@ -127,8 +130,7 @@ def _elementwise(channels: int, maps: int, positions: float, parameters: int = 0
     return _operator(positions * channels, positions * channels * maps, parameters)
 
 
-def _price(e: Expr, count: dict[Expr, int | None], positions: float) -> float:
-    width = count[e] or 64
+def _price(e: Expr, width: int, positions: float) -> float:
     match e:
         case Conv():
             return price(e, positions)

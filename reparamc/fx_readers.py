@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from reparamc.shape import Shape
 
 HOOKED = "it has hooks or a forward of its own, which folding would drop"
+ALL = 2**63 - 1
+"""The end of a slice that takes everything, as torch.export writes it."""
 CHANNELS_UNKNOWN = "the number of its channels is unknown: pass example_inputs"
 
 
@@ -387,6 +389,8 @@ def _read_slice(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declin
         made, at = behind.input, call.args.get("index")
         axis = behind.get("dim", 0)
         return _taken(graph, made, axis, at, node) if made is not None and x in graph.through else None
+    if call.op == "slice" and call.get("start", 0) == 0 and call.get("end", ALL) == ALL and call.get("step", 1) == 1:
+        return _read_identity(graph, node, call)  # torch.export writes one for every colon
     frame, shape = _image_frame(graph, x), graph.facts.shapes.get(x)
     at = graph.facts.position(call, shape) if shape is not None else None
     if at is not None:

@@ -169,8 +169,7 @@ class _Folder:
         forms = [self._form(d) for d in regions]
         branches = [branch for form in forms for branch in _taken(form.expr).get(value, ())]
         readers = self.graph.readers(value)
-        inside = {v for d in regions for v in d.members}.issuperset(readers)
-        if not inside or not all(branch.moves for branch in branches):
+        if not {v for d in regions for v in d.members}.issuperset(readers):
             return Declined(OTHERS)
         if any(self.graph.is_written(v) for v in (value, *readers)):
             return Declined("something writes into the convolution that it scales a piece of")
@@ -280,8 +279,9 @@ def _in_front(e: Expr, pieces: Sequence[_Piece]) -> Expr:
     width = channels(e)[core] or 0
     scale, shift = np.ones(width), np.zeros(width)
     for piece in pieces:
+        at = piece.channels
         for s, t in piece.scales.values():
-            scale[piece.channels], shift[piece.channels] = s * scale[piece.channels], s * shift[piece.channels] + t
+            scale[at], shift[at] = s * scale[at], s * shift[at] + t
     return replaced((e,), core, Scale(core, scale, shift, frames(e)[core]))[e]
 
 

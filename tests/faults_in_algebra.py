@@ -87,6 +87,17 @@ ALGEBRA = [
 %2 = conv %1 6->4 k=3x3 p=1""",
     ),
     fault(
+        "an axis that an operator on the way treats as another", f"{ABSORB}through_layouts",
+        "frame = frame_in if frame == e.frame else None", "frame = frame_in",
+        onnx=lambda: onnx_model(
+            [
+                conv("x", "c"), node("Transpose", "c", "t", perm=[0, 2, 1, 3]),
+                node("AveragePool", "t", "p", kernel_shape=[2, 2]), node("BatchNormalization", "p g b m v", "y"),
+            ],
+            {"w": numbers(8, 4, 1, 1), **statistics(8)}, ("N", 4, 8, 8),
+        ),
+    ),
+    fault(
         "shift in front of an operator that pads", f"{ABSORB}through_layouts",
         "not (shifted and e.reads_padding)", "True",
         onnx=lambda: onnx_model(

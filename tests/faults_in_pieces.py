@@ -10,7 +10,7 @@ from fault_models import net, nn, node, norm_of, numbers, onnx_model, statistics
 from onnx import ModelProto, NodeProto
 from planting import Fault, fault
 
-PIECES_OF = "reparamc.pieces:"
+PIECES_OF, ROUTE = "reparamc.pieces:", "reparamc.route:"
 CONV = node("Conv", "x w bias", "c", kernel_shape=[1, 1])
 PARAMETERS = {"w": numbers(8, 4, 1, 1), "bias": numbers(8), **statistics()}
 HALVES = node("Split", "c", "q k", axis=1)
@@ -62,6 +62,22 @@ def in_a_row(x: Any, c: Any, n: Any, m: Any) -> Any:
     return m(n(q)), k.relu()
 
 
+def heads(scaled: str, **parameters: Any) -> Callable[[], ModelProto]:
+    """q and k of two heads of four channels, or of four heads, each a matrix of 4 by 4; one of them is multiplied."""
+    nodes = [
+        node("MatMul", "x w", "c"), node("Reshape", "c s", "r"), node("Transpose", "r", "t", perm=[2, 0, 3, 1, 4]),
+        node("Gather", "t i0", "q", axis=0), node("Gather", "t i1", "k", axis=0),
+        node("Mul", f"{scaled} f", "m"), node("Relu", "k" if scaled == "q" else "q", "z"), node("Relu", "m", "y"),
+    ]  # fmt: skip
+    tensors = {"w": numbers(6, 32), "s": np.array([0, 0, 2, 4, 4]), "i0": np.array(0), "i1": np.array(1)}
+    return lambda: onnx_model(nodes, {**tensors, **parameters}, ("N", "L", 6), outputs="y z", opset=11)
+
+
+def attention(x: Any, q: Any, k: Any) -> Any:
+    a, b = k(q(x)).reshape(x.shape[0], -1, 2, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    return (a * 0.5).relu(), b.relu()
+
+
 def norm() -> Any:
     return nn.BatchNorm2d(4)
 
@@ -76,17 +92,12 @@ def second(x: str, y: str) -> NodeProto:
 PIECES: list[Fault] = [
     fault(
         "a piece that another selection reads as well", f"{PIECES_OF}_Folder.fold",
-        "all(times[i] == 1 for i in c.select.index)", "True", onnx=overlapping,
+        "all(times[c] == 1 for c in piece.channels)", "True", onnx=overlapping,
         fx=projection(lambda x, c, n: (n((y := c(x))[:, :4]), y[:, 2:7].relu())),
     ),
     fault(
-        "pieces along different axes", f"{PIECES_OF}_Folder.fold",
-        "if len({e.frame for e in selects}) > 1:", "if False:", onnx=rows,
-    ),
-    fault(
-        "a reader that selects nothing", f"{PIECES_OF}_Folder.fold",
-        "len(selects) < len(cuts) or ", "",
-        onnx=lambda: pieces(HALVES, norm_of("q"), node("Mul", "c h", "z"), h=numbers(8, 1, 1)),
+        "pieces along different axes", f"{ROUTE}Route._select",
+        "return self", "return replace(self, channels=self.channels[..., :0])", onnx=rows,
     ),
     fault(
         "shift of a piece lost", f"{PIECES_OF}_in_front", "s * shift[at] + t", "s * shift[at]",
@@ -99,13 +110,13 @@ PIECES: list[Fault] = [
     ),
     fault(
         "the first piece for every piece", f"{PIECES_OF}_in_front",
-        "at = list(select.index)", "at = list(selects[0].index)",
+        "at = piece.channels", "at = pieces[0].channels",
         onnx=halves(norm_of("q", "s"), second("k", "t"), node("Sigmoid", "s", "y"), node("Relu", "t", "z"), **SECOND),
         fx=projection(both, norm),
     ),
     fault(
         "rows in the order of the channels", f"{PIECES_OF}_in_front",
-        "at = list(select.index)", "at = sorted(select.index)",
+        "at = piece.channels", "at = sorted(piece.channels)",
         onnx=lambda: pieces(
             node("Gather", "c i", "q", axis=1), node("Gather", "c j", "k", axis=1), norm_of("q"), RELU,
             i=np.array([6, 1, 4, 3]), j=np.array([0, 2, 5, 7]),
@@ -113,12 +124,12 @@ PIECES: list[Fault] = [
     ),
     fault(
         "two scales in a row in the wrong order", f"{PIECES_OF}_in_front",
-        "in map(coefficients, cut.scales)", "in map(coefficients, cut.scales[::-1])",
+        "in piece.scales.values()", "in reversed(piece.scales.values())",
         onnx=halves(norm_of("q", "s"), second("s", "y"), RELU, **SECOND), fx=projection(in_a_row, norm),
     ),
     fault(
         "only the first of two scales in a row", f"{PIECES_OF}_in_front",
-        "in map(coefficients, cut.scales)", "in map(coefficients, cut.scales[:1])",
+        "in piece.scales.values()", "in list(piece.scales.values())[:1]",
         onnx=halves(norm_of("q", "s"), second("s", "y"), RELU, **SECOND), fx=projection(in_a_row, norm),
     ),
     fault(
@@ -130,5 +141,45 @@ PIECES: list[Fault] = [
         "a piece by the name that it had before", f"{PIECES_OF}_over",
         "if e in done and e not in changed", "if e in done",
         onnx=halves(norm_of("q"), RELU), fx=projection(halved),
+    ),
+    fault(
+        "a factor of each channel of a head for one of each head", f"{ROUTE}Route.along",
+        "axis = self.rank - 1 - frame", "axis = self.axes[0]", onnx=heads("k", f=numbers(4)),
+    ),
+    fault(
+        "heads in the order in which the axes lie", f"{ROUTE}Route.through",
+        "axes=tuple(axes.index(a) for a in self.axes)", "axes=tuple(sorted(axes.index(a) for a in self.axes))",
+        onnx=lambda: onnx_model(
+            [
+                node("MatMul", "x w", "c"), node("Reshape", "c s", "r"), node("Transpose", "r", "t", perm=[0, 1, 3, 2]),
+                node("Gather", "t i0", "q", axis=2), node("Gather", "t i1", "k", axis=2),
+                node("Mul", "q f", "y"), node("Relu", "k", "z"),
+            ],
+            {
+                "w": numbers(6, 4), "s": np.array([0, 0, 2, 2]), "i0": np.array(0), "i1": np.array(1),
+                "f": np.array(0.5, np.float32),
+            },
+            ("N", "L", 6), outputs="y z", opset=11,
+        ),
+    ),
+    fault(
+        "always the first of q and k, ONNX", "reparamc.onnx_readers:_read_gather",
+        "Take(axis % len(shape), positions[0])", "Take(axis % len(shape), 0)",
+        onnx=lambda: onnx_model(
+            [
+                node("MatMul", "x w", "c"), node("Reshape", "c s", "r"), node("Gather", "r one", "q", axis=2),
+                node("Slice", "r two three two", "k"), node("Mul", "q f", "y"), node("Relu", "k", "z"),
+            ],
+            {
+                "w": numbers(6, 12), "s": np.array([0, 0, 3, 4]), "f": np.array(0.5, np.float32), "one": np.array(1),
+                "two": np.array([2]), "three": np.array([3]),
+            },
+            ("N", "L", 6), outputs="y z", opset=11,
+        ),
+    ),
+    fault(
+        "always the first of q and k, torch", "reparamc.fx_emit:Emitter._emit",
+        "self._value(e.x), axis, at)", "self._value(e.x), axis, 0)",
+        fx=lambda: net(attention, nn.Flatten(2), nn.Linear(42, 8)),
     ),
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from expression_models import operators, run
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx_models import assert_folds, assert_left, batchnorm, fuse, model, node, norm, rand
 
 from reparamc.onnx_constants import fold_constants
@@ -69,6 +69,48 @@ def test_shape_of_unknown_extents() -> None:
         node("Mul", "x r", "y"),
     ]
     assert_left(model(nodes, {}))
+
+
+def picked(pick: NodeProto, *bounds: int | list[int], **attributes: int) -> ModelProto:
+    """What ``pick`` takes of the shape of [N, 6, H, 4], as a factor; ``bounds`` are the constants a, b, c, d."""
+    tail = [node("Cast", "p", "f", to=1), node("ReduceSum", "f", "r", keepdims=0), node("Mul", "x r", "y")]
+    constants = {name: np.array(value) for name, value in zip("abcd", bounds, strict=False)}
+    return model([node("Shape", "x", "s", **attributes), pick, *tail], constants, ("N", 6, "H", 4), opset=18)
+
+
+KNOWN = {
+    "one": picked(node("Gather", "s a", "p"), 1),
+    "several": picked(node("Gather", "s a", "p"), [3, -3]),
+    "the last": picked(node("Slice", "s a b", "p"), [-1], [2**62]),
+    "backwards": picked(node("Slice", "s a b - c", "p"), [-1], [-3], [-2]),
+    "every other": picked(node("Slice", "s a b c d", "p"), [1], [4], [0], [2]),
+    "of the rest": picked(node("Gather", "s a", "p"), 2, start=1),
+}
+OPEN = {
+    "one": picked(node("Gather", "s a", "p"), 2),
+    "several": picked(node("Gather", "s a", "p"), [1, 0]),
+    "the last two": picked(node("Slice", "s a b", "p"), [-2], [2**62]),
+    "backwards": picked(node("Slice", "s a b - c", "p"), [-1], [-3], [-1]),
+    "of the rest": picked(node("Gather", "s a", "p"), 1, start=1),
+    "from where is computed": picked(node("Slice", "s s b", "p"), 0, [4], end=1),
+}
+
+
+@pytest.mark.parametrize("made", KNOWN.values(), ids=KNOWN)
+def test_what_is_known_of_a_shape(made: ModelProto) -> None:
+    assert operators(fuse(made, passes=["constant-folding"])[0]) == {"Mul": 1}
+
+
+@pytest.mark.parametrize("made", OPEN.values(), ids=OPEN)
+def test_what_is_open_in_a_shape(made: ModelProto) -> None:
+    assert_left(made)
+
+
+def test_a_position_that_a_shape_does_not_have() -> None:
+    """That is for the runtime to say."""
+    nodes = [node("Shape", "x", "s"), node("Gather", "s i", "p"), node("Cast", "p", "f", to=1), node("Mul", "x f", "y")]
+    made = model(nodes, {"i": np.array([7])})
+    assert fold_constants(made) == 0
 
 
 def test_shape_that_a_wrong_value_info_tells() -> None:

@@ -449,3 +449,11 @@ def test_fusing_again_changes_nothing() -> None:
     again, report = fuse(fused)
     assert again.SerializeToString() == fused.SerializeToString()
     assert not report.changed
+
+
+def test_a_pooling_that_takes_rows_for_channels() -> None:
+    """As many rows as channels: the norm acts on the rows, which the convolution cannot scale."""
+    nodes = [node("Conv", "x w", "c", pads=[1, 1, 1, 1]), node("Transpose", "c", "t", perm=[0, 2, 1, 3])]
+    nodes += [node("AveragePool", "t", "p", kernel_shape=[2, 2], strides=[1, 1]), batchnorm("p", "n", "y")]
+    made = model(nodes, {"w": rand(8, 6, 3, 3), **norm("n", 8)}, shape=("N", 6, 8, 8))
+    assert "it acts on another axis than the convolution" in reasons(assert_left(made))
