@@ -285,7 +285,8 @@ class _Draw:
             return self.vector(x)
         blocks: list[Callable[[int], int]] = [
             self.one, self.one, self.branches, self.branches, self.branches, self.mixer, self.chain, self.chain,
-            self.twice, self.tokens, self.pieces, self.projection, self.border, self.head, self.alike, self.in_front,
+            self.twice, self.tokens, self.heads, self.pieces, self.projection, self.border, self.head, self.alike,
+            self.in_front,
         ]  # fmt: skip
         return self.pick(blocks)(x)
 
@@ -417,6 +418,31 @@ class _Draw:
         ):
             return y
         return self.add("reshape", [y], (n, width, *shape[2:]), target=(-1, width, *shape[2:]))
+
+    def heads(self, x: int) -> int:
+        """A linear layer over tokens whose channels are split into heads, and into q, k and v; some are scaled."""
+        shape = self.shape(x)
+        n, width, length = shape[0], shape[1], prod(shape[2:])
+        y = self.add("reshape", [x], (n, width, length), target=(0, width, -1))
+        y = self.add("permute", [y], (n, length, width), axes=(0, 2, 1))
+        parts, heads, each = self.pick([1, 2, 3, 3]), self.pick([1, 2, 3]), self.pick([1, 2, 4])
+        y = self.linear(y, parts * heads * each)
+        axis, split = (3, (heads, parts, each)) if self.chance(0.3) else (2, (parts, heads, each))
+        y = self.add("reshape", [y], (n, length, *split), target=(0, 0, *split))
+        y = self.nonlinear(y) if self.chance(0.05) else y
+        if self.chance(0.6):
+            axes = (axis, 0, 5 - axis, 1, 4)
+            y, axis = self.add("permute", [y], [self.shape(y)[a] for a in axes], axes=axes), 0
+        rest = [e for a, e in enumerate(self.shape(y)) if a != axis]
+        terms: list[int] = []
+        for at in range(parts) if self.chance(0.9) else [0, *range(parts)]:
+            part = self.add("take", [y], rest, axis=axis, at=at, unbound=self.chance(0.5))
+            dims = self.pick([(), (), (), (1,), (rest[-1],), (rest[1], 1, 1)])
+            if self.chance(0.6):
+                kind = self.pick(["mul", "mul", "div", "add", "rsub"])
+                part = self.add("constant", [part], kind=kind, params={"value": self.numbers(*dims, positive=True)})
+            terms.append(self.nonlinear(part) if self.chance(0.7) else part)
+        return self.sum(terms)
 
     def pieces(self, x: int) -> int:
         """Slices of channels, treated apart, and put together in the same order or another."""

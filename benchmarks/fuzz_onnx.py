@@ -117,6 +117,11 @@ class _Writer:
     def gather(self, s: Step, x: str, out: str) -> None:
         self.node("Gather", [x, self.integers(*s.settings["index"])], out, axis=1)
 
+    def take(self, s: Step, x: str, out: str) -> None:
+        at = f"at{s.settings['at']}"
+        self.tensors[at] = np.array(s.settings["at"])
+        self.node("Gather", [x, at], out, axis=s.settings["axis"])
+
     def crop(self, s: Step, x: str, out: str) -> None:
         begin, end = s.settings["begin"], s.settings["end"]
         bounds = begin, [-e if e else 2**62 for e in end], range(2, 2 + len(begin))

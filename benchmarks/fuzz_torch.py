@@ -139,6 +139,10 @@ class Network(nn.Module):
     def _gather(self, s: Step, x: Tensor) -> Tensor:
         return x[:, s.settings["index"]]
 
+    def _take(self, s: Step, x: Tensor) -> Tensor:
+        axis, at = s.settings["axis"], s.settings["at"]
+        return x.unbind(axis)[at] if s.settings["unbound"] else x.select(axis, at)
+
     def _crop(self, s: Step, x: Tensor) -> Tensor:
         ends = [slice(b, -e if e else None) for b, e in zip(s.settings["begin"], s.settings["end"], strict=True)]
         return x[(slice(None), slice(None), *ends)]
@@ -161,8 +165,7 @@ class Network(nn.Module):
         return x.permute(s.settings["axes"])
 
     def _reshape(self, s: Step, x: Tensor) -> Tensor:
-        shape = self.p.shapes[s.inputs[0]]
-        return x.reshape([shape[i] if n == 0 else n for i, n in enumerate(s.settings["target"])])
+        return x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(s.settings["target"])])
 
 
 CONSTANTS: dict[tuple[str, bool], Callable[[Tensor, Tensor], Tensor]] = {
