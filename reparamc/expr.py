@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from reparamc.shape import Shape
+from reparamc.shape import Shape, axis_through_reshape
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = tuple[int, ...]
@@ -251,10 +251,37 @@ class Mean:
 
 @dataclass(frozen=True)
 class Take:
-    """The position ``at`` along ``axis``, counted from the left; the axis goes."""
+    """The position ``at`` along one of ``rank`` axes, counted from the left, which goes."""
 
+    rank: int
     axis: int
     at: int
+
+
+def ranks(op: Permute | Reshape | Mean | Take) -> tuple[int, int]:
+    """The rank of what ``op`` moves, and of its result."""
+    match op:
+        case Permute():
+            return len(op.axes), len(op.axes)
+        case Reshape():
+            return len(op.before), len(op.after)
+        case Mean():
+            return op.rank, op.rank - (0 if op.keep else len(op.axes))
+        case Take():
+            return op.rank, op.rank - 1
+
+
+def channel_axis(op: Permute | Reshape | Mean | Take, axis: int) -> int | None:
+    """Where ``op`` moves ``axis``, counted from the left; None where it does not keep it whole."""
+    match op:
+        case Permute():
+            return op.axes.index(axis)
+        case Reshape():
+            return axis_through_reshape(op.before, op.after, axis)
+        case Mean():
+            return None if axis in op.axes else axis - (0 if op.keep else sum(a < axis for a in op.axes))
+        case Take():
+            return None if axis == op.axis else axis - (op.axis < axis)
 
 
 @dataclass(frozen=True, eq=False)

@@ -336,8 +336,8 @@ def _moved(
     reading = layout_reading(x, op, frame, node, linear=isinstance(graph.read(x), Reading))
     if not isinstance(reading, Reading):
         return reading
-    channels = None if reading.cuts else graph.channels(x, frame)
-    return FxReading((x,), reading.build, (), reading.frame, (), channels, commutes=True, cuts=reading.cuts)
+    channels = None if reading.frame is None else graph.channels(x, frame)
+    return FxReading((x,), reading.build, (), reading.frame, (), channels, commutes=True, idle=reading.idle)
 
 
 def _read_mean(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -410,7 +410,7 @@ def _taken(graph: FxGraph, x: fx.Node, axis: Any, at: Any, node: fx.Node) -> FxR
     extent = shape[axis].known
     if not isinstance(at, int) or extent is None or not -extent <= at < extent:
         return None
-    return _moved(graph, x, Take(axis, at % extent), node)
+    return _moved(graph, x, Take(len(shape), axis, at % extent), node)
 
 
 def _read_piece(graph: FxGraph, call: Call, split: fx.Node, made: Call) -> FxReading | Declined | None:

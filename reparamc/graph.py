@@ -9,9 +9,9 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from reparamc.expr import Array, Expr, Layout, Mean, Permute, Reshape, Source, Take, walk
+from reparamc.expr import Array, Expr, Layout, Mean, Permute, Reshape, Source, Take, channel_axis, ranks, walk
 from reparamc.rewrite import Declined
-from reparamc.shape import axis_through_reshape, size
+from reparamc.shape import size
 
 Value: TypeAlias = Hashable
 
@@ -27,8 +27,7 @@ class Reading:
         frame: the frame of its result, where it is known.
         commutes: it scales or moves each channel by itself, so that readers may each take it in.
         scales: it scales, so that a linear operator in front of it would rather take it in.
-        cuts: it splits or merges the channel axis, or moves what such an operator has made of a value: only what is
-            the same for all elements commutes with it. It is a member of a region only where that is of use.
+        idle: why it ends a region where no scale is near: with most of what is linear it does not commute.
     """
 
     operands: tuple[Value, ...]
@@ -37,7 +36,7 @@ class Reading:
     frame: int | None = None
     commutes: bool = field(default=False, kw_only=True)
     scales: bool = field(default=False, kw_only=True)
-    cuts: bool = field(default=False, kw_only=True)
+    idle: str | None = field(default=None, kw_only=True)
 
 
 class Graph(Protocol):
@@ -164,6 +163,7 @@ def axis_of_constant(dims: Sequence[int], extent: Callable[[int], int | None]) -
 
 
 CUTS = "it splits or merges the channel axis"
+TAKES = "it takes one position of many"
 
 
 def layout_reading(
@@ -173,48 +173,19 @@ def layout_reading(
 
     Args:
         token: what `Layout` keeps for the host graph.
-        linear: whether ``x`` has a reading, so that a scale behind the operator may have somewhere to go even if the
-            operator splits the channel axis, or moves what another has split.
+        linear: whether ``x`` has a reading. Then a scale behind the operator may have somewhere to go, even if the
+            channel axis is split here, or is unknown because it has been split before.
     """
-    rank = _rank(op)
-    if frame is None or (rank is not None and frame >= rank):
-        movable = linear and frame is None and not isinstance(op, Mean)
-        return _cutting(x, op, None, token) if movable else None
-    if isinstance(op, Take) or rank is None:
+    rank, rank_out = ranks(op)
+    if frame is not None and frame >= rank:
         return None
-    axis = rank - 1 - frame
-    match op:
-        case Permute():
-            at, rank_out = op.axes.index(axis), rank
-        case Reshape():
-            at, rank_out = axis_through_reshape(op.before, op.after, axis), len(op.after)
-        case Mean():
-            rank_out = rank - (0 if op.keep else len(op.axes))
-            at = None if axis in op.axes else axis - (0 if op.keep else sum(a < axis for a in op.axes))
-    if at is None and isinstance(op, Mean):
-        return Declined("it averages over the channels")
-    if at is None:
-        return _cutting(x, op, frame, token) if linear else Declined(CUTS)
-    moved = rank_out - 1 - at
-    return Reading((x,), lambda operands: Layout(operands[0], op, frame, moved, token), (), moved, commutes=True)
-
-
-def _rank(op: Permute | Reshape | Mean | Take) -> int | None:
-    """The rank of what ``op`` moves, where it tells."""
-    match op:
-        case Permute():
-            return len(op.axes)
-        case Reshape():
-            return len(op.before)
-        case Mean():
-            return op.rank
-        case Take():
-            return None
-
-
-def _cutting(
-    x: Value, op: Permute | Reshape | Mean | Take, frame: int | None, token: Value
-) -> Reading | Declined | None:
-    if isinstance(op, Reshape) and size(op.before) != size(op.after):
-        return None if frame is None else Declined(CUTS)  # its extents are not known well enough to evaluate it
-    return Reading((x,), lambda operands: Layout(operands[0], op, frame, None, token), commutes=True, cuts=True)
+    at = None if frame is None else channel_axis(op, rank - 1 - frame)
+    moved = None if at is None else rank_out - 1 - at
+    idle = TAKES if isinstance(op, Take) else CUTS if moved is None else None
+    if moved is None:
+        unknown = isinstance(op, Reshape) and size(op.before) != size(op.after)  # so that it could not be evaluated
+        if isinstance(op, Mean):
+            idle = "it averages over the channels"
+        if isinstance(op, Mean) or unknown or not linear:
+            return None if frame is None or idle is None else Declined(idle)
+    return Reading((x,), lambda x: Layout(x[0], op, frame, moved, token), (), moved, commutes=True, idle=idle)

@@ -24,8 +24,8 @@ MOST_SHARED = 8
 """Regions that one value may be a member of."""
 
 
-def without_idle_cuts(readings: dict[Value, Reading]) -> tuple[dict[Value, Reading], list[Value]]:
-    """``readings`` without those that cut the channel axis where nothing could go through; where that ends a region.
+def without_idle(readings: dict[Value, Reading]) -> tuple[dict[Value, Reading], dict[Value, str]]:
+    """``readings`` without those that are `Reading.idle` and have no scale near, and why each of them ends a region.
 
     A region that reached across all of them would gain nothing, and ask for more shapes to be known. They stay
     between a scale and what is in front of it, with all that reads the same pieces, and behind a scale that is the
@@ -40,15 +40,15 @@ def without_idle_cuts(readings: dict[Value, Reading]) -> tuple[dict[Value, Readi
     for value, reading in reversed(readings.items()):
         if reading.scales or value in scaled:
             scaled.update(filter(moves, reading.operands))
-    pieces: set[Value] = set()
+    busy: set[Value] = set()
     for value, reading in readings.items():
         x = reading.operands[0]
         number = x in readings and readings[x].scales and readings[x].frame is None
-        if moves(value) and (x in pieces or (reading.cuts and (number or value in scaled))):
-            pieces.add(value)
-    kept = {v: r for v, r in readings.items() if v in pieces or not r.cuts}
-    ends = [v for v, r in readings.items() if v not in kept and readings[r.operands[0]].frame is not None]
-    return kept, ends
+        if moves(value) and (x in busy or (reading.idle and (number or value in scaled))):
+            busy.add(value)
+    kept = {v: r for v, r in readings.items() if v in busy or not r.idle}
+    known = {v for v, r in readings.items() if readings.get(r.operands[0], r).frame is not None}
+    return kept, {v: r.idle for v, r in readings.items() if v not in kept and v in known and r.idle}
 
 
 def find_regions(

@@ -155,6 +155,8 @@ def _renumbered(value: Value, channel: int) -> Value:
 
 def selected(value: Value, index: Sequence[int], axis: int) -> Value:
     """The elements ``index`` along ``axis``, which is made of channels."""
+    if value.extents[axis] == UNIT and list(index) == [0]:
+        return value
     value, places = with_places(value, axis)
     channel = value.channel
     if channel is None:

@@ -23,15 +23,12 @@ from reparamc.expr import (
     Expr,
     Ints,
     Layout,
-    Mean,
-    Permute,
-    Reshape,
     Scale,
     Select,
     Source,
     Sum,
-    Take,
     is_negation,
+    ranks,
 )
 from reparamc.graph import Reading, Splice, Value, new_nodes
 from reparamc.kernel import regroup, swap_sides
@@ -378,21 +375,14 @@ class _Emitter:
         return y
 
     def _rank(self, e: Expr) -> int | None:
-        taken = 0
         while True:
             match e:
                 case Source():
-                    rank = self.graph.types.rank(str(e.key))
-                    return None if rank is None else rank - taken
-                case Layout(op=Permute(axes=axes)):
-                    return len(axes) - taken
-                case Layout(op=Reshape(after=after)):
-                    return len(after) - taken
-                case Layout(op=Mean() as op):
-                    return op.rank - (0 if op.keep else len(op.axes)) - taken
-                case Layout(op=Take()):
-                    taken += 1
-            e = e.children[0]
+                    return self.graph.types.rank(str(e.key))
+                case Layout(op=op):
+                    return ranks(op)[1]
+                case _:
+                    e = e.children[0]
 
     def _value(self, e: Expr) -> str:
         if e not in self.names:

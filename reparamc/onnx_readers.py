@@ -428,7 +428,9 @@ def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     positions = [i % width for i in graph.constants.array(index).ravel().tolist()]
     if graph.constants.shape(index):
         return _selection(graph, x, axis, positions)
-    return layout_reading(x, Take(axis % len(shape), positions[0]), graph.frame(x), output, linear=graph.is_linear(x))
+    return layout_reading(
+        x, Take(len(shape), axis % len(shape), positions[0]), graph.frame(x), output, linear=graph.is_linear(x)
+    )
 
 
 def _shuffle(graph: OnnxGraph, node: NodeProto) -> Reading | None:

@@ -30,6 +30,7 @@ from reparamc.expr import (
     Source,
     Take,
     flatten,
+    ranks,
     rebuild,
     replaced,
     walk,
@@ -41,7 +42,7 @@ from reparamc.lift import lifted
 from reparamc.region import Decision, checked
 from reparamc.report import FailedRegion
 from reparamc.rewrite import Declined, Pass, Refusal, simplify
-from reparamc.route import Route, rank_below
+from reparamc.route import Route
 from reparamc.shape import Shape
 
 PIECES = "piece-folding"
@@ -249,8 +250,7 @@ def _start(expr: Expr, shape: Shape | None) -> Route | None:
     if frame is None or width is None:
         return None
     rank = frame + 1 if shape is None else len(shape)
-    for e in reversed(moves):
-        rank = rank_below(e.op, rank)
+    rank = ranks(moves[0].op)[0] if moves else rank
     route: Route | None = Route.of(rank, frame, width)
     for e in moves:
         route = route.through(e) if route is not None else None

@@ -10,10 +10,10 @@ import numpy as np
 from reparamc.cost import is_multiplied, is_shifted
 from reparamc.duplicates import DUPLICATES, find_duplicates
 from reparamc.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
-from reparamc.graph import CUTS, Graph, Reading, Splice, Value
+from reparamc.graph import Graph, Reading, Splice, Value
 from reparamc.host import Host
 from reparamc.impulse import IMPULSE, find_kernels
-from reparamc.lift import LIFT, lifted, without_idle_cuts
+from reparamc.lift import LIFT, lifted, without_idle
 from reparamc.pieces import PIECES, fold_pieces
 from reparamc.region import Decision, decide
 from reparamc.report import FailedRegion, HostCheck, Refusal
@@ -50,8 +50,8 @@ def make_plan(
             readings[value] = reading
         elif isinstance(reading, Declined):
             plan.kept.append(Refusal(graph.name(value), LIFT, reading.reason))
-    readings, ends = without_idle_cuts(readings)
-    plan.kept.extend(Refusal(graph.name(value), LIFT, CUTS) for value in ends)
+    readings, ends = without_idle(readings)
+    plan.kept.extend(Refusal(graph.name(value), LIFT, reason) for value, reason in ends.items())
     host = Host(graph, readings) if verify else None
     results = decide(graph, readings, passes, host, progress)
     failed = {root: r for root, r in results.items() if r.failed}

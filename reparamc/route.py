@@ -93,19 +93,6 @@ class Route:
         return Route(channels.reshape(extents), tuple(found), len(after))
 
 
-def rank_below(op: Permute | Reshape | Mean | Take, rank: int) -> int:
-    """The rank of what ``op`` moves, where its result has ``rank``."""
-    match op:
-        case Permute():
-            return rank
-        case Reshape():
-            return len(op.before)
-        case Mean():
-            return op.rank
-        case Take():
-            return rank + 1
-
-
 def regrouped(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]:
     """The smallest runs of axes of ``before`` and of ``after`` that hold the same elements, from the left."""
     i = j = 0

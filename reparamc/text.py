@@ -17,7 +17,7 @@ One node a line, operands first, the last line is the result. All that can be sa
     %10 = reshape %y [N,6,H,2*W]->[N,6,2*H*W] f=2->1
     %11 = mean %y axes=2,3 of 4 f=2->2 keep                 # over two of four axes, which stay with extent 1
     %12 = reshape %y [N,6,H,W]->[N,2,3,H,W] f=2->?          # the channel axis is split
-    %13 = take %12 axis=1 at=0 f=?->?                       # the first position of axis 1, which goes
+    %13 = take %12 0 along 1 of 5 f=?->?                    # the first position of axis 1, which goes
 
 Weights are not part of the text: the parser draws them from a seed, so a text states structure and its reader checks
 numbers.
@@ -116,7 +116,7 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
                 kept = " keep" if e.op.keep else ""
                 return f"mean {names[e.x]} axes={','.join(map(str, e.op.axes))} of {e.op.rank} {frames}{kept}"
             if isinstance(e.op, Take):
-                return f"take {names[e.x]} axis={e.op.axis} at={e.op.at} {frames}"
+                return f"take {names[e.x]} {e.op.at} along {e.op.axis} of {e.op.rank} {frames}"
             return f"reshape {names[e.x]} {_shape(e.op.before)}->{_shape(e.op.after)} {frames}"
 
 
@@ -202,7 +202,8 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
             return Layout(x, Permute(tuple(map(int, options["axes"].split(",")))), before, after, name)
         case "take":
             before, after = _frames(options)
-            return Layout(x, Take(int(options["axis"]), int(options["at"])), before, after, name)
+            _, at, _, axis, _, rank, _ = rest.split()
+            return Layout(x, Take(int(rank), int(axis), int(at)), before, after, name)
         case "mean":
             before, after = _frames(options)
             rank = int(re.findall(r" of (\d+)", rest)[0])

@@ -163,9 +163,8 @@ ONNX_READERS = [
         onnx=lambda: sliced_channels(),
     ),
     fault(
-        "order of a gather", f"{READ}gather", "[i % width for i in", "[i % width for i in sorted(", Edit(
-            f"{READ}gather", "graph.constants.array(index).tolist()]", "graph.constants.array(index).tolist())]"
-        ),
+        "order of a gather", f"{READ}gather", "[i % width for i in", "[i % width for i in sorted(",
+        Edit(f"{READ}gather", "array(index).ravel().tolist()]", "array(index).ravel().tolist())]"),
         onnx=lambda: onnx_model(
             [conv("x", "c"), node("Gather", "c i", "y", axis=1)], {**square(), "i": np.array([2, 0, 1])}
         ),

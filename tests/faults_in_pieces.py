@@ -164,7 +164,7 @@ PIECES: list[Fault] = [
     ),
     fault(
         "always the first of q and k, ONNX", "reparamc.onnx_readers:_read_gather",
-        "Take(axis % len(shape), positions[0])", "Take(axis % len(shape), 0)",
+        "axis % len(shape), positions[0])", "axis % len(shape), 0)",
         onnx=lambda: onnx_model(
             [
                 node("MatMul", "x w", "c"), node("Reshape", "c s", "r"), node("Gather", "r one", "q", axis=2),

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reparamc.evaluate import evaluate
-from reparamc.expr import Expr, Layout, Mean, Permute, Reshape, Select, Source, Take
-from reparamc.route import Route, rank_below, regrouped
+from reparamc.expr import Expr, Layout, Mean, Permute, Reshape, Select, Source, Take, ranks
+from reparamc.route import Route, regrouped
 from reparamc.shape import shape_of
 
 
@@ -51,7 +51,7 @@ def moved(draw: st.DrawFn) -> tuple[Source, int, list[Expr]]:
                 after = [*shape[:axis], 1, *shape[axis:]]
                 op, shape = Reshape(shape_of(shape), shape_of(after)), after
             case "take" if rank > 1:
-                op = Take(axis, draw(st.integers(0, shape[axis] - 1)))
+                op = Take(rank, axis, draw(st.integers(0, shape[axis] - 1)))
                 shape = [*shape[:axis], *shape[axis + 1 :]]
             case "mean" if rank > 1:
                 op = Mean(rank, (axis,), draw(st.booleans()))
@@ -85,13 +85,12 @@ def test_every_element(case: tuple[Source, int, list[Expr]]) -> None:
 
 
 @given(moved())
-def test_ranks_from_behind(case: tuple[Source, int, list[Expr]]) -> None:
+def test_ranks(case: tuple[Source, int, list[Expr]]) -> None:
     source, _, steps = case
     x = np.zeros([d.known or 0 for d in source.shape or ()])
     for before, e in pairwise(steps):
         if isinstance(e, Layout):
-            behind = evaluate(e, {source: x})[0].ndim
-            assert rank_below(e.op, behind) == evaluate(before, {source: x})[0].ndim
+            assert ranks(e.op) == tuple(evaluate(v, {source: x})[0].ndim for v in (before, e))
 
 
 @pytest.mark.parametrize(
