@@ -23,7 +23,7 @@ LIBRARY = sorted((ROOT / "reparamc").rglob("*.py"))
 REWRITES = sorted((ROOT / "passes" / "reparamc_passes").glob("*.py"))
 ZOO = sorted((ROOT / "fastvit_zoo").glob("*.py"))
 
-ALGEBRA = {"cost", "evaluate", "expr", "kernel", "probe", "rewrite", "shape", "text"}
+ALGEBRA = {"cost", "evaluate", "expr", "kernel", "probe", "rewrite", "route", "shape", "text"}
 DRIVERS = {"duplicates", "graph", "host", "impulse", "lift", "outcome", "pieces", "plan", "region", "verify"}
 PROOF = {"agreement", "certify", "normal_form", "normal_kernels", "normal_layouts", "views"}
 PLAIN = ALGEBRA | DRIVERS | PROOF | {"_version", "compare", "dtypes", "errors", "record", "report", "verification"}

@@ -192,7 +192,8 @@ def test_left_alone(name: str) -> None:
     net.run = lambda m, x: LEFT_ALONE[name](m, m.n(x))
     graph = FxGraph(trace(net), {"x": torch.ones(MAP)})
     root = next(n for n in graph.graph.nodes if n.op == "output").all_input_nodes[0]
-    assert not isinstance(graph.read(root), FxReading)
+    found = graph.read(root)
+    assert not isinstance(found, FxReading) or found.idle, "without a scale near it ends a region"
 
 
 def test_norm_behind_a_transposed_convolution() -> None:
