@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -69,6 +69,10 @@ def certify_fx(
     if before.memory.lasting != after.memory.lasting:
         outside.append(Window("input", "undecided", reason="an argument is written in place, not by the same nodes"))
     returned = [_returned(side) for side in (before, after)]
+    if returned[0][1] != returned[1][1] and not (before.shapes and after.shapes):
+        returned = [_returned(side, but_numbers=True) for side in (before, after)]
+        if returned[0][1] == returned[1][1]:
+            outside.append(Window("output", "undecided", reason="extents are returned that are read from other values"))
     if returned[0][1] != returned[1][1]:
         outside.append(Window("output", "different", np.inf, np.inf, "the structure that is returned differs"))
         return certify(before, after, [], stands_for, lambda _: precision, outside)
@@ -80,10 +84,10 @@ def _inputs(module: fx.GraphModule) -> list[fx.Node]:
     return [n for n in module.graph.nodes if n.op == "placeholder"]
 
 
-def _returned(side: _Side) -> tuple[list[str], Any]:
-    """The names of the nodes that are returned, and the structure around them."""
+def _returned(side: _Side, but_numbers: bool = False) -> tuple[list[str], Any]:
+    """The names of the nodes that are returned, and the structure around them; with all numbers alike if wanted."""
     (output,) = side.module.graph.find_nodes(op="output")
-    given, key = side.flat(output)  # of extents that are returned, what they are read from
+    given, key = side.flat(output, but_numbers)  # of extents that are returned, what they are read from
     return [node.name for node in given], (pytree.tree_structure(_plain(output.args)), key)
 
 
@@ -157,14 +161,16 @@ def shapes_of(
     varying = {name: list(zip(*(run[name] for run in runs), strict=True)) for name in runs[0]}
     # Rows of an image, one after the other: a reshape has to know what they are made of.
     areas = {
-        tuple(h * w for h, w in zip(*shape[2:], strict=True)): (_extent(shape[2]), _extent(shape[3]))
+        tuple(h * w for h, w in zip(*shape[2:], strict=True)): (shape[2], shape[3])
         for shape in varying.values()
         if len(shape) == 4 and not any(len(set(ns)) == 1 for ns in shape[2:])
     }
-    return {
-        name: tuple(areas[ns][0].times(areas[ns][1]) if len(shape) < 4 and ns in areas else _extent(ns) for ns in shape)
-        for name, shape in varying.items()
-    }
+
+    def extent(ns: tuple[int, ...]) -> Extent:
+        sides = areas.get(ns)
+        return _extent(ns) if sides is None else extent(sides[0]).times(extent(sides[1]))
+
+    return {name: tuple(extent(ns) for ns in shape) for name, shape in varying.items()}
 
 
 def _extent(sizes: tuple[int, ...]) -> Extent:
@@ -335,7 +341,9 @@ class _Side:
         if not isinstance(first, fx.Node):
             return
         name = name_of(node)
-        whole = node.op == "call_method" and name == "size" and len(args) == 1 and not node.kwargs
+        if name == "size" and isinstance(at := node.kwargs.get("dim"), int):
+            args.append(at)
+        whole = node.op == "call_method" and name == "size" and len(args) == 1
         if whole or (node.target is getattr and args[1] == "shape"):
             self.sizes[node] = Size(first, slice(None))
         elif name in ("size", "sym_size") and len(args) == 2 and isinstance(args[1], int):
@@ -414,13 +422,19 @@ class _Side:
             return ()
         return [n.name for n in self.flat(self.nodes[name])[0]]
 
-    def flat(self, node: fx.Node) -> tuple[list[fx.Node], Hashable]:
-        """The nodes among the arguments, and a key of all else."""
+    def flat(self, node: fx.Node, but_numbers: bool = False) -> tuple[list[fx.Node], Hashable]:
+        """The nodes among the arguments, and a key of all else; in which all numbers are alike if wanted."""
         given: list[fx.Node] = []
         whole = node.args[0] if self._is_piece(node) else None
 
         def key(value: Any) -> Hashable:
+            if but_numbers and isinstance(value, int):
+                return "number"
             if isinstance(value, fx.Node):
+                if but_numbers and (value in self.sizes or value in self.plain):
+                    return "number"
+                if (told := self.told(value)) is not None:
+                    return key(told)
                 if (size := self.sizes.get(value)) is not None:
                     given.append(size.node)
                     return ("size", repr(size.axis))
@@ -434,6 +448,8 @@ class _Side:
                     return ("part", *((str(s.target), key(s.args[1:]), key(s.kwargs)) for s in slices))
                 given.append(self.memory.seen(value, node))
                 return "node"
+            if isinstance(value, Extent):
+                return ("extent", value) if value.known is None else key(value.known)
             if isinstance(value, slice):
                 return ("slice", key(value.start), key(value.stop), key(value.step))
             if isinstance(value, Mapping):
@@ -443,6 +459,27 @@ class _Side:
             return (type(value).__name__, repr(value))
 
         return given, (key(node.args), key(node.kwargs))
+
+    def shape(self, node: fx.Node) -> tuple[Extent, ...] | None:
+        """What runs told of the shape of a node, if it has one only."""
+        return None if node.name in self.memory.unsafe else self.shapes.get(node.name)
+
+    def told(self, node: fx.Node) -> Extent | list[Extent] | None:
+        """The extents that a node reads or multiplies, where runs told the shape: it does not matter whose they are."""
+        size = self.sizes.get(node)
+        if size is not None:
+            shape = self.shape(size.node)
+            if shape is None:
+                return None
+            if isinstance(size.axis, slice):
+                return list(shape[size.axis])
+            return shape[size.axis] if -len(shape) <= size.axis < len(shape) else None
+        if node not in self.plain or node.target not in (operator.mul, operator.floordiv) or len(node.args) != 2:
+            return None
+        a, b = (Extent(arg) if isinstance(arg, int) else self.told(cast(fx.Node, arg)) for arg in node.args)
+        if not isinstance(a, Extent) or not isinstance(b, Extent):
+            return None
+        return a.times(b) if node.target is operator.mul else a.over(b)
 
     def kind(self, name: str) -> Hashable:
         node = self.nodes[name]

@@ -56,6 +56,8 @@ class Side(Protocol):
 
     def tensor(self, name: str) -> Tensor | None: ...
     def magnitude(self, name: str) -> Array | None: ...
+    def shape(self, node: fx.Node) -> tuple[Extent, ...] | None: ...
+    def told(self, node: fx.Node) -> Extent | list[Extent] | None: ...
 
 
 class Read:
@@ -107,6 +109,8 @@ class Read:
         """An argument that is an extent; None for -1."""
         if isinstance(given, int):
             return None if given == -1 else Extent(given)
+        if isinstance(given, fx.Node) and isinstance(told := self.side.told(given), Extent):
+            return told
         if isinstance(given, fx.Node) and given.target in (operator.mul, operator.floordiv) and len(given.args) == 2:
             a, b = (self.extent(arg) for arg in given.args)
             found = None if a is None or b is None else a.times(b) if given.target is operator.mul else a.over(b)
@@ -122,6 +126,8 @@ class Read:
         """An argument that is a shape."""
         if isinstance(given, list | tuple):
             return [e for inner in given for e in self.extents(inner)]
+        if isinstance(given, fx.Node) and isinstance(told := self.side.told(given), list):
+            return list(told)
         size = self.side.sizes.get(given) if isinstance(given, fx.Node) else None
         if size is not None and isinstance(size.axis, slice):
             return list(self._of(size.node.name).extents[size.axis])
@@ -476,7 +482,9 @@ def _read_unflatten(call: Read) -> Value:
 
 
 def _read_reshape_as(call: Read) -> Value:
-    return nl.regrouped(call.x, call.value(call.call.args["other"]).extents)
+    other = call.call.args["other"]
+    shape = call.side.shape(other) if isinstance(other, fx.Node) else None
+    return nl.regrouped(call.x, call.value(other).extents if shape is None else shape)
 
 
 def _read_permute(call: Read) -> Value:

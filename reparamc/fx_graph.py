@@ -20,14 +20,14 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from reparamc.expr import Array, Expr, Layout, Select, Source
-from reparamc.fx_calls import Held, lookup
+from reparamc.fx_calls import Call, Held, lookup
 from reparamc.fx_emit import Emitter
 from reparamc.fx_memory import Memory, only_asserted, reads_size_only
 from reparamc.fx_readers import HOOKED, KEEPS_DTYPE, READERS, FxReading, find_shuffle
+from reparamc.fx_sizes import free_sizes
 from reparamc.fx_values import Values
 from reparamc.graph import Reading, Splice, Value
 from reparamc.rewrite import Declined
-from reparamc.shape import Dim
 
 DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype(np.float32),
@@ -101,7 +101,8 @@ class FxGraph:
             if rank is not None:
                 self.ranks[node] = rank
         self._learn()
-        if self._spell_out_shapes():
+        self._ranked = free_sizes(self.facts, self._may_go)
+        if self._ranked:
             self._learn()
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.through: dict[fx.Node, list[fx.Node]] = {}
@@ -113,9 +114,7 @@ class FxGraph:
         self.emitted: dict[Expr, fx.Node] = {}
         self.suspects: list[fx.Node] = []
         self._next: dict[str, int] = {}
-        self._ranked: list[fx.Node] = []
         self.written = self._find_written()
-        self._hoist_size_reads()
         for node in self.graph.nodes:
             self._look_through(node)
 
@@ -123,48 +122,13 @@ class FxGraph:
         self.memory = Memory(self.graph, self.module)
         self.facts = Values(self.module, self.ranks, self.memory, exported=self.exported)
 
-    def _spell_out_shapes(self) -> bool:
-        """Write ``y.reshape_as(linear(x))`` with the extents of x, so that the linear layer may go; whether any was."""
-        found = False
-        for node in self.graph.nodes:
-            call = self.facts.calls[node]
-            like = call.get("other") if call is not None and call.op == "reshape_as" else None
-            made = self.facts.calls.get(like) if isinstance(like, fx.Node) else None
-            shape = self.facts.shapes.get(cast(fx.Node, like)) if made is not None and made.op == "linear" else None
-            if not (call and made and made.plain and shape and made.input and call.input):
-                continue
-            with self.graph.inserting_before(node):
-                dims = [self._extent(made.input, axis, dim) for axis, dim in enumerate(shape)]
-                node.args, node.kwargs = (call.input, dims), {}
-                node.op, node.target = "call_function", torch.reshape
-            found = True
-        return found
-
-    def _extent(self, x: fx.Node, axis: int, dim: Dim) -> int | fx.Node:
-        """The extent ``dim`` of ``x`` along ``axis``: a number where it is known, else a node that reads it."""
-        if dim.known is not None:
-            return dim.known
-        if not self.exported:
-            return self.graph.call_method("size", (x, axis))
-        read = self.graph.call_function(torch.ops.aten.sym_size.int, (x, axis))
-        read.meta["val"] = x.meta["val"].shape[axis]
-        return read
-
-    def _hoist_size_reads(self) -> None:
-        """Let size reads of a BatchNorm's result ask its operand instead: same shape, and no reader of the result.
-
-        Not where the operand is a linear operator without other readers, which the BatchNorm folds into.
-        """
-        for node in reversed(self.graph.nodes):
-            call = self.facts.calls[node]
-            operand = call.input if call is not None else None
-            if call is None or operand is None or call.op != "batch_norm":
-                continue
-            behind = self.facts.calls[operand]
-            if behind is not None and behind.op in ("conv", "linear", "conv_transpose") and len(operand.users) == 1:
-                continue
-            for user in [u for u in node.users if reads_size_only(u)]:
-                user.replace_input_with(node, operand)
+    def _may_go(self, node: fx.Node) -> bool:
+        """Whether an operator is linear by its kind, so that it may become part of another one."""
+        if not node.op.startswith("call_"):
+            return False
+        call = self.facts.calls.get(node)
+        op = _linear_kind(node, call)
+        return op in READERS or op in _LINEAR_KINDS or node.target is operator.setitem
 
     def _find_written(self) -> dict[fx.Node, list[fx.Node]]:
         """Values with the slice assignments that complete them: constants, before anything else reads the value."""
@@ -336,7 +300,7 @@ class FxGraph:
         call = self.facts.calls.get(node)
         if node in self.facts.known or node in self.facts.dims or isinstance(self.read(node), Declined):
             return None
-        op = call.op if call is not None and call.plain else _LINEAR_FUNCTIONS.get(node.target, "")
+        op = _linear_kind(node, call)
         operands = tuple(n for n in node.all_input_nodes if n not in self.facts.known)
         if op not in _LINEAR_KINDS or (op in _ONE_OPERAND and len(operands) > 1):
             return None
@@ -581,6 +545,11 @@ class FxGraph:
             if type(module) is nn.Module:  # a container that tracing made; the modules in it keep their modes
                 module.training = False
         return fused
+
+
+def _linear_kind(node: fx.Node, call: Call | None) -> str:
+    """The name of an operator in the tables of those that may be linear; empty for others, and where hooks run."""
+    return call.op if call is not None and call.plain else _LINEAR_FUNCTIONS.get(node.target, "")
 
 
 def _mentions(user: fx.Node, value: Value) -> int:

@@ -51,6 +51,12 @@ IN_PLACE_DUNDERS = {
 SIZE_READS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
 
 
+RESHAPING = (
+    *("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_"),
+    *("as_strided_", "rename_"),
+)
+"""Operators that change what a tensor is, not only what is in it."""
+
 _SIZES = ("sym_size", "sym_numel", "_assert_tensor_metadata")
 GUARDS = "_guards_fn"
 """The module by which torch.export checks the inputs of what it made."""
@@ -106,6 +112,9 @@ class Memory:
             self._aliases.setdefault(self._base(node), []).append(node)
             for target in written(node, module):
                 self._writers.setdefault(self._base(target), []).append(node)
+        self._reshaped = {
+            self._base(x) for node in graph.nodes if _reshapes(node, module) for x in written(node, module)
+        }
         self._changed = {place for place, node in stored.items() if self.writers(node)}
 
     def is_changed(self, tensor: Tensor) -> bool:
@@ -120,6 +129,10 @@ class Memory:
     def writers(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that may write into the memory of ``node``, directly or through a view."""
         return self._writers.get(self._base(node), [])
+
+    def keeps_shape(self, node: fx.Node) -> bool:
+        """Whether ``node`` has one and the same shape as long as it lives."""
+        return self._base(node) not in self._reshaped
 
     def aliases(self, node: fx.Node) -> list[fx.Node]:
         """All nodes that may share memory with ``node``, itself included, in execution order."""
@@ -178,6 +191,16 @@ def written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
     else:
         return found
     return [*found, first] if writes and first is not None else found
+
+
+def _reshapes(node: fx.Node, module: nn.Module) -> bool:
+    """Whether ``node`` may give what it writes into another shape."""
+    if node.op == "call_module":
+        return not is_plain(lookup(module, str(node.target)))
+    name = aten_name(node.target) or (
+        str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    )
+    return name in RESHAPING or "out" in node.kwargs or not (node.op == "call_method" or is_known(node.target))
 
 
 def is_known(function: Any) -> bool:

@@ -114,7 +114,7 @@ class Values:
             shape = self._shape(node)
         if shape is None and node in self.ranks:
             shape = self._fresh(node, self.ranks[node])
-        if shape is not None:
+        if shape is not None and self.memory.keeps_shape(node):
             self.shapes[node] = shape
         self._learn_rank(node)
         self._learn_dim(node)
@@ -180,7 +180,7 @@ class Values:
             index, pieces = call.args.get("index"), self.pieces[x]
             return pieces[index] if isinstance(index, int) and -len(pieces) <= index < len(pieces) else None
         before = self.shapes.get(x) if x is not None else None
-        if call.op == "batch_norm" and before is None and call.axes and x is not None:
+        if call.op == "batch_norm" and before is None and call.axes and x is not None and self.memory.keeps_shape(x):
             before = self.shapes[x] = self._fresh(x, call.axes + 2)
         if before is None:
             moved = self.layout(node)
@@ -374,7 +374,7 @@ class Values:
         if isinstance(read, fx.Node) and isinstance(rank, int) and reads_size_only(read):
             is_rank = read.target in ("dim", "ndimension") or (read.target is getattr and read.args[1] == "ndim")
             x = read.args[0]
-            if is_rank and isinstance(x, fx.Node) and x not in self.shapes:
+            if is_rank and isinstance(x, fx.Node) and x not in self.shapes and self.memory.keeps_shape(x):
                 self.shapes[x] = self._fresh(x, rank)
                 self.ranks.setdefault(x, rank)
 
@@ -387,7 +387,7 @@ class Values:
         if x is None:
             return
         shape = self.shapes.get(x)
-        at: Any = node.args[1] if len(node.args) > 1 else None
+        at: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         whole = (node.target is getattr and at == "shape") or (node.target == "size" and at is None)
         one = node.target == "size" or aten_name(node.target) == "sym_size"
         if whole and shape is not None:

@@ -1,0 +1,206 @@
+"""Reads of a shape: they keep no value that could go, and tell the same numbers at every size."""
+
+import pytest
+
+pytest.importorskip("torch")
+
+from collections.abc import Callable
+
+import torch
+from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, report, run
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparamc import fuse_fx
+
+C = CHANNELS
+SHAPES = ((2, C, 7, 6), (1, C, 8, 9), (3, C, 12, 5))
+
+
+def parts(**options: int) -> dict[str, nn.Module]:
+    return {
+        "a": conv_bn(**options),
+        "b": conv_bn(1),
+        "n": nn.BatchNorm2d(C),
+        "linear": nn.Linear(C, C),
+        "second": nn.Linear(C, C),
+    }
+
+
+def _unpacked(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a[0](x)
+    b, c, h, w = y.shape
+    return m.a[1](y).reshape(b, c, h * w).transpose(1, 2).relu()
+
+
+def _size_before(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a[0](x)
+    b = y.shape[0]
+    return m.a[1](y).relu().view(b, -1)
+
+
+def _size_behind(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a[0](x)
+    z = m.a[1](y).relu()
+    return z.view(y.size(0), -1, y.size(-1))
+
+
+def _whole_size(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a[0](x)
+    sizes = y.size()
+    z = m.a[1](y)
+    return z.flatten(2).relu().view(sizes[0], sizes[1], sizes[2], -1)
+
+
+def _whole_shape(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a[0](x)
+    return m.a[1](y).relu().flatten().view(y.shape)
+
+
+def _keyword(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a[0](x)
+    return m.a[1](y).relu().view(y.size(dim=0), y.size(dim=1), -1)
+
+
+def _resized(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a[0](x)
+    z = m.a[1](y).relu()
+    return F.interpolate(x.sigmoid(), size=y.shape[2:], mode="nearest") + z
+
+
+def _like(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a[0](x)
+    return m.a[1](y).relu().flatten(1).reshape_as(y)
+
+
+def _attention(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.n(x.relu())
+    b, c, h, w = y.shape
+    t = y.flatten(2).transpose(1, 2)
+    batch, n, width = t.shape
+    scores = (m.linear(t) @ m.second(t).transpose(1, 2)).softmax(-1)
+    return (scores @ x.flatten(2).transpose(1, 2)).reshape(batch, n, width).transpose(1, 2).view(b, c, h, w)
+
+
+def _returned(m: nn.Module, x: Tensor) -> tuple[Tensor, int, int]:
+    y = m.a[0](x)
+    z = m.a[1](y).relu()
+    return z, y.shape[0], y.shape[1]
+
+
+def _computed(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a[0](x)
+    z = m.a[1](y).relu()
+    return z.sum((2, 3)) / (y.shape[2] * y.shape[3] + 1)
+
+
+FREED = {
+    name.strip("_"): forward
+    for name, forward in globals().copy().items()
+    if name.startswith("_") and getattr(forward, "__module__", "") == __name__
+}
+
+
+NOBODY_TELLS = ("unpacked", "whole_size")
+"""With a stride, all that stays of an image is its tokens."""
+
+
+@pytest.mark.parametrize("name", FREED)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_size_read_does_not_keep_a_norm(name: str, stride: int) -> None:
+    kept = stride == 2 and name in NOBODY_TELLS
+    fused = check(Net(FREED[name], **parts(stride=stride)), *SHAPES, examples=True)
+    assert counts(fused)[1] == kept, fused.code
+    certificate = report(fused).certificate
+    assert kept or (certificate and not certificate.undecided), certificate
+
+
+@pytest.mark.parametrize("name", FREED)
+def test_sizes_without_an_example(name: str) -> None:
+    check(Net(FREED[name], **parts(stride=2)), *SHAPES, examples=False)
+
+
+@pytest.mark.parametrize("name", FREED)
+def test_sizes_of_an_exported_module(name: str) -> None:
+    model = ready(Net(FREED[name], **parts(stride=2)).double())
+    x, other = images((2, C, 8, 9), (3, C, 8, 9))
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    fused = fuse_fx(program.module(), x)
+    assert counts(fused)[1] == 0, fused.code
+    for given in (x, other):
+        assert relative_error(run(fused, given), run(model, given)) < 1e-12
+
+
+def test_what_nobody_else_tells_is_still_asked() -> None:
+    model = ready(Net(_unpacked, **parts(stride=2)))
+    fused = fuse_fx(model, images(SHAPES[0], dtype=torch.float32)[0])
+    assert not [n for n in fused.graph.nodes if n.target == "size"], fused.code
+
+
+def test_a_number_that_is_needed_before_anybody_tells_it() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a[0](x)
+        z = x.relu().mean((2, 3), keepdim=True).expand(-1, -1, y.shape[2], -1)
+        return m.a[1](y).relu() + z
+
+    assert counts(check(Net(forward, **parts(stride=2)), *SHAPES, examples=True))[1] == 1
+
+
+def test_who_tells_a_size_is_held_to_the_rank_of_the_example() -> None:
+    """An image without a batch has its channels where the batch was: 6 behind the convolution, and 4 before."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.one(x)
+        return m.two(y).relu().flatten().view(y.shape[0], -1)
+
+    model = ready(Net(forward, one=nn.Conv2d(C, 6, 1), two=nn.Conv2d(6, 6, 1)).double())
+    x, single = images((2, C, 7, 6), (C, 7, 6))
+    fused = fuse_fx(model, x)
+    assert counts(fused)[0] == 1, fused.code
+    assert relative_error(run(fused, x), run(model, x)) < 1e-12
+    with pytest.raises(AssertionError, match="must have 4 axes"):
+        run(fused, single)
+
+
+RESHAPED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "the norm itself": lambda m, x: _then(m.n(x.relu()), lambda y: y.unsqueeze_(0), lambda y: y.view(y.shape[1], -1)),
+    "what the norm reads": lambda m, x: _then(
+        x.relu(), lambda r: m.keep.append(m.n(r)) or r.unsqueeze_(0), lambda r: m.keep.pop().view(r.shape[1], -1)
+    ),
+    "a conv": lambda m, x: _then(
+        m.a[0](x), lambda y: y.transpose_(0, 2), lambda y: m.b(y.transpose(0, 2)).view(y.shape[0], -1)
+    ),
+    "who could tell": lambda m, x: _then(
+        m.a[0](x), lambda y: x.transpose_(2, 3), lambda y: m.a[1](y).relu().view(y.shape[0], C, y.shape[2], -1)
+    ),
+    "resized": lambda m, x: _then(
+        m.a[0](x), lambda y: y.resize_(1, C, 2, 2), lambda y: m.a[1](y).relu().view(y.shape[0], y.shape[1], -1)
+    ),
+}
+
+
+def _then(y: Tensor, write: Callable[[Tensor], object], read: Callable[[Tensor], Tensor]) -> Tensor:
+    write(y)
+    return read(y)
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_a_tensor_that_is_reshaped_in_place(name: str) -> None:
+    model = Net(RESHAPED[name], **parts())
+    model.keep = []
+    check(model, *SHAPES)
+
+
+def test_in_place_operators_keep_a_shape() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a[0](x)
+        z = m.r(m.a[1](y))
+        return z.view(y.shape[0], y.shape[1], y.shape[2] * y.shape[3])
+
+    fused = check(Net(forward, r=nn.ReLU(inplace=True), **parts(stride=2)), *SHAPES, examples=True)
+    assert counts(fused)[1] == 0, fused.code
+
+
+def test_one_size_given_by_keyword_is_no_shape() -> None:
+    check(Net(lambda m, x: m.a(x).flatten().reshape(x.numel() // x.size(0)), **parts()), (1, C, 4, 4))
+    check(Net(lambda m, x: m.n(m.a(x)).mean((1, 2, 3)).relu().reshape(x.size(dim=0)), **parts()), *SHAPES)
