@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -126,9 +127,10 @@ def shapes_of(
 ) -> dict[str, tuple[Extent, ...]]:
     """The shapes of all nodes of a traced module, from runs on ``args`` and on others of other sizes.
 
-    An extent that is the same in all is known, what varies is a symbol: one for all that vary alike. So there are sizes
-    below and above powers of two, at which strides with and without padding differ at each level, and, of several
-    arguments, some with one element along their axes, which would be repeated. All are known if no other size is taken.
+    An extent that is the same in all is known, what varies is a symbol: one for all that vary alike, or as a multiple
+    of a batch. So there are sizes below and above powers of two, at which strides with and without padding differ at
+    each level, and, of several arguments, some with one element along their axes, which would be repeated. All are
+    known if no other size is taken.
     ``first`` is what `sizes_of` found on ``args``, where that was asked before.
     """
     try:
@@ -136,8 +138,10 @@ def shapes_of(
     except Exception:  # the operators alone tell ranks then
         return {}
 
+    tokens = any(isinstance(a, Tensor) and a.ndim == 3 for a in args)
+
     def attempt(change: Change, batch: int, single: int | None = None, axes: slice = slice(0)) -> bool:
-        values = [_resized(a, change, batch) for a in args]
+        values = [_resized(a, change, batch, tokens) for a in args]
         if single is not None:
             index = tuple(slice(1) if i in range(*axes.indices(8)) else slice(None) for i in range(values[single].ndim))
             values[single] = values[single][index].clone()
@@ -150,7 +154,10 @@ def shapes_of(
         runs.append(found)
         return True
 
-    change = next((change for change in _SIZES if attempt(change, 1)), None)
+    change = next((change for change in _SIZES[:-1] if attempt(change, 1)), None) if tokens else None
+    if change is None:
+        tokens = False
+        change = next((change for change in _SIZES if attempt(change, 1)), None)
     if change is not None:
         if change is _SIZES[0]:
             attempt(lambda axis, n: _small(axis, n) - (-1) ** axis, 0)
@@ -158,7 +165,22 @@ def shapes_of(
         for i in tensors if len(tensors) > 1 else ():
             attempt(change, 1, i, slice(2, None))
             attempt(change, 1, i, slice(0, 1))
-    varying = {name: list(zip(*(run[name] for run in runs), strict=True)) for name in runs[0]}
+    batches = {name for n in module.graph.find_nodes(op="placeholder") if runs[0].get(name := n.name)}
+
+    def alike() -> dict[str, list[tuple[int, ...]]]:
+        return {name: list(zip(*(run[name] for run in runs), strict=True)) for name in runs[0]}
+
+    def multiples(varying: dict[str, list[tuple[int, ...]]]) -> dict[tuple[int, ...], tuple[int, tuple[int, ...]]]:
+        """What varies as some images for each one of the batch: how many, and how that varies."""
+        firsts = {ns for name in batches if len(set(ns := varying[name][0])) > 1}
+        others = {ns for shape in varying.values() for ns in shape}
+        found = ((ns, ns[0] // one[0], one) for ns in others for one in firsts if one[0])
+        return {ns: (k, one) for ns, k, one in found if k > 1 and ns == tuple(k * n for n in one)}
+
+    varying, repeated = alike(), dict[tuple[int, ...], tuple[int, tuple[int, ...]]]()
+    # The side of an image may be such by chance: so once more, with the batch alone another one.
+    if change is not None and multiples(varying) and attempt(change, 3):
+        repeated = multiples(varying := alike())
     # Rows of an image, one after the other: a reshape has to know what they are made of.
     areas = {
         tuple(h * w for h, w in zip(*shape[2:], strict=True)): (shape[2], shape[3])
@@ -167,8 +189,10 @@ def shapes_of(
     }
 
     def extent(ns: tuple[int, ...]) -> Extent:
-        sides = areas.get(ns)
-        return _extent(ns) if sides is None else extent(sides[0]).times(extent(sides[1]))
+        if ns in areas:
+            return extent(areas[ns][0]).times(extent(areas[ns][1]))
+        times, one = repeated.get(ns, (1, ns))
+        return Extent(times).times(_extent(one))
 
     return {name: tuple(extent(ns) for ns in shape) for name, shape in varying.items()}
 
@@ -178,10 +202,13 @@ def _extent(sizes: tuple[int, ...]) -> Extent:
     return Extent(sizes[0]) if len(set(sizes)) == 1 else Extent(1, ("|".join(map(str, sizes)),))
 
 
-def _resized(value: Any, change: Change, batch: int) -> Any:
+def _resized(value: Any, change: Change, batch: int, tokens: bool) -> Any:
+    """A tensor like ``value`` of another size; of three axes, the middle one or the last are the channels."""
     if not isinstance(value, Tensor) or value.ndim < 2:
         return value
-    shape = [value.shape[0] + batch, value.shape[1], *(change(i, n) for i, n in enumerate(value.shape[2:], 2))]
+    kept = value.ndim - 1 if tokens and value.ndim == 3 else 1
+    shape = [n if i == kept else change(max(i, 2), n) for i, n in enumerate(value.shape)]
+    shape[0] = value.shape[0] + batch
     return value.new_ones(shape) if not value.is_floating_point() else torch.randn(shape).to(value)
 
 
@@ -446,6 +473,8 @@ class _Side:
                     inner, slices = self.memory.whole(value)
                     given.append(self.memory.seen(inner, node))
                     return ("part", *((str(s.target), key(s.args[1:]), key(s.kwargs)) for s in slices))
+                if value.op == "get_attr" and not isinstance(held := attribute(self.module, str(value.target)), Tensor):
+                    return ("held", id(held))  # a graph that an operator calls: both modules have the same
                 given.append(self.memory.seen(value, node))
                 return "node"
             if isinstance(value, Extent):
@@ -490,7 +519,8 @@ class _Side:
         if node.op == "call_module":
             module = attribute(self.module, str(node.target))
             target = id(module)  # both graphs hold what nothing replaced
-        random = node.name if any(word in name_of(node) for word in RANDOM) else ""
+        drawn = isinstance(target, HigherOrderOperator) or any(word in name_of(node) for word in RANDOM)
+        random = node.name if drawn else ""
         around = self.memory.events.get(name, ())
         return (node.op, target if isinstance(target, int | str) else id(target), key, random, around)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 
 from reparamc.fx_certify_calls import attribute, name_of
 
@@ -45,10 +46,29 @@ def written_by(node: fx.Node, module: fx.GraphModule) -> list[fx.Node]:
     out = node.kwargs.get("out")
     if out is not None:
         return [n for n in (out if isinstance(out, list | tuple) else [out]) if isinstance(n, fx.Node)]
+    if isinstance(node.target, HigherOrderOperator):
+        graphs = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        quiet = all(_is_quiet(attribute(module, str(n.target))) for n in graphs)
+        return [] if graphs and quiet else [n for n in node.all_input_nodes if n not in graphs]
     if not _writes(node, module):
         return []
     first = node.args[0] if node.args else node.kwargs.get("input")
     return [first] if isinstance(first, fx.Node) else node.all_input_nodes
+
+
+def _is_quiet(called: object) -> bool:
+    """Whether an operator calls a graph that writes nothing, and returns nothing that it was given; or a tensor."""
+    if not isinstance(called, fx.GraphModule):
+        return isinstance(called, Tensor)
+    given: set[fx.Node] = set()
+    for node in called.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator) or written_by(node, called):
+            return False
+        if node.op in ("placeholder", "get_attr") or (_is_view(node, called) and node.args[0] in given):
+            given.add(node)
+        elif node.op == "output" and not given.isdisjoint(node.all_input_nodes):
+            return False
+    return True
 
 
 def _writes(node: fx.Node, module: fx.GraphModule) -> bool:

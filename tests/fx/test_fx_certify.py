@@ -11,17 +11,20 @@ import pytest
 import torch
 from paper_blocks import CASES
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
 
 from reparamc import fuse_fx
 from reparamc.certify import Certificate, roll_back
 from reparamc.errors import VerificationError
 from reparamc.fx_certify import READERS, certify_fx, shapes_of
+from reparamc.fx_certify_memory import Memory
 from reparamc.fx_emit import Emitter
 from reparamc.fx_fuse import FxGraph, _rewrite
-from reparamc.fx_trace import trace
+from reparamc.fx_trace import followed, trace
 from reparamc.plan import make_plan
 from reparamc.testing import randomize_batchnorm
+from reparamc.views import Extent
 from reparamc_passes import PASSES
 
 
@@ -415,8 +418,7 @@ def test_the_last_elements_are_not_none() -> None:
         return fx.GraphModule(nn.Module(), graph)
 
     last, none, also = narrowed(-2, 2), narrowed(2, 0), narrowed(2, 2)
-    x = torch.randn(1, 4, 2)
-    shapes = shapes_of(last, [x])
+    shapes = shapes_of(last, [torch.randn(1, 4, 2, 2)])
     assert certify_fx(last, also, shapes).holds
     assert not certify_fx(last, none, shapes).holds
 
@@ -470,3 +472,83 @@ def test_other_arguments_or_results_are_seen_from_outside() -> None:
     assert certify_fx(kept, fused, shapes).different
     with pytest.raises(VerificationError):
         roll_back(certify_fx(kept, fused, shapes), set(), lambda undone: certify_fx(kept, fused, shapes))
+
+
+def test_extents_of_tokens_are_symbols_too() -> None:
+    """Images have their channels along axis 1, tokens along the last."""
+    tokens = trace(nn.Sequential(nn.Linear(4, 6), nn.ReLU()))
+    images = trace(nn.Sequential(nn.Conv1d(4, 6, 1), nn.ReLU()))
+    assert [e.known for e in shapes_of(tokens, [torch.randn(2, 5, 4)])["_1"]] == [None, None, 6]
+    assert [e.known for e in shapes_of(images, [torch.randn(2, 4, 5)])["_1"]] == [None, 6, None]
+
+
+class Windows(nn.Module):
+    """Four windows of each image, whose halves go apart."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side, self.conv, self.norm = side, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.reshape(x.shape[0] * 4, 4, self.side, self.side).relu()
+        y = self.norm(self.conv(y)).view(x.shape[0] * 4, -1, self.side, self.side)
+        first, second = y.split([2, 2], 1)
+        return torch.softmax(first.flatten(2), -1) + torch.softmax(second.flatten(2), 1)
+
+
+def test_a_multiple_of_the_batch_is_one() -> None:
+    x = torch.randn(1, 4, 8, 8)
+    report = fuse_fx(randomize_batchnorm(Windows(4).eval(), 0), x).meta["reparamc"]
+    assert report.after.batchnorm == 0
+    assert report.certificate.undecided == ()
+
+
+def test_what_is_a_multiple_of_the_batch_by_chance_is_none() -> None:
+    """The side is doubled with the batch, for the module takes no odd one."""
+
+    class Even(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x.reshape(x.shape[0], 4, 8, -1, 2).flatten(3))
+
+    x = torch.randn(1, 4, 8, 32)
+    batch, _, _, side = shapes_of(trace(Even()), [x])["relu"]
+    assert batch.known is None
+    assert side not in (batch, batch.times(Extent(32)))
+
+
+class Region(nn.Module):
+    """Attention that is computed without autocast, which is a graph of its own in what is exported."""
+
+    def __init__(self, what: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.what = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.norm(self.conv(x)))
+        with torch.autocast("cpu", enabled=False):
+            z = self.what(y)
+        if x.shape[2] > 2:
+            z = z + y
+        return z
+
+
+QUIET = {
+    "tanh": (torch.tanh, True),
+    "a write": (Tensor.relu_, False),
+    "a view": (lambda y: y.transpose(2, 3).transpose(2, 3), False),
+    "a write into a result": (lambda y: torch.tanh(y).relu_(), False),
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_a_graph_that_an_operator_calls(name: str) -> None:
+    """If it shares no memory with what it is given, it is an operator like any other."""
+    what, quiet = QUIET[name]
+    model, x = randomize_batchnorm(Region(what).eval(), 0), torch.randn(2, 4, 5, 5)
+    report = fuse_fx(model, x).meta["reparamc"]
+    assert report.note
+    assert report.after.batchnorm == 0
+    assert report.certificate.undecided == ()
+    module = followed(model, ((x,), {}))[0]
+    assert [n for n in module.graph.nodes if isinstance(n.target, HigherOrderOperator)]
+    assert (not Memory(module).writes) == quiet
