@@ -13,7 +13,7 @@ from reparamc.compare import Difference, differences, noise_of, nudged, ulps
 from reparamc.compare import tolerance as explained
 from reparamc.dtypes import epsilon_of
 from reparamc.errors import InputError, one_line
-from reparamc.testing.inputs import Domain, Host, Tree, arrays_of, host_of, leaves, mapped
+from reparamc.testing.inputs import Domain, Host, NoArrayError, Tree, arrays_of, host_of, leaves, mapped
 
 PERTURBATIONS = 3
 """One may be absorbed by rounding or by a saturated layer."""
@@ -117,6 +117,8 @@ class _Pair:
         inputs = arrays_of(inputs)
         try:
             expected = _called(self.a, inputs, self)
+        except NoArrayError as error:
+            raise InputError(f"a, {self.a.kind}, returns {error}") from error
         except InputError:
             raise
         except Exception as error:  # whatever the user's model raises
@@ -124,6 +126,8 @@ class _Pair:
         head = [f"  a          {self.a.kind}", f"  b          {self.b.kind}", f"  inputs     {_sizes(inputs)}{which}"]
         try:
             actual = _called(self.b, inputs, self)
+        except NoArrayError as error:
+            raise InputError(f"b, {self.b.kind}, returns {error}") from error
         except Exception as error:  # the same of the other model
             raise AssertionError(
                 "\n".join(["b does not run where a does", *head, f"  error      {one_line(error)}"])

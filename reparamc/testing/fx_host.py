@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
 from reparamc.fx_trace import trace
-from reparamc.testing.inputs import Domain, Tree, bounds_of, leaves, mapped
+from reparamc.testing.inputs import Domain, NoArrayError, Tree, bounds_of, leaves, mapped
 from reparamc.trial import Slot
 
 _FIRST_EXTENTS = (16, 32, 64, 224)
@@ -141,10 +141,20 @@ def arrays(tree: Tree) -> Tree:
 
 
 def array(t: Tensor) -> np.ndarray:
+    if t.is_meta:
+        raise NoArrayError("a tensor on the meta device, which has no values to compare")
+    if t.is_quantized:
+        raise NoArrayError("a quantized tensor, which cannot be compared; convert it with .dequantize()")
+    if t.is_nested or t.layout != torch.strided:
+        what = "nested" if t.is_nested else str(t.layout).removeprefix("torch.").lstrip("_")
+        raise NoArrayError(f"a {what} tensor, which cannot be compared; make a dense one of it")
     t = t.detach().cpu().contiguous()
     if t.dtype == torch.bfloat16:
         return t.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
-    return t.numpy().copy()
+    try:
+        return t.numpy().copy()
+    except TypeError as error:  # numpy has no such dtype
+        raise NoArrayError(f"a tensor of {t.dtype}, which cannot be compared; convert it to a wider dtype") from error
 
 
 def tensor(a: np.ndarray, device: Any = "cpu") -> Tensor:

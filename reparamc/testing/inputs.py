@@ -25,6 +25,10 @@ Tree = Any
 """A value, or tuples, lists and mappings of values."""
 
 
+class NoArrayError(InputError):
+    """A tensor has no plain values that could be compared."""
+
+
 class Domain:
     """The inputs that a model accepts.
 

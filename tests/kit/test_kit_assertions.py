@@ -152,6 +152,27 @@ def test_what_cannot_be_compared_is_an_error() -> None:
         assert_equivalent(nn.ReLU(), nn.ReLU())
 
 
+NO_ARRAYS = {
+    "float8_e4m3fn": lambda x: x.to(torch.float8_e4m3fn),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "sparse_coo": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.to_sparse_csr(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "meta device": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*quantize")
+@pytest.mark.parametrize("name", NO_ARRAYS)
+def test_results_without_plain_values_are_called_what_they_are(name: str) -> None:
+    """Both models ran: that is not the reason."""
+    x, f = torch.ones(2, 3), NO_ARRAYS[name]
+    for side, pair in (("a", (f, f)), ("b", (torch.sin, f))):
+        with pytest.raises(InputError, match=f"^{side}, function .*, returns a .*{name}.* compare") as raised:
+            assert_equivalent(*pair, x)
+        assert "run" not in str(raised.value)
+
+
 @pytest.mark.parametrize("tolerance", [-1.0, -1e-9, float("nan")])
 def test_a_tolerance_below_zero_is_an_error(tolerance: float) -> None:
     with pytest.raises(InputError, match=r"a tolerance cannot be .*: give 0 or more"):
