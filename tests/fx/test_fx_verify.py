@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from fx_checks import CHANNELS, conv_bn, counts, images, ready, report
-from torch import nn
+from torch import Tensor, nn
 
 from reparamc import fuse_fx
 from reparamc.certify import Certificate
 from reparamc.errors import VerificationError
 from reparamc.expr import BatchNorm, Conv, Expr
 from reparamc.fx_emit import Emitter
+from reparamc.fx_fuse import verify_end_to_end
 from reparamc.rewrite import Pass
 
 
@@ -127,3 +128,59 @@ def test_outputs_that_are_not_finite_are_compared() -> None:
             return torch.log(torch.relu(self.block(x)) * 0 - 1)
 
     fuse_fx(ready(Log()), torch.ones(1, CHANNELS, 5, 6))
+
+
+class Sided(nn.Module):
+    """Its copy is wrong for sizes, or batches, other than the example's."""
+
+    def __init__(self, **wrong: int) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        if self.wrong.get("batch", x.shape[0]) != x.shape[0]:
+            y = torch.cat([y[:-1], y[:1]])
+        if self.wrong.get("side", x.shape[-1] % 2) != x.shape[-1] % 2:
+            y = torch.roll(y, 1, -1)
+        if self.wrong.get("length", x.shape[1] % 2) != x.shape[1] % 2:
+            y = y.flip(1)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("shape", "wrong"),
+    [
+        ((1, 3, 8, 8), {"batch": 1}),
+        ((1, 3, 8, 8), {"side": 0}),
+        ((2, 3, 225, 225), {"side": 1}),
+        ((2, 6, 8), {"length": 0}),
+        ((1, 8), {"batch": 1}),
+    ],
+)
+def test_a_copy_that_is_wrong_at_other_sizes_alone(shape: tuple[int, ...], wrong: dict[str, int]) -> None:
+    x = torch.randn(shape)
+    with pytest.raises(VerificationError, match="differs"):
+        verify_end_to_end(Sided().eval(), Sided(**wrong).eval(), (x,), {})
+    assert verify_end_to_end(Sided().eval(), Sided(**wrong).eval(), (x,), {}, resize=False)
+
+
+class Picky(nn.Module):
+    """Takes the sizes that it was made for, and three indices."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        if self.sizes and tuple(x.shape) != self.sizes:
+            raise ValueError("another size")
+        assert int(index.max()) < 3
+        return x[:, index[0]]
+
+
+def test_a_model_that_takes_no_other_size_is_compared_at_its_own() -> None:
+    x, index = torch.randn(2, 3, 8, 8), torch.tensor([[0, 2]])
+    for model in (Picky(2, 3, 8, 8), Picky()):
+        (found,) = verify_end_to_end(model.eval(), model, (x, index), {})
+        assert found.max_abs == 0
