@@ -70,7 +70,7 @@ def certify_fx(
     if before.memory.lasting != after.memory.lasting:
         outside.append(Window("input", "undecided", reason="an argument is written in place, not by the same nodes"))
     returned = [_returned(side) for side in (before, after)]
-    if returned[0][1] != returned[1][1] and not (before.shapes and after.shapes):
+    if returned[0][1] != returned[1][1] and not (_tells_extents(before) and _tells_extents(after)):
         returned = [_returned(side, but_numbers=True) for side in (before, after)]
         if returned[0][1] == returned[1][1]:
             outside.append(Window("output", "undecided", reason="extents are returned that are read from other values"))
@@ -90,6 +90,12 @@ def _returned(side: _Side, but_numbers: bool = False) -> tuple[list[str], Any]:
     (output,) = side.module.graph.find_nodes(op="output")
     given, key = side.flat(output, but_numbers)  # of extents that are returned, what they are read from
     return [node.name for node in given], (pytree.tree_structure(_plain(output.args)), key)
+
+
+def _tells_extents(side: _Side) -> bool:
+    """Whether all extents that are returned are known, as numbers or symbols."""
+    (output,) = side.module.graph.find_nodes(op="output")
+    return all(side.told(n) is not None for n in output.all_input_nodes if n in side.sizes or n in side.plain)
 
 
 def _plain(value: Any) -> Any:

@@ -124,7 +124,7 @@ def _fuse(
 
     made = rewrite(traced, set())
     certificate, wrong = None, dict[str, str]()
-    if kept is not None and any(made.counts.values()):
+    if kept is not None and (any(made.counts.values()) or made.graph.sizes_moved):
         shapes = _of_runs(partial(shapes_of, first=sizes or None), model, kept, positional)
 
         def certificate_without(units: set[str]) -> Certificate:

@@ -102,7 +102,9 @@ class FxGraph:
                 self.ranks[node] = rank
         self._learn()
         self._ranked = free_sizes(self.facts, self._may_go)
-        if self._ranked:
+        self.sizes_moved = bool(self._ranked)
+        """Whether the shapes of some values are asked of others than before."""
+        if self.sizes_moved:
             self._learn()
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.through: dict[fx.Node, list[fx.Node]] = {}

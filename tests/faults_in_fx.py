@@ -260,6 +260,23 @@ FX_WRITERS = [
         ),
     ),
     fault(
+        "an extent asked along another axis", "reparamc.fx_sizes:_Sizes._read",
+        '"size", (x, axis)', '"size", (x, axis - 1)',
+        fx=lambda: net(lambda x, c, n: like(n(y := c(x)).relu(), y), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
+    ),
+    fault(
+        "factors of an extent forgotten", "reparamc.fx_sizes:_Sizes._product",
+        "(*(self._ask(s, user) for s in symbols), *[dim.factor] * (dim.factor != 1))", "[self._ask(symbols[0], user)]",
+        fx=lambda: net(lambda x, c: tokens(x.relu().flatten(2).transpose(1, 2), c), nn.Linear(4, 4)),
+    ),
+    fault(
+        "a tensor that is reshaped in place keeps its shape", "reparamc.fx_memory:Memory.keeps_shape",
+        "self._base(node) not in self._reshaped", "True",
+        fx=lambda: net(
+            lambda x, n: (y := n(x.relu()), y.unsqueeze_(0), y.reshape(y.shape[1], -1))[2], nn.BatchNorm2d(4)
+        ),
+    ),
+    fault(
         "folded constants without their sign", "reparamc.fx_graph:FxGraph.fold_constants",
         "value.detach().clone()", "value.detach().abs()",
         fx=lambda: net(lambda x, w: x * (w - 3).tanh(), nn.Parameter(vector(4, 1, 1))),
@@ -270,3 +287,13 @@ FX_WRITERS = [
 def halves(x: Any, first: slice, second: slice) -> Any:
     """Two slices of channels, put together again."""
     return torch.cat([x[:, first], x[:, second]], 1)
+
+
+def like(z: Any, y: Any) -> Any:
+    """``z`` in the shape of ``y``, which two numbers tell."""
+    return z.reshape(y.size(0), y.size(1), y.size(2), -1)
+
+
+def tokens(t: Any, c: Any) -> Any:
+    """A linear layer over tokens, in front of which their number is told."""
+    return c(t.reshape(-1, t.shape[1], 4)).relu()
