@@ -64,7 +64,8 @@ def fuse_fx(
             which BatchNorm1d behind a linear layer and functional batch_norm may need.
         passes, skip: names of the passes to apply (default: all), and to leave out.
         verify: True or "full": every replacement in float64, the certificate of the whole result, and both modules
-            on ``example_inputs``; "region": all but the last; False or "off": nothing.
+            on ``example_inputs``, and at another size if the model was not exported and takes one; "region": all but
+            the last; False or "off": nothing.
         objective: what shall become small: "latency", "macs" (multiply-adds) or "params" (parameters).
         pass_table: the passes to choose from, instead of the built-in ones.
 
