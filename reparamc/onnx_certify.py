@@ -422,14 +422,22 @@ def _convolution(
     return nk.convolved(x, Kernel(flat, first, tuple(offsets), axes, tuple(stride), delta, rounded), 1)
 
 
+def _weight(call: _Call) -> Array:
+    weight = call.constant(1)
+    extents = list(weight.shape[2:])
+    if call.integers("kernel_shape", extents) != extents:
+        raise Unrepresentable("the kernel_shape of a convolution contradicts its weight")
+    return weight
+
+
 def _read_conv(call: _Call) -> Value:
-    x, weight, bias = call.value(), call.constant(1), call.optional(2)
+    x, weight, bias = call.value(), _weight(call), call.optional(2)
     y = _convolution(x, weight, call.integer("group", 1), _geometry(call, weight.shape[2:], x))
     return y if bias is None else nf.shifted(y, bias, 1)
 
 
 def _read_conv_transpose(call: _Call) -> Value:
-    x, weight, bias = call.value(), call.constant(1), call.optional(2)
+    x, weight, bias = call.value(), _weight(call), call.optional(2)
     kernel = weight.shape[2:]
     n, groups = len(kernel), call.integer("group", 1)
     if attribute(call.node, "output_shape") or call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):

@@ -6,6 +6,7 @@ The runtime is the witness: it computes another thing from each of the two, or r
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -182,6 +183,11 @@ def backwards(bounds: tuple[int, int, int]) -> ModelProto:
     return model([node("Slice", "x start end one step", "y")], {"one": whole(1), **parameters}, (1, 3, 4, 4))
 
 
+def declared(op: str, kernel: list[int] | None) -> ModelProto:
+    """A kernel of 3x3 that its node may say to be another."""
+    return model([node(op, "x w", "y", **({"kernel_shape": kernel} if kernel else {}))], {"w": rand(3, 3, 3, 3)}, IMAGE)
+
+
 DOUBTFUL: dict[str, tuple[Callable[[Any], ModelProto], Any, Any, dict[str, np.ndarray]]] = {
     "another default of an input": (default, 1.0, 2.0, X),
     "an input without its default": (default, 1.0, None, X),
@@ -208,6 +214,8 @@ DOUBTFUL: dict[str, tuple[Callable[[Any], ModelProto], Any, Any, dict[str, np.nd
     ),
     "a reversal up to the largest number": (backwards, (-1, 2**63 - 1, -1), (0, 0, 1), X),
     "a reversal up to the largest number of 32 bits": (backwards, (-1, 2**31 - 1, -1), (0, 0, 1), X),
+    "a kernel of two extents": (partial(declared, "Conv"), [1, 1], None, X),
+    "a transposed kernel of two extents": (partial(declared, "ConvTranspose"), [1, 1], None, X),
     "a reversal from before the start": (backwards, (-9, -10, -1), (0, 0, 1), X),
 }  # fmt: skip
 
