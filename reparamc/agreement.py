@@ -23,7 +23,10 @@ LOSS = 256 * DOUBLE
 ON_THE_WAY = 8
 """How often what a model computes from parameters may be rounded differently, in units of the magnitudes it has."""
 
-CHUNK = 1 << 15
+MANY = 1 << 14
+"""Of so many coefficients, one will be off by all that rounding explains, and it is not asked by how much each is."""
+
+CHUNK = 1 << 16
 """Coefficients compared at a time: few enough for a processor's cache."""
 
 
@@ -207,6 +210,9 @@ def _key(tap: Tap, frame: _Frame) -> Tap | None:
     for axis, (guard, grid, step, extent) in enumerate(
         zip(tap, frame.grids, source.spread, source.extents, strict=True)
     ):
+        if guard == (0, 0, 0) and grid == (1, 0) and step == 1 and extent.factor:  # each position reads itself
+            found.append(guard)
+            continue
         offset, low, high = guard.offset, max(guard.low, 0), max(guard.high, grid.delta)
         if step > 1:  # only every step-th element is none of the zeros in between
             if grid.stride == 1:
@@ -246,40 +252,48 @@ def _compare_blocks(
     if width <= 0 or not columns:
         return
     low[high == 0] = 0
-    step = max(1, CHUNK // (width * len(taps)))
+    step = min(max(1, CHUNK // (width * len(taps))), value.channels)
     rounded = max((b.rounded for b in emitted), default=0)
     added = sum((v.size for v in value.vectors.values()), np.zeros(value.channels))
-    doubts = [b for b in original if b.computed]
+    # What has most taps comes first: it is likely to fill the whole array.
+    mine, other = (
+        [_Part(b, places[id(b)], low, len(taps)) for b in blocks if b in of and len(b.rows)]
+        for of in (original, emitted)
+    )
+    doubts = [p for p in mine if p.block.computed]
+    first, second = np.empty((2, step, width, len(taps)))
+    stored = other[0].stored(value.channels, width, precision) if len(other) == 1 else None
     for start in range(0, value.channels, step):
-        stop = min(start + step, value.channels)
-        shape = (stop - start, width, len(taps))
-
-        def total(parts: Sequence[Block], magnitude: bool, shape: Any = shape, start: int = start) -> Array:
-            found = np.zeros(shape)
-            for b in parts:
-                _add(found, b, places[id(b)], low, start, magnitude)
-            return found
-
-        e = total(emitted, False)
-        gap = total(original, False)
-        gap -= e
-        np.abs(gap, out=gap)
-        size = np.abs(e, out=e)
-        by_row = gap.sum(axis=(1, 2))
-        sums.error[start:stop] += by_row
-        sums.total[start:stop] += size.sum(axis=(1, 2))
-        if rounded and np.isfinite(by_row).all():
-            worst = np.fmax.reduce(np.divide(gap, size, out=gap), axis=None) / (precision.unit * rounded)
-            if not worst > 1:  # not a number where all is zero
-                sums.enter(float(np.nan_to_num(worst)), "")
+        rows = min(step, value.channels - start)
+        gap = _total(mine, first[:rows], start)
+        if stored is not None:
+            by_row = _magnitudes_if_nearest(gap, stored[start : start + rows])
+            if by_row is not None:
+                sums.error[start : start + rows] += precision.unit * by_row + precision.tiny * width * len(taps)
+                sums.total[start : start + rows] += by_row
+                sums.enter(1.0, "")
                 continue
-        a, e = total(original, False), total(emitted, False)
+        size = _total(other, second[:rows], start)
+        gap -= size
+        np.abs(gap, out=gap)
+        np.abs(size, out=size)
+        by_row = gap.reshape(rows, -1).sum(axis=1)
+        sums.error[start : start + rows] += by_row
+        sums.total[start : start + rows] += size.reshape(rows, -1).sum(axis=1)
+        if rounded and np.isfinite(by_row).all():
+            worst = float(np.fmax.reduce(np.divide(gap, size, out=gap), axis=None)) / (precision.unit * rounded)
+            if not worst > 1:  # not a number where all is zero
+                sums.enter(worst if worst >= 0 else 0.0, "")
+                continue
+        shape = gap.shape
+        a, e = _total(mine, np.empty(shape), start), _total(other, np.empty(shape), start)
         gap = np.abs(a - e)
-        allowed = total(emitted, True) * (precision.unit * rounded) + total(original, True) * LOSS
+        allowed = _total(other, np.empty(shape), start, True) * (precision.unit * rounded)
+        allowed += _total(mine, np.empty(shape), start, True) * LOSS
         # A kernel that was asked for is the difference of two results, which hold the vectors of the row as well.
-        allowed += 16 * DOUBLE * added[start:stop, None, None]
+        allowed += 16 * DOUBLE * added[start : start + rows, None, None]
         if doubts:
-            allowed += total(doubts, True) * (precision.unit * ON_THE_WAY)
+            allowed += _total(doubts, np.empty(shape), start, True) * (precision.unit * ON_THE_WAY)
         if rounded:
             allowed += precision.tiny
         ratio = np.divide(gap, allowed, out=np.where(gap == 0, 0.0, np.inf), where=allowed > 0)
@@ -296,33 +310,94 @@ def _compare_blocks(
             sums.enter(worst, f"{said} with weight {a[at]:.8g}, and {e[at]:.8g} in the result")
 
 
-def _add(found: Array, b: Block, columns: Array, low: Array, start: int, magnitude: bool) -> None:
-    """Add the rows of ``b`` from ``start`` on to ``found``, whose row r begins at channel ``low[start + r]``."""
-    i, j = np.searchsorted(b.rows, (start, start + len(found)))
-    if i == j:
-        return
-    rows = b.rows[i:j] - start
-    shift = b.first[i:j] - low[b.rows[i:j]]
-    weight, left = b.weight[i:j], b.left[i:j]
-    if magnitude:
-        weight, left = np.abs(weight) if b.size is None else b.size[i:j], np.abs(left)
-    if columns.min(initial=0) < 0:
-        weight, columns = weight[:, :, columns >= 0], columns[columns >= 0]
-    if not len(columns):
-        return
-    part = weight if np.all(left == 1) else weight * left[:, None, None]
-    width = part.shape[1]
-    whole = len(columns) == len(found[0, 0]) and np.array_equal(columns, np.arange(len(columns)))
-    if len(rows) == rows[-1] - rows[0] + 1 and np.all(shift == shift[0]) and (whole or len(columns) == 1):
-        at: Any = slice(None) if whole else slice(columns[0], columns[0] + 1)
-        found[rows[0] : rows[-1] + 1, shift[0] : shift[0] + width, at] += part
-        return
-    channel = shift[:, None] + np.arange(width)
-    if len(set(columns.tolist())) == len(columns):
-        found[rows[:, None, None], channel[:, :, None], columns] += part
-        return
-    for t, column in enumerate(columns):
-        found[rows[:, None], channel, column] += part[:, :, t]
+def _magnitudes_if_nearest(exact: Array, stored: Array) -> Array | None:
+    """The sums of the magnitudes of each row of ``stored``, if it is what rounding to nearest makes of ``exact``.
+
+    Then no coefficient is off by more than one rounding, and none need be looked at by itself.
+    """
+    rounded = exact.astype(stored.dtype)
+    if not np.array_equal(rounded, stored):
+        return None
+    by_row = np.abs(rounded, out=rounded).reshape(len(rounded), -1).sum(axis=1, dtype=np.float32).astype(np.float64)
+    return by_row if np.isfinite(by_row).all() else None  # what is too large for the dtype is infinite on both sides
+
+
+class _Part:
+    """A block, laid over an array (rows, width, taps) whose row r begins at channel ``low[r]``."""
+
+    def __init__(self, block: Block, columns: Array, low: Array, taps: int) -> None:
+        self.block = block
+        kept = columns >= 0
+        self.kept: Any = slice(None) if kept.all() else kept  # taps that read something
+        self.columns = columns[self.kept]
+        rows = block.rows
+        self.shift = block.first - low[rows]
+        self.left = None if np.all(block.left == 1) else block.left[:, None, None]
+        whole = len(self.columns) == taps and bool(np.array_equal(self.columns, np.arange(taps)))
+        # A run of rows over the same channels is a slice of the array.
+        self.is_slice = (
+            (whole or len(self.columns) == 1)
+            and rows[-1] - rows[0] == len(rows) - 1
+            and bool(np.all(self.shift == self.shift[0]))
+        )
+        self.at = slice(None) if whole else slice(self.columns[0], self.columns[0] + 1) if self.is_slice else None
+        self.is_whole = self.is_slice and whole and bool(kept.all())
+
+    def stored(self, rows: int, width: int, precision: Precision) -> Array | None:
+        """All coefficients, where they are so many parameters of the precision, each by itself."""
+        b = self.block
+        is_all = self.is_whole and len(b.rows) == rows and b.weight.shape[1] == width
+        is_parameter = b.rounded == 1 and b.size is None and self.left is None
+        if not (is_all and is_parameter and b.weight.size >= MANY and b.weight.dtype in ("float16", "float32")):
+            return None
+        return b.weight if np.finfo(b.weight.dtype).eps == 2 * precision.unit else None
+
+    def add(self, found: Array, start: int, magnitude: bool, is_new: bool) -> bool:
+        """Add what the rows from ``start`` on have to ``found``; whether there was nothing.
+
+        What is in ``found`` counts as zeros if ``is_new``.
+        """
+        b = self.block
+        i, j = np.searchsorted(b.rows, (start, start + len(found)))
+        if i == j or not len(self.columns):
+            return is_new
+        weight = b.weight[i:j, :, self.kept]
+        left = None if self.left is None else self.left[i:j]
+        if magnitude:
+            weight = np.abs(weight) if b.size is None else b.size[i:j, :, self.kept]
+            left = None if left is None else np.abs(left)
+        if self.is_slice:
+            row, channel = b.rows[i] - start, self.shift[0]
+            part = found[row : row + j - i, channel : channel + weight.shape[1], self.at]
+            if is_new and part.shape == found.shape:
+                np.copyto(part, weight)
+                if left is not None:
+                    part *= left
+                return False
+            if is_new:
+                found.fill(0)
+            part += weight if left is None else weight * left
+            return False
+        if is_new:
+            found.fill(0)
+        scaled = weight if left is None else weight * left
+        rows, channel = b.rows[i:j] - start, self.shift[i:j, None] + np.arange(weight.shape[1])
+        if len(set(self.columns.tolist())) == len(self.columns):
+            found[rows[:, None, None], channel[:, :, None], self.columns] += scaled
+            return False
+        for t, column in enumerate(self.columns):
+            found[rows[:, None], channel, column] += scaled[:, :, t]
+        return False
+
+
+def _total(parts: Sequence[_Part], found: Array, start: int, magnitude: bool = False) -> Array:
+    """The sum of the rows from ``start`` on, or of their magnitudes, in ``found``."""
+    is_new = True
+    for part in parts:
+        is_new = part.add(found, start, magnitude, is_new)
+    if is_new:
+        found.fill(0)
+    return found
 
 
 def _place(tap: Tap, value: Value, grids: Sequence[Grid]) -> str:

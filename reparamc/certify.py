@@ -61,8 +61,17 @@ class Side(Protocol):
         """What operators compute, in execution order, constants left out."""
         ...
 
+    @property
+    def constants(self) -> Collection[str]:
+        """The tensors that no input reaches."""
+        ...
+
     def constant(self, name: str) -> Array | None:
         """The value of a tensor that no input reaches; None for all others."""
+        ...
+
+    def is_input(self, name: str) -> bool:
+        """Whether no operator computes ``name``."""
         ...
 
     def operands(self, name: str) -> Sequence[str]:
@@ -393,7 +402,7 @@ class _Proof:
         order: list[str] = []
         for name in self._reached(which, root, through):
             known_as = cuts.get(name)
-            if side.kind(name) is not None and (known_as is None or name == root or known_as in through):
+            if not side.is_input(name) and (known_as is None or name == root or known_as in through):
                 order.append(name)
             else:
                 # One shape for both graphs: extents that are unknown may be named otherwise in each.
@@ -431,7 +440,7 @@ class _Proof:
                 for name in inside.intersection(side.operands(kernel)):
                     found[name] = True
                     while not side.mixes(name):
-                        given = [o for o in side.operands(name) if side.constant(o) is None]
+                        given = [o for o in side.operands(name) if o not in side.constants]
                         if len(given) != 1 or given[0] not in inside:
                             break
                         (name,) = given
@@ -448,7 +457,7 @@ class _Proof:
             known_as = cuts.get(name)
             waiting: list[str] = []
             if name not in done and (known_as is None or name == root or known_as in through):
-                waiting = [o for o in side.operands(name) if o not in done and side.constant(o) is None]
+                waiting = [o for o in side.operands(name) if o not in done and o not in side.constants]
             if waiting:
                 stack.extend(reversed(waiting))
             else:
@@ -496,7 +505,7 @@ def same_bytes(a: Array, b: Array) -> bool:
     if a.dtype.kind == "O" or a.dtype.itemsize not in (1, 2, 4, 8):
         return a.tobytes() == b.tobytes()
     m, n = (np.ascontiguousarray(v).reshape(-1).view(f"u{a.dtype.itemsize}") for v in (a, b))
-    return bool(np.array_equal(m, n))
+    return bool(np.array_equal(m[:64], n[:64]) and np.array_equal(m, n))  # most that differ do so from the start
 
 
 def _cuts_under(value: Value, apart: set[str], atoms: Sequence[_Atom]) -> set[str]:

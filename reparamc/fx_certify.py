@@ -516,6 +516,9 @@ class _Side:
             return None
         return a.times(b) if node.target is operator.mul else a.over(b)
 
+    def is_input(self, name: str) -> bool:
+        return not self.nodes[name].op.startswith("call_")
+
     def kind(self, name: str) -> Hashable:
         node = self.nodes[name]
         if not node.op.startswith("call_"):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ class Source:
     view: View
     spread: tuple[int, ...]
 
-    @property
+    @cached_property
     def extents(self) -> tuple[Extent, ...]:
         return tuple(spread_extent(e, s) for e, s in zip(extents(self.view), self.spread, strict=True))
 
@@ -150,7 +151,7 @@ class Value:
     def channels(self) -> int:
         return 1 if self.channel is None else self.base[self.channel].factor
 
-    @property
+    @cached_property
     def extents(self) -> tuple[Extent, ...]:
         return extents(self.view)
 
@@ -158,7 +159,7 @@ class Value:
     def rank(self) -> int:
         return len(self.view)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether the value is laid out as its base."""
         return self.view == identity_view(self.base)
@@ -215,11 +216,12 @@ def promoted(value: Value, axis: int) -> Value:
 
 def with_places(value: Value, axis: int) -> tuple[Value, Array]:
     """``value`` with matrices on what ``axis`` of its layout is made of, and the index along it of every channel."""
-    digits = value.view[axis]
-    owners = {d.axis for d in digits}
     if value.is_plain:
         value = promoted(value, axis)
-    elif value.channel is None and len(owners) == 1:
+        return value, np.arange(value.channels)
+    digits = value.view[axis]
+    owners = {d.axis for d in digits}
+    if value.channel is None and len(owners) == 1:
         value = promoted(value, next(iter(owners)))
     if not owners <= {value.channel}:
         raise Unrepresentable("an axis mixes channels and positions")
@@ -236,7 +238,7 @@ def scaled(value: Value, factor: Array | float, axis: int | None = None) -> Valu
     if axis is not None:
         value, index = with_places(value, axis)
         factor = factor.reshape(-1)[index]
-    by_row = np.broadcast_to(factor if axis is not None else factor.reshape(()), value.channels)
+    by_row = _spread(factor if axis is not None else factor.reshape(()), value.channels)
     one = int(np.any(np.abs(by_row) != 1))
     blocks = tuple(replace(b, left=b.left * by_row[b.rows], rounded=b.rounded + one) for b in value.blocks)
     vectors = {
@@ -244,6 +246,11 @@ def scaled(value: Value, factor: Array | float, axis: int | None = None) -> Valu
         for w, v in value.vectors.items()
     }
     return replace(value, blocks=blocks, vectors=vectors)
+
+
+def _spread(numbers: Array, count: int) -> Array:
+    """One number for each of ``count`` channels."""
+    return numbers if numbers.shape == (count,) else np.broadcast_to(numbers, count)
 
 
 def least_extent(value: Value, axis: int) -> int:
@@ -281,7 +288,7 @@ def shifted(value: Value, term: Array | float, axis: int | None = None, size: Ar
         term, size = term.reshape(-1)[index], size.reshape(-1)[index]
     else:
         term, size = term.reshape(()), size.reshape(())
-    added = Vector(np.broadcast_to(term, value.channels), np.broadcast_to(size, value.channels), 1)
+    added = Vector(_spread(term, value.channels), _spread(size, value.channels), 1)
     return replace(value, vectors=summed([(None, added)], value.vectors.items()))
 
 

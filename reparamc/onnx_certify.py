@@ -52,6 +52,7 @@ def certify_onnx(original: ModelProto, result: ModelProto) -> Certificate:
 
     Parameters of ``result`` may be off by the rounding of their dtype. Neither model is run.
     """
+    _keep_what_is_freed()
     after = _Side(result)
     # A tensor has the extents in the original that it has in the result, once it is proven to be the same.
     before = _Side(original, after)
@@ -60,6 +61,15 @@ def certify_onnx(original: ModelProto, result: ModelProto) -> Certificate:
     stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
     outputs = [(o.name, o.name) for o in result.graph.output]
     return certify(before, after, outputs, stands_for, after.precision, _outside(original, result))
+
+
+def _keep_what_is_freed() -> None:
+    """Have the arrays of each window lie where those of the last one lay.
+
+    The C library of Linux hands large blocks back when they are freed, and the system has to clear every page of the
+    next. Once a larger one was freed, it keeps them.
+    """
+    np.empty(2**25 - 2**16, np.uint8)
 
 
 def _outside(original: ModelProto, result: ModelProto) -> list[Window]:
@@ -115,6 +125,7 @@ class _Side:
         self.tensors = {t.name: t for t in graph.initializer if t.name not in overridable}
         self.arrays: dict[str, Array] = {}
         self._kinds: dict[str, Hashable] = {}
+        self._operands: dict[str, Sequence[str]] = {}
         self.constants = self._constants()
         if any(node.op_type == "ScatterND" for node in graph.node):
             self._infer_further()
@@ -176,8 +187,8 @@ class _Side:
     def constant(self, name: str) -> Array | None:
         if name not in self.constants:
             return None
-        if (known := self.arrays.get(name)) is not None:
-            return known
+        if name in self.tensors:  # read again where it is read again: the weights need not all be held twice
+            return numpy_helper.to_array(self.tensors[name])
         stack = [name]
         while stack:
             top = stack[-1]
@@ -227,9 +238,12 @@ class _Side:
         """Operands by position, and what the bodies of an operator capture."""
         if name not in self.producers:
             return ()
-        node, _ = self.producers[name]
-        given = [n for n in node.input if n]
-        return [*given, *(n for n in _captured(node) if n in self.known)] if _has_body(node) else given
+        if name not in self._operands:
+            node, _ = self.producers[name]
+            given = [n for n in node.input if n]
+            captured = _captured(node) if _has_body(node) else ()
+            self._operands[name] = [*given, *(n for n in captured if n in self.known)]
+        return self._operands[name]
 
     def kind(self, name: str) -> Hashable:
         if name not in self.producers:
@@ -246,6 +260,9 @@ class _Side:
         if node.op_type in RANDOM or _has_body(node):  # only the very same node, by its name, may be the same
             return (domain, node.op_type, attributes, absent, at, len(node.output), tuple(node.output))
         return (domain, node.op_type, attributes, absent, at, len(node.output))
+
+    def is_input(self, name: str) -> bool:
+        return name not in self.producers
 
     def mixes(self, name: str) -> bool:
         return name in self.producers and self.producers[name][0].op_type in MIXING

@@ -149,17 +149,17 @@ class Types:
             for v in group
             if v.type.HasField("tensor_type")
         }
-        for t in model.graph.initializer:
-            self._types[t.name] = helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type
+        self._stored = {t.name: (t.data_type, tuple(map(Dim, t.dims))) for t in model.graph.initializer}
+        self._shapes: dict[str, Shape | None] = {}
         self._products: dict[str, Dim] = {}
-        given = {symbol for v in model.graph.input for dim in self.shape(v.name) or () for symbol in dim.symbols}
+        given = {symbol for v in model.graph.input for dim in self._shape(v.name) or () for symbol in dim.symbols}
         for node in model.graph.node:
             if node.op_type in ("Flatten", "Reshape") and is_standard(node):
                 self._learn_product(node, given)
 
     def _learn_product(self, node: NodeProto, given: set[str]) -> None:
         """Where one extent of a reshape is all that inference left open, the others tell it: -1, a merged batch."""
-        before, after = self.shape(node.input[0]), self.shape(node.output[0])
+        before, after = self._shape(node.input[0]), self._shape(node.output[0])
         if before is None or after is None:
             return
         known = given.union(*(dim.symbols for dim in before), self._products)
@@ -170,11 +170,20 @@ class Types:
 
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype of a floating value; None for other types and where it is unknown."""
+        if name in self._stored:
+            return FLOATS.get(self._stored[name][0])
         kind = self._types.get(name)
         return FLOATS.get(kind.elem_type) if kind is not None else None
 
     def shape(self, name: str) -> Shape | None:
         """The shape of ``name``, unknown extents as symbols; None when the rank is unknown."""
+        if name not in self._shapes:
+            self._shapes[name] = self._shape(name)
+        return self._shapes[name]
+
+    def _shape(self, name: str) -> Shape | None:
+        if name in self._stored:
+            return self._stored[name][1]
         kind = self._types.get(name)
         if kind is None or not kind.HasField("shape"):
             return None

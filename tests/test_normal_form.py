@@ -157,6 +157,72 @@ def test_what_is_not_finite_is_different_unless_both_are(wrong: float) -> None:
     assert agree(other, other, SINGLE).verdict == "equal"
 
 
+def many(weight: np.ndarray) -> tuple[Value, np.ndarray]:
+    """A matrix between two scales, and what it is multiplied out and rounded."""
+    rng = np.random.default_rng(12)
+    left, right = rng.uniform(0.5, 2, len(weight)), rng.uniform(0.5, 2, weight.shape[1])
+    inner = nf.scaled(image(weight.shape[1]), right, 1)
+    with np.errstate(over="ignore"):
+        rounded = (left[:, None] * weight * right).astype(np.float32)
+    return nf.scaled(nk.mixed(inner, weight, 1), left, 1), rounded
+
+
+def ups(a: np.ndarray) -> np.ndarray:
+    return np.nextafter(a, np.float32(np.inf))
+
+
+def test_what_is_rounded_to_nearest_is_equal_without_another_look() -> None:
+    value, rounded = many(np.random.default_rng(13).standard_normal((300, 256)))
+    found = agree(value, nk.mixed(image(256), rounded, 1), SINGLE)
+    assert (found.verdict, found.units, found.bound) == ("equal", 1.0, pytest.approx(SINGLE.unit))
+    exact = agree(value, nk.mixed(image(256), rounded.astype(np.float64), 1), SINGLE)
+    assert exact.verdict == "equal"
+    assert 0.9 < exact.units <= 1
+    assert exact.bound <= found.bound
+
+
+def test_subnormal_numbers_are_off_by_more_than_one_rounding() -> None:
+    value, rounded = many(np.random.default_rng(16).standard_normal((300, 256)) * 2.0**-140)
+    found = agree(value, nk.mixed(image(256), rounded, 1), SINGLE)
+    exact = agree(value, nk.mixed(image(256), rounded.astype(np.float64), 1), SINGLE)
+    assert (found.verdict, exact.verdict) == ("equal", "equal")
+    assert SINGLE.unit < exact.bound <= found.bound
+
+
+@pytest.mark.parametrize("kind", ["next", "infinite", "overflow", "not a number", "a negative zero"])
+def test_one_wrong_coefficient_among_many(kind: str) -> None:
+    weight = np.random.default_rng(14).standard_normal((300, 256))
+    if kind == "overflow":
+        weight[290, 7] = 1e39
+    if kind == "a negative zero":
+        weight[290, 7] = 0
+    value, rounded = many(weight)
+    if kind == "next":
+        rounded[290, 7] = ups(ups(rounded[290, 7]))
+    elif kind == "a negative zero":
+        rounded[290, 7] = -0.0
+    elif kind != "overflow":
+        rounded[290, 7] = np.inf if kind == "infinite" else np.nan
+    found = agree(value, nk.mixed(image(256), rounded, 1), SINGLE)
+    if kind == "a negative zero":
+        assert found.verdict == "equal"
+    else:
+        assert found.verdict == "different"
+        assert "channel 290 reads channel 7 of 'x'" in found.reason
+
+
+def test_taps_that_read_nothing_may_be_anything_among_many() -> None:
+    """A border in front of two elements, of which one is left."""
+    k = kernel(np.random.default_rng(15), 128, 128, 3, 1, 1, 0)
+    pair = nf.leaf("x", (N, Extent(128), Extent(2)))
+    other = k.weight.astype(np.float32)
+    other[:, :, 0] += 1
+    value = nk.convolved(pair, k, 1)
+    assert agree(value, nk.convolved(pair, replace(k, weight=other), 1), SINGLE).verdict == "equal"
+    other[100, 100, 1] *= 2
+    assert agree(value, nk.convolved(pair, replace(k, weight=other), 1), SINGLE).verdict == "different"
+
+
 def test_other_strides_and_extents_are_different() -> None:
     rng = np.random.default_rng(6)
     k = kernel(rng, 3, 3, 3, 1, 1, 1)
