@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from onnx import ModelProto
 
 from reparamc import trial as trials
+from reparamc.certify import Certificate
 from reparamc.compare import CEILING, Difference, difference, differences, noise_of
 from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.onnx_certify import certify_onnx
@@ -32,10 +34,25 @@ from reparamc.verification import Disagreement, OutputCheck, Verification, check
 
 EXAMPLES = 100
 """Random inputs that are tried after the fixed ones, if time allows."""
-PATIENCE = 2.5
-"""How long all may take by default, in units of loading and running both models once."""
-LEAST_SECONDS = 3.0
-"""What it may take in any case: small models are searched thoroughly."""
+
+
+class Budget(NamedTuple):
+    """How long all may take by default.
+
+    Attributes:
+        patience: in units of loading and running both models once.
+        least: in seconds, in any case: small models are searched thoroughly.
+    """
+
+    patience: float
+    least: float
+
+
+EVIDENCE = Budget(2.5, 3.0)
+"""Where inputs are what decides."""
+SECOND_OPINION = Budget(2.0, 1.0)
+"""Where all is proven equal. The proof goes on beside the first runs, which makes these longer than they are alone."""
+
 PERTURBATIONS = 3
 """Roundings of the input of which the worst response decides; one may be absorbed by a saturated layer."""
 
@@ -69,7 +86,7 @@ def verify_onnx(
             (see `reparamc.onnx_inputs`).
         examples: how many random inputs to try after the fixed ones.
         seconds: how long that may go on; by default 2.5 times what loading both models and running them once
-            took, and 3 seconds at least.
+            takes, and 3 seconds at least; where all is proven equal, twice that, and 1 second at least.
         seed: of all random numbers.
         rtol, atol: judge every entry by these, as ``numpy.allclose`` does, instead of by the original's response to
             rounding; one that is not given is then 0.
@@ -102,20 +119,21 @@ def verify_onnx(
         result.failure = Disagreement(interface.problem)
         result.seconds = perf_counter() - start
         return result
-    if inputs is None:
-        _prove(models[0], models[1], result)
     with ExitStack() as stack:
-        loading = perf_counter()
+        background = stack.enter_context(ThreadPoolExecutor(1))
+        proof = background.submit(_proven, *models) if inputs is None else None
         del models
+        loading = perf_counter()
         first, second = (
             stack.enter_context(_session(m, n, optimize)) for m, n in zip((original, fused), names, strict=True)
         )
         clock = _Clock(start, seconds, perf_counter() - loading)
         search = _Search(_Pair(interface, first, second, given), result, clock, seed, target)
         try:
-            if inputs is None:
-                search.made_up(examples, non_finite)
-            else:
+            if proof is not None:
+                is_plain = given is None and not (non_finite or optimize)
+                search.made_up(examples, non_finite, proof, is_plain)
+            elif inputs is not None:
                 search.given(inputs)
         except MemoryError as error:
             raise InputError(
@@ -125,18 +143,14 @@ def verify_onnx(
     return result
 
 
-def _prove(original: ModelProto, fused: ModelProto, result: Verification) -> None:
-    """What can be proven without running anything. It decides nothing here: what is not proven may be equal."""
+def _proven(original: ModelProto, fused: ModelProto) -> Certificate | str:
+    """What can be proven without running anything, or why nothing can. What is not proven may be equal."""
     try:
         for model in (original, fused):
             check_model(model)  # a proof follows the graph, which must be one: without circles, every value made once
-        found = certify_onnx(original, fused)
+        return certify_onnx(original, fused)
     except Exception as error:  # a graph by an unknown hand may be anything; the models are compared all the same
-        result.notes.append(f"nothing is proven for every input size: {one_line(error)}")
-        return
-    result.windows = {"equal": found.equal, "different": found.different, "undecided": found.undecided}
-    different = [w for w in found.windows if w.verdict == "different"]
-    result.notes += [f"window {w.where!r} is of another form: {w.reason}" for w in different[:SHOWN]]
+        return one_line(error)
 
 
 @contextmanager
@@ -176,12 +190,12 @@ class _Clock:
     """What the last pair of runs took."""
     limit: float = float("inf")
 
-    def calibrate(self) -> None:
+    def calibrate(self, budget: Budget) -> None:
         """Set the limit, once both models have run."""
         if self.seconds is not None:
             self.limit = self.seconds
         else:
-            self.limit = max(LEAST_SECONDS, PATIENCE * (self.loading + self.last))
+            self.limit = max(budget.least, budget.patience * (self.loading + self.last))
 
     def extend(self) -> None:
         """As much again, to shrink what was found."""
@@ -341,9 +355,11 @@ class _Search:
                 self._fail(comparison, f"{_shapes(arrays)} of {label}", arrays)
                 return
 
-    def made_up(self, examples: int, non_finite: bool) -> None:
+    def made_up(self, examples: int, non_finite: bool, proof: Future[Certificate | str], is_plain: bool) -> None:
+        """Search; ``is_plain`` says that no more is asked than what a proof is about."""
         base = self._base()
-        self.clock.calibrate()
+        is_settled = self._heed(proof.result()) and is_plain and self.smallest is None
+        self.clock.calibrate(SECOND_OPINION if is_settled else EVIDENCE)
         slots = self.pair.interface.inputs
         limits = trials.LIMITS[:1]
         if self.smallest is None and any(s.dtype.kind in "iu" for s in slots):
@@ -373,6 +389,16 @@ class _Search:
                 "rounding alone changes the original's outputs beyond recognition, on every input that was tried; "
                 "give inputs with --inputs, or tolerances with --rtol and --atol"
             )
+
+    def _heed(self, found: Certificate | str) -> bool:
+        """Enter what is proven; whether that is all."""
+        if isinstance(found, str):
+            self.result.notes.append(f"nothing is proven for every input size: {found}")
+            return False
+        self.result.windows = {"equal": found.equal, "different": found.different, "undecided": found.undecided}
+        different = [w for w in found.windows if w.verdict == "different"]
+        self.result.notes += [f"window {w.where!r} is of another form: {w.reason}" for w in different[:SHOWN]]
+        return found.holds
 
     def _takes(self, trial: Trial) -> bool:
         """Whether the original runs at ``trial``; False when the time is up."""

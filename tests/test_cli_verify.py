@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,8 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import reparamc
-from reparamc import cli, trial
+from reparamc import cli, onnx_verify, trial
+from reparamc.certify import Certificate
 from reparamc.compare import difference, ulps
 from reparamc.onnx_fuse import fuse_model
 from reparamc.onnx_inputs import read_inputs, slots, write_inputs
@@ -248,6 +250,41 @@ def test_what_is_proven_for_every_size_is_counted() -> None:
     assert result.windows["different"] == 1
     assert any("is of another form" in note for note in result.notes)
     assert not result.equal
+
+
+CLIPPED = model([*block()[:-1], node("Clip", "s o", "y")], {**WEIGHTS, "o": np.zeros((), np.float32)})
+"""Equal to `ORIGINAL`, which no proof knows."""
+
+
+@pytest.fixture
+def budgets(monkeypatch: pytest.MonkeyPatch) -> list[onnx_verify.Budget]:
+    """What each comparison may take."""
+    given: list[onnx_verify.Budget] = []
+    monkeypatch.setattr(onnx_verify._Clock, "calibrate", lambda clock, budget: given.append(budget))
+    return given
+
+
+@pytest.mark.parametrize("options", [{}, {"rtol": 1e-3}, {"non_finite": True}, {"optimize": True}])
+def test_inputs_are_a_second_opinion_where_all_is_proven_and_no_more_is_asked(
+    budgets: list[onnx_verify.Budget], options: dict[str, Any]
+) -> None:
+    assert verify(ORIGINAL, fuse_model(ORIGINAL)[0], **options).windows == {"equal": 1, "different": 0, "undecided": 0}
+    assert budgets == [onnx_verify.EVIDENCE if options else onnx_verify.SECOND_OPINION]
+
+
+def test_inputs_are_the_evidence_where_nothing_is_proven(budgets: list[onnx_verify.Budget]) -> None:
+    found = verify(ORIGINAL, CLIPPED)
+    assert found.equal
+    assert found.windows == {"equal": 0, "different": 0, "undecided": 1}
+    assert budgets == [onnx_verify.EVIDENCE]
+
+
+def test_a_proof_against_which_an_input_speaks_does_not_end_the_search(
+    budgets: list[onnx_verify.Budget], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_verify, "certify_onnx", lambda *_: Certificate((), 0, 0.0))
+    assert not verify(*FAULTS["one weight"]).equal
+    assert budgets == [onnx_verify.EVIDENCE]
 
 
 def test_a_proof_that_breaks_down_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
