@@ -496,7 +496,9 @@ class _Side:
         return given, (key(node.args), key(node.kwargs))
 
     def shape(self, node: fx.Node) -> tuple[Extent, ...] | None:
-        """What runs told of the shape of a node, if it has one only."""
+        """The shape of a constant, or what runs told of that of a node, if it has one only."""
+        if node.op == "get_attr" and isinstance(tensor := attribute(self.module, str(node.target)), Tensor):
+            return tuple(map(Extent, tensor.shape))
         return None if node.name in self.memory.unsafe else self.shapes.get(node.name)
 
     def told(self, node: fx.Node) -> Extent | list[Extent] | None:

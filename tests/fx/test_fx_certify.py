@@ -552,3 +552,24 @@ def test_a_graph_that_an_operator_calls(name: str) -> None:
     module = followed(model, ((x,), {}))[0]
     assert [n for n in module.graph.nodes if isinstance(n.target, HigherOrderOperator)]
     assert (not Memory(module).writes) == quiet
+
+
+class Table(nn.Module):
+    """A reshape to the extent of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm1d(4)
+        self.table = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).flatten(2)
+        z = self.norm(y.reshape(x.shape[0], self.table.shape[0], -1))
+        return torch.einsum("bcn,cd->bnd", torch.tanh(z), self.table)
+
+
+def test_the_extent_of_a_parameter() -> None:
+    model, x = randomize_batchnorm(Table().eval(), 0), torch.randn(2, 4, 5, 5)
+    report = fuse_fx(model, x).meta["reparamc"]
+    assert report.passes["bn-folding"] == 1
+    assert report.certificate.undecided == ()
