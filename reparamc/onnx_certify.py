@@ -127,8 +127,7 @@ class _Side:
         self._kinds: dict[str, Hashable] = {}
         self._operands: dict[str, Sequence[str]] = {}
         self.constants = self._constants()
-        if any(node.op_type == "ScatterND" for node in graph.node):
-            self._infer_further()
+        self._infer_further()
         sparse = (t.values.name for t in graph.sparse_initializer)
         self.known = {*self.inputs, *self.producers, *self.tensors, *sparse}
         self.order = [name for node in graph.node for name in node.output if name and name not in self.constants]
@@ -145,7 +144,7 @@ class _Side:
             if node.op_type == "Constant":
                 if _constant_array(node) is not None:
                     found.update(node.output)
-            elif self._shape(node) is not None:
+            elif self._shape(node) is not None or self._picked(node) is not None:
                 found.update(node.output)
             elif self._is_misread(node):
                 continue
@@ -161,6 +160,42 @@ class _Side:
         """The extents that a Shape reads from declared ones, whatever its operand is."""
         return self.types.extents(node.input[0]) if node.op_type == "Shape" else None
 
+    def _is_computed(self, name: str) -> bool:
+        return name in self.producers and self.producers[name][0].op_type != "Constant"
+
+    def _picked(self, node: NodeProto) -> Array | None:
+        """What a Gather or Slice picks of declared extents, of which others may be unknown."""
+        made, _ = self.producers.get(node.input[0], (node, 0)) if node.input else (node, 0)
+        is_pick = node.op_type in ("Gather", "Slice") and len(node.input) > 1
+        if not is_pick or made.op_type != "Shape" or made.domain not in ("", "ai.onnx"):
+            return None
+        shape = self.types.shape(made.input[0])
+        given = [self._stored(name) for name in node.input[1:]]
+        if shape is None or any(g is None for g, name in zip(given, node.input[1:], strict=True) if name):
+            return None
+        first, last = cast(int, attribute(made, "start", 0)), cast("int | None", attribute(made, "end"))
+        extents = [d.known for d in shape[first:last]]
+        index = given[0]
+        if node.op_type == "Slice":
+            start, end, _, step = (None if g is None else int(g.item()) for g in [*given, None, None][:4])
+            if step is not None and step < 1:
+                return None
+            index = np.arange(len(extents))[start:end:step]
+        assert index is not None
+        places = [int(i) for i in index.reshape(-1)]
+        if not all(-len(extents) <= i < len(extents) for i in places):
+            return None
+        found = [extents[i] for i in places]
+        return None if None in found else np.array(found, np.int64).reshape(index.shape)
+
+    def _stored(self, name: str) -> Array | None:
+        """The value of a constant that no operator computes; None for all others."""
+        if name in self.tensors:
+            return numpy_helper.to_array(self.tensors[name])
+        node, _ = self.producers.get(name, (None, 0))
+        is_constant = node is not None and node.op_type == "Constant" and node.domain in ("", "ai.onnx")
+        return _constant_array(node) if node is not None and is_constant else None
+
     def _infer_further(self) -> None:
         """Infer shapes again where what decides them is a constant to be computed, until nothing is added."""
         given: dict[str, Array] = {}
@@ -168,9 +203,9 @@ class _Side:
             named = {
                 name
                 for node in self.model.graph.node
-                if node.op_type in ("Expand", "Pad", "Reshape", "Slice")
+                if node.op_type in ("Expand", "Pad", "Reshape", "Slice") and self.types.extents(node.output[0]) is None
                 for name in node.input[1:]
-                if name in self.constants and name in self.producers and name not in given
+                if name in self.constants and name not in given and self._is_computed(name)
             }
             for name in named:
                 try:
@@ -199,7 +234,7 @@ class _Side:
             else:
                 node, _ = self.producers[top]
                 waiting = [n for n in node.input if n and n in self.constants and n not in self.arrays]
-                if waiting and self._shape(node) is None:
+                if waiting and self._shape(node) is None and self._picked(node) is None:
                     stack.extend(waiting)
                 else:
                     self._compute(node)
@@ -216,6 +251,9 @@ class _Side:
         if (extents := self._shape(node)) is not None:
             start, end = cast(int, attribute(node, "start", 0)), cast("int | None", attribute(node, "end"))
             self.arrays[node.output[0]] = np.array(extents[start:end], np.int64)
+            return
+        if (picked := self._picked(node)) is not None:
+            self.arrays[node.output[0]] = picked
             return
         feeds = {name: self.arrays[name] for name in node.input if name}
         inputs = [

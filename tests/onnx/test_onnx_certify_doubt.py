@@ -285,3 +285,37 @@ def test_a_stride_along_one_position_is_no_difference() -> None:
         for step in (1, 3)
     ]
     assert certify_onnx(*slices).different == 0
+
+
+def times_extent(pick: Any) -> ModelProto:
+    """A map of the extents N, 3, H, 4 times what ``pick`` takes of its shape, or times a number."""
+    constants = {"one": np.array(1), "two": np.array(2), "last": whole(-1), "end": whole(2**62), "back": whole(-1)}
+    nodes = [node("Relu", "x", "r"), node("Shape", "r", "s")]
+    if isinstance(pick, int):
+        constants["f"], nodes = np.array(pick, np.float32), nodes[:1]
+    else:
+        nodes += [pick, node("Cast", "p", "f", to=TensorProto.FLOAT)]
+    nodes.append(node("Mul", "r f", "y"))
+    used = {name: a for name, a in constants.items() if any(name in n.input for n in nodes)}
+    return model(nodes, used, ("N", 3, "H", 4))
+
+
+PICKED = [(node("Gather", "s one", "p"), 3), (node("Slice", "s last end", "p"), 4)]
+
+
+@pytest.mark.parametrize(("pick", "number"), PICKED)
+def test_an_extent_beside_open_ones(pick: Any, number: int) -> None:
+    original, result = times_extent(pick), times_extent(number)
+    assert outcome(original, {"x": rand(2, 3, 5, 4)}) == outcome(result, {"x": rand(2, 3, 5, 4)})
+    assert certify_onnx(original, result).holds
+    assert not certify_onnx(original, times_extent(number + 1)).holds
+
+
+OPEN = [node("Gather", "s two", "p"), node("Slice", "s last end - back", "p")]
+
+
+@pytest.mark.parametrize("pick", OPEN)
+def test_an_open_extent_is_no_number(pick: Any) -> None:
+    """Or may be read otherwise by another implementation: in reverse."""
+    for number in (3, 4, 5):
+        assert not certify_onnx(times_extent(pick), times_extent(number)).holds
