@@ -152,10 +152,10 @@ def _picked(node: NodeProto, extents: np.ndarray, constants: Constants) -> np.nd
         return None
     given = [constants.array(name) if name else None for name in node.input[1:]]
     index = given[0]
-    if node.op_type == "Slice":
-        start, end, _, step = (None if a is None else a.item() for a in [*given, None, None][:4])
-        index = slice(start, end, step)
     try:
+        if node.op_type == "Slice":
+            start, end, _, step = (None if a is None else a.item() for a in [*given, None, None][:4])
+            index = slice(start, end, step)
         picked = np.asarray(extents[index], dtype=object)
     except (IndexError, ValueError):
         return None

@@ -74,7 +74,7 @@ def test_shape_of_unknown_extents() -> None:
 def picked(pick: NodeProto, *bounds: int | list[int], **attributes: int) -> ModelProto:
     """What ``pick`` takes of the shape of [N, 6, H, 4], as a factor; ``bounds`` are the constants a, b, c, d."""
     tail = [node("Cast", "p", "f", to=1), node("ReduceSum", "f", "r", keepdims=0), node("Mul", "x r", "y")]
-    constants = {name: np.array(value) for name, value in zip("abcd", bounds, strict=False)}
+    constants = {name: np.array(value, np.int64) for name, value in zip("abcd", bounds, strict=False)}
     return model([node("Shape", "x", "s", **attributes), pick, *tail], constants, ("N", 6, "H", 4), opset=18)
 
 
@@ -92,6 +92,7 @@ OPEN = {
     "the last two": picked(node("Slice", "s a b", "p"), [-2], [2**62]),
     "backwards": picked(node("Slice", "s a b - c", "p"), [-1], [-3], [-1]),
     "of the rest": picked(node("Gather", "s a", "p"), 1, start=1),
+    "of no axis": picked(node("Slice", "s a b", "p"), [], []),
     "from where is computed": picked(node("Slice", "s s b", "p"), 0, [4], end=1),
 }
 
