@@ -97,7 +97,7 @@ def _is_misread(model: ModelProto, node: NodeProto) -> bool:
 def _foldable(
     model: ModelProto, constants: Constants, types: Types, apart: set[str]
 ) -> tuple[list[NodeProto], dict[str, np.ndarray], dict[str, int]]:
-    """The nodes that can be computed now, shapes that are known, and the bytes of every constant.
+    """The nodes that can be computed now, what shapes tell without being computed, and the bytes of every constant.
 
     Nothing is computed from the constants in ``apart``.
     """
@@ -105,20 +105,24 @@ def _foldable(
     known = {name: _bytes(constants, name) for name in constants.tensors}
     foldable: list[NodeProto] = []
     shapes: dict[str, np.ndarray] = {}
-    partly: dict[str, np.ndarray] = {}  # by the name of a shape: the extents, None where they are unknown
+    partly: dict[str, np.ndarray] = {}  # results of Shape of which some extents are unknown
     for node in model.graph.node:
         if not is_standard(node) or node.op_type in LEFT or any(subgraphs(node)) or outputs.intersection(node.output):
             continue
         if _is_misread(model, node):
             continue
         given = [name for name in node.input if name]
-        picked = _extents(node, types, partly) if node.op_type == "Shape" else None
-        if node.op_type in ("Gather", "Slice") and given[0] in partly:
-            picked = _picked(node, partly[given[0]], constants)
-        if picked is not None:
-            shapes[node.output[0]] = picked
-            known[node.output[0]] = picked.nbytes
+        extents = None
+        if node.op_type == "Shape":
+            extents = _extents(node, types)
+        elif node.op_type in ("Gather", "Slice") and given[0] in partly:
+            extents = _picked(node, partly[given[0]], constants)
+        if extents is not None and all(n is not None for n in extents.flat):
+            shapes[node.output[0]] = extents.astype(np.int64)
+            known[node.output[0]] = shapes[node.output[0]].nbytes
             continue
+        if extents is not None and node.op_type == "Shape":
+            partly[node.output[0]] = extents
         if node.op_type == "CastLike" and given[0] in known and (kind := types.dtype(given[1])) is not None:
             node.CopyFrom(helper.make_node("Cast", given[:1], node.output, to=helper.np_dtype_to_tensor_dtype(kind)))
             given = given[:1]
@@ -133,21 +137,17 @@ def _foldable(
     return foldable, shapes, known
 
 
-def _extents(node: NodeProto, types: Types, partly: dict[str, np.ndarray]) -> np.ndarray | None:
-    """What a Shape gives. None where some extents are unknown: then ``partly`` gets those that are known."""
+def _extents(node: NodeProto, types: Types) -> np.ndarray | None:
+    """What a Shape gives, with None for an extent that is unknown; None where the rank is."""
     shape = types.shape(node.input[0])
     if shape is None:
         return None
     first, last = cast(int, attribute(node, "start", 0)), cast("int | None", attribute(node, "end"))
-    found = np.array([dim.known for dim in shape[first:last]], dtype=object)
-    if any(n is None for n in found):
-        partly[node.output[0]] = found
-        return None
-    return found.astype(np.int64)
+    return np.array([dim.known for dim in shape[first:last]], dtype=object)
 
 
 def _picked(node: NodeProto, extents: np.ndarray, constants: Constants) -> np.ndarray | None:
-    """What a Gather or Slice picks from ``extents``; None where that is not known."""
+    """What a Gather or Slice takes of the vector ``extents``; None where its own operands are not known, or wrong."""
     if any(name and name not in constants for name in node.input[1:]) or len(node.input) < 2:
         return None
     given = [constants.array(name) if name else None for name in node.input[1:]]
@@ -156,10 +156,9 @@ def _picked(node: NodeProto, extents: np.ndarray, constants: Constants) -> np.nd
         if node.op_type == "Slice":
             start, end, _, step = (None if a is None else a.item() for a in [*given, None, None][:4])
             index = slice(start, end, step)
-        picked = np.asarray(extents[index], dtype=object)
+        return np.asarray(extents[index], dtype=object)
     except (IndexError, ValueError):
         return None
-    return None if any(n is None for n in picked.ravel()) else picked.astype(np.int64)
 
 
 def _bytes(constants: Constants, name: str) -> int:
