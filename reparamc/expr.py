@@ -258,7 +258,10 @@ class Take:
     at: int
 
 
-def ranks(op: Permute | Reshape | Mean | Take) -> tuple[int, int]:
+LayoutOp: TypeAlias = Permute | Reshape | Mean | Take
+
+
+def ranks(op: LayoutOp) -> tuple[int, int]:
     """The rank of what ``op`` moves, and of its result."""
     match op:
         case Permute():
@@ -271,8 +274,8 @@ def ranks(op: Permute | Reshape | Mean | Take) -> tuple[int, int]:
             return op.rank, op.rank - 1
 
 
-def channel_axis(op: Permute | Reshape | Mean | Take, axis: int) -> int | None:
-    """Where ``op`` moves ``axis``, counted from the left; None where it does not keep it whole."""
+def axis_through(op: LayoutOp, axis: int) -> int | None:
+    """Where ``axis`` stands behind ``op``, both counted from the left; None where it does not stay whole."""
     match op:
         case Permute():
             return op.axes.index(axis)
@@ -296,7 +299,7 @@ class Layout:
     """
 
     x: Expr
-    op: Permute | Reshape | Mean | Take
+    op: LayoutOp
     frame_in: int | None
     frame: int | None
     token: Hashable

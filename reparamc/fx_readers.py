@@ -23,6 +23,7 @@ from reparamc.expr import (
     Concat,
     Conv,
     Expr,
+    LayoutOp,
     Mean,
     Permute,
     Reshape,
@@ -329,9 +330,7 @@ def _read_layout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decli
     return _moved(graph, x, op, node)
 
 
-def _moved(
-    graph: FxGraph, x: fx.Node, op: Permute | Reshape | Mean | Take, node: fx.Node
-) -> FxReading | Declined | None:
+def _moved(graph: FxGraph, x: fx.Node, op: LayoutOp, node: fx.Node) -> FxReading | Declined | None:
     frame = graph.frame(x)
     reading = layout_reading(x, op, frame, node, linear=isinstance(graph.read(x), Reading))
     if not isinstance(reading, Reading):

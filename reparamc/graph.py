@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from reparamc.expr import Array, Expr, Layout, Mean, Permute, Reshape, Source, Take, channel_axis, ranks, walk
+from reparamc.expr import Array, Expr, Layout, LayoutOp, Mean, Reshape, Source, Take, axis_through, ranks, walk
 from reparamc.rewrite import Declined
 from reparamc.shape import size
 
@@ -167,7 +167,7 @@ TAKES = "it takes one position of many"
 
 
 def layout_reading(
-    x: Value, op: Permute | Reshape | Mean | Take, frame: int | None, token: Value, *, linear: bool = False
+    x: Value, op: LayoutOp, frame: int | None, token: Value, *, linear: bool = False
 ) -> Reading | Declined | None:
     """The reading of a layout operator over ``x``, of the given frame.
 
@@ -179,7 +179,7 @@ def layout_reading(
     rank, rank_out = ranks(op)
     if frame is not None and frame >= rank:
         return None
-    at = None if frame is None else channel_axis(op, rank - 1 - frame)
+    at = None if frame is None else axis_through(op, rank - 1 - frame)
     moved = None if at is None else rank_out - 1 - at
     idle = TAKES if isinstance(op, Take) else CUTS if moved is None else None
     if moved is None:

@@ -13,7 +13,22 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from onnx import NodeProto
 
-from reparamc.expr import ONE, ZERO, BatchNorm, Concat, Conv, Expr, Mean, Permute, Reshape, Scale, Select, Sum, Take
+from reparamc.expr import (
+    ONE,
+    ZERO,
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    LayoutOp,
+    Mean,
+    Permute,
+    Reshape,
+    Scale,
+    Select,
+    Sum,
+    Take,
+)
 from reparamc.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
 from reparamc.kernel import arithmetic, swap_sides, transposed
 from reparamc.onnx_values import attribute, is_standard
@@ -206,10 +221,9 @@ def _read_arithmetic(graph: OnnxGraph, node: NodeProto, output: str) -> Reading 
     constant, value = cast(str, fixed[side]), node.input[1 - side]
     if node.op_type == "Div" and side == 0:
         return None
-    found = _along_one_axis(graph, constant, value)
-    if isinstance(found, Declined):
-        return found
-    frame = found
+    frame = _along_one_axis(graph, constant, value)
+    if isinstance(frame, Declined):
+        return frame
     if reason := _protected(graph, node, value, scalar=frame is None):
         return Declined(reason)
     op = node.op_type.lower()
@@ -477,7 +491,7 @@ def _read_layout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
         return None
     if node.op_type == "Transpose":
         axes = tuple(cast(list[int], attribute(node, "perm", list(reversed(range(len(before)))))))
-        op: Permute | Reshape = Permute(axes)
+        op: LayoutOp = Permute(axes)
     else:
         op = Reshape(before, after)
     x = node.input[0]

@@ -313,7 +313,7 @@ ALGEBRA = [
 %2 = permute %1 axes=0,2,3,1 f=0->1""",
     ),
     fault(
-        "channel axis behind a permutation", "reparamc.expr:channel_axis",
+        "channel axis behind a permutation", "reparamc.expr:axis_through",
         "op.axes.index(axis)", "op.axes[axis]",
         text="""%x = source c=4 f=2 shape=[2,4,5,4]
 %0 = conv %x 4->4 k=1x1
@@ -321,7 +321,7 @@ ALGEBRA = [
 %2 = scale %1 c=4 f=1""",
     ),
     fault(
-        "channel axis behind a mean", "reparamc.expr:channel_axis", "sum(a < axis for a in op.axes)", "0",
+        "channel axis behind a mean", "reparamc.expr:axis_through", "sum(a < axis for a in op.axes)", "0",
         text="""%x = source c=4 f=2 shape=[2,4,4,5]
 %0 = conv %x 4->4 k=1x1
 %1 = mean %0 axes=0 of 4 f=2->2
