@@ -164,14 +164,16 @@ def axis_of_constant(dims: Sequence[int], extent: Callable[[int], int | None]) -
 
 CUTS = "it splits or merges the channel axis"
 TAKES = "it takes one position of many"
+AVERAGES = "it averages over the channels"
 
 
 def layout_reading(
     x: Value, op: LayoutOp, frame: int | None, token: Value, *, linear: bool = False
 ) -> Reading | Declined | None:
-    """The reading of a layout operator over ``x``, of the given frame.
+    """The reading of a layout operator over ``x``; Declined where it would be one but for the channel axis.
 
     Args:
+        frame: that of ``x``; None where nothing tells it, or its channel axis has been split before.
         token: what `Layout` keeps for the host graph.
         linear: whether ``x`` has a reading. Then a scale behind the operator may have somewhere to go, even if the
             channel axis is split here, or is unknown because it has been split before.
@@ -181,11 +183,10 @@ def layout_reading(
         return None
     at = None if frame is None else axis_through(op, rank - 1 - frame)
     moved = None if at is None else rank_out - 1 - at
-    idle = TAKES if isinstance(op, Take) else CUTS if moved is None else None
+    idle = TAKES if isinstance(op, Take) else None
     if moved is None:
+        idle = AVERAGES if isinstance(op, Mean) else idle or CUTS
         unknown = isinstance(op, Reshape) and size(op.before) != size(op.after)  # so that it could not be evaluated
-        if isinstance(op, Mean):
-            idle = "it averages over the channels"
         if isinstance(op, Mean) or unknown or not linear:
-            return None if frame is None or idle is None else Declined(idle)
+            return None if frame is None else Declined(idle)
     return Reading((x,), lambda x: Layout(x[0], op, frame, moved, token), (), moved, commutes=True, idle=idle)

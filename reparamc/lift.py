@@ -28,27 +28,32 @@ def without_idle(readings: dict[Value, Reading]) -> tuple[dict[Value, Reading], 
     """``readings`` without those that are `Reading.idle` and have no scale near, and why each of them ends a region.
 
     A region that reached across all of them would gain nothing, and ask for more shapes to be known. They stay
-    between a scale and what is in front of it, with all that reads the same pieces, and behind a scale that is the
-    same for all channels.
+    between a scale and what is in front of it, with all that reads the same pieces, and behind a scale that is one
+    number and stands behind nothing that has channels.
     """
 
-    def moves(value: Value) -> bool:
+    def passes_on(value: Value) -> bool:
+        """Whether what is done behind ``value`` may be done in front of it as well, as far as its reading tells."""
         reading = readings.get(value)
         return reading is not None and len(reading.operands) == 1 and not (reading.scales or reading.parameters)
 
     scaled: set[Value] = set()  # what a scale stands behind
     for value, reading in reversed(readings.items()):
         if reading.scales or value in scaled:
-            scaled.update(filter(moves, reading.operands))
+            scaled.update(filter(passes_on, reading.operands))
     busy: set[Value] = set()
     for value, reading in readings.items():
         x = reading.operands[0]
         number = x in readings and readings[x].scales and readings[x].frame is None
-        if moves(value) and (x in busy or (reading.idle and (number or value in scaled))):
+        if passes_on(value) and (x in busy or (reading.idle and (number or value in scaled))):
             busy.add(value)
     kept = {v: r for v, r in readings.items() if v in busy or not r.idle}
-    known = {v for v, r in readings.items() if readings.get(r.operands[0], r).frame is not None}
-    return kept, {v: r.idle for v, r in readings.items() if v not in kept and v in known and r.idle}
+    ends: dict[Value, str] = {}
+    for value, reading in readings.items():
+        before = readings.get(reading.operands[0], reading)
+        if value not in kept and reading.idle and before.frame is not None:  # or else one before it has ended it
+            ends[value] = reading.idle
+    return kept, ends
 
 
 def find_regions(
