@@ -67,9 +67,9 @@ def fold_pieces(
     readers: dict[Value, list[Value]] = {}  # the regions that read a value
     wanting: dict[Value, list[Value]] = {}  # those that scale what they take
     for root in sorted(decisions, key=place.__getitem__):
-        for value, taken in _taken(decisions[root].expr).items():
+        for value, branches in _branches(decisions[root].expr).items():
             readers.setdefault(value, []).append(root)
-            if any(branch.scales and branch.takes for branch in taken):
+            if any(branch.scales and branch.takes for branch in branches):
                 wanting.setdefault(value, []).append(root)
     folder = _Folder(graph, readings, passes, host, place)
     for value, roots in wanting.items():
@@ -100,7 +100,7 @@ class _Branch:
         return any(isinstance(e, Select) or isinstance(e.op, Take) for e in self.moves)
 
 
-def _taken(expr: Expr) -> dict[Value, list[_Branch]]:
+def _branches(expr: Expr) -> dict[Value, list[_Branch]]:
     """What reads each of the values that ``expr`` starts from."""
     nodes = list(walk(expr))
     readers: dict[Expr, list[Expr]] = {}
@@ -110,19 +110,20 @@ def _taken(expr: Expr) -> dict[Value, list[_Branch]]:
     found: dict[Value, list[_Branch]] = {}
     for x in nodes:
         if isinstance(x, Source):
-            found.setdefault(x.key, []).extend(_branches(x, readers))
+            found.setdefault(x.key, []).extend(_behind(x, readers))
     return found
 
 
-def _branches(source: Source, readers: Mapping[Expr, Sequence[Expr]]) -> list[_Branch]:
+def _behind(source: Source, readers: Mapping[Expr, Sequence[Expr]]) -> list[_Branch]:
+    """What reads ``source``, where ``readers`` says what reads each node."""
     found: list[_Branch] = []
     stack: list[tuple[Expr, tuple[Layout | Select, ...]]] = [(source, ())]
     while stack:
         e, moves = stack.pop()
         above = readers.get(e, ())
-        moved = [r for r in above if isinstance(r, Layout | Select)]
-        stack += [(r, (*moves, r)) for r in moved]
-        if len(moved) == len(above) and above:
+        moving = [r for r in above if isinstance(r, Layout | Select)]
+        stack += [(r, (*moves, r)) for r in moving]
+        if above and len(moving) == len(above):
             continue
         scales: list[Scale | BatchNorm] = []
         while len(above) == 1 and isinstance(above[0], Scale | BatchNorm):
@@ -154,6 +155,8 @@ OTHERS = "the convolution that it scales a piece of is read by something else th
 
 @dataclass(frozen=True)
 class _Folder:
+    """Folds into one convolution after the other; ``place`` is that of each value in the order of execution."""
+
     graph: Graph
     readings: dict[Value, Reading]
     passes: Sequence[Pass]
@@ -168,7 +171,7 @@ class _Folder:
         if any(d.splice is not None and d.splice.shared is not None for d in everything):
             return None  # it belongs to another convolution in pieces
         forms = [self._form(d) for d in regions]
-        branches = [branch for form in forms for branch in _taken(form.expr).get(value, ())]
+        branches = [branch for form in forms for branch in _branches(form.expr).get(value, ())]
         readers = self.graph.readers(value)
         if not {v for d in regions for v in d.members}.issuperset(readers):
             return Declined(OTHERS)
@@ -181,12 +184,12 @@ class _Folder:
             return None
         pieces = [_piece(branch, start) for branch in branches]
         times = Counter(c for piece in pieces for c in piece.channels)
-        whole_reads = [piece for piece in pieces if len(set(piece.channels)) == start.channels.size]
-        if not any(piece.scales and piece not in whole_reads for piece in pieces):
+        cut = [piece for piece in pieces if len(set(piece.channels)) < start.channels.size]
+        if not any(piece.scales for piece in cut):
             return None  # nothing is cut, or it is cut along another axis
         chosen = [piece for piece in pieces if piece.scales and all(times[c] == 1 for c in piece.channels)]
         if not chosen:
-            return Declined(OTHERS if whole_reads else "another selection reads the channels that it scales")
+            return Declined(OTHERS if len(cut) < len(pieces) else "another selection reads the channels that it scales")
 
         scaled = {e for piece in chosen for e in piece.scales}
         with np.errstate(all="ignore"):  # whatever is not finite is refused below
@@ -195,8 +198,8 @@ class _Folder:
         if not cost(new) - cost(form.expr) < saved:
             return None
         kept = set(walk(new))
-        moved = _Form(new, {e: v for e, v in form.native.items() if e in kept})
-        return self._spliced(value, whole, moved, [*zip(regions, forms, strict=True)], scaled)
+        anew = _Form(new, {e: v for e, v in form.native.items() if e in kept})
+        return self._spliced(value, whole, anew, [*zip(regions, forms, strict=True)], scaled)
 
     def _form(self, decision: Decision) -> _Form:
         if decision.splice is not None:
@@ -209,22 +212,25 @@ class _Folder:
         self,
         value: Value,
         whole: Decision,
-        moved: _Form,
+        anew: _Form,
         regions: Sequence[tuple[Decision, _Form]],
         scaled: Collection[Expr],
     ) -> list[Decision] | Declined:
-        """``regions`` over ``moved`` in the place of ``value``, the result of ``whole``, without what is ``scaled``."""
-        sources: dict[Value, Expr] = {e.key: e for e in walk(moved.expr) if isinstance(e, Source)}
+        """``regions`` over ``anew`` in the place of ``value``, the result of ``whole``, without what is ``scaled``.
+
+        Declined with the reason of the first that cannot be, because all are made or none.
+        """
+        sources: dict[Value, Expr] = {e.key: e for e in walk(anew.expr) if isinstance(e, Source)}
         found: list[Decision] = []
         for decision, form in regions:
-            new = _over(form, stands := {**sources, value: moved.expr}, scaled)
+            new = _over(form, stands := {**sources, value: anew.expr}, scaled)
             del stands[value]
             members = tuple(sorted({*whole.members, *decision.members}, key=self.place.__getitem__))
             before = flatten(lifted(self.graph, members, self.readings, stands)[members[-1]])
             counts = Counter({PIECES: sum(e in scaled for e in walk(form.expr))})
             for d in (decision,) if found else (decision, whole):
                 counts.update(d.splice.counts if d.splice is not None else {})
-            native = {**moved.native, **new.native}
+            native = {**anew.native, **new.native}
             splice = checked(self.graph, members, self.readings, before, new.expr, native, counts, self.host)
             if isinstance(splice, Declined):
                 return splice
@@ -237,7 +243,7 @@ class _Folder:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The channels of the convolution that a branch reads, and what it scales them by: a number for each."""
+    """The channels of the convolution that a branch reads, and for each scale a factor and a shift of each of them."""
 
     channels: list[int]
     scales: dict[Scale | BatchNorm, tuple[Array, Array]]
@@ -249,8 +255,10 @@ def _start(expr: Expr, shape: Shape | None) -> Route | None:
     frame, width = frames(expr)[core], channels(expr)[core]
     if frame is None or width is None:
         return None
-    rank = frame + 1 if shape is None else len(shape)
-    rank = ranks(moves[0].op)[0] if moves else rank
+    if moves:
+        rank, _ = ranks(moves[0].op)
+    else:
+        rank = frame + 1 if shape is None else len(shape)
     route: Route | None = Route.of(rank, frame, width)
     for e in moves:
         route = route.through(e) if route is not None else None
@@ -299,8 +307,8 @@ def _over(form: _Form, stands: dict[Value, Expr], without: Collection[Expr]) -> 
             done[e] = done[e.children[0]]
         else:
             done[e] = rebuild(e, [done[c] for c in e.children])
-        moved = isinstance(e, Source) and not isinstance(done[e], Source)
-        if moved or e in without or not changed.isdisjoint(e.children):
+        computed = isinstance(e, Source) and not isinstance(done[e], Source)
+        if computed or e in without or not changed.isdisjoint(e.children):
             changed.add(e)
     native = {done[e]: v for e, v in form.native.items() if e in done and e not in changed}
     return _Form(done[form.expr], native)

@@ -134,7 +134,7 @@ PIECES: list[Fault] = [
     ),
     fault(
         "the scale left behind the piece as well", f"{PIECES_OF}_Folder._spliced",
-        "value: moved.expr}, scaled)", "value: moved.expr}, ())",
+        "value: anew.expr}, scaled)", "value: anew.expr}, ())",
         onnx=halves(norm_of("q"), RELU), fx=projection(halved),
     ),
     fault(
