@@ -31,6 +31,7 @@ from reparamc.expr import (
     Source,
     Sum,
     Take,
+    ranks,
     walk,
 )
 from reparamc.kernel import regroup
@@ -73,6 +74,17 @@ def source_shapes(e: Expr, extents: Sequence[int] = EXTENTS[0], batch: int = 2) 
         else:
             shapes[s] = (batch, count[s] or 3, *extents[: frame[s] or 0])
     return shapes
+
+
+def axes(root: Expr) -> dict[Expr, int]:
+    """The number of axes of every node."""
+    found: dict[Expr, int] = {s: len(shape) for s, shape in source_shapes(root).items()}
+    for e in walk(root):
+        if isinstance(e, Layout):
+            found[e] = ranks(e.op)[1]
+        elif e not in found:
+            found[e] = found[e.children[0]]
+    return found
 
 
 def draw(shapes: Shapes, seed: int = 0) -> dict[Source, np.ndarray]:
@@ -222,13 +234,11 @@ class _OnnxBuilder:
         self.nodes: list[NodeProto] = []
         self.tensors: list[TensorProto] = []
         self.names: dict[Expr, str] = {}
-        self.ranks: dict[Expr, int] = {}
+        self.ranks = axes(root)
         order = list(walk(root))
-        shapes = source_shapes(root)
         absorbed = _subtracted(order)
         for e in order:
             x = self.names.get(e.children[0]) if e.children else None
-            self.ranks[e] = len(shapes[e]) if isinstance(e, Source) else self.ranks[e.children[0]]
             if isinstance(e, Source):
                 self.names[e] = str(e.key)
             elif e in absorbed:
@@ -289,17 +299,14 @@ class _OnnxBuilder:
                 self._node("Transpose", [x], out, perm=e.op.axes)
             case Layout() if isinstance(e.op, Mean):
                 self._node("ReduceMean", [x], out, axes=e.op.axes, keepdims=int(e.op.keep))
-                self.ranks[e] -= 0 if e.op.keep else len(e.op.axes)
             case Layout() if isinstance(e.op, Take):
                 self.tensors.append(numpy_helper.from_array(np.array(e.op.at, np.int64), f"{out}_at"))
                 self._node("Gather", [x, f"{out}_at"], out, axis=e.op.axis)
-                self.ranks[e] -= 1
             case Layout():
                 assert isinstance(e.op, Reshape)
                 target = _target(e, [0] * len(e.op.before))
                 self.tensors.append(numpy_helper.from_array(np.array(target, np.int64), f"{out}_shape"))
                 self._node("Reshape", [x, f"{out}_shape"], out)
-                self.ranks[e] = len(target)
 
     def _select(self, e: Select, x: str, out: str) -> None:
         axis = self.ranks[e] - 1 - e.frame

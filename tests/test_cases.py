@@ -26,6 +26,7 @@ import pytest
 from expression_models import (
     EXTENTS,
     assert_close,
+    axes,
     draw,
     operators,
     reference,
@@ -38,7 +39,7 @@ from expression_models import (
 )
 
 from reparamc.evaluate import channels, evaluate, frames
-from reparamc.expr import BatchNorm, Conv, Expr, Layout, Mean, Reshape, Scale, Source, flatten, rebuild, walk
+from reparamc.expr import BatchNorm, Conv, Expr, Layout, Scale, Source, flatten, rebuild, walk
 from reparamc.graph import Reading, Splice, new_nodes
 from reparamc.onnx_fuse import fuse_model
 from reparamc.plan import make_plan
@@ -198,19 +199,6 @@ def planned(root: Expr) -> Expr:
     for splice in make_plan(graph, PASSES).splices:
         graph.splice(splice)
     return graph.current(root)
-
-
-def axes(root: Expr) -> dict[Expr, int]:
-    """The number of axes of every node."""
-    found: dict[Expr, int] = {s: len(shape) for s, shape in source_shapes(root).items()}
-    for e in walk(root):
-        if isinstance(e, Layout) and isinstance(e.op, Reshape):
-            found[e] = len(e.op.after)
-        elif isinstance(e, Layout) and isinstance(e.op, Mean):
-            found[e] = e.op.rank - (0 if e.op.keep else len(e.op.axes))
-        elif e not in found:
-            found[e] = found[e.children[0]]
-    return found
 
 
 def through_onnx(case: Case) -> None:
