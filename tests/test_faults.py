@@ -68,7 +68,7 @@ def test_every_layer_sees_what_it_is_for(way: str, verdict: Callable[[Fault, str
     assert times["region"] >= 35
     assert times["certificate"] >= (90 if way == "onnx" else 75)
     assert times["host"] >= 25
-    assert times["end to end"] >= 80 if way == "onnx" else 70
+    assert times["end to end"] >= (80 if way == "onnx" else 70)
 
 
 # The instrument itself

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("torch")
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, report, run
@@ -15,6 +16,7 @@ from reparamc import fuse_fx
 
 C = CHANNELS
 SHAPES = ((2, C, 7, 6), (1, C, 8, 9), (3, C, 12, 5))
+Forward = Callable[[nn.Module, Tensor], Any]
 
 
 def parts(**options: int) -> dict[str, nn.Module]:
@@ -27,53 +29,53 @@ def parts(**options: int) -> dict[str, nn.Module]:
     }
 
 
-def _unpacked(m: nn.Module, x: Tensor) -> Tensor:
+def unpacked(m: nn.Module, x: Tensor) -> Tensor:
     y = m.a[0](x)
     b, c, h, w = y.shape
     return m.a[1](y).reshape(b, c, h * w).transpose(1, 2).relu()
 
 
-def _size_before(m: nn.Module, x: Tensor) -> Tensor:
+def size_before(m: nn.Module, x: Tensor) -> Tensor:
     y = m.a[0](x)
     b = y.shape[0]
     return m.a[1](y).relu().view(b, -1)
 
 
-def _size_behind(m: nn.Module, x: Tensor) -> Tensor:
+def size_behind(m: nn.Module, x: Tensor) -> Tensor:
     y = m.a[0](x)
     z = m.a[1](y).relu()
     return z.view(y.size(0), -1, y.size(-1))
 
 
-def _whole_size(m: nn.Module, x: Tensor) -> Tensor:
+def whole_size(m: nn.Module, x: Tensor) -> Tensor:
     y = m.a[0](x)
     sizes = y.size()
     z = m.a[1](y)
     return z.flatten(2).relu().view(sizes[0], sizes[1], sizes[2], -1)
 
 
-def _whole_shape(m: nn.Module, x: Tensor) -> Tensor:
+def whole_shape(m: nn.Module, x: Tensor) -> Tensor:
     y = m.a[0](x)
     return m.a[1](y).relu().flatten().view(y.shape)
 
 
-def _keyword(m: nn.Module, x: Tensor) -> Tensor:
+def keyword(m: nn.Module, x: Tensor) -> Tensor:
     y = m.a[0](x)
     return m.a[1](y).relu().view(y.size(dim=0), y.size(dim=1), -1)
 
 
-def _resized(m: nn.Module, x: Tensor) -> Tensor:
+def resized(m: nn.Module, x: Tensor) -> Tensor:
     y = m.a[0](x)
     z = m.a[1](y).relu()
     return F.interpolate(x.sigmoid(), size=y.shape[2:], mode="nearest") + z
 
 
-def _like(m: nn.Module, x: Tensor) -> Tensor:
+def like(m: nn.Module, x: Tensor) -> Tensor:
     y = m.a[0](x)
     return m.a[1](y).relu().flatten(1).reshape_as(y)
 
 
-def _attention(m: nn.Module, x: Tensor) -> Tensor:
+def attention(m: nn.Module, x: Tensor) -> Tensor:
     y = m.n(x.relu())
     b, c, h, w = y.shape
     t = y.flatten(2).transpose(1, 2)
@@ -82,47 +84,55 @@ def _attention(m: nn.Module, x: Tensor) -> Tensor:
     return (scores @ x.flatten(2).transpose(1, 2)).reshape(batch, n, width).transpose(1, 2).view(b, c, h, w)
 
 
-def _returned(m: nn.Module, x: Tensor) -> tuple[Tensor, int, int]:
+def returned(m: nn.Module, x: Tensor) -> tuple[Tensor, int, int]:
     y = m.a[0](x)
     z = m.a[1](y).relu()
     return z, y.shape[0], y.shape[1]
 
 
-def _computed(m: nn.Module, x: Tensor) -> Tensor:
+def computed(m: nn.Module, x: Tensor) -> Tensor:
     y = m.a[0](x)
     z = m.a[1](y).relu()
     return z.sum((2, 3)) / (y.shape[2] * y.shape[3] + 1)
 
 
-FREED = {
-    name.strip("_"): forward
-    for name, forward in globals().copy().items()
-    if name.startswith("_") and getattr(forward, "__module__", "") == __name__
-}
+FREED = [
+    unpacked,
+    size_before,
+    size_behind,
+    whole_size,
+    whole_shape,
+    keyword,
+    resized,
+    like,
+    attention,
+    returned,
+    computed,
+]
 
 
-NOBODY_TELLS = ("unpacked", "whole_size")
+NOBODY_TELLS = (unpacked, whole_size)
 """With a stride, all that stays of an image is its tokens."""
 
 
-@pytest.mark.parametrize("name", FREED)
+@pytest.mark.parametrize("forward", FREED)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_size_read_does_not_keep_a_norm(name: str, stride: int) -> None:
-    kept = stride == 2 and name in NOBODY_TELLS
-    fused = check(Net(FREED[name], **parts(stride=stride)), *SHAPES, examples=True)
+def test_a_size_read_does_not_keep_a_norm(forward: Forward, stride: int) -> None:
+    kept = stride == 2 and forward in NOBODY_TELLS
+    fused = check(Net(forward, **parts(stride=stride)), *SHAPES, examples=True)
     assert counts(fused)[1] == kept, fused.code
     certificate = report(fused).certificate
     assert kept or (certificate and not certificate.undecided), certificate
 
 
-@pytest.mark.parametrize("name", FREED)
-def test_sizes_without_an_example(name: str) -> None:
-    check(Net(FREED[name], **parts(stride=2)), *SHAPES, examples=False)
+@pytest.mark.parametrize("forward", FREED)
+def test_sizes_without_an_example(forward: Forward) -> None:
+    check(Net(forward, **parts(stride=2)), *SHAPES, examples=False)
 
 
-@pytest.mark.parametrize("name", FREED)
-def test_sizes_of_an_exported_module(name: str) -> None:
-    model = ready(Net(FREED[name], **parts(stride=2)).double())
+@pytest.mark.parametrize("forward", FREED)
+def test_sizes_of_an_exported_module(forward: Forward) -> None:
+    model = ready(Net(forward, **parts(stride=2)).double())
     x, other = images((2, C, 8, 9), (3, C, 8, 9))
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     fused = fuse_fx(program.module(), x)
@@ -132,7 +142,7 @@ def test_sizes_of_an_exported_module(name: str) -> None:
 
 
 def test_what_nobody_else_tells_is_still_asked() -> None:
-    model = ready(Net(_unpacked, **parts(stride=2)))
+    model = ready(Net(unpacked, **parts(stride=2)))
     fused = fuse_fx(model, images(SHAPES[0], dtype=torch.float32)[0])
     assert not [n for n in fused.graph.nodes if n.target == "size"], fused.code
 
@@ -162,7 +172,7 @@ def test_who_tells_a_size_is_held_to_the_rank_of_the_example() -> None:
         run(fused, single)
 
 
-RESHAPED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+RESHAPED: dict[str, Forward] = {
     "the norm itself": lambda m, x: _then(m.n(x.relu()), lambda y: y.unsqueeze_(0), lambda y: y.view(y.shape[1], -1)),
     "what the norm reads": lambda m, x: _then(
         x.relu(), lambda r: m.keep.append(m.n(r)) or r.unsqueeze_(0), lambda r: m.keep.pop().view(r.shape[1], -1)
