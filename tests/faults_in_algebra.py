@@ -237,6 +237,16 @@ ALGEBRA = [
         ),
     ),
     fault(
+        "the first channels of a term instead of those selected", "reparamc_passes.channel_moving:_select_terms",
+        "inside.append(e.index[used] - at)", "inside.append(len(inside))",
+        text="""%x = source c=4 f=2
+%z = source c=4 f=2
+%0 = conv %x 4->3 k=1x1
+%1 = conv %z 4->5 k=1x1
+%2 = concat %0, %1 c=3,5 f=2
+%3 = select %2 5:8 of 8 f=2""",
+    ),
+    fault(
         "selection of a selection", "reparamc_passes.channel_moving:selected",
         "index=tuple(inner.index[i] for i in e.index)", "index=e.index",
         text="""%x = source c=4 f=2
