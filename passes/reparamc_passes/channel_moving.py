@@ -4,8 +4,13 @@
     (W * x + b)[i]                  =  W[i] * x + b[i]
     W * x[p]                        =  W[:, p^-1] * x                 p a permutation
 
-and the bookkeeping that brings them together: concat of concat, selection of a concatenation or a
-selection, neighbouring selections of one value, the selection of everything in order.
+and what brings them together:
+
+    concat(concat(x, y), z)         =  concat(x, y, z)
+    concat(x, y)[i]                 =  concat(x[i'], y[i"])           i in the order of the terms
+    x[i][j]                         =  x[i[j]]
+    concat(x[i], x[j])              =  x[i, j]
+    x[all, in order]                =  x
 
 Always exact. Rows are stacked for dense convolutions of equal stride and extent, where the hull of
 their taps does not cost more than it saves.
@@ -29,18 +34,18 @@ def stacked(e: Expr) -> Expr | Declined | None:
     """concat(W*x, W'*x) = (W above W')*x, for neighbouring terms of one input and grid."""
     if not isinstance(e, Concat):
         return None
-    terms: list[Expr] = []
+    parts: list[tuple[Expr, int]] = []
     refusal: Declined | None = None
-    for key, run in groupby(e.terms, lambda term: _grid(term, e.frame)):
+    for key, run in groupby(zip(e.terms, e.sizes, strict=True), lambda part: _grid(part[0], e.frame)):
         group = list(run)
-        convs = [t for t in group if isinstance(t, Conv)]
+        convs = [t for t, _ in group if isinstance(t, Conv)]
         if key is not None and len(convs) > 1:
             if price(stacked_shape(convs)) < sum(map(price, convs)):
-                group = [stack(convs)]
+                group = [(stack(convs), sum(size for _, size in group))]
             else:
                 refusal = Declined("stacking its branches would cost more multiply-adds than it saves")
-        terms += group
-    return refusal if len(terms) == len(e.terms) else _concat(terms, e)
+        parts += group
+    return refusal if len(parts) == len(e.terms) else _concat(parts, e.frame)
 
 
 def _grid(e: Expr, frame: int) -> Hashable:
@@ -50,11 +55,9 @@ def _grid(e: Expr, frame: int) -> Hashable:
     return e.x, grid(e)
 
 
-def _concat(terms: list[Expr], like: Concat) -> Expr:
-    if len(terms) == 1:
-        return terms[0]
-    sizes = dict(zip(like.terms, like.sizes, strict=True))
-    return Concat(tuple(terms), tuple(t.out_channels if isinstance(t, Conv) else sizes[t] for t in terms), like.frame)
+def _concat(parts: list[tuple[Expr, int]], frame: int) -> Expr:
+    """The concatenation of one or more terms, each with its number of channels."""
+    return parts[0][0] if len(parts) == 1 else Concat(tuple(t for t, _ in parts), tuple(n for _, n in parts), frame)
 
 
 def flattened(e: Expr) -> Expr | None:
@@ -75,11 +78,8 @@ def flattened(e: Expr) -> Expr | None:
             parts[-1] = (replace(before, index=before.index + term.index), parts[-1][1] + size)
         else:
             parts.append((term, size))
-    if len(parts) == 1:
-        return parts[0][0]
-    if all(a is b for (a, _), b in zip(parts, e.terms, strict=False)) and len(parts) == len(e.terms):
-        return None
-    return Concat(tuple(t for t, _ in parts), tuple(n for _, n in parts), e.frame)
+    unchanged = len(parts) == len(e.terms) > 1 and all(a is b for (a, _), b in zip(parts, e.terms, strict=True))
+    return None if unchanged else _concat(parts, e.frame)
 
 
 def selected(e: Expr) -> Expr | None:
@@ -112,7 +112,7 @@ def _select_terms(e: Select, concat: Concat) -> Expr | None:
         at += size
     if used < len(e.index) or sum(isinstance(part, Select) for part, _ in parts) > 1:
         return None  # in another order, or dearer
-    return parts[0][0] if len(parts) == 1 else Concat(tuple(t for t, _ in parts), tuple(n for _, n in parts), e.frame)
+    return _concat(parts, e.frame)
 
 
 def shuffled(e: Expr) -> Expr | None:
