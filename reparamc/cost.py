@@ -26,6 +26,9 @@ from reparamc.expr import BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, 
 POSITIONS = 196.0
 """Nominal positions of a map: 14 x 14. Strides divide them; a transposed convolution gives no more than these."""
 
+CHANNELS = 64
+"""Nominal channels of a value where nothing tells their number."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -84,8 +87,8 @@ def cost(root: Expr) -> float:
     for e in walk(root):
         read = min((positions[c] for c in e.children), default=POSITIONS)
         positions[e] = behind(e, read) if isinstance(e, Conv) else read
-        cut = isinstance(e, Layout) and e.frame is None  # it has the elements of its operand, however they lie
-        widths[e] = widths[e.children[0]] if cut else count[e] or 64
+        cut = isinstance(e, Layout) and e.frame is None  # it has no channels, and is priced as if it kept those of x
+        widths[e] = widths[e.children[0]] if cut else count[e] or CHANNELS
         total += _price(e, widths[e], read)
     return total
 

@@ -38,6 +38,9 @@ def evaluate(
     Args:
         inputs: a float64 array for each source, channel axis ``frame`` places from the right.
         extents: what the symbols in the shapes stand for, where the shapes of the inputs do not tell.
+
+    Raises:
+        ValueError: neither tells an extent of a reshape.
     """
     values: dict[Expr, Array] = {}
     sizes = dict(extents or {})

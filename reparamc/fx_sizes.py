@@ -24,10 +24,13 @@ _TAKES_SIZES = ("reshape", "unflatten", "interpolate", "adaptive_avg_pool", "ada
 
 
 def free_sizes(facts: Values, goes: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Ask values that stay for the extents of those that may go; the values by whose ranks others were found.
+    """Ask values that stay for the extents of those that may go. All reads of a value are moved, or none.
 
-    ``goes`` says whether an operator may become part of another one. All reads of a value are moved, or none: one
-    that is left is enough to keep it.
+    Args:
+        goes: whether an operator may become part of another one.
+
+    Returns:
+        The values whose number of axes is taken to be what ``facts`` say; none where nothing was moved.
     """
     sizes = _Sizes(facts, goes)
     for node in list(sizes.position):
@@ -37,7 +40,14 @@ def free_sizes(facts: Values, goes: Callable[[fx.Node], bool]) -> list[fx.Node]:
 
 
 class _Sizes:
-    """A graph, with the first value that stays by each extent that is not known."""
+    """A graph while its reads of shapes are moved.
+
+    Attributes:
+        position: of each value in the order of execution, as it was at first.
+        homes: for each extent that is no number the first value that stays and has it, and along which axis.
+        asked: the nodes that were made to tell an extent; True: by a read, False: as a product.
+        ranked: as `free_sizes` returns them.
+    """
 
     def __init__(self, facts: Values, goes: Callable[[fx.Node], bool]) -> None:
         self.facts, self.goes, self.graph = facts, goes, facts.module.graph
@@ -76,7 +86,11 @@ class _Sizes:
         return 0 < len(self._reads(node)) < len(node.users)
 
     def free(self, node: fx.Node) -> None:
-        """Let all who ask ``node`` for its shape ask others; nothing is changed where that cannot be done."""
+        """Let all who ask ``node`` for its shape ask others; nothing is changed where that cannot be done.
+
+        What a BatchNorm is asked, its operand can be asked as well. Otherwise each chain of readers is followed (the
+        shape, one extent of it, a product of two) to those that use a number, and these are given one.
+        """
         reads = self._reads(node)
         call = self.facts.calls[node]
         x = call.input if call is not None and call.plain and call.op == "batch_norm" else None
@@ -84,8 +98,8 @@ class _Sizes:
             for read in reads:
                 read.replace_input_with(node, x)
             return
-        leaves: dict[fx.Node, Dim | Shape | None] = {}
-        uses: list[tuple[fx.Node, fx.Node]] = []
+        leaves: dict[fx.Node, Dim | Shape | None] = {}  # what tells extents, and which; for reshape_as, node itself
+        uses: list[tuple[fx.Node, fx.Node]] = []  # a leaf, and who uses its number
         while reads:
             leaf = reads.pop()
             if self._is_like(leaf, node):
@@ -141,7 +155,7 @@ class _Sizes:
         return symbols if all(self._home(s, user) for s in symbols) else None
 
     def _ask(self, dim: Dim, user: fx.Node) -> int | fx.Node:
-        """``dim`` as a number, or as a node in front of ``user``, right behind the values that tell it."""
+        """``dim`` as a number, or as a node right behind the values that tell it, all in front of ``user``."""
         if dim.known is not None:
             return dim.known
         home = self._home(dim, user)

@@ -2,7 +2,8 @@
 
 Operators that move whole channels commute with it, and a sum shares it out:
 
-    s P(x) + t  =  P(s x + t)                        P a layout operator that keeps the channel axis whole
+    s P(x) + t  =  P(s x + t)                        P a layout operator that keeps the channel axis whole,
+                                                     or any, where s and t are one number each
     s (a + b) + t  =  (s a + t) + s b
     s concat(a, b) + t  =  concat(s' a + t', s'' b + t'')
 """
@@ -133,8 +134,11 @@ def through_layouts(e: Expr, frame: int | None, *, shifted: bool) -> tuple[list[
     """The chain of operators that ends in ``e`` and commutes with a scale, last first, and what it starts from.
 
     Layout operators, and convolutions under another name: poolings, crops, paddings. A padding does not
-    commute with a shift. With it comes the frame at its start of the axis that has ``frame`` at its end; None where
-    ``frame`` is None, or where an operator treats another axis as its channels or does not keep the axis whole.
+    commute with a shift: where ``shifted``, the chain starts behind it.
+
+    Returns:
+        The chain, what it starts from, and the frame there of the axis that has ``frame`` behind it; None where
+        ``frame`` is None, or where an operator treats another axis as its channels or does not keep the axis whole.
     """
     chain: list[Layout | Conv] = []
     while isinstance(e, Layout) or (isinstance(e, Conv) and e.token is not None and not (shifted and e.reads_padding)):
