@@ -7,7 +7,7 @@ is. To add one, write it here and enter it in `READERS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,8 +51,8 @@ CHANNELS_UNKNOWN = "the number of its channels is unknown: pass example_inputs"
 class FxReading(Reading):
     """A `Reading`, with the tensors it holds and the number of channels of its result, where that is known."""
 
-    tensors: tuple[Tensor, ...] = ()
-    channels: int | None = None
+    tensors: tuple[Tensor, ...] = field(default=(), kw_only=True)
+    channels: int | None = field(default=None, kw_only=True)
 
 
 Reader = Callable[["FxGraph", fx.Node, Call], "FxReading | Declined | None"]
@@ -87,7 +87,7 @@ def _read_conv(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decline
         b = None if bias is None else array(bias)
         return Conv.padded(operands[0], array(weight), b, stride, dilation, begin, end, groups)
 
-    return FxReading((x,), build, names, n, _held(weight, bias), weight.shape[0])
+    return FxReading((x,), build, names, n, tensors=_held(weight, bias), channels=weight.shape[0])
 
 
 def _padding(
@@ -122,7 +122,7 @@ def _read_conv_transpose(graph: FxGraph, node: fx.Node, call: Call) -> FxReading
         b = None if bias is None else array(bias)
         return transposed(operands[0], swap_sides(array(weight), groups), b, stride, dilation, begin, end, groups)
 
-    return FxReading((x,), build, names, n, _held(weight, bias), weight.shape[1] * groups)
+    return FxReading((x,), build, names, n, tensors=_held(weight, bias), channels=weight.shape[1] * groups)
 
 
 def _read_linear(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -137,7 +137,7 @@ def _read_linear(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decli
         return Conv(operands[0], array(weight), None if bias is None else array(bias))
 
     x = cast(fx.Node, call.input)
-    return FxReading((x,), build, names, 0, _held(weight, bias), weight.shape[0])
+    return FxReading((x,), build, names, 0, tensors=_held(weight, bias), channels=weight.shape[0])
 
 
 def _read_product(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -158,7 +158,7 @@ def _read_product(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decl
         return Conv(operands[0], np.ascontiguousarray(array(weight).T), None if b is None else array(b))
 
     names = (*names, *(bias[1] if bias is not None else ()))
-    return FxReading((x,), build, names, 0, _held(weight, b), weight.shape[1])
+    return FxReading((x,), build, names, 0, tensors=_held(weight, b), channels=weight.shape[1])
 
 
 def _parameters(graph: FxGraph, call: Call) -> tuple[Tensor, Tensor | None, tuple[str, ...]] | Declined | None:
@@ -205,7 +205,8 @@ def _read_batchnorm(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | De
         return BatchNorm(operands[0], g, b, m, array(var), float(eps), frame)
 
     names = tuple(name for h in held if h is not None for name in h[1])
-    return FxReading((x,), build, names, frame, _held(gamma, beta, mean, var), mean.numel(), commutes=True, scales=True)
+    tensors = _held(gamma, beta, mean, var)
+    return FxReading((x,), build, names, frame, tensors=tensors, channels=mean.numel(), commutes=True, scales=True)
 
 
 def _read_neg(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
@@ -215,7 +216,7 @@ def _read_neg(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
 
 def _unary(graph: FxGraph, x: fx.Node, build: Callable[[Sequence[Expr]], Expr]) -> FxReading:
     frame = graph.frame(x)
-    return FxReading((x,), build, (), frame, (), graph.channels(x, frame))
+    return FxReading((x,), build, (), frame, channels=graph.channels(x, frame))
 
 
 def _read_identity(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
@@ -269,7 +270,7 @@ def _read_arithmetic(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | D
     names = held[1] if held is not None else ()
     kept = graph.frame(x) if frame is None else frame
     channels = graph.channels(x, kept) if frame is None else constant.numel()
-    return FxReading((x,), build, names, kept, tensors, channels, commutes=True, scales=True)
+    return FxReading((x,), build, names, kept, tensors=tensors, channels=channels, commutes=True, scales=True)
 
 
 _SUMS = ("add", "sub")
@@ -293,7 +294,7 @@ def _read_sum(graph: FxGraph, left: Any, right: Any, weight: float) -> FxReading
         a, b = operands
         return Sum((a, b if weight == 1 else Scale(b, np.asarray(weight), ZERO)))
 
-    return FxReading((left, right), build, (), frame, (), next((c for c in counts if c is not None), None))
+    return FxReading((left, right), build, (), frame, channels=next((c for c in counts if c is not None), None))
 
 
 def _constant(graph: FxGraph, arg: Any) -> Tensor | None:
@@ -336,7 +337,7 @@ def _moved(graph: FxGraph, x: fx.Node, op: LayoutOp, node: fx.Node) -> FxReading
     if not isinstance(reading, Reading):
         return reading
     channels = None if reading.frame is None else graph.channels(x, frame)
-    return FxReading((x,), reading.build, (), reading.frame, (), channels, commutes=True, idle=reading.idle)
+    return FxReading((x,), reading.build, (), reading.frame, channels=channels, commutes=True, idle=reading.idle)
 
 
 def _read_mean(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -374,7 +375,7 @@ def _select(graph: FxGraph, x: fx.Node, index: Sequence[int], frame: int) -> FxR
     if not index:
         return Declined("it selects nothing")
     picked = tuple(index)
-    return FxReading((x,), lambda o: Select(o[0], picked, width, frame), (), frame, (), len(picked))
+    return FxReading((x,), lambda o: Select(o[0], picked, width, frame), (), frame, channels=len(picked))
 
 
 def _read_slice(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -445,7 +446,7 @@ def _read_cat(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined
     if None in sizes:
         return Declined(CHANNELS_UNKNOWN)
     counts = tuple(cast("list[int]", sizes))
-    return FxReading(operands, lambda o: Concat(tuple(o), counts, frame), (), frame, (), sum(counts))
+    return FxReading(operands, lambda o: Concat(tuple(o), counts, frame), (), frame, channels=sum(counts))
 
 
 def find_shuffle(graph: FxGraph, node: fx.Node) -> tuple[fx.Node, int, list[fx.Node]] | None:
@@ -522,7 +523,7 @@ def _read_avg_pool(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Dec
         weight = np.full((channels, 1, *kernel), 1 / prod(kernel))
         return Conv.padded(operands[0], weight, None, stride, (1,) * n, pads, pads, channels, node)
 
-    return FxReading((x,), build, (), n, (), channels, commutes=not any(pads))
+    return FxReading((x,), build, (), n, channels=channels, commutes=not any(pads))
 
 
 def _read_pad(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -545,7 +546,7 @@ def _read_pad(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined
     def build(operands: Sequence[Expr]) -> Expr:
         return Conv.padded(operands[0], np.ones((channels, 1, *ones)), None, ones, ones, begin, end, channels, node)
 
-    return FxReading((x,), build, (), frame, (), channels)
+    return FxReading((x,), build, (), frame, channels=channels)
 
 
 READERS: dict[str, Reader] = {
