@@ -56,7 +56,8 @@ class OnnxGraph:
         self.types = Types(model)
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.producers = {name: node for node in self.nodes for name in node.output if name}
-        self._readers = readers(model.graph)
+        self.uses = readers(model.graph)
+        """The nodes that read each value, once per operand; None for a graph output or a body that captures it."""
         self._readings: dict[str, Reading | Declined | None] = {}
         self.names = Names(defined_names(model.graph))
         self._inserted: dict[str, list[NodeProto]] = {}
@@ -78,8 +79,8 @@ class OnnxGraph:
 
     def readers(self, value: Value) -> Sequence[Value | None]:
         found: list[str | None] = []
-        for node in self._readers.get(str(value), []):
-            found += [None] if node is None else [name for name in _results(node) if name in self._readers] or [None]
+        for node in self.uses.get(str(value), []):
+            found += [None] if node is None else [name for name in _results(node) if name in self.uses] or [None]
         return found
 
     def dtype(self, members: Sequence[Value]) -> np.dtype | None:

@@ -255,12 +255,11 @@ def _protected(graph: OnnxGraph, node: NodeProto, value: str, *, scalar: bool) -
     """
     producer = graph.producers.get(value)
     if scalar:
-        readers = graph._readers.get(value, [])
-        clipped = any(r is not None and r.op_type == "Clip" for r in graph._readers.get(node.output[0], []))
+        clipped = any(r is not None and r.op_type == "Clip" for r in graph.uses.get(node.output[0], []))
         if clipped and node.op_type in ("Add", "Sub"):
             return ACTIVATION
-        linear = producer is None or value in graph.constants or isinstance(graph.read(value), Reading)
-        return None if linear and readers else ACTIVATION
+        linear = producer is None or value in graph.constants or graph.is_linear(value)
+        return None if linear else ACTIVATION
     if producer is not None and producer.op_type == "Mul" and node.op_type == "Add":
         source = next((name for name in producer.input if name not in graph.constants), None)
         producer = graph.producers.get(source) if source else None
@@ -305,7 +304,7 @@ def _read_identity(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | 
 
 
 def _read_dropout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
-    mask_read = len(node.output) > 1 and graph._readers.get(node.output[1])
+    mask_read = len(node.output) > 1 and graph.uses.get(node.output[1])
     training = operand(node, 2)
     live = training is not None and (training not in graph.constants or bool(graph.constants.array(training).any()))
     if mask_read or live or graph.opset < 7:
