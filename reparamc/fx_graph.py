@@ -36,22 +36,12 @@ DTYPES: dict[torch.dtype, np.dtype] = {
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
 }
 
-_LINEAR_KINDS = (
-    *("add", "sub", "mul", "div", "neg", "identity", "copy", "reshape", "permute", "transpose", "flatten", "unflatten"),
-    *("squeeze", "unsqueeze", "pad", "cat", "split", "chunk", "getitem", "slice", "narrow", "mean", "matmul", "conv"),
-    *("linear", "addmm", "einsum", "roll", "cumsum", "sum", "flip", "index_select", "expand", "stack"),
-    *(
-        "select",
-        "unbind",
-        "channel_shuffle",
-        "unfold",
-        "fold",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "batch_norm",
-        "dropout",
-    ),
-)
+_LINEAR_KINDS = {
+    "add", "sub", "mul", "div", "neg", "identity", "copy", "reshape", "permute", "transpose", "flatten", "unflatten",
+    "squeeze", "unsqueeze", "pad", "cat", "split", "chunk", "unbind", "getitem", "slice", "narrow", "select", "mean",
+    "matmul", "conv", "linear", "addmm", "einsum", "roll", "cumsum", "sum", "flip", "index_select", "expand", "stack",
+    "channel_shuffle", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "batch_norm", "dropout",
+}  # fmt: skip
 """Operators that are affine in each operand that is no constant, all other operands being constant."""
 _ANY_RANK = (
     *("conv", "conv_transpose", "linear", "matmul", "addmm", "neg", "identity", "copy", "dropout", "avg_pool", "pad"),
@@ -60,19 +50,11 @@ _ANY_RANK = (
 """Operators that mean the same for values of all ranks that they take, counted from the last axis."""
 _ONE_OPERAND = ("mul", "div", "matmul", "einsum", "conv", "linear", "addmm", "batch_norm")
 _LINEAR_FUNCTIONS: dict[Any, str] = {
-    torch.einsum: "einsum",
-    torch.roll: "roll",
-    torch.cumsum: "cumsum",
-    torch.sum: "sum",
-    torch.flip: "flip",
-    torch.index_select: "index_select",
-    torch.stack: "stack",
-    F.unfold: "unfold",
-    F.fold: "fold",
-    F.pixel_shuffle: "pixel_shuffle",
-    F.pixel_unshuffle: "pixel_unshuffle",
-    **dict.fromkeys(("roll", "cumsum", "sum", "flip", "index_select", "expand"), "roll"),
+    **{name: name for name in ("roll", "cumsum", "sum", "flip", "index_select", "expand")},
+    **{f: f.__name__ for f in (torch.einsum, torch.roll, torch.cumsum, torch.sum, torch.flip, torch.index_select)},
+    **{f: f.__name__ for f in (torch.stack, F.unfold, F.fold, F.pixel_shuffle, F.pixel_unshuffle)},
 }
+"""Operators without a form in `fx_calls`, as functions and as names of methods."""
 
 
 class FxGraph:

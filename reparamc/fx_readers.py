@@ -378,30 +378,36 @@ def _select(graph: FxGraph, x: fx.Node, index: Sequence[int], frame: int) -> FxR
     return FxReading((x,), lambda o: Select(o[0], picked, width, frame), (), frame, channels=len(picked))
 
 
+def _read_getitem(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """An index; or one result of what has several."""
+    made = graph.facts.calls.get(call.input) if call.input is not None else None
+    if call.input is None or made is None or made.op not in ("split", "chunk", "unbind"):
+        return _read_slice(graph, node, call)
+    if made.input is None or call.input not in graph.through:
+        return None
+    if made.op == "unbind":
+        return _position(graph, made.input, made.get("dim", 0), call.args.get("index"), node)
+    return _piece(graph, made.input, made, call.args.get("index"))
+
+
 def _read_slice(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """Some positions along one axis, or one of them."""
     x = call.input
     if x is None or x in graph.facts.known:
         return None
-    behind = graph.facts.calls.get(x)
-    if call.op == "getitem" and behind is not None and behind.op in ("split", "chunk"):
-        return _read_piece(graph, call, x, behind)
-    if call.op == "getitem" and behind is not None and behind.op == "unbind":
-        made, at = behind.input, call.args.get("index")
-        axis = behind.get("dim", 0)
-        return _taken(graph, made, axis, at, node) if made is not None and x in graph.through else None
     if call.op == "slice" and call.get("start", 0) == 0 and call.get("end", ALL) == ALL and call.get("step", 1) == 1:
         return _read_identity(graph, node, call)  # torch.export writes one for every colon
     frame, shape = _image_frame(graph, x), graph.facts.shapes.get(x)
     at = graph.facts.position(call, shape) if shape is not None else None
     if at is not None:
-        return _taken(graph, x, *at, node)
+        return _position(graph, x, *at, node)
     found = graph.facts.sliced(call, shape) if shape is not None else None
     if found is None or shape is None or frame is None or found[0] != len(shape) - 1 - frame:
         return None
     return _select(graph, x, list(found[1]), frame)
 
 
-def _taken(graph: FxGraph, x: fx.Node, axis: Any, at: Any, node: fx.Node) -> FxReading | Declined | None:
+def _position(graph: FxGraph, x: fx.Node, axis: Any, at: Any, node: fx.Node) -> FxReading | Declined | None:
     """One position along an axis, which goes; both may be counted from the end."""
     shape = graph.facts.shapes.get(x)
     if shape is None or x in graph.facts.known or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
@@ -413,11 +419,10 @@ def _taken(graph: FxGraph, x: fx.Node, axis: Any, at: Any, node: fx.Node) -> FxR
     return _moved(graph, x, Take(len(shape), axis, at % extent), node)
 
 
-def _read_piece(graph: FxGraph, call: Call, split: fx.Node, made: Call) -> FxReading | Declined | None:
-    """One result of a split or chunk along the channels."""
-    x, index = made.input, call.args.get("index")
-    shape = graph.facts.shapes.get(x) if x is not None else None
-    if x is None or shape is None or split not in graph.through or not isinstance(index, int):
+def _piece(graph: FxGraph, x: fx.Node, made: Call, index: Any) -> FxReading | Declined | None:
+    """One result of a split or chunk of ``x`` along the channels."""
+    shape = graph.facts.shapes.get(x)
+    if shape is None or not isinstance(index, int):
         return None
     frame, parts, axis = _image_frame(graph, x), graph.facts.parts(made, shape), made.get("dim", 0)
     if frame is None or parts is None or axis % len(shape) != len(shape) - 1 - frame:
@@ -549,6 +554,18 @@ def _read_pad(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined
     return FxReading((x,), build, (), frame, channels=channels)
 
 
+def _clips(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        return isinstance(lookup(module, str(node.target)), nn.ReLU6 | nn.Hardtanh)
+    name = aten_name(node.target) or getattr(node.target, "__name__", str(node.target))
+    return name.rstrip("_") in ("relu6", "hardtanh", "clamp", "clip")
+
+
+def array(tensor: Tensor) -> Array:
+    """A tensor as a float64 array of its own."""
+    return np.array(tensor.detach().to("cpu", torch.float64).numpy(), copy=True)
+
+
 READERS: dict[str, Reader] = {
     "conv": _read_conv,
     "conv_transpose": _read_conv_transpose,
@@ -563,21 +580,10 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(("reshape", "reshape_as", "permute", "transpose", "flatten", "unflatten"), _read_layout),
     **dict.fromkeys(("mean", "adaptive_avg_pool"), _read_mean),
     **dict.fromkeys(("squeeze", "unsqueeze"), _read_layout),
-    **dict.fromkeys(("slice", "narrow", "getitem", "select"), _read_slice),
+    **dict.fromkeys(("slice", "narrow", "select"), _read_slice),
+    "getitem": _read_getitem,
     "cat": _read_cat,
     "channel_shuffle": _read_shuffle,
     "avg_pool": _read_avg_pool,
     "pad": _read_pad,
 }
-
-
-def _clips(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == "call_module":
-        return isinstance(lookup(module, str(node.target)), nn.ReLU6 | nn.Hardtanh)
-    name = aten_name(node.target) or getattr(node.target, "__name__", str(node.target))
-    return name.rstrip("_") in ("relu6", "hardtanh", "clamp", "clip")
-
-
-def array(tensor: Tensor) -> Array:
-    """A tensor as a float64 array of its own."""
-    return np.array(tensor.detach().to("cpu", torch.float64).numpy(), copy=True)

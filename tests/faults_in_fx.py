@@ -103,7 +103,7 @@ FX_READERS = [
         fx=lambda: net(lambda x, c, d: torch.cat([c(x), d(x)], 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3)),
     ),
     fault(
-        "pieces of a split", f"{READ}piece", "start = sum(parts[:index])", "start = 0",
+        "pieces of a split", "reparamc.fx_readers:_piece", "start = sum(parts[:index])", "start = 0",
         fx=lambda: net(lambda x, c: c(x).split(2, 1)[1], nn.Conv2d(4, 4, 3)),
     ),
     fault(
