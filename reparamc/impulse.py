@@ -22,6 +22,9 @@ from reparamc.text import show
 
 IMPULSE = "impulse-response"
 
+MOST_AXES = 3
+"""Axes of an image: no framework has a convolution over more."""
+
 
 def find_kernels(graph: Graph, readings: dict[Value, Reading], decisions: dict[Value, Decision]) -> Iterator[Splice]:
     """Trees of linear operators on one operand that the rules left in pieces, as the one kernel that they are."""
@@ -70,7 +73,9 @@ def _as_kernel(
 ) -> Splice | None:
     root, (operand,) = tree[-1], {v for t in tree for v in wide[t].operands} - set(tree)
     source, dtype = graph.source(operand), graph.dtype([*tree, operand])
-    if dtype is None or source.shape is None or len(source.shape) < 3 or (channels := source.shape[1].known) is None:
+    if dtype is None or source.shape is None or not 3 <= len(source.shape) <= MOST_AXES + 2:
+        return None
+    if (channels := source.shape[1].known) is None:
         return None
     batch, extents = source.shape[0].known, [d.known for d in source.shape[2:]]
     if unread:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from expression_models import assert_close, operators, run
 from onnx import ModelProto, NodeProto
-from onnx_models import batchnorm, fuse, model, node, norm, rand
+from onnx_models import assert_left, batchnorm, fuse, model, node, norm, rand
 
 from reparamc.onnx_fuse import fuse_model
 
@@ -207,3 +207,10 @@ def test_a_shift_that_the_border_already_has(fold: bool) -> None:
     original = model([*nodes, kernel("b", "y", pads=[0, 0, 0, 0])], parameters, ("N", 4, "H", "W"))
     fused, _ = fuse(original)
     assert (operators(fused)["Conv"] == 1) == fold
+
+
+def test_more_axes_than_a_convolution_has() -> None:
+    """As a window of a windowed image is cut."""
+    nodes = [node("Slice", "x a e ax", "c"), node("MatMul", "c w", "d"), node("Relu", "d", "y")]
+    parameters = {"w": rand(5, 4), **integers(a=[1], e=[2**40], ax=[4])}
+    assert_left(model(nodes, parameters, ("N", 4, 2, 2, 3, 5)))
