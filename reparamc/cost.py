@@ -83,12 +83,14 @@ def cost(root: Expr) -> float:
     count = channels(root)
     positions: dict[Expr, float] = {}
     widths: dict[Expr, int] = {}
+    cut: set[Expr] = set()  # what has other channels or none, and is priced as if it kept those of its operand
     total = 0.0
     for e in walk(root):
         read = min((positions[c] for c in e.children), default=POSITIONS)
         positions[e] = behind(e, read) if isinstance(e, Conv) else read
-        cut = isinstance(e, Layout) and e.frame is None  # it has no channels, and is priced as if it kept those of x
-        widths[e] = widths[e.children[0]] if cut else count[e] or CHANNELS
+        if isinstance(e, Layout | Scale | BatchNorm) and (e.frame is None or e.x in cut):
+            cut.add(e)
+        widths[e] = widths[e.children[0]] if e in cut else count[e] or CHANNELS
         total += _price(e, widths[e], read)
     return total
 

@@ -77,14 +77,23 @@ def of_each_head(m: Any, x: Any) -> Any:
     return m.out(attention(q * m.temperature, k, v))
 
 
+def along_two_axes(m: Any, x: Any) -> Any:
+    q, k, v = together(m, x).unbind(0)
+    return m.out(attention(q * m.temperature, k * m.channels, v))
+
+
 def net(run: Run) -> Net:
     torch.manual_seed(0)
     parts: dict[str, Any] = {name: nn.Linear(WIDTH, WIDTH) for name in ("q", "k", "v", "out")}
     temperature = nn.Parameter(torch.tensor([0.5, 1.5]).reshape(HEADS, 1, 1))
-    return Net(run, qkv=nn.Linear(WIDTH, 3 * WIDTH), temperature=temperature, **parts)
+    channels = nn.Parameter(torch.tensor([0.5, 1.5, -1.0, 2.0]))
+    return Net(run, qkv=nn.Linear(WIDTH, 3 * WIDTH), temperature=temperature, channels=channels, **parts)
 
 
-ALL = [apart, unbound, unbound_by_function, indexed, selected, both_scaled, within_heads, chunked, of_each_head]
+ALL = [
+    *(apart, unbound, unbound_by_function, indexed, selected, both_scaled, within_heads, chunked, of_each_head),
+    along_two_axes,
+]
 
 
 @pytest.mark.parametrize("run", ALL)
