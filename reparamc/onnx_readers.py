@@ -436,7 +436,7 @@ def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     index, shape = graph.constant(node, 1), graph.types.shape(x)
     axis = cast(int, attribute(node, "axis", 0))
     width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
-    if index is None or shape is None or width is None or len(graph.constants.shape(index)) > 1:
+    if index is None or shape is None or not width or len(graph.constants.shape(index)) > 1:
         return None
     positions = [i % width for i in graph.constants.array(index).ravel().tolist()]
     if graph.constants.shape(index):

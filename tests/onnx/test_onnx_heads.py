@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto
 from onnx_models import Extents, assert_left, fuse, model, node, rand, reasons
 
 from reparamc.onnx_certify import certify_onnx
+from reparamc.onnx_fuse import fuse_model
 
 WIDTH, HEADS, EACH = 6, 2, 4
 PARAMETERS = {
@@ -158,3 +159,11 @@ def test_what_the_certificate_says_of_the_wrong_rows() -> None:
                 tensor.raw_data = bias.tobytes()
         found = certify_onnx(original, other)
         assert {w.verdict for w in found.windows} == ({"equal"} if rows == slice(0, 8) else {"equal", "different"})
+
+
+def test_a_position_along_an_axis_without_any() -> None:
+    """No runtime computes that, and it is for the runtime to say."""
+    made = model([node("Gather", "x 0", "y", axis=1)], {"0": np.array(0)}, ("N", 0, 6), opset=18)
+    fused, report = fuse_model(made, verify="region")
+    assert fused.SerializeToString() == made.SerializeToString()
+    assert not report.changed
