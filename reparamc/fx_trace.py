@@ -92,6 +92,16 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.opaque = opaque or set()
         self.failed: str | None = None
+        self.precision = _precision()
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if kind.startswith("call"):
+            self._refuse_autocast()
+        return super().create_node(kind, *args, **kwargs)
+
+    def _refuse_autocast(self) -> None:
+        if _precision() != self.precision:
+            raise RuntimeError("it turns autocast on or off, which torch.fx does not record")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooked = bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
@@ -101,11 +111,17 @@ class _Tracer(fx.Tracer):
         return special or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        self._refuse_autocast()  # here it is the fault of the module around ``m``
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             self.failed = self.failed or self.path_of_module(m)
             raise
+
+
+def _precision() -> list[torch.dtype | None]:
+    """What autocast computes in now, where it is on."""
+    return [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")]
 
 
 def trace(model: nn.Module) -> fx.GraphModule:

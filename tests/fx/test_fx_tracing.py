@@ -476,3 +476,37 @@ def test_pickle_with_fixed_arguments() -> None:
     x = torch.ones(1, CHANNELS, 5, 6)
     for again in (pickle.loads(pickle.dumps(fused)), copy.deepcopy(fused)):
         assert relative_error(run(again, x), run(fused, x)) == 0
+
+
+class InLowPrecision(nn.Module):
+    """A layer that computes in bfloat16, and a scale behind another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, CHANNELS)
+        self.gain = nn.Parameter(torch.rand(CHANNELS) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.low(x)
+        return self.high(y.float()) * self.gain
+
+
+def test_autocast_within_forward_is_not_lost() -> None:
+    """torch.fx runs it while it traces, and records nothing."""
+    torch.manual_seed(0)
+    model, x = InLowPrecision().eval(), torch.randn(3, CHANNELS)
+    fused = fuse_fx(model, (x,), verify="off")
+    assert report(fused).changed
+    with torch.no_grad():
+        assert relative_error(fused(x), model(x)) < 1e-5
+    with pytest.raises(InputError, match="autocast"):
+        fuse_fx(model)
+
+
+def test_autocast_within_a_part_keeps_the_part() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), InLowPrecision()).eval(), torch.randn(3, CHANNELS)
+    fused = fuse_fx(model)
+    with torch.no_grad():
+        assert relative_error(fused(x), model(x)) < 1e-5
