@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -144,13 +145,12 @@ def shapes_of(
     except Exception:  # the operators alone tell ranks then
         return {}
 
-    tokens = any(isinstance(a, Tensor) and a.ndim == 3 for a in args)
-
-    def attempt(change: Change, batch: int, single: int | None = None, axes: slice = slice(0)) -> bool:
-        values = [_resized(a, change, batch, tokens) for a in args]
+    def attempt(channels: str, change: Change, batch: int, single: int | None = None, along: str = "") -> bool:
+        values = [_resized(a, change, batch, channels) for a in args]
         if single is not None:
-            index = tuple(slice(1) if i in range(*axes.indices(8)) else slice(None) for i in range(values[single].ndim))
-            values[single] = values[single][index].clone()
+            x = values[single]
+            whole = {_channel_axis(x, channels)} | ({0} if along == "positions" else {*range(1, x.ndim)})
+            values[single] = x[tuple(slice(None) if i in whole else slice(1) for i in range(x.ndim))].clone()
         try:
             found = sizes_of(module, values)
         except Exception:  # whatever a module raises that does not know a size
@@ -160,17 +160,17 @@ def shapes_of(
         runs.append(found)
         return True
 
-    change = next((change for change in _SIZES[:-1] if attempt(change, 1)), None) if tokens else None
-    if change is None:
-        tokens = False
-        change = next((change for change in _SIZES if attempt(change, 1)), None)
-    if change is not None:
+    tensors = {i: a for i, a in enumerate(args) if isinstance(a, Tensor) and a.ndim > 1}
+    distinct = {tuple(_channel_axis(a, channels) for a in tensors.values()): channels for channels in _CHANNELS}
+    ways = [*product(distinct.values(), _SIZES[:-1]), (_CHANNELS[0], _SIZES[-1])]
+    way = next((way for way in ways if attempt(*way, 1)), None)
+    if way is not None:
+        channels, change = way
         if change is _SIZES[0]:
-            attempt(lambda axis, n: _small(axis, n) - (-1) ** axis, 0)
-        tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.ndim > 1]
+            attempt(channels, lambda axis, n: _small(axis, n) - (-1) ** axis, 0)
         for i in tensors if len(tensors) > 1 else ():
-            attempt(change, 1, i, slice(2, None))
-            attempt(change, 1, i, slice(0, 1))
+            attempt(channels, change, 1, i, "positions")
+            attempt(channels, change, 1, i, "batch")
     batches = {name for n in module.graph.find_nodes(op="placeholder") if runs[0].get(name := n.name)}
 
     def alike() -> dict[str, list[tuple[int, ...]]]:
@@ -185,7 +185,7 @@ def shapes_of(
 
     varying, repeated = alike(), dict[tuple[int, ...], tuple[int, tuple[int, ...]]]()
     # The side of an image may be such by chance: so once more, with the batch alone another one.
-    if change is not None and multiples(varying) and attempt(change, 3):
+    if way is not None and multiples(varying) and attempt(*way, 3):
         repeated = multiples(varying := alike())
     # Rows of an image, one after the other: a reshape has to know what they are made of.
     areas = {
@@ -208,13 +208,25 @@ def _extent(sizes: tuple[int, ...]) -> Extent:
     return Extent(sizes[0]) if len(set(sizes)) == 1 else Extent(1, ("|".join(map(str, sizes)),))
 
 
-def _resized(value: Any, change: Change, batch: int, tokens: bool) -> Any:
-    """A tensor like ``value`` of another size; of three axes, the middle one or the last are the channels."""
+_CHANNELS = ("last of three", "second", "last", "first")
+"""Where the channels of arguments may be: of tokens, of images, of images that end with them, of one image alone."""
+
+
+def _channel_axis(value: Tensor, channels: str) -> int:
+    if channels == "first":
+        return 0
+    is_last = channels == "last" or (channels == "last of three" and value.ndim == 3)
+    return value.ndim - 1 if is_last else 1
+
+
+def _resized(value: Any, change: Change, batch: int, channels: str) -> Any:
+    """A tensor like ``value`` of another size, which keeps its channels."""
     if not isinstance(value, Tensor) or value.ndim < 2:
         return value
-    kept = value.ndim - 1 if tokens and value.ndim == 3 else 1
-    shape = [n if i == kept else change(max(i, 2), n) for i, n in enumerate(value.shape)]
-    shape[0] = value.shape[0] + batch
+    kept = _channel_axis(value, channels)
+    shape = [n if i == kept else change(i if kept == 1 else i + 1, n) for i, n in enumerate(value.shape)]
+    if kept:
+        shape[0] = value.shape[0] + batch
     return value.new_ones(shape) if not value.is_floating_point() else torch.randn(shape).to(value)
 
 

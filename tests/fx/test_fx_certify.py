@@ -482,6 +482,48 @@ def test_extents_of_tokens_are_symbols_too() -> None:
     assert [e.known for e in shapes_of(images, [torch.randn(2, 4, 5)])["_1"]] == [None, 6, None]
 
 
+@pytest.mark.parametrize("extents", [(3, 6, 6, 4), (2, 3, 6, 6, 4), (4, 6, 6)], ids=["last", "video", "one image"])
+def test_channels_of_other_layouts(extents: tuple[int, ...]) -> None:
+    """Height and width, which are exchanged here, are not one and the same because they are in the example."""
+
+    class Exchanged(nn.Module):
+        def __init__(self, order: list[int]) -> None:
+            super().__init__()
+            self.order, alone = order, extents[0] == 4
+            self.mix = nn.Conv2d(4, 4, 1) if alone else nn.Linear(4, 4)
+            nn.init.constant_(self.mix.weight, 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(x).reshape([x.shape[axis] for axis in self.order]).relu()
+
+    high = len(extents) - 2 - (extents[0] != 4)
+    kept = [*range(len(extents))]
+    turned = [*kept[:high], high + 1, high, *kept[high + 2 :]]
+    plain, other = trace(Exchanged(kept)), trace(Exchanged(turned))
+    for name in ("weight", "bias"):
+        setattr(other.mix, name, getattr(plain.mix, name))
+    shapes = shapes_of(plain, [torch.randn(extents)])
+    assert len({e for e in shapes["mix"] if e.known is None}) == len(extents) - 1
+    assert certify_fx(plain, copy.deepcopy(plain), shapes).holds
+    assert not certify_fx(plain, other, shapes).holds
+
+
+def test_two_arguments_have_their_own_numbers_of_tokens() -> None:
+    class Cross(nn.Module):
+        def __init__(self, own: bool) -> None:
+            super().__init__()
+            self.own = own
+
+        def forward(self, x: Tensor, context: Tensor) -> Any:
+            return x * 2, context * 2, (x if self.own else context).shape[1]
+
+    x = torch.randn(2, 5, 4)
+    mine, other = trace(Cross(True)), trace(Cross(False))
+    shapes = shapes_of(mine, [x, x])
+    assert shapes["mul"][1] != shapes["mul_1"][1]
+    assert not certify_fx(mine, other, shapes).holds
+
+
 class Windows(nn.Module):
     """Four windows of each image, whose halves go apart."""
 
