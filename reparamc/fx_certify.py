@@ -396,6 +396,9 @@ class _Side:
         elif node.target is operator.getitem and first in self.sizes:
             of, index = self.sizes[first], args[1]
             if of.axis != slice(None):
+                axis = _within(of.axis, index)
+                if axis is not None:
+                    self.sizes[node] = Size(of.node, axis)
                 return
             bounds = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
             if all(b is None or isinstance(b, int) for b in bounds):
@@ -597,6 +600,16 @@ class _Side:
         ):
             return nf.computed(value, reader(Read(self, node, call, of, magnitudes=True)))
         return value
+
+
+def _within(axes: int | slice, index: Any) -> int | None:
+    """The axis at ``index`` of some in a row; None where it takes the rank to tell."""
+    if not isinstance(axes, slice) or type(index) is not int or axes.step not in (None, 1):
+        return None
+    start = axes.start or 0
+    if index < 0:
+        return index if axes.stop is None and start >= 0 else None
+    return start + index if start >= 0 or start + index < 0 else None
 
 
 def _sliced_axes(call: Described) -> list[tuple[int, Any]] | None:

@@ -79,8 +79,8 @@ class Read:
         return isinstance(given, fx.Node) and given.name not in self.side.constants
 
     def value(self, given: Any) -> Value:
-        if not self.is_value(given):
-            raise Unrepresentable("a constant stands where a value is read")
+        if not self.is_value(given) or given in self.side.sizes:
+            raise Unrepresentable("a constant or a size stands where a value is read")
         return self._of(self.side.memory.seen(given, self.node).name)
 
     @property

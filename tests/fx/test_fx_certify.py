@@ -615,3 +615,40 @@ def test_the_extent_of_a_parameter() -> None:
     report = fuse_fx(model, x).meta["reparamc"]
     assert report.passes["bn-folding"] == 1
     assert report.certificate.undecided == ()
+
+
+SIZES: dict[str, Callable[[Tensor], Any]] = {
+    "of some": lambda y: y.shape[1:3],
+    "of the last": lambda y: (y.shape[-3:][0], y.shape[-3:][1]),
+    "from behind": lambda y: (y.shape[1], y.shape[1:][-2]),
+    "by name": lambda y: (y.size(1), y.size(2)),
+}
+
+
+class Sized(nn.Module):
+    """Tokens of an image, whose extents are read from a slice of its shape."""
+
+    def __init__(self, sizes: Callable[[Tensor], Any], turned: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 4)
+        self.sizes, self.turned = sizes, turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.norm(self.conv(x))).permute(0, 2, 3, 1)
+        sizes = self.sizes(y)
+        h, w = (sizes[1], sizes[0]) if self.turned else (sizes[0], sizes[1])
+        z = self.linear(y.flatten(1, 2)).reshape(y.shape[0], h, w, -1).permute(0, 3, 1, 2)
+        return torch.sigmoid(z * 2)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_an_extent_of_some(name: str) -> None:
+    right, turned = (randomize_batchnorm(Sized(SIZES[name], t).eval(), 0) for t in (False, True))
+    turned.load_state_dict(right.state_dict())
+    x = torch.randn(2, 4, 5, 5)
+    fused = fuse_fx(right, x)
+    report = fused.meta["reparamc"]
+    assert report.passes["scale-folding"] == 1
+    assert report.certificate.undecided == ()
+    kept = followed(turned, ((x,), {}))[0]
+    assert not certify_fx(kept, fused, shapes_of(kept, [x])).holds
