@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -204,7 +204,9 @@ class FxGraph:
         self._likes.update(dict.fromkeys(chain, found))
         return found
 
-    def obstacle(self, root: Value, members: Sequence[Value], sources: Sequence[Value]) -> str | None:
+    def obstacle(
+        self, root: Value, members: Sequence[Value], sources: Sequence[Value], made: Collection[Expr]
+    ) -> str | None:
         """Devices and dtypes must agree, and nothing that is written in place may look different to any reader."""
         nodes = cast(Sequence[fx.Node], members)
         if len({t.device for t in self.tensors(nodes)}) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -66,8 +66,10 @@ class Graph(Protocol):
         """The floating dtype that all of ``members`` share; None when it is unknown or they differ."""
         ...
 
-    def obstacle(self, root: Value, members: Sequence[Value], sources: Sequence[Value]) -> str | None:
-        """Why new operators just before ``root`` could not stand for ``members``; None when they can."""
+    def obstacle(
+        self, root: Value, members: Sequence[Value], sources: Sequence[Value], made: Collection[Expr]
+    ) -> str | None:
+        """Why new operators ``made`` just before ``root`` could not stand for ``members``; None when they can."""
         ...
 
     def is_written(self, value: Value) -> bool:

@@ -98,7 +98,7 @@ def _as_kernel(
         or only_moves(conv, extents)
     ):
         return None
-    if graph.is_written(root) or graph.obstacle(root, tree, [operand]) is not None:
+    if graph.is_written(root) or graph.obstacle(root, tree, [operand], [conv]) is not None:
         return None
     parameters = tuple(dict.fromkeys(p for v in tree if v in readings for p in readings[v].parameters))
     text = "\n".join(graph.name(v) for v in tree)

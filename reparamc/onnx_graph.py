@@ -6,7 +6,7 @@ Bodies of If, Loop and Scan and local functions are left alone; what they captur
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -90,8 +90,14 @@ class OnnxGraph:
     def source(self, value: Value) -> Source:
         return Source(value, shape=self.types.shape(str(value)))
 
-    def obstacle(self, root: Value, members: Sequence[Value], sources: Sequence[Value]) -> str | None:
-        return None
+    def obstacle(
+        self, root: Value, members: Sequence[Value], sources: Sequence[Value], made: Collection[Expr]
+    ) -> str | None:
+        """ONNX Runtime convolves no doubles: a model that it runs must not be given a convolution of them."""
+        if self.dtype(members) != np.float64 or any(node.op_type in ("Conv", "ConvTranspose") for node in self.nodes):
+            return None
+        kernels = any(isinstance(e, Conv) and e.frame and e.token is None and not _is_rows(e) for e in made)
+        return "it would be a convolution of doubles, which ONNX Runtime does not have" if kernels else None
 
     def read(self, value: Value) -> Reading | Declined | None:
         name = str(value)
@@ -247,6 +253,11 @@ def _results(node: NodeProto) -> list[str]:
     return [name for name in outputs if name]
 
 
+def _is_rows(e: Conv) -> bool:
+    """Whether ``e`` is a product with a matrix from the left."""
+    return e.frame == 1 and e.is_pointwise
+
+
 class _Emitter:
     """The nodes that compute one splice."""
 
@@ -271,7 +282,7 @@ class _Emitter:
         match e:
             case Conv(token=token) if token is not None:
                 return self._copy(token, e.x, output)
-            case Conv() if e.frame == 1 and e.is_pointwise and self._rank(e.x) != 3:
+            case Conv() if _is_rows(e) and (self._rank(e.x) != 3 or self.splice.dtype == np.float64):
                 return self._rows(e, output)
             case Conv() if e.frame:
                 begin, end = e.padding

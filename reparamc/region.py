@@ -296,12 +296,14 @@ def _obstacle(
     dtype = graph.dtype(members)
     if dtype is None:
         return "its values have different dtypes, or an unknown one"
-    for e in walk(after, stop=native.__contains__):
-        if e not in native and isinstance(e, Conv) and e.token is None and e.skips_border:
+    made = [e for e in walk(after, stop=native.__contains__) if e not in native]
+    for e in made:
+        if isinstance(e, Conv) and e.token is None and e.skips_border:
             return "the rewritten form would have to leave out values at the border"
-        if e not in native and any(reason := [r for a in arrays(e) if (r := rounding_obstacle(a, dtype))]):
-            return reason[0]
-    return graph.obstacle(root, members, sources)
+        for a in arrays(e):
+            if (reason := rounding_obstacle(a, dtype)) is not None:
+                return reason
+    return graph.obstacle(root, members, sources, made)
 
 
 def _is_finite(e: Expr) -> bool:

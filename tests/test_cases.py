@@ -159,7 +159,7 @@ class Expressions:
     def dtype(self, members: object) -> np.dtype:
         return np.dtype(np.float64)
 
-    def obstacle(self, root: Expr, members: object, sources: object) -> None:
+    def obstacle(self, root: Expr, members: object, sources: object, made: object) -> None:
         return None
 
     def is_written(self, e: Expr) -> bool:

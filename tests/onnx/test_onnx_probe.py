@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from expression_models import assert_close, operators, run
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx_models import assert_left, batchnorm, fuse, model, node, norm, rand
 
 from reparamc.onnx_fuse import fuse_model
@@ -214,3 +214,16 @@ def test_more_axes_than_a_convolution_has() -> None:
     nodes = [node("Slice", "x a e ax", "c"), node("MatMul", "c w", "d"), node("Relu", "d", "y")]
     parameters = {"w": rand(5, 4), **integers(a=[1], e=[2**40], ax=[4])}
     assert_left(model(nodes, parameters, ("N", 4, 2, 2, 3, 5)))
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.DOUBLE])
+def test_no_convolution_of_doubles(dtype: int) -> None:
+    """ONNX Runtime has none, so that a model of doubles would not run any more."""
+    kind = helper.tensor_dtype_to_np_dtype(dtype)
+    nodes = [node("MatMul", "x w", "m"), node("ReduceMean", "m", "r", axes=[2]), node("Relu", "r", "y")]
+    original = model(nodes, {"w": rand(4, 12).astype(kind)}, (2, 5, 4), dtype=dtype)
+    fused, report = fuse_model(original)
+    assert operators(fused)["Conv"] == (dtype == TensorProto.FLOAT)
+    assert report.passes["impulse-response"] == (dtype == TensorProto.FLOAT)
+    x = rand(2, 5, 4).astype(kind)
+    assert_close(run(original, {"x": x})[0], run(fused, {"x": x})[0], 1e-5)
