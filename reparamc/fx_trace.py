@@ -68,7 +68,16 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that records ``a += b`` and ``a[i] = b`` as what they are; torch.fx would read ``a + b``, or fail."""
+    """A proxy that records ``a += b`` and ``a[i] = b`` as what they are; torch.fx would read ``a + b``, or fail.
+
+    ``a.shape`` is read where it stands: torch.fx would read it where it is used, which may be behind a write.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if name == "shape":
+            _ = found.node
+        return found
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})

@@ -510,3 +510,13 @@ def test_autocast_within_a_part_keeps_the_part() -> None:
     fused = fuse_fx(model)
     with torch.no_grad():
         assert relative_error(fused(x), model(x)) < 1e-5
+
+
+def test_a_shape_is_read_where_it_stands() -> None:
+    def run(m: Any, x: Any) -> Any:
+        y = m.c(x)
+        before = y.shape
+        y.transpose_(2, 3)
+        return m.n(y).reshape(before[0], before[2], -1), y.shape[2]
+
+    check(Net(run, c=nn.Conv2d(CHANNELS, CHANNELS, 1), n=nn.BatchNorm2d(CHANNELS)), (2, CHANNELS, 4, 6))
