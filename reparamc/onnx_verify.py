@@ -50,7 +50,7 @@ class Budget(NamedTuple):
 
 EVIDENCE = Budget(2.5, 3.0)
 """Where inputs are what decides."""
-SECOND_OPINION = Budget(2.0, 1.0)
+SECOND_OPINION = Budget(1.5, 1.0)
 """Where all is proven equal. The proof goes on beside the first runs, which makes these longer than they are alone."""
 
 PERTURBATIONS = 3
@@ -86,7 +86,7 @@ def verify_onnx(
             (see `reparamc.onnx_inputs`).
         examples: how many random inputs to try after the fixed ones.
         seconds: how long that may go on; by default 2.5 times what loading both models and running them once
-            takes, and 3 seconds at least; where all is proven equal, twice that, and 1 second at least.
+            takes, and 3 seconds at least; where all is proven equal, 1.5 times as much, and 1 second at least.
         seed: of all random numbers.
         rtol, atol: judge every entry by these, as ``numpy.allclose`` does, instead of by the original's response to
             rounding; one that is not given is then 0.
