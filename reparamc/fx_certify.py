@@ -225,6 +225,8 @@ def _resized(value: Any, change: Change, batch: int, channels: str) -> Any:
         return value
     kept = _channel_axis(value, channels)
     shape = [n if i == kept else change(i if kept == 1 else i + 1, n) for i, n in enumerate(value.shape)]
+    if value.ndim > 4:  # what a volume grows by is multiplied once more: half as much is enough, and fits into memory
+        shape = [n + (m - n) // 2 for n, m in zip(value.shape, shape, strict=True)]
     if kept:
         shape[0] = value.shape[0] + batch
     return value.new_ones(shape) if not value.is_floating_point() else torch.randn(shape).to(value)
