@@ -392,8 +392,7 @@ def _taken(x: Value, at: Any, axis: int) -> Value:
     width = x.extents[axis].known
     if width is None or type(at) is not int or not -width <= at < width:
         raise Unrepresentable("an index along an unknown extent, or one that is computed at run time")
-    found = nl.selected(x, [at % width], axis)
-    return nl.regrouped(found, [e for i, e in enumerate(found.extents) if i != axis])
+    return nl.taken(x, at % width, axis)
 
 
 def _items(index: Any, rank: int) -> tuple[Any, ...]:

@@ -153,6 +153,12 @@ def _renumbered(value: Value, channel: int) -> Value:
     return replace(value, view=tuple(view))
 
 
+def taken(value: Value, at: int, axis: int) -> Value:
+    """The position ``at`` along ``axis``, which goes."""
+    found = selected(value, [at], axis)
+    return regrouped(found, [e for i, e in enumerate(found.extents) if i != axis])
+
+
 def selected(value: Value, index: Sequence[int], axis: int) -> Value:
     """The elements ``index`` along ``axis``, which is made of channels."""
     if value.extents[axis] == UNIT and list(index) == [0]:

@@ -745,10 +745,8 @@ def _read_gather(call: _Call) -> Value:
     width = x.extents[axis].known
     if width is None or index.ndim > 1:
         raise Unrepresentable("a gather by a table, or along an unknown extent")
-    found = nl.selected(x, [int(i) % width for i in index.reshape(-1)], axis)
-    if index.ndim:
-        return found
-    return nl.regrouped(found, [e for i, e in enumerate(found.extents) if i != axis])
+    places = [int(i) % width for i in index.reshape(-1)]
+    return nl.selected(x, places, axis) if index.ndim else nl.taken(x, places[0], axis)
 
 
 # Layouts
