@@ -143,7 +143,12 @@ class Splice:
 
 def new_nodes(splice: Splice) -> Iterator[Expr]:
     """The nodes of the replacement that have to be emitted, operands first."""
-    return (e for e in walk(splice.expr, stop=splice.native.__contains__) if e not in splice.native)
+    return not_native(splice.expr, splice.native)
+
+
+def not_native(expr: Expr, native: Mapping[Expr, Value]) -> Iterator[Expr]:
+    """The nodes of ``expr`` that no existing value computes, operands first."""
+    return (e for e in walk(expr, stop=native.__contains__) if e not in native)
 
 
 ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"

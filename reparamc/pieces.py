@@ -137,9 +137,9 @@ def _core(e: Expr) -> tuple[Expr, list[Layout]]:
     """What ``e`` is before it is moved, and the moves, first to last."""
     moves: list[Layout] = []
     while isinstance(e, Layout):
-        moves.insert(0, e)
+        moves.append(e)
         e = e.x
-    return e, moves
+    return e, moves[::-1]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 from reparamc.cost import cost
 from reparamc.evaluate import misfit
 from reparamc.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
-from reparamc.graph import Graph, Reading, Splice, Value
+from reparamc.graph import Graph, Reading, Splice, Value, not_native
 from reparamc.host import Host
 from reparamc.lift import LIFT, find_regions, lifted
 from reparamc.report import FailedRegion
@@ -296,7 +296,7 @@ def _obstacle(
     dtype = graph.dtype(members)
     if dtype is None:
         return "its values have different dtypes, or an unknown one"
-    made = [e for e in walk(after, stop=native.__contains__) if e not in native]
+    made = list(not_native(after, native))
     for e in made:
         if isinstance(e, Conv) and e.token is None and e.skips_border:
             return "the rewritten form would have to leave out values at the border"
