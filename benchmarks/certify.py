@@ -14,9 +14,9 @@ import onnx
 import onnxruntime as ort
 from models import ALL, names, onnx_file
 
-from reparamc.onnx_certify import certify_onnx
-from reparamc.onnx_fuse import fuse_model
-from reparamc.onnx_runtime import random_inputs
+from reparamc.certificate.onnx import certify_onnx
+from reparamc.onnx.fuse import fuse_model
+from reparamc.onnx.session import random_inputs
 
 MORE = [
     "timm/fastvit_mci0", "timm/mobileone_s1", "timm/mobileone_s4", "timm/repvgg_b1g4", "timm/repvit_m2_3",

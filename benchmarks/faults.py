@@ -22,7 +22,7 @@ from onnx import ModelProto  # noqa: E402
 from planting import ONNX_LAYERS, judge  # noqa: E402
 
 from reparamc.errors import InputError  # noqa: E402
-from reparamc.onnx_verify import verify_onnx  # noqa: E402
+from reparamc.verify.search import verify_onnx  # noqa: E402
 
 
 def verified(model: ModelProto, wrong: ModelProto) -> bool:

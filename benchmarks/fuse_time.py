@@ -35,7 +35,8 @@ def main() -> None:
 
 
 def measure(size: int) -> None:
-    from reparamc.onnx_fuse import fuse_model, load, save
+    from reparamc.onnx.files import load, save
+    from reparamc.onnx.fuse import fuse_model
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "chain.onnx", Path(folder) / "fused.onnx"

@@ -31,7 +31,7 @@ import numpy as np
 from fuzz_graphs import OPEN, STATIC, Program, draw, inputs_of
 
 from reparamc.errors import InputError, VerificationError
-from reparamc.report import Report
+from reparamc.report.data import Report
 
 FOLDER = Path("build/fuzz")
 ROUNDING = 5e-6
@@ -112,7 +112,7 @@ class Onnx:
     def __init__(self, program: Program) -> None:
         from fuzz_onnx import to_onnx
 
-        from reparamc.onnx_runtime import Run
+        from reparamc.onnx.session import Run
 
         self.program, self.model = program, to_onnx(program)
         self.outputs = [o.name for o in self.model.graph.output]
@@ -127,13 +127,13 @@ class Onnx:
         self.works = bool(self.cases)
 
     def fuse(self, level: str) -> tuple[Any, Report]:
-        from reparamc.onnx_fuse import fuse_model
+        from reparamc.onnx.fuse import fuse_model
 
         return fuse_model(self.model, verify=level)
 
     def difference(self, result: Any) -> str:
         """What is wrong with ``result``, in words; empty if nothing is."""
-        from reparamc.onnx_runtime import Run
+        from reparamc.onnx.session import Run
 
         try:
             run = Run(result.SerializeToString(), self.outputs, "the result", False)

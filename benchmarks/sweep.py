@@ -36,9 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparamc
 from reparamc.errors import one_line
-from reparamc.onnx_fuse import count, fuse_model, load
-from reparamc.onnx_harm import fused_by_runtime
-from reparamc.report import Report
+from reparamc.onnx.files import load
+from reparamc.onnx.fuse import count, fuse_model
+from reparamc.onnx.runtime_fusions import fused_by_runtime
+from reparamc.report.data import Report
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
 
 TABLE = Path(__file__).with_name("sweep_models.txt")

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from reparamc._version import __version__
 from reparamc.errors import InputError, InputTypeError, ReparamcError, VerificationError
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
-    from reparamc.fx_fuse import fuse_fx
-    from reparamc.onnx_audit import audit
-    from reparamc.onnx_fuse import fuse_onnx
-    from reparamc.onnx_verify import verify_onnx
-    from reparamc.report import Report
-    from reparamc.verification import Verification
+    from reparamc.fx.fuse import fuse_fx
+    from reparamc.onnx.fuse import fuse_onnx
+    from reparamc.report.data import Report
+    from reparamc.verify.audit import audit
+    from reparamc.verify.result import Verification
+    from reparamc.verify.search import verify_onnx
 
 __all__ = [
     "InputError",
@@ -38,12 +39,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Report": "reparamc.report",
-    "Verification": "reparamc.verification",
-    "audit": "reparamc.onnx_audit",
-    "fuse_fx": "reparamc.fx_fuse",
-    "fuse_onnx": "reparamc.onnx_fuse",
-    "verify_onnx": "reparamc.onnx_verify",
+    "Report": "reparamc.report.data",
+    "Verification": "reparamc.verify.result",
+    "audit": "reparamc.verify.audit",
+    "fuse_fx": "reparamc.fx.fuse",
+    "fuse_onnx": "reparamc.onnx.fuse",
+    "verify_onnx": "reparamc.verify.search",
 }
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from reparamc._version import __version__
+from reparamc import __version__
 from reparamc.errors import InputError, ReparamcError, VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from reparamc.report import Report
+    from reparamc.report.data import Report
 
 DONE, DIFFERS, BAD_INPUT = 0, 1, 2
 """Exit codes: done; verification failed, nothing written; bad usage or bad input."""
@@ -196,12 +196,13 @@ def _fuse(arguments: argparse.Namespace) -> int:
     if arguments.output and arguments.positional:
         raise InputError("two outputs: give either -o OUT or a second file name")
     # A misspelt name should not cost the loading of a large model.
-    from reparamc.rewrite import select
+    from reparamc.algebra.rewrite import select
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
-    from reparamc.onnx_fuse import check_target, fuse_model, load, save_outcome, write_atomically
-    from reparamc.onnx_record import file_origin
+    from reparamc.onnx.files import check_target, load, save_outcome, write_atomically
+    from reparamc.onnx.fuse import fuse_model
+    from reparamc.onnx.record import file_origin
 
     check_target(arguments.model, output)
     if arguments.report is not None:
@@ -240,12 +241,13 @@ def _fuse(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from reparamc.rewrite import select
+    from reparamc.algebra.rewrite import select
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
-    from reparamc.explain import explain_json, explain_text
-    from reparamc.onnx_fuse import fuse_model, load
+    from reparamc.onnx.files import load
+    from reparamc.onnx.fuse import fuse_model
+    from reparamc.report.explain import explain_json, explain_text
 
     model = load(arguments.model)
     with _progress(arguments.json) as progress:
@@ -263,7 +265,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from reparamc.onnx_verify import verify_onnx
+    from reparamc.verify.search import verify_onnx
 
     result = verify_onnx(
         arguments.original,
@@ -283,7 +285,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from reparamc.onnx_audit import audit
+    from reparamc.verify.audit import audit
 
     result = audit(arguments.model, arguments.against)
     print(result.to_json() if arguments.json else result.page(everything=arguments.all))

@@ -16,8 +16,8 @@ import numpy as np
 import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from reparamc.evaluate import channels, frames
-from reparamc.expr import (
+from reparamc.algebra.evaluate import channels, frames
+from reparamc.algebra.expr import (
     BatchNorm,
     Concat,
     Conv,
@@ -34,7 +34,7 @@ from reparamc.expr import (
     ranks,
     walk,
 )
-from reparamc.kernel import regroup
+from reparamc.algebra.kernels import regroup
 
 Shapes = dict[Source, tuple[int, ...]]
 EXTENTS = ((7, 6, 5), (8, 9, 6))

@@ -28,7 +28,7 @@ from fault_models import (
 )
 from planting import fault
 
-KERNEL, ABSORB = "reparamc.kernel:", "reparamc_passes.absorb:"
+KERNEL, ABSORB = "reparamc.algebra.kernels:", "reparamc_passes.absorb:"
 
 ALGEBRA = [
     fault(
@@ -323,7 +323,7 @@ ALGEBRA = [
 %2 = permute %1 axes=0,2,3,1 f=0->1""",
     ),
     fault(
-        "channel axis behind a permutation", "reparamc.expr:axis_through",
+        "channel axis behind a permutation", "reparamc.algebra.expr:axis_through",
         "op.axes.index(axis)", "op.axes[axis]",
         text="""%x = source c=4 f=2 shape=[2,4,5,4]
 %0 = conv %x 4->4 k=1x1
@@ -331,14 +331,14 @@ ALGEBRA = [
 %2 = scale %1 c=4 f=1""",
     ),
     fault(
-        "channel axis behind a mean", "reparamc.expr:axis_through", "sum(a < axis for a in op.axes)", "0",
+        "channel axis behind a mean", "reparamc.algebra.expr:axis_through", "sum(a < axis for a in op.axes)", "0",
         text="""%x = source c=4 f=2 shape=[2,4,4,5]
 %0 = conv %x 4->4 k=1x1
 %1 = mean %0 axes=0 of 4 f=2->2
 %2 = scale %1 c=4 f=1""",
     ),
     fault(
-        "channel axis found by its extent alone", "reparamc.shape:axis_through_reshape",
+        "channel axis found by its extent alone", "reparamc.algebra.shape:axis_through_reshape",
         "if left == size(before[:axis]) and dim == before[axis]:", "if dim == before[axis]:",
         text="""%x = source c=4 f=1 shape=[2,4,6]
 %0 = conv %x 4->4 k=1
@@ -346,7 +346,7 @@ ALGEBRA = [
 %2 = scale %1 c=4 f=2""",
     ),
     fault(
-        "duplicates compared by their text", "reparamc.duplicates:_equal", "return False", "continue",
+        "duplicates compared by their text", "reparamc.compiler.duplicates:_equal", "return False", "continue",
         onnx=lambda: onnx_model(
             [
                 conv("x", "a"), node("Relu", "a", "p"), conv("x", "b", "w2"), node("Sigmoid", "b", "q"),
@@ -357,7 +357,7 @@ ALGEBRA = [
         fx=lambda: net(lambda x, a, b: a(x).relu() * b(x).sigmoid(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "a parameter beyond the range of float16", "reparamc.region:rounding_obstacle",
+        "a parameter beyond the range of float16", "reparamc.compiler.decide:rounding_obstacle",
         "if np.abs(array).max(initial=0.0) > float(info.max):", "if False:", least=0.1,
         fx=lambda: scaled_up(
             *net(lambda x, c, n: n(c((x * 1e-3).tanh())), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), dtype=torch.half)

@@ -7,11 +7,11 @@ from typing import Any
 from fault_models import F, net, nn, torch, vector
 from planting import Edit, fault
 
-READ, EMIT = "reparamc.fx_readers:_read_", "reparamc.fx_emit:Emitter."
+READ, EMIT = "reparamc.fx.operators:_read_", "reparamc.fx.emit:Emitter."
 
 FX_READERS = [
     fault(
-        "padding 'same' of an even kernel", "reparamc.fx_readers:_padding", "t // 2 for t in totals",
+        "padding 'same' of an even kernel", "reparamc.fx.operators:_padding", "t // 2 for t in totals",
         "t - t // 2 for t in totals",
         fx=lambda: net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 2, padding="same"), nn.BatchNorm2d(4)),
     ),
@@ -48,7 +48,7 @@ FX_READERS = [
         ),
     ),
     fault(
-        "c - x read as x - c", "reparamc.kernel:arithmetic",
+        "c - x read as x - c", "reparamc.algebra.kernels:arithmetic",
         "(sign, c) if constant_first else (ONE, sign * c)", "(ONE, sign * c)",
         fx=lambda: net(lambda x, c, v: v - c(x), nn.Conv2d(4, 4, 3), vector(4, 1, 1)),
     ),
@@ -61,7 +61,7 @@ FX_READERS = [
         fx=lambda: net(lambda x, c, v: v / c(x), nn.Conv2d(4, 4, 3), vector(4, 1, 1)),
     ),
     fault(
-        "x / c read as x * c", "reparamc.kernel:arithmetic", "1 / c, ZERO", "c, ZERO",
+        "x / c read as x * c", "reparamc.algebra.kernels:arithmetic", "1 / c, ZERO", "c, ZERO",
         fx=lambda: net(lambda x, c, v: c(x) / v, nn.Conv2d(4, 4, 3), vector(4, 1, 1)),
     ),
     fault(
@@ -69,7 +69,7 @@ FX_READERS = [
         fx=lambda: net(lambda x, c, d: c(x) - d(x), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "a constant along W taken for one per channel", "reparamc.fx_readers:_along_one_axis",
+        "a constant along W taken for one per channel", "reparamc.fx.operators:_along_one_axis",
         "return axis_of_constant(dims, extent)", "return rank - 2 if dims else None",
         fx=lambda: net(lambda x, c, v: c(x) * v, nn.Conv2d(4, 4, 3, padding=1), vector(4), shapes=[(2, 4, 5, 4)]),
     ),
@@ -103,7 +103,7 @@ FX_READERS = [
         fx=lambda: net(lambda x, c, d: torch.cat([c(x), d(x)], 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3)),
     ),
     fault(
-        "pieces of a split", "reparamc.fx_readers:_piece", "start = sum(parts[:index])", "start = 0",
+        "pieces of a split", "reparamc.fx.operators:_piece", "start = sum(parts[:index])", "start = 0",
         fx=lambda: net(lambda x, c: c(x).split(2, 1)[1], nn.Conv2d(4, 4, 3)),
     ),
     fault(
@@ -111,34 +111,34 @@ FX_READERS = [
         fx=lambda: net(lambda x, c: c(x)[:, 1:3], nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "channel shuffle read as nothing", "reparamc.fx_readers:_shuffled", ".T.reshape(-1)", ".reshape(-1)",
+        "channel shuffle read as nothing", "reparamc.fx.operators:_shuffled", ".T.reshape(-1)", ".reshape(-1)",
         fx=lambda: net(
             lambda x, a, c: c(F.channel_shuffle(a(x).relu(), 2)), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1)
         ),
     ),
     fault(
-        "hooks ignored", "reparamc.fx_calls:is_plain", "and not hooked and", "and",
+        "hooks ignored", "reparamc.fx.calls:is_plain", "and not hooked and", "and",
         fx=lambda: hooked(*net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))),
     ),
     fault(
-        "writes in place ignored", "reparamc.fx_memory:Memory.writers",
+        "writes in place ignored", "reparamc.fx.memory:Memory.writers",
         "return self._writers.get(self._base(node), [])", "return []",
         fx=lambda: net(written_between, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),
     fault(
-        "writes in place seen and allowed", "reparamc.fx_graph:FxGraph.obstacle", "if visible:", "if False:",
+        "writes in place seen and allowed", "reparamc.fx.graph:FxGraph.obstacle", "if visible:", "if False:",
         fx=lambda: net(written_between, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),
     fault(
-        "duplicates across a write in place", "reparamc.duplicates:find_duplicates",
+        "duplicates across a write in place", "reparamc.compiler.duplicates:find_duplicates",
         "not any(graph.is_written(v) for v in values)", "True",
         fx=lambda: net(written_twice, nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "anything taken for linear", "reparamc.fx_graph:FxGraph.moves",
+        "anything taken for linear", "reparamc.fx.graph:FxGraph.moves",
         "op not in _LINEAR_KINDS", 'op not in (*_LINEAR_KINDS, "same")',
-        Edit("reparamc.probe:find_kernel", "if not _follows(", "if False and not _follows("),
-        Edit("reparamc.probe:find_kernel", "if error <= slack else", "if True else"),
+        Edit("reparamc.algebra.probe:find_kernel", "if not _follows(", "if False and not _follows("),
+        Edit("reparamc.algebra.probe:find_kernel", "if error <= slack else", "if True else"),
         fx=lambda: net(
             lambda x, c, d: d(c(x).relu()), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), shapes=[(2, 4, 19, 18)]
         ),
@@ -260,24 +260,24 @@ FX_WRITERS = [
         ),
     ),
     fault(
-        "an extent asked along another axis", "reparamc.fx_sizes:_Sizes._read",
+        "an extent asked along another axis", "reparamc.fx.sizes:_Sizes._read",
         '"size", (x, axis)', '"size", (x, axis - 1)',
         fx=lambda: net(lambda x, c, n: like(n(y := c(x)).relu(), y), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
     ),
     fault(
-        "factors of an extent forgotten", "reparamc.fx_sizes:_Sizes._product",
+        "factors of an extent forgotten", "reparamc.fx.sizes:_Sizes._product",
         "(*(self._ask(s, user) for s in symbols), *[dim.factor] * (dim.factor != 1))", "[self._ask(symbols[0], user)]",
         fx=lambda: net(lambda x, c: tokens(x.relu().flatten(2).transpose(1, 2), c), nn.Linear(4, 4)),
     ),
     fault(
-        "a tensor that is reshaped in place keeps its shape", "reparamc.fx_memory:Memory.keeps_shape",
+        "a tensor that is reshaped in place keeps its shape", "reparamc.fx.memory:Memory.keeps_shape",
         "self._base(node) not in self._reshaped", "True",
         fx=lambda: net(
             lambda x, n: (y := n(x.relu()), y.unsqueeze_(0), y.reshape(y.shape[1], -1))[2], nn.BatchNorm2d(4)
         ),
     ),
     fault(
-        "folded constants without their sign", "reparamc.fx_graph:FxGraph.fold_constants",
+        "folded constants without their sign", "reparamc.fx.graph:FxGraph.fold_constants",
         "value.detach().clone()", "value.detach().abs()",
         fx=lambda: net(lambda x, w: x * (w - 3).tanh(), nn.Parameter(vector(4, 1, 1))),
     ),

@@ -10,7 +10,7 @@ from fault_models import MATRIX, ROWS, TOKENS, conv, node, norm_of, numbers, onn
 from onnx import ModelProto, TensorProto, helper
 from planting import Edit, fault
 
-READ, EMIT = "reparamc.onnx_readers:_read_", "reparamc.onnx_graph:_Emitter."
+READ, EMIT = "reparamc.onnx.operators:_read_", "reparamc.onnx.graph:_Emitter."
 
 ONNX_READERS = [
     fault(
@@ -34,7 +34,7 @@ ONNX_READERS = [
         onnx=lambda: with_norm(node("Conv", "x w c0", "c"), {**square(), "c0": numbers(4)}),
     ),
     fault(
-        "SAME_LOWER read as SAME_UPPER", "reparamc.onnx_readers:_pads",
+        "SAME_LOWER read as SAME_UPPER", "reparamc.onnx.operators:_pads",
         't // 2 if auto == "SAME_UPPER" else t - t // 2', "t // 2",
         onnx=lambda: with_norm(conv("x", "c", auto_pad="SAME_LOWER"), {"w": numbers(4, 4, 2, 2)}),
     ),
@@ -61,7 +61,7 @@ ONNX_READERS = [
         ),
     ),
     fault(
-        "c - x read as x - c", "reparamc.kernel:arithmetic",
+        "c - x read as x - c", "reparamc.algebra.kernels:arithmetic",
         "(sign, c) if constant_first else (ONE, sign * c)", "(ONE, sign * c)",
         onnx=lambda: onnx_model([conv("x", "c"), node("Sub", "s c", "y")], {**square(), "s": numbers(4, 1, 1)}),
     ),
@@ -70,11 +70,11 @@ ONNX_READERS = [
         onnx=lambda: onnx_model([conv("x", "c"), node("Div", "s c", "y")], {**square(), "s": numbers(4, 1, 1)}),
     ),
     fault(
-        "x / c read as x * c", "reparamc.kernel:arithmetic", "1 / c, ZERO", "c, ZERO",
+        "x / c read as x * c", "reparamc.algebra.kernels:arithmetic", "1 / c, ZERO", "c, ZERO",
         onnx=lambda: onnx_model([conv("x", "c"), node("Div", "c s", "y")], {**square(), "s": numbers(4, 1, 1)}),
     ),
     fault(
-        "a constant along W taken for one per channel", "reparamc.onnx_readers:_along_one_axis",
+        "a constant along W taken for one per channel", "reparamc.onnx.operators:_along_one_axis",
         "return axis_of_constant(dims, lambda frame: shape[len(shape) - 1 - frame].known)",
         "return 2 if any(d != 1 for d in dims) else None",
         onnx=lambda: onnx_model(
@@ -170,7 +170,7 @@ ONNX_READERS = [
         ),
     ),
     fault(
-        "a crop that starts at zero", "reparamc.onnx_readers:_crop", "= -start, min(stop, 0), step",
+        "a crop that starts at zero", "reparamc.onnx.operators:_crop", "= -start, min(stop, 0), step",
         "= 0, min(stop, 0) - start, step",
         onnx=lambda: onnx_model(
             [
@@ -182,7 +182,7 @@ ONNX_READERS = [
         ),
     ),
     fault(
-        "channel shuffle read as nothing", "reparamc.onnx_readers:_shuffle", ".T.ravel()", ".ravel()",
+        "channel shuffle read as nothing", "reparamc.onnx.operators:_shuffle", ".T.ravel()", ".ravel()",
         onnx=lambda: onnx_model(
             [
                 node("Reshape", "x s1", "a"), node("Transpose", "a", "b", perm=[0, 2, 1, 3, 4]),
@@ -192,21 +192,21 @@ ONNX_READERS = [
         ),
     ),
     fault(
-        "an input that a caller may set taken for a constant", "reparamc.onnx_values:Constants.__init__",
+        "an input that a caller may set taken for a constant", "reparamc.onnx.values:Constants.__init__",
         "if t.name not in overridable}", "}",
         onnx=lambda: onnx_model([conv("x", "c"), norm_of("c")], {**square(), **statistics()}, overridable=["w"]),
     ),
     fault(
-        "anything taken for linear", "reparamc.onnx_graph:OnnxGraph.moves",
+        "anything taken for linear", "reparamc.onnx.graph:OnnxGraph.moves",
         "node.op_type not in LINEAR_KINDS", 'node.op_type not in {*LINEAR_KINDS, "Relu"}',
-        Edit("reparamc.probe:find_kernel", "if not _follows(", "if False and not _follows("),
-        Edit("reparamc.probe:find_kernel", "if error <= slack else", "if True else"),
+        Edit("reparamc.algebra.probe:find_kernel", "if not _follows(", "if False and not _follows("),
+        Edit("reparamc.algebra.probe:find_kernel", "if error <= slack else", "if True else"),
         onnx=lambda: onnx_model([conv("x", "a"), node("Relu", "a", "b"), conv("b", "y")], square()),
     ),
     fault(
-        "a map that differs from place to place", "reparamc.probe:find_kernel", "if not _follows(",
+        "a map that differs from place to place", "reparamc.algebra.probe:find_kernel", "if not _follows(",
         "if False and not _follows(",
-        Edit("reparamc.probe:find_kernel", "if error <= slack else", "if True else"),
+        Edit("reparamc.algebra.probe:find_kernel", "if error <= slack else", "if True else"),
         onnx=lambda: onnx_model(
             [node("CumSum", "x axis", "a"), conv("a", "y", group=4)], {"w": numbers(4, 1, 3, 3), "axis": np.array(3)}
         ),
@@ -336,14 +336,14 @@ ONNX_WRITERS = [
         ),
     ),
     fault(
-        "names of new parameters collide", "reparamc.onnx_values:Names.fresh", "self.taken.add(name)", "pass",
+        "names of new parameters collide", "reparamc.onnx.values:Names.fresh", "self.taken.add(name)", "pass",
         onnx=lambda: onnx_model(
             [node("Relu", "x", "u"), conv("u", "a"), conv("x", "c", "w2"), node("Add", "a c", "d"), norm_of("d")],
             {**square(), "w2": numbers(4, 4, 3, 3, seed=1), **statistics()},
         ),
     ),
     fault(
-        "a value dropped that is still read", "reparamc.onnx_values:_without_dead",
+        "a value dropped that is still read", "reparamc.onnx.values:_without_dead",
         "any(uses[name] > 0 for name in node.output) or", "",
         onnx=lambda: onnx_model(
             [
@@ -354,7 +354,7 @@ ONNX_WRITERS = [
         ),
     ),
     fault(
-        "results under one another's names", "reparamc.onnx_graph:OnnxGraph.finish",
+        "results under one another's names", "reparamc.onnx.graph:OnnxGraph.finish",
         "nodes.extend(node for node in self._inserted[root] if node.output)",
         "other = [*self._inserted][::-1][[*self._inserted].index(root)]\n"
         "            made = self._inserted[root]\n"
@@ -366,12 +366,12 @@ ONNX_WRITERS = [
         ),
     ),
     fault(
-        "a weight dropped that a body reads", "reparamc.onnx_values:captured", "yield from inner.input",
+        "a weight dropped that a body reads", "reparamc.onnx.values:captured", "yield from inner.input",
         "yield from ()",
         onnx=lambda: branching(),
     ),
     fault(
-        "folded constants without their sign", "reparamc.onnx_constants:_compute",
+        "folded constants without their sign", "reparamc.onnx.constants:_compute",
         "values.update(zip((name for name in node.output if name), map(np.asarray, results), strict=True))",
         "values.update(zip((name for name in node.output if name), map(np.abs, results), strict=True))",
         onnx=lambda: onnx_model([node("Neg", "w", "v"), conv("x", "y", "v")], square()),

@@ -1,4 +1,4 @@
-"""Faults in the folding of scales into pieces of a convolution (`reparamc.pieces`), which several regions share."""
+"""Faults in folding scales into pieces of a convolution that several regions share (`compiler.split_scales`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fault_models import net, nn, node, norm_of, numbers, onnx_model, statistics
 from onnx import ModelProto, NodeProto
 from planting import Fault, fault
 
-PIECES_OF, ROUTE = "reparamc.pieces:", "reparamc.route:"
+PIECES_OF, ROUTE = "reparamc.compiler.split_scales:", "reparamc.algebra.channel_map:"
 CONV = node("Conv", "x w bias", "c", kernel_shape=[1, 1])
 PARAMETERS = {"w": numbers(8, 4, 1, 1), "bias": numbers(8), **statistics()}
 HALVES = node("Split", "c", "q k", axis=1)
@@ -163,7 +163,7 @@ PIECES: list[Fault] = [
         ),
     ),
     fault(
-        "always the first of q and k, ONNX", "reparamc.onnx_readers:_read_gather",
+        "always the first of q and k, ONNX", "reparamc.onnx.operators:_read_gather",
         "axis % len(shape), positions[0])", "axis % len(shape), 0)",
         onnx=lambda: onnx_model(
             [
@@ -178,7 +178,7 @@ PIECES: list[Fault] = [
         ),
     ),
     fault(
-        "always the first of q and k, torch", "reparamc.fx_emit:Emitter._emit",
+        "always the first of q and k, torch", "reparamc.fx.emit:Emitter._emit",
         "self._value(e.x), axis, at)", "self._value(e.x), axis, 0)",
         fx=lambda: net(attention, nn.Flatten(2), nn.Linear(42, 8)),
     ),

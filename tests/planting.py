@@ -19,11 +19,13 @@ from unittest.mock import patch
 import numpy as np
 from onnx import ModelProto, helper
 
-from reparamc.certify import Certificate
+from reparamc.certificate.onnx import certify_onnx
+from reparamc.certificate.proof import Certificate
 from reparamc.errors import InputError, VerificationError
-from reparamc.onnx_certify import certify_onnx
-from reparamc.onnx_fuse import check, fuse_model
-from reparamc.onnx_runtime import random_inputs, session, verify_end_to_end
+from reparamc.onnx.check import check
+from reparamc.onnx.end_to_end import verify_end_to_end
+from reparamc.onnx.fuse import fuse_model
+from reparamc.onnx.session import random_inputs, session
 
 ENOUGH = 1e-4
 """An output that is wrong by this much, relative to its largest value, is wrong in float32."""
@@ -47,7 +49,7 @@ class Fault:
     Attributes:
         name: what is wrong, in words.
         edits: how it gets wrong.
-        text: an expression (`reparamc.text`) on which it shows through ONNX and through torch.
+        text: an expression (`reparamc.algebra.text`) on which it shows through ONNX and through torch.
         onnx, fx: makes a model for one of them alone; for torch with its example inputs.
         least: the smallest relative error that makes it a fault.
     """
@@ -152,8 +154,8 @@ def _raises(check: Callable[[], Any]) -> bool:
 
 
 SILENT = {
-    "region": ("reparamc.host.Host.error", lambda *_: None),
-    "host": ("reparamc.host.compare_expressions", lambda *_, **__: 0.0),
+    "region": ("reparamc.compiler.reference.Host.error", lambda *_: None),
+    "host": ("reparamc.compiler.reference.compare_expressions", lambda *_, **__: 0.0),
 }
 """For a check of regions, the other one, and what it says when it has no objection."""
 
@@ -163,7 +165,7 @@ def _region_onnx(layer: str) -> Callable[[ModelProto, ModelProto], bool]:
 
     def sees(model: ModelProto, wrong: ModelProto) -> bool:
         found: list[ModelProto] = []
-        unproven = patch("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
+        unproven = patch("reparamc.onnx.fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
         with patch(*SILENT[layer]), unproven:
             return _raises(lambda: found.append(fuse_model(model, verify="region")[0])) or found[0] != wrong
 
@@ -217,7 +219,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def judge_fx(fault: Fault, model: Any, inputs: tuple[Any, ...]) -> Verdict:
-    from reparamc.fx_fuse import fuse_fx
+    from reparamc.fx.fuse import fuse_fx
 
     with planted(fault.edits):
         wrong = fuse_fx(model, inputs, verify="off")
@@ -230,11 +232,11 @@ def judge_fx(fault: Fault, model: Any, inputs: tuple[Any, ...]) -> Verdict:
 
 def _region_fx(layer: str) -> Callable[[Any, Any, tuple[Any, ...]], bool]:
     """As `_region_onnx`."""
-    from reparamc.fx_fuse import fuse_fx
+    from reparamc.fx.fuse import fuse_fx
 
     def sees(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
         found: list[Any] = []
-        silent = patch("reparamc.fx_fuse.certify_fx", lambda *_: Certificate((), 0, 0.0))
+        silent = patch("reparamc.fx.host.certify_fx", lambda *_: Certificate((), 0, 0.0))
         with silent, patch(*SILENT[layer]):
             return _raises(lambda: found.append(fuse_fx(model, inputs, verify="region"))) or found[0].code != wrong.code
 
@@ -242,14 +244,14 @@ def _region_fx(layer: str) -> Callable[[Any, Any, tuple[Any, ...]], bool]:
 
 
 def _end_to_end_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
-    from reparamc.fx_fuse import verify_end_to_end as verify
+    from reparamc.fx.end_to_end import verify_end_to_end as verify
 
     return _raises(lambda: verify(model, wrong, inputs, {}))
 
 
 def _certificate_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
-    from reparamc.fx_certify import certify_fx, shapes_of
-    from reparamc.fx_trace import followed
+    from reparamc.certificate.fx import certify_fx, shapes_of
+    from reparamc.fx.trace import followed
 
     original = followed(model, (inputs, {}))[0]
     return certify_fx(original, wrong, shapes_of(followed(model, (inputs, {}))[0], inputs)).different > 0
@@ -297,7 +299,7 @@ def judge(fault: Fault, ways: Sequence[str] = ("onnx", "fx")) -> Row:
     """The verdicts on ``fault`` through the adapters ``ways``."""
     from expression_models import draw, source_shapes, to_module, to_onnx
 
-    from reparamc.text import parse
+    from reparamc.algebra.text import parse
 
     found: dict[str, Verdict] = {}
     if "onnx" in ways and (fault.onnx or fault.text):

@@ -15,11 +15,12 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import reparamc_passes
-from reparamc import __version__, cli, onnx_fuse
-from reparamc.certify import Certificate
+from reparamc import __version__, cli
+from reparamc.algebra.expr import BatchNorm, Expr
+from reparamc.algebra.rewrite import Pass
+from reparamc.certificate.proof import Certificate
 from reparamc.errors import VerificationError
-from reparamc.expr import BatchNorm, Expr
-from reparamc.rewrite import Pass
+from reparamc.onnx import fuse as onnx_fuse
 
 # Models
 
@@ -468,9 +469,9 @@ def test_where_the_memory_is_gone_nothing_is_written(run: Run, model: Path, monk
 
     before = contents(model.parent)
     for place, message in (
-        ("reparamc.onnx_fuse.verify_end_to_end", "the comparison of the whole models does not fit into memory"),
+        ("reparamc.onnx.fuse.verify_end_to_end", "the comparison of the whole models does not fit into memory"),
         (
-            "reparamc.onnx_fuse.make_plan",
+            "reparamc.onnx.fuse.make_plan",
             "the memory does not suffice (Unable to allocate 3 TiB for an array); nothing",
         ),
     ):
@@ -521,7 +522,7 @@ def test_a_wrong_rewrite_is_caught_in_its_region_which_stays(run: Run, model: Pa
 def test_a_wrong_rewrite_that_regions_miss_is_caught_end_to_end(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reparamc.host.compare_expressions", lambda *_, **__: 0.0)
+    monkeypatch.setattr("reparamc.compiler.reference.compare_expressions", lambda *_, **__: 0.0)
     before = contents(model.parent)
     outcome = run("fuse", model, model.with_name(OUT))
     assert outcome.code == 0  # the certificate sees it first, and the rest would be written

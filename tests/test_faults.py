@@ -14,8 +14,8 @@ from fault_models import CONV_NORM, net, nn
 from faults import ALL, ONNX_READERS
 from planting import ENOUGH, FX_LAYERS, ONNX_LAYERS, Fault, Verdict, fault, judge, judge_onnx, planted, relative_error
 
-from reparamc.certify import Certificate
-from reparamc.kernel import merge
+from reparamc.algebra.kernels import merge
+from reparamc.certificate.proof import Certificate
 
 WAYS = ("onnx", "fx") if nn is not None else ("onnx",)
 PLANTED = [(f, way) for f in ALL for way in WAYS if f.text or getattr(f, way)]
@@ -75,16 +75,18 @@ def test_every_layer_sees_what_it_is_for(way: str, verdict: Callable[[Fault, str
 
 
 def test_a_fault_that_changes_nothing_is_told() -> None:
-    harmless = fault("harmless", "reparamc.kernel:coefficients", "e.var + e.eps", "e.eps + e.var", text=CONV_NORM)
+    harmless = fault(
+        "harmless", "reparamc.algebra.kernels:coefficients", "e.var + e.eps", "e.eps + e.var", text=CONV_NORM
+    )
     found = judge(harmless, ("onnx",)).verdicts["onnx"]
     assert found.error < ENOUGH
     assert (found.seen_by, found.outcome) == ((), "kept")
 
 
 def test_a_fault_that_nobody_sees_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reparamc.onnx_fuse.verify_end_to_end", lambda original, result, regions: [])
-    monkeypatch.setattr("reparamc.host.Host.error", lambda *_: None)
-    monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.onnx.fuse.verify_end_to_end", lambda original, result, regions: [])
+    monkeypatch.setattr("reparamc.compiler.reference.Host.error", lambda *_: None)
+    monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
     monkeypatch.setattr("planting.ONNX_LAYERS", {})
     reader = ONNX_READERS[0]
     assert reader.onnx is not None
@@ -94,7 +96,7 @@ def test_a_fault_that_nobody_sees_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_planted_fault_is_gone_afterwards() -> None:
     before = merge.__code__
-    edits = fault("", "reparamc.kernel:merge", "sum(biased[1:], biased[0])", "biased[0]").edits
+    edits = fault("", "reparamc.algebra.kernels:merge", "sum(biased[1:], biased[0])", "biased[0]").edits
     with planted(edits):
         assert merge.__code__ is not before
     assert merge.__code__ is before
@@ -104,7 +106,7 @@ def test_a_planted_fault_is_gone_afterwards() -> None:
 
 
 def test_a_fault_that_no_longer_fits_the_code_is_told() -> None:
-    stale = fault("", "reparamc.kernel:merge", "no such text", "")
+    stale = fault("", "reparamc.algebra.kernels:merge", "no such text", "")
     with pytest.raises(AssertionError, match="adapt the fault"), planted(stale.edits):
         pass
 

@@ -14,7 +14,7 @@ pytest.importorskip("torch")  # the judge where single precision leaves doubt
 from planting import fault, planted
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-WRONG = fault("", "reparamc.kernel:scale_outputs", "rows * conv.bias_or_zero", "conv.bias_or_zero").edits
+WRONG = fault("", "reparamc.algebra.kernels:scale_outputs", "rows * conv.bias_or_zero", "conv.bias_or_zero").edits
 SEEDS = [(7, n) for n in range(12)]
 
 
@@ -35,13 +35,13 @@ def test_a_wrong_rule_escapes_without_verification_and_is_caught_with_it(fuzz: M
 
 
 def test_an_objection_to_a_right_result_is_a_false_alarm(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reparamc.host.Host.compare", lambda *_: 1.0)
+    monkeypatch.setattr("reparamc.compiler.reference.Host.compare", lambda *_: 1.0)
     assert "false alarm" in {fuzz.try_one(seed, "onnx", "region")[0] for seed in SEEDS[:4]}
 
 
 def test_what_the_certificate_undoes_is_one_objection(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parameter that is spoilt on its way into the graph: the rewrite is undone, and is to be found but once."""
-    from reparamc.onnx_graph import OnnxGraph
+    from reparamc.onnx.graph import OnnxGraph
 
     add, subject = OnnxGraph.add_initializer, fuzz.Onnx(fuzz.draw(SEEDS[0], "onnx"))
     monkeypatch.setattr(OnnxGraph, "add_initializer", lambda self, name, a, dtype: add(self, name, a * 1.001, dtype))

@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from reparamc import fuse_fx
-from reparamc.fx_calls import lookup
-from reparamc.onnx_fuse import fuse_model
+from reparamc.fx.calls import lookup
+from reparamc.onnx.fuse import fuse_model
 
 FX_NAMES = {"Conv": ("Conv2d", "conv2d"), "Linear": ("Linear", "linear")}
 FX_NAMES["ConvTranspose"] = ("ConvTranspose2d", "conv_transpose2d")

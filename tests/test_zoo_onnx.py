@@ -14,7 +14,7 @@ import torch
 
 from fastvit_zoo import create_model
 from fastvit_zoo.__main__ import export_onnx
-from reparamc.onnx_fuse import fuse_model
+from reparamc.onnx.fuse import fuse_model
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
 
 # Operators (without Constant and Identity) and convolutions at most.

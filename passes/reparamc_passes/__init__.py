@@ -6,7 +6,7 @@ of a graph depends on it in one place: branches of zeros are dropped before anyt
 
 from __future__ import annotations
 
-from reparamc.rewrite import Pass
+from reparamc.algebra.rewrite import Pass
 from reparamc_passes.bn_folding import BN_FOLDING
 from reparamc_passes.branch_merging import BRANCH_MERGING
 from reparamc_passes.channel_moving import CHANNEL_MOVING

@@ -14,9 +14,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from reparamc.expr import ONE, ZERO, Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, rebuild
-from reparamc.kernel import VARYING, coefficients, scale_inputs, scale_outputs
-from reparamc.rewrite import Declined
+from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, rebuild
+from reparamc.algebra.kernels import VARYING, coefficients, scale_inputs, scale_outputs
+from reparamc.algebra.rewrite import Declined
 
 OTHER_AXIS = "it acts on another axis than the convolution"
 DEPTH = 16

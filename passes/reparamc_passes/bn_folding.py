@@ -10,8 +10,8 @@ reads as padding, so a kernel that reads padding needs h = 0.
 
 from __future__ import annotations
 
-from reparamc.expr import BatchNorm, Conv, Expr
-from reparamc.rewrite import Declined, Pass
+from reparamc.algebra.expr import BatchNorm, Conv, Expr
+from reparamc.algebra.rewrite import Declined, Pass
 from reparamc_passes.absorb import into_consumer, into_producer
 
 

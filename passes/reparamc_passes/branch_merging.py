@@ -17,10 +17,10 @@ from collections.abc import Hashable
 from itertools import zip_longest
 from typing import cast
 
-from reparamc.cost import addition, behind, price
-from reparamc.expr import BatchNorm, Conv, Expr, Scale, Sum, total
-from reparamc.kernel import coefficients, grid, merge, merged_shape, scale_outputs
-from reparamc.rewrite import Declined, Pass
+from reparamc.algebra.cost import addition, behind, price
+from reparamc.algebra.expr import BatchNorm, Conv, Expr, Scale, Sum, total
+from reparamc.algebra.kernels import coefficients, grid, merge, merged_shape, scale_outputs
+from reparamc.algebra.rewrite import Declined, Pass
 
 
 def parallel_convs(e: Expr) -> Expr | Declined | None:

@@ -24,10 +24,10 @@ from itertools import groupby
 
 import numpy as np
 
-from reparamc.cost import price
-from reparamc.expr import Concat, Conv, Expr, Select
-from reparamc.kernel import grid, select_outputs, stack, stacked_shape
-from reparamc.rewrite import Declined, Pass
+from reparamc.algebra.cost import price
+from reparamc.algebra.expr import Concat, Conv, Expr, Select
+from reparamc.algebra.kernels import grid, select_outputs, stack, stacked_shape
+from reparamc.algebra.rewrite import Declined, Pass
 
 
 def stacked(e: Expr) -> Expr | Declined | None:

@@ -2,12 +2,12 @@
 
 Exporters write weights as Transpose, Unsqueeze or Concat of other constants, and modules compute them
 in forward (weight standardisation, branches summed before one convolution); other rewrites see a
-parameter only once that is done. The adapters carry it out (`reparamc.onnx_constants`, `reparamc.fx_graph`).
+parameter only once that is done. The adapters carry it out (`reparamc.onnx.constants`, `reparamc.fx.graph`).
 """
 
 from __future__ import annotations
 
-from reparamc.rewrite import Pass
+from reparamc.algebra.rewrite import Pass
 
 CONSTANT_FOLDING = Pass(
     name="constant-folding",

@@ -2,12 +2,12 @@
 
 Equal convolutions of one value, with equal weights and biases, in different parts of the graph. They are
 compared in their final form, after all other passes, number by number; the later one takes the result of
-the first. `reparamc.duplicates` carries it out.
+the first. `reparamc.compiler.duplicates` carries it out.
 """
 
 from __future__ import annotations
 
-from reparamc.rewrite import Pass
+from reparamc.algebra.rewrite import Pass
 
 DUPLICATE_REMOVAL = Pass(
     name="duplicate-removal",

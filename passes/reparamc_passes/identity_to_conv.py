@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from reparamc.expr import BatchNorm, Conv, Expr, Scale, Sum, total
-from reparamc.kernel import coefficients, pointwise
-from reparamc.rewrite import Declined, Pass
+from reparamc.algebra.expr import BatchNorm, Conv, Expr, Scale, Sum, total
+from reparamc.algebra.kernels import coefficients, pointwise
+from reparamc.algebra.rewrite import Declined, Pass
 
 
 def beside_conv(e: Expr) -> Expr | Declined | None:

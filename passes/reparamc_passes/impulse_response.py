@@ -4,12 +4,12 @@ For trees of linear operators that no rule knows (slices and slice assignments, 
 reshapes, einsums, cumulative sums, ...), and for those whose rules refuse one by one what is exact as a
 whole: a BatchNorm whose border value stands where the next convolution would read zeros. b is f(0), K
 what f makes of a one in one place; that K * x + b is f is tested on random inputs of several sizes, up to
-the borders (`reparamc.probe`). The drivers carry it out, after all other passes, where it pays.
+the borders (`reparamc.algebra.probe`). The drivers carry it out, after all other passes, where it pays.
 """
 
 from __future__ import annotations
 
-from reparamc.rewrite import Pass
+from reparamc.algebra.rewrite import Pass
 
 IMPULSE_RESPONSE = Pass(
     name="impulse-response",

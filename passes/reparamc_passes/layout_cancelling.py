@@ -10,8 +10,8 @@ compared as products of symbols. A reshape to the shape that is there already is
 
 from __future__ import annotations
 
-from reparamc.expr import Expr, Layout, Permute, Reshape
-from reparamc.rewrite import Pass
+from reparamc.algebra.expr import Expr, Layout, Permute, Reshape
+from reparamc.algebra.rewrite import Pass
 
 
 def inverse_pair(e: Expr) -> Expr | None:

@@ -15,9 +15,9 @@ from collections import Counter
 
 import numpy as np
 
-from reparamc.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum, total
-from reparamc.kernel import coefficients, grid, shape_of_value
-from reparamc.rewrite import Declined, Pass
+from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum, total
+from reparamc.algebra.kernels import coefficients, grid, shape_of_value
+from reparamc.algebra.rewrite import Declined, Pass
 
 
 def collected(e: Expr) -> Expr | Declined | None:

@@ -5,12 +5,12 @@
 For a convolution that is cut into pieces (q, k and v of one fused projection) with a BatchNorm or scale behind
 some of them. What is behind all pieces goes into the convolution by the other passes; what is behind one
 needs the other pieces to be cut from the new convolution as well. So several regions change together, or
-none: `reparamc.pieces` carries it out, after all other passes.
+none: `reparamc.compiler.split_scales` carries it out, after all other passes.
 """
 
 from __future__ import annotations
 
-from reparamc.rewrite import Pass
+from reparamc.algebra.rewrite import Pass
 
 PIECE_FOLDING = Pass(
     name="piece-folding",

@@ -13,9 +13,9 @@ into kernels. Exact when each branch has stride one and keeps the extent for eve
 
 from __future__ import annotations
 
-from reparamc.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum
-from reparamc.kernel import coefficients, merge, pointwise, scale_outputs
-from reparamc.rewrite import Pass
+from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum
+from reparamc.algebra.kernels import coefficients, merge, pointwise, scale_outputs
+from reparamc.algebra.rewrite import Pass
 
 SMALL = 64
 """A token mixer has about ten operators; nothing larger is searched, so that work stays linear."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from reparamc.expr import BatchNorm, Conv, Expr, Scale
-from reparamc.kernel import coefficients
-from reparamc.rewrite import Declined, Pass
+from reparamc.algebra.expr import BatchNorm, Conv, Expr, Scale
+from reparamc.algebra.kernels import coefficients
+from reparamc.algebra.rewrite import Declined, Pass
 from reparamc_passes.absorb import into_consumer, into_producer
 
 

@@ -17,10 +17,10 @@ from collections.abc import Hashable
 from itertools import accumulate
 from math import inf
 
-from reparamc.cost import POSITIONS, addition, behind, multiply_adds, price
-from reparamc.expr import Conv, Expr, Sum, total
-from reparamc.kernel import cannot_compose, compose, composed_shape, grid, merge, merged_shape
-from reparamc.rewrite import Declined, Pass
+from reparamc.algebra.cost import POSITIONS, addition, behind, multiply_adds, price
+from reparamc.algebra.expr import Conv, Expr, Sum, total
+from reparamc.algebra.kernels import cannot_compose, compose, composed_shape, grid, merge, merged_shape
+from reparamc.algebra.rewrite import Declined, Pass
 
 LONGEST = 8
 """Convolutions in a row that are weighed against one another."""

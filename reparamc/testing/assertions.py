@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from reparamc.compare import Difference, differences, noise_of, nudged, ulps
-from reparamc.compare import tolerance as explained
-from reparamc.dtypes import epsilon_of
+from reparamc.algebra.dtypes import epsilon_of
+from reparamc.equivalence.difference import Difference, differences, noise_of, nudged, ulps
+from reparamc.equivalence.difference import tolerance as explained
 from reparamc.errors import InputError, one_line
 from reparamc.testing.inputs import Domain, Host, NoArrayError, Tree, arrays_of, host_of, leaves, mapped
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from reparamc.equivalence.trials import Slot
 from reparamc.errors import InputError, one_line
-from reparamc.fx_trace import trace
+from reparamc.fx.trace import trace
 from reparamc.testing.inputs import Domain, NoArrayError, Tree, bounds_of, leaves, mapped
-from reparamc.trial import Slot
 
 _FIRST_EXTENTS = (16, 32, 64, 224)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reparamc.errors import InputError, InputTypeError, one_line
-from reparamc.report import Refusal, Report, Rewrite
+from reparamc.report.data import Refusal, Report, Rewrite
 from reparamc.testing.assertions import assert_equivalent, check_tolerance
 from reparamc.testing.inputs import arrays_of, domain_of
 from reparamc.testing.randomize import randomize_batchnorm, randomize_layer_scales
@@ -124,7 +124,7 @@ class _Outcome:
 
 
 def _fuse_torch(model: Any, example: Any, seed: int | None, options: Mapping[str, Any]) -> _Outcome:
-    from reparamc.fx_fuse import fuse_fx
+    from reparamc.fx.fuse import fuse_fx
     from reparamc.testing.fx_host import layers
 
     try:
@@ -144,7 +144,7 @@ def _fuse_torch(model: Any, example: Any, seed: int | None, options: Mapping[str
 
 
 def _fuse_onnx(model: Any, example: Any, seed: int | None, options: Mapping[str, Any]) -> _Outcome:
-    from reparamc.onnx_fuse import fuse_model
+    from reparamc.onnx.fuse import fuse_model
     from reparamc.testing.onnx_host import OnnxHost, layers
 
     host = OnnxHost(model)

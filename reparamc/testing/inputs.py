@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from reparamc.dtypes import largest_of
+from reparamc.algebra.dtypes import largest_of
+from reparamc.equivalence.trials import LIMITS, Slot, Space, Trial, make_inputs, scales, strategy, symbols
 from reparamc.errors import InputError, InputTypeError
-from reparamc.trial import LIMITS, Slot, Space, Trial, make_inputs, scales, strategy, symbols
 
 if TYPE_CHECKING:
     from hypothesis import strategies as st

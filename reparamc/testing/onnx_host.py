@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, helper
 
+from reparamc.equivalence.trials import Slot
 from reparamc.errors import InputError
-from reparamc.onnx_fuse import load
-from reparamc.onnx_runtime import first_working_inputs, session
-from reparamc.onnx_values import attribute
+from reparamc.onnx.files import load
+from reparamc.onnx.session import first_working_inputs, session
+from reparamc.onnx.values import attribute
 from reparamc.testing.inputs import Domain, Tree, arrays_of, bounds_of
-from reparamc.trial import Slot
 
 _COPY = "/read_by_pooling"
 """Behind the name of a value, the name of its copy among the outputs."""

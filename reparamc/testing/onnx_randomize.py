@@ -9,8 +9,8 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from reparamc.errors import InputError
-from reparamc.onnx_runtime import session
-from reparamc.onnx_values import Constants, captured, is_standard
+from reparamc.onnx.session import session
+from reparamc.onnx.values import Constants, captured, is_standard
 from reparamc.testing.inputs import arrays_of
 
 _ROLES = ("scale", "bias", "mean", "var")

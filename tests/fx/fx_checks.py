@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from reparamc import fuse_fx
-from reparamc.report import Report
+from reparamc.report.data import Report
 from reparamc.testing import randomize_batchnorm
 
 CHANNELS = 4

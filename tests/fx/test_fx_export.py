@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from reparamc import fuse_fx
 from reparamc.errors import InputError, InputTypeError, VerificationError
-from reparamc.fx_emit import Emitter
+from reparamc.fx.emit import Emitter
 
 C = CHANNELS
 

@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from reparamc import fuse_fx
-from reparamc.evaluate import evaluate
-from reparamc.expr import Conv, Expr, Source
-from reparamc.fx_graph import FxGraph, FxReading
-from reparamc.fx_trace import trace
-from reparamc.graph import Splice
+from reparamc.algebra.evaluate import evaluate
+from reparamc.algebra.expr import Conv, Expr, Source
+from reparamc.compiler.graph import Splice
+from reparamc.fx.graph import FxGraph, FxReading
+from reparamc.fx.trace import trace
 
 C = CHANNELS
 MAP = (2, 6, 9, 7)

@@ -14,8 +14,8 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from reparamc import fuse_fx  # noqa: E402
-from reparamc.expr import Select  # noqa: E402
-from reparamc.fx_emit import Emitter  # noqa: E402
+from reparamc.algebra.expr import Select  # noqa: E402
+from reparamc.fx.emit import Emitter  # noqa: E402
 
 
 def net(run: Callable[[Any, Any], Any], **more: Any) -> Net:

@@ -14,12 +14,12 @@ from fx_checks import CHANNELS, conv_bn, counts, images, ready, report
 from torch import Tensor, nn
 
 from reparamc import fuse_fx
-from reparamc.certify import Certificate
+from reparamc.algebra.expr import BatchNorm, Conv, Expr
+from reparamc.algebra.rewrite import Pass
+from reparamc.certificate.proof import Certificate
 from reparamc.errors import VerificationError
-from reparamc.expr import BatchNorm, Conv, Expr
-from reparamc.fx_emit import Emitter
-from reparamc.fx_fuse import verify_end_to_end
-from reparamc.rewrite import Pass
+from reparamc.fx.emit import Emitter
+from reparamc.fx.end_to_end import verify_end_to_end
 
 
 def forgets_the_mean(e: Expr) -> Expr | None:
@@ -98,7 +98,7 @@ def test_wrong_splice(
     with pytest.warns(RuntimeWarning, match="proven to differ"):
         certified = fuse_fx(model.to(dtype), x.to(dtype))
     assert certified.meta["reparamc"].certificate.rolled_back >= 1
-    monkeypatch.setattr("reparamc.fx_fuse.certify_fx", lambda *_: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.fx.host.certify_fx", lambda *_: Certificate((), 0, 0.0))
     with pytest.raises(VerificationError, match=r"region '[02]\.1' of the rewritten model") as raised:
         fuse_fx(model.to(dtype), x.to(dtype))
     assert raised.value.where == "0.1" or dtype == torch.bfloat16  # where a small bias of the first does not show

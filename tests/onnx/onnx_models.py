@@ -10,9 +10,9 @@ import numpy as np
 from expression_models import assert_close, operators, run
 from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper, shape_inference
 
-from reparamc.onnx_fuse import fuse_model
-from reparamc.onnx_runtime import random_inputs
-from reparamc.report import Report
+from reparamc.onnx.fuse import fuse_model
+from reparamc.onnx.session import random_inputs
+from reparamc.report.data import Report
 
 Extents = Sequence[int | str]
 SIZES = (7, 8)

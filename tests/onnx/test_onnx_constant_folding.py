@@ -8,8 +8,8 @@ from expression_models import operators, run
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx_models import assert_folds, assert_left, batchnorm, fuse, model, node, norm, rand
 
-from reparamc.onnx_constants import fold_constants
-from reparamc.onnx_fuse import fuse_model
+from reparamc.onnx.constants import fold_constants
+from reparamc.onnx.fuse import fuse_model
 
 BIG = 64 * 64
 

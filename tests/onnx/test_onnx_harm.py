@@ -13,9 +13,10 @@ import pytest
 from onnx import ModelProto, NodeProto
 from onnx_models import batchnorm, fuse, model, node, norm, operators
 
-from reparamc import onnx_fuse, onnx_readers
-from reparamc.onnx_fuse import fuse_model
-from reparamc.onnx_harm import fused_by_runtime, harmful, protected, reason
+from reparamc.onnx import fuse as onnx_fuse
+from reparamc.onnx import operators as onnx_readers
+from reparamc.onnx.fuse import fuse_model
+from reparamc.onnx.runtime_fusions import fused_by_runtime, harmful, protected, reason
 
 RNG = np.random.default_rng(0)
 HIDES_GELU = "it would hide a Gelu that ONNX Runtime fuses"

@@ -10,8 +10,8 @@ from expression_models import operators
 from onnx import ModelProto, NodeProto
 from onnx_models import Extents, assert_left, fuse, model, node, rand, reasons
 
-from reparamc.onnx_certify import certify_onnx
-from reparamc.onnx_fuse import fuse_model
+from reparamc.certificate.onnx import certify_onnx
+from reparamc.onnx.fuse import fuse_model
 
 WIDTH, HEADS, EACH = 6, 2, 4
 PARAMETERS = {

@@ -13,11 +13,12 @@ from onnx import ModelProto
 from onnx_models import batchnorm, model, node, norm, operators
 
 import reparamc
-from reparamc import onnx_fuse, onnx_latency
 from reparamc.errors import InputError
-from reparamc.onnx_fuse import fuse_model
-from reparamc.onnx_latency import FEWEST, MOST, compare_latency, compare_runs
-from reparamc.report import Latency, Report
+from reparamc.onnx import fuse as onnx_fuse
+from reparamc.onnx import latency as onnx_latency
+from reparamc.onnx.fuse import fuse_model
+from reparamc.onnx.latency import FEWEST, MOST, compare_latency, compare_runs
+from reparamc.report.data import Latency, Report
 
 
 class Clock:

@@ -27,13 +27,13 @@ from onnx_models import (
     reasons,
 )
 
-from reparamc.certify import Certificate
+from reparamc.algebra.expr import BatchNorm, Conv, Expr, Sum
+from reparamc.algebra.kernels import coefficients, scale_outputs
+from reparamc.algebra.rewrite import Pass
+from reparamc.certificate.proof import Certificate
 from reparamc.errors import InputError, VerificationError
-from reparamc.expr import BatchNorm, Conv, Expr, Sum
-from reparamc.kernel import coefficients, scale_outputs
-from reparamc.onnx_fuse import fuse_model
-from reparamc.onnx_graph import OnnxGraph
-from reparamc.rewrite import Pass
+from reparamc.onnx.fuse import fuse_model
+from reparamc.onnx.graph import OnnxGraph
 from reparamc_passes import PASSES
 
 
@@ -320,7 +320,7 @@ def test_a_wrong_splice_is_caught_end_to_end(factor: float, monkeypatch: pytest.
     assert report.certificate is not None
     assert report.certificate.rolled_back == 1
     assert [f.check for f in report.failed] == ["certificate"]
-    monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
     with pytest.raises(VerificationError, match="region 'bn' of the rewritten model") as caught:
         fuse_model(conv_bn())
     assert caught.value.where == "bn"
@@ -338,7 +338,7 @@ def test_one_wrong_weight_of_many_is_caught_end_to_end(monkeypatch: pytest.Monke
         return add(self, wanted, array, dtype)
 
     monkeypatch.setattr(OnnxGraph, "add_initializer", perturbed)
-    monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
     with pytest.raises(VerificationError):
         fuse_model(conv_bn())
 

@@ -12,9 +12,10 @@ from expression_models import operators
 from onnx import ModelProto, NodeProto
 from onnx_models import Extents, assert_left, batchnorm, fuse, model, node, norm, rand, reasons
 
-from reparamc import onnx_fuse, pieces
-from reparamc.expr import Scale
-from reparamc.report import Report
+from reparamc.algebra.expr import Scale
+from reparamc.compiler import split_scales as pieces
+from reparamc.onnx import fuse as onnx_fuse
+from reparamc.report.data import Report
 
 PARAMETERS = {
     "w": rand(12, 6, 3, 3),

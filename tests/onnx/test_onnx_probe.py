@@ -11,7 +11,7 @@ from expression_models import assert_close, operators, run
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx_models import assert_left, batchnorm, fuse, model, node, norm, rand
 
-from reparamc.onnx_fuse import fuse_model
+from reparamc.onnx.fuse import fuse_model
 
 
 def kernel(x: str, y: str, name: str = "w", **attributes: Any) -> NodeProto:

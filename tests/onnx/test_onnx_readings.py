@@ -12,13 +12,14 @@ from expression_models import operators, run
 from onnx import ModelProto, NodeProto
 from onnx_models import PAD, N, assert_equal_outputs, batchnorm, model, node, rand
 
-from reparamc import fuse_onnx, onnx_readers
-from reparamc.certify import Certificate
-from reparamc.expr import BatchNorm, Conv, Expr
-from reparamc.graph import Reading
-from reparamc.onnx_fuse import fuse_model
-from reparamc.onnx_graph import OnnxGraph
-from reparamc.onnx_reference import in_float64
+from reparamc import fuse_onnx
+from reparamc.algebra.expr import BatchNorm, Conv, Expr
+from reparamc.certificate.proof import Certificate
+from reparamc.compiler.graph import Reading
+from reparamc.onnx import operators as onnx_readers
+from reparamc.onnx.fuse import fuse_model
+from reparamc.onnx.graph import OnnxGraph
+from reparamc.onnx.reference import in_float64
 
 
 def two_blocks(**attributes: Any) -> ModelProto:
@@ -84,7 +85,7 @@ def test_a_misread_attribute_is_caught_and_the_rest_is_still_rewritten(
 
 def test_a_misread_attribute_shows_in_no_other_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the checks on samples it is the host alone that sees it."""
-    monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
     misread("BatchNormalization", other_eps, monkeypatch)
     monkeypatch.setattr(OnnxGraph, "run", None)  # not to be called: the framework cannot be asked
     fused, report = fuse_model(two_blocks(), verify="region")

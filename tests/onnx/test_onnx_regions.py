@@ -10,13 +10,14 @@ from expression_models import operators
 from onnx import ModelProto, NodeProto
 from onnx_models import PAD, batchnorm, model, node, norm, rand
 
-from reparamc.certify import Certificate
+from reparamc.certificate.proof import Certificate
+from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import VerificationError
-from reparamc.onnx_fuse import fuse_model
-from reparamc.onnx_graph import OnnxGraph
-from reparamc.onnx_regions import run_alone
-from reparamc.onnx_runtime import random_inputs, verify_end_to_end
-from reparamc.verify import Region
+from reparamc.onnx.end_to_end import verify_end_to_end
+from reparamc.onnx.fuse import fuse_model
+from reparamc.onnx.graph import OnnxGraph
+from reparamc.onnx.regions_alone import run_alone
+from reparamc.onnx.session import random_inputs
 
 BLOCKS = 4
 
@@ -51,7 +52,7 @@ def one_channel(a: np.ndarray) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof would find what is planted here first, and undo it."""
-    monkeypatch.setattr("reparamc.onnx_fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
 
 
 CALM, CHAOTIC = 1.0, 3e3

@@ -10,7 +10,7 @@ from expression_models import operators, run
 from onnx import ModelProto, helper, numpy_helper
 from onnx_models import assert_close, assert_folds, assert_left, batchnorm, fuse, model, node, norm, rand, reasons
 
-from reparamc.onnx_fuse import fuse_model
+from reparamc.onnx.fuse import fuse_model
 
 W3, W1 = rand(6, 6, 3, 3), rand(6, 6, 1, 1)
 D3 = rand(6, 1, 3, 3)

@@ -45,7 +45,7 @@ def test_known_and_unknown_extents(shape: tuple[Any, ...]) -> None:
 
 def fuse_with_channels(made: ModelProto) -> tuple[ModelProto, Any]:
     """The number of channels follows from the weight alone, so no random input can be made for the check."""
-    from reparamc.onnx_fuse import fuse_model
+    from reparamc.onnx.fuse import fuse_model
 
     fused, report = fuse_model(made, verify="region")
     x = {"x": rand(2, 6, 7, 9)}
@@ -265,7 +265,7 @@ def test_dropout_whose_mask_is_read() -> None:
 def test_dropout_in_training() -> None:
     nodes = [CONV, node("Dropout", "c r on", "d"), batchnorm("d", "n", "y")]
     made = model(nodes, PARAMETERS | {"r": np.array(0.5, np.float32), "on": np.array(True)})
-    from reparamc.onnx_fuse import fuse_model
+    from reparamc.onnx.fuse import fuse_model
 
     fused, report = fuse_model(made, verify="region")
     assert operators(fused) == operators(made)
@@ -308,7 +308,7 @@ def test_local_functions_survive() -> None:
 def test_runtime_operator_between() -> None:
     conv = helper.make_node("FusedConv", ["x", "w"], ["c"], domain="com.microsoft", activation="Relu", **PAD)
     made = model([conv, BN], PARAMETERS, domains=["com.microsoft"])
-    from reparamc.onnx_fuse import fuse_model
+    from reparamc.onnx.fuse import fuse_model
 
     fused, _ = fuse_model(made)
     assert fused.SerializeToString() == made.SerializeToString()
@@ -337,7 +337,7 @@ def test_nodes_of_one_name() -> None:
     made = conv_bn()
     for n in made.graph.node:
         n.name = "same"
-    from reparamc.onnx_fuse import fuse_model
+    from reparamc.onnx.fuse import fuse_model
 
     fused, _ = fuse_model(made, verify="region")
     assert operators(fused) == {"Conv": 1}
@@ -403,7 +403,7 @@ def test_what_is_said_about_the_model_survives() -> None:
 def test_declared_extents_of_outputs_survive() -> None:
     made = conv_bn(shape=(1, 6, 8, 8))
     made.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 6, "rows", 8]))
-    from reparamc.onnx_fuse import fuse_model
+    from reparamc.onnx.fuse import fuse_model
 
     assert fuse_model(made)[0].graph.output == made.graph.output
 
@@ -424,7 +424,7 @@ def test_value_info_of_what_is_gone_goes_too() -> None:
 def test_wrong_value_info_decides_nothing() -> None:
     made = conv_bn()
     made.graph.value_info.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, ["N", "C", "L"]))
-    from reparamc.onnx_fuse import fuse_model
+    from reparamc.onnx.fuse import fuse_model
 
     assert operators(fuse_model(made, verify="region")[0]) == {"Conv": 1}
 

@@ -1,0 +1,1 @@
+"""Expressions of linear operators and what may be done to them. Knows no graph and no framework."""

@@ -1,0 +1,113 @@
+"""Where the channels of a value are after it has been moved: reshaped into heads, transposed, cut into q, k and v.
+
+An index of a channel is a number with several digits once its axis is split: channel ``(3 h + i) d + j`` stands at
+``[..., h, i, j, ...]``. A `Route` holds for each combination of positions along these axes the channel that is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from reparamc.algebra.expr import Array, Expr, Ints, Layout, Mean, Permute, Reshape, Select, Take
+from reparamc.algebra.shape import Dim, Shape, size
+
+
+@dataclass(frozen=True)
+class Route:
+    """In a value of ``rank`` stands the channel ``channels[i, j, ...]`` at the positions i, j, ... along ``axes``."""
+
+    channels: npt.NDArray[np.int64]
+    axes: Ints
+    rank: int
+
+    @staticmethod
+    def of(rank: int, frame: int, width: int) -> Route:
+        """That of a value which has not been moved yet."""
+        return Route(np.arange(width), (rank - 1 - frame,), rank)
+
+    def through(self, e: Expr) -> Route | None:
+        """The route behind ``e``, a `Layout` or a `Select`; None where it mixes channels with something else."""
+        match e:
+            case Select():
+                return self._select(self.rank - 1 - e.frame, e.index)
+            case Layout(op=Take(axis=axis, at=at)):
+                return self._select(axis, (at,))._without((axis,))
+            case Layout(op=Permute(axes=axes)):
+                return replace(self, axes=tuple(axes.index(a) for a in self.axes))
+            case Layout(op=Mean() as op):
+                if not set(self.axes).isdisjoint(op.axes):
+                    return None
+                return self if op.keep else self._without(op.axes)
+            case Layout(op=Reshape() as op):
+                return self._reshape(op.before, op.after)
+            case _:
+                return None
+
+    def along(self, vector: Array, frame: int | None) -> Array | None:
+        """A factor for each of ``channels``, where ``vector`` has one for each position along the axis of ``frame``.
+
+        None where that is no axis of channels.
+        """
+        if frame is None or not vector.ndim:
+            return np.full(self.channels.shape, vector)
+        axis = self.rank - 1 - frame
+        if axis not in self.axes or self.channels.shape[self.axes.index(axis)] != vector.size:
+            return None
+        ones = [1] * self.channels.ndim
+        ones[self.axes.index(axis)] = vector.size
+        return np.broadcast_to(vector.reshape(ones), self.channels.shape)
+
+    def _select(self, axis: int, index: Ints) -> Route:
+        if axis not in self.axes:
+            return self
+        return replace(self, channels=self.channels.take(index, self.axes.index(axis)))
+
+    def _without(self, gone: Ints) -> Route:
+        """After axes ``gone``, of one position, have been dropped."""
+        kept = [n for n, axis in enumerate(self.axes) if axis not in gone]
+        channels = self.channels.reshape([self.channels.shape[n] for n in kept])
+        axes = tuple(self.axes[n] - sum(a < self.axes[n] for a in gone) for n in kept)
+        return Route(channels, axes, self.rank - len(gone))
+
+    def _reshape(self, before: Shape, after: Shape) -> Route | None:
+        channels, axes = self.channels.transpose(np.argsort(self.axes)), sorted(self.axes)
+        if len(before) != self.rank or any(before[a].known != n for a, n in zip(axes, channels.shape, strict=True)):
+            return None
+        extents: list[int] = []
+        found: list[int] = []
+        for old, new in regrouped(before, after):
+            ours = [a for a in old if a in axes]
+            if not ours:
+                continue
+            if any(a not in axes and before[a] != Dim(1) for a in old):
+                return None
+            known = [n for a in new if (n := after[a].known) is not None]
+            if len(known) < len(new):
+                return None
+            found += new
+            extents += known
+        return Route(channels.reshape(extents), tuple(found), len(after))
+
+
+def regrouped(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]:
+    """The smallest runs of axes of ``before`` and of ``after`` that hold the same elements, from the left."""
+    i = j = 0
+    while i < len(before) or j < len(after):
+        old, new = [i] if i < len(before) else [], [j] if j < len(after) else []
+        if old and new and (before[i] == Dim(1)) != (after[j] == Dim(1)):  # an axis of one comes or goes by itself
+            old, new = (old, []) if before[i] == Dim(1) else ([], new)
+        i, j = i + len(old), j + len(new)
+        while (a := size([before[n] for n in old])) != (b := size([after[n] for n in new])):
+            if i < len(before) and (j == len(after) or b.divided_by(a) is not None):
+                old.append(i)
+                i += 1
+            elif j < len(after):
+                new.append(j)
+                j += 1
+            else:
+                break
+        yield old, new

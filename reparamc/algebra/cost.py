@@ -1,0 +1,168 @@
+"""What an expression costs, so that a splice happens only when it pays.
+
+Besides arithmetic, an operator moves its operands and its result through memory, has a fixed price
+for being launched, and has parameters that take room in the file. An `Objective` says what each of
+these is worth. Extents are unknown to the algebra, so what an expression starts from is taken to have
+a nominal number of positions.
+
+The objective is a context variable, because rules, which map an expression to an expression and
+nothing else, ask for prices too: `with objective("macs"):` holds for all that is planned inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from reparamc.algebra.evaluate import channels
+from reparamc.algebra.expr import BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Source, Sum, is_negation, walk
+from reparamc.errors import InputError
+
+POSITIONS = 196.0
+"""Nominal positions of a map: 14 x 14. Strides divide them; a transposed convolution gives no more than these."""
+
+CHANNELS = 64
+"""Nominal channels of a value where nothing tells their number."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What shall become small, as the prices of what an operator takes. Only their ratios matter.
+
+    Attributes:
+        node: launching one operator.
+        element: reading or writing one element, weights included.
+        mac: one multiply-add; an elementwise operation counts as one per element.
+        parameter: one element of a stored parameter.
+    """
+
+    name: str
+    node: float
+    element: float
+    mac: float
+    parameter: float
+
+
+LATENCY = Objective("latency", node=20_000.0, element=4.0, mac=1.0, parameter=0.0)
+"""Time. Round figures for a CPU or a phone, where a multiply-add is cheap beside an element read from memory."""
+
+MACS = Objective("macs", node=20_000e-9, element=4e-9, mac=1.0, parameter=0.0)
+"""Multiply-adds. The others break ties: smaller than any difference in multiply-adds, larger than rounding."""
+
+PARAMS = Objective("params", node=20_000e-12, element=4e-12, mac=1e-12, parameter=1.0)
+"""Stored parameters. The others break ties, in the proportions of `LATENCY`."""
+
+OBJECTIVES = {o.name: o for o in (LATENCY, MACS, PARAMS)}
+
+_current: ContextVar[Objective] = ContextVar("objective", default=LATENCY)
+
+
+@contextmanager
+def objective(name: str) -> Iterator[Objective]:
+    """Price by the objective ``name`` within this context; outside of any, by `LATENCY`.
+
+    Raises:
+        InputError: there is no such objective.
+    """
+    if name not in OBJECTIVES:
+        raise InputError(f"unknown objective {name!r}; the objectives are {', '.join(OBJECTIVES)}")
+    token = _current.set(OBJECTIVES[name])
+    try:
+        yield OBJECTIVES[name]
+    finally:
+        _current.reset(token)
+
+
+def cost(root: Expr) -> float:
+    """The price of computing ``root`` from its sources; under `LATENCY` in multiply-adds."""
+    count = channels(root)
+    positions: dict[Expr, float] = {}
+    widths: dict[Expr, int] = {}
+    cut: set[Expr] = set()  # what has other channels or none, and is priced as if it kept those of its operand
+    total = 0.0
+    for e in walk(root):
+        read = min((positions[c] for c in e.children), default=POSITIONS)
+        positions[e] = behind(e, read) if isinstance(e, Conv) else read
+        if isinstance(e, Layout | Scale | BatchNorm) and (e.frame is None or e.x in cut):
+            cut.add(e)
+        widths[e] = widths[e.children[0]] if e in cut else count[e] or CHANNELS
+        total += _price(e, widths[e], read)
+    return total
+
+
+def behind(conv: Conv, positions: float = POSITIONS) -> float:
+    """The positions of the result of ``conv`` over a map of ``positions``."""
+    return min(positions * prod(conv.stride), POSITIONS) if conv.transposed else positions / prod(conv.stride)
+
+
+def price(conv: Conv, positions: float = POSITIONS) -> float:
+    """The price of one convolution over a map of ``positions``."""
+    growth = prod(conv.stride) if conv.transposed else 1 / prod(conv.stride)
+    moved = positions * (conv.in_channels + conv.out_channels * growth)
+    if conv.token is not None:  # a pooling or a padding: it reads no weights, and its sums are no matter
+        return _operator(0, moved)
+    bias = 0 if conv.bias is None else conv.bias.size
+    return _operator(multiply_adds(conv, positions), moved + conv.weight.size, conv.weight.size + bias)
+
+
+def multiply_adds(conv: Conv, positions: float = POSITIONS) -> float:
+    """The multiply-adds of one convolution over a map of ``positions``."""
+    return positions / (1 if conv.transposed else prod(conv.stride)) * conv.weight.size
+
+
+def moving(channels: int, positions: float = POSITIONS) -> float:
+    """The price of an operator that moves the elements of a map and computes nothing."""
+    return _operator(0, positions * channels * 2)
+
+
+def addition(channels: int, positions: float = POSITIONS) -> float:
+    """The price of adding two maps."""
+    return _elementwise(channels, 3, positions)
+
+
+def _operator(macs: float, moved: float, parameters: int = 0) -> float:
+    o = _current.get()
+    return o.node + o.mac * macs + o.element * moved + o.parameter * parameters
+
+
+def _elementwise(channels: int, maps: int, positions: float, parameters: int = 0) -> float:
+    """The price of one operation per element, reading and writing ``maps`` maps in all."""
+    return _operator(positions * channels, positions * channels * maps, parameters)
+
+
+def _price(e: Expr, width: int, positions: float) -> float:
+    match e:
+        case Conv():
+            return price(e, positions)
+        case BatchNorm():
+            return _elementwise(width, 2, positions, 4 * e.gamma.size)
+        case Scale():
+            multiplied = _elementwise(width, 2, positions, e.scale.size) if is_multiplied(e) else 0.0
+            return multiplied + (_elementwise(width, 2, positions, e.shift.size) if is_shifted(e) else _held_bias(e))
+        case Sum():
+            return (len(e.terms) - 1) * addition(width, positions)
+        case Layout() | Concat() | Select():
+            return moving(width, positions)
+        case Source():
+            return 0.0
+
+
+def _held_bias(e: Scale) -> float:
+    """The price of a shift that needs no addition: its parameters alone."""
+    return _current.get().parameter * e.shift.size if np.any(e.shift) else 0.0
+
+
+def is_multiplied(e: Scale) -> bool:
+    """Whether ``e`` needs a multiplication. A factor of -1 does not: sums subtract instead."""
+    return bool(np.any(e.scale != 1)) and not is_negation(e)
+
+
+def is_shifted(e: Scale) -> bool:
+    """Whether ``e`` needs an addition. The bias of a linear layer does not: it is part of the product."""
+    is_bias = isinstance(e.x, Conv) and e.x.frame == 0 and e.x.bias is None and not np.any(e.scale != 1)
+    return bool(np.any(e.shift)) and not is_bias

@@ -1,0 +1,153 @@
+"""Are two expressions equal? Both are evaluated in float64 on inputs that meet every border case."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from reparamc.algebra.evaluate import absolute, evaluate, frames, has_layout, sample_inputs
+from reparamc.algebra.expr import (
+    Array,
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Mean,
+    Permute,
+    Reshape,
+    Scale,
+    Select,
+    Source,
+    Sum,
+    Take,
+    walk,
+)
+
+REGION_TOLERANCE = 1e-11
+"""Largest error accepted of an element in float64, relative to the magnitudes of the terms that it is the sum of."""
+
+
+def compare_expressions(before: Expr, after: Expr, seed: int = 0, *, every_size: bool = True) -> float:
+    """Largest error of ``after`` over the same sources, each element relative to its own terms; NaN or inf in kind.
+
+    Both are evaluated in float64: on inputs just larger than their kernels, so that every border case occurs, at two
+    sizes of different parity, and on results of 1, 2 and 3 elements along each axis, where the region takes such
+    maps. The first time on values of ordinary size, on zeros, and on values of all sizes. Without ``every_size`` that
+    first size is all.
+
+    Raises:
+        ValueError: no input fits all branches, or values overflow.
+    """
+    worst = 0.0
+    terms = absolute(before)
+    for inputs, extents in samples([before, after], seed, SIZES if every_size else SIZES[:1]):
+        with np.errstate(over="ignore", invalid="ignore"):
+            try:
+                a, _ = evaluate(before, inputs, extents)
+            except (ValueError, IndexError) as error:
+                raise ValueError("its shapes do not fit together on sample inputs") from error
+            try:
+                b, _ = evaluate(after, inputs, extents)
+            except (ValueError, IndexError):
+                return float("inf")
+            scale, _ = evaluate(terms, {e: np.abs(x) for e, x in inputs.items()}, extents)
+        if not np.isfinite(scale).all():
+            raise ValueError("its values overflow float64")
+        worst = max(worst, relative(a, b, scale), key=lambda e: (np.isnan(e), e))
+    return worst
+
+
+SIZES = ((0, None), (1, None), (0, 1), (0, 2), (0, 3))
+"""``extra`` and ``small`` of `sample_inputs`; the first is enough where no position meets another."""
+
+
+def constants_of(e: Expr) -> Array | None:
+    """For each channel of ``e``, the magnitudes of all constants that are added up; None where no input fits it."""
+    try:
+        inputs, extents = sample_inputs([e], np.random.default_rng(0), extra=1)
+        y, _ = evaluate(absolute(e), {x: np.zeros_like(a) for x, a in inputs.items()}, extents)
+    except (ValueError, IndexError):
+        return None
+    return largest_by_channel(y, frames(e)[e])
+
+
+def largest_by_channel(magnitudes: npt.NDArray, frame: int | None) -> npt.NDArray:
+    """The largest of each channel; of all together where the channel axis is unknown."""
+    axis = magnitudes.ndim - 1 - frame if frame is not None and frame < magnitudes.ndim else None
+    rows = magnitudes.reshape(1, -1) if axis is None else np.moveaxis(magnitudes, axis, 0)
+    return rows.reshape(rows.shape[0], -1).max(axis=1, initial=0.0)
+
+
+def samples(
+    roots: Sequence[Expr], seed: int = 0, sizes: Sequence[tuple[int, int | None]] = SIZES
+) -> Iterator[tuple[dict[Source, Array], dict[str, int]]]:
+    """Inputs on which expressions over the same sources are compared, and the extents of symbols; see `sample_inputs`.
+
+    Raises:
+        ValueError: no input just larger than the kernels fits all branches.
+    """
+    rng = np.random.default_rng(seed)
+    seen: set[tuple[tuple[int, ...], ...]] = set()
+    pointwise = all(e.is_pointwise for root in roots for e in walk(root) if isinstance(e, Conv))
+    for extra, small in sizes[:1] if pointwise and not has_layout(roots[0]) else sizes:
+        try:
+            inputs, extents = sample_inputs(roots, rng, extra, small)
+        except ValueError:
+            if small is None:
+                raise
+            continue
+        shapes = tuple(x.shape for x in inputs.values())
+        if shapes in seen:
+            continue  # nothing is open
+        if not seen and has_layout(roots[0]):
+            yield {e: np.zeros_like(x) for e, x in inputs.items()}, extents
+        seen.add(shapes)
+        yield inputs, extents
+
+
+def relative(reference: Array, other: Array, terms: Array) -> float:
+    """Largest difference of an element relative to its ``terms``; inf where shapes, NaN or infinities differ."""
+    if reference.shape != other.shape:
+        return float("inf")
+    finite = np.isfinite(reference)
+    if not np.array_equal(finite, np.isfinite(other)):
+        return float("inf")
+    if not np.array_equal(reference[~finite], other[~finite], equal_nan=True):
+        return float("inf")
+    gap, scale = np.abs(reference[finite] - other[finite]), np.broadcast_to(terms, reference.shape)[finite]
+    with np.errstate(divide="ignore"):
+        return float(np.divide(gap, scale, out=np.zeros_like(gap), where=gap > 0).max(initial=0.0))
+
+
+def structure(root: Expr) -> Hashable:
+    """What operators an expression has, weights and numbers of channels left out."""
+    order = {e: n for n, e in enumerate(walk(root))}
+    return tuple((*_structure(e), *(order[c] for c in e.children)) for e in order)
+
+
+def _structure(e: Expr) -> tuple[Hashable, ...]:
+    """What an operator is, weights and numbers of channels left out."""
+    match e:
+        case Source():
+            return (Source, e.frame)
+        case Conv():
+            groups = 1 if e.groups == 1 else "all" if e.groups == e.in_channels else "some"
+            grid = (e.kernel, e.stride, e.dilation, e.offset, e.delta, e.transposed)
+            return (Conv, *grid, groups, e.bias is None, e.token is None)
+        case Scale():
+            return (Scale, e.frame, e.scale.ndim, e.shift.ndim)
+        case BatchNorm() | Concat() | Select():
+            return (type(e), e.frame)
+        case Sum():
+            return (Sum,)
+        case Layout(op=Permute(axes=axes)):
+            return (Permute, axes)
+        case Layout(op=(Mean() | Take()) as op):
+            return (op,)
+        case Layout(op=Reshape() as op):
+            return (Reshape, len(op.before), len(op.after), e.frame_in, e.frame)
+        case _:
+            raise AssertionError(f"{type(e).__name__} is no expression")

@@ -1,0 +1,393 @@
+"""Affine expressions: the tiny language in which every rewrite is written.
+
+An expression is an immutable graph of a few kinds of node over arrays of float64. It knows neither
+torch nor ONNX. Nodes are compared by identity, so "the same object" means "the same value".
+
+The number of axes to the right of a value's *channel axis* is called its **frame**: 2 for images
+[N, C, H, W], 0 for tokens [N, L, C]. Counting from the right makes batched and unbatched values one
+case, and keeps axes apart whose lengths agree by chance.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from reparamc.algebra.shape import Shape, axis_through_reshape
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Ints: TypeAlias = tuple[int, ...]
+
+ONE, ZERO = np.ones(()), np.zeros(())
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A value computed outside the expression.
+
+    ``channels`` and ``frame`` are None when the host graph does not tell; ``shape`` is needed only
+    where layout operators are to be evaluated.
+    """
+
+    key: Hashable
+    channels: int | None = None
+    frame: int | None = None
+    shape: Shape | None = None
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return ()
+
+
+@dataclass(frozen=True, eq=False)
+class Conv:
+    """``y[o, p] = bias[o] + sum over i in group(o), taps t: weight[o, i, t] * x[i, stride*p + offset + dilation*t]``
+
+    with x zero outside its extent. ``weight`` is (out, in / groups, *kernel); ``bias`` is (out,) or
+    None. The other tuples hold one number per axis of the kernel, of which there are ``frame``: none
+    for a linear layer. ``offset`` is where the first tap lands (-1 for a leading padding of 1), and
+    ``delta`` is how much the extent shrinks: ``out = floor((extent - 1 - delta) / stride) + 1``.
+
+    A ``transposed`` convolution writes where the other reads: ``weight[o, i, t] * x[i, p]`` is added to
+    ``y[o, stride*p + offset + dilation*t]``, and ``out = stride * (extent - 1) + 1 + delta``.
+
+    ``token`` lets the host graph find an operator that is this convolution under another name (a
+    pooling, a padding); whoever changes more than ``x`` drops it.
+    """
+
+    x: Expr
+    weight: Array
+    bias: Array | None
+    stride: Ints = ()
+    dilation: Ints = ()
+    offset: Ints = ()
+    delta: Ints = ()
+    groups: int = 1
+    transposed: bool = False
+    token: Hashable = None
+
+    @staticmethod
+    def padded(
+        x: Expr,
+        weight: Array,
+        bias: Array | None,
+        stride: Ints,
+        dilation: Ints,
+        begin: Ints,
+        end: Ints,
+        groups: int = 1,
+        token: Hashable = None,
+    ) -> Conv:
+        """The convolution that reads ``begin`` zeros before and ``end`` zeros after the extent, per axis."""
+        kernel = weight.shape[2:]
+        delta = tuple(d * (k - 1) - b - e for d, k, b, e in zip(dilation, kernel, begin, end, strict=True))
+        return Conv(x, weight, bias, stride, dilation, tuple(-b for b in begin), delta, groups, False, token)
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+    @property
+    def kernel(self) -> Ints:
+        return self.weight.shape[2:]
+
+    @property
+    def frame(self) -> int:
+        return self.weight.ndim - 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def reach(self) -> Ints:
+        """Offset of the last tap, per axis."""
+        return tuple(a + d * (k - 1) for a, d, k in zip(self.offset, self.dilation, self.kernel, strict=True))
+
+    @property
+    def padding(self) -> tuple[Ints, Ints]:
+        """Zeros read before and after the extent, per axis (negative: values skipped).
+
+        Of a transposed convolution: results dropped (negative: zeros added).
+        """
+        return tuple(-a for a in self.offset), tuple(r - d for r, d in zip(self.reach, self.delta, strict=True))
+
+    @property
+    def skips_border(self) -> bool:
+        """Whether some padding is negative where no operator of a host graph can say so.
+
+        A transposed convolution may add zeros behind, fewer than its stride or dilation (output padding).
+        """
+        begin, end = self.padding
+        if not self.transposed:
+            return any(p < 0 for p in (*begin, *end))
+        most = [max(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
+        return any(b < 0 for b in begin) or any(-e >= m for e, m in zip(end, most, strict=True))
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether a constant added to ``x`` changes the result by different amounts in different places."""
+        return self.transposed or any(p > 0 for side in self.padding for p in side)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """One tap at offset 0, stride one, the extent kept: nothing but a matrix of channels."""
+        return self.keeps_grid and not any(self.offset) and all(k == 1 for k in self.kernel)
+
+    @property
+    def keeps_grid(self) -> bool:
+        """Stride one and equal extents for every input size: an identity may stand beside it."""
+        return all(s == 1 for s in self.stride) and not any(self.delta)
+
+    @property
+    def bias_or_zero(self) -> Array:
+        return np.zeros(self.out_channels) if self.bias is None else self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """``y = scale * x + shift`` per channel: each is (channels,), or () for the same in every channel.
+
+    ``frame`` is None only when both are (): then there is no channel axis to speak of.
+    """
+
+    x: Expr
+    scale: Array
+    shift: Array
+    frame: int | None = None
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm:
+    """``y = (x - mean) / sqrt(var + eps) * gamma + beta`` per channel; all arrays are (channels,)."""
+
+    x: Expr
+    gamma: Array
+    beta: Array
+    mean: Array
+    var: Array
+    eps: float
+    frame: int
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """``y = terms[0] + terms[1] + ...``; at least two terms."""
+
+    terms: tuple[Expr, ...]
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.terms
+
+
+@dataclass(frozen=True, eq=False)
+class Concat:
+    """The channels of all terms, one after the other; ``sizes`` says how many each has."""
+
+    terms: tuple[Expr, ...]
+    sizes: Ints
+    frame: int
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.terms
+
+
+@dataclass(frozen=True, eq=False)
+class Select:
+    """``y[o] = x[index[o]]``: some of the ``width`` channels of x, in any order (a slice, a shuffle)."""
+
+    x: Expr
+    index: Ints
+    width: int
+    frame: int
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Axes in a new order; ``axes`` is a permutation of ``range(rank)``."""
+
+    axes: Ints
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The same elements, in row-major order, under another shape."""
+
+    before: Shape
+    after: Shape
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean over some of ``rank`` axes, the channel axis not among them; kept with extent one, or dropped."""
+
+    rank: int
+    axes: Ints
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Take:
+    """The position ``at`` along one of ``rank`` axes, counted from the left, which goes."""
+
+    rank: int
+    axis: int
+    at: int
+
+
+LayoutOp: TypeAlias = Permute | Reshape | Mean | Take
+
+
+def ranks(op: LayoutOp) -> tuple[int, int]:
+    """The rank of what ``op`` moves, and of its result."""
+    match op:
+        case Permute():
+            return len(op.axes), len(op.axes)
+        case Reshape():
+            return len(op.before), len(op.after)
+        case Mean():
+            return op.rank, op.rank - (0 if op.keep else len(op.axes))
+        case Take():
+            return op.rank, op.rank - 1
+
+
+def axis_through(op: LayoutOp, axis: int) -> int | None:
+    """Where ``axis`` stands behind ``op``, both counted from the left; None where it does not stay whole."""
+    match op:
+        case Permute():
+            return op.axes.index(axis)
+        case Reshape():
+            return axis_through_reshape(op.before, op.after, axis)
+        case Mean():
+            return None if axis in op.axes else axis - (0 if op.keep else sum(a < axis for a in op.axes))
+        case Take():
+            return None if axis == op.axis else axis - (op.axis < axis)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Elements moved, taken or averaged within their channel: frame ``frame_in`` becomes ``frame``.
+
+    It commutes with everything that is done to each channel by itself. Where the channel axis is split or merged
+    (channels into heads), ``frame`` is None, and so are both frames of what moves such a value further: then it
+    commutes with what is the same for all elements.
+
+    ``token`` lets the host graph find the operator it came from; the algebra never looks at it.
+    """
+
+    x: Expr
+    op: LayoutOp
+    frame_in: int | None
+    frame: int | None
+    token: Hashable
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+
+Expr: TypeAlias = Source | Conv | Scale | BatchNorm | Sum | Concat | Select | Layout
+
+
+def rebuild(e: Expr, children: Sequence[Expr]) -> Expr:
+    """The same operator over other operands; the same object when the operands are the same."""
+    if all(old is new for old, new in zip(e.children, children, strict=True)):
+        return e
+    if isinstance(e, Sum | Concat):
+        return replace(e, terms=tuple(children))
+    return replace(e, x=children[0])
+
+
+def walk(root: Expr, stop: Callable[[Expr], bool] = lambda _: False) -> Iterator[Expr]:
+    """Each node once, operands first; nodes for which ``stop`` holds are yielded, not entered."""
+    seen: set[Expr] = set()
+    stack: list[tuple[Expr, bool]] = [(root, False)]
+    while stack:
+        e, entered = stack.pop()
+        if entered:
+            yield e
+        elif e not in seen:
+            seen.add(e)
+            stack.append((e, True))
+            if not stop(e):
+                stack.extend((c, False) for c in reversed(e.children))
+
+
+def flatten(root: Expr) -> Expr:
+    """``((a + b) + c)`` as ``a + b + c``, wherever the inner sum has no other reader."""
+    order = list(walk(root))
+    readers = Counter(c for e in order for c in e.children)
+    inner = {t for e in order if isinstance(e, Sum) for t in e.terms if isinstance(t, Sum) and readers[t] == 1}
+    done: dict[Expr, Expr] = {}
+    for e in order:
+        if e in inner:
+            continue
+        if isinstance(e, Sum) and inner.intersection(e.terms):
+            addends: list[Expr] = []
+            stack: list[Expr] = [e]
+            while stack:
+                term = stack.pop()
+                if term is e or term in inner:
+                    stack.extend(reversed(term.children))
+                else:
+                    addends.append(done[term])
+            done[e] = Sum(tuple(addends))
+        else:
+            done[e] = rebuild(e, [done[c] for c in e.children])
+    return done[root]
+
+
+def replaced(roots: Sequence[Expr], old: Expr, new: Expr) -> dict[Expr, Expr]:
+    """What every node under ``roots`` becomes when ``new`` stands in the place of ``old``."""
+    found: dict[Expr, Expr] = {old: new}
+    for root in roots:
+        for e in walk(root, stop=found.__contains__):
+            if e not in found:
+                found[e] = rebuild(e, [found[c] for c in e.children])
+    return found
+
+
+def total(addends: Sequence[Expr]) -> Expr:
+    """The sum of one or more addends."""
+    return addends[0] if len(addends) == 1 else Sum(tuple(addends))
+
+
+def is_negation(e: Expr) -> bool:
+    """Whether ``e`` is ``-x``. Sums subtract, so that it needs no operator of its own there."""
+    return isinstance(e, Scale) and not e.scale.ndim and e.scale == -1 and not np.any(e.shift)
+
+
+def arrays(e: Expr) -> tuple[Array, ...]:
+    """The parameters that ``e`` itself holds."""
+    match e:
+        case Conv():
+            return (e.weight,) if e.bias is None else (e.weight, e.bias)
+        case Scale():
+            return (e.scale, e.shift)
+        case BatchNorm():
+            return (e.gamma, e.beta, e.mean, e.var)
+        case _:
+            return ()

@@ -1,0 +1,332 @@
+"""The algebra of kernels: what may be done to one convolution, or to several, without any graph.
+
+All of it is exact in real arithmetic; whether it is also *allowed* (borders, grids) is what the
+rewrites decide before they call. Arrays are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from itertools import product
+from math import gcd
+
+import numpy as np
+
+from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale, Select, Source, Sum, walk
+from reparamc.algebra.shape import Dim, Shape
+
+BIAS_MEETS_PADDING = "its bias meets the zero padding of the convolution behind it"
+VARYING = "what it adds would reach the results of the transposed convolution behind it a varying number of times"
+TRANSPOSED = "a transposed convolution composes with a matrix of channels only"
+
+
+def coefficients(e: Scale | BatchNorm) -> tuple[Array, Array]:
+    """(scale, shift) of ``y = scale * x + shift``; for BatchNorm scale = gamma / sqrt(var + eps)."""
+    if isinstance(e, Scale):
+        return e.scale, e.shift
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = e.gamma / np.sqrt(e.var + e.eps)
+        return scale, e.beta - e.mean * scale
+
+
+def arithmetic(op: str, c: Array, constant_first: bool, factor: float = 1.0) -> tuple[Array, Array]:
+    """(scale, shift) of an operation of x and a constant ("add", "sub", "mul"), or of x divided by it ("div").
+
+    ``factor`` multiplies the second operand of a sum or difference.
+    """
+    sign = np.float64(-factor if op == "sub" else factor)
+    with np.errstate(divide="ignore"):
+        match op:
+            case "add" | "sub":
+                scale, shift = (sign, c) if constant_first else (ONE, sign * c)
+            case "mul":
+                scale, shift = c, ZERO
+            case _:
+                scale, shift = 1 / c, ZERO
+    return np.asarray(scale), np.asarray(shift)
+
+
+def scale_outputs(conv: Conv, scale: Array, shift: Array) -> Conv:
+    """``scale * conv(x) + shift``: W' = scale[o] W, b' = scale b + shift."""
+    rows = np.broadcast_to(scale, (conv.out_channels,))
+    weight = conv.weight * rows.reshape(-1, *[1] * (conv.weight.ndim - 1))
+    if conv.bias is None and not np.any(shift):
+        return replace(conv, weight=weight, token=None)
+    return replace(conv, weight=weight, bias=rows * conv.bias_or_zero + shift, token=None)
+
+
+def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
+    """``conv(scale * x + shift)`` as a convolution of x: W' = W scale[i], b' = b + sum over i, t of W shift[i].
+
+    The bias is right where every tap reads inside the extent: callers see to it that the shift is
+    zero or the kernel reads no padding.
+    """
+    per_group = conv.in_channels // conv.groups
+    rows = conv.out_channels // conv.groups
+    grouped = conv.weight.reshape(conv.groups, rows, per_group, *conv.kernel)
+
+    def columns(v: Array) -> Array:
+        per_channel = np.broadcast_to(v, (conv.in_channels,))
+        return per_channel.reshape(conv.groups, 1, per_group, *[1] * conv.frame)
+
+    weight = (grouped * columns(scale)).reshape(conv.weight.shape)
+    if not np.any(shift):
+        return replace(conv, x=x, weight=weight, token=None)
+    read = (grouped * columns(shift)).reshape(conv.out_channels, -1).sum(axis=1)
+    return replace(conv, x=x, weight=weight, bias=conv.bias_or_zero + read, token=None)
+
+
+def select_outputs(conv: Conv, index: Ints) -> Conv:
+    """Some of the outputs of ``conv``, in the order of ``index``: rows of W and b. For one group only."""
+    rows = list(index)
+    bias = None if conv.bias is None else conv.bias[rows]
+    return replace(conv, weight=conv.weight[rows], bias=bias, token=None)
+
+
+def stacked_shape(convs: Sequence[Conv]) -> Conv:
+    """What `stack` makes, all but its weights and bias: those are zero and take no memory."""
+    shape = merged_shape(convs)
+    rows = sum(c.out_channels for c in convs)
+    return replace(shape, weight=np.broadcast_to(ZERO, (rows, *shape.weight.shape[1:])))
+
+
+def stack(convs: Sequence[Conv]) -> Conv:
+    """The outputs of dense convolutions of one input and one grid, one after the other: rows put below rows."""
+    spread = [merge([c, *_silent(convs, c)]) for c in convs]  # all on the hull of their taps
+    weight = np.concatenate([c.weight for c in spread])
+    bias = np.concatenate([c.bias_or_zero for c in convs]) if any(c.bias is not None for c in convs) else None
+    return replace(spread[0], weight=weight, bias=bias)
+
+
+def _silent(convs: Sequence[Conv], like: Conv) -> list[Conv]:
+    """``convs`` with weights of zero and as many rows as ``like``: they span taps and add nothing."""
+    shape = like.weight.shape[:2]
+    return [replace(c, weight=np.zeros((*shape, *c.kernel)), bias=None) for c in convs]
+
+
+def composed_shape(outer: Conv, inner: Conv) -> Conv:
+    """``outer(inner(x))`` as one convolution, all but its weights: those are zero and take no memory."""
+    transposed = inner.transposed or outer.transposed
+    if transposed:  # the other is a matrix of channels
+        spread = inner if inner.transposed else outer
+        kernel, dilation = spread.kernel, spread.dilation
+        stride, offset, delta = spread.stride, spread.offset, spread.delta
+    else:
+        pairs = list(zip(inner.stride, outer.stride, strict=True))
+        stride = tuple(a * b for a, b in pairs)
+        offset = tuple(a + s * b for a, s, b in zip(inner.offset, inner.stride, outer.offset, strict=True))
+        delta = tuple(a + s * b for a, s, b in zip(inner.delta, inner.stride, outer.delta, strict=True))
+        reach = [r + s * q for r, s, q in zip(inner.reach, inner.stride, outer.reach, strict=True)]
+        dilation = tuple(
+            gcd(*[d for d, k in ((da, ka), (s * db, kb)) if k > 1]) or 1
+            for da, ka, s, db, kb in zip(
+                inner.dilation, inner.kernel, inner.stride, outer.dilation, outer.kernel, strict=True
+            )
+        )
+        kernel = tuple((r - a) // d + 1 for r, a, d in zip(reach, offset, dilation, strict=True))
+    groups = gcd(inner.groups, outer.groups)
+    weight = np.broadcast_to(ZERO, (outer.out_channels, inner.in_channels // groups, *kernel))
+    return Conv(inner.x, weight, None, stride, dilation, offset, delta, groups, transposed)
+
+
+def compose(outer: Conv, inner: Conv) -> Conv:
+    """``outer(inner(x))`` as one convolution: taps meet at ``a + d t + s (a' + d' u)``, W = sum over them of W' W.
+
+    The callers see to it that ``outer`` reads no zero that ``inner`` would have computed otherwise.
+    """
+    shape = composed_shape(outer, inner)
+    groups = shape.groups
+    blocks = [
+        regroup(c, groups).reshape(groups, c.out_channels // groups, c.in_channels // groups, *c.kernel)
+        for c in (outer, inner)
+    ]
+    steps = (1,) * inner.frame if shape.transposed else inner.stride
+    weight = np.zeros((groups, shape.out_channels // groups, shape.in_channels // groups, *shape.kernel))
+    for u in product(*map(range, outer.kernel)):
+        rows = blocks[0][(..., *u)]
+        for t in product(*map(range, inner.kernel)):
+            at = tuple(
+                (da * a + s * db * b) // d
+                for da, a, s, db, b, d in zip(inner.dilation, t, steps, outer.dilation, u, shape.dilation, strict=True)
+            )
+            weight[(..., *at)] += np.matmul(rows, blocks[1][(..., *t)])
+    bias = outer.bias
+    if inner.bias is not None:
+        taps = blocks[0].sum(axis=tuple(range(3, blocks[0].ndim)))
+        read = np.matmul(taps, inner.bias.reshape(groups, -1, 1)).reshape(-1)
+        bias = read if bias is None else bias + read
+    return replace(shape, weight=weight.reshape(shape.weight.shape), bias=bias)
+
+
+def cannot_compose(outer: Conv, inner: Conv) -> str | None:
+    """Why ``outer(inner(x))`` is no convolution of x; None when it is one.
+
+    What the outer kernel reads beyond the extent of the inner result is zero. The composition computes
+    those values from x instead, which gives zero only for an inner kernel of one tap without bias
+    whose extent covers that of x.
+    """
+    if outer.frame != inner.frame:
+        return "it acts on other axes than the convolution behind it"
+    if outer.transposed or inner.transposed:
+        if inner.transposed:
+            return None if outer.is_pointwise and not outer.transposed else TRANSPOSED
+        return (None if inner.bias is None else VARYING) if inner.is_pointwise else TRANSPOSED
+    if not outer.reads_padding:
+        return None
+    one_tap = all(k == 1 for k in inner.kernel) and all(p >= 0 for side in inner.padding for p in side)
+    if one_tap:
+        return None if inner.bias is None or not np.any(inner.bias) else BIAS_MEETS_PADDING
+    return "the convolution behind it pads the result with zeros, which the composed kernel would not read"
+
+
+def pointwise(x: Expr, scale: Array, shift: Array, channels: int, frame: int) -> Conv:
+    """``scale * x + shift`` as a kernel of one tap at offset 0, with one group per channel."""
+    ones, zeros = (1,) * frame, (0,) * frame
+    weight = np.broadcast_to(scale, (channels,)).reshape(channels, 1, *ones).astype(np.float64)
+    bias = np.broadcast_to(shift, (channels,)).astype(np.float64) if np.any(shift) else None
+    return Conv(x, weight, bias, stride=ones, dilation=ones, offset=zeros, delta=zeros, groups=channels)
+
+
+def grid(conv: Conv) -> Hashable:
+    """What convolutions of one input share if their results have the same extents.
+
+    They agree for every input size if strides and deltas do. Where the extents of the input are known,
+    those of the result are all that counts.
+    """
+    known = extents(conv.x, conv.frame)
+    rows = [
+        d if h is None or conv.transposed else ("extent", (h - 1 - d) // s + 1)
+        for h, d, s in zip(known, conv.delta, conv.stride, strict=True)
+    ]
+    return conv.stride, tuple(rows), conv.frame, conv.transposed
+
+
+def extents(e: Expr, frame: int) -> tuple[int | None, ...]:
+    """The extents of ``e`` along the last ``frame`` axes, as far as what it is computed from tells."""
+    while isinstance(e, Scale | BatchNorm) or (isinstance(e, Select) and e.frame == frame):
+        e = e.x
+    shape = e.shape if isinstance(e, Source) else None
+    return tuple(dim.known for dim in shape[len(shape) - frame :]) if shape is not None else (None,) * frame
+
+
+def shape_of_value(root: Expr) -> Shape | None:
+    """The shape of ``root``, where what it is computed from tells it in full."""
+    found: dict[Expr, Shape | None] = {}
+    for e in walk(root):
+        inner = found[e.children[0]] if e.children else None
+        match e:
+            case Source():
+                found[e] = e.shape
+            case Scale() | BatchNorm():
+                found[e] = inner
+            case Sum():
+                found[e] = next((shape for t in e.terms if (shape := found[t]) is not None), None)
+            case Select() if inner is not None and e.frame < len(inner):
+                found[e] = _with_channels(inner, len(e.index), inner[len(inner) - e.frame :])
+            case Conv() if inner is not None and e.frame < len(inner):
+                spatial = [_extent(e, axis, dim) for axis, dim in enumerate(inner[len(inner) - e.frame :])]
+                known = [dim for dim in spatial if dim is not None]
+                found[e] = _with_channels(inner, e.out_channels, known) if len(known) == e.frame else None
+            case _:
+                found[e] = None
+    return found[root]
+
+
+def _with_channels(shape: Shape, channels: int, behind: Sequence[Dim]) -> Shape:
+    """``shape`` with other channels, and other extents ``behind`` them."""
+    return (*shape[: len(shape) - len(behind) - 1], Dim(channels), *behind)
+
+
+def _extent(conv: Conv, axis: int, dim: Dim) -> Dim | None:
+    """What ``conv`` makes of the extent ``dim``."""
+    if conv.stride[axis] == 1 and conv.delta[axis] == 0:
+        return dim
+    if dim.known is None:
+        return None
+    if conv.transposed:
+        return Dim(conv.stride[axis] * (dim.known - 1) + 1 + conv.delta[axis])
+    return Dim((dim.known - 1 - conv.delta[axis]) // conv.stride[axis] + 1)
+
+
+def merged_shape(convs: Sequence[Conv]) -> Conv:
+    """What `merge` makes, all but its weights and bias: those are zero and take no memory.
+
+    Where deltas differ, extents are known, and the smallest is right: its padding reaches as far as any tap needs.
+    """
+    first = convs[0]
+    delta = tuple(min(deltas) for deltas in zip(*(c.delta for c in convs), strict=True))
+    offset, dilation, kernel = (
+        zip(*(_span(convs, axis) for axis in range(first.frame)), strict=True) if first.frame else ((), (), ())
+    )
+    groups = gcd(*(c.groups for c in convs))
+    weight = np.broadcast_to(ZERO, (first.out_channels, first.in_channels // groups, *kernel))
+    return replace(
+        first, weight=weight, bias=None, dilation=dilation, offset=offset, delta=delta, groups=groups, token=None
+    )
+
+
+def merge(convs: Sequence[Conv]) -> Conv:
+    """The sum of convolutions of one input and one `grid`, as one.
+
+    Taps add at their absolute offsets: the new kernel spans from the first tap of all to the last,
+    on the coarsest grid that holds every tap. Its groups are the greatest common divisor of theirs.
+    """
+    shape = merged_shape(convs)
+    weight = np.zeros(shape.weight.shape)
+    for conv in convs:
+        at = tuple(
+            slice((a - a0) // d0, (r - a0) // d0 + 1, max(1, d // d0))  # one tap may have any dilation
+            for a, r, d, a0, d0 in zip(
+                conv.offset, conv.reach, conv.dilation, shape.offset, shape.dilation, strict=True
+            )
+        )
+        weight[(slice(None), slice(None), *at)] += regroup(conv, shape.groups)
+    biased = [c.bias for c in convs if c.bias is not None]
+    return replace(shape, weight=weight, bias=sum(biased[1:], biased[0]) if biased else None)
+
+
+def regroup(conv: Conv, groups: int) -> Array:
+    """The weight of ``conv`` written with fewer groups (a divisor of its own): block-diagonal inside each."""
+    ratio = conv.groups // groups
+    if ratio == 1:
+        return conv.weight
+    rows, columns = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+    blocks = conv.weight.reshape(groups, ratio, rows, columns, *conv.kernel)
+    weight = np.zeros((groups, ratio, rows, ratio, columns, *conv.kernel))
+    for r in range(ratio):
+        weight[:, r, :, r] = blocks[:, r]
+    return weight.reshape(conv.out_channels, ratio * columns, *conv.kernel)
+
+
+def _span(convs: Sequence[Conv], axis: int) -> Ints:
+    """(offset, dilation, taps) of the coarsest grid along ``axis`` that holds the taps of all."""
+    offset = min(c.offset[axis] for c in convs)
+    steps = [c.dilation[axis] for c in convs if c.kernel[axis] > 1] + [c.offset[axis] - offset for c in convs]
+    dilation = gcd(*steps) or 1
+    return offset, dilation, (max(c.reach[axis] for c in convs) - offset) // dilation + 1
+
+
+def swap_sides(weight: Array, groups: int) -> Array:
+    """(out, in / groups, *kernel) as (in, out / groups, *kernel), the layout of transposed convolutions; and back."""
+    first, second, *kernel = weight.shape
+    blocks = weight.reshape(groups, first // groups, second, *kernel)
+    return np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(groups * second, first // groups, *kernel)
+
+
+def transposed(
+    x: Expr, weight: Array, bias: Array | None, stride: Ints, dilation: Ints, begin: Ints, end: Ints, groups: int
+) -> Conv:
+    """The transposed convolution that drops ``begin`` results in front and ``end`` behind (negative: adds zeros).
+
+    ``weight`` is (out, in / groups, *kernel). With stride one throughout it is the ordinary
+    convolution with reversed taps.
+    """
+    offset = tuple(-b for b in begin)
+    reach = tuple(d * (k - 1) - b for d, k, b in zip(dilation, weight.shape[2:], begin, strict=True))
+    delta = tuple(r - e for r, e in zip(reach, end, strict=True))
+    if all(s == 1 for s in stride):
+        reversed_taps = weight[(..., *(slice(None, None, -1),) * len(stride))]
+        kept = tuple(-d for d in delta)
+        return Conv(x, reversed_taps, bias, stride, dilation, tuple(-r for r in reach), kept, groups)
+    return Conv(x, weight, bias, stride, dilation, offset, delta, groups, transposed=True)

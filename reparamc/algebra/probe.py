@@ -1,0 +1,230 @@
+"""The kernel of an unlisted operator, from its impulse response.
+
+An affine map that is the same everywhere is a convolution, whatever it is made of. So a function of
+which nothing is known is asked: what it makes of zero is the bias, what it makes of a one in one place
+is the kernel, seen from there. Whether it *is* such a map is then tested, not assumed: the convolution
+found must give what the function gives, on random inputs of several sizes, up to the borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from math import gcd, prod
+
+import ml_dtypes
+import numpy as np
+
+from reparamc.algebra.evaluate import evaluate
+from reparamc.algebra.expr import Array, Conv, Ints, Source
+from reparamc.algebra.rewrite import Declined
+
+LARGEST = 2**26
+"""Elements of all responses together, beyond which a function is not probed."""
+WINDOW = 24
+"""How far from an impulse its response is looked for; what lies farther shows as a difference in the end."""
+SMALL = 2**12
+"""Elements of an input up to which every impulse is tried without knowing whether it leads anywhere."""
+STRIDES = (1, 2, 3, 4)
+FARTHEST = 64
+"""How far operators may reach together where extents are open; beyond it the sizes to try would be too large."""
+NOT_EVEN = "what it adds differs from place to place, so it is no convolution"
+NOT_AFFINE = "it is not the same affine map everywhere, so it is no convolution"
+
+Function = Callable[[Array], Array]
+
+
+def find_kernel(
+    f: Function, x: Source, batch: int | None, channels: int, extents: Sequence[int | None], reach: int, dtype: np.dtype
+) -> tuple[Conv, float] | Declined:
+    """``f`` as a convolution of ``x``, and how far the two lie apart, relative to the values met.
+
+    Args:
+        f: from [batch, channels, *extents] to [batch, any, *extents], in float64. It may raise for sizes that
+            do not fit it.
+        batch, extents: what f accepts; None where it accepts any.
+        reach: a bound for how far any value reaches, and for any position that f singles out: maps tried
+            are larger, so that what holds in them holds in every larger one.
+        dtype: what parameters are stored in. Constants that agree to their last digits in it (in
+            float32, where it is coarser) count as equal: a border that was computed beforehand and a
+            bias that is computed now.
+    """
+    slack = max(32 * min(float(ml_dtypes.finfo(dtype).eps), 2.0**-23), 1e-11)
+    frame = len(extents)
+    if None in extents and reach > FARTHEST:
+        return Declined("it reaches too far to be probed")
+    sizes = list(_sizes(extents, reach))
+    batches = [batch or 2 + n for n in range(len(sizes))]
+    batch = batches[0]
+    if batch * channels**2 * prod(sizes[0]) > LARGEST:
+        return Declined("it is too large to be probed")
+    rng = np.random.default_rng(0)
+    try:
+        random = rng.standard_normal((batch, channels, *sizes[0]))
+        at_zero, at_random = f(np.zeros_like(random)), f(random)
+    except Exception:  # whatever a host's operators raise for a size that does not fit them
+        return Declined("it does not run on random inputs")
+    if at_zero.ndim != frame + 2 or not np.isfinite(at_random).all():
+        return Declined(NOT_AFFINE)
+    flat = at_zero.swapaxes(0, 1).reshape(at_zero.shape[1], -1)
+    bias = np.median(flat, axis=1)
+    # Per channel, so that a large one hides no small one.
+    tolerance = slack * np.maximum(_largest(at_random), _largest(at_zero))
+    if np.any(np.abs(flat - bias[:, None]).max(axis=1, initial=0.0) > tolerance):
+        return Declined(NOT_EVEN)
+    grid = _grid(f, (batch, channels), {sizes[0]: at_zero.shape[2:]}, sizes[0], extents)
+    if grid is None:
+        return Declined("its result has other extents than that of a convolution")
+    if not _follows(f, (batch, channels), sizes[0], grid[0], at_zero[:1], tolerance, rng):
+        return Declined(NOT_AFFINE)
+    conv = _from_impulses(f, x, (batch, channels), sizes[0], at_zero[:1], bias, grid, tolerance)
+    error = _difference(f, conv, channels, list(zip(batches, sizes, strict=True)), rng)
+    return (conv, error) if error <= slack else Declined(NOT_AFFINE)
+
+
+def only_moves(conv: Conv, extents: Sequence[int | None]) -> bool:
+    """Whether every result is zero or one element of the operand: no runtime gets that faster from a convolution."""
+    size = 2 + max((max(r, 0) - min(a, 0) for a, r in zip(conv.offset, conv.reach, strict=True)), default=0)
+    x = np.random.default_rng(0).standard_normal((1, conv.in_channels, *(size if e is None else e for e in extents)))
+    y, _ = evaluate(replace(conv, x=(source := Source("x"))), {source: x})
+    return bool(np.isin(y, [0, *x.flat]).all())
+
+
+def _largest(y: Array) -> Array:
+    """The largest magnitude in each channel."""
+    return np.abs(y).max(axis=(0, *range(2, y.ndim)), initial=0.0)
+
+
+def _sizes(extents: Sequence[int | None], reach: int) -> Iterator[Ints]:
+    """Extents to try, the first of them for impulses: beyond the reach, odd and even, unequal; and small ones."""
+    least = max(13, reach + 5)
+    for start in (least, least + 1, 8, 5, 3):
+        yield tuple(start + (0, 2, 1)[axis] if e is None else e for axis, e in enumerate(extents))
+        if None not in extents:
+            return
+
+
+def _grid(
+    f: Function, lead: Ints, seen: dict[Ints, Ints], first: Ints, extents: Sequence[int | None]
+) -> tuple[Ints, Ints] | None:
+    """(stride, delta), so that every extent of the result is floor((extent - 1 - delta) / stride) + 1."""
+    strides, deltas = [], []
+    for axis, extent in enumerate(extents):
+        points: list[tuple[int, int]] = []
+        for step in range(1 if extent is not None else 6):
+            size = tuple(n + step * (i == axis) for i, n in enumerate(first))
+            if size not in seen:
+                try:
+                    seen[size] = f(np.zeros((*lead, *size))).shape[2:]
+                except Exception:  # as above
+                    return None
+            points.append((size[axis], seen[size][axis]))
+        candidates = product(STRIDES, range(-WINDOW, WINDOW + 1))
+        fits = [(s, d) for s, d in candidates if all((n - 1 - d) // s + 1 == out for n, out in points)]
+        if extent is not None:  # one size tells little: the stride that comes closest to the ratio
+            fits.sort(key=lambda fit: (abs(points[0][0] / points[0][1] - fit[0]), abs(fit[1])))
+        if not fits:
+            return None
+        strides.append(fits[0][0])
+        deltas.append(fits[0][1])
+    return tuple(strides), tuple(deltas)
+
+
+def _from_impulses(
+    f: Function,
+    x: Source,
+    lead: Ints,
+    size: Ints,
+    at_zero: Array,
+    bias: Array,
+    grid: tuple[Ints, Ints],
+    tolerance: Array,
+) -> Conv:
+    (stride, delta), channels = grid, lead[1]
+    taps: dict[Ints, Array] = {}  # offset -> [out, in]
+    for phase in product(*map(range, stride)):
+        centre = tuple(min(n - 1, (n // 2) // s * s + p) for n, s, p in zip(size, stride, phase, strict=True))
+        low = tuple(max(0, (c - WINDOW) // s) for c, s in zip(centre, stride, strict=True))
+        near = tuple(slice(a, (c + WINDOW) // s + 1) for a, c, s in zip(low, centre, stride, strict=True))
+        window = (slice(None), slice(None), *near)
+        ones = np.eye(channels)
+        response = np.concatenate([(_impulse(f, lead, one, centre, size) - at_zero)[window] for one in ones])
+        strong = np.abs(response).max(axis=0) > 1e-3 * tolerance.reshape(-1, *[1] * len(size))
+        for place in np.argwhere(strong.any(axis=0)):
+            offset = tuple(int(c - s * (a + p)) for c, s, a, p in zip(centre, stride, low, place, strict=True))
+            taps[offset] = response[(slice(None), slice(None), *place)].T
+    if not taps:
+        taps[(0,) * len(size)] = np.zeros((len(bias), channels))
+    spread = [sorted({t[axis] for t in taps}) for axis in range(len(size))]
+    dilation = tuple(gcd(*(t - axis[0] for t in axis)) or 1 for axis in spread)
+    kernel = tuple((axis[-1] - axis[0]) // d + 1 for axis, d in zip(spread, dilation, strict=True))
+    weight = np.zeros((len(bias), channels, *kernel))
+    for offset, matrix in taps.items():
+        at = tuple((t - axis[0]) // d for t, axis, d in zip(offset, spread, dilation, strict=True))
+        weight[(slice(None), slice(None), *at)] = matrix
+    groups = _groups(weight, 1e-3 * tolerance)
+    rows, columns = weight.shape[0] // groups, channels // groups
+    own = [weight[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
+    first = tuple(axis[0] for axis in spread)
+    kept = bias if np.any(np.abs(bias) > 1e-3 * tolerance) else None
+    return Conv(x, np.concatenate(own), kept, stride, dilation, first, delta, groups)
+
+
+def _impulse(f: Function, lead: Ints, values: Array, place: Ints, size: Ints) -> Array:
+    """What ``f`` makes of ``values``, one per channel, at ``place`` and zero everywhere else."""
+    x = np.zeros((*lead, *size))
+    x[(0, slice(None), *place)] = values
+    return f(x)[:1]
+
+
+def _follows(
+    f: Function, lead: Ints, size: Ints, stride: Ints, at_zero: Array, tolerance: Array, rng: np.random.Generator
+) -> bool:
+    """Whether the response to an impulse moves with it, up to the borders: few runs that spare one per channel."""
+    values = rng.standard_normal(lead[1])
+    centre = tuple(n // 2 // s * s for n, s in zip(size, stride, strict=True))
+    here = _impulse(f, lead, values, centre, size) - at_zero
+    for steps in ([1] * len(size), [c // s - 1 for c, s in zip(centre, stride, strict=True)]):
+        for back in (tuple(steps), tuple(-k for k in steps)):
+            place = tuple(c - s * k for c, s, k in zip(centre, stride, back, strict=True))
+            if any(p < 0 or p >= n for p, n in zip(place, size, strict=True)):
+                continue
+            there = _impulse(f, lead, values, place, size) - at_zero
+            rest = (slice(None), slice(None))
+            one = tuple(slice(max(k, 0), n + min(k, 0)) for k, n in zip(back, here.shape[2:], strict=True))
+            other = tuple(slice(max(-k, 0), n + min(-k, 0)) for k, n in zip(back, here.shape[2:], strict=True))
+            if np.any(_largest(here[(*rest, *one)] - there[(*rest, *other)]) > tolerance):
+                return False
+    return min(here.shape[2:]) > 4 or lead[1] * prod(size) <= SMALL  # a map as small as that shows little
+
+
+def _groups(weight: Array, threshold: Array) -> int:
+    """The largest number of groups outside of which ``weight`` is nothing."""
+    out, channels = weight.shape[:2]
+    strong = np.abs(weight).reshape(out, channels, -1).max(axis=2) > threshold[:, None]
+    common = gcd(out, channels)
+    for groups in sorted((g for g in range(2, common + 1) if common % g == 0), reverse=True):
+        blocks = strong.reshape(groups, out // groups, groups, channels // groups).any(axis=(1, 3))
+        if not np.any(blocks[~np.eye(groups, dtype=bool)]):
+            return groups
+    return 1
+
+
+def _difference(
+    f: Function, conv: Conv, channels: int, sizes: list[tuple[int, Ints]], rng: np.random.Generator
+) -> float:
+    """Largest difference of ``f`` and ``conv`` on random inputs, relative; infinite when they differ in kind."""
+    errors: list[float] = []
+    for (batch, size), scale in product(sizes, (1.0, 1e3)):
+        x = scale * rng.standard_normal((batch, channels, *size))
+        try:
+            expected = f(x)
+        except Exception:  # a size too small for its operators
+            continue
+        found, magnitude = evaluate(conv, {e: x for e in conv.children if isinstance(e, Source)})
+        if expected.shape != found.shape or not np.isfinite(expected).all():
+            return float("inf")
+        scales = np.maximum(_largest(expected), 2.0**-50 * magnitude)
+        errors.append(float(np.max(_largest(expected - found) / np.maximum(scales, np.finfo(np.float64).tiny))))
+    return max(errors) if len(errors) >= min(2 * len(sizes), 4) else float("inf")

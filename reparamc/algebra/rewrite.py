@@ -1,0 +1,164 @@
+"""Rules, passes, and the fixed point.
+
+A **rule** maps an expression to an equal one. It answers None where it does not apply, `Declined`
+where it recognises its pattern and an exactness condition fails, and never mutates or logs.
+A **pass** is a named tuple of rules: the unit that users select and that reports count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reparamc.algebra.expr import Expr, rebuild, walk
+from reparamc.errors import InputError, RewriteLimitError
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A refusal worth telling the user: which condition fails, in one clause.
+
+    ``at_border``: it fails where the map ends, so that a larger part of the graph may satisfy it.
+    """
+
+    reason: str
+    at_border: bool = False
+
+
+Rule = Callable[[Expr], "Expr | Declined | None"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named rewrite.
+
+    Attributes:
+        name: what users type, such as ``bn-folding``.
+        equation: the identity, in one line.
+        exact_when: the condition under which it holds.
+        rules: tried in order at every node; empty for a pass that a driver or an adapter carries out.
+    """
+
+    name: str
+    equation: str
+    exact_when: str
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One application of a rule of the pass ``name``."""
+
+    name: str
+    before: Expr
+    after: Expr
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One rule of the pass ``name`` declined at ``at``."""
+
+    name: str
+    at: Expr
+    reason: str
+    at_border: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The fixed point, the steps that led to it, and what was declined and is still there."""
+
+    expr: Expr
+    steps: tuple[Step, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def simplify(root: Expr, passes: Sequence[Pass]) -> Outcome:
+    """Apply the rules of ``passes`` until none changes ``root`` or anything below it.
+
+    Every node is tried before its operands (so that a rule which knows a whole block sees it whole)
+    and again after them. The result is the same object when nothing applied.
+
+    Raises:
+        RewriteLimitError: the rules undo one another.
+    """
+    return _Simplifier(passes).run(root)
+
+
+class _Simplifier:
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        self.rules = [(p.name, rule) for p in passes for rule in p.rules]
+        self.steps: list[Step] = []
+        self.refusals: dict[Expr, list[Refusal]] = {}
+
+    def run(self, root: Expr) -> Outcome:
+        done: dict[Expr, Expr] = {}  # node -> its fixed point
+        becomes: dict[Expr, Expr] = {}  # node -> the node whose fixed point is also its own
+        limit = 50 * (len(list(walk(root))) + 20)
+        stack = [root]
+        while stack:
+            e = stack[-1]
+            if e in done:
+                stack.pop()
+                continue
+            if e not in becomes:
+                becomes[e] = self._apply(e)
+            e2 = becomes[e]
+            if e2 is not e:
+                if e2 in done:
+                    done[e] = done[e2]
+                else:
+                    stack.append(e2)
+                if len(self.steps) > limit:
+                    raise RewriteLimitError(f"the rules do not terminate; the last was {self.steps[-1].name}")
+                continue
+            pending = [c for c in e.children if c not in done]
+            if pending:
+                stack.extend(reversed(pending))
+                continue
+            rebuilt = rebuild(e, [done[c] for c in e.children])
+            if rebuilt is e:
+                done[e] = e
+            else:
+                becomes[e] = rebuilt
+        final = done[root]
+        return Outcome(final, tuple(self.steps), tuple(self._standing(final)))
+
+    def _apply(self, e: Expr) -> Expr:
+        refusals: list[Refusal] = []
+        for name, rule in self.rules:
+            result = rule(e)
+            if isinstance(result, Declined):
+                refusals.append(Refusal(name, e, result.reason, result.at_border))
+            elif result is not None and result is not e:
+                self.steps.append(Step(name, e, result))
+                return result
+        if refusals:
+            self.refusals[e] = refusals
+        return e
+
+    def _standing(self, final: Expr) -> Iterable[Refusal]:
+        return [r for e in walk(final) for r in self.refusals.get(e, [])]
+
+
+def select(passes: Sequence[Pass], only: Iterable[str] | None = None, skip: Iterable[str] = ()) -> tuple[Pass, ...]:
+    """The passes named in ``only`` (all, when None) but for those in ``skip``, in their own order.
+
+    Raises:
+        InputError: a name that no pass has, or something else than names.
+    """
+    known = [p.name for p in passes]
+    wanted = known if only is None else _names("passes", only)
+    skipped = _names("skip", skip)
+    for name in [*wanted, *skipped]:
+        if name not in known:
+            raise InputError(f"unknown pass {name!r}; the passes are {', '.join(known)}")
+    return tuple(p for p in passes if p.name in wanted and p.name not in skipped)
+
+
+def _names(argument: str, value: Any) -> list[str]:
+    names = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{argument} takes the names of passes, as a list, not {value!r}")
+    return names

@@ -1,0 +1,244 @@
+"""The readable form of expressions, for reports and golden cases, and its parser.
+
+One node a line, operands first, the last line is the result. All that can be said::
+
+    %x = source c=8 f=2                                     # c channels, along the axis of frame f; see `expr`
+    %y = source c=6 f=2 shape=[N,6,H,2*W]                   # extents are numbers, symbols, and products of these
+    %0 = conv %x 8->6 k=3x3 s=2 p=0:1 g=2 bias              # kernel, stride, padding before and after, groups
+    %1 = conv %x 8->6 k=3x3 s=1,2 d=2 p=0:1,1 transposed    # a comma between axes that differ; d: dilation
+    %2 = conv %y 6->4                                       # no kernel: a linear layer
+    %3 = batchnorm %x c=8 f=2
+    %4 = scale %x c=8 f=2 shift                             # a factor for each channel, and with "shift" a summand
+    %5 = scale=-1 %x                                        # one factor for all
+    %6 = sum %3, %4
+    %7 = concat %x, %y c=8,6 f=2                            # the channels of both
+    %8 = select %x 0:4,7 of 8 f=2                           # channels 0 to 3 and 7 of eight
+    %9 = permute %y axes=0,2,3,1 f=2->0                     # the frame in front, and behind
+    %10 = reshape %y [N,6,H,2*W]->[N,6,2*H*W] f=2->1
+    %11 = mean %y axes=2,3 of 4 f=2->2 keep                 # over two of four axes, which stay with extent 1
+    %12 = reshape %y [N,6,H,W]->[N,2,3,H,W] f=2->?          # the channel axis is split
+    %13 = take %12 0 along 1 of 5 f=?->?                    # the first position of axis 1, which goes
+
+Weights are not part of the text: the parser draws them from a seed, so a text states structure and its reader checks
+numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from reparamc.algebra.expr import (
+    Array,
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Ints,
+    Layout,
+    Mean,
+    Permute,
+    Reshape,
+    Scale,
+    Select,
+    Source,
+    Sum,
+    Take,
+    walk,
+)
+from reparamc.algebra.shape import Dim, Shape, shape_of, size
+from reparamc.errors import InputError
+
+
+def show(root: Expr) -> str:
+    """``root`` as text."""
+    names: dict[Expr, str] = {}
+    lines: list[str] = []
+    inner = 0
+    for e in walk(root):
+        if isinstance(e, Source):
+            name = _source_name(str(e.key), names.values())
+        else:
+            name, inner = str(inner), inner + 1
+        names[e] = f"%{name}"
+        lines.append(f"%{name} = {_describe(e, names)}")
+    return "\n".join(lines)
+
+
+def _source_name(key: str, taken: Iterable[str]) -> str:
+    """``key`` without the signs that mean something in the text, and apart from the numbers of other nodes."""
+    name = re.sub(r"[\s,=#%]", "_", key) or "_"
+    name = f"_{name}" if name.isdigit() else name
+    used = set(taken)
+    while f"%{name}" in used:
+        name += "_"
+    return name
+
+
+def _describe(e: Expr, names: dict[Expr, str]) -> str:
+    match e:
+        case Source():
+            facts = [("c", e.channels), ("f", e.frame), ("shape", e.shape and _shape(e.shape))]
+            return " ".join(["source", *(f"{k}={v}" for k, v in facts if v is not None)])
+        case Conv():
+            words = ["conv", names[e.x], f"{e.in_channels}->{e.out_channels}"]
+            if e.frame:
+                begin, end = e.padding
+                pads = [f"{b}" if b == n else f"{b}:{n}" for b, n in zip(begin, end, strict=True)]
+                words += [f"k={'x'.join(map(str, e.kernel))}", f"s={_each(e.stride)}"]
+                words += [f"d={_each(e.dilation)}"] if any(d != 1 for d in e.dilation) else []
+                words += [f"p={pads[0] if len(set(pads)) == 1 else ','.join(pads)}"]
+            words += [f"g={e.groups}"] if e.groups != 1 else []
+            words += ["transposed"] if e.transposed else []
+            return " ".join(words + (["bias"] if e.bias is not None else []))
+        case Scale():
+            count = e.scale.size if e.scale.ndim else e.shift.size
+            number = f"={e.scale:g}" if not e.scale.ndim else ""
+            channels = f" c={count} f={e.frame}" if e.frame is not None else ""
+            return f"scale{number} {names[e.x]}{channels}" + (" shift" if np.any(e.shift) else "")
+        case BatchNorm():
+            return f"batchnorm {names[e.x]} c={e.gamma.size} f={e.frame}"
+        case Sum():
+            return "sum " + ", ".join(names[t] for t in e.terms)
+        case Concat():
+            sizes = ",".join(map(str, e.sizes))
+            return "concat " + ", ".join(names[t] for t in e.terms) + f" c={sizes} f={e.frame}"
+        case Select():
+            return f"select {names[e.x]} {_runs(e.index)} of {e.width} f={e.frame}"
+        case Layout():
+            frames = "f={}->{}".format(*("?" if f is None else f for f in (e.frame_in, e.frame)))
+            if isinstance(e.op, Permute):
+                return f"permute {names[e.x]} axes={','.join(map(str, e.op.axes))} {frames}"
+            if isinstance(e.op, Mean):
+                kept = " keep" if e.op.keep else ""
+                return f"mean {names[e.x]} axes={','.join(map(str, e.op.axes))} of {e.op.rank} {frames}{kept}"
+            if isinstance(e.op, Take):
+                return f"take {names[e.x]} {e.op.at} along {e.op.axis} of {e.op.rank} {frames}"
+            return f"reshape {names[e.x]} {_shape(e.op.before)}->{_shape(e.op.after)} {frames}"
+
+
+def _runs(index: Ints) -> str:
+    """``0:4,7`` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for i in index:
+        if runs and i == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([i, i + 1])
+    return ",".join(f"{a}:{b}" if b - a > 1 else f"{a}" for a, b in runs)
+
+
+def _each(values: Ints) -> str:
+    return str(values[0]) if len(set(values)) == 1 else ",".join(map(str, values))
+
+
+def _shape(shape: Shape) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def parse(text: str, seed: int = 0) -> Expr:
+    """The expression that ``text`` describes, its weights drawn from ``seed``.
+
+    Raises:
+        InputError: a line that is not of the form that `show` writes.
+    """
+    rng = np.random.default_rng(seed)
+    values: dict[str, Expr] = {}
+    last: Expr | None = None
+    for line in text.strip().splitlines():
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        try:
+            name, rest = (part.strip() for part in line.split("=", 1))
+            last = values[name] = _read(name, rest.replace(",  ", ", ").split(" ", 1), values, rng)
+        except (KeyError, ValueError, AttributeError, IndexError) as error:
+            raise InputError(f"cannot read the expression line {line!r}: {error}") from error
+    if last is None:
+        raise InputError("an expression needs at least one line")
+    return last
+
+
+def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.Generator) -> Expr:
+    kind, _, number = words[0].partition("=")
+    rest = words[1] if len(words) > 1 else ""
+    options = dict(re.findall(r"(\w+)=(\S+)", rest))
+    count, frame = int(options.get("c", "0").split(",")[0]), options.get("f")
+
+    def draw(*shape: int) -> Array:
+        return rng.standard_normal(shape)
+
+    if kind == "source":
+        shape = shape_of([_dim(d) for d in options["shape"][1:-1].split(",")]) if "shape" in options else None
+        return Source(name[1:], count or None, None if frame is None else int(frame), shape)
+    operands = [values[n] for n in re.findall(r"%[^\s,]+", rest)]
+    x = operands[0]
+    match kind:
+        case "conv":
+            return _read_conv(x, rest, options, rng)
+        case "scale":
+            shift = draw(*[count] * bool(count)) if rest.endswith(" shift") else np.zeros(())
+            scale = np.array(float(number)) if number else draw(count)
+            return Scale(x, scale, shift, None if frame is None else int(frame))
+        case "batchnorm":
+            return BatchNorm(
+                x, draw(count), draw(count), draw(count), rng.uniform(0.5, 2, count), 1e-5, int(options["f"])
+            )
+        case "sum":
+            return Sum(tuple(operands))
+        case "concat":
+            sizes = tuple(map(int, options["c"].split(",")))
+            return Concat(tuple(operands), sizes, int(options["f"]))
+        case "select":
+            _, index, _, width, _ = rest.split()
+            runs = [[int(n) for n in run.split(":")] for run in index.split(",")]
+            channels = [i for run in runs for i in range(run[0], run[-1] + (len(run) == 1))]
+            return Select(x, tuple(channels), int(width), int(options["f"]))
+        case "permute":
+            before, after = _frames(options)
+            return Layout(x, Permute(tuple(map(int, options["axes"].split(",")))), before, after, name)
+        case "take":
+            before, after = _frames(options)
+            _, at, _, axis, _, rank, _ = rest.split()
+            return Layout(x, Take(int(rank), int(axis), int(at)), before, after, name)
+        case "mean":
+            before, after = _frames(options)
+            rank = int(re.findall(r" of (\d+)", rest)[0])
+            op = Mean(rank, tuple(map(int, options["axes"].split(","))), rest.endswith(" keep"))
+            return Layout(x, op, before, after, name)
+        case "reshape":
+            before, after = _frames(options)
+            old, new = (shape_of([_dim(d) for d in s.split(",")]) for s in re.findall(r"\[([^]]*)\]", rest))
+            return Layout(x, Reshape(old, new), before, after, name)
+        case _:
+            raise ValueError(f"unknown kind {kind!r}")
+
+
+def _frames(options: dict[str, str]) -> tuple[int | None, int | None]:
+    before, after = (None if f == "?" else int(f) for f in options["f"].split("->"))
+    return before, after
+
+
+def _dim(text: str) -> Dim:
+    return size([Dim.of(int(part) if part.isdigit() else part) for part in text.split("*")])
+
+
+def _read_conv(x: Expr, rest: str, options: dict[str, str], rng: np.random.Generator) -> Conv:
+    inputs, outputs = map(int, re.findall(r"(\d+)->(\d+)", rest)[0])
+    kernel = tuple(map(int, options["k"].split("x"))) if "k" in options else ()
+    groups = int(options.get("g", 1))
+
+    def each(key: str) -> list[str]:
+        given = options.get(key, "0" if key == "p" else "1").split(",")
+        return given * len(kernel) if len(given) == 1 else given
+
+    stride, dilation = (tuple(map(int, each(key)))[: len(kernel)] for key in "sd")
+    pads = [tuple(map(int, p.split(":"))) for p in each("p")][: len(kernel)]
+    weight = rng.standard_normal((outputs, inputs // groups, *kernel))
+    bias = rng.standard_normal(outputs) if rest.endswith(" bias") else None
+    begin, end = tuple(p[0] for p in pads), tuple(p[-1] for p in pads)
+    conv = Conv.padded(x, weight, bias, stride, dilation, begin, end, groups)
+    return replace(conv, transposed=True) if "transposed" in rest.split() else conv

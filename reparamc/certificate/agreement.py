@@ -1,0 +1,484 @@
+"""Whether two normal forms agree: coefficient by coefficient, each held to its own rounding.
+
+The one that was emitted holds parameters that were rounded once, so a coefficient may differ by half a unit in the
+last place for each parameter that it is a product of. What float64 itself loses on the way is bounded by the
+magnitudes that a coefficient was added up from. Nothing is compared relative to the largest channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.normal_form import (
+    Array,
+    Block,
+    Grid,
+    Guard,
+    Source,
+    Tap,
+    Value,
+    Vector,
+    promoted,
+    same_layout,
+)
+
+DOUBLE = 2.0**-53
+LOSS = 256 * DOUBLE
+"""What float64 loses, relative to the sum of the magnitudes of what was added: some hundred roundings at worst."""
+
+ON_THE_WAY = 8
+"""How often what a model computes from parameters may be rounded differently, in units of the magnitudes it has."""
+
+MANY = 1 << 14
+"""Of so many coefficients, one will be off by all that rounding explains, and it is not asked by how much each is."""
+
+CHUNK = 1 << 16
+"""Coefficients compared at a time: few enough for a processor's cache."""
+
+
+class Precision(NamedTuple):
+    """Of a stored dtype: half the distance of neighbours, relative (``unit``), and of subnormal numbers (``tiny``)."""
+
+    unit: float
+    tiny: float
+
+
+@dataclass
+class Agreement:
+    """What the comparison of two values found.
+
+    Attributes:
+        verdict: "equal", "different", or "undecided" where the forms differ in more than coefficients.
+        units: the largest difference of coefficients, in units of its bound; equal means at most 1.
+        bound: how far the results can lie apart, relative to the sum of the magnitudes of all products: the worst row.
+        reason: what differs, or why that cannot be said.
+    """
+
+    verdict: str = "equal"
+    units: float = 0.0
+    bound: float = 0.0
+    reason: str = ""
+
+
+@dataclass
+class _Sums:
+    """Per row: differences and magnitudes of all its coefficients, and the worst single difference met."""
+
+    error: Array
+    total: Array
+    units: float = 0.0
+    reason: str = ""
+    guards_only: bool = True
+
+    def enter(self, ratio: float, reason: str, is_guarded_vector: bool = False) -> None:
+        if ratio > 1 and not is_guarded_vector:
+            self.guards_only = False
+        if not ratio <= self.units:
+            self.units, self.reason = ratio, reason
+
+
+def agree(original: Value, emitted: Value, precision: Precision) -> Agreement:
+    """Compare two values of one tensor, for every extent of their sources; failing that, for those that are known."""
+    try:
+        axis = original.channel if original.channel is not None else emitted.channel
+        if axis is not None and len(original.base) == len(emitted.base):
+            original, emitted = promoted(original, axis), promoted(emitted, axis)
+    except Unrepresentable as error:
+        return Agreement("undecided", reason=str(error))
+    if reason := _shape_difference(original.extents, emitted.extents):
+        return Agreement("different", np.inf, np.inf, reason)
+    if original.channel != emitted.channel or not same_layout(original, emitted):
+        return Agreement("undecided", reason="the two are laid out differently")
+    if original.channels != emitted.channels:
+        return Agreement("different", np.inf, np.inf, f"{original.channels} channels against {emitted.channels}")
+    if original.loose - emitted.loose:
+        return Agreement("undecided", reason="a term may be repeated along an axis, in one of the two alone")
+    found = _agree(original, emitted, precision, fixed=False)
+    if found.verdict != "equal" and any(
+        e.known is not None and grid != (1, 0)
+        for value in (original, emitted)
+        for source, grids in value.grids.items()
+        for e, grid in zip(source.extents, grids, strict=True)
+    ):
+        at_these = _agree(original, emitted, precision, fixed=True)
+        return at_these if at_these.verdict == "equal" or found.verdict == "undecided" else found
+    return found
+
+
+def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -> Agreement:
+    sources = list(dict.fromkeys([*original.grids, *emitted.grids]))
+    grids: dict[Source, tuple[Grid, ...]] = {}
+    for source in sources:
+        both = [
+            _fixed_grids(value.grids[source], source) if fixed else value.grids[source]
+            for value in (original, emitted)
+            if source in value.grids
+        ]
+        if len(set(both)) > 1:
+            strides = [[g.stride for g in grid] for grid in both]
+            if any(m.stride != n.stride and _is_single(e, m, n) for e, m, n in zip(source.extents, *both, strict=True)):
+                return Agreement("undecided", reason="strides differ along an axis with one position")
+            if strides[0] != strides[1]:
+                return Agreement("different", np.inf, np.inf, f"strides {strides[0]} against {strides[1]}")
+            deltas = [[g.delta for g in grid] for grid in both]
+            if any(abs(m.delta - n.delta) >= m.stride for m, n in zip(*both, strict=True)):
+                return Agreement("different", np.inf, np.inf, f"extents smaller by {deltas[0]} against {deltas[1]}")
+            return Agreement("undecided", reason="the extents of the two agree for some input sizes only")
+        grids[source] = both[0]
+    names = [source.leaf for source in sources]
+    unique = len(set(names)) == len(names)
+    sums = _Sums(np.zeros(original.channels), np.zeros(original.channels))
+    averaged = _averaged_axes(original)
+    with np.errstate(all="ignore"):  # what is not finite is compared as what it is
+        for source in sources:
+            mine, other = ([b for b in v.blocks if b.source == source] for v in (original, emitted))
+            frame = _Frame(source, grids[source], averaged, fixed)
+            _compare_blocks(mine, other, original, frame, precision, sums)
+        _compare_vectors(original, emitted, grids, precision, sums, fixed)
+        spread = float(np.max(np.where(sums.error > 0, sums.error / sums.total, 0), initial=0.0))
+    if sums.units <= 1:
+        if not original.grids.keys() & emitted.grids.keys() and not _same_extents(original, emitted):
+            return Agreement("undecided", sums.units, spread, "nothing shows that the two have the same extents")
+        if original.grids.keys() != emitted.grids.keys() and any(e.known == 0 for e in original.extents):
+            return Agreement("undecided", sums.units, spread, "no element is left, as far as shapes can be inferred")
+        return Agreement("equal", sums.units, spread)
+    if not unique:
+        return Agreement("undecided", sums.units, spread, "one source is read in several layouts")
+    if any(
+        step > 1 and (grid.stride > 1 or axis in averaged)
+        for source in sources
+        for axis, (grid, step) in enumerate(zip(grids[source], source.spread, strict=True))
+    ):
+        return Agreement("undecided", sums.units, spread, "a strided kernel or a mean reads a transposed convolution")
+    if averaged and (sums.guards_only or _splits(original)):
+        return Agreement("undecided", sums.units, spread, "a mean hides the border: " + sums.reason)
+    return Agreement("different", sums.units, spread, sums.reason)
+
+
+class _Frame(NamedTuple):
+    """What the taps of one source are brought to one form by.
+
+    Attributes:
+        averaged: axes that the mean is taken of.
+        fixed: whether extents that are known are taken for the only ones.
+    """
+
+    source: Source
+    grids: tuple[Grid, ...]
+    averaged: tuple[int, ...]
+    fixed: bool
+
+
+def _is_single(extent: Extent, *grids: Grid) -> bool:
+    """Whether the grids have one position at most, so that their strides mean nothing."""
+    return extent.known is not None and all(extent.known - 1 - g.delta < g.stride for g in grids)
+
+
+def _fixed_grids(grids: Sequence[Grid], source: Source) -> tuple[Grid, ...]:
+    """``grids`` with the largest deltas that give as many positions at the extents that are known."""
+    return tuple(Grid(g.stride, _last(g.delta, g.stride, e)) for g, e in zip(grids, source.extents, strict=True))
+
+
+def _last(high: int, stride: int, extent: Extent) -> int:
+    """The largest bound that is as good as ``high``, if the extent is known."""
+    return high if extent.known is None else (extent.known - 1) - stride * ((extent.known - 1 - high) // stride)
+
+
+def _shape_difference(a: Sequence[Extent], b: Sequence[Extent]) -> str:
+    if len(a) != len(b):
+        return f"{len(a)} axes against {len(b)}"
+    for axis, (m, n) in enumerate(zip(a, b, strict=True)):
+        if m.known is not None and n.known is not None and m != n:
+            return f"axis {axis} has {m.known} elements against {n.known}"
+    return ""
+
+
+def _same_extents(a: Value, b: Value) -> bool:
+    """Whether the extents agree by what is known of them; those of values that read one source do in any case."""
+    return all(m == n for m, n in zip(a.extents, b.extents, strict=True))
+
+
+def _averaged_axes(value: Value) -> tuple[int, ...]:
+    """Axes of the base that a layout takes the mean of, at least in part."""
+    kept = {digit.axis for axis in value.view for digit in axis}
+    return tuple(i for i, e in enumerate(value.base) if i not in kept and e != Extent())
+
+
+def _splits(value: Value) -> bool:
+    """Whether an axis other than the channels is split."""
+    return any(d.axis != value.channel and d.extent != value.base[d.axis] for axis in value.view for d in axis)
+
+
+def _key(tap: Tap, frame: _Frame) -> Tap | None:
+    """``tap`` in the form that equal functions of position and extent share; None if it reads nothing at all."""
+    found: list[Guard] = []
+    source = frame.source
+    for axis, (guard, grid, step, extent) in enumerate(
+        zip(tap, frame.grids, source.spread, source.extents, strict=True)
+    ):
+        if guard == (0, 0, 0) and grid == (1, 0) and step == 1 and extent.factor:  # each position reads itself
+            found.append(guard)
+            continue
+        offset, low, high = guard.offset, max(guard.low, 0), max(guard.high, grid.delta)
+        if step > 1:  # only every step-th element is none of the zeros in between
+            if grid.stride == 1:
+                low += (-offset - low) % step
+                high += (offset - high) % step
+        elif frame.fixed and extent.known is not None:
+            high = _last(high, grid.stride, extent)
+            if grid.stride * low + high > extent.known - 1:
+                return None
+        if axis in frame.averaged and step == 1:  # all that counts is which elements are read
+            offset, low, high = offset + grid.stride * low, 0, high + grid.stride * low
+        found.append(Guard(offset, low, high))
+    return tuple(found)
+
+
+def _compare_blocks(
+    original: Sequence[Block],
+    emitted: Sequence[Block],
+    value: Value,
+    frame: _Frame,
+    precision: Precision,
+    sums: _Sums,
+) -> None:
+    blocks = sorted((*original, *emitted), key=lambda b: -len(b.taps))
+    columns: dict[Tap, int] = {}
+    places: dict[int, Array] = {}
+    for b in blocks:
+        keys = [_key(tap, frame) for tap in b.taps]
+        places[id(b)] = np.array([-1 if k is None else columns.setdefault(k, len(columns)) for k in keys])
+    taps = list(columns)
+    low = np.full(value.channels, np.iinfo(np.int64).max)
+    high = np.zeros(value.channels, np.int64)
+    for b in blocks:
+        low[b.rows] = np.minimum(low[b.rows], b.first)
+        high[b.rows] = np.maximum(high[b.rows], b.first + b.weight.shape[1])
+    width = int((high - low).max(initial=0))
+    if width <= 0 or not columns:
+        return
+    low[high == 0] = 0
+    step = min(max(1, CHUNK // (width * len(taps))), value.channels)
+    rounded = max((b.rounded for b in emitted), default=0)
+    added = sum((v.size for v in value.vectors.values()), np.zeros(value.channels))
+    # What has most taps comes first: it is likely to fill the whole array.
+    mine, other = (
+        [_Part(b, places[id(b)], low, len(taps)) for b in blocks if b in of and len(b.rows)]
+        for of in (original, emitted)
+    )
+    doubts = [p for p in mine if p.block.computed]
+    first, second = np.empty((2, step, width, len(taps)))
+    stored = other[0].stored(value.channels, width, precision) if len(other) == 1 else None
+    for start in range(0, value.channels, step):
+        rows = min(step, value.channels - start)
+        gap = _total(mine, first[:rows], start)
+        if stored is not None:
+            by_row = _magnitudes_if_nearest(gap, stored[start : start + rows])
+            if by_row is not None:
+                sums.error[start : start + rows] += precision.unit * by_row + precision.tiny * width * len(taps)
+                sums.total[start : start + rows] += by_row
+                sums.enter(1.0, "")
+                continue
+        size = _total(other, second[:rows], start)
+        gap -= size
+        np.abs(gap, out=gap)
+        np.abs(size, out=size)
+        by_row = gap.reshape(rows, -1).sum(axis=1)
+        sums.error[start : start + rows] += by_row
+        sums.total[start : start + rows] += size.reshape(rows, -1).sum(axis=1)
+        if rounded and np.isfinite(by_row).all():
+            worst = float(np.fmax.reduce(np.divide(gap, size, out=gap), axis=None)) / (precision.unit * rounded)
+            if not worst > 1:  # not a number where all is zero
+                sums.enter(worst if worst >= 0 else 0.0, "")
+                continue
+        shape = gap.shape
+        a, e = _total(mine, np.empty(shape), start), _total(other, np.empty(shape), start)
+        gap = np.abs(a - e)
+        allowed = _total(other, np.empty(shape), start, True) * (precision.unit * rounded)
+        allowed += _total(mine, np.empty(shape), start, True) * LOSS
+        # A kernel that was asked for is the difference of two results, which hold the vectors of the row as well.
+        allowed += 16 * DOUBLE * added[start : start + rows, None, None]
+        if doubts:
+            allowed += _total(doubts, np.empty(shape), start, True) * (precision.unit * ON_THE_WAY)
+        if rounded:
+            allowed += precision.tiny
+        ratio = np.divide(gap, allowed, out=np.where(gap == 0, 0.0, np.inf), where=allowed > 0)
+        if not np.isfinite(gap).all():
+            same = (a == e) | (np.isnan(a) & np.isnan(e))
+            ratio = np.where(same, 0.0, np.where(np.isfinite(gap), ratio, np.inf))
+        worst = float(ratio.max(initial=0.0))
+        if worst > sums.units:
+            row, column, tap = np.unravel_index(int(ratio.argmax()), shape)
+            at = (row, column, tap)
+            channel = int(low[start + row]) + int(column)
+            place = _place(taps[tap], value, frame.grids)
+            said = f"channel {start + row} reads channel {channel} of {frame.source.leaf!r} {place}"
+            sums.enter(worst, f"{said} with weight {a[at]:.8g}, and {e[at]:.8g} in the result")
+
+
+def _magnitudes_if_nearest(exact: Array, stored: Array) -> Array | None:
+    """The sums of the magnitudes of each row of ``stored``, if it is what rounding to nearest makes of ``exact``.
+
+    Then no coefficient is off by more than one rounding, and none need be looked at by itself.
+    """
+    rounded = exact.astype(stored.dtype)
+    if not np.array_equal(rounded, stored):
+        return None
+    by_row = np.abs(rounded, out=rounded).reshape(len(rounded), -1).sum(axis=1, dtype=np.float32).astype(np.float64)
+    return by_row if np.isfinite(by_row).all() else None  # what is too large for the dtype is infinite on both sides
+
+
+class _Part:
+    """A block, laid over an array (rows, width, taps) whose row r begins at channel ``low[r]``."""
+
+    def __init__(self, block: Block, columns: Array, low: Array, taps: int) -> None:
+        self.block = block
+        kept = columns >= 0
+        self.kept: Any = slice(None) if kept.all() else kept  # taps that read something
+        self.columns = columns[self.kept]
+        rows = block.rows
+        self.shift = block.first - low[rows]
+        self.left = None if np.all(block.left == 1) else block.left[:, None, None]
+        whole = len(self.columns) == taps and bool(np.array_equal(self.columns, np.arange(taps)))
+        # A run of rows over the same channels is a slice of the array.
+        self.is_slice = (
+            (whole or len(self.columns) == 1)
+            and rows[-1] - rows[0] == len(rows) - 1
+            and bool(np.all(self.shift == self.shift[0]))
+        )
+        self.at = slice(None) if whole else slice(self.columns[0], self.columns[0] + 1) if self.is_slice else None
+        self.is_whole = self.is_slice and whole and bool(kept.all())
+
+    def stored(self, rows: int, width: int, precision: Precision) -> Array | None:
+        """All coefficients, where they are so many parameters of the precision, each by itself."""
+        b = self.block
+        is_all = self.is_whole and len(b.rows) == rows and b.weight.shape[1] == width
+        is_parameter = b.rounded == 1 and b.size is None and self.left is None
+        if not (is_all and is_parameter and b.weight.size >= MANY and b.weight.dtype in ("float16", "float32")):
+            return None
+        return b.weight if np.finfo(b.weight.dtype).eps == 2 * precision.unit else None
+
+    def add(self, found: Array, start: int, magnitude: bool, is_new: bool) -> bool:
+        """Add what the rows from ``start`` on have to ``found``; whether there was nothing.
+
+        What is in ``found`` counts as zeros if ``is_new``.
+        """
+        b = self.block
+        i, j = np.searchsorted(b.rows, (start, start + len(found)))
+        if i == j or not len(self.columns):
+            return is_new
+        weight = b.weight[i:j, :, self.kept]
+        left = None if self.left is None else self.left[i:j]
+        if magnitude:
+            weight = np.abs(weight) if b.size is None else b.size[i:j, :, self.kept]
+            left = None if left is None else np.abs(left)
+        if self.is_slice:
+            row, channel = b.rows[i] - start, self.shift[0]
+            part = found[row : row + j - i, channel : channel + weight.shape[1], self.at]
+            if is_new and part.shape == found.shape:
+                np.copyto(part, weight)
+                if left is not None:
+                    part *= left
+                return False
+            if is_new:
+                found.fill(0)
+            part += weight if left is None else weight * left
+            return False
+        if is_new:
+            found.fill(0)
+        scaled = weight if left is None else weight * left
+        rows, channel = b.rows[i:j] - start, self.shift[i:j, None] + np.arange(weight.shape[1])
+        if len(set(self.columns.tolist())) == len(self.columns):
+            found[rows[:, None, None], channel[:, :, None], self.columns] += scaled
+            return False
+        for t, column in enumerate(self.columns):
+            found[rows[:, None], channel, column] += scaled[:, :, t]
+        return False
+
+
+def _total(parts: Sequence[_Part], found: Array, start: int, magnitude: bool = False) -> Array:
+    """The sum of the rows from ``start`` on, or of their magnitudes, in ``found``."""
+    is_new = True
+    for part in parts:
+        is_new = part.add(found, start, magnitude, is_new)
+    if is_new:
+        found.fill(0)
+    return found
+
+
+def _place(tap: Tap, value: Value, grids: Sequence[Grid]) -> str:
+    axes = [i for i in range(len(tap)) if i != value.channel]
+    offset = ", ".join(f"{tap[i].offset:+d}" for i in axes[-max(len(axes) - 1, 1) :])
+    border = _border([tap[i] for i in axes], [grids[i] for i in axes])
+    return f"at offset ({offset}){border}"
+
+
+def _border(guards: Sequence[Guard], grids: Sequence[Grid]) -> str:
+    """In words: where a guard holds, beyond what the tap itself asks for."""
+    parts = []
+    for axis, (g, grid) in enumerate(zip(guards, grids, strict=True)):
+        inner_low, inner_high = max(0, -(g.offset // grid.stride)), max(grid.delta, g.offset)
+        if g.low > inner_low:
+            parts.append(f"from position {g.low} on along axis {axis}")
+        if g.high > inner_high:
+            parts.append(f"up to {g.high} before the end along axis {axis}")
+    return f", {' and '.join(parts)}," if parts else ""
+
+
+def _compare_vectors(
+    original: Value,
+    emitted: Value,
+    grids: dict[Source, tuple[Grid, ...]],
+    precision: Precision,
+    sums: _Sums,
+    fixed: bool,
+) -> None:
+    """What is added, guard by guard. Guards over sources of equal extents are one."""
+    found: list[dict[Any, Vector]] = [{}, {}]
+    wheres: dict[Any, Any] = {}
+    for value, mine in zip((original, emitted), found, strict=True):
+        for where, vector in value.vectors.items():
+            key = None
+            if where is not None:
+                source, tap = where
+                clipped = [
+                    Guard(0, max(g.low, 0), _last(high, d.stride, e) if fixed else high)
+                    for g, d, e in zip(tap, grids[source], source.extents, strict=True)
+                    for high in (max(g.high, d.delta),)
+                ]
+                if any(g != (0, 0, d.delta) for g, d in zip(clipped, grids[source], strict=True)):
+                    key = tuple(
+                        (e, d.stride, g.low, g.high) if g != (0, 0, d.delta) else None
+                        for e, g, d in zip(source.extents, clipped, grids[source], strict=True)
+                    )
+                    wheres[key] = (clipped, grids[source])
+            mine[key] = mine[key].plus(vector) if key in mine else vector
+    zero = Vector(np.zeros(original.channels), np.zeros(original.channels))
+    for key in dict.fromkeys([*found[0], *found[1]]):
+        a, e = found[0].get(key, zero), found[1].get(key, zero)
+        gap = np.abs(a.value - e.value)
+        allowed = e.size * (precision.unit * e.rounded) + a.size * LOSS + (precision.tiny if e.rounded else 0.0)
+        if set(found[0]) - {None}:  # a border that a model stores in advance fits the rest up to its own rounding
+            allowed += precision.unit * sum(v.size * v.rounded for v in found[0].values())
+        if a.computed:
+            allowed += precision.unit * ON_THE_WAY * a.size
+        sums.error += gap
+        sums.total += np.abs(e.value)
+        ratio = np.divide(gap, allowed, out=np.where(gap == 0, 0.0, np.inf), where=allowed > 0)
+        if not np.isfinite(gap).all():
+            same = (a.value == e.value) | (np.isnan(a.value) & np.isnan(e.value))
+            ratio = np.where(same, 0.0, np.where(np.isfinite(gap), ratio, np.inf))
+        worst = float(ratio.max(initial=0.0))
+        if worst > sums.units or worst > 1:
+            row = int(ratio.argmax())
+            where = "" if key is None else _border(*wheres[key])
+            sums.enter(
+                worst,
+                f"channel {row} adds{where} {a.value[row]:.8g}, and {e.value[row]:.8g} in the result",
+                key is not None,
+            )

@@ -1,0 +1,558 @@
+"""What the operators of torch mean, as affine maps, from torch's documentation alone."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+import reparamc.certificate.kernels as nk
+import reparamc.certificate.layouts as nl
+import reparamc.certificate.normal_form as nf
+from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.fx_calls import Described, described
+from reparamc.certificate.fx_memory import Memory
+from reparamc.certificate.kernels import Kernel
+from reparamc.certificate.normal_form import Array, Value
+
+ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "add", "sub", "mul"}
+"""Operators that are linear in parameters, so that they are off by as much as these."""
+
+
+NUMBERS = {
+    operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg, int,
+    math.ceil, math.floor, math.sqrt, torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, min, max,
+}  # fmt: skip
+"""Functions that make numbers of extents."""
+
+
+class Size:
+    """Extents of a node: what ``x.size(axis)`` and its like read; several where ``axis`` is a slice."""
+
+    def __init__(self, node: fx.Node, axis: int | slice) -> None:
+        self.node, self.axis = node, axis
+
+
+def as_array(tensor: Tensor) -> Array:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return tensor.contiguous().numpy()
+
+
+class Side(Protocol):
+    """What readers ask of a graph; see `reparamc.certificate.fx`."""
+
+    module: fx.GraphModule
+    memory: Memory
+    constants: set[str]
+    sizes: dict[fx.Node, Size]
+
+    def tensor(self, name: str) -> Tensor | None: ...
+    def magnitude(self, name: str) -> Array | None: ...
+    def shape(self, node: fx.Node) -> tuple[Extent, ...] | None: ...
+    def told(self, node: fx.Node) -> Extent | list[Extent] | None: ...
+
+
+class Read:
+    """A described call, with its operands as values or constants.
+
+    With ``magnitudes``, constants that the module computes are what they were added up from.
+    """
+
+    def __init__(
+        self, side: Side, node: fx.Node, call: Described, of: Callable[[str], Value], magnitudes: bool = False
+    ) -> None:
+        self.side, self.node, self.call, self._of, self.magnitudes = side, node, call, of, magnitudes
+
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self.call.args.get(name)
+        return default if value is None else value
+
+    def is_value(self, given: Any) -> bool:
+        return isinstance(given, fx.Node) and given.name not in self.side.constants
+
+    def value(self, given: Any) -> Value:
+        if not self.is_value(given) or given in self.side.sizes:
+            raise Unrepresentable("a constant or a size stands where a value is read")
+        return self._of(self.side.memory.seen(given, self.node).name)
+
+    @property
+    def x(self) -> Value:
+        return self.value(self.call.args.get("input"))
+
+    def array(self, given: Any) -> Array | None:
+        """A parameter; None where there is none."""
+        if given is None:
+            return None
+        if isinstance(given, fx.Node):
+            name, given = given.name, self.side.tensor(given.name)
+            if self.magnitudes and (found := self.side.magnitude(name)) is not None:
+                return found
+        if not isinstance(given, Tensor):
+            raise Unrepresentable("a parameter is computed at run time")
+        return as_array(given)
+
+    def parameter(self, name: str) -> Array:
+        found = self.array(self.call.args.get(name))
+        if found is None:
+            raise Unrepresentable(f"there is no {name}")
+        return found
+
+    def extent(self, given: Any) -> Extent | None:
+        """An argument that is an extent; None for -1."""
+        if isinstance(given, int):
+            return None if given == -1 else Extent(given)
+        if isinstance(given, fx.Node) and isinstance(told := self.side.told(given), Extent):
+            return told
+        if isinstance(given, fx.Node) and given.target in (operator.mul, operator.floordiv) and len(given.args) == 2:
+            a, b = (self.extent(arg) for arg in given.args)
+            found = None if a is None or b is None else a.times(b) if given.target is operator.mul else a.over(b)
+            if found is None:
+                raise Unrepresentable("an extent that is no product of others")
+            return found
+        size = self.side.sizes.get(given) if isinstance(given, fx.Node) else None
+        if size is None or not isinstance(size.axis, int):
+            raise Unrepresentable("an extent is computed at run time")
+        return self._of(size.node.name).extents[size.axis]
+
+    def extents(self, given: Any) -> list[Extent | None]:
+        """An argument that is a shape."""
+        if isinstance(given, list | tuple):
+            return [e for inner in given for e in self.extents(inner)]
+        if isinstance(given, fx.Node) and isinstance(told := self.side.told(given), list):
+            return list(told)
+        size = self.side.sizes.get(given) if isinstance(given, fx.Node) else None
+        if size is not None and isinstance(size.axis, slice):
+            return list(self._of(size.node.name).extents[size.axis])
+        return [self.extent(given)]
+
+    def integers(self, name: str, n: int, default: int) -> tuple[int, ...]:
+        given = self.get(name, default)
+        if isinstance(given, int):
+            return (given,) * n
+        if isinstance(given, list | tuple) and all(isinstance(v, int) for v in given):
+            return tuple(given) * n if len(given) == 1 else tuple(given)
+        raise Unrepresentable(f"{name} is computed at run time")
+
+    def axis(self, name: str, x: Value, default: int = 0) -> int:
+        given = self.get(name, default)
+        if not isinstance(given, int):
+            raise Unrepresentable("an axis is computed at run time")
+        return given % x.rank
+
+
+def _kernel_axes(call: Read, x: Value, n: int) -> tuple[int, tuple[int, ...]]:
+    """The axis of the channels, and those of a kernel over ``n`` axes."""
+    if x.rank not in (n + 1, n + 2):
+        raise Unrepresentable("a kernel over other axes than its operand has")
+    return x.rank - n - 1, tuple(range(x.rank - n, x.rank))
+
+
+def _convolution(
+    call: Read, x: Value, weight: Array, groups: int, stride: Sequence[int], dilation: Sequence[int],
+    begin: Sequence[int], end: Sequence[int], rounded: int = 1,
+) -> Value:  # fmt: skip
+    size = weight.shape[2:]
+    channel, axes = _kernel_axes(call, x, len(size))
+    offsets = tuple(product(*(range(-b, -b + d * k, d) for b, d, k in zip(begin, dilation, size, strict=True))))
+    delta = tuple(d * (k - 1) - b - e for k, d, b, e in zip(size, dilation, begin, end, strict=True))
+    first = nk.grouped_first(weight.shape[0], weight.shape[1], groups)
+    flat = weight.reshape(*weight.shape[:2], -1)
+    return nk.convolved(x, Kernel(flat, first, offsets, axes, tuple(stride), delta, rounded), channel)
+
+
+def _read_conv(call: Read) -> Value:
+    if call.call.op == "convolution" and call.get("transposed", False):
+        return _read_conv_transpose(call)
+    if call.get("padding_mode", "zeros") != "zeros":
+        raise Unrepresentable("a padding repeats what stands at the border")
+    x, weight, bias = call.x, call.parameter("weight"), call.array(call.call.args.get("bias"))
+    n = weight.ndim - 2
+    stride, dilation = call.integers("stride", n, 1), call.integers("dilation", n, 1)
+    if isinstance(padding := call.get("padding", 0), str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        begin = [t // 2 for t in total]
+        end = [t - b for t, b in zip(total, begin, strict=True)]
+    else:
+        begin = end = call.integers("padding", n, 0)
+    y = _convolution(call, x, weight, call.get("groups", 1), stride, dilation, begin, end)
+    return y if bias is None else nf.shifted(y, bias, y.rank - n - 1)
+
+
+def _read_conv_transpose(call: Read) -> Value:
+    x, weight, bias = call.x, call.parameter("weight"), call.array(call.call.args.get("bias"))
+    n, groups = weight.ndim - 2, call.get("groups", 1)
+    channel, axes = _kernel_axes(call, x, n)
+    size = weight.shape[2:]
+    stride, dilation = call.integers("stride", n, 1), call.integers("dilation", n, 1)
+    pads, extra = call.integers("padding", n, 0), call.integers("output_padding", n, 0)
+    if any(s > 1 for s in stride):
+        x = nk.spread(x, axes, stride)
+    # What is written at offset o of an input position is read at offset -o of an output position.
+    offsets = tuple(product(*(range(p, p - d * k, -d) for p, d, k in zip(pads, dilation, size, strict=True))))
+    delta = tuple(2 * p - o - d * (k - 1) for p, o, d, k in zip(pads, extra, dilation, size, strict=True))
+    inside = weight.shape[0] // groups
+    turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(-1, inside, math.prod(size))
+    first = nk.grouped_first(len(turned), inside, groups)
+    y = nk.convolved(x, Kernel(turned, first, offsets, axes, (1,) * n, delta), channel)
+    return y if bias is None else nf.shifted(y, bias, channel)
+
+
+def _read_avg_pool(call: Read) -> Value:
+    x, n = call.x, call.call.axes or 2
+    size = call.integers("kernel_size", n, 1)
+    given = call.get("stride")
+    stride = size if given is None or given in ([], ()) else call.integers("stride", n, 1)
+    padding = call.integers("padding", n, 0)
+    if call.get("ceil_mode", False) or call.get("divisor_override") is not None:
+        raise Unrepresentable("the last window of a pooling may hang over, or its divisor is given")
+    if any(padding) and not call.get("count_include_pad", True):
+        raise Unrepresentable("a pooling divides by fewer elements at the border")
+    channels = x.extents[_kernel_axes(call, x, n)[0]].known
+    if channels is None:
+        raise Unrepresentable("the number of channels is unknown")
+    weight = np.full((channels, 1, *size), 1 / math.prod(size))
+    return _convolution(call, x, weight, channels, stride, (1,) * n, padding, padding, 0)
+
+
+def _read_adaptive_avg_pool(call: Read) -> Value:
+    x, n = call.x, call.call.axes or 2
+    if call.integers("output_size", n, 0) != (1,) * n:
+        raise Unrepresentable("an adaptive pooling to more than one element")
+    return nl.averaged(x, range(x.rank - n, x.rank), keep=True)
+
+
+def _read_linear(call: Read) -> Value:
+    x, weight, bias = call.x, call.parameter("weight"), call.array(call.call.args.get("bias"))
+    y = nk.mixed(x, weight, x.rank - 1)
+    return y if bias is None else nf.shifted(y, bias, y.rank - 1)
+
+
+def _read_matmul(call: Read) -> Value:
+    a, b = call.call.args["input"], call.call.args["other"]
+    if call.is_value(a):
+        x, weight = call.value(a), call.array(b)
+        axis, weight = x.rank - 1, None if weight is None else weight.T
+    else:
+        x, weight = call.value(b), call.array(a)
+        axis = x.rank - 2
+    if weight is None or weight.ndim != 2 or axis < 0:
+        raise Unrepresentable("a stack of matrices")
+    return nk.mixed(x, weight, axis)
+
+
+def _read_batch_norm(call: Read) -> Value:
+    if call.get("training", False):
+        raise Unrepresentable("BatchNorm in training mode")
+    x = call.x
+    mean, var = (call.parameter(name).astype(np.float64) for name in ("running_mean", "running_var"))
+    gamma, beta = (call.array(call.call.args.get(name)) for name in ("weight", "bias"))
+    eps = float(call.get("eps", 1e-5))
+    with np.errstate(all="ignore"):
+        factor = 1 / np.sqrt(var + eps) if gamma is None else gamma.astype(np.float64) / np.sqrt(var + eps)
+        moved = mean * factor
+    shift = np.zeros_like(mean) if beta is None else beta.astype(np.float64)
+    axis = 1 if x.rank > 1 else 0
+    return nf.shifted(nf.scaled(x, factor, axis), shift - moved, axis, np.abs(shift) + np.abs(moved))
+
+
+def _read_arithmetic(call: Read) -> Value:
+    op, a, b = call.call.op, call.call.args["input"], call.call.args["other"]
+    if set(call.call.args) - {"input", "other"}:
+        raise Unrepresentable("an addition with a factor, or a division that rounds")
+    if call.is_value(a) and call.is_value(b):
+        if op not in ("add", "sub"):
+            raise Unrepresentable("a product of two values")
+        second = call.value(b)
+        return nf.added([call.value(a), nf.scaled(second, -1.0) if op == "sub" else second])
+    reverse = not call.is_value(a)
+    x, other = call.value(b if reverse else a), a if reverse else b
+    if isinstance(other, bool | complex):
+        raise Unrepresentable("arithmetic with a truth value")
+    given = np.asarray(float(other)) if isinstance(other, int | float) else call.array(other)
+    if given is None:
+        raise Unrepresentable("a parameter is computed at run time")
+    constant = given.astype(np.float64)
+    axis = _along(constant, x)
+    with np.errstate(all="ignore"):
+        if op == "mul":
+            return nf.scaled(x, constant, axis)
+        if op == "div":
+            if reverse:
+                raise Unrepresentable("a division by a value")
+            return nf.scaled(x, 1 / constant, axis)
+        if op == "sub" and reverse:
+            x = nf.scaled(x, -1.0)
+        return nf.shifted(x, -constant if op == "sub" and not reverse else constant, axis)
+
+
+def _along(constant: Array, x: Value) -> int | None:
+    """The axis of ``x`` that a constant varies along; None for one number."""
+    wide = [i for i, d in enumerate(constant.shape) if d != 1]
+    if constant.ndim > x.rank or len(wide) > 1:
+        raise Unrepresentable("a constant varies along several axes, or raises the rank")
+    if not wide:
+        return None
+    axis = x.rank - constant.ndim + wide[0]
+    known = x.extents[axis].known
+    if known != constant.shape[wide[0]]:
+        raise Unrepresentable("a constant may repeat its operand along an axis")
+    return axis
+
+
+def _read_neg(call: Read) -> Value:
+    return nf.scaled(call.x, -1.0)
+
+
+def _read_identity(call: Read) -> Value:
+    return call.x
+
+
+def _read_dropout(call: Read) -> Value:
+    if call.get("training", True):
+        raise Unrepresentable("Dropout in training mode")
+    return call.x
+
+
+def _read_pad(call: Read) -> Value:
+    x, amounts = call.x, call.call.args["pad"]
+    if call.get("mode", "constant") != "constant" or not all(isinstance(p, int) for p in amounts):
+        raise Unrepresentable("a padding repeats what stands at the border, or is computed")
+    pairs = [(x.rank - 1 - i, *amounts[2 * i : 2 * i + 2]) for i in range(len(amounts) // 2)]
+    pairs = [p for p in pairs if p[1:] != (0, 0)]
+    if not pairs:
+        return x
+    axes, begin, end = ([p[i] for p in pairs] for i in range(3))
+    if min(axes) < 2:
+        raise Unrepresentable("a padding adds channels or images")
+    return nk.padded(x, axes, begin, end, float(call.get("value", 0.0)), 1)
+
+
+def _read_cat(call: Read) -> Value:
+    terms = [call.value(t) for t in call.call.args["tensors"]]
+    return nf.stacked(terms, call.axis("dim", terms[0]))
+
+
+def _read_narrow(call: Read) -> Value:
+    x, start, length = call.x, call.get("start", 0), call.call.args["length"]
+    if not isinstance(start, int) or not isinstance(length, int):
+        raise Unrepresentable("a slice that is computed at run time")
+    end = start + length
+    return nk.sliced(x, call.axis("dim", x), start, nk.WHOLE if start < 0 and end == 0 else end, 1)
+
+
+def _read_slice(call: Read) -> Value:
+    x, start, end, step = call.x, call.get("start", 0), call.get("end", 2**62), call.get("step", 1)
+    if not all(isinstance(v, int) for v in (start, end, step)):
+        raise Unrepresentable("a slice that is computed at run time")
+    return nk.sliced(x, call.axis("dim", x), start, end, step)
+
+
+def _read_index_select(call: Read) -> Value:
+    x, index = call.x, call.parameter("index")
+    return nl.selected(x, [int(i) for i in index.reshape(-1)], call.axis("dim", x))
+
+
+def _read_getitem(call: Read) -> Value:
+    given, index = call.call.args["input"], call.call.args["index"]
+    inner = described(given, call.side.module) if isinstance(given, fx.Node) else None
+    if inner is not None and inner.op in ("split", "chunk") and isinstance(index, int):
+        return _piece(call, inner, index)
+    if inner is not None and inner.op == "unbind":
+        whole = Read(call.side, call.node, inner, call._of)
+        return _taken(whole.x, index, whole.axis("dim", whole.x))
+    x = call.x
+    items = _items(index, x.rank)
+    if not all(isinstance(i, slice) or type(i) is int for i in items):
+        raise Unrepresentable("an index that adds an axis, or is computed at run time")
+    for axis, s in reversed([*enumerate(items)]):
+        if isinstance(s, int):
+            x = _taken(x, s, axis)
+            continue
+        bounds = (s.start or 0, 2**62 if s.stop is None else s.stop, s.step or 1)
+        if not all(isinstance(b, int) for b in bounds):
+            raise Unrepresentable("a slice that is computed at run time")
+        x = nk.sliced(x, axis, *bounds)
+    return x
+
+
+def _read_select(call: Read) -> Value:
+    return _taken(call.x, call.call.args["index"], call.axis("dim", call.x))
+
+
+def _taken(x: Value, at: Any, axis: int) -> Value:
+    """The position ``at`` along ``axis``, which goes."""
+    width = x.extents[axis].known
+    if width is None or type(at) is not int or not -width <= at < width:
+        raise Unrepresentable("an index along an unknown extent, or one that is computed at run time")
+    return nl.taken(x, at % width, axis)
+
+
+def _items(index: Any, rank: int) -> tuple[Any, ...]:
+    """An index by axis."""
+    items = tuple(index) if isinstance(index, tuple | list) else (index,)
+    at = [i is Ellipsis for i in items]
+    if True not in at:
+        return items
+    return (*items[: at.index(True)], *[slice(None)] * (rank - len(items) + 1), *items[at.index(True) + 1 :])
+
+
+def _read_setitem(call: Read) -> Value:
+    x, what = call.x, call.call.args["value"]
+    items = _items(call.call.args["index"], x.rank)
+    at = [i for i, s in enumerate(items) if s != slice(None)]
+    if len(at) != 1 or not isinstance(part := items[at[0]], slice) or part.step not in (None, 1):
+        raise Unrepresentable("elements are written that are not the first or last along one axis")
+    (axis,), start, stop = at, part.start or 0, nk.WHOLE if part.stop is None else part.stop
+    if axis < 2 or not isinstance(start, int) or not isinstance(stop, int):
+        raise Unrepresentable("channels or images are written, or how many is computed")
+    if start == 0 and 0 < stop < nk.WHOLE:
+        number, is_first = stop, True
+    elif start < 0 and stop >= nk.WHOLE:
+        number, is_first = -start, False
+    else:
+        raise Unrepresentable("elements are written that are not the first or last along one axis")
+    return nk.overwritten(x, axis, number, is_first, _by_channel(call, what, x), 1)
+
+
+def _by_channel(call: Read, what: Any, x: Value) -> Array:
+    """What is written, for each channel."""
+    channels = x.extents[1].known
+    if channels is None:
+        raise Unrepresentable("the number of channels is unknown")
+    if isinstance(what, int | float) and not isinstance(what, bool):
+        return np.full(channels, float(what))
+    given = call.array(what)
+    if given is None or given.ndim > x.rank:
+        raise Unrepresentable("what is written is computed at run time")
+    wide = given.astype(np.float64).reshape((1,) * (x.rank - given.ndim) + given.shape)
+    border = wide[(0, slice(None), *(0,) * (x.rank - 2))]
+    if np.any(np.moveaxis(wide, 1, -1) != border):
+        raise Unrepresentable("what is written varies along other axes than the channels")
+    return np.broadcast_to(border, channels)
+
+
+def _piece(call: Read, split: Described, index: int) -> Value:
+    whole = Read(call.side, call.node, split, call._of)
+    x = whole.x
+    axis = whole.axis("dim", x)
+    width = x.extents[axis].known
+    if width is None:
+        raise Unrepresentable("the extent that is split is unknown")
+    sizes: Any = split.args.get("sizes")
+    if split.op == "chunk":
+        sizes = -(-width // int(split.args["chunks"]))
+    if isinstance(sizes, int):
+        sizes = [min(sizes, width - start) for start in range(0, width, sizes)]
+    start = sum(sizes[: index % len(sizes)])
+    return nk.sliced(x, axis, start, start + sizes[index % len(sizes)], 1)
+
+
+def _read_channel_shuffle(call: Read) -> Value:
+    x, groups = call.x, call.call.args["groups"]
+    width = x.extents[1].known
+    if width is None:
+        raise Unrepresentable("the number of channels is unknown")
+    return nl.selected(x, np.arange(width).reshape(groups, -1).T.reshape(-1).tolist(), 1)
+
+
+def _read_mean(call: Read) -> Value:
+    x, dims = call.x, call.call.args.get("dim")
+    if dims is None or set(call.call.args) - {"input", "dim", "keepdim"}:
+        raise Unrepresentable("a mean over all axes, or in another dtype")
+    axes = [dims] if isinstance(dims, int) else list(dims)
+    return nl.averaged(x, [a % x.rank for a in axes], bool(call.get("keepdim", False)))
+
+
+def _read_reshape(call: Read) -> Value:
+    return nl.regrouped(call.x, call.extents(call.call.args["shape"]))
+
+
+def _read_unflatten(call: Read) -> Value:
+    x, axis = call.x, call.axis("dim", call.x)
+    return nl.regrouped(x, [*x.extents[:axis], *call.extents(call.call.args["sizes"]), *x.extents[axis + 1 :]])
+
+
+def _read_reshape_as(call: Read) -> Value:
+    other = call.call.args["other"]
+    shape = call.side.shape(other) if isinstance(other, fx.Node) else None
+    return nl.regrouped(call.x, call.value(other).extents if shape is None else shape)
+
+
+def _read_permute(call: Read) -> Value:
+    x, dims = call.x, call.call.args["dims"]
+    return nl.permuted(x, [d % x.rank for d in dims])
+
+
+def _read_transpose(call: Read) -> Value:
+    x = call.x
+    axes = list(range(x.rank))
+    a, b = call.axis("dim0", x), call.axis("dim1", x)
+    axes[a], axes[b] = axes[b], axes[a]
+    return nl.permuted(x, axes)
+
+
+def _read_flatten(call: Read) -> Value:
+    x = call.x
+    start, end = call.axis("start_dim", x, 0), call.axis("end_dim", x, -1)
+    merged = Extent()
+    for e in x.extents[start : end + 1]:
+        merged = merged.times(e)
+    return nl.regrouped(x, [*x.extents[:start], merged, *x.extents[end + 1 :]])
+
+
+def _read_squeeze(call: Read) -> Value:
+    x, dims = call.x, call.call.args.get("dim")
+    if dims is None:
+        raise Unrepresentable("a squeeze of all axes of extent 1")
+    gone = {d % x.rank for d in ([dims] if isinstance(dims, int) else dims)}
+    if any(x.extents[a].known is None for a in gone):
+        raise Unrepresentable("a squeeze of an unknown extent")
+    return nl.regrouped(x, [e for i, e in enumerate(x.extents) if i not in gone or e != Extent()])
+
+
+def _read_unsqueeze(call: Read) -> Value:
+    x = call.x
+    axis = call.call.args["dim"] % (x.rank + 1)
+    return nl.regrouped(x, [*x.extents[:axis], Extent(), *x.extents[axis:]])
+
+
+READERS: dict[str, Callable[[Read], Value]] = {
+    "conv": _read_conv,
+    "convolution": _read_conv,
+    "conv_transpose": _read_conv_transpose,
+    "avg_pool": _read_avg_pool,
+    "adaptive_avg_pool": _read_adaptive_avg_pool,
+    "linear": _read_linear,
+    "matmul": _read_matmul,
+    "batch_norm": _read_batch_norm,
+    **dict.fromkeys(("add", "sub", "mul", "div"), _read_arithmetic),
+    "neg": _read_neg,
+    "identity": _read_identity,
+    "dropout": _read_dropout,
+    "pad": _read_pad,
+    "cat": _read_cat,
+    "narrow": _read_narrow,
+    "slice": _read_slice,
+    "index_select": _read_index_select,
+    "select": _read_select,
+    "getitem": _read_getitem,
+    "setitem": _read_setitem,
+    "channel_shuffle": _read_channel_shuffle,
+    "mean": _read_mean,
+    "reshape": _read_reshape,
+    "unflatten": _read_unflatten,
+    **dict.fromkeys(("reshape_as", "view_as"), _read_reshape_as),
+    "permute": _read_permute,
+    "transpose": _read_transpose,
+    "flatten": _read_flatten,
+    "squeeze": _read_squeeze,
+    "unsqueeze": _read_unsqueeze,
+}

@@ -1,0 +1,535 @@
+"""The certificate: window by window, that an emitted graph equals the original for every input size.
+
+A name that stands in both graphs is a *cut*. Going through the emitted graph in execution order, each cut is proven
+equal to its counterpart, given that all cuts before it are: by congruence, if both are the same operator over cuts that
+are equal; else as a *window*, by expanding both backwards to common cuts and comparing their normal forms.
+Operators that are not affine are *atoms*, unknown functions: equal if they are the same operator over equal operands.
+
+Nothing here knows how graphs are rewritten, nor shares code with what does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+
+from reparamc.certificate.agreement import Agreement, Precision, agree
+from reparamc.certificate.axes import Unrepresentable
+from reparamc.certificate.normal_form import Array, Value, Vector, promoted
+from reparamc.errors import VerificationError
+
+Keep = Callable[[set[str]], "Certificate"]
+"""Undo the rewrites that end in some tensors, and prove what is left."""
+
+
+def roll_back(found: Certificate, roots: Collection[str], redo: Keep) -> tuple[Certificate, dict[str, str]]:
+    """The certificate of what is left once wrong rewrites are undone, and these, each with the reason.
+
+    Args:
+        found: of all rewrites.
+        roots: the tensors in which rewrites end.
+        redo: undo those that end in some of them; called as often as new ones turn out to be wrong.
+
+    Raises:
+        VerificationError: something differs that no single rewrite is to blame for.
+    """
+    undone: dict[str, str] = {}
+    while found.different:
+        wrong = {w.where: w.reason for w in found.windows if w.verdict == "different"}
+        fresh = {name: reason for name, reason in wrong.items() if name in roots and name not in undone}
+        if not fresh:
+            where, reason = next(iter(wrong.items()))
+            raise VerificationError(
+                f"{where!r} differs from the original: {reason}; nothing was changed. Report this as a bug",
+                where=where,
+            )
+        undone.update(fresh)
+        found = redo(set(undone))
+    return found, undone
+
+
+class Side(Protocol):
+    """One of the two graphs. Tensors have names; `operands` are those that a caller or an operator gives."""
+
+    @property
+    def order(self) -> Sequence[str]:
+        """What operators compute, in execution order, constants left out."""
+        ...
+
+    @property
+    def constants(self) -> Collection[str]:
+        """The tensors that no input reaches."""
+        ...
+
+    def constant(self, name: str) -> Array | None:
+        """The value of a tensor that no input reaches; None for all others."""
+        ...
+
+    def is_input(self, name: str) -> bool:
+        """Whether no operator computes ``name``."""
+        ...
+
+    def operands(self, name: str) -> Sequence[str]:
+        """What the operator of ``name`` reads, in order."""
+        ...
+
+    def kind(self, name: str) -> Hashable:
+        """All that decides what the operator of ``name`` computes, but for its operands; None for an input."""
+        ...
+
+    def value(self, name: str, of: Callable[[str], Value]) -> Value:
+        """``name`` as an affine map of its operands.
+
+        Raises:
+            Unrepresentable: it is none, or none that is known.
+        """
+        ...
+
+    def mixes(self, name: str) -> bool:
+        """Whether the operator of ``name`` applies a kernel or a matrix."""
+        ...
+
+    def leaf(self, name: str, known_as: str) -> Value:
+        """``name`` as a source that both graphs call ``known_as``; raises Unrepresentable where its rank is unknown."""
+        ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """One tensor that was proven, or not.
+
+    Attributes:
+        where: its name.
+        verdict: "equal", "different" or "undecided".
+        units: the largest error of a coefficient, in units of what rounding explains.
+        bound: how far the tensor can be off, relative to the sum of the magnitudes of the products it is added up from,
+            because parameters were rounded.
+        reason: what differs, or why that cannot be said.
+        before, after: how many operators it takes in each graph.
+    """
+
+    where: str
+    verdict: str
+    units: float = 0.0
+    bound: float = 0.0
+    reason: str = ""
+    before: int = 0
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was proven of an emitted graph.
+
+    Attributes:
+        windows: all that was rewritten, and whatever could not be proven.
+        congruent: tensors that both graphs compute by the same operator from equal operands.
+        seconds: wall time of the proof.
+    """
+
+    windows: tuple[Window, ...]
+    congruent: int
+    seconds: float
+
+    def count(self, verdict: str) -> int:
+        return sum(w.verdict == verdict for w in self.windows)
+
+    @property
+    def equal(self) -> int:
+        return self.count("equal")
+
+    @property
+    def different(self) -> int:
+        return self.count("different")
+
+    @property
+    def undecided(self) -> int:
+        return self.count("undecided")
+
+    @property
+    def holds(self) -> bool:
+        """Whether the emitted graph is proven equal to the original, from its inputs to its outputs."""
+        return self.equal == len(self.windows)
+
+    @property
+    def units(self) -> float:
+        return max((w.units for w in self.windows if w.verdict == "equal"), default=0.0)
+
+    @property
+    def bound(self) -> float:
+        return max((w.bound for w in self.windows if w.verdict == "equal"), default=0.0)
+
+
+def certify(
+    original: Side,
+    emitted: Side,
+    outputs: Sequence[tuple[str, str]],
+    stands_for: Mapping[str, str],
+    precision: Callable[[str], Precision],
+    outside: Sequence[Window] = (),
+) -> Certificate:
+    """Prove every tensor of ``emitted`` that stands for one of ``original``, and every output.
+
+    Args:
+        outputs: pairs of names, of the original and of what was emitted.
+        stands_for: what a tensor of the emitted graph is said to be in the original, inputs included. It is
+            proven, so a wrong hint only makes a window fail.
+        precision: of the dtype that parameters are stored in, for a tensor of the emitted graph.
+        outside: what was found wrong with the two as seen by a caller.
+    """
+    start = perf_counter()
+    proof = _Proof(original, emitted, stands_for, precision)
+    windows: list[Window] = list(outside)
+    for name in sorted(set(stands_for.values())):
+        if name.startswith((_own(0, ""), _own(1, ""))):
+            windows.append(Window(name, "undecided", reason="the proof itself gives such names"))
+    congruent = 0
+    for name in emitted.order:
+        if name not in stands_for:
+            continue
+        found = proof.compared(stands_for[name], name)
+        if found is None:
+            congruent += 1
+        else:
+            windows.append(found)
+    for before, after in outputs:
+        if stands_for.get(after) != before and not proof.same_constant(before, after):
+            windows.append(proof.window(before, after, precision(after)))
+    return Certificate(tuple(windows), congruent, perf_counter() - start)
+
+
+MOST_TRIES = 16
+"""How often the leaves of a window are expanded further until both graphs have the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Atom:
+    name: str
+    kind: Hashable
+    operands: tuple[Value | Array, ...]
+    leaf: Value
+
+
+def _stopped(where: str, error: Exception) -> Window:
+    """A graph holds what no reader has thought of: that is no proof, and no reason to stop either."""
+    return Window(where, "undecided", reason=f"the proof stopped at {type(error).__name__}: {error}")
+
+
+def _own(which: int, name: str) -> str:
+    """What a leaf is called that only one of the two graphs is known to have."""
+    return f"{('original', 'emitted')[which]} {name}"
+
+
+class _NoJoint(Exception):
+    """What links two kernels of the emitted graph is nothing that links two of the original."""
+
+
+class _Joints:
+    """What one kernel makes and another reads, in the original, with the leaf that stands for it.
+
+    A joint is taken up to what is added to each channel everywhere: that goes on behind it.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[tuple[Value, Value]] = []
+        self.found: list[Agreement] = []
+        self.next = 0
+
+    def enter(self, value: Value, leaf: Value) -> Value:
+        """A joint of the original: what stands for ``value``, over ``leaf``."""
+        bare, shift = _bare(value)
+        self.values.append((bare, leaf))
+        return _shifted(leaf, value, shift)
+
+    def enter_as(self, value: Value, other: Value) -> None:
+        """What is made of a joint alone is one, too: ``value``, which is ``other`` over the leaf of the joint."""
+        bare, shift = _bare(value)
+        if shift is not None:
+            other, shift = _bare(other)
+        if (shift is None) == (bare is value):  # what is added was taken from both, or from none
+            self.values.append((bare, other))
+
+    def find(self, value: Value, precision: Precision) -> Value | None:
+        """The joint of the original that ``value`` equals."""
+        bare, shift = _bare(value)
+        for at in sorted(range(len(self.values)), key=lambda i: (i < self.next, i)):  # both graphs have one order
+            known, leaf = self.values[at]
+            found = agree(known, bare, precision)
+            if found.verdict == "equal":
+                self.found.append(found)
+                self.next = at + 1
+                return _shifted(leaf, value, shift)
+        return None
+
+
+def _bare(value: Value) -> tuple[Value, Vector | None]:
+    """A value without what is added everywhere, and that."""
+    if None not in value.vectors or value.channel is None or not value.is_plain:
+        return value, None
+    return replace(value, vectors={w: v for w, v in value.vectors.items() if w is not None}), value.vectors[None]
+
+
+def _shifted(leaf: Value, value: Value, shift: Vector | None) -> Value:
+    if shift is None or value.channel is None:
+        return leaf
+    return replace(promoted(leaf, value.channel), vectors={None: shift})
+
+
+def _is_dense(value: Value) -> bool:
+    return any(b.weight.shape[1:] != (1, 1) for b in value.blocks)
+
+
+class _Proof:
+    def __init__(
+        self,
+        original: Side,
+        emitted: Side,
+        stands_for: Mapping[str, str],
+        precision: Callable[[str], Precision],
+    ) -> None:
+        self.sides, self.precision = (original, emitted), precision
+        counterparts = Counter(stands_for.values())
+        # Tensors that stand for the same one are proven apart, and read as themselves.
+        self.cuts: tuple[Mapping[str, str], Mapping[str, str]] = (
+            {name: name for name in counterparts},
+            dict(stands_for),
+        )
+        self.position = {name: at for at, name in enumerate(original.order)}
+
+    def same_constant(self, before: str, after: str) -> bool:
+        try:
+            a, b = self.sides[0].constant(before), self.sides[1].constant(after)
+        except Unrepresentable:
+            return False
+        return a is not None and b is not None and same_bytes(a, b)
+
+    def is_congruent(self, before: str, after: str) -> bool:
+        mine, other = self.sides[0].operands(before), self.sides[1].operands(after)
+        if len(mine) != len(other) or self.sides[0].kind(before) != self.sides[1].kind(after):
+            return False
+        return all(self.cuts[1].get(b) == a or self.same_constant(a, b) for a, b in zip(mine, other, strict=True))
+
+    def compared(self, before: str, after: str) -> Window | None:
+        """What is found of two tensors; None where they are congruent."""
+        try:
+            if self.is_congruent(before, after):
+                return None
+        except Exception as error:
+            return _stopped(before, error)
+        return self.window(before, after, self.precision(after))
+
+    def window(self, before: str, after: str, precision: Precision) -> Window:
+        """Compare two tensors: joint by joint if that succeeds, else as functions of cuts alone."""
+        try:
+            return self._jointed(before, after, precision) or self._whole(before, after, precision)
+        except Exception as error:
+            return _stopped(before, error)
+
+    def _jointed(self, before: str, after: str, precision: Precision) -> Window | None:
+        """Compare two tensors link by link, so that kernels are not multiplied out; None unless all agree."""
+        joints, atoms = _Joints(), list[_Atom]()
+        try:
+            mine, m = self._expand(0, before, set(), atoms, None, joints)
+            other, n = self._expand(1, after, set(), atoms, precision, joints if joints.values else None)
+            found = [*joints.found, agree(mine, other, precision)]
+        except (Unrepresentable, _NoJoint):
+            return None
+        if any(f.verdict != "equal" for f in found):
+            return None
+        return Window(before, "equal", max(f.units for f in found), sum(f.bound for f in found), "", m, n)
+
+    def _whole(self, before: str, after: str, precision: Precision) -> Window:
+        """Compare two tensors as functions of cuts. Where these differ, the latest is expanded, and so on."""
+        through: set[str] = set()
+        different: Window | None = None
+        last = Window(before, "undecided", reason="the two depend on different tensors, however far they are followed")
+        for _ in range(MOST_TRIES):
+            atoms: list[_Atom] = []
+            try:
+                mine, m = self._expand(0, before, through, atoms, None)
+                other, n = self._expand(1, after, through, atoms, precision)
+                found = agree(mine, other, precision)
+            except Unrepresentable as error:
+                last = Window(before, "undecided", reason=str(error))
+                break
+            seen = Window(before, found.verdict, found.units, found.bound, found.reason, m, n)
+            if found.verdict == "equal":
+                return seen
+            apart = {s.leaf for s in mine.grids} ^ {s.leaf for s in other.grids}
+            first, second = (_cuts_under(value, apart, atoms) for value in (mine, other))
+            leaves, union = first ^ second, first | second
+            if not apart:
+                different = different or (seen if found.verdict == "different" else None)
+                last = seen
+            # What only one side reads may lie under something that both read, and leaves may depend on one another:
+            # so the latest goes first.
+            start = min((self.position.get(leaf, -1) for leaf in leaves), default=0)
+            further = [leaf for leaf in union if self.position.get(leaf, -2) >= max(start, 0)]
+            if not further or (not apart and len(union) == 1):
+                if apart and atoms:
+                    last = replace(seen, verdict="undecided", reason=_unmatched(apart, atoms))
+                elif apart:
+                    different = different or seen  # only inputs of the graph are left, and they are independent
+                break
+            through.add(max(further, key=self.position.__getitem__))
+        return different or last
+
+    def _expand(
+        self,
+        which: int,
+        root: str,
+        through: set[str],
+        atoms: list[_Atom],
+        precision: Precision | None,
+        joints: _Joints | None = None,
+    ) -> tuple[Value, int]:
+        """``root`` as a function of cuts, and how many operators that takes.
+
+        Operators that are not affine are entered into ``atoms``; those of the emitted graph (``precision`` given) are
+        looked for among those of the original first. With ``joints``, what one kernel makes and another reads is a
+        leaf, too: those of the original are entered, those of the emitted graph looked for.
+
+        Raises:
+            _NoJoint: a joint of the emitted graph is none of the original.
+        """
+        side, cuts = self.sides[which], self.cuts[which]
+        values: dict[str, Value] = {}
+        order: list[str] = []
+        for name in self._reached(which, root, through):
+            known_as = cuts.get(name)
+            if not side.is_input(name) and (known_as is None or name == root or known_as in through):
+                order.append(name)
+            else:
+                # One shape for both graphs: extents that are unknown may be named otherwise in each.
+                values[name] = (
+                    self.sides[0].leaf(known_as, known_as) if known_as else side.leaf(name, _own(which, name))
+                )
+        ends = self._ends(which, order) if joints else {}
+        whole: dict[str, Value] = {}  # what a joint of the original stands for, and what is made of it alone
+        for name in order:
+            try:
+                value = side.value(name, values.__getitem__)
+            except Unrepresentable:
+                value = self._atom(which, name, values, atoms, precision)
+            if joints and name in ends and _is_dense(value):
+                if precision is None:
+                    whole[name] = value
+                    value = joints.enter(value, side.leaf(name, _own(which, name)))
+                elif (found := joints.find(value, precision)) is not None:
+                    value = found
+                elif ends[name]:
+                    raise _NoJoint
+            elif joints and name in ends and not whole.keys().isdisjoint(side.operands(name)):
+                whole[name] = side.value(name, lambda operand: whole[operand] if operand in whole else values[operand])
+                if ends[name]:
+                    joints.enter_as(whole[name], value)
+            values[name] = value
+        return values[root], len(order)
+
+    def _ends(self, which: int, order: Sequence[str]) -> dict[str, bool]:
+        """Where joints may be: what kernels read (True), and what that is made of without another operand (False)."""
+        side, inside = self.sides[which], set(order)
+        found: dict[str, bool] = {}
+        for kernel in order:
+            if side.mixes(kernel):
+                for name in inside.intersection(side.operands(kernel)):
+                    found[name] = True
+                    while not side.mixes(name):
+                        given = [o for o in side.operands(name) if o not in side.constants]
+                        if len(given) != 1 or given[0] not in inside:
+                            break
+                        (name,) = given
+                        found.setdefault(name, False)
+        return found
+
+    def _reached(self, which: int, root: str, through: set[str]) -> list[str]:
+        """The tensors from which ``root`` is computed, back to cuts, operands first."""
+        side, cuts = self.sides[which], self.cuts[which]
+        done: dict[str, None] = {}
+        stack = [root]
+        while stack:
+            name = stack[-1]
+            known_as = cuts.get(name)
+            waiting: list[str] = []
+            if name not in done and (known_as is None or name == root or known_as in through):
+                waiting = [o for o in side.operands(name) if o not in done and o not in side.constants]
+            if waiting:
+                stack.extend(reversed(waiting))
+            else:
+                done[stack.pop()] = None
+        return list(done)
+
+    def _atom(
+        self, which: int, name: str, values: Mapping[str, Value], atoms: list[_Atom], precision: Precision | None
+    ) -> Value:
+        side = self.sides[which]
+        operands = side.operands(name)
+        given: list[Value | Array] = []
+        for operand in operands:
+            constant = side.constant(operand)
+            given.append(values[operand] if constant is None else constant)
+        kind = side.kind(name)
+        if precision is not None:
+            for atom in atoms:
+                if atom.kind == kind and _all_agree(atom.operands, given, [self.precision(o) for o in operands]):
+                    return atom.leaf
+        atom = _Atom(_own(which, name), kind, tuple(given), side.leaf(name, _own(which, name)))
+        atoms.append(atom)
+        return atom.leaf
+
+
+def _all_agree(mine: Sequence[Value | Array], other: Sequence[Value | Array], precisions: Sequence[Precision]) -> bool:
+    """Whether operands are equal, each held to its own dtype: that of the result may be coarser."""
+    if len(mine) != len(other):
+        return False
+    for a, b, precision in zip(mine, other, precisions, strict=True):
+        if isinstance(a, Value) and isinstance(b, Value):
+            if agree(a, b, precision).verdict != "equal":
+                return False
+        elif isinstance(a, Value) or isinstance(b, Value) or not same_bytes(a, b):
+            return False
+    return True
+
+
+def same_bytes(a: Array, b: Array) -> bool:
+    """Whether two arrays hold the same bits: NaN is itself, and zero is not negative zero."""
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.dtype.kind == "O" or a.dtype.itemsize not in (1, 2, 4, 8):
+        return a.tobytes() == b.tobytes()
+    m, n = (np.ascontiguousarray(v).reshape(-1).view(f"u{a.dtype.itemsize}") for v in (a, b))
+    return bool(np.array_equal(m[:64], n[:64]) and np.array_equal(m, n))  # most that differ do so from the start
+
+
+def _cuts_under(value: Value, apart: set[str], atoms: Sequence[_Atom]) -> set[str]:
+    """The leaves of a value; for atoms that only one side has (``apart``), those of their operands."""
+    by_name = {atom.name: atom for atom in atoms}
+    found: set[str] = set()
+    stack = [s.leaf for s in value.grids]
+    seen = set(stack)
+    while stack:
+        name = stack.pop()
+        if name not in apart or name not in by_name:
+            found.add(name)
+            continue
+        for operand in by_name[name].operands:
+            inner = {s.leaf for s in operand.grids} - seen if isinstance(operand, Value) else set[str]()
+            stack += inner
+            seen |= inner
+            apart = apart | inner
+    return found
+
+
+def _unmatched(leaves: set[str], atoms: Sequence[_Atom]) -> str:
+    """Why two windows have different leaves to the end."""
+    names = [atom.name.split(" ", 1)[1] for atom in atoms if atom.name in leaves]
+    if not names:
+        return f"one of the two alone depends on {min(leaves)!r}, which operators that are not affine read as well"
+    return f"no operator of the other graph is known to be equal to {names[0]!r}"

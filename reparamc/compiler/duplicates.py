@@ -1,0 +1,53 @@
+"""Duplicate removal: regions that compute what an earlier one computes take its result.
+
+It is no matter of one expression, so it has no rules: the final forms of all regions are compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from reparamc.algebra.expr import Conv, Expr, Source, walk
+from reparamc.algebra.text import show
+from reparamc.compiler.decide import Decision
+from reparamc.compiler.graph import Graph, Splice, Value
+
+DUPLICATES = "duplicate-removal"
+
+
+def find_duplicates(graph: Graph, decisions: dict[Value, Decision]) -> Iterator[tuple[Value, Decision]]:
+    """Regions that compute what an earlier one computes from the same values: they take its result."""
+    alike: dict[str, list[Value]] = {}
+    for root, decision in decisions.items():
+        nodes = list(walk(decision.expr))
+        values = [root, *(e.key for e in nodes if isinstance(e, Source))]
+        if any(isinstance(e, Conv) for e in nodes) and not any(graph.is_written(v) for v in values):
+            alike.setdefault(show(decision.expr), []).append(root)
+    for roots in alike.values():
+        firsts: list[Value] = []
+        for root in roots:
+            old = decisions[root]
+            first = next((f for f in firsts if _equal(decisions[f].expr, old.expr)), None)
+            dtype = None if first is None else graph.dtype([root, first])
+            if dtype is None:
+                firsts.append(root)
+                continue
+            same = Source(first)
+            text, count = show(old.expr), Counter({DUPLICATES: 1})
+            splice = Splice(root, old.members, same, {same: first}, dtype, count, (), text, show(same), 0.0)
+            yield root, Decision(same, splice, [], old.members)
+
+
+def _equal(a: Expr, b: Expr) -> bool:
+    """Whether two expressions of one text hold the same numbers, over the same values."""
+    for x, y in zip(walk(a), walk(b), strict=True):
+        for name, mine in vars(x).items():
+            other = getattr(y, name)
+            if name in ("x", "terms", "token"):
+                continue
+            if not (np.array_equal(mine, other) if isinstance(mine, np.ndarray) else mine == other):
+                return False
+    return True

@@ -1,0 +1,199 @@
+"""What reparamc asks of a host graph, and what it hands back: the protocol that both adapters implement."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from reparamc.algebra.expr import Array, Expr, Layout, LayoutOp, Mean, Reshape, Source, Take, axis_through, ranks, walk
+from reparamc.algebra.rewrite import Declined
+from reparamc.algebra.shape import size
+
+Value: TypeAlias = Hashable
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One linear operator of the host graph.
+
+    Attributes:
+        operands: the values it reads, parameters left out.
+        build: its expression over the expressions of its operands; loads the parameters.
+        parameters: names of the parameters it holds.
+        frame: the frame of its result, where it is known.
+        commutes: it scales or moves each channel by itself, so that readers may each take it in.
+        scales: it scales, so that a linear operator in front of it would rather take it in.
+        idle: why it ends a region where no scale is near: with most of what is linear it does not commute.
+    """
+
+    operands: tuple[Value, ...]
+    build: Callable[[Sequence[Expr]], Expr]
+    parameters: tuple[str, ...] = ()
+    frame: int | None = None
+    commutes: bool = field(default=False, kw_only=True)
+    scales: bool = field(default=False, kw_only=True)
+    idle: str | None = field(default=None, kw_only=True)
+
+
+class Graph(Protocol):
+    """What reparamc needs of a host graph; values are whatever handles the adapter likes."""
+
+    def values(self) -> Sequence[Value]:
+        """The results of all operators, in execution order."""
+        ...
+
+    def read(self, value: Value) -> Reading | Declined | None:
+        """The operator behind ``value`` as a linear one; Declined with the reason when it nearly is."""
+        ...
+
+    def readers(self, value: Value) -> Sequence[Value | None]:
+        """The values computed from ``value``; None for a reader that is no value (a graph output)."""
+        ...
+
+    def source(self, value: Value) -> Source:
+        """``value`` as an operand, with what is known of its channels, frame and shape."""
+        ...
+
+    def name(self, value: Value) -> str:
+        """What the user calls ``value``."""
+        ...
+
+    def dtype(self, members: Sequence[Value]) -> np.dtype | None:
+        """The floating dtype that all of ``members`` share; None when it is unknown or they differ."""
+        ...
+
+    def obstacle(
+        self, root: Value, members: Sequence[Value], sources: Sequence[Value], made: Collection[Expr]
+    ) -> str | None:
+        """Why new operators ``made`` just before ``root`` could not stand for ``members``; None when they can."""
+        ...
+
+    def is_written(self, value: Value) -> bool:
+        """Whether something writes into the memory of ``value`` after it has been computed."""
+        ...
+
+    def moves(self, value: Value) -> tuple[Value, ...] | None:
+        """What an operator reads that is linear by its kind but has no reading; None for all others."""
+        ...
+
+    def reach(self, value: Value) -> int:
+        """The largest extent, position or distance that an operator without a reading names."""
+        ...
+
+    def run(self, value: Value, operands: Mapping[Value, Array], extents: Mapping[str, int] = {}) -> Array:
+        """``value`` by the host's own operator, in float64, from what it reads. May raise anything.
+
+        ``extents`` says what symbols in shapes stand for, where a size is read from a value that is not given.
+        """
+        ...
+
+    def kind(self, value: Value) -> Hashable:
+        """The operator behind ``value`` with its attributes; without weights, and numbers of channels if possible."""
+        ...
+
+    def splice(self, splice: Splice) -> None:
+        """Compute ``splice.expr`` in place of ``splice.root`` and drop what nothing reads any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Splice:
+    """One replacement: ``root`` shall be computed by ``expr``.
+
+    Attributes:
+        members: the operators of the region, in execution order.
+        native: expressions that existing values already compute; never to be rebuilt.
+        dtype: what new parameters are rounded to.
+        counts: applications of each pass.
+        parameters: names of those of the region, as in `Reading`.
+        before, after: region and replacement as text, for the report.
+        error: largest difference between region and replacement in float64, relative (None: unchecked).
+        shared: the value that this and other splices compute anew together: all are made, or none, because one
+            alone would not pay.
+        constants: per channel, the magnitudes of all constants that the region adds up (None: unchecked).
+    """
+
+    root: Value
+    members: tuple[Value, ...]
+    expr: Expr
+    native: dict[Expr, Value]
+    dtype: np.dtype
+    counts: Counter[str]
+    parameters: tuple[str, ...]
+    before: str
+    after: str
+    error: float | None
+    shared: Value | None = None
+    constants: Array | None = None
+
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """The values that the region reads."""
+        return tuple(v for e, v in self.native.items() if isinstance(e, Source))
+
+    @property
+    def unit(self) -> Value:
+        """What splices have in common of which all are made, or none."""
+        return self.root if self.shared is None else self.shared
+
+
+def new_nodes(splice: Splice) -> Iterator[Expr]:
+    """The nodes of the replacement that have to be emitted, operands first."""
+    return not_native(splice.expr, splice.native)
+
+
+def not_native(expr: Expr, native: Mapping[Expr, Value]) -> Iterator[Expr]:
+    """The nodes of ``expr`` that no existing value computes, operands first."""
+    return (e for e in walk(expr, stop=native.__contains__) if e not in native)
+
+
+ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"
+
+
+def axis_of_constant(dims: Sequence[int], extent: Callable[[int], int | None]) -> int | Declined | None:
+    """The frame of the axis along which a constant of shape ``dims`` varies; None for one number.
+
+    Args:
+        extent: that of its operand along the axis of a frame, None where it is unknown. Unless the constant has as
+            many elements there, it may broadcast the operand, which is declined.
+    """
+    axes = [len(dims) - 1 - i for i, d in enumerate(dims) if d != 1]
+    if len(axes) > 1:
+        return Declined("its constant varies along several axes")
+    if axes and extent(axes[0]) != dims[len(dims) - 1 - axes[0]]:
+        return Declined("its constant may broadcast its operand")
+    return axes[0] if axes else None
+
+
+CUTS = "it splits or merges the channel axis"
+TAKES = "it takes one position of many"
+AVERAGES = "it averages over the channels"
+
+
+def layout_reading(
+    x: Value, op: LayoutOp, frame: int | None, token: Value, *, linear: bool = False
+) -> Reading | Declined | None:
+    """The reading of a layout operator over ``x``; Declined where it would be one but for the channel axis.
+
+    Args:
+        frame: that of ``x``; None where nothing tells it, or its channel axis has been split before.
+        token: what `Layout` keeps for the host graph.
+        linear: whether ``x`` has a reading. Then a scale behind the operator may have somewhere to go, even if the
+            channel axis is split here, or is unknown because it has been split before.
+    """
+    rank, rank_out = ranks(op)
+    if frame is not None and frame >= rank:
+        return None
+    at = None if frame is None else axis_through(op, rank - 1 - frame)
+    moved = None if at is None else rank_out - 1 - at
+    idle = TAKES if isinstance(op, Take) else None
+    if moved is None:
+        idle = AVERAGES if isinstance(op, Mean) else idle or CUTS
+        unknown = isinstance(op, Reshape) and size(op.before) != size(op.after)  # so that it could not be evaluated
+        if isinstance(op, Mean) or unknown or not linear:
+            return None if frame is None else Declined(idle)
+    return Reading((x,), lambda x: Layout(x[0], op, frame, moved, token), (), moved, commutes=True, idle=idle)

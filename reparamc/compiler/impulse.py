@@ -1,0 +1,149 @@
+"""Impulse response: the kernel of trees of linear operators that the rules left in pieces or cannot read.
+
+Regions are found once more, wider: they also take in operators that are linear by kind and have no
+reading. A tree on one operand is then a function, and `probe` says whether it is a convolution.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
+
+from reparamc.algebra.cost import behind, cost, moving
+from reparamc.algebra.evaluate import evaluate
+from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, walk
+from reparamc.algebra.probe import find_kernel, only_moves
+from reparamc.algebra.rewrite import Declined
+from reparamc.algebra.text import show
+from reparamc.compiler.decide import Decision, rounding_obstacle
+from reparamc.compiler.graph import Graph, Reading, Splice, Value
+from reparamc.compiler.regions import find_regions, lifted
+
+IMPULSE = "impulse-response"
+
+MOST_AXES = 3
+"""Axes of an image: no framework has a convolution over more."""
+
+
+def find_kernels(graph: Graph, readings: dict[Value, Reading], decisions: dict[Value, Decision]) -> Iterator[Splice]:
+    """Trees of linear operators on one operand that the rules left in pieces, as the one kernel that they are."""
+    wide: dict[Value, Reading] = {}
+    for value in graph.values():
+        operands = readings[value].operands if value in readings else graph.moves(value)
+        if operands is not None:
+            wide[value] = readings.get(value, Reading(operands, lambda _: Sum(())))
+    for members in find_regions(graph, wide, apart=wide).values():
+        for tree in _trees_on_one_operand(members, wide):
+            left = [decisions[v] for v in tree if v in decisions]
+            unread = [v for v in tree if v not in readings]
+            if (unread and len(tree) > 1) or any(r.at_border for d in left for r in d.refusals):
+                splice = _as_kernel(graph, tree, wide, readings, left, len(unread))
+                if splice is not None:
+                    yield splice
+
+
+def _trees_on_one_operand(members: Sequence[Value], readings: dict[Value, Reading]) -> Iterator[tuple[Value, ...]]:
+    """The largest trees inside a region that read one value only; members in execution order, the root last."""
+    inside = set(members)
+    operand: dict[Value, Value | None] = {}  # None: several
+    parent: dict[Value, Value] = {}
+    for value in members:
+        read = {operand[v] if v in inside else v for v in readings[value].operands}
+        operand[value] = read.pop() if len(read) == 1 else None
+        parent.update((v, value) for v in readings[value].operands if v in inside)
+    for root in members:
+        above = parent.get(root)
+        if operand[root] is not None and (above is None or operand[above] is None):
+            found, stack = {root}, [root]
+            while stack:
+                inner = [v for v in readings[stack.pop()].operands if v in inside and v not in found]
+                found.update(inner)
+                stack += inner
+            yield tuple(v for v in members if v in found)
+
+
+def _as_kernel(
+    graph: Graph,
+    tree: tuple[Value, ...],
+    wide: dict[Value, Reading],
+    readings: dict[Value, Reading],
+    left: Sequence[Decision],
+    unread: int,
+) -> Splice | None:
+    root, (operand,) = tree[-1], {v for t in tree for v in wide[t].operands} - set(tree)
+    source, dtype = graph.source(operand), graph.dtype([*tree, operand])
+    if dtype is None or source.shape is None or not 3 <= len(source.shape) <= MOST_AXES + 2:
+        return None
+    if (channels := source.shape[1].known) is None:
+        return None
+    batch, extents = source.shape[0].known, [d.known for d in source.shape[2:]]
+    if unread:
+        function = _function(graph, tree, operand, wide, readings)
+    else:
+        whole = lifted(graph, tree, readings, {})[root]
+        if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
+            return None
+        (source,) = (e for e in walk(whole) if isinstance(e, Source))
+        function, batch, extents = partial(_evaluated, whole, source), 1, [None] * len(extents)
+    found = find_kernel(function, source, batch, channels, extents, _reach(graph, tree, wide, readings), dtype)
+    if isinstance(found, Declined):
+        return None
+    conv, error = found
+    moved = moving(min(conv.in_channels, conv.out_channels), behind(conv))  # what reads a part moves no more than that
+    if (
+        not cost(conv) < sum(cost(d.expr) for d in left) + unread * moved
+        or conv.skips_border
+        or any(rounding_obstacle(a, dtype) for a in arrays(conv))
+        or only_moves(conv, extents)
+    ):
+        return None
+    if graph.is_written(root) or graph.obstacle(root, tree, [operand], [conv]) is not None:
+        return None
+    parameters = tuple(dict.fromkeys(p for v in tree if v in readings for p in readings[v].parameters))
+    text = "\n".join(graph.name(v) for v in tree)
+    native = {conv.x: operand}
+    return Splice(root, tree, conv, native, dtype, Counter({IMPULSE: 1}), parameters, text, show(conv), error)
+
+
+def _evaluated(whole: Expr, source: Source, x: Array) -> Array:
+    """``whole``, whose only operand is ``source``, on ``x``."""
+    return evaluate(whole, {source: x})[0]
+
+
+def _function(
+    graph: Graph, tree: Sequence[Value], operand: Value, wide: dict[Value, Reading], readings: Container[Value]
+) -> Callable[[Array], Array]:
+    """A tree as a function of its operand: what has a reading by `evaluate`, the rest by the host's operators."""
+    sources = {v: graph.source(v) for value in tree for v in wide[value].operands}
+    exprs = {v: wide[v].build([sources[o] for o in wide[v].operands]) for v in tree if v in readings}
+
+    def run(x: Array) -> Array:
+        values = {operand: x}
+        for value in tree:
+            operands = {v: values[v] for v in wide[value].operands}
+            if value in exprs:
+                values[value], _ = evaluate(exprs[value], {sources[v]: y for v, y in operands.items()})
+            else:
+                values[value] = graph.run(value, operands)
+        return values[tree[-1]]
+
+    return run
+
+
+def _reach(graph: Graph, tree: Sequence[Value], wide: dict[Value, Reading], readings: Container[Value]) -> int:
+    """A bound for how far the operators of a tree reach together, and for the positions that they name."""
+    found: dict[Value, tuple[int, int]] = {}  # reach and stride, both in positions of the operand of the tree
+    for value in tree:
+        below = [found.get(v, (0, 1)) for v in wide[value].operands]
+        reach, stride = max(r for r, _ in below), max(s for _, s in below)
+        if value not in readings:
+            found[value] = reach + stride * graph.reach(value), stride
+            continue
+        own, step = 0, 1
+        for e in walk(wide[value].build([Source(v) for v in wide[value].operands])):
+            if isinstance(e, Conv):
+                own += max((abs(n) for ends in (e.offset, e.reach) for n in ends), default=0)
+                step *= max(e.stride, default=1)
+        found[value] = reach + stride * own, stride * step
+    return found[tree[-1]][0]

@@ -1,0 +1,152 @@
+"""The host's own word: a region of each kind is run by the framework itself, operator by operator, in float64.
+
+Region and replacement are compared as expressions, that is, as reparamc reads them. A reader that takes an
+attribute for something else is wrong in both, and only the operators themselves can tell. They are slow, so one
+region speaks for all of its **kind**: those made of the same operators with the same attributes, read as expressions
+of the same structure. Weights and numbers of channels make no kind of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions, relative, samples, structure
+from reparamc.algebra.evaluate import absolute, evaluate, has_layout
+from reparamc.algebra.expr import Array, Expr, Source, walk
+from reparamc.compiler.graph import Graph, Reading, Value
+from reparamc.errors import one_line
+from reparamc.report.data import FailedRegion, Refusal
+
+LARGEST = 2**18
+"""Elements of the operands together, beyond which a region is not run: some operators of ONNX's reference are slow."""
+LARGEST_EXACT = 2**23
+"""The same where a region has to be run at the extents that the graph declares, which is the exception."""
+
+
+@dataclass
+class Host:
+    """What the host's operators said of the readings of a graph.
+
+    Attributes:
+        errors: for each kind that was run, the largest error of its reading.
+        unable: a place of each kind that could not be run, and why.
+        failures: what was found wrong, by this check or another; a region may be considered, and fail, several times.
+    """
+
+    graph: Graph
+    readings: Mapping[Value, Reading]
+    errors: dict[Hashable, float] = field(default_factory=dict)
+    unable: list[Refusal] = field(default_factory=list)
+    failures: dict[tuple[str, str], FailedRegion] = field(default_factory=dict)
+    _asked: set[Hashable] = field(default_factory=set)
+    _compared: set[Hashable] = field(default_factory=set)
+
+    def error(self, members: Sequence[Value], before: Expr) -> float | None:
+        """The largest error of ``before``, the expression of ``members``, relative to its terms; None if unknown.
+
+        It is that of the first region of this kind.
+        """
+        kind = self._kind(members, before)
+        if kind not in self._asked:
+            self._asked.add(kind)
+            try:
+                self.errors[kind] = self._compare(members, before)
+            except _UnableError as reason:
+                self.unable.append(Refusal(self.graph.name(members[-1]), "host", str(reason)))
+        return self.errors.get(kind)
+
+    def compare(self, before: Expr, after: Expr) -> float:
+        """`compare_expressions`, at all sizes for the first region of each structure, and at one for the others.
+
+        Which border cases there are depends on the structure alone; what weights there are, on each region.
+        """
+        kind = structure(before), structure(after)
+        error = compare_expressions(before, after, every_size=kind not in self._compared)
+        self._compared.add(kind)
+        return error
+
+    def fail(
+        self, root: Value, check: str, error: float, passes: tuple[str, ...], before: str, after: str
+    ) -> FailedRegion:
+        """Note that the replacement of the region that ends in ``root`` failed a check; see `FailedRegion`."""
+        finite = error if np.isfinite(error) else None
+        found = FailedRegion(self.graph.name(root), check, finite, REGION_TOLERANCE, passes, before, after)
+        self.failures[found.where, check] = found
+        return found
+
+    def _kind(self, members: Sequence[Value], before: Expr) -> Hashable:
+        places = {v: n for n, v in enumerate(members)}
+        host = tuple((self.graph.kind(v), *(places.get(o) for o in self.readings[v].operands)) for v in members)
+        return host, structure(before)
+
+    def _compare(self, members: Sequence[Value], before: Expr) -> float:
+        """As `error`, at two sizes; where only the extents of the graph satisfy its operators, at those."""
+        failure: Exception | None = None
+        worst = 0.0
+        try:
+            for inputs, extents in islice(_ordinary(before), 2):
+                if sum(x.size for x in inputs.values()) > LARGEST:
+                    raise _UnableError("its operands are too large for the reference operators of the framework")
+                worst = max(worst, self._difference(members, before, inputs, extents))
+        except _UnableError:
+            raise
+        except Exception as error:  # whatever a host's operators raise
+            failure = error
+        if failure is None and worst <= REGION_TOLERANCE:
+            return worst
+        exact = _exact(before)
+        if exact is not None and sum(x.size for x in exact.values()) <= LARGEST_EXACT:
+            try:
+                return self._difference(members, before, exact, {})
+            except Exception as error:  # as above
+                failure = error
+        if failure is not None:
+            raise _UnableError(f"the framework's operators do not run on sample inputs: {one_line(failure)}")
+        return worst
+
+    def _difference(
+        self, members: Sequence[Value], before: Expr, inputs: dict[Source, Array], extents: dict[str, int]
+    ) -> float:
+        values: dict[Value, Array] = {e.key: x for e, x in inputs.items()}
+        for v in members:
+            values[v] = self.graph.run(v, {o: values[o] for o in self.readings[v].operands}, extents)
+        expected = values[members[-1]]
+        found, _ = evaluate(before, inputs, extents)
+        terms, _ = evaluate(absolute(before), {e: np.abs(x) for e, x in inputs.items()}, extents)
+        return relative(expected, found, terms)
+
+
+class _UnableError(Exception):
+    """Why the host's operators cannot be asked."""
+
+
+def _ordinary(before: Expr) -> Iterator[tuple[dict[Source, Array], dict[str, int]]]:
+    """Sample inputs, one of each batch, with as many axes as the operands have in the graph."""
+    layout = has_layout(before)
+    for inputs, extents in samples([before]):
+        if layout and not any(x.any() for x in inputs.values()):
+            continue
+        yield {e: x if layout else _in_rank(e, x[:1]) for e, x in inputs.items()}, extents
+
+
+def _in_rank(e: Source, x: Array) -> Array:
+    """``x`` [1, channels, *extents] with the rank of ``e``, where that is known."""
+    rank = len(e.shape) if e.shape is not None else x.ndim
+    return x.reshape([1] * (rank - x.ndim) + list(x.shape)) if rank >= x.ndim else x[0] if rank == x.ndim - 1 else x
+
+
+def _exact(before: Expr) -> dict[Source, Array] | None:
+    """Inputs of the extents that the graph declares; None where it leaves one open, but for the batch."""
+    rng = np.random.default_rng(0)
+    inputs = {}
+    for e in walk(before):
+        if isinstance(e, Source):
+            extents = [d.known for d in e.shape or ()]
+            if not extents or None in extents[1:]:
+                return None
+            inputs[e] = rng.standard_normal([n or 1 for n in extents])
+    return inputs

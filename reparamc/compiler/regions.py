@@ -1,0 +1,93 @@
+"""Where regions end, and what they compute.
+
+A **region** is a maximal tree of linear operators: every member but the root has exactly one reader,
+and that is a member too. So all members can die when the root is replaced, and no rewrite can make
+work double by absorbing a value that is needed elsewhere as well. Finding them is one sweep from the
+outputs to the inputs.
+
+There is one exception. What scales or moves each channel by itself (a BatchNorm in front of q, k and
+v), behind something non-linear, is a member of every region that reads it, if all its readers are
+linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+from reparamc.algebra.expr import Expr
+from reparamc.compiler.graph import Graph, Reading, Value
+
+LIFT = "lift"
+"""Stands for the name of a pass where an operator is not read as the linear one that it looks like."""
+
+MOST_SHARED = 8
+"""Regions that one value may be a member of."""
+
+
+def without_idle(readings: dict[Value, Reading]) -> tuple[dict[Value, Reading], dict[Value, str]]:
+    """``readings`` without those that are `Reading.idle` and have no scale near, and why each of them ends a region.
+
+    A region that reached across all of them would gain nothing, and ask for more shapes to be known. They stay
+    between a scale and what is in front of it, with all that reads the same pieces, and behind a scale that is one
+    number and stands behind nothing that has channels.
+    """
+
+    def passes_on(value: Value) -> bool:
+        """Whether what is done behind ``value`` may be done in front of it as well, as far as its reading tells."""
+        reading = readings.get(value)
+        return reading is not None and len(reading.operands) == 1 and not (reading.scales or reading.parameters)
+
+    scaled: set[Value] = set()  # what a scale stands behind
+    for value, reading in reversed(readings.items()):
+        if reading.scales or value in scaled:
+            scaled.update(filter(passes_on, reading.operands))
+    busy: set[Value] = set()
+    for value, reading in readings.items():
+        x = reading.operands[0]
+        number = x in readings and readings[x].scales and readings[x].frame is None
+        if passes_on(value) and (x in busy or (reading.idle and (number or value in scaled))):
+            busy.add(value)
+    kept = {v: r for v, r in readings.items() if v in busy or not r.idle}
+    ends: dict[Value, str] = {}
+    for value, reading in readings.items():
+        before = readings.get(reading.operands[0], reading)
+        if value not in kept and reading.idle and before.frame is not None:  # or else one before it has ended it
+            ends[value] = reading.idle
+    return kept, ends
+
+
+def find_regions(
+    graph: Graph, readings: dict[Value, Reading], apart: Container[Value] = ()
+) -> dict[Value, tuple[Value, ...]]:
+    """The members of each region by its root, both in execution order; values in ``apart`` are shared by none."""
+    folds_down: dict[Value, bool] = {}  # behind a linear operator that nothing else reads: it goes there
+    for value, reading in readings.items():
+        x = reading.operands[0]
+        only = x in readings and len(graph.readers(x)) == 1
+        folds_down[value] = only and (not readings[x].commutes or folds_down[x])
+    roots_of: dict[Value, tuple[Value, ...]] = {}
+    members: dict[Value, list[Value]] = {}
+    for value in reversed(list(readings)):
+        readers = graph.readers(value)
+        known = all(reader is not None and reader in roots_of for reader in readers)
+        roots = tuple(dict.fromkeys(root for reader in readers for root in roots_of.get(reader, ())))
+        alone = len(readers) == 1 and len(roots) == 1
+        free = readings[value].commutes and value not in apart and not (readings[value].scales and folds_down[value])
+        shared = free and 0 < len(roots) <= MOST_SHARED
+        roots_of[value] = roots = roots if known and (alone or shared) else (value,)
+        for root in roots:
+            members.setdefault(root, []).append(value)
+    return {root: tuple(reversed(members[root])) for root in readings if root in members}
+
+
+def lifted(
+    graph: Graph, members: Sequence[Value], readings: dict[Value, Reading], exprs: dict[Value, Expr]
+) -> dict[Value, Expr]:
+    """``exprs``, with the expressions of ``members`` and of their operands, as sources, added to it."""
+    for value in members:
+        for operand in readings[value].operands:
+            if operand not in exprs:
+                exprs[operand] = graph.source(operand)
+        if value not in exprs:
+            exprs[value] = readings[value].build([exprs[v] for v in readings[value].operands])
+    return exprs

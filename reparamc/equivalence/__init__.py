@@ -1,0 +1,1 @@
+"""Two models compared on inputs: what to run them on, and which differences rounding explains."""

@@ -1,0 +1,188 @@
+"""Two whole models on the same inputs: is a difference more than rounding explains, and which region made it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from reparamc.algebra.equal import largest_by_channel
+from reparamc.algebra.expr import Array
+from reparamc.equivalence.difference import Difference, Outputs, difference, differences, tolerance
+from reparamc.errors import VerificationError
+from reparamc.report.data import OutputError
+
+CHAOS = 0.1
+"""Noise of an output beyond which it says nothing about a rewrite: rounding alone makes another result of it."""
+WEAK = 1e-2
+"""Tolerance of an output beyond which the regions are looked at one by one as well."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """What was rewritten, for those who look for a fault in it.
+
+    Attributes:
+        root: the value it computes, in the original and in the result.
+        operands: the values it is computed from.
+        where: what the user calls it.
+        before, after: both forms as text.
+        frame: axes behind the channel axis of its result; None where that is unknown.
+        constants: as in `constants_of`; None where they are unknown.
+    """
+
+    root: str
+    operands: tuple[str, ...]
+    where: str
+    before: str
+    after: str
+    frame: int | None = None
+    constants: Array | None = None
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What regions and outputs give when each is computed from the original's own values in front of it.
+
+    Attributes:
+        expected, actual: values of roots and outputs in the original and in the result.
+        noises: those of the original, the operands of each region perturbed at rounding level.
+    """
+
+    expected: Outputs
+    actual: Outputs
+    noises: Sequence[Outputs]
+
+
+def compare_outputs(
+    expected: Outputs,
+    actual: Outputs,
+    noises: Sequence[Outputs],
+    epsilon: Callable[[npt.NDArray], float],
+    message: Callable[[str, float, float], str],
+    regions: Sequence[Region] = (),
+    alone: Callable[[], Alone | None] = lambda: None,
+) -> list[OutputError]:
+    """Every output of a result against that of the original, held to the original's own noise.
+
+    Where an output differs by more, or its noise is so large that the comparison says little, every region is compared
+    by itself, fed with the original's own values. That finds the region that is wrong. Where none is, rounding is all
+    there is to the difference: an output whose noise is `CHAOS` or more is then accepted, and so are whole
+    numbers (a maximum's place) that come out the same when they are fed with the original's values.
+
+    Args:
+        noises: outputs of the original for perturbed inputs. One perturbation may be absorbed by
+            rounding or a saturated layer, so give several.
+        epsilon: the machine epsilon that an output is judged by.
+        message: the error, from the output's name, its relative difference, and what is allowed.
+        regions: what was rewritten, in execution order.
+        alone: runs both models with each region fed; None where that cannot be done.
+
+    Returns:
+        One entry per output, and one per region where they were compared by themselves.
+
+    Raises:
+        VerificationError: the structures differ, or an output by more than rounding explains; names the first region
+            that is wrong, or the output if none is.
+    """
+    entries: list[OutputError] = []
+    unsure: list[tuple[OutputError, Difference, bool]] = []
+    compared = differences(expected, actual)
+    if compared is None:
+        raise VerificationError("the fused model returns another structure than the original", where="output")
+    for name, found in compared.items():
+        reference = expected[name]
+        noise = max(difference(reference, n[name]).max_rel for n in noises)
+        eps = epsilon(reference)
+        allowed = tolerance(noise if np.isfinite(noise) else 0.0, eps)
+        entry = OutputError(name, found.max_abs, found.max_rel, allowed)
+        entries.append(entry)
+        shaped = found.same_kind or (found.same_shape and not np.isfinite(noise))
+        chaotic = shaped and not noise <= CHAOS and found.rounds
+        if chaotic or not found.within(allowed) or allowed > max(WEAK, 16 * eps):
+            unsure.append((entry, found, chaotic))
+    if not unsure:
+        return entries
+    seen = alone() if regions else None
+    judged = [] if seen is None else compare_regions(seen, regions, epsilon)
+    for entry, found, chaotic in unsure:
+        if seen is not None and chaotic:
+            entries[entries.index(entry)] = replace(entry, tolerance=None)
+            continue
+        whole = expected[entry.output].dtype.kind in "biu"
+        if whole and seen is not None and np.array_equal(seen.expected[entry.output], seen.actual[entry.output]):
+            continue
+        assert entry.tolerance is not None
+        if not found.within(entry.tolerance):
+            text = message(entry.output, entry.max_rel, entry.tolerance)
+            if judged:
+                text += ". No region differs by itself"
+            raise VerificationError(text, where=entry.output)
+    return entries + judged
+
+
+def compare_regions(
+    seen: Alone, regions: Sequence[Region], epsilon: Callable[[npt.NDArray], float]
+) -> list[OutputError]:
+    """Every region that was fed with the original's values against the original, channel by channel.
+
+    Raises:
+        VerificationError: one differs by more than its own rounding explains. It has both forms as text.
+    """
+    entries = []
+    for region in regions:
+        if region.root not in seen.actual:
+            continue
+        reference, other = seen.expected[region.root], seen.actual[region.root]
+        noises = [n[region.root] for n in seen.noises]
+        gap, error, allowed = by_channel(reference, other, noises, epsilon(reference), region.frame, region.constants)
+        entries.append(OutputError(region.where, gap, error, allowed, alone=True))
+        if not error <= allowed:
+            raise VerificationError(
+                f"region {region.where!r} of the rewritten model gives something else than the original makes of the "
+                f"same operands: it differs by {error:.2g} relative to the largest value of a channel, {allowed:.1g} "
+                "is what rounding explains; nothing was written. Report this as a bug, with the model",
+                where=region.where,
+                before=region.before,
+                after=region.after,
+            )
+    return entries
+
+
+def by_channel(
+    reference: npt.NDArray,
+    other: npt.NDArray,
+    noises: Sequence[npt.NDArray],
+    epsilon: float,
+    frame: int | None,
+    constants: Array | None = None,
+) -> tuple[float, float, float]:
+    """The channel that comes closest to what rounding explains, or exceeds it most.
+
+    Returns:
+        Its largest absolute difference, the same relative to its largest value, and what is allowed of that: the
+        response to a perturbation and the machine epsilon, some times over. A kernel of some thousand terms rounds
+        often; one of a dtype of 16 bits adds up in a larger one, and rounds a few times. Constants that cancel round
+        as well, and no perturbation of the operands shows it.
+    """
+    kind = difference(reference, other)
+    if not kind.same_kind:
+        return float("inf"), float("inf"), 0.0
+
+    def largest(a: npt.NDArray) -> npt.NDArray:
+        return largest_by_channel(np.abs(np.nan_to_num(a.astype(np.float64), posinf=0.0, neginf=0.0)), frame)
+
+    with np.errstate(invalid="ignore"):
+        gap, size = largest(other.astype(np.float64) - reference), largest(reference)
+        noise = np.max([largest(n.astype(np.float64) - reference) for n in noises], axis=0, initial=0.0)
+    times = (50, 64) if epsilon < 1e-4 else (8, 8)
+    added = np.zeros(()) if constants is None else constants if constants.shape == size.shape else constants.max()
+    allowed = times[0] * noise + times[1] * epsilon * (size + added)
+    tiny = np.finfo(np.float64).tiny
+    worst = int(np.argmax(gap / np.maximum(allowed, tiny))) if gap.size else 0
+    if not gap.size or gap[worst] == 0:
+        return 0.0, 0.0, float(times[1] * epsilon)
+    scale = max(size[worst], tiny)
+    return float(gap[worst]), float(gap[worst] / scale), float(allowed[worst] / scale)

@@ -1,0 +1,219 @@
+"""The torch.fx adapter, writing: expressions as modules and calls."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from reparamc.algebra.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, Take, is_negation
+from reparamc.algebra.kernels import regroup, swap_sides
+from reparamc.compiler.graph import Splice, new_nodes
+from reparamc.fx.calls import first_operand
+
+if TYPE_CHECKING:
+    from reparamc.fx.graph import FxGraph
+
+LINEAR_MODULES: dict[int, Callable[..., nn.Module]] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED_MODULES: dict[int, Callable[..., nn.Module]] = {
+    1: nn.ConvTranspose1d,
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
+NORM_MODULES = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class Emitter:
+    """The nodes that compute one splice, inserted at the graph's current point."""
+
+    def __init__(self, graph: FxGraph, splice: Splice, root: fx.Node) -> None:
+        self.graph, self.splice, self.root = graph, splice, root
+        members = cast(Sequence[fx.Node], splice.members)
+        tensors = graph.tensors(members)
+        tensors = tensors or [t for v in splice.native.values() if (t := graph.like(cast(fx.Node, v))) is not None]
+        self._like = next((t for t in tensors if t.ndim >= 4), next(iter(tensors), None))
+        self.channels_last = any(
+            t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+            for t in tensors
+        )
+        self.trainable = any(t.requires_grad for t in tensors)
+        self.modules = [str(m.target) for m in members if m.op == "call_module"]
+        self.modules = self.modules or [name.rpartition(".")[0] for name in splice.parameters if "." in name]
+        self.values: dict[Expr, fx.Node] = {e: graph.current(v) for e, v in splice.native.items()}
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device that new parameters take."""
+        assert self._like is not None
+        return self._like
+
+    def run(self) -> fx.Node:
+        top = self.splice.expr
+        for e in new_nodes(self.splice):
+            if e in self.graph.emitted:  # in another region, that shares it
+                self.values[e] = self.graph.emitted[e]
+            elif e is top or not is_negation(e):
+                self.values[e] = self.graph.emitted[e] = self._emit(e)
+        return self.values[top]
+
+    def _emit(self, e: Expr) -> fx.Node:
+        match e:
+            case Conv() if e.token is not None:
+                return self._copy(cast(fx.Node, e.token), e.x)
+            case Conv() if e.transposed:
+                return self._conv_transpose(e)
+            case Conv():
+                return self._conv(e)
+            case BatchNorm():
+                return self._batchnorm(e)
+            case Scale():
+                return self._scale(e)
+            case Sum():
+                return self._sum(e)
+            case Layout(op=Take(axis=axis, at=at)):
+                return self._call(torch.select, self._value(e.x), axis, at)
+            case Layout():
+                return self._copy(cast(fx.Node, e.token), e.x)
+            case Concat():
+                return self._call(torch.cat, tuple(self._value(t) for t in e.terms), -1 - e.frame)
+            case Select():
+                return self._select(e)
+            case _:
+                raise AssertionError(f"{type(e).__name__} is never emitted")
+
+    def _copy(self, native: fx.Node, x: Expr) -> fx.Node:
+        """The operator ``native`` once more, over another operand."""
+        moved = first_operand(native)
+        return self.graph.graph.node_copy(native, lambda n: self._value(x) if n is moved else self.graph.current(n))
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        return self.graph.graph.call_function(function, args)
+
+    def _select(self, e: Select) -> fx.Node:
+        x, axis, first = self._value(e.x), -1 - e.frame, e.index[0]
+        if list(e.index) == list(range(first, first + len(e.index))):
+            return self._call(torch.narrow, x, axis, first, len(e.index))
+        holder = nn.Module()
+        holder.register_buffer("index", torch.tensor(e.index, device=self.like.device))
+        index = self.graph.graph.get_attr(f"{self._add(holder)}.index")
+        return self._call(torch.index_select, x, axis, index)
+
+    def _conv_transpose(self, e: Conv) -> fx.Node:
+        """Taps of zero in front and behind make every padding one that the module accepts; the rest is cut."""
+        begin, end = (list(side) for side in e.padding)
+        more: list[tuple[int, int]] = []
+        for axis, (d, s) in enumerate(zip(e.dilation, e.stride, strict=True)):
+            front = behind = 0
+            while begin[axis] < 0:
+                begin[axis], front = begin[axis] + d, front + 1
+            while begin[axis] - end[axis] >= max(s, d):
+                end[axis], behind = end[axis] + d, behind + 1
+            more.append((front, behind))
+        weight = np.pad(e.weight, [(0, 0), (0, 0), *more])
+        grown = [max(b - f, 0) for b, f in zip(begin, end, strict=True)]
+        module = TRANSPOSED_MODULES[e.frame](
+            e.in_channels, e.out_channels, weight.shape[2:], stride=e.stride, padding=tuple(begin),
+            output_padding=tuple(grown), dilation=e.dilation, groups=e.groups, **self._options(e),
+        )  # fmt: skip
+        self._fill(module, swap_sides(weight, e.groups), e.bias)
+        y = self.graph.graph.call_module(self._add(module), (self._value(e.x),))
+        cut = [f - b + g for b, f, g in zip(begin, end, grown, strict=True)]
+        if any(cut):
+            y = self._call(F.pad, y, [n for c in reversed(cut) for n in (0, -c)])
+        return y
+
+    def _options(self, e: Conv) -> dict[str, Any]:
+        return {"bias": e.bias is not None, "device": "meta", "dtype": self.like.dtype}
+
+    def _fill(self, module: Any, weight: Array, bias: Array | None) -> None:
+        tensor = self._tensor(weight)
+        if self.channels_last and tensor.ndim == 4:
+            tensor = tensor.to(memory_format=torch.channels_last)
+        module.weight = self._parameter(tensor)
+        if bias is not None:
+            module.bias = self._parameter(self._tensor(bias))
+
+    def _conv(self, e: Conv) -> fx.Node:
+        x = self._value(e.x)
+        if e.frame == 0:
+            module: nn.Module = nn.Linear(e.in_channels, e.out_channels, **self._options(e))
+        else:
+            begin, end = e.padding
+            padding: Any = begin
+            if begin != end or min(begin) < 0:
+                pads = [p for pair in reversed(list(zip(begin, end, strict=True))) for p in pair]
+                x = self.graph.graph.call_function(F.pad, (x, pads))
+                padding = (0,) * e.frame
+            module = LINEAR_MODULES[e.frame](
+                e.in_channels, e.out_channels, e.kernel,
+                stride=e.stride, padding=padding, dilation=e.dilation, groups=e.groups, **self._options(e),
+            )  # fmt: skip
+        self._fill(module, e.weight if e.frame else regroup(e, 1), e.bias)
+        return self.graph.graph.call_module(self._add(module), (x,))
+
+    def _batchnorm(self, e: BatchNorm) -> fx.Node:
+        module = NORM_MODULES[e.frame](e.gamma.size, eps=e.eps, device="meta", dtype=self.like.dtype)
+        module.weight, module.bias = (self._parameter(self._tensor(a)) for a in (e.gamma, e.beta))
+        module.running_mean, module.running_var = self._tensor(e.mean), self._tensor(e.var)
+        module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=self.like.device)
+        return self.graph.graph.call_module(self._add(module), (self._value(e.x),))
+
+    def _scale(self, e: Scale) -> fx.Node:
+        y = self._value(e.x)
+        if is_negation(e):
+            return self.graph.graph.call_function(operator.neg, (y,))
+        for op, vector, neutral in ((operator.mul, e.scale, 1), (operator.add, e.shift, 0)):
+            if np.any(vector != neutral):
+                y = self.graph.graph.call_function(op, (y, self._operand(vector, e.frame or 0)))
+        return y
+
+    def _operand(self, vector: Array, frame: int) -> Any:
+        if not vector.ndim:
+            return float(vector)
+        holder = nn.Module()
+        holder.value = self._parameter(self._tensor(vector.reshape(-1, *[1] * frame)))
+        return self.graph.graph.get_attr(f"{self._add(holder)}.value")
+
+    def _sum(self, e: Sum) -> fx.Node:
+        ordered = sorted(e.terms, key=lambda t: t not in self.values and is_negation(t))
+        y = self._value(ordered[0])
+        for t in ordered[1:]:
+            if t not in self.values and isinstance(t, Scale) and is_negation(t):
+                y = self.graph.graph.call_function(operator.sub, (y, self._value(t.x)))
+            else:
+                y = self.graph.graph.call_function(operator.add, (y, self._value(t)))
+        return y
+
+    def _value(self, e: Expr) -> fx.Node:
+        if e not in self.values:
+            self.values[e] = self._emit(e)  # a negation that no sum absorbs
+        return self.values[e]
+
+    def _tensor(self, a: Array) -> Tensor:
+        return torch.from_numpy(np.array(a, dtype=np.float64, copy=True)).to(self.like.device, self.like.dtype)
+
+    def _parameter(self, t: Tensor) -> nn.Parameter:
+        return nn.Parameter(t, requires_grad=self.trainable)
+
+    def _add(self, module: nn.Module) -> str:
+        """Put ``module`` where the modules it replaces have their common home; its path."""
+        homes = [name.split(".") for name in dict.fromkeys(self.modules)]
+        if len(homes) == 1:
+            wanted = ".".join(homes[0]) + "_fused"
+        else:
+            common = []
+            for parts in zip_longest(*homes):
+                if len(set(parts)) != 1:
+                    break
+                common.append(parts[0])
+            wanted = ".".join([*common, "fused"])
+        path = self.graph.fresh_path(wanted)
+        module.eval()
+        self.graph.module.add_submodule(path, module)
+        return path

@@ -1,0 +1,213 @@
+"""What may share memory in a torch.fx graph, and who may write into it.
+
+What is not known here to have memory of its own may share that of its operands, and what is not known to leave its
+operands alone may write into them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.nn import functional as F
+
+from reparamc.fx.calls import aten_name, first_operand, is_plain, lookup
+
+ALLOCATING_METHODS = {
+    "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "abs", "sigmoid", "tanh", "relu",
+    "softmax", "mean", "sum", "amax", "amin", "max", "min", "var", "std", "clone", "matmul", "bmm", "clamp",
+    "size", "dim", "ndimension", "numel",
+}  # fmt: skip
+ALLOCATING_ATEN = ALLOCATING_METHODS | {
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
+    "addmm", "mm", "batch_norm", "layer_norm", "group_norm", "gelu", "silu", "hardswish", "hardsigmoid", "hardtanh",
+    "leaky_relu", "elu", "mish", "relu6", "softplus", "cat", "stack", "pad", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "max_pool2d", "adaptive_avg_pool2d", "constant_pad_nd", "rsub", "index", "einsum", "upsample_bilinear2d",
+    "scaled_dot_product_attention", "interpolate", "rsqrt", "reciprocal", "channel_shuffle",
+}  # fmt: skip
+ALLOCATING_FUNCTIONS = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.matmul,
+    operator.floordiv, operator.mod, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+    torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.relu, torch.sigmoid, torch.tanh, torch.softmax,
+    torch.cat, torch.concat, torch.stack, torch.matmul, torch.bmm, torch.mean, torch.sum, torch.exp, torch.sqrt,
+    torch.rsqrt, torch.clone, torch._assert,
+    F.conv1d, F.conv2d, F.conv3d, F.linear, F.batch_norm, F.layer_norm, F.group_norm, F.relu, F.relu6, F.gelu, F.silu,
+    F.hardswish, F.hardsigmoid, F.hardtanh, F.leaky_relu, F.elu, F.mish, F.sigmoid, F.softmax, F.softplus, F.pad,
+    F.max_pool2d, F.avg_pool2d, F.interpolate, F.scaled_dot_product_attention,
+}  # fmt: skip
+"""Operators whose result has memory of its own; any other result may share that of its operands."""
+
+IN_PLACE_DUNDERS = {
+    f"__{name}__": getattr(operator, name)
+    for name in (
+        "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "imatmul",
+        "ilshift", "irshift",
+    )
+}  # fmt: skip
+
+SIZE_READS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
+
+
+RESHAPING = (
+    *("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_"),
+    *("as_strided_", "rename_"),
+)
+"""Operators that change what a tensor is, not only what is in it."""
+
+_SIZES = ("sym_size", "sym_numel", "_assert_tensor_metadata")
+GUARDS = "_guards_fn"
+"""The module by which torch.export checks the inputs of what it made."""
+
+
+def reads_size_only(node: fx.Node) -> bool:
+    """Whether ``node`` asks its operand for nothing but its shape, rank, dtype or device."""
+    if node.op == "call_function":
+        return (node.target is getattr and node.args[1] in SIZE_READS) or aten_name(node.target) in _SIZES
+    return node.op == "call_method" and node.target in ("size", "dim", "ndimension", "numel")
+
+
+def only_asserted(node: fx.Node) -> bool:
+    """Whether everything computed from ``node`` ends in assertions or in nothing."""
+    stack, seen = [node], {node}
+    while stack:
+        n = stack.pop()
+        if n.target is torch._assert:
+            continue
+        if n is not node and not (n.op == "call_function" and n.target in _PREDICATES) and not reads_size_only(n):
+            return False
+        if n.op == "output":
+            return False
+        fresh = [u for u in n.users if u not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return True
+
+
+_PREDICATES = {
+    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem, operator.and_,
+    operator.or_, operator.not_, operator.mod,
+}  # fmt: skip
+
+
+class Memory:
+    """Which nodes may share memory, and which may write into it."""
+
+    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
+        self._parent: dict[fx.Node, fx.Node] = {}
+        stored: dict[int, fx.Node] = {}  # each reading of one attribute is a node of its own
+        for node in graph.nodes:
+            self._parent[node] = node
+            if node.op == "get_attr" and (place := _storage(lookup(module, str(node.target)))) is not None:
+                self._parent[node] = self._base(stored.setdefault(place, node))
+            if not _allocates(node, module):
+                shared = written(node, module) or node.all_input_nodes  # what is written in place is the result
+                for x in shared:
+                    self._parent[self._base(x)] = self._base(node)
+        self._aliases: dict[fx.Node, list[fx.Node]] = {}
+        self._writers: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            self._aliases.setdefault(self._base(node), []).append(node)
+            for target in written(node, module):
+                self._writers.setdefault(self._base(target), []).append(node)
+        self._reshaped = {
+            self._base(x) for node in graph.nodes if _reshapes(node, module) for x in written(node, module)
+        }
+        self._changed = {place for place, node in stored.items() if self.writers(node)}
+
+    def is_changed(self, tensor: Tensor) -> bool:
+        """Whether a call may write into ``tensor``, a parameter or buffer."""
+        return bool(self._changed) and _storage(tensor) in self._changed
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        while self._parent[node] is not node:
+            self._parent[node] = node = self._parent[self._parent[node]]
+        return node
+
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that may write into the memory of ``node``, directly or through a view."""
+        return self._writers.get(self._base(node), [])
+
+    def keeps_shape(self, node: fx.Node) -> bool:
+        """Whether ``node`` has one and the same shape as long as it lives."""
+        return self._base(node) not in self._reshaped
+
+    def aliases(self, node: fx.Node) -> list[fx.Node]:
+        """All nodes that may share memory with ``node``, itself included, in execution order."""
+        return self._aliases[self._base(node)]
+
+
+def _storage(value: Any) -> int | None:
+    """Where a tensor that holds anything lies in memory."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.numel() == 0:
+        return None
+    return value.untyped_storage().data_ptr() or None
+
+
+def _allocates(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        called = lookup(module, str(node.target))
+        if node.target == GUARDS:
+            return True
+        passing = nn.Identity | nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.Flatten | nn.Unflatten
+        return is_plain(called) and not isinstance(called, passing) and not getattr(called, "inplace", False)
+    if written(node, module):
+        return False
+    if isinstance(node.target, OpOverload):
+        return aten_name(node.target) in ALLOCATING_ATEN or reads_size_only(node)
+    if node.op == "call_method":
+        return node.target in ALLOCATING_METHODS
+    if node.op == "call_function":
+        return node.target in ALLOCATING_FUNCTIONS or reads_size_only(node)
+    return True
+
+
+def written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
+    """The operands that ``node`` may write into."""
+    first = first_operand(node)
+    if node.op == "call_module":
+        called = lookup(module, str(node.target))
+        if node.target == GUARDS:
+            return []
+        if not is_plain(called):
+            return list(node.all_input_nodes)  # it may do anything
+        return [first] if first is not None and getattr(called, "inplace", False) else []
+    if isinstance(node.target, HigherOrderOperator):
+        return list(node.all_input_nodes)
+    out = node.kwargs.get("out")
+    found = [out] if isinstance(out, fx.Node) else []
+    if node.op == "call_method":
+        name = str(node.target)
+        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        flag = node.kwargs.get("inplace") or (node.target in _INPLACE_SECOND and node.args[1:2] == (True,))
+        name = name.split(".")[0]  # overloads of aten operators carry theirs behind a dot
+        writes = bool(flag) or node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if not writes and not is_known(node.target):
+            return list(node.all_input_nodes)
+    else:
+        return found
+    return [*found, first] if writes and first is not None else found
+
+
+def _reshapes(node: fx.Node, module: nn.Module) -> bool:
+    """Whether ``node`` may give what it writes into another shape."""
+    if node.op == "call_module":
+        return not is_plain(lookup(module, str(node.target)))
+    name = aten_name(node.target) or (
+        str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    )
+    return name in RESHAPING or "out" in node.kwargs or not (node.op == "call_method" or is_known(node.target))
+
+
+def is_known(function: Any) -> bool:
+    """Whether a function comes with Python or torch, and so writes only where its name says so."""
+    home = getattr(function, "__module__", None) or ""
+    return home.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "")
+
+
+_IN_PLACE = {*IN_PLACE_DUNDERS.values(), operator.setitem}
+_INPLACE_SECOND = {F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.mish}

@@ -1,0 +1,110 @@
+"""Each region of a fused torch module by itself, fed with the original's own values.
+
+Both graphs are interpreted node by node. Where a region ends, what it computed is noted and then replaced by the value
+that the original computes there. So every region starts from the same numbers in both, and no difference grows
+from one to the next, however the model amplifies rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from reparamc.equivalence.end_to_end import Alone, Region
+
+Named = dict[str, np.ndarray]
+
+
+def run_alone(
+    original: fx.GraphModule,
+    fused: fx.GraphModule,
+    regions: Sequence[Region],
+    places: Mapping[str, str],
+    args: Sequence[Any],
+    named: Callable[[Any], Named],
+    perturbed: Callable[[Any, int], Any],
+) -> Alone | None:
+    """Every region, and every output, from the values that the original has in front of it; None if either cannot run.
+
+    Args:
+        original: the graph before fusion, its nodes named as then.
+        places: the name of the node in ``fused`` that stands for each root.
+        args: what the graphs are called with, by position.
+        named: the tensors of a result, or of a mapping, as arrays by name.
+        perturbed: tensors changed at rounding level, by a seed.
+    """
+    there = {node.name for node in original.graph.nodes}, {node.name for node in fused.graph.nodes}
+    roots = [r.root for r in regions if places.get(r.root) in there[1]]  # others have become dead
+    if not roots or not there[0].issuperset(roots):
+        return None
+    operands = dict.fromkeys(v for r in regions for v in r.operands)
+    here = {name: [name] for name in (*operands, *roots)}
+    at: dict[str, list[str]] = {}
+    for root in roots:
+        at.setdefault(places[root], []).append(root)
+    try:
+        result, values = _interpreted(original, here, {}, args)
+        expected = named(result) | _arrays(values, named)
+        result, found = _interpreted(fused, at, {root: values[root] for root in roots}, args)
+        actual = named(result) | _arrays(found, named)
+        noises = []
+        for seed in range(2):
+            given = perturbed({v: values[v] for v in operands}, seed)
+            result, found = _interpreted(original, here, given, args)
+            noises.append(named(result) | _arrays(found, named))
+    except Exception:  # whatever a graph raises in which values are replaced
+        return None
+    return Alone(expected, actual, noises)
+
+
+def _arrays(values: Mapping[str, Tensor], named: Callable[[Any], Named]) -> Named:
+    return {name: next(iter(named(value).values())) for name, value in values.items()}
+
+
+def _interpreted(
+    module: fx.GraphModule, roots: Mapping[str, Sequence[str]], given: Mapping[str, Tensor], args: Sequence[Any]
+) -> tuple[Any, dict[str, Tensor]]:
+    """The result of ``module``, and what it computes at ``roots`` before that is replaced by what is ``given``."""
+    run = _Interpreter(copy.deepcopy(module), roots, given)  # forward may update buffers
+    args = pytree.tree_map_only(Tensor, Tensor.clone, list(args))
+    devices = {t.device.index or 0 for t in module.parameters() if t.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(0)
+        return run.run(*args), run.found
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, roots: Mapping[str, Sequence[str]], given: Mapping[str, Tensor]) -> None:
+        super().__init__(module)
+        self.roots, self.given = roots, given
+        self.found: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if not isinstance(result, Tensor):
+            return result
+        for root in self.roots.get(n.name, ()):
+            self.found[root] = result.detach().clone()
+        for root in self.roots.get(n.name, ())[:1]:
+            value = self.given.get(root)
+            if value is not None and value.shape == result.shape:
+                try:
+                    result.copy_(value)  # what shares its memory is to see it, too
+                except RuntimeError:  # its elements share memory among themselves
+                    result = value.clone()
+        return result
+
+
+def by_position(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any] | None:
+    """The arguments of ``module`` by position; None where some can be given by name alone."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return bound.args if not bound.kwargs else None

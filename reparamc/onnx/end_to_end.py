@@ -1,0 +1,108 @@
+"""End-to-end verification of ONNX models: original and result in ONNX Runtime, on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from reparamc.equivalence.end_to_end import Alone, Region, compare_outputs
+from reparamc.errors import VerificationError, one_line
+from reparamc.onnx.regions_alone import run_alone
+from reparamc.onnx.session import GUESSES, Run, epsilon, has_open_extents, perturbed, random_inputs, session, working
+from reparamc.onnx.values import FLOATS
+from reparamc.report.data import OutputError
+
+
+def verify_end_to_end(
+    original: ModelProto, result: ModelProto, regions: Sequence[Region] = (), seed: int = 0
+) -> list[OutputError]:
+    """Run both models in their deployed dtypes, without runtime optimizations, and compare every output.
+
+    Where extents are open, two neighbouring ones are tried, of which one is odd; where inputs have defaults, also
+    other values. The tolerance of each output comes from the model's own noise: its response to a perturbation of
+    the input at rounding level. Where that says too little, or an output differs by more, ``regions`` (what was
+    rewritten) are compared one by one; see `compare_outputs`.
+
+    Returns:
+        One entry per output, and per region where they were compared, for the inputs that came closest to what is
+        allowed.
+
+    Raises:
+        VerificationError: an output differs by more than that, or the result does not run; names the region that is
+            wrong, or else the output.
+        InputError: ONNX Runtime cannot run the original.
+    """
+    worst: dict[tuple[str, bool], OutputError] = {}
+    with session(original, "the model") as run_original, session(result, "the rewritten model") as run_result:
+        for inputs, expected in _trials(original, run_original, seed):
+            alone = partial(_alone, original, result, regions, inputs, seed)
+            for error in _compared(run_original, run_result, inputs, expected, seed, regions, alone):
+                before = worst.setdefault((error.output, error.alone), error)
+                if error.closeness > before.closeness:
+                    worst[error.output, error.alone] = error
+    return list(worst.values())
+
+
+def _alone(
+    original: ModelProto, result: ModelProto, regions: Sequence[Region], inputs: dict[str, np.ndarray], seed: int
+) -> Alone | None:
+    return run_alone(original, result, regions, inputs, seed)
+
+
+def _trials(model: ModelProto, run: Run, seed: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Inputs to compare on, and what ``model`` makes of them; only the first must fit the model."""
+    extent, inputs, expected = working(model, run, seed, GUESSES)
+    yield inputs, expected
+    others = [random_inputs(model, seed, extent - 1)] if has_open_extents(model) else []
+    if defaults := _other_defaults(model, seed):
+        others.append(inputs | defaults)
+    for other in others:
+        try:
+            expected = run(other)
+        except Exception:  # ONNX Runtime's exceptions share no base class
+            continue
+        yield other, expected
+
+
+def _other_defaults(model: ModelProto, seed: int) -> dict[str, np.ndarray]:
+    """Values near the defaults of floating inputs that have one, for callers may set them."""
+    if model.ir_version < 4:  # every initializer is listed as an input there
+        return {}
+    rng = np.random.default_rng(seed)
+    names = {v.name for v in model.graph.input}
+    given = [t for t in model.graph.initializer if t.name in names and t.data_type in FLOATS]
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in given}
+    return {name: np.asarray(a * rng.uniform(0.5, 1.5, a.shape)).astype(a.dtype) for name, a in arrays.items()}
+
+
+def _compared(
+    run_original: Run,
+    run_result: Run,
+    inputs: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    seed: int,
+    regions: Sequence[Region],
+    alone: Callable[[], Alone | None],
+) -> list[OutputError]:
+    noises = [run_original(perturbed(inputs, seed + n)) for n in range(3)]
+    try:
+        actual = run_result(inputs)
+    except Exception as error:  # as above
+        raise VerificationError(
+            f"the rewritten model does not run: {one_line(error)}; nothing was written. "
+            "Report this as a bug, with the model",
+            where="output",
+        ) from error
+
+    def message(name: str, differs: float, allowed: float) -> str:
+        return (
+            f"output {name!r} of the rewritten model differs by {differs:.2g} relative to its largest value, "
+            f"{allowed:.1g} is what rounding explains; nothing was written. Report this as a bug, with the model"
+        )
+
+    judge = lambda output: epsilon(output, inputs)  # noqa: E731
+    return compare_outputs(expected, actual, noises, judge, message, regions, alone)

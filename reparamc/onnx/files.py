@@ -1,0 +1,140 @@
+"""Files: ONNX models are read, and written all or nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from itertools import chain
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto
+from onnx.external_data_helper import load_external_data_for_model
+
+from reparamc.errors import InputError, one_line
+from reparamc.onnx.record import inscribe
+from reparamc.onnx.session import FILE_LIMIT
+from reparamc.onnx.values import defined_names
+from reparamc.report.data import Report
+
+
+def load(path: Path) -> ModelProto:
+    """The model in the file ``path``, external data included.
+
+    Raises:
+        InputError: there is no such file, or it is not ONNX; one line that names it.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the .onnx file in it")
+    try:
+        model = _read(path) if path.suffix == ".onnx" and path.stat().st_size else onnx.load(path)
+    except FileNotFoundError as error:
+        missing = error.filename or path
+        raise InputError(f"{missing}: no such file") from error
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not an ONNX file: it cannot be parsed") from error
+    except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+    if not model.HasField("graph"):
+        raise InputError(f"{path} is not an ONNX file: it holds no graph")
+    if (name := _no_text(model)) is not None:
+        raise InputError(f"{path} is damaged: the name {name[:40]!r} in it is no text in UTF-8")
+    return model
+
+
+def _read(path: Path) -> ModelProto:
+    """What ``onnx.load`` makes of a binary file, but without a copy of its bytes, which takes most of the time."""
+    with (
+        path.open("rb") as file,
+        mmap(file.fileno(), 0, access=ACCESS_READ) as content,
+        memoryview(content) as view,
+    ):
+        model = ModelProto.FromString(view)  # pyright: ignore[reportArgumentType]
+    load_external_data_for_model(model, str(path.parent))
+    return model
+
+
+def _no_text(model: ModelProto) -> bytes | None:
+    """A name in ``model`` that is no UTF-8; None if all are. Protobuf lets them pass, and hands them out as bytes."""
+    graph = model.graph
+    values = (v for group in (graph.input, graph.output, graph.value_info) for v in group)
+    names: Iterable[object] = chain(
+        defined_names(graph),
+        (o.domain for o in model.opset_import),
+        (text for n in graph.node for text in (n.op_type, n.domain, *(a.name for a in n.attribute))),
+        (d.dim_param for v in values for d in v.type.tensor_type.shape.dim),
+    )
+    return next((name for name in names if isinstance(name, bytes)), None)
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Raise InputError unless a file can be written at ``target`` without touching ``source``."""
+    try:
+        target.resolve()
+        exists = target.exists()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{target} cannot be written: it is a link to itself, or its name is too long") from error
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; give a file name for the output")
+    if exists and not target.is_file():
+        raise InputError(f"{target} is no regular file, and would be replaced by one; give another name")
+    if not target.parent.is_dir():
+        raise InputError(f"the folder {target.parent} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"the folder {target.parent} cannot be written to")
+    if source.exists() and target.exists() and os.path.samefile(source, target):
+        raise InputError(f"the output {target} is the input itself; give another name")
+
+
+def save_outcome(model: ModelProto, report: Report, source: Path, target: Path) -> None:
+    """Write the outcome of fusing the file ``source`` to ``target``, all of it or nothing.
+
+    Where the original is kept, that is the same bytes, unless its weights lie in other files. What is
+    rewritten carries a record of that; see `reparamc.report.record`.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if report.original_kept and ModelProto.FromString(data := source.read_bytes()) == model:
+        write_atomically(target, data)
+    else:
+        inscribe(model, report)
+        save(model, target)
+
+
+def save(model: ModelProto, path: Path) -> None:
+    """Write ``model`` to ``path``, all of it or nothing; weights beyond the file limit go to ``NAME.data`` beside it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if model.ByteSize() < FILE_LIMIT:
+        write_atomically(path, model.SerializeToString())
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
+            temporary, data = Path(folder) / path.name, f"{path.name}.data"
+            onnx.save_model(model, temporary, save_as_external_data=True, location=data)
+            os.replace(Path(folder) / data, path.with_name(data))
+            os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, all of it or nothing.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        path = path.resolve()  # a link keeps pointing where it does
+        with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,536 @@
+"""Readers: one function per ONNX operator, from a node to what it means as a linear operator.
+
+A reader answers None where the operator is not linear, and `Declined` with the reason where it nearly
+is. To add one, write it here and enter it in `READERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from onnx import NodeProto
+
+from reparamc.algebra.expr import (
+    ONE,
+    ZERO,
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    LayoutOp,
+    Mean,
+    Permute,
+    Reshape,
+    Scale,
+    Select,
+    Sum,
+    Take,
+)
+from reparamc.algebra.kernels import arithmetic, swap_sides, transposed
+from reparamc.algebra.rewrite import Declined
+from reparamc.algebra.shape import Shape
+from reparamc.compiler.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
+from reparamc.onnx.values import attribute, is_standard
+
+if TYPE_CHECKING:
+    from reparamc.onnx.graph import OnnxGraph
+
+NORMALISATION = "it belongs to a normalisation that runtimes fuse"
+
+LAST = 2**30
+"""An end of a slice from here on means the end of the axis: exporters write the largest integers."""
+
+Reader = Callable[["OnnxGraph", NodeProto, str], "Reading | Declined | None"]
+"""From a graph, a node of it and one output of that node to the reading of that output."""
+
+
+def operand(node: NodeProto, position: int) -> str | None:
+    """The name of the operand at ``position``; None when it is absent or empty."""
+    return node.input[position] or None if position < len(node.input) else None
+
+
+def _read_conv(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    weight, bias = graph.constant(node, 1), graph.constant(node, 2)
+    if weight is None:
+        return Declined(_not_constant(graph, node, 1))
+    if operand(node, 2) and bias is None:
+        return Declined(_not_constant(graph, node, 2))
+    kernel = graph.constants.shape(weight)[2:]
+    n = len(kernel)
+    stride = tuple(cast(list[int], attribute(node, "strides", [1] * n)))
+    dilation = tuple(cast(list[int], attribute(node, "dilations", [1] * n)))
+    groups = cast(int, attribute(node, "group", 1))
+    pads = _pads(graph, node, kernel, stride, dilation)
+    if isinstance(pads, Declined):
+        return pads
+    if bias is not None and graph.constants.shape(bias) != graph.constants.shape(weight)[:1]:
+        return Declined("its bias does not fit its weight")
+    channels = _channels(graph, node.input[0], n)
+    if channels is not None and channels != graph.constants.shape(weight)[1] * groups:
+        return Declined("its weight does not fit the channels of its input")
+    begin, end = pads[:n], pads[n:]
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        b = graph.array(bias) if bias else None
+        return Conv.padded(operands[0], graph.array(weight), b, stride, dilation, begin, end, groups)
+
+    return Reading((node.input[0],), build, _names(weight, bias), n)
+
+
+def _read_conv_transpose(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    weight, bias = graph.constant(node, 1), graph.constant(node, 2)
+    if weight is None:
+        return Declined(_not_constant(graph, node, 1))
+    if operand(node, 2) and bias is None:
+        return Declined(_not_constant(graph, node, 2))
+    n = len(graph.constants.shape(weight)) - 2
+    if attribute(node, "output_shape") or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+        return Declined("the padding of the transposed convolution follows from a wanted output shape")
+    stride = tuple(cast(list[int], attribute(node, "strides", [1] * n)))
+    dilation = tuple(cast(list[int], attribute(node, "dilations", [1] * n)))
+    pads = cast(list[int], attribute(node, "pads", [0] * 2 * n))
+    extra = cast(list[int], attribute(node, "output_padding", [0] * n))
+    groups = cast(int, attribute(node, "group", 1))
+    begin, end = tuple(pads[:n]), tuple(p - e for p, e in zip(pads[n:], extra, strict=True))
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        b = graph.array(bias) if bias else None
+        return transposed(operands[0], swap_sides(graph.array(weight), groups), b, stride, dilation, begin, end, groups)
+
+    return Reading((node.input[0],), build, _names(weight, bias), n)
+
+
+def _read_average_pool(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    kernel = tuple(cast(list[int], attribute(node, "kernel_shape", [])))
+    n = len(kernel)
+    stride = tuple(cast(list[int], attribute(node, "strides", [1] * n)))
+    dilation = tuple(cast(list[int], attribute(node, "dilations", [1] * n)))
+    channels = _channels(graph, node.input[0], n)
+    pads = _pads(graph, node, kernel, stride, dilation)
+    if isinstance(pads, Declined) or channels is None:
+        return pads if isinstance(pads, Declined) else None
+    if cast(int, attribute(node, "ceil_mode", 0)):
+        return Declined("with ceil_mode the last window of the pooling may hang over")
+    if any(pads) and not cast(int, attribute(node, "count_include_pad", 0)):
+        return Declined("the pooling divides by fewer elements at the border (count_include_pad=0)")
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        weight = np.full((channels, 1, *kernel), 1 / prod(kernel))
+        begin, end = pads[:n], pads[n:]
+        return Conv.padded(operands[0], weight, None, stride, dilation, begin, end, channels, token=node.output[0])
+
+    return Reading((node.input[0],), build, (), n, commutes=not any(pads))
+
+
+def _read_pad(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    shape = graph.types.shape(node.input[0])
+    if shape is None or len(shape) < 3 or (channels := shape[1].known) is None:
+        return None
+    if attribute(node, "mode", b"constant") != b"constant":
+        return Declined(f"it pads with mode {cast(bytes, attribute(node, 'mode')).decode()!r}, not with zeros")
+    given = [graph.constant(node, i) for i in (1, 2, 3)]
+    if any(name is None and operand(node, i) for i, name in enumerate(given, 1)):
+        return Declined("its padding is computed at run time")
+    value = graph.constants.array(given[1]).item() if given[1] else cast(float, attribute(node, "value", 0.0))
+    amounts = graph.constants.array(given[0]).tolist() if given[0] else cast(list[int], attribute(node, "pads", []))
+    axes = graph.constants.array(given[2]).tolist() if given[2] else list(range(len(shape)))
+    half = len(amounts) // 2
+    pads = {
+        a % len(shape): pair for a, pair in zip(axes, zip(amounts[:half], amounts[half:], strict=True), strict=True)
+    }
+    if (
+        value
+        or any(p < 0 for pair in pads.values() for p in pair)
+        or any(pads.get(axis, (0, 0)) != (0, 0) for axis in (0, 1))
+    ):
+        return Declined("it pads with another value than zero, crops, or pads the channels")
+    begin, end = zip(*(pads.get(axis, (0, 0)) for axis in range(2, len(shape))), strict=True)
+    ones = (1,) * len(begin)
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        weight = np.ones((channels, 1, *ones))
+        return Conv.padded(operands[0], weight, None, ones, ones, begin, end, channels, token=node.output[0])
+
+    return Reading((node.input[0],), build, (), len(ones))
+
+
+def _pads(
+    graph: OnnxGraph,
+    node: NodeProto,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[int, ...] | Declined:
+    n = len(kernel)
+    auto = cast(bytes, attribute(node, "auto_pad", b"NOTSET")).decode()
+    if auto == "NOTSET":
+        return tuple(cast(list[int], attribute(node, "pads", [0] * 2 * n)))
+    if auto == "VALID":
+        return (0,) * 2 * n
+    shape = graph.types.shape(node.input[0])
+    totals = []
+    for axis in range(n):
+        reach = dilation[axis] * (kernel[axis] - 1)
+        extent = shape[2 + axis].known if shape is not None and len(shape) == n + 2 else None
+        if stride[axis] != 1 and extent is None:
+            return Declined(f"auto_pad {auto} with stride {stride[axis]} pads differently for different input sizes")
+        outs = -(-(extent or 1) // stride[axis])
+        totals.append(max(0, (outs - 1) * stride[axis] + reach + 1 - (extent or 1)) if stride[axis] != 1 else reach)
+    begin = [t // 2 if auto == "SAME_UPPER" else t - t // 2 for t in totals]
+    return (*begin, *(t - b for t, b in zip(totals, begin, strict=True)))
+
+
+def _read_batchnorm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    if cast(int, attribute(node, "training_mode", 0)) or any(node.output[1:]):
+        return Declined("BatchNormalization is in training mode")
+    if graph.opset < 9 and cast(int, attribute(node, "spatial", 1)) != 1:
+        return Declined("BatchNormalization keeps statistics per position (spatial=0)")
+    names = [graph.constant(node, i) for i in range(1, 5)]
+    if None in names:
+        return Declined(_not_constant(graph, node, 1 + names.index(None)))
+    parameters = [name for name in names if name]
+    rank = graph.types.rank(node.input[0])
+    if rank is None:
+        return Declined("the rank of its input is unknown")
+    frame = max(rank - 2, 0)
+    counts = {graph.constants.shape(name) for name in parameters} | (
+        {(c,)} if (c := _channels(graph, node.input[0], frame)) else set()
+    )
+    if len(counts) != 1:
+        return Declined("its parameters do not fit the channels of its input")
+    eps = cast(float, attribute(node, "epsilon", np.float32(1e-5)))  # attributes are float32
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        gamma, beta, mean, var = (graph.array(name) for name in parameters)
+        return BatchNorm(operands[0], gamma, beta, mean, var, float(eps), frame)
+
+    return Reading((node.input[0],), build, tuple(parameters), frame, commutes=True, scales=True)
+
+
+def _read_arithmetic(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    """Add, Sub, Mul, Div of two values or of a value and a constant that varies along one axis."""
+    fixed = [graph.constant(node, 0), graph.constant(node, 1)]
+    if all(fixed):
+        return None
+    if not any(fixed):
+        return _read_sum(graph, node, output) if node.op_type in ("Add", "Sub") else None
+    side = 1 if fixed[1] else 0
+    constant, value = cast(str, fixed[side]), node.input[1 - side]
+    if node.op_type == "Div" and side == 0:
+        return None
+    frame = _along_one_axis(graph, constant, value)
+    if isinstance(frame, Declined):
+        return frame
+    if reason := _protected(graph, node, value, scalar=frame is None):
+        return Declined(reason)
+    op = node.op_type.lower()
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        c = graph.array(constant).reshape(() if frame is None else -1)
+        return Scale(operands[0], *arithmetic(op, c, constant_first=not side), frame)
+
+    return Reading(
+        (value,), build, (constant,), graph.frame(value) if frame is None else frame, commutes=True, scales=True
+    )
+
+
+def _along_one_axis(graph: OnnxGraph, constant: str, value: str) -> int | Declined | None:
+    """The frame of the axis along which ``constant`` varies; None for one number; Declined if it may broadcast."""
+    dims, shape = graph.constants.shape(constant), graph.types.shape(value)
+    if shape is None:
+        return None if not dims else Declined("the rank of its operand is unknown")
+    if len(dims) > len(shape):
+        return Declined("its constant raises the rank")
+    return axis_of_constant(dims, lambda frame: shape[len(shape) - 1 - frame].known)
+
+
+def _protected(graph: OnnxGraph, node: NodeProto, value: str, *, scalar: bool) -> str | None:
+    """Why the constant of ``node`` belongs to a pattern that runtimes fuse by themselves; None when it does not.
+
+    GELU, SiLU, HardSwish and the scale inside attention end in a scalar behind something non-linear;
+    LayerNorm and RMSNorm end in a scale, and a shift, behind a division by a square root.
+    """
+    producer = graph.producers.get(value)
+    if scalar:
+        clipped = any(r is not None and r.op_type == "Clip" for r in graph.uses.get(node.output[0], []))
+        if clipped and node.op_type in ("Add", "Sub"):
+            return ACTIVATION
+        linear = producer is None or value in graph.constants or graph.is_linear(value)
+        return None if linear else ACTIVATION
+    if producer is not None and producer.op_type == "Mul" and node.op_type == "Add":
+        source = next((name for name in producer.input if name not in graph.constants), None)
+        producer = graph.producers.get(source) if source else None
+    if producer is not None and producer.op_type in ("Div", "Mul"):
+        roots = [graph.producers.get(name) for name in producer.input]
+        deep = [
+            graph.producers.get(r.input[0])
+            for r in roots
+            if r is not None and r.op_type in ("Reciprocal", "Expand") and r.input
+        ]
+        if any(r is not None and r.op_type in ("Sqrt", "Reciprocal", "ReduceL2", "Rsqrt") for r in (*roots, *deep)):
+            return NORMALISATION
+    return None
+
+
+def _read_sum(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    names = list(node.input)
+    if not names or any(name in graph.constants for name in names):
+        return None
+    if len(ranks := {graph.types.rank(name) for name in names}) > 1 or None in ranks:
+        return None  # one operand is broadcast, or may be
+    shapes = [shape for name in names if (shape := graph.types.shape(name)) is not None]
+    if any(len({d.known for d in dims} - {None}) > 1 for dims in zip(*shapes, strict=True)):
+        return None  # the same
+    negative = node.op_type == "Sub"
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        if negative:
+            return Sum((operands[0], Scale(operands[1], -ONE, ZERO)))
+        return Sum(tuple(operands)) if len(operands) > 1 else operands[0]
+
+    frame = next((f for name in names if (f := graph.frame(name)) is not None), None)
+    return Reading(tuple(names), build, (), frame)
+
+
+def _read_neg(graph: OnnxGraph, node: NodeProto, output: str) -> Reading:
+    return Reading((node.input[0],), lambda operands: Scale(operands[0], -ONE, ZERO), (), graph.frame(node.input[0]))
+
+
+def _read_identity(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    return Reading((node.input[0],), lambda operands: operands[0], (), graph.frame(node.input[0]))
+
+
+def _read_dropout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    mask_read = len(node.output) > 1 and graph.uses.get(node.output[1])
+    training = operand(node, 2)
+    live = training is not None and (training not in graph.constants or bool(graph.constants.array(training).any()))
+    if mask_read or live or graph.opset < 7:
+        return Declined("Dropout is in training mode, or its mask is read")
+    return _read_identity(graph, node, output)
+
+
+def _read_gemm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    weight, bias = graph.constant(node, 1), graph.constant(node, 2)
+    if cast(int, attribute(node, "transA", 0)):
+        return Declined("Gemm with transA mixes the batch")
+    if weight is None:
+        return Declined(_not_constant(graph, node, 1))
+    if operand(node, 2) and bias is None:
+        return Declined(_not_constant(graph, node, 2))
+    transposed = cast(int, attribute(node, "transB", 0))
+    out = graph.constants.shape(weight)[0 if transposed else 1]
+    if bias is not None and graph.constants.shape(bias) not in ((), (1,), (1, 1), (out,), (1, out)):
+        return Declined("the bias of Gemm varies along the batch")
+    alpha, beta = (float(cast(float, attribute(node, key, 1.0))) for key in ("alpha", "beta"))
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        w = graph.array(weight) * alpha
+        b = np.broadcast_to(graph.array(bias).reshape(-1) * beta, (out,)).copy() if bias else None
+        return Conv(operands[0], w if transposed else w.T, b)
+
+    return Reading((node.input[0],), build, _names(weight, bias), 0)
+
+
+def _read_matmul(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    fixed = [graph.constant(node, 0), graph.constant(node, 1)]
+    weight = fixed[0] or fixed[1]
+    if weight is None or all(fixed):
+        return None
+    if len(graph.constants.shape(weight)) != 2:
+        return Declined("its constant is not a matrix")
+    if fixed[1]:
+        return Reading((node.input[0],), lambda operands: Conv(operands[0], graph.array(weight).T, None), (weight,), 0)
+    if (graph.types.rank(node.input[1]) or 0) < 2:
+        return None
+
+    def rows(operands: Sequence[Expr]) -> Expr:
+        """``W x`` multiplies the last axis but one: a convolution with one tap along the last."""
+        return Conv(operands[0], graph.array(weight)[..., None], None, (1,), (1,), (0,), (0,))
+
+    return Reading((node.input[1],), rows, (weight,), 1)
+
+
+def _read_concat(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    shapes = [graph.types.shape(name) for name in node.input]
+    if any(name in graph.constants for name in node.input) or any(shape is None for shape in shapes):
+        return None
+    rank = len(shapes[0] or ())
+    axis = cast(int, attribute(node, "axis", 1)) % max(rank, 1)
+    sizes = tuple(shape[axis].known or 0 for shape in shapes if shape is not None and len(shape) == rank)
+    if len(sizes) < len(shapes) or 0 in sizes:
+        return None
+    frame = rank - 1 - axis
+    return Reading(tuple(node.input), lambda operands: Concat(tuple(operands), sizes, frame), (), frame)
+
+
+def _selection(graph: OnnxGraph, x: str, axis: int, index: Sequence[int]) -> Reading | None:
+    """Elements ``index`` of ``x`` along ``axis``; None where the extent there is unknown."""
+    shape = graph.types.shape(x)
+    width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
+    if shape is None or width is None or not index or not all(0 <= i < width for i in index):
+        return None
+    frame = len(shape) - 1 - axis % len(shape)
+    return Reading((x,), lambda operands: Select(operands[0], tuple(index), width, frame), (), frame)
+
+
+def _read_split(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    axis, at = cast(int, attribute(node, "axis", 0)), 0
+    for name in node.output:
+        shape = graph.types.shape(name)
+        size = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
+        if size is None:
+            return None
+        if name == output:
+            return _selection(graph, node.input[0], axis, range(at, at + size))
+        at += size
+    return None
+
+
+def _read_slice(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    """A slice of channels, or of a map: every s-th position from a to the last but b."""
+    shape = graph.types.shape(node.input[0])
+    given = [graph.constant(node, i) for i in range(1, 5)]
+    if shape is None or graph.opset < 10 or any(n is None and operand(node, i) for i, n in enumerate(given, 1)):
+        return None
+    starts, ends, axes, steps = (graph.constants.array(name).tolist() if name else None for name in given)
+    if starts is None or ends is None:
+        return None
+    axes = [axis % len(shape) for axis in axes or range(len(starts))]
+    steps = steps or [1] * len(starts)
+    of_channels = [len(shape) - 1 - axis for axis in axes] == [graph.frame(node.input[0])]
+    if not of_channels and min(axes) >= 2 and len(shape) > 2 and (channels := shape[1].known) is not None:
+        return _crop(node, shape, channels, dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True)))
+    if len(axes) == 1 and (width := shape[axes[0]].known) is not None:
+        return _selection(graph, node.input[0], axes[0], range(width)[starts[0] : ends[0] : steps[0]])
+    return None
+
+
+def _crop(node: NodeProto, shape: Shape, channels: int, cuts: dict[int, tuple[int, int, int]]) -> Reading | None:
+    """A slice of positions as a kernel of one tap: stride s, offset a, the last b positions left out."""
+    n = len(shape) - 2
+    begin, end, stride = [0] * n, [0] * n, [1] * n
+    for axis, (start, stop, step) in cuts.items():
+        extent = shape[axis].known
+        if extent is not None:
+            start, stop = slice(start, stop).indices(extent)[0], min(slice(start, stop).indices(extent)[1] - extent, 0)
+            stop = stop or extent
+        if start < 0 or step < 1 or (0 <= stop < LAST and stop != extent):
+            return None
+        begin[axis - 2], end[axis - 2], stride[axis - 2] = -start, min(stop, 0), step
+    ones = (1,) * n
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        weight, token = np.ones((channels, 1, *ones)), node.output[0]
+        return Conv.padded(
+            operands[0], weight, None, tuple(stride), ones, tuple(begin), tuple(end), channels, token=token
+        )
+
+    return Reading((node.input[0],), build, (), n)
+
+
+def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    x = node.input[0]
+    index, shape = graph.constant(node, 1), graph.types.shape(x)
+    axis = cast(int, attribute(node, "axis", 0))
+    width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
+    if index is None or shape is None or not width or len(graph.constants.shape(index)) > 1:
+        return None
+    positions = [i % width for i in graph.constants.array(index).ravel().tolist()]
+    if graph.constants.shape(index):
+        return _selection(graph, x, axis, positions)
+    return layout_reading(
+        x, Take(len(shape), axis % len(shape), positions[0]), graph.frame(x), output, linear=graph.is_linear(x)
+    )
+
+
+def _shuffle(graph: OnnxGraph, node: NodeProto) -> Reading | None:
+    """Reshape, Transpose, Reshape that only permute channels: [N, g c, *] to [N, g, c, *], [N, c, g, *], back."""
+    turn = graph.producers.get(node.input[0])
+    split = graph.producers.get(turn.input[0]) if turn is not None and turn.op_type == "Transpose" else None
+    if turn is None or split is None or split.op_type != "Reshape" or not (is_standard(turn) and is_standard(split)):
+        return None
+    x = split.input[0]
+    before, middle, after = (graph.types.shape(name) for name in (x, split.output[0], node.output[0]))
+    if before is None or middle is None or before != after or len(middle) != len(before) + 1:
+        return None
+    order = list(cast(list[int], attribute(turn, "perm", [])))
+    moved = [i for i, axis in enumerate(order) if axis != i]
+    if len(moved) != 2 or moved[1] != moved[0] + 1:
+        return None
+    axis = moved[0]
+    groups, per_group = middle[axis].known, middle[axis + 1].known
+    if groups is None or per_group is None or before[axis].known != groups * per_group:
+        return None
+    if middle[:axis] != before[:axis] or middle[axis + 2 :] != before[axis + 1 :]:
+        return None
+    return _selection(graph, x, axis, np.arange(groups * per_group).reshape(groups, per_group).T.ravel().tolist())
+
+
+def _read_mean(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    x = node.input[0]
+    rank, frame = graph.types.rank(x), graph.frame(x)
+    if rank is None:
+        return None
+    if node.op_type == "GlobalAveragePool":
+        return layout_reading(x, Mean(rank, tuple(range(2, rank)), keep=True), frame, output)
+    name = graph.constant(node, 1)
+    axes = graph.constants.array(name).tolist() if name else cast("list[int] | None", attribute(node, "axes"))
+    if not axes or (operand(node, 1) and name is None):
+        return None  # over all axes, or over axes computed at run time
+    keep = bool(cast(int, attribute(node, "keepdims", 1)))
+    return layout_reading(x, Mean(rank, tuple(sorted(a % rank for a in axes)), keep), frame, output)
+
+
+def _read_layout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    before, after = graph.types.shape(node.input[0]), graph.types.shape(node.output[0])
+    if before is None or after is None:
+        return None
+    if node.op_type == "Transpose":
+        axes = tuple(cast(list[int], attribute(node, "perm", list(reversed(range(len(before)))))))
+        op: LayoutOp = Permute(axes)
+    else:
+        op = Reshape(before, after)
+    x = node.input[0]
+    shuffled = _shuffle(graph, node) if node.op_type == "Reshape" else None
+    return shuffled or layout_reading(x, op, graph.frame(x), node.output[0], linear=graph.is_linear(x))
+
+
+def _channels(graph: OnnxGraph, name: str, frame: int) -> int | None:
+    shape = graph.types.shape(name)
+    return shape[len(shape) - 1 - frame].known if shape is not None and len(shape) > frame else None
+
+
+def _not_constant(graph: OnnxGraph, node: NodeProto, position: int) -> str:
+    name = operand(node, position)
+    if name in graph.constants.overridable:
+        return f"its parameter {name!r} is a graph input that a caller may override"
+    return f"its parameter {name!r} is computed at run time"
+
+
+def _names(*names: str | None) -> tuple[str, ...]:
+    return tuple(name for name in names if name)
+
+
+READERS: dict[str, Reader] = {
+    "Conv": _read_conv,
+    "ConvTranspose": _read_conv_transpose,
+    "AveragePool": _read_average_pool,
+    "Pad": _read_pad,
+    "BatchNormalization": _read_batchnorm,
+    "Gemm": _read_gemm,
+    "MatMul": _read_matmul,
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _read_arithmetic),
+    "Sum": _read_sum,
+    "Concat": _read_concat,
+    "Split": _read_split,
+    "Slice": _read_slice,
+    "Gather": _read_gather,
+    "Neg": _read_neg,
+    "Identity": _read_identity,
+    "Dropout": _read_dropout,
+    **dict.fromkeys(("GlobalAveragePool", "ReduceMean"), _read_mean),
+    **dict.fromkeys(("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"), _read_layout),
+}

@@ -1,0 +1,86 @@
+"""One operator of an ONNX graph in float64, by the reference implementation of ONNX, its known faults worked around.
+
+- BatchNormalization before opset 14 is taken to be in training mode where it has a momentum, which is its default;
+  it is run as that of opset 15, which means the same with one output.
+- ConvTranspose with several groups keeps the first channel of each, and adds biases of other groups; it is run group by
+  group, and the bias is added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from reparamc.algebra.expr import Array
+from reparamc.onnx.values import FLOATS, attribute
+
+if TYPE_CHECKING:
+    from reparamc.onnx.graph import OnnxGraph
+
+Operator = Callable[[Mapping[str, Array]], Array]
+
+
+def in_float64(graph: OnnxGraph, node: NodeProto, output: str) -> Operator:
+    """``output`` of one operator as a function of its operands by name, all floating values being float64."""
+    constants = {name: _float64(graph.constants.array(name)) for name in node.input if name and name in graph.constants}
+    copy = NodeProto.FromString(node.SerializeToString())
+    copy.domain = ""
+    opset = graph.opset
+    if node.op_type == "BatchNormalization" and opset < 14:
+        opset = 15
+        for name in ("spatial", "momentum"):
+            _drop(copy, name)
+    groups = attribute(node, "group", 1)
+    if node.op_type == "ConvTranspose" and isinstance(groups, int) and groups > 1:
+        return _by_group(graph, copy, constants, groups, opset)
+    run = _evaluator(graph, copy, constants, output, opset)
+    return lambda operands: run(operands)
+
+
+def _float64(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float64) if array.dtype in FLOATS.values() else array
+
+
+def _drop(node: NodeProto, name: str) -> None:
+    for a in node.attribute:
+        if a.name == name:
+            node.attribute.remove(a)
+            return
+
+
+def _evaluator(
+    graph: OnnxGraph, node: NodeProto, constants: Mapping[str, np.ndarray], output: str, opset: int
+) -> Operator:
+    operands = [n for n in dict.fromkeys(node.input) if n and n not in constants]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.DOUBLE, None) for name in operands]
+    result = helper.make_tensor_value_info(output, TensorProto.DOUBLE, None)
+    body = helper.make_graph(
+        [node], "float64", inputs, [result], [numpy_helper.from_array(a, name) for name, a in constants.items()]
+    )
+    evaluator = ReferenceEvaluator(
+        helper.make_model(body, opset_imports=[helper.make_opsetid("", opset)], ir_version=graph.model.ir_version)
+    )
+    return lambda values: np.asarray(next(iter(evaluator.run(None, {name: values[name] for name in operands}))))
+
+
+def _by_group(
+    graph: OnnxGraph, node: NodeProto, constants: Mapping[str, np.ndarray], groups: int, opset: int
+) -> Operator:
+    """A transposed convolution as one of a single group for each, side by side, and the bias."""
+    x, weight, *rest = node.input
+    bias = constants[rest[0]] if rest and rest[0] else None
+    _drop(node, "group")
+    del node.input[2:]
+    parts: Sequence[np.ndarray] = np.split(constants[weight], groups)
+    runs = [_evaluator(graph, node, {weight: part}, node.output[0], opset) for part in parts]
+
+    def run(operands: Mapping[str, Array]) -> Array:
+        pieces = np.split(operands[x], groups, axis=1)
+        y = np.concatenate([f({x: piece}) for f, piece in zip(runs, pieces, strict=True)], axis=1)
+        return y if bias is None else y + bias.reshape(-1, *[1] * (y.ndim - 2))
+
+    return run

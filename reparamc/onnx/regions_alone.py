@@ -1,0 +1,87 @@
+"""Each region of a rewritten ONNX model by itself, in ONNX Runtime, fed with the original's own values.
+
+The result is cut where a region ends: what reads the region reads an input instead, which is given the value that the
+original computes there. So every region starts from the same numbers in both models, and no difference grows
+from one to the next, however the model amplifies rounding. One run of each model shows all regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from onnx import ModelProto, ValueInfoProto, helper
+
+from reparamc.equivalence.end_to_end import Alone, Region
+from reparamc.onnx.session import perturbed, session
+from reparamc.onnx.values import defined_names
+
+
+def run_alone(
+    original: ModelProto, result: ModelProto, regions: Sequence[Region], inputs: Mapping[str, np.ndarray], seed: int = 0
+) -> Alone | None:
+    """Every region, and every output, from the values that the original has in front of it; None if ONNX Runtime fails.
+
+    The values of all roots and operands are held, and one model at a time.
+    """
+    computed = {name for node in original.graph.node for name in node.output}
+    left = {name for node in result.graph.node for name in node.output}
+    roots = [r.root for r in regions if r.root in left]  # others have become dead
+    outputs = [o.name for o in original.graph.output]
+    if not roots:
+        return None
+    operands = [v for v in dict.fromkeys(o for r in regions for o in r.operands) if v in computed]
+    try:
+        with session(_showing(original, [*roots, *operands]), "the model") as run:
+            expected = run(inputs)
+        given = {operand: expected[operand] for operand in operands}
+        cut, names = _cut(_showing(original, roots), given)
+        with session(cut, "the model, cut in front of its regions") as run:
+            noises = [_named(run(perturbed({**inputs, **given}, seed + n)), names) for n in range(2)]
+        given = {root: expected[root] for root in roots}
+        cut, names = _cut(result, given)
+        with session(cut, "the rewritten model, cut behind its regions") as run:
+            actual = _named(run({**inputs, **given}), names)
+    except Exception:  # ONNX Runtime's exceptions share no base class
+        return None
+    assert set(actual) >= {*roots, *outputs}
+    return Alone(expected, actual, noises)
+
+
+def _named(values: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    return {name: values[names.get(name, name)] for name in {*values, *names} if names.get(name, name) in values}
+
+
+def _showing(model: ModelProto, roots: Sequence[str]) -> ModelProto:
+    """``model`` with ``roots`` as outputs besides its own."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    known = {o.name for o in copy.graph.output}
+    copy.graph.output.extend(ValueInfoProto(name=root) for root in dict.fromkeys(roots) if root not in known)
+    return copy
+
+
+def _cut(model: ModelProto, given: Mapping[str, np.ndarray]) -> tuple[ModelProto, dict[str, str]]:
+    """``model`` with the values ``given`` as inputs, and what it computes there itself as outputs, by their names."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    taken = set(defined_names(copy.graph))
+    names: dict[str, str] = {}
+    for root in given:
+        name = f"{root}/computed"
+        while name in taken:
+            name += "_"
+        names[root] = name
+    for node in copy.graph.node:
+        for i, name in enumerate(node.output):
+            node.output[i] = names.get(name, name)
+    for info in [v for v in copy.graph.value_info if v.name in names]:
+        copy.graph.value_info.remove(info)
+    for info in copy.graph.output:
+        info.name = names.get(info.name, info.name)
+    known = {o.name for o in copy.graph.output}
+    copy.graph.output.extend(ValueInfoProto(name=name) for name in names.values() if name not in known)
+    for root, value in given.items():
+        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        copy.graph.input.append(helper.make_tensor_value_info(root, kind, None))
+    return copy, names

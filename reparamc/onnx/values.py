@@ -1,0 +1,286 @@
+"""What is known about the values of an ONNX graph: constants, types, shapes, readers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from reparamc.algebra.shape import Dim, Shape, size
+from reparamc.errors import InputError
+
+SMALL = 1024
+"""Constants of up to this many elements take part in shape inference; larger ones are weights."""
+
+FLOATS: dict[int, np.dtype] = {
+    kind: np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+    for kind in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+}
+
+
+def attribute(node: NodeProto, name: str, default: object = None) -> object:
+    """The value of an attribute, or ``default`` where it is absent."""
+    for a in node.attribute:
+        if a.name == name:
+            return helper.get_attribute_value(a)
+    return default
+
+
+def is_standard(node: NodeProto) -> bool:
+    return node.domain in ("", "ai.onnx")
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    for a in node.attribute:
+        if a.type == AttributeProto.GRAPH:
+            yield a.g
+        elif a.type == AttributeProto.GRAPHS:
+            yield from a.graphs
+
+
+def captured(node: NodeProto) -> Iterator[str]:
+    """Names that the bodies of ``node`` read, at any depth (those they define themselves included)."""
+    stack = list(subgraphs(node))
+    while stack:
+        graph = stack.pop()
+        yield from (output.name for output in graph.output)
+        for inner in graph.node:
+            yield from inner.input
+            stack.extend(subgraphs(inner))
+
+
+def defined_names(graph: GraphProto) -> Iterator[str]:
+    """Every tensor and node name in ``graph`` and its bodies."""
+    stack = [graph]
+    while stack:
+        g = stack.pop()
+        yield from (v.name for group in (g.input, g.output, g.value_info) for v in group)
+        yield from (t.name for t in g.initializer)
+        yield from (t.values.name for t in g.sparse_initializer)
+        for node in g.node:
+            yield node.name
+            yield from node.input
+            yield from node.output
+            stack.extend(subgraphs(node))
+
+
+class Constants:
+    """What no caller can override in a main graph: initializers and Constant nodes, also behind Identity."""
+
+    def __init__(self, model: ModelProto) -> None:
+        graph = model.graph
+        inputs = {v.name for v in graph.input}
+        overridable = inputs if model.ir_version >= 4 else set()
+        self.overridable = {t.name for t in graph.initializer} & overridable
+        self.tensors: dict[str, TensorProto] = {t.name: t for t in graph.initializer if t.name not in overridable}
+        for node in graph.node:
+            if not is_standard(node):
+                continue
+            if node.op_type == "Constant" and (tensor := constant_tensor(node)) is not None:
+                self.tensors[node.output[0]] = tensor
+            elif node.op_type == "Identity" and node.input[0] in self.tensors:
+                self.tensors[node.output[0]] = self.tensors[node.input[0]]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def array(self, name: str) -> np.ndarray:
+        """The value of the constant ``name``, in its own dtype."""
+        try:
+            return numpy_helper.to_array(self.tensors[name])
+        except (ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+            raise InputError(f"the constant {name!r} cannot be read: {error}") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].dims)
+
+
+def constant_tensor(node: NodeProto) -> TensorProto | None:
+    """The value of a Constant node; None for strings and sparse tensors."""
+    for a in node.attribute:
+        match a.name:
+            case "value":
+                return a.t
+            case "value_float" | "value_floats":
+                return numpy_helper.from_array(np.array(helper.get_attribute_value(a), np.float32))
+            case "value_int" | "value_ints":
+                return numpy_helper.from_array(np.array(helper.get_attribute_value(a), np.int64))
+    return None
+
+
+def skeleton(model: ModelProto) -> ModelProto:
+    """``model`` with its large weights as typed inputs: enough for checking and shape inference, and small."""
+    light = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    light.graph.name = model.graph.name or "graph"
+    light.graph.node.extend(model.graph.node)
+    for node in light.graph.node:
+        if node.domain == "ai.onnx":
+            node.domain = ""  # the same domain; the checker knows it by this name only
+    light.graph.input.extend(model.graph.input)
+    light.graph.output.extend(model.graph.output)
+    light.graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    inputs = {v.name for v in model.graph.input}
+    for tensor in model.graph.initializer:
+        if prod(tensor.dims) <= SMALL and tensor.data_location != TensorProto.EXTERNAL:
+            light.graph.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return light
+
+
+class Types:
+    """Inferred element types and shapes of every value of a main graph."""
+
+    def __init__(self, model: ModelProto) -> None:
+        light = skeleton(model)
+        try:
+            light = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
+        except onnx.shape_inference.InferenceError:
+            light = onnx.shape_inference.infer_shapes(light)
+        # What the file itself says comes first, to be overruled: it may be stale, and inference may be silent.
+        self._types = {
+            v.name: v.type.tensor_type
+            for group in (model.graph.value_info, light.graph.value_info, light.graph.output, light.graph.input)
+            for v in group
+            if v.type.HasField("tensor_type")
+        }
+        self._stored = {t.name: (t.data_type, tuple(map(Dim, t.dims))) for t in model.graph.initializer}
+        self._shapes: dict[str, Shape | None] = {}
+        self._products: dict[str, Dim] = {}
+        given = {symbol for v in model.graph.input for dim in self._shape(v.name) or () for symbol in dim.symbols}
+        for node in model.graph.node:
+            if node.op_type in ("Flatten", "Reshape") and is_standard(node):
+                self._learn_product(node, given)
+
+    def _learn_product(self, node: NodeProto, given: set[str]) -> None:
+        """Where one extent of a reshape is all that inference left open, the others tell it: -1, a merged batch."""
+        before, after = self._shape(node.input[0]), self._shape(node.output[0])
+        if before is None or after is None:
+            return
+        known = given.union(*(dim.symbols for dim in before), self._products)
+        fresh = [dim for dim in after if dim.factor == 1 and len(dim.symbols) == 1 and dim.symbols[0] not in known]
+        rest = size(before).divided_by(size([dim for dim in after if dim not in fresh])) if len(fresh) == 1 else None
+        if rest is not None:
+            self._products[fresh[0].symbols[0]] = rest
+
+    def dtype(self, name: str) -> np.dtype | None:
+        """The dtype of a floating value; None for other types and where it is unknown."""
+        if name in self._stored:
+            return FLOATS.get(self._stored[name][0])
+        kind = self._types.get(name)
+        return FLOATS.get(kind.elem_type) if kind is not None else None
+
+    def shape(self, name: str) -> Shape | None:
+        """The shape of ``name``, unknown extents as symbols; None when the rank is unknown."""
+        if name not in self._shapes:
+            self._shapes[name] = self._shape(name)
+        return self._shapes[name]
+
+    def _shape(self, name: str) -> Shape | None:
+        if name in self._stored:
+            return self._stored[name][1]
+        kind = self._types.get(name)
+        if kind is None or not kind.HasField("shape"):
+            return None
+        return tuple(
+            Dim(d.dim_value) if d.HasField("dim_value") else self._open(d.dim_param or f"{name}[{axis}]")
+            for axis, d in enumerate(kind.shape.dim)
+        )
+
+    def _open(self, symbol: str) -> Dim:
+        return self._products.get(symbol) or Dim.of(symbol)
+
+    def rank(self, name: str) -> int | None:
+        shape = self.shape(name)
+        return None if shape is None else len(shape)
+
+    def extents(self, name: str) -> tuple[int, ...] | None:
+        """The shape of ``name`` when every extent is a number."""
+        shape = self.shape(name)
+        if shape is None or any(d.known is None for d in shape):
+            return None
+        return tuple(d.factor for d in shape)
+
+
+def readers(graph: GraphProto) -> dict[str, list[NodeProto | None]]:
+    """For every value the nodes that read it, once per operand; None for a graph output or a body that captures it."""
+    found: dict[str, list[NodeProto | None]] = {}
+    for node in graph.node:
+        for name in node.input:
+            if name:
+                found.setdefault(name, []).append(node)
+        for name in captured(node):
+            found.setdefault(name, []).append(None)
+    for output in graph.output:
+        found.setdefault(output.name, []).append(None)
+    return found
+
+
+class Names:
+    """Names in use, and new ones."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self.taken = set(taken)
+        self._next: dict[str, int] = {}
+
+    def fresh(self, wanted: str) -> str:
+        """``wanted``, or that with a number behind it; taken from now on."""
+        name, n = wanted, self._next.get(wanted, 1)
+        while name in self.taken:
+            name, n = f"{wanted}_{n}", n + 1
+        self._next[wanted] = n
+        self.taken.add(name)
+        return name
+
+
+def commit(
+    model: ModelProto, nodes: Sequence[NodeProto], fresh: Sequence[TensorProto], suspects: Iterable[str]
+) -> None:
+    """Make ``nodes`` the body of the main graph, in one edit.
+
+    Nodes that compute ``suspects``, and those that only fed them, are dropped where nothing reads
+    them any more, and so are initializers that nothing reads any more. What was dead before stays.
+    """
+    graph = model.graph
+    was_read = set(readers(graph))
+    nodes, gone = _without_dead(nodes, set(suspects), {o.name for o in graph.output})
+    read = {name for node in nodes for name in (*node.input, *captured(node))} | {o.name for o in graph.output}
+    orphans = {t.name for t in graph.initializer if t.name in was_read and t.name not in read}
+    if model.ir_version >= 4:
+        orphans -= {v.name for v in graph.input}  # a caller may pass them
+    _drop(graph.initializer, orphans)
+    graph.initializer.extend(fresh)
+    if model.ir_version < 4:  # every initializer is listed as an input, too
+        _drop(graph.input, orphans)
+        graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in fresh)
+    _drop(graph.value_info, gone | orphans)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _drop(items: Any, names: set[str]) -> None:
+    for index in reversed([i for i, item in enumerate(items) if item.name in names]):
+        del items[index]
+
+
+def _without_dead(
+    nodes: Sequence[NodeProto], suspects: set[str], outputs: set[str]
+) -> tuple[list[NodeProto], set[str]]:
+    """``nodes`` without the suspects that nothing reads, and the names that are gone with them."""
+    reads = [[*node.input, *captured(node)] for node in nodes]
+    uses = Counter(name for names in reads for name in names) + Counter(outputs)
+    kept: list[NodeProto] = []
+    gone: set[str] = set()
+    for node, names in zip(reversed(nodes), reversed(reads), strict=True):
+        if any(uses[name] > 0 for name in node.output) or suspects.isdisjoint(node.output):
+            kept.append(node)
+            continue
+        gone.update(node.output)
+        uses.subtract(names)
+        suspects.update(name for name in names if name)
+    return kept[::-1], gone

@@ -1,0 +1,335 @@
+"""What was done to a model and what was left, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from reparamc import __version__
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The size of a graph: ``ops`` without Constant and Identity, ``parameters`` in elements of float constants."""
+
+    ops: int
+    conv: int
+    batchnorm: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One region that was replaced.
+
+    Attributes:
+        where: the operator that the region ended in.
+        operators: all operators it consisted of.
+        passes: how often each pass applied.
+        parameters: names of the parameters that went into the new ones.
+        before, after: both forms as text.
+        error: largest difference in float64, relative; None when not verified.
+    """
+
+    where: str
+    operators: tuple[str, ...]
+    passes: dict[str, int]
+    parameters: tuple[str, ...]
+    before: str
+    after: str
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A linear structure that stays: where, which pass declined, and why."""
+
+    where: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FailedRegion:
+    """A region whose replacement failed a check: it was left as it was, and the rest of the graph was rewritten.
+
+    Attributes:
+        where: the operator that the region ends in.
+        check: "rewrite" where the two forms differ on samples; "reading" where the framework's own operators give
+            something else than what reparamc takes the region for; "certificate" where what was emitted is proven
+            to differ, which ``detail`` describes.
+        error: of the worst element, relative to the terms it is the sum of; None where shapes or NaN patterns differ.
+        passes: what was applied to it.
+        before, after: both forms as text.
+        detail: what the certificate says.
+    """
+
+    where: str
+    check: str
+    error: float | None
+    tolerance: float
+    passes: tuple[str, ...]
+    before: str
+    after: str
+    detail: str = ""
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, in words."""
+        if self.check == "certificate":
+            return f"it is proven to differ from the original: {self.detail}"
+        size = "in kind" if self.error is None else f"by {self.error:.2g} (relative, in float64)"
+        if self.check == "reading":
+            return f"the framework's own operators differ {size} from what they are read as"
+        return f"the rewritten form differs {size} from the original after {', '.join(self.passes)}"
+
+
+@dataclass(frozen=True)
+class HostCheck:
+    """What the framework's own operators said, once per kind of region.
+
+    Attributes:
+        kinds: kinds of region that they were run for.
+        unable: one place of every kind for which they could not, with the reason: there, nothing but the way that
+            reparamc reads its operators was checked.
+    """
+
+    kinds: int
+    unable: list[Refusal]
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """End-to-end difference of one output, relative to its largest magnitude, and the tolerance it was held to.
+
+    Attributes:
+        tolerance: None where rounding alone makes another output of it, so that its regions were judged instead.
+        alone: this is no output but a region, named by where it ends, that was fed with the original's own values.
+            Figures are those of its worst channel.
+    """
+
+    output: str
+    max_abs: float
+    max_rel: float
+    tolerance: float | None
+    alone: bool = False
+
+    @property
+    def closeness(self) -> float:
+        """The error in parts of what is allowed; 0 where nothing is."""
+        return self.max_rel / self.tolerance if self.tolerance else 0.0
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What was proven of the result, for every input size; see `reparamc.certificate.proof`.
+
+    Attributes:
+        equal: how many windows are proven.
+        undecided: those that are not, each with the reason. They were checked on samples only.
+        rolled_back: rewrites that were undone because they were found to be wrong; they are among `Report.kept` and
+            `Report.failed`.
+        units: the largest error of a coefficient, in units of what the rounding of parameters explains.
+        bound: how far a window can be off, relative to the sum of the magnitudes of the products it is added up from.
+        seconds: wall time of the proof.
+    """
+
+    equal: int
+    undecided: tuple[Refusal, ...]
+    rolled_back: int
+    units: float
+    bound: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Original and result timed in turns in ONNX Runtime.
+
+    Attributes:
+        original, result: median seconds of one run.
+        ratio: median over the turns of result / original.
+        low, high: interval that holds the true median ratio with 95 % confidence.
+        turns: how often each was run.
+    """
+
+    original: float
+    result: float
+    ratio: float
+    low: float
+    high: float
+    turns: int
+
+    @property
+    def faster(self) -> bool:
+        """Whether the result is faster than the original, beyond noise."""
+        return self.high < 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was fused, by its SHA-256.
+
+    Attributes:
+        sha256: the hash, in hexadecimal digits.
+        of: what it is taken of: "file", "serialized ModelProto", "parameters and buffers".
+        data: hashes of the files beside a model that hold its weights, by their names.
+    """
+
+    sha256: str
+    of: str
+    data: dict[str, str] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        return {"sha256": self.sha256, "of": self.of} | ({"data": self.data} if self.data else {})
+
+
+@dataclass
+class Report:
+    """The outcome of one fusion.
+
+    Attributes:
+        passes: applications of each selected pass, in pass order.
+        rewrites: the regions replaced.
+        kept: what was declined and why.
+        failed: regions whose replacement was wrong, and which were therefore left: each a bug in reparamc.
+        host: the outcome of running regions by the framework's own operators; None when regions were not verified.
+        end_to_end: one entry per output, and one per region where regions were compared by themselves; empty when that
+            check was off or could not run.
+        note: why the end-to-end check did not run, or which inputs a module traced by torch.export takes.
+        seconds: wall time of each phase.
+        certificate: what was proven; None when that was not asked for, or nothing was rewritten.
+        latency: both models timed; None when that was not asked for, or nothing was rewritten.
+        objective: what was to become small.
+        level: how much was verified: "off", "region" or "full".
+        origin: what was fused; None where that is not known.
+        result: SHA-256 of the fused graph; None where that is not known.
+        history: records of earlier fusions of the same module; an ONNX model carries its own.
+    """
+
+    before: Counts
+    after: Counts
+    passes: dict[str, int]
+    rewrites: list[Rewrite] = field(default_factory=list)
+    kept: list[Refusal] = field(default_factory=list)
+    failed: list[FailedRegion] = field(default_factory=list)
+    host: HostCheck | None = None
+    end_to_end: list[OutputError] = field(default_factory=list)
+    note: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    version: str = __version__
+    latency: Latency | None = None
+    objective: str = "latency"
+    level: str = "full"
+    origin: Origin | None = None
+    result: str | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    certificate: Certified | None = None
+
+    @property
+    def changed(self) -> bool:
+        return any(self.passes.values())
+
+    @property
+    def original_kept(self) -> bool:
+        """Whether the original was returned after all, because what is described here is not faster."""
+        return self.latency is not None and not self.latency.faster
+
+    @property
+    def region_error(self) -> float | None:
+        """Largest error of any region; None when regions were not verified."""
+        errors = [r.error for r in self.rewrites if r.error is not None]
+        return max(errors, default=None)
+
+    def record(self) -> dict[str, Any]:
+        """What a fused model should carry of this: plain data, without times and paths."""
+        return {
+            "reparamc": self.version,
+            "input": None if self.origin is None else self.origin.record(),
+            "objective": self.objective,
+            "verified": self.level,
+            "size": {"before": asdict(self.before), "after": asdict(self.after)},
+            "passes": {name: n for name, n in self.passes.items() if n},
+            "regions": [{"at": r.where, "passes": r.passes, "error": _short(r.error)} for r in self.rewrites],
+            "outputs": [
+                {
+                    "output": e.output,
+                    "max_abs": _short(e.max_abs),
+                    "max_rel": _short(e.max_rel),
+                    "allowed": _short(e.tolerance),
+                }
+                for e in self.end_to_end
+                if not e.alone
+            ],
+            "certificate": None
+            if (c := self.certificate) is None
+            else {"equal": c.equal, "undecided": len(c.undecided), "rolled back": c.rolled_back},
+            "result": self.result,
+        }
+
+    @property
+    def warning(self) -> str | None:
+        """One line about the regions that failed their check; None when all is well."""
+        if not self.failed:
+            return None
+        first, more = self.failed[0], len(self.failed) - 1
+        others = f" and {more} more" if more else ""
+        return (
+            f"region {first.where!r}{others} failed verification and stays as it was: {first.reason}. "
+            "The rest is rewritten and verified. Please report this as a bug, with the model"
+        )
+
+    def to_json(self) -> str:
+        data: dict[str, Any] = asdict(self)
+        data["region_error"] = self.region_error
+        data["original_kept"] = self.original_kept
+        return json.dumps(data, indent=2)
+
+    def table(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"{'pass':<18} applied"]
+        lines += [f"{name:<18} {count:>7}" for name, count in self.passes.items()]
+        lines += ["", f"{'':<10} {'ops':>7} {'Conv':>7} {'BatchNorm':>10} {'parameters':>13}"]
+        for label, c in (("before", self.before), ("after", self.after)):
+            lines.append(f"{label:<10} {c.ops:>7} {c.conv:>7} {c.batchnorm:>10} {c.parameters:>13,}")
+        lines.append("")
+        if not self.changed:
+            lines.append("nothing to fuse")
+        error = self.region_error
+        if error is not None:
+            lines.append(f"regions    {len(self.rewrites)} replaced, largest error {error:.1e} (float64, relative)")
+        elif self.rewrites:
+            lines.append(f"regions    {len(self.rewrites)} replaced, not verified")
+        if self.host is not None and (self.host.kinds or self.host.unable):
+            unable = f", {len(self.host.unable)} could not be run" if self.host.unable else ""
+            lines.append(f"readings   {self.host.kinds} kinds of region run by the framework's own operators{unable}")
+        lines += [f"FAILED     {f.where}: {f.reason}; it stays as it was" for f in self.failed]
+        if (c := self.certificate) is not None:
+            undone = f", {c.rolled_back} rolled back" if c.rolled_back else ""
+            windows = f"{c.equal} windows equal for every input size, {len(c.undecided)} undecided{undone}"
+            lines.append(f"certified  {windows}, {c.seconds:.2f} s")
+        for e in (e for e in self.end_to_end if not e.alone):
+            allowed = "which rounding alone explains" if e.tolerance is None else f"{e.tolerance:.1e} allowed"
+            lines.append(f"output     {e.output}: largest error {e.max_rel:.1e} relative, {allowed}")
+        alone = [e for e in self.end_to_end if e.alone and e.tolerance]
+        if alone:
+            e = max(alone, key=lambda e: e.closeness)
+            lines.append(
+                f"one by one {len(alone)} regions fed with the original's values: error {e.max_rel:.1e} relative to a "
+                f"channel, {e.tolerance:.1e} allowed, at {e.output}"
+            )
+        if (t := self.latency) is not None:
+            figures = f"{1000 * t.original:.2f} ms before, {1000 * t.result:.2f} ms after"
+            lines.append(f"latency    {figures}, ratio {t.ratio:.3f} ({t.low:.3f} to {t.high:.3f}, {t.turns} turns)")
+        if self.original_kept:
+            lines.append("kept       the original, unchanged: the fused model is not faster beyond noise")
+        if self.note:
+            lines.append(f"note       {self.note}")
+        lines.append("time       " + ", ".join(f"{phase} {s:.2f} s" for phase, s in self.seconds.items()))
+        return "\n".join(lines)
+
+
+def _short(error: float | None) -> float | None:
+    """Two digits: what lies behind them may depend on the number of threads."""
+    return None if error is None else float(f"{error:.1e}")

@@ -1,0 +1,1 @@
+"""The commands `verify` and `audit`: ONNX models that anybody fused."""

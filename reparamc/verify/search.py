@@ -1,0 +1,502 @@
+"""`verify_onnx`: is one ONNX model equal to another, whoever made it?
+
+Both models run in ONNX Runtime on the same inputs, by default without its optimizations, which would hide or
+add differences. First come sizes and values that wrong rewrites are known to show at, then a random search; what
+fails is shrunk, and the smallest failing input is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from onnx import ModelProto
+
+from reparamc.certificate.onnx import certify_onnx
+from reparamc.certificate.proof import Certificate
+from reparamc.equivalence import trials
+from reparamc.equivalence.difference import CEILING, Difference, difference, differences, noise_of
+from reparamc.equivalence.trials import Inputs, Space, Trial
+from reparamc.errors import InputError, InputTypeError, one_line
+from reparamc.onnx.check import check as check_model
+from reparamc.onnx.files import check_target, load
+from reparamc.onnx.session import Run, epsilon, perturbed, session
+from reparamc.verify.arrays import read_inputs, write_inputs
+from reparamc.verify.interface import Interface, compare_interfaces
+from reparamc.verify.result import Disagreement, OutputCheck, Verification, check_output
+
+EXAMPLES = 100
+"""Random inputs that are tried after the fixed ones, if time allows."""
+
+
+class Budget(NamedTuple):
+    """How long all may take by default.
+
+    Attributes:
+        patience: in units of loading and running both models once.
+        least: in seconds, in any case: small models are searched thoroughly.
+    """
+
+    patience: float
+    least: float
+
+
+EVIDENCE = Budget(2.5, 3.0)
+"""Where inputs are what decides."""
+SECOND_OPINION = Budget(1.5, 1.0)
+"""Where all is proven equal. The proof goes on beside the first runs, which makes these longer than they are alone."""
+
+PERTURBATIONS = 3
+"""Roundings of the input of which the worst response decides; one may be absorbed by a saturated layer."""
+
+SHOWN = 5
+"""Windows of another form that are named."""
+FLOOR = 16
+"""A difference of so many machine epsilons of the output's ordinary size is rounding in any case: on inputs such
+as zeros, constants may cancel, and what is left of them has no correct digit."""
+
+ModelOrPath = ModelProto | str | os.PathLike[str]
+
+
+def verify_onnx(
+    original: ModelOrPath,
+    fused: ModelOrPath,
+    *,
+    inputs: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    examples: int = EXAMPLES,
+    seconds: float | None = None,
+    seed: int = 0,
+    rtol: float | None = None,
+    atol: float | None = None,
+    non_finite: bool = False,
+    optimize: bool = False,
+    save: str | os.PathLike[str] | None = None,
+) -> Verification:
+    """Compare two ONNX models, given as paths or as `ModelProto`; neither need be made by reparamc.
+
+    Args:
+        inputs: compare on these alone: one array per input of the original, or a file or folder of them
+            (see `reparamc.verify.arrays`).
+        examples: how many random inputs to try after the fixed ones.
+        seconds: how long that may go on; by default 2.5 times what loading both models and running them once
+            takes, and 3 seconds at least; where all is proven equal, 1.5 times as much, and 1 second at least.
+        seed: of all random numbers.
+        rtol, atol: judge every entry by these, as ``numpy.allclose`` does, instead of by the original's response to
+            rounding; one that is not given is then 0.
+        non_finite: also try inputs that hold NaN or an infinity.
+        optimize: let ONNX Runtime optimise both models.
+        save: write the smallest failing input to this .npz file.
+
+    Returns:
+        The figures and the verdict; ``.equal`` is True where no difference was found.
+
+    Raises:
+        InputTypeError: a model is neither a path nor a ModelProto.
+        InputError: a model cannot be read, ONNX Runtime cannot load one or run the original, ``inputs`` do not fit, or
+            inputs of the declared extents take more memory than there is.
+    """
+    start = perf_counter()
+    given = None if rtol is None and atol is None else (rtol or 0.0, atol or 0.0)
+    for tolerance in given or ():
+        if not tolerance >= 0:
+            raise InputError(f"a tolerance cannot be {tolerance:g}: give 0 or more")
+    target = None if save is None else Path(save)
+    models = [_loaded(original), _loaded(fused)]
+    names = [_name(original, "the original"), _name(fused, "the fused model")]
+    if target is not None:
+        for source in (original, fused):
+            check_target(Path() if isinstance(source, ModelProto) else Path(source), target)
+    interface = compare_interfaces(*models)
+    result = Verification(*names, inputs=[str(s) for s in interface.inputs], notes=interface.notes)
+    if interface.problem:
+        result.failure = Disagreement(interface.problem)
+        result.seconds = perf_counter() - start
+        return result
+    with ExitStack() as stack:
+        background = stack.enter_context(ThreadPoolExecutor(1))
+        proof = background.submit(_proven, *models) if inputs is None else None
+        del models
+        loading = perf_counter()
+        first, second = (
+            stack.enter_context(_session(m, n, optimize)) for m, n in zip((original, fused), names, strict=True)
+        )
+        clock = _Clock(start, seconds, perf_counter() - loading)
+        search = _Search(_Pair(interface, first, second, given), result, clock, seed, target)
+        try:
+            if proof is not None:
+                is_plain = given is None and not (non_finite or optimize)
+                search.made_up(examples, non_finite, proof, is_plain)
+            elif inputs is not None:
+                search.given(inputs)
+        except MemoryError as error:
+            raise InputError(
+                f"the comparison does not fit into memory ({one_line(error)}); give smaller inputs with --inputs"
+            ) from error
+    result.seconds = perf_counter() - start
+    return result
+
+
+def _proven(original: ModelProto, fused: ModelProto) -> Certificate | str:
+    """What can be proven without running anything, or why nothing can. What is not proven may be equal."""
+    try:
+        for model in (original, fused):
+            check_model(model)  # a proof follows the graph, which must be one: without circles, every value made once
+        return certify_onnx(original, fused)
+    except Exception as error:  # a graph by an unknown hand may be anything; the models are compared all the same
+        return one_line(error)
+
+
+@contextmanager
+def _session(model: ModelOrPath, what: str, optimize: bool) -> Iterator[Run]:
+    """``model`` ready to run; ONNX Runtime reads a file by itself, which saves a copy of it."""
+    if isinstance(model, ModelProto):
+        with session(model, what, optimize) as run:
+            yield run
+    else:
+        yield Run(os.fspath(model), [], what, optimize)
+
+
+def _loaded(model: ModelOrPath) -> ModelProto:
+    if isinstance(model, ModelProto):
+        return model
+    if isinstance(model, str | os.PathLike):
+        return load(Path(model))
+    raise InputTypeError(f"verify_onnx takes an onnx.ModelProto or a path, not {type(model).__name__}")
+
+
+def _name(model: ModelOrPath, otherwise: str) -> str:
+    return otherwise if isinstance(model, ModelProto) else os.fspath(model)
+
+
+class _Refused(Exception):
+    """The original does not run on these inputs."""
+
+
+@dataclass
+class _Clock:
+    """How long the comparison may go on."""
+
+    start: float
+    seconds: float | None
+    loading: float
+    last: float = 0.0
+    """What the last pair of runs took."""
+    limit: float = float("inf")
+
+    def calibrate(self, budget: Budget) -> None:
+        """Set the limit, once both models have run."""
+        if self.seconds is not None:
+            self.limit = self.seconds
+        else:
+            self.limit = max(budget.least, budget.patience * (self.loading + self.last))
+
+    def extend(self) -> None:
+        """As much again, to shrink what was found."""
+        self.limit = max(self.limit, perf_counter() - self.start) + self.limit / 2
+
+    def allows_another(self) -> bool:
+        return perf_counter() - self.start + self.last <= self.limit
+
+
+@dataclass
+class _Comparison:
+    checks: list[OutputCheck]
+    problem: str
+    overflow: bool = False
+    """The models differ, and the original's output holds NaN or infinities."""
+    sensitive: bool = False
+    """The original's response to one rounding is so large that no difference would say anything."""
+    empty: bool = False
+    """No output of the original holds an element: nothing was compared."""
+
+
+class _Pair:
+    """Two models that are run on the same inputs."""
+
+    def __init__(self, interface: Interface, original: Run, fused: Run, given: tuple[float, float] | None) -> None:
+        self.interface = interface
+        self._original, self._fused = original, fused
+        self._given = given
+        self._typical: dict[str, float] = {}
+        """The noise of each output on the first inputs, for the figures where none was needed to decide."""
+        self._sizes: dict[str, float] = {}
+        """The largest magnitude of each output on the first inputs."""
+
+    def original(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        try:
+            values = self._original.session.run(None, inputs)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise _Refused(one_line(error)) from error
+        return _flat(self.interface.outputs, values)
+
+    def fused(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        names = self.interface.inputs_in_fused
+        return _flat(self.interface.outputs, self._fused.session.run(None, {names[n]: x for n, x in inputs.items()}))
+
+    def compare(self, inputs: Inputs) -> tuple[_Comparison, float]:
+        """Both models on ``inputs``, and the seconds that running both took.
+
+        Raises:
+            _Refused: the original does not take them.
+            InputError: the original has outputs that are no tensors, or gives other ones each time.
+        """
+        start = perf_counter()
+        expected = self.original(inputs)
+        try:
+            actual = self.fused(inputs)
+        except InputError:
+            raise
+        except Exception as error:  # as above
+            why = f"the fused model refuses an input that the original takes: {one_line(error)}"
+            return _Comparison([], why), perf_counter() - start
+        took = perf_counter() - start
+        found = differences(expected, actual)
+        if found is None:
+            return _Comparison([], "the fused model gives another number of values in a sequence"), took
+        self._sizes = self._sizes or {name: d.size for name, d in found.items()}
+        checks = self._checks(inputs, found, {})
+        fails = any(c.problem for c in checks)
+        if fails or not self._typical:
+            noise = self._measure_noise(inputs, expected, PERTURBATIONS if fails else 1)
+            checks = self._checks(inputs, found, noise)
+            self._typical = self._typical or noise
+        else:
+            checks = [replace(c, noise=max(c.noise, self._typical.get(c.output, 0.0))) for c in checks]
+        bad = next((c for c in checks if c.problem), None)
+        sensitive = any(c.allowed is not None and c.allowed >= CEILING for c in checks)
+        if bad is None:
+            empty = not any(value.size for value in expected.values())
+            return _Comparison(checks, "", sensitive=sensitive, empty=empty), took
+        again = self.original(inputs)
+        for name, value in expected.items():
+            if not difference(value, again[name]).equal:
+                raise InputError(
+                    f"the original gives another output {name!r} each time it is run, so nothing compares with it; "
+                    "does it hold random operators, such as Dropout in training mode?"
+                )
+        overflow = any(not np.isfinite(expected[name]).all() for name, d in found.items() if d.rounds)
+        finite = all(np.isfinite(c.max_rel) for c in checks)
+        return _Comparison(checks, f"output {bad.output!r} {bad.problem}", overflow, sensitive and finite), took
+
+    def _checks(
+        self, inputs: Inputs, compared: Mapping[str, Difference], noise: Mapping[str, float]
+    ) -> list[OutputCheck]:
+        checks = []
+        for name, found in compared.items():
+            eps = epsilon(found.expected, inputs)
+            floor = FLOOR * eps * self._sizes.get(name, 0.0)
+            checks.append(check_output(name, found, noise.get(name, 0.0), eps, floor, self._given))
+        return checks
+
+    def _measure_noise(self, inputs: Inputs, expected: Mapping[str, np.ndarray], times: int) -> dict[str, float]:
+        worst = dict.fromkeys(expected, 0.0)
+        for n in range(times):
+            response = self.original(perturbed(inputs, n))
+            for name, value in expected.items():
+                worst[name] = max(worst[name], noise_of(value, [response[name]] if name in response else []))
+        return worst
+
+
+def _flat(names: list[str], values: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Every tensor among the outputs; those of a sequence are numbered."""
+    flat: dict[str, np.ndarray] = {}
+    for name, value in zip(names, values, strict=True):
+        items = {f"{name}[{at}]": v for at, v in enumerate(value)} if isinstance(value, list) else {name: value}
+        for key, item in items.items():
+            if not isinstance(item, np.ndarray | np.generic):
+                raise InputError(f"output {name!r} holds values that are no tensors; such models cannot be compared")
+            flat[key] = np.asarray(item)
+    return flat
+
+
+@dataclass
+class _Search:
+    """Trial after trial, until one fails or the time is up."""
+
+    pair: _Pair
+    result: Verification
+    clock: _Clock
+    seed: int
+    target: Path | None
+    worst: dict[str, OutputCheck] = field(default_factory=dict)
+    known: dict[object, bool] = field(default_factory=dict)
+    smallest: tuple[tuple[object, ...], Trial, _Comparison] | None = None
+    filled: bool = False
+    """Whether any output ever held an element."""
+
+    def given(self, inputs: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+        slots = self.pair.interface.inputs
+        if isinstance(inputs, Mapping):
+            missing = {s.name for s in slots} ^ inputs.keys()
+            if missing:
+                raise InputError(f"the inputs are {', '.join(repr(s.name) for s in slots)}; not so {min(missing)!r}")
+            sets = [("the given inputs", {s.name: np.asarray(inputs[s.name]) for s in slots})]
+        else:
+            sets = read_inputs(Path(inputs), slots)
+        for label, arrays in sets:
+            try:
+                comparison, _ = self.pair.compare(arrays)
+            except _Refused as error:
+                raise InputError(f"the original does not run on {label}: {error}") from error
+            if comparison.empty:
+                raise InputError(
+                    f"no output holds an element on {label}, so nothing is compared: the inputs are {_shapes(arrays)}; "
+                    "give others"
+                )
+            self._take(comparison)
+            if comparison.problem:
+                self._fail(comparison, f"{_shapes(arrays)} of {label}", arrays)
+                return
+
+    def made_up(self, examples: int, non_finite: bool, proof: Future[Certificate | str], is_plain: bool) -> None:
+        """Search; ``is_plain`` says that no more is asked than what a proof is about."""
+        base = self._base()
+        is_settled = self._heed(proof.result()) and is_plain and self.smallest is None
+        self.clock.calibrate(SECOND_OPINION if is_settled else EVIDENCE)
+        slots = self.pair.interface.inputs
+        limits = trials.LIMITS[:1]
+        if self.smallest is None and any(s.dtype.kind in "iu" for s in slots):
+            limits = trials.limits(lambda limit: self._takes(replace(base, limit=limit)))
+        for trial in trials.further_trials(slots, base, self.seed, non_finite, limits) if slots else ():
+            if self.smallest is not None or not self.clock.allows_another():
+                break
+            self._fails(trial)
+        if self.smallest is None and slots:
+            extents = {name: range(1, n + n // 2 + 2) for name, n in base.extents.items()}
+            patterns = [*trials.PATTERNS, *trials.NON_FINITE * non_finite]
+            self._look(Space(extents, patterns, trials.scales(slots), limits, 2**16), examples)
+        if self.smallest is not None:
+            found = self.smallest[1]
+            self.clock.extend()
+            self._look(Space.below(found), max(examples, 20))
+            _, found, comparison = self.smallest
+            arrays = trials.make_inputs(slots, found)
+            self._fail(comparison, f"{_shapes(arrays)} ({_words(found)})", arrays)
+        elif self.result.compared and not self.filled:
+            raise InputError(
+                "no output holds an element on any input that was tried, so nothing is compared; "
+                "give inputs with --inputs"
+            )
+        elif not self.result.compared:
+            raise InputError(
+                "rounding alone changes the original's outputs beyond recognition, on every input that was tried; "
+                "give inputs with --inputs, or tolerances with --rtol and --atol"
+            )
+
+    def _heed(self, found: Certificate | str) -> bool:
+        """Enter what is proven; whether that is all."""
+        if isinstance(found, str):
+            self.result.notes.append(f"nothing is proven for every input size: {found}")
+            return False
+        self.result.windows = {"equal": found.equal, "different": found.different, "undecided": found.undecided}
+        different = [w for w in found.windows if w.verdict == "different"]
+        self.result.notes += [f"window {w.where!r} is of another form: {w.reason}" for w in different[:SHOWN]]
+        return found.holds
+
+    def _takes(self, trial: Trial) -> bool:
+        """Whether the original runs at ``trial``; False when the time is up."""
+        try:
+            if self.clock.allows_another():
+                self.pair.original(trials.make_inputs(self.pair.interface.inputs, trial))
+                return True
+        except (_Refused, trials.TooLarge):
+            self.result.refused += 1
+        return False
+
+    def _base(self) -> Trial:
+        """The first ordinary trial that the original takes."""
+        refused = ""
+        too_large: trials.TooLarge | None = None
+        for trial in trials.first_trials(self.pair.interface.inputs):
+            trial = replace(trial, seed=self.seed)
+            try:
+                self._fails(trial, refuse=True)
+            except _Refused as error:
+                refused = refused or str(error)
+                continue
+            except trials.TooLarge as error:
+                too_large = error
+                continue
+            return trial
+        if too_large is not None and not refused:
+            raise InputError(f"{too_large}; declare smaller extents, or names for them, in both files") from too_large
+        raise InputError(f"ONNX Runtime cannot run the original on random inputs: {refused}; give some with --inputs")
+
+    def _look(self, space: Space, examples: int) -> None:
+        """Search at random, and shrink what is found."""
+        if not self.clock.allows_another() or examples < 1:
+            return
+
+        def fails(trial: Trial) -> bool:
+            return self.known[trial.key] if trial.key in self.known else self._allowed(trial)
+
+        try:
+            trials.search(fails, space, examples, self.seed)
+        except trials.NoHypothesis:
+            self.result.notes.append("no random search: install hypothesis for it (pip install 'reparamc[testing]')")
+
+    def _allowed(self, trial: Trial) -> bool:
+        return self.clock.allows_another() and self._fails(trial)
+
+    def _fails(self, trial: Trial, refuse: bool = False) -> bool:
+        """Whether the models differ at ``trial``."""
+        self.known[trial.key] = False
+        try:
+            arrays = trials.make_inputs(self.pair.interface.inputs, trial)
+            comparison, self.clock.last = self.pair.compare(arrays)
+        except (_Refused, trials.TooLarge):
+            if refuse:
+                raise
+            self.result.refused += 1
+            return False
+        if (comparison.overflow and trial.scale > 1) or comparison.sensitive:
+            self.result.set_aside += 1
+            return False
+        self._take(comparison)
+        if not comparison.problem:
+            return False
+        self.known[trial.key] = True
+        size = (sum(x.size for x in arrays.values()), *_order(trial))
+        if self.smallest is None or size < self.smallest[0]:
+            self.smallest = size, trial, comparison
+        return True
+
+    def _take(self, comparison: _Comparison) -> None:
+        self.result.compared += 1
+        self.filled |= not comparison.empty
+        for check in comparison.checks:
+            if check.output not in self.worst or check.badness > self.worst[check.output].badness:
+                self.worst[check.output] = check
+        self.result.outputs = list(self.worst.values())
+
+    def _fail(self, comparison: _Comparison, where: str, arrays: Inputs) -> None:
+        self.result.outputs = comparison.checks
+        saved = None
+        if self.target is not None:
+            try:
+                write_inputs(self.target, arrays)
+                saved = str(self.target)
+            except InputError as error:
+                self.result.notes.append(f"the failing input could not be saved: {error}")
+        self.result.failure = Disagreement(comparison.problem, where, saved)
+
+
+def _order(trial: Trial) -> tuple[object, ...]:
+    simple = [*trials.PATTERNS, *trials.NON_FINITE]
+    return simple.index(trial.pattern), trials.SCALES.index(trial.scale), trial.limit, trial.seed
+
+
+def _shapes(arrays: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items()) or "none"
+
+
+def _words(trial: Trial) -> str:
+    scale = "" if trial.scale == 1 else f" times {trial.scale:g}"
+    return f"{trial.pattern}{scale}, seed {trial.seed}"

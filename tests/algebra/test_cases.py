@@ -1,0 +1,364 @@
+"""Golden cases: one expression a file, and what becomes of it.
+
+A file holds comments that say what it is about, the expression, and the verdict: ``# becomes`` with the
+simplified text or ``# unchanged``, then one ``# refused:`` line for each reason given. ``pytest --accept``
+writes the verdicts anew; review them as a diff. Two comments direct the harness:
+
+    # sizes: 8x8           the only extents at which the branches agree
+    # algebra only: why    no host graph can hold the expression, or a driver of the whole graph changes it further
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from expression_models import (
+    EXTENTS,
+    assert_close,
+    axes,
+    draw,
+    operators,
+    reference,
+    run,
+    source_shapes,
+    sources,
+    time_limit,
+    to_module,
+    to_onnx,
+)
+
+from reparamc.algebra.evaluate import channels, evaluate, frames
+from reparamc.algebra.expr import BatchNorm, Conv, Expr, Layout, Scale, Source, flatten, rebuild, walk
+from reparamc.algebra.rewrite import Pass, simplify
+from reparamc.algebra.shape import shape_of
+from reparamc.algebra.text import parse, show
+from reparamc.compiler.graph import Reading, Splice, new_nodes
+from reparamc.compiler.plan import make_plan
+from reparamc.onnx.fuse import fuse_model
+from reparamc_passes import PASSES
+
+CASES = Path(__file__).parent / "cases"
+VERDICT = re.compile(r"^# (becomes|unchanged|refused:)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Case:
+    path: Path
+    head: str
+    verdict: str
+
+    @property
+    def expr(self) -> Expr:
+        return flatten(parse(self.head))
+
+    @property
+    def extents(self) -> tuple[tuple[int, ...], ...]:
+        found = re.search(r"^# sizes: (\S+)", self.head, re.MULTILINE)
+        return (tuple(map(int, found[1].split("x"))),) if found else EXTENTS
+
+    @property
+    def algebra_only(self) -> bool:
+        return "# algebra only" in self.head
+
+
+def read_case(path: Path) -> Case:
+    text = path.read_text()
+    found = VERDICT.search(text)
+    end = found.start() if found else len(text)
+    return Case(path, text[:end], text[end:])
+
+
+def verdict(e: Expr) -> str:
+    with time_limit(5):
+        outcome = simplify(e, PASSES)
+    lines = [f"# becomes\n{show(outcome.expr)}"] if outcome.steps else []
+    lines += [f"# refused: {r}" for r in dict.fromkeys(r.reason for r in outcome.refusals)]
+    return "\n".join(lines or ["# unchanged"]) + "\n"
+
+
+ALL = [read_case(path) for path in sorted(CASES.glob("*/*.txt"))]
+IDS = [f"{case.path.parent.name}/{case.path.stem}" for case in ALL]
+every_case = pytest.mark.parametrize("case", ALL, ids=IDS)
+
+
+@every_case
+def test_text(case: Case, request: pytest.FixtureRequest) -> None:
+    found = verdict(case.expr)
+    if request.config.getoption("--accept"):
+        case.path.write_text(case.head + found)
+    else:
+        assert found == case.verdict
+
+
+@every_case
+def test_value(case: Case) -> None:
+    before = case.expr
+    with time_limit(5):
+        after = simplify(before, PASSES).expr
+    for seed, extents in enumerate(case.extents):
+        inputs = draw(source_shapes(before, extents), seed)
+        assert_close(reference(before, inputs), reference(after, inputs), 1e-12)
+
+
+@every_case
+def test_nothing_is_left_to_do(case: Case) -> None:
+    with time_limit(5):
+        once = simplify(case.expr, PASSES)
+        twice = simplify(once.expr, PASSES)
+    assert twice.expr is once.expr
+    assert not twice.steps
+
+
+# The same through host graphs
+
+
+class Expressions:
+    """`reparamc.compiler.graph.Graph` over an expression: the smallest host there is. Values are its operators."""
+
+    def __init__(self, root: Expr) -> None:
+        self.order = [e for e in walk(root) if not isinstance(e, Source)]
+        self.found: dict[Expr, list[Expr | None]] = {root: [None]}
+        for e in self.order:
+            for c in e.children:
+                self.found.setdefault(c, []).append(e)
+        self.ranks, self.frames, self.widths = axes(root), frames(root), channels(root)
+        self.becomes: dict[Expr, Expr] = {}
+        self.made: dict[Expr, Expr] = {}
+
+    def values(self) -> list[Expr]:
+        return self.order
+
+    def read(self, e: Expr) -> Reading:
+        scales = isinstance(e, BatchNorm | Scale)
+        moves = scales or isinstance(e, Layout)
+        return Reading(e.children, lambda xs: rebuild(e, xs), (), self.frames[e], commutes=moves, scales=scales)
+
+    def readers(self, e: Expr) -> list[Expr | None]:
+        return self.found[e]
+
+    def source(self, e: Expr) -> Source:
+        width, frame, at = self.widths[e] or 0, self.frames[e] or 0, f"v{list(self.found).index(e)}"
+        shape: list[int | str] = [f"{at}{axis}" for axis in range(self.ranks[e])]
+        shape[self.ranks[e] - 1 - frame] = width
+        return Source(e, width, frame, (e.shape if isinstance(e, Source) else None) or shape_of(shape))
+
+    def name(self, e: Expr) -> str:
+        return show(e)
+
+    def dtype(self, members: object) -> np.dtype:
+        return np.dtype(np.float64)
+
+    def obstacle(self, root: Expr, members: object, sources: object, made: object) -> None:
+        return None
+
+    def is_written(self, e: Expr) -> bool:
+        return False
+
+    def moves(self, e: Expr) -> None:
+        return None
+
+    def reach(self, e: Expr) -> int:
+        raise AssertionError("nothing here is without a reading")
+
+    def run(self, e: Expr, operands: Mapping[Expr, np.ndarray], extents: Mapping[str, int] = {}) -> np.ndarray:
+        sources = {c: self.source(c) for c in e.children}
+        alone = rebuild(e, [sources[c] for c in e.children])
+        return evaluate(alone, {sources[c]: operands[c] for c in e.children}, extents)[0]
+
+    def kind(self, e: Expr) -> str:
+        return type(e).__name__
+
+    def splice(self, splice: Splice) -> None:
+        done = {e: self.current(v) for e, v in splice.native.items()}
+        for e in new_nodes(splice):
+            done[e] = self.made.setdefault(e, rebuild(e, [done[c] for c in e.children]))
+        self.becomes[splice.root] = done[splice.expr]
+
+    def current(self, value: Expr) -> Expr:
+        """``value``, all splices that were made so far carried out."""
+        for e in walk(value, stop=self.becomes.__contains__):
+            if e not in self.becomes:
+                self.becomes[e] = rebuild(e, [self.becomes[c] for c in e.children])
+        return self.becomes[value]
+
+
+def planned(root: Expr) -> Expr:
+    """What becomes of ``root`` as a graph, where only regions of it are rewritten."""
+    graph = Expressions(root)
+    for splice in make_plan(graph, PASSES).splices:
+        graph.splice(splice)
+    return graph.current(root)
+
+
+def through_onnx(case: Case) -> None:
+    e = parse(case.head)
+    models = [(to_onnx(e, case.extents[0]), with_extents(e, case.extents[0]))]
+    if len(case.extents) > 1:  # otherwise the sizes drawn for unknown extents would not fit
+        models.append((to_onnx(e), e))
+    for place, (model, known) in enumerate(models):
+        after = planned(known)
+        expected = Counter() if isinstance(after, Source) else operators(to_onnx(after))
+        fused, report = fuse_model(model)
+        assert operators(fused) == expected, report.kept
+        for seed, extents in enumerate(case.extents if place else case.extents[:1]):
+            inputs = draw(source_shapes(e, extents), seed)
+            feeds = {str(s.key): x.astype(np.float32) for s, x in inputs.items()}
+            assert_close(run(model, feeds)[0], run(fused, feeds)[0], 1e-5)
+
+
+def through_fx(case: Case) -> None:
+    torch = pytest.importorskip("torch")
+    fuse_fx = import_module("reparamc.fx.fuse").fuse_fx
+    e = parse(case.head)
+    module = to_module(e)
+    inputs = draw(source_shapes(e, case.extents[0]))
+    example = tuple(torch.from_numpy(inputs[s]) for s in sources(e))
+    fused = fuse_fx(module, example)
+    with torch.no_grad():
+        assert_close(module(*example).numpy(), fused(*example).numpy(), 1e-10)
+    if not leans(e):  # PyTorch pads such a kernel by an operator of its own; torch.fx leaves extents open
+        parts = list(walk(planned(with_extents(e, None))))
+        expected = [sum(isinstance(p, Conv) for p in parts), sum(isinstance(p, BatchNorm) for p in parts)]
+        assert fx_counts(fused) == expected
+
+
+def with_extents(e: Expr, extents: tuple[int, ...] | None) -> Expr:
+    """``e`` over sources of these extents, or of open ones; as it is where layout operators name extents."""
+    if any(isinstance(x, Layout) for x in walk(e)):
+        return e
+    shapes = {s: None if extents is None else shape_of(d) for s, d in source_shapes(e, extents or EXTENTS[0]).items()}
+    done: dict[Expr, Expr] = {}
+    for x in walk(e):
+        old = isinstance(x, Source)
+        done[x] = replace(x, shape=shapes[x]) if old else rebuild(x, [done[c] for c in x.children])
+    return done[e]
+
+
+def leans(e: Expr) -> bool:
+    return any(isinstance(c, Conv) and not c.transposed and c.padding[0] != c.padding[1] for c in walk(e))
+
+
+def fx_counts(fused: object) -> list[int]:
+    """How many convolutions (linear layers included) and BatchNorms a graph module calls."""
+    modules = dict(fused.named_modules())  # type: ignore[attr-defined]
+    kinds = [
+        type(modules[str(n.target)]).__name__ if n.op == "call_module" else getattr(n.target, "__name__", str(n.target))
+        for n in fused.graph.nodes  # type: ignore[attr-defined]
+        if n.op.startswith("call_")
+    ]
+    return [sum(bool(re.match(pattern, kind, re.I)) for kind in kinds) for pattern in ("conv|linear", "batch_?norm")]
+
+
+BACKENDS: dict[str, Callable[[Case], None]] = {"onnx": through_onnx, "fx": through_fx}
+NEEDS = {"fx": "reparamc.fx.fuse"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_case
+def test_host_graph(case: Case, backend: str) -> None:
+    if case.algebra_only:
+        return
+    if backend in NEEDS and find_spec(NEEDS[backend]) is None:
+        pytest.skip(f"{NEEDS[backend]} is not there")
+    with time_limit(60):
+        BACKENDS[backend](case)
+
+
+# The cases themselves
+
+
+def reasons(table: Pass) -> Iterator[re.Pattern[str]]:
+    """Every refusal that the source of a pass can give, and that of what it imports from its package."""
+    pending = [m for rule in table.rules if (m := inspect.getmodule(rule)) is not None]
+    seen: set[ModuleType] = set()
+    while pending:
+        module = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        tree = ast.parse(inspect.getsource(module))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reparamc_passes"):
+                pending.append(import_module(str(node.module)))
+            elif isinstance(node, ast.ImportFrom) and node.module == "reparamc.algebra.kernels":
+                for name in (alias.name for alias in node.names):
+                    if inspect.isfunction(found := getattr(module, name)) and "str" in str(found.__annotations__):
+                        yield from _said(ast.parse(inspect.getsource(found)), inspect.getmodule(found))
+        yield from _said(tree, module)
+
+
+def _said(tree: ast.AST, module: ModuleType | None) -> Iterator[re.Pattern[str]]:
+    """The texts that functions in ``tree`` return or decline with."""
+    said: list[ast.expr | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return):
+            said.append(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Declined":
+            said.append(node.args[0])
+    while said:
+        match said.pop():
+            case ast.IfExp(body=body, orelse=orelse):
+                said += [body, orelse]
+            case ast.Name(id=name) if isinstance(text := getattr(module, name, None), str):
+                yield re.compile(re.escape(text))
+            case ast.Constant(value=str(text)):
+                yield re.compile(re.escape(text))
+            case ast.JoinedStr(values=values):
+                parts = [re.escape(str(v.value)) if isinstance(v, ast.Constant) else ".+" for v in values]
+                yield re.compile("".join(parts))
+
+
+def gaps(table: Pass, cases: list[Case]) -> list[str]:
+    """What the cases of one pass lack."""
+    mine = [case for case in cases if case.path.parent.name == table.name]
+    outcomes = []
+    for case in mine:
+        with time_limit(5):
+            outcomes.append(simplify(case.expr, (table,)))
+    missing = []
+    if not any(outcome.steps for outcome in outcomes):
+        missing.append("a positive case")
+    given = {r.reason for outcome in outcomes for r in outcome.refusals}
+    missing += [f"a case for {r.pattern!r}" for r in reasons(table) if not any(map(r.fullmatch, given))]
+    if not any(shares_a_value(case.expr) for case in mine):
+        missing.append("a case where two operators read one value")
+    return missing
+
+
+def shares_a_value(e: Expr) -> bool:
+    readers = Counter(c for node in walk(e) for c in set(node.children))
+    return any(count > 1 and not isinstance(node, Source) for node, count in readers.items())
+
+
+@pytest.mark.parametrize("table", [p for p in PASSES if p.rules], ids=lambda p: p.name)
+def test_every_pass_has_its_cases(table: Pass) -> None:
+    assert gaps(table, ALL) == []
+
+
+def test_missing_cases_are_noticed() -> None:
+    table = next(p for p in PASSES if p.name == "branch-merging")
+    assert gaps(table, [])[0] == "a positive case"
+    assert len(gaps(table, [])) == 2 + len(list(reasons(table))) >= 5
+    without = [c for c in ALL if c.path.stem not in ("extents", "open-even")]
+    assert len(gaps(table, without)) == 1
+
+
+def test_every_folder_is_a_pass() -> None:
+    assert {case.path.parent.name for case in ALL} <= {p.name for p in PASSES}
+
+
+def test_every_case_says_what_it_is_about() -> None:
+    for case in ALL:
+        comments = [line for line in case.head.splitlines() if line.startswith("# ")]
+        assert any(not re.match("# (sizes|algebra only)", line) for line in comments), case.path

@@ -1,0 +1,161 @@
+"""What pays under which objective."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from threading import Thread
+
+import numpy as np
+import pytest
+
+from reparamc.algebra.cost import LATENCY, OBJECTIVES, addition, cost, objective, price
+from reparamc.algebra.expr import BatchNorm, Conv, Expr, Layout, Permute, Scale, Source, Sum
+from reparamc.algebra.rewrite import simplify
+from reparamc.errors import InputError
+from reparamc_passes import PASSES
+
+NAMES = list(OBJECTIVES)
+RNG = np.random.default_rng(0)
+
+
+def conv(x: Expr, out: int, into: int, kernel: int, *, stride: int = 1, groups: int = 1, bias: bool = False) -> Conv:
+    weight = RNG.standard_normal((out, into // groups, kernel, kernel))
+    b = RNG.standard_normal(out) if bias else None
+    half = kernel // 2
+    pair = lambda n: (n, n)  # noqa: E731
+    return Conv(x, weight, b, pair(stride), pair(1), pair(-half), pair(kernel - 1 - 2 * half), groups)
+
+
+def norm(x: Expr, channels: int) -> BatchNorm:
+    g, b, m, v = RNG.uniform(0.5, 1.5, (4, channels))
+    return BatchNorm(x, g, b, m, v, 1e-5, 2)
+
+
+def winner(a: Expr, b: Expr) -> dict[str, bool]:
+    """Whether ``a`` is cheaper than ``b``, by objective."""
+    found = {}
+    for name in NAMES:
+        with objective(name):
+            found[name] = cost(a) < cost(b)
+    return found
+
+
+def test_latency_is_the_default_and_counts_in_multiply_adds() -> None:
+    x = Source("x")
+    one = conv(x, 5, 3, 3)
+    with objective("latency"):
+        assert price(one) == 20_000 + 196 * 135 + 4 * (196 * 8 + 135)
+        assert addition(5) == 20_000 + 196 * 5 * 13
+        assert cost(norm(one, 5)) == price(one) + 20_000 + 196 * 5 * 9
+    assert price(one) == 20_000 + 196 * 135 + 4 * (196 * 8 + 135)
+    assert LATENCY.name == "latency"
+
+
+def test_what_the_others_count() -> None:
+    x = Source("x")
+    e = Scale(norm(conv(x, 6, 3, 3, stride=2, bias=True), 6), RNG.standard_normal(6), np.ones(6), 2)
+    with objective("macs"):
+        assert cost(e) == pytest.approx(49 * 162 + 3 * 49 * 6, abs=0.01)
+        assert cost(Sum((x, x))) == pytest.approx(196 * 64, abs=0.01)
+    with objective("params"):
+        assert cost(e) == pytest.approx(162 + 6 + 24 + 12, abs=0.01)
+        assert cost(Layout(x, Permute((0, 2, 3, 1)), 2, 0, None)) == pytest.approx(0, abs=0.01)
+
+
+def test_the_bias_of_a_linear_layer_is_stored_and_not_added() -> None:
+    x = Source("x")
+    linear = Conv(x, RNG.standard_normal((7, 5)), None)
+    held = Scale(linear, np.ones(()), RNG.standard_normal(7), 0)
+    with objective("macs"):
+        assert cost(held) == cost(linear)
+    with objective("params"):
+        assert cost(held) == cost(linear) + 7
+
+
+def test_a_low_rank_pair_pays_in_time_only() -> None:
+    """30 of 64 channels in between: 3840 parameters against 4096, and two operators against one."""
+    x = Source("x")
+    pair = conv(conv(x, 30, 64, 1), 64, 30, 1)
+    whole = conv(x, 64, 64, 1)
+    assert winner(whole, pair) == {"latency": True, "macs": False, "params": False}
+
+
+def test_a_strided_pair_pays_in_multiply_adds_and_not_in_parameters() -> None:
+    """Dense 1x1 and then depthwise 2x2 of stride 2, over 8 channels, against one dense 2x2 of stride 2."""
+    x = Source("x")
+    inner = conv(x, 8, 8, 1)
+    pair = conv(inner, 8, 8, 2, stride=2, groups=8)
+    whole = conv(x, 8, 8, 2, stride=2)
+    assert winner(whole, pair) == {"latency": True, "macs": True, "params": False}
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "merged"),
+    [(2, 7, ["latency"]), (4, 3, ["latency"]), (64, 7, [])],
+)
+def test_depthwise_beside_dense(channels: int, kernel: int, merged: list[str]) -> None:
+    """Merging them is dense at the larger kernel: worth it where launching operators is what costs."""
+    x = Source("x")
+    e = Sum((conv(x, channels, channels, kernel, groups=channels), conv(x, channels, channels, 1)))
+    for name in NAMES:
+        with objective(name):
+            after = simplify(e, PASSES).expr
+        assert isinstance(after, Conv) == (name in merged), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_likes_what_only_removes(name: str) -> None:
+    x = Source("x")
+    dense = conv(x, 5, 5, 3)
+    wide = conv(x, 512, 512, 3)
+    there, back = Permute((0, 2, 3, 1)), Permute((0, 3, 1, 2))
+    two = Layout(Layout(wide, there, 2, 0, None), back, 0, 2, None)
+    with objective(name):
+        assert cost(wide) < cost(two), "operators that do no arithmetic"
+        for e in (
+            norm(dense, 5),
+            Sum((dense, conv(x, 5, 5, 1), x)),
+            Scale(dense, RNG.standard_normal(5), np.ones(5), 2),
+        ):
+            after = simplify(e, PASSES).expr
+            assert isinstance(after, Conv)
+            assert cost(after) < cost(e)
+
+
+@pytest.mark.parametrize("name", ["macs", "params"])
+def test_ties_are_broken_also_beside_large_numbers(name: str) -> None:
+    x = Source("x")
+    large = conv(x, 1024, 1024, 7, groups=1)
+    with objective(name):
+        assert price(large) + addition(1) > price(large)
+        assert cost(Sum((large, x))) > cost(large)
+        assert cost(Layout(large, Permute((0, 2, 3, 1)), 2, 0, None)) > cost(large)
+
+
+def test_an_objective_ends_with_its_context() -> None:
+    one = conv(Source("x"), 3, 3, 3)
+    before = price(one)
+    with objective("params"):
+        params = price(one)
+        with objective("macs"):
+            macs = price(one)
+        assert price(one) == params
+    assert len({before, params, macs}) == 3
+    with suppress(RuntimeError), objective("params"):
+        raise RuntimeError
+    assert price(one) == before
+
+
+def test_another_thread_has_its_own() -> None:
+    one = conv(Source("x"), 3, 3, 3)
+    before, found = price(one), []
+    with objective("params"):
+        thread = Thread(target=lambda: found.append(price(one)))
+        thread.start()
+        thread.join()
+    assert found == [before]
+
+
+def test_an_unknown_objective() -> None:
+    with pytest.raises(InputError, match="unknown objective 'size'; the objectives are latency, macs, params"):
+        objective("size").__enter__()

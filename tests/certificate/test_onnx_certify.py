@@ -1,0 +1,353 @@
+"""Certificates of ONNX models: what fusion makes is proven, and every fault planted in it is found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx_models import PAD, batchnorm, model, node, norm, rand
+
+from reparamc.certificate.onnx import certify_onnx
+from reparamc.certificate.proof import Certificate, Window, roll_back
+from reparamc.errors import VerificationError
+from reparamc.onnx.fuse import fuse_model
+
+
+def network(**options: object) -> ModelProto:
+    """Two branches and a skip connection, a depthwise link with stride, groups, and a linear layer behind a mean."""
+    nodes = [
+        node("Conv", "x w3", "c3", **PAD),
+        batchnorm("c3", "n3", "b3"),
+        node("Conv", "x w1", "c1"),
+        batchnorm("c1", "n1", "b1"),
+        batchnorm("x", "n0", "b0"),
+        node("Sum", "b3 b1 b0", "s"),
+        node("Relu", "s", "r"),
+        node("Conv", "r wd", "cd", group=6, strides=[2, 2], dilations=[2, 1], pads=[2, 1, 2, 1]),
+        batchnorm("cd", "nd", "d"),
+        node("Relu", "d", "e"),
+        node("Conv", "e wg bg", "cg", group=2, **PAD),
+        node("Mul", "cg gain", "g"),
+        node("Relu", "g", "h"),
+        node("GlobalAveragePool", "h", "p"),
+        node("Flatten", "p", "f"),
+        node("Gemm", "f wl bl", "l", transB=1),
+        node("Mul", "l temper", "y"),
+    ]
+    parameters = {
+        "w3": rand(6, 6, 3, 3), "w1": rand(6, 6, 1, 1), "wd": rand(6, 1, 3, 3), "wg": rand(4, 3, 3, 3), "bg": rand(4),
+        "gain": rand(4, 1, 1), "wl": rand(5, 4), "bl": rand(5), "temper": rand(5),
+        **norm("n3", 6, 1), **norm("n1", 6, 2), **norm("n0", 6, 3), **norm("nd", 6, 4),
+    }  # fmt: skip
+    return model(nodes, parameters, **options)  # pyright: ignore
+
+
+def emitted(original: ModelProto) -> ModelProto:
+    return fuse_model(original, verify="off")[0]
+
+
+def verdicts(certificate: Certificate) -> dict[str, str]:
+    return {w.where: w.verdict for w in certificate.windows}
+
+
+@pytest.mark.parametrize("shape", [("N", 6, "H", "W"), (2, 6, 9, 8)], ids=["open", "fixed"])
+@pytest.mark.parametrize("opset", [9, 13, 17])
+def test_what_fusion_makes_is_proven(shape: tuple[int | str, ...], opset: int) -> None:
+    original = network(shape=shape, opset=opset)
+    found = certify_onnx(original, emitted(original))
+    assert found.holds
+    assert verdicts(found) == dict.fromkeys(["s", "d", "g", "y"], "equal")
+    assert 0 < found.units <= 1
+    assert 0 < found.bound <= 2.0**-24
+    assert found.congruent >= 5
+    assert [w.before for w in found.windows] == [6, 2, 2, 2]
+    assert [w.after for w in found.windows] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.DOUBLE])
+def test_other_dtypes_are_held_to_their_own_precision(dtype: int) -> None:
+    kind = helper.tensor_dtype_to_np_dtype(dtype)
+    parameters = {"w": (rand(4, 6, 3, 3) / 8).astype(kind), **{k: v.astype(kind) for k, v in norm("n", 4).items()}}
+    original = model([node("Conv", "x w", "c", **PAD), batchnorm("c", "n", "y")], parameters, dtype=dtype)
+    fused = emitted(original)
+    found = certify_onnx(original, fused)
+    assert found.holds
+    change(
+        fused,
+        "y.weight",
+        lambda w: w.__setitem__((0, 0, 0, 0), w[0, 0, 0, 0] * kind.type(1 + max(4 * np.finfo(kind).eps, 1e-12))),
+    )
+    assert verdicts(certify_onnx(original, fused)) == {"y": "different"}
+
+
+def change(fused: ModelProto, name: str, edit: Callable[[np.ndarray], object]) -> None:
+    for tensor in fused.graph.initializer:
+        if tensor.name == name:
+            array = np.array(numpy_helper.to_array(tensor))
+            edit(array)
+            tensor.CopyFrom(numpy_helper.from_array(array, name))
+            return
+    raise AssertionError(f"no initializer {name}: {[t.name for t in fused.graph.initializer]}")
+
+
+def producer(fused: ModelProto, output: str) -> NodeProto:
+    return next(n for n in fused.graph.node if output in n.output)
+
+
+def attribute(fused: ModelProto, output: str, name: str, value: object) -> None:
+    found = producer(fused, output)
+    kept = [a for a in found.attribute if a.name != name]
+    del found.attribute[:]
+    found.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+
+def swap(array: np.ndarray, i: object, j: object) -> None:
+    array[i], array[j] = array[j].copy(), array[i].copy()  # type: ignore[index]
+
+
+FAULTS: dict[str, tuple[str, str, Callable[[ModelProto], object]]] = {
+    "one weight by a thousandth": ("s", "channel 2 reads channel 3 of 'x' at offset (-1, +0)", lambda m: change(
+        m, "s.weight", lambda w: w.__setitem__((2, 3, 0, 1), w[2, 3, 0, 1] * 1.001))),
+    "one sign": ("d", "channel 4 reads channel 4 of 'r'", lambda m: change(
+        m, "d.weight", lambda w: w.__setitem__((4, 0, 1, 1), -w[4, 0, 1, 1]))),
+    "one bias": ("g", "channel 1 adds", lambda m: change(m, "g.bias", lambda b: b.__setitem__(1, b[1] + 1e-3))),
+    "two channels": ("y", "channel 3 reads", lambda m: change(m, "y.weight", lambda w: swap(w, 3, 4))),
+    "order of groups": ("g", "reads channel", lambda m: change(
+        m, "g.weight", lambda w: swap(w, slice(0, 2), slice(2, 4)))),
+    "pads shifted": ("s", "at offset", lambda m: attribute(m, "s", "pads", [0, 1, 2, 1])),
+    "pads left out": ("s", "elements", lambda m: attribute(m, "s", "pads", [0, 0, 0, 0])),
+    "dilation": ("d", "", lambda m: attribute(m, "d", "dilations", [1, 1])),
+    "stride": ("d", "elements", lambda m: attribute(m, "d", "strides", [2, 1])),
+    "bias dropped": ("s", "adds", lambda m: producer(m, "s").input.pop()),
+    "a parameter that nothing rewrote": ("b", "", lambda m: change(m, "stay.g", lambda g: g.__setitem__(0, 2 * g[0]))),
+    "epsilon": ("b", "", lambda m: attribute(m, "b", "epsilon", 1e-2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_and_named(name: str) -> None:
+    """``b`` is a BatchNorm that nothing folds."""
+    original = network(shape=(1, 6, 9, 8), outputs="y b")
+    original.graph.node.append(batchnorm("h", "stay", "b"))
+    original.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in norm("stay", 4, 5).items())
+    fused = emitted(original)
+    assert certify_onnx(original, fused).holds
+    where, reason, plant = FAULTS[name]
+    plant(fused)
+    found = certify_onnx(original, fused)
+    assert not found.holds
+    wrong = [w for w in found.windows if w.verdict == "different"]
+    assert [w.where for w in wrong] == [where], found.windows
+    assert wrong[0].units > 1
+    assert reason in wrong[0].reason
+
+
+def test_inputs_and_outputs_are_seen_from_outside() -> None:
+    original = network()
+    for plant in (
+        lambda m: m.graph.output[0].type.tensor_type.shape.dim[0].__setattr__("dim_value", 7),
+        lambda m: m.graph.input[0].__setattr__("name", "z"),
+        lambda m: m.opset_import[0].__setattr__("version", 18),
+    ):
+        fused = emitted(original)
+        plant(fused)
+        assert certify_onnx(original, fused).different
+
+
+def test_what_is_not_affine_is_equal_only_to_itself() -> None:
+    nodes = [node("Conv", "x w", "c"), batchnorm("c", "n", "b"), node("LeakyRelu", "b", "y", alpha=0.1)]
+    original = model(nodes, {"w": rand(4, 6, 1, 1), **norm("n", 4)})
+    fused = emitted(original)
+    attribute(fused, "y", "alpha", 0.2)
+    found = certify_onnx(original, fused)
+    assert verdicts(found) == {"b": "equal", "y": "undecided"}
+    assert not found.holds
+
+
+def test_another_operand_is_no_proof() -> None:
+    """The wrong one is a function of the right one, so they might agree: nobody knows."""
+    original = network(shape=(1, 6, 9, 8))
+    fused = emitted(original)
+    producer(fused, "g").input[0] = "r"
+    assert verdicts(certify_onnx(original, fused))["g"] == "undecided"
+
+
+def test_random_operators_are_equal_only_under_their_own_name() -> None:
+    nodes = [
+        node("RandomNormal", "", "r", shape=[1, 4, 1, 1], seed=1.0),
+        node("Conv", "x w", "c"),
+        node("Add", "c r", "y"),
+    ]
+    original = model(nodes, {"w": rand(4, 6, 1, 1)})
+    fused = ModelProto()
+    fused.CopyFrom(original)
+    assert certify_onnx(original, fused).holds
+    attribute(fused, "r", "seed", 2.0)
+    assert verdicts(certify_onnx(original, fused)) == {"r": "undecided"}
+
+
+def test_names_that_only_one_graph_has_are_no_obstacle() -> None:
+    """A non-linear operator under a new name is the same function of equal operands."""
+    nodes = [
+        node("Conv", "x w", "c"),
+        batchnorm("c", "n", "b"),
+        node("Relu", "b", "r"),
+        node("Conv", "r v", "y", **PAD),
+    ]
+    original = model(nodes, {"w": rand(4, 6, 1, 1), "v": rand(3, 4, 3, 3), **norm("n", 4)})
+    fused = emitted(original)
+    for old, new in (("b", "renamed_b"), ("r", "renamed_r")):
+        producer(fused, old).output[0] = new
+        for n in fused.graph.node:
+            n.input[:] = [new if i == old else i for i in n.input]
+    assert verdicts(certify_onnx(original, fused)) == {"y": "equal"}
+    change(fused, "b.weight", lambda w: w.__setitem__((0, 0), 2 * w[0, 0]))
+    assert not certify_onnx(original, fused).holds
+
+
+def chain() -> ModelProto:
+    """Kernel after kernel with a BatchNorm behind each, and two heads over one mean."""
+    nodes = [
+        node("Conv", "x w1", "c1"),
+        batchnorm("c1", "n1", "b1"),
+        node("Conv", "b1 w2", "c2", strides=[2, 2], pads=[1, 1, 1, 1], group=16),
+        batchnorm("c2", "n2", "b2"),
+        node("Conv", "b2 w3", "c3"),
+        batchnorm("c3", "n3", "b3"),
+        node("GlobalAveragePool", "b3", "p"),
+        node("Flatten", "p", "f"),
+        *(
+            made
+            for i in "45"
+            for made in (batchnorm("f", f"n{i}", f"b{i}"), node("Gemm", f"b{i} w{i} g{i}", f"l{i}", transB=1))
+        ),
+        node("Add", "l4 l5", "y"),
+    ]
+    parameters = {
+        "w1": rand(16, 6, 1, 1), "w2": rand(16, 1, 3, 3), "w3": rand(32, 16, 1, 1), "w4": rand(5, 32),
+        "w5": rand(5, 32, seed=1), "g4": rand(5), "g5": rand(5, seed=1),
+        **norm("n1", 16, 1), **norm("n2", 16, 2), **norm("n3", 32, 3), **norm("n4", 32, 4), **norm("n5", 32, 5),
+    }  # fmt: skip
+    return model(nodes, parameters, (1, 6, 9, 8))
+
+
+def test_kernels_are_compared_link_by_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever scales and shifts went over a link, no two kernels are multiplied out."""
+    original = chain()
+    fused = emitted(original)
+    assert len([n for n in fused.graph.node if n.op_type == "BatchNormalization"]) < 5
+
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reparamc.certificate.proof._Proof._whole", fail)
+        found = certify_onnx(original, fused)
+        assert found.holds, found.windows
+    for name in {t.name for t in fused.graph.initializer}:
+        wrong = ModelProto()
+        wrong.CopyFrom(fused)
+        change(wrong, name, lambda a: a.reshape(-1).__setitem__(0, 1.001 * a.reshape(-1)[0] + 1e-4))
+        assert not certify_onnx(original, wrong).holds, name
+
+
+# Borders that a model writes itself
+
+SIDES = {"top": np.s_[:, :, :1], "bottom": np.s_[:, :, -1:], "left": np.s_[:, :, :, :1], "right": np.s_[:, :, :, -1:]}
+
+
+def bordered(regions: dict[str, Any], off: float = 0.0, **options: Any) -> tuple[ModelProto, ModelProto]:
+    """s x + t with a border of t, under a kernel; and the kernel over x with a border of zeros."""
+    s, t, w = (rand(*shape, seed=i).astype(float) for i, shape in enumerate(((3,), (3,), (4, 3, 3, 3))))
+    nodes = [node("Mul", "x s", "m"), node("Add", "m t", "a"), node("Pad", "a amounts", "p0")]
+    parameters = {"s": s.reshape(3, 1, 1), "t": t.reshape(3, 1, 1), "amounts": np.array([0, 0, 1, 1, 0, 0, 1, 1])}
+    places = np.moveaxis(np.indices((2, 3, 6, 7)), 0, -1)
+    for i, region in enumerate(regions.values()):
+        at = places[region]
+        parameters[f"at{i}"] = at
+        parameters[f"what{i}"] = t[at[..., 1]] * (1 + off)
+        nodes.append(node("ScatterND", f"p{i} at{i} what{i}", f"p{i + 1}", **options))
+    nodes.append(node("Conv", f"p{len(regions)} w", "y"))
+    wide: dict[str, Any] = {"dtype": TensorProto.DOUBLE, "shape": (2, 3, 4, 5), "opset": 18}
+    merged = {"w": w * s[:, None, None], "b": w.sum(axis=(2, 3)) @ t}
+    return model(nodes, {**parameters, "w": w}, **wide), model([node("Conv", "x w b", "y", **PAD)], merged, **wide)
+
+
+def test_a_border_that_is_written_is_read() -> None:
+    assert certify_onnx(*bordered(SIDES)).holds
+    assert certify_onnx(*bordered(dict(reversed(SIDES.items())))).holds
+
+
+@pytest.mark.parametrize(
+    ("regions", "off", "options"),
+    [
+        (SIDES, 1e-6, {}),
+        ({k: SIDES[k] for k in ("top", "bottom", "left")}, 0.0, {}),
+        ({**SIDES, "top": np.s_[:, :, :2]}, 0.0, {}),
+        ({**SIDES, "top": np.s_[:, :, 1:2]}, 0.0, {}),
+        ({**SIDES, "top": np.s_[:1, :, :1]}, 0.0, {}),
+        ({**SIDES, "top": np.s_[:, :, [0, 0]]}, 0.0, {}),
+        ({**SIDES, "all": np.s_[:]}, 0.0, {}),
+        (SIDES, 0.0, {"reduction": "add"}),
+    ],
+    ids=["value", "one side left", "two rows", "another row", "one image", "twice", "all", "added"],
+)
+def test_another_border_is_not(regions: dict[str, Any], off: float, options: dict[str, Any]) -> None:
+    assert not certify_onnx(*bordered(regions, off, **options)).holds
+
+
+# What becomes of wrong rewrites
+
+
+def test_the_shape_of_a_constant_that_shape_inference_does_not_know() -> None:
+    head = [node("NonZero", "mask", "at"), node("Shape", "at", "extents"), node("Reshape", "x extents", "r")]
+    parameters = {
+        "mask": np.ones(6, np.float32),
+        "a": np.array([2], np.float32),
+        "b": np.array([4], np.float32),
+        "ab": np.array([8], np.float32),
+    }
+    made = model([*head, node("Mul", "r a", "h"), node("Mul", "h b", "y")], parameters, (6,))
+    fused = model([*head, node("Mul", "r ab", "y")], parameters, (6,))
+    assert [w.verdict for w in certify_onnx(made, fused).windows] == ["equal"]
+
+
+def test_a_wrong_rewrite_is_undone_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reparamc.onnx.graph import OnnxGraph
+
+    add = OnnxGraph.add_initializer
+
+    def perturbed(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+        return add(self, wanted, array * 1.001 if wanted == "d.weight" else array, dtype)
+
+    monkeypatch.setattr(OnnxGraph, "add_initializer", perturbed)
+    original = network()
+    fused, report = fuse_model(original)
+    assert report.certificate is not None
+    assert (report.certificate.equal, report.certificate.rolled_back) == (3, 1)
+    (kept,) = (k for k in report.kept if k.name == "certificate")
+    assert "with weight" in kept.reason
+    (failure,) = report.failed
+    assert (failure.check, failure.where) == ("certificate", kept.where)
+    assert kept.reason in failure.reason
+    assert "report this as a bug" in (report.warning or "")
+    assert "\ncertified  3 windows equal for every input size, 0 undecided, 1 rolled back, " in report.table()
+    kinds = [n.op_type for n in fused.graph.node]
+    assert kinds.count("BatchNormalization") == 1
+    assert certify_onnx(original, fused).holds
+
+
+def test_what_no_rewrite_is_to_blame_for_is_an_error() -> None:
+    wrong = Certificate((Window("y", "different", reason="channel 0"),), 0, 0.0)
+    with pytest.raises(VerificationError, match="'y' differs from the original: channel 0"):
+        roll_back(wrong, {"x"}, lambda undone: wrong)
+    with pytest.raises(VerificationError):
+        roll_back(wrong, {"y"}, lambda undone: wrong)
+
+
+def test_without_verification_nothing_is_proven() -> None:
+    assert fuse_model(network(), verify="off")[1].certificate is None
+    assert fuse_model(network(), verify="region")[1].certificate is not None
