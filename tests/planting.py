@@ -1,7 +1,7 @@
 """Planting a fault, and asking each layer of verification whether it sees it.
 
-A fault is an edit of the source of a function: some text, and what stands there instead. The function gets the
-code of its edited source, so that everybody who holds it runs the fault, whoever imported it and when.
+A fault replaces a function by another, which is made from the original. The function gets code that calls the
+replacement, so that everybody who holds it runs the fault, whoever imported it and when.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
+from types import CodeType, FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -30,16 +32,30 @@ from reparamc.onnx.session import random_inputs, session
 ENOUGH = 1e-4
 """An output that is wrong by this much, relative to its largest value, is wrong in float32."""
 SIZES = (7, 8, 33)
-"""Small and large, odd and even extents, at which original and result are compared."""
+"""Small and large, odd and even sizes at which original and result are compared."""
+
+Make = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""From a function to the wrong one that replaces it."""
+
+
+@dataclass(frozen=True)
+class Replace:
+    """The function ``where`` ("module:function" or "module:Class.method") is replaced by ``make(original)``."""
+
+    where: str
+    make: Make
 
 
 @dataclass(frozen=True)
 class Edit:
-    """In the function ``where`` ("module:function" or "module:Class.method") ``new`` stands for ``old``, found once."""
+    """In the function ``where`` ("module:function" or "module:Class.method") ``new`` replaces ``old``, found once."""
 
     where: str
     old: str
     new: str
+
+
+Change = Replace | Edit
 
 
 @dataclass(frozen=True)
@@ -48,14 +64,14 @@ class Fault:
 
     Attributes:
         name: what is wrong, in words.
-        edits: how it gets wrong.
+        changes: how it gets wrong.
         text: an expression (`reparamc.algebra.text`) on which it shows through ONNX and through torch.
         onnx, fx: makes a model for one of them alone; for torch with its example inputs.
         least: the smallest relative error that makes it a fault.
     """
 
     name: str
-    edits: tuple[Edit, ...]
+    changes: tuple[Change, ...]
     text: str | None = None
     onnx: Callable[[], ModelProto] | None = None
     fx: Callable[[], tuple[Any, tuple[Any, ...]]] | None = None
@@ -63,13 +79,32 @@ class Fault:
 
     @property
     def where(self) -> str:
-        """The function that is wrong; the first, where several are."""
-        return self.edits[0].where.removeprefix("reparamc.").removeprefix("reparamc_passes.")
+        """The function that is wrong; the first, if several are."""
+        return self.changes[0].where.removeprefix("reparamc.").removeprefix("reparamc_passes.")
 
 
-def fault(name: str, where: str, old: str, new: str, *more: Edit, **models: Any) -> Fault:
-    """A `Fault` of one edit, or of several."""
-    return Fault(name, (Edit(where, old, new), *more), **models)
+def fault(name: str, where: str, how: Make | str, *more: str | Change, **models: Any) -> Fault:
+    """A `Fault` of one change, or of several. ``how`` makes the replacement, or is text, and its first ``more``."""
+    if isinstance(how, str):
+        new, *rest = more
+        assert isinstance(new, str)
+        return Fault(name, (Edit(where, how, new), *rest), **models)  # type: ignore[arg-type]
+    return Fault(name, (Replace(where, how), *more), **models)  # type: ignore[arg-type]
+
+
+def given(change: Callable[..., Any]) -> Make:
+    """The function gets other arguments: ``change`` returns all positional ones, as a tuple."""
+    return lambda original: lambda *args, **kwargs: original(*change(*args), **kwargs)
+
+
+def result(change: Callable[[Any], Any]) -> Make:
+    """The function returns something else: ``change`` of what it returns."""
+    return lambda original: lambda *args, **kwargs: change(original(*args, **kwargs))
+
+
+def instead(function: Callable[..., Any]) -> Make:
+    """Another function altogether."""
+    return lambda original: function
 
 
 @dataclass(frozen=True)
@@ -77,7 +112,7 @@ class Verdict:
     """What a fault does to a model, and who sees it.
 
     Attributes:
-        error: the largest relative error of an output, with verification off; infinite where the result does not run.
+        error: the largest relative error of an output, with verification off; infinite if the result does not run.
         seen_by: the layers that see it, each asked alone.
         outcome: what a fusion at the default level comes to: "refused" (an error, nothing is returned), "kept" (the
             wrong replacement is not made) or "escaped".
@@ -89,26 +124,59 @@ class Verdict:
 
 
 @contextmanager
-def planted(edits: Sequence[Edit]) -> Iterator[None]:
-    """The edits in force, until the block ends."""
+def planted(changes: Sequence[Change]) -> Iterator[None]:
+    """The changes in force, until the block ends."""
     with ExitStack() as stack:
-        for where in dict.fromkeys(e.where for e in edits):
-            function = _function(where)
+        for where in dict.fromkeys(c.where for c in changes):
+            holder, function = _function(where)
+            clear = getattr(holder, "cache_clear", lambda: None)
             before = function.__code__
+            stack.callback(clear)
             stack.callback(setattr, function, "__code__", before)
-            function.__code__ = _edited(function, [e for e in edits if e.where == where])
+            for change in (c for c in changes if c.where == where and isinstance(c, Replace)):
+                function.__code__ = _calling(change.make(_copy(function)), function)
+            if edits := [c for c in changes if c.where == where and isinstance(c, Edit)]:
+                function.__code__ = _edited(function, edits)
+            clear()
         yield
 
 
-def _function(where: str) -> Any:
+def _function(where: str) -> tuple[Any, FunctionType]:
+    """What is found at ``where``, and the plain function in it."""
     module, _, path = where.partition(":")
     found: Any = import_module(module)
     for part in path.split("."):
         found = inspect.getattr_static(found, part)
-    return found.fget if isinstance(found, property) else inspect.unwrap(found)
+    match found:
+        case property():
+            return found, found.fget  # type: ignore[return-value]
+        case cached_property():
+            return found, found.func
+        case staticmethod() | classmethod():
+            return found, found.__func__
+        case _:
+            return found, inspect.unwrap(found)
 
 
-def _edited(function: Any, edits: Sequence[Edit]) -> Any:
+def _copy(function: FunctionType) -> FunctionType:
+    """The function as it is now, under no name."""
+    f = function
+    copy = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+    copy.__kwdefaults__ = f.__kwdefaults__
+    return copy
+
+
+def _calling(replacement: Callable[..., Any], function: FunctionType) -> CodeType:
+    """Code for ``function`` that calls ``replacement``. It has the same free variables, as Python demands."""
+    name, free = function.__name__, ", ".join(function.__code__.co_freevars)
+    inner = f"def {name}(*args, **kwargs):\n  [{free}]\n  planted = 'replacement'\n  return planted(*args, **kwargs)"
+    code: Any = compile(f"def outer({free}):\n {inner}", "<planted>", "exec")
+    for wanted in ("outer", name):
+        (code,) = (c for c in code.co_consts if getattr(c, "co_name", "") == wanted)
+    return code.replace(co_consts=tuple(replacement if c == "replacement" else c for c in code.co_consts))
+
+
+def _edited(function: FunctionType, edits: Sequence[Edit]) -> CodeType:
     lines, first = inspect.getsourcelines(function)
     source = textwrap.dedent("".join(lines))
     while source.startswith("@"):
@@ -126,7 +194,7 @@ def _edited(function: Any, edits: Sequence[Edit]) -> Any:
 
 
 def judge_onnx(fault: Fault, model: ModelProto) -> Verdict:
-    with planted(fault.edits):
+    with planted(fault.changes):
         try:
             wrong = fuse_model(model, verify="off")[0]
         except InputError:  # the ONNX checker refuses the result, whatever the level
@@ -221,7 +289,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 def judge_fx(fault: Fault, model: Any, inputs: tuple[Any, ...]) -> Verdict:
     from reparamc.fx.fuse import fuse_fx
 
-    with planted(fault.edits):
+    with planted(fault.changes):
         wrong = fuse_fx(model, inputs, verify="off")
         seen_by = tuple(name for name, sees in FX_LAYERS.items() if sees(model, wrong, inputs))
         outcome, result = _fused(lambda: fuse_fx(model, inputs))

@@ -12,7 +12,21 @@ from typing import Any
 import pytest
 from fault_models import CONV_NORM, net, nn
 from faults import ALL, ONNX_READERS
-from planting import ENOUGH, FX_LAYERS, ONNX_LAYERS, Fault, Verdict, fault, judge, judge_onnx, planted, relative_error
+from planting import (
+    ENOUGH,
+    FX_LAYERS,
+    ONNX_LAYERS,
+    Fault,
+    Replace,
+    Verdict,
+    fault,
+    given,
+    judge,
+    judge_onnx,
+    planted,
+    relative_error,
+    result,
+)
 
 from reparamc.algebra.kernels import merge
 from reparamc.certificate.proof import Certificate
@@ -96,7 +110,7 @@ def test_a_fault_that_nobody_sees_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_planted_fault_is_gone_afterwards() -> None:
     before = merge.__code__
-    edits = fault("", "reparamc.algebra.kernels:merge", "sum(biased[1:], biased[0])", "biased[0]").edits
+    edits = fault("", "reparamc.algebra.kernels:merge", "sum(biased[1:], biased[0])", "biased[0]").changes
     with planted(edits):
         assert merge.__code__ is not before
     assert merge.__code__ is before
@@ -105,9 +119,42 @@ def test_a_planted_fault_is_gone_afterwards() -> None:
     assert merge.__code__ is before
 
 
+def counted(n: int) -> int:
+    return n + counted(n - 1) if n else 0
+
+
+class Base:
+    def size(self) -> int:
+        return 1
+
+
+class Derived(Base):
+    def size(self) -> int:
+        return super().size() + 1
+
+    @staticmethod
+    def plain(n: int, *, more: int = 2) -> int:
+        return n + more
+
+
+def test_a_replacement_calls_the_original_and_is_seen_by_all_who_hold_the_function() -> None:
+    held, here = counted, __name__
+    with planted((Replace(f"{here}:counted", result(lambda n: 2 * n)),)):
+        assert held(2) == 2 * (2 + 2 * (1 + 2 * 0))
+    changes = (
+        Replace(f"{here}:Derived.size", result(lambda n: n + 10)),
+        Replace(f"{here}:Derived.plain", given(lambda n: (n + 1,))),
+        Replace(f"{here}:Derived.plain", result(lambda n: 10 * n)),
+    )
+    with planted(changes):
+        assert Derived().size() == 12
+        assert (Derived.plain(1), Derived.plain(1, more=3)) == (40, 50)
+    assert (held(2), Derived().size(), Derived.plain(1)) == (3, 2, 3)
+
+
 def test_a_fault_that_no_longer_fits_the_code_is_told() -> None:
     stale = fault("", "reparamc.algebra.kernels:merge", "no such text", "")
-    with pytest.raises(AssertionError, match="adapt the fault"), planted(stale.edits):
+    with pytest.raises(AssertionError, match="adapt the fault"), planted(stale.changes):
         pass
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("torch")  # the judge where single precision leaves doubt
 from planting import fault, planted
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-WRONG = fault("", "reparamc.algebra.kernels:scale_outputs", "rows * conv.bias_or_zero", "conv.bias_or_zero").edits
+WRONG = fault("", "reparamc.algebra.kernels:scale_outputs", "rows * conv.bias_or_zero", "conv.bias_or_zero").changes
 SEEDS = [(7, n) for n in range(12)]
 
 
