@@ -371,9 +371,8 @@ ONNX_WRITERS = [
         onnx=lambda: branching(),
     ),
     fault(
-        "folded constants without their sign", "reparamc.onnx.constants:_compute",
-        "values.update(zip((name for name in node.output if name), map(np.asarray, results), strict=True))",
-        "values.update(zip((name for name in node.output if name), map(np.abs, results), strict=True))",
+        "folded constants without their sign", "reparamc.onnx.witnesses:computed",
+        "found.update(results)", "found.update({name: np.abs(a) for name, a in results.items()})",
         onnx=lambda: onnx_model([node("Neg", "w", "v"), conv("x", "y", "v")], square()),
     ),
 ]  # fmt: skip

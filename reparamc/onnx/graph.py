@@ -35,7 +35,18 @@ from reparamc.compiler.graph import Reading, Splice, Value, new_nodes
 from reparamc.errors import InputError
 from reparamc.onnx.operators import LAST, READERS, operand
 from reparamc.onnx.reference import Operator, in_float64
-from reparamc.onnx.values import FLOATS, Constants, Names, Types, attribute, commit, defined_names, is_standard, readers
+from reparamc.onnx.values import (
+    FLOATS,
+    Constants,
+    Names,
+    Types,
+    attribute,
+    commit,
+    defined_names,
+    is_standard,
+    opset_of,
+    readers,
+)
 
 LINEAR_KINDS = {
     "Add", "Concat", "CumSum", "DepthToSpace", "Div", "Einsum", "Expand", "Flatten", "Gather", "GatherElements",
@@ -54,7 +65,7 @@ class OnnxGraph:
         self.nodes = list(model.graph.node)
         self.constants = Constants(model)
         self.types = Types(model)
-        self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+        self.opset = opset_of(model)
         self.producers = {name: node for node in self.nodes for name in node.output if name}
         self.uses = readers(model.graph)
         """The nodes that read each value, once per operand; None for a graph output or a body that captures it."""

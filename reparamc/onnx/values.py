@@ -35,6 +35,16 @@ def is_standard(node: NodeProto) -> bool:
     return node.domain in ("", "ai.onnx")
 
 
+def opset_of(model: ModelProto) -> int:
+    """The version of the standard operators that ``model`` imports; 1 where it imports none."""
+    return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+
+
+def itemsize(element_type: int | None) -> int:
+    """Bytes of one entry of a tensor; 8 where that is unknown or varies."""
+    return helper.tensor_dtype_to_np_dtype(element_type).itemsize if element_type else 8
+
+
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
     for a in node.attribute:
         if a.type == AttributeProto.GRAPH:
@@ -170,10 +180,15 @@ class Types:
 
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype of a floating value; None for other types and where it is unknown."""
+        kind = self.element_type(name)
+        return FLOATS.get(kind) if kind is not None else None
+
+    def element_type(self, name: str) -> int | None:
+        """The element type of ``name`` as ONNX numbers them; None where it is unknown."""
         if name in self._stored:
-            return FLOATS.get(self._stored[name][0])
+            return self._stored[name][0]
         kind = self._types.get(name)
-        return FLOATS.get(kind.elem_type) if kind is not None else None
+        return kind.elem_type or None if kind is not None else None
 
     def shape(self, name: str) -> Shape | None:
         """The shape of ``name``, unknown extents as symbols; None when the rank is unknown."""

@@ -238,6 +238,60 @@ def test_constants_in_nodes() -> None:
     assert [n.op_type for n in fused.graph.node] == ["Conv"]
 
 
+OLD = {
+    "Softmax before opset 13": (node("Softmax", "t", "c"), 9),
+    "LogSoftmax before opset 13": (node("LogSoftmax", "t", "c", axis=1), 11),
+    "Hardmax before opset 13": (node("Hardmax", "t", "c"), 9),
+    "Resize with align_corners": (
+        node("Resize", "t - - sizes", "c", mode="linear", coordinate_transformation_mode="align_corners"),
+        17,
+    ),
+    "cubic Resize": (
+        node("Resize", "t - - sizes", "c", mode="cubic", coordinate_transformation_mode="align_corners"),
+        17,
+    ),
+    "Softmax": (node("Softmax", "t", "c"), 13),
+    "LayerNormalization": (node("LayerNormalization", "t g", "c"), 17),
+    "Mod of floats": (node("Mod", "t g", "c", fmod=1), 17),
+    "integer Pow": (node("Pow", "n n", "c"), 15),
+    "shift": (node("BitShift", "u u", "c", direction="LEFT"), 17),
+    "Round": (node("Round", "t", "c"), 17),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_constant_is_what_the_runtime_computes(name: str) -> None:
+    """Or it is not computed at all; without any check, and to the last bit."""
+    operator, opset = OLD[name]
+    constants = {
+        "t": rand(1, 2, 4, 5), "sizes": np.array([1, 2, 3, 7]), "g": rand(5, seed=1),
+        "n": np.array([[1, 3], [2, 0]]), "u": np.arange(6, dtype=np.uint8),
+    }  # fmt: skip
+    used = {key: value for key, value in constants.items() if key in operator.input}
+    tail = [node("Cast", "c", "f", to=1), node("Flatten", "f", "r", axis=0), node("MatMul", "x r", "y")]
+    made = model([operator, *tail], used, (3, 1), opset=opset)
+    fused, _ = fuse_model(made, passes=["constant-folding"], verify="off")
+    feeds = {"x": rand(3, 1)}
+    np.testing.assert_array_equal(run(made, feeds)[0], run(fused, feeds)[0])
+    if opset >= 13 and not operator.op_type.startswith("Resize"):
+        assert operators(fused) == {"MatMul": 1}
+
+
+def test_what_only_one_source_computes_stays() -> None:
+    """The reference evaluator knows no FusedConv, and ONNX Runtime no convolution of doubles."""
+    weight, image = rand(2, 1, 3, 3).astype(np.float64), rand(1, 1, 5, 5).astype(np.float64)
+    nodes = [node("Conv", "i w", "d"), node("Cast", "d", "c", to=1), node("Mul", "x c", "y")]
+    made = model(nodes, {"i": image, "w": weight}, (1, 2, 3, 3))
+    assert fold_constants(made) == 0
+
+
+def test_a_cast_like_that_is_not_folded_stays_one() -> None:
+    made = model([node("Relu", "x", "r"), node("CastLike", "r x", "c"), node("Relu", "c", "y")], {})
+    before = made.SerializeToString()
+    assert fold_constants(made) == 0
+    assert made.SerializeToString() == before
+
+
 def test_operator_without_a_reference_stays() -> None:
     own = helper.make_function("own", "Twice", ["a"], ["b"], [node("Add", "a a", "b")], [helper.make_opsetid("", 17)])
     call = helper.make_node("Twice", ["s"], ["d"], domain="own")
