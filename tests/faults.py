@@ -6,8 +6,8 @@ them and asks who notices, `test_faults.py` insists that somebody does, `benchma
 
 from faults_in_algebra import ALGEBRA
 from faults_in_fx import FX_READERS, FX_WRITERS
-from faults_in_onnx import ONNX_READERS, ONNX_WRITERS
+from faults_in_onnx import ONNX_READERS, ONNX_VALUES, ONNX_WRITERS
 from faults_in_pieces import PIECES
 
-ALL = [*ALGEBRA, *PIECES, *ONNX_READERS, *ONNX_WRITERS, *FX_READERS, *FX_WRITERS]
+ALL = [*ALGEBRA, *PIECES, *ONNX_READERS, *ONNX_VALUES, *ONNX_WRITERS, *FX_READERS, *FX_WRITERS]
 """Every fault."""

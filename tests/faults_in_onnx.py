@@ -225,6 +225,61 @@ def sliced_channels() -> ModelProto:
     return onnx_model([conv("x", "c"), node("Slice", "c from to axis", "y")], {**square(), **bounds})
 
 
+VALUES = "reparamc.onnx.values:"
+
+ONNX_VALUES = [
+    fault(
+        "an extent that is off by one", f"{VALUES}Types._shape", "Dim(d.dim_value) if d.HasField",
+        "Dim(d.dim_value + (d.dim_value == 7)) if d.HasField",
+        onnx=lambda: with_norm(conv("x", "c", auto_pad="SAME_UPPER", strides=[2, 2]), square(), shape=("N", 4, 7, 7)),
+    ),
+    fault(
+        "an open extent taken for its factor", f"{VALUES}Types._learn_product",
+        "self._products[fresh[0].symbols[0]] = rest", "self._products[fresh[0].symbols[0]] = Dim(rest.factor)",
+        onnx=lambda: times_rows(),
+    ),
+    fault(
+        "a symbol taken for a number", f"{VALUES}Types._open", "or Dim.of(symbol)", "or Dim(2)",
+        onnx=lambda: times_rows(),
+    ),
+    fault(
+        "attributes in another order", f"{VALUES}attribute", "return helper.get_attribute_value(a)",
+        "return helper.get_attribute_value(a)[::-1] if a.ints else helper.get_attribute_value(a)",
+        onnx=lambda: with_norm(conv("x", "c", pads=[0, 1, 2, 3]), square()),
+    ),
+    fault(
+        "another constant of the same size", f"{VALUES}Constants.array",
+        "numpy_helper.to_array(self.tensors[name])", "abs(numpy_helper.to_array(self.tensors[name]))",
+        onnx=lambda: with_norm(conv("x", "c"), square()),
+    ),
+    fault(
+        "a Constant without its sign", f"{VALUES}constant_tensor",
+        "numpy_helper.from_array(np.array(helper.get_attribute_value(a), np.float32))",
+        "numpy_helper.from_array(abs(np.array(helper.get_attribute_value(a), np.float32)))",
+        onnx=lambda: onnx_model(
+            [node("Constant", "", "s", value_float=-2.0), conv("x", "c"), node("Mul", "c s", "y")], square()
+        ),
+    ),
+    fault(
+        "small constants changed for shape inference", f"{VALUES}skeleton", "light.graph.initializer.append(tensor)",
+        "light.graph.initializer.append(\n"
+        "                numpy_helper.from_array(np.minimum(numpy_helper.to_array(tensor), 2), tensor.name))",
+        onnx=lambda: times_rows((4, -1, 4), 2),
+    ),
+]  # fmt: skip
+"""What the certificate knows by itself as well: it must not take the word of these."""
+
+
+def times_rows(target: Sequence[int] = (-1, 2), batch: int | str = "N") -> ModelProto:
+    """A map times the number of rows that a reshape gives it, and a convolution that folds."""
+    nodes = [
+        conv("x", "c"), norm_of("c", "n"), node("Reshape", "n to", "r"), node("Shape", "r", "s"),
+        node("Gather", "s first", "p"), node("Cast", "p", "f", to=TensorProto.FLOAT), node("Mul", "r f", "y"),
+    ]  # fmt: skip
+    constants = {"to": np.array(target), "first": np.array(0)}
+    return onnx_model(nodes, {**square(), **statistics(), **constants}, (batch, 4, 4, 4))
+
+
 ONNX_WRITERS = [
     fault(
         "a subtraction turned round", f"{EMIT}_sum", "[y, self._value(addend)]",

@@ -206,13 +206,7 @@ def edges(path: Path) -> set[str]:
 OURS = [p for p in (*LIBRARY, *REWRITES) if p.parent.name != "reparamc" or p.name in ("cli.py", "errors.py")]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(reason="shapes", strict=True)) if n == "certificate" else n
-        for n in EDGES
-    ],
-)
+@pytest.mark.parametrize("name", EDGES)
 def test_imports_point_one_way(name: str) -> None:
     files = [p for p in OURS if part(p) == name]
     assert files, "a part without files"

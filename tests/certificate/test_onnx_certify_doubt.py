@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from expression_models import run
+from faults_in_onnx import ONNX_VALUES
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import model, node, rand
+from planting import Fault, planted
 
 from reparamc.certificate.onnx import certify_onnx
+from reparamc.onnx.fuse import fuse_model
 
 IMAGE = ("N", 3, "H", "W")
 X = {"x": rand(1, 3, 4, 4)}
@@ -319,3 +322,15 @@ def test_an_open_extent_is_no_number(pick: Any) -> None:
     """Or may be read otherwise by another implementation: in reverse."""
     for number in (3, 4, 5):
         assert not certify_onnx(times_extent(pick), times_extent(number)).holds
+
+
+@pytest.mark.parametrize("wrong", ONNX_VALUES, ids=lambda f: f.name)
+def test_what_the_rewriter_knows_is_not_believed(wrong: Fault) -> None:
+    """While it reads types, constants and attributes wrongly, what it emits is not proven."""
+    assert wrong.onnx is not None
+    original = wrong.onnx()
+    with planted(wrong.edits):
+        emitted = fuse_model(original, verify="off")[0]
+        found = certify_onnx(original, emitted)
+    assert not found.holds
+    assert certify_onnx(original, fuse_model(original, verify="off")[0]).holds

@@ -1,0 +1,213 @@
+"""Tensors of a main graph that no input reaches, and their values: what ONNX Runtime makes of each operator alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
+
+from reparamc.certificate.axes import Unrepresentable
+from reparamc.certificate.normal_form import Array
+from reparamc.certificate.onnx_shapes import Shapes, attribute
+
+RANDOM = {
+    "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
+}  # fmt: skip
+"""Operators whose result is not decided by their operands."""
+
+SHAPED = ("Expand", "Pad", "Reshape", "Slice")
+"""Operators whose operands decide the shape of the result."""
+
+MOST_EXTENTS = 16
+"""A constant of more elements is no shape."""
+
+
+class Constants:
+    """The constants of a main graph.
+
+    Attributes:
+        names: all of them.
+        tensors: those that are stored.
+        shapes: what can be inferred, given the values of constants.
+    """
+
+    def __init__(self, model: ModelProto, inferred: Callable[[Mapping[str, Array]], Shapes]) -> None:
+        graph = model.graph
+        self.model = model
+        self.producers = {name: node for node in graph.node for name in node.output if name}
+        overridable = {v.name for v in graph.input} if model.ir_version >= 4 else set()
+        self.tensors = {t.name: t for t in graph.initializer if t.name not in overridable}
+        self._arrays: dict[str, Array] = {}
+        self.shapes = inferred({})
+        self.names = self._names()
+        given: dict[str, Array] = {}
+        while fresh := self._deciding(given):  # a shape may follow from constants, which may follow from shapes
+            given.update(fresh)
+            self.shapes = inferred(given)
+            self.names = self._names()
+
+    def _names(self) -> set[str]:
+        found = set(self.tensors)
+        for node in self.model.graph.node:
+            if not is_standard(node) or node.op_type in RANDOM or bodies(node):
+                continue
+            if node.op_type == "Constant":
+                known = constant_array(node) is not None
+            else:
+                known = self._of_shape(node) is not None
+                known = known or (bool(node.input) and all(name in found for name in node.input if name))
+            if known:
+                found.update(name for name in node.output if name)
+        return found
+
+    def _deciding(self, given: Mapping[str, Array]) -> dict[str, Array]:
+        """Constants that operators compute, from which shapes follow that are unknown so far."""
+        found: dict[str, Array] = {}
+        for node in self.model.graph.node:
+            if node.op_type not in SHAPED or self.shapes.extents(node.output[0]) is not None:
+                continue
+            for name in node.input[1:]:
+                if name not in self.names or name in given or self._stored(name) is not None:
+                    continue
+                try:
+                    array = self.array(name)
+                except Unrepresentable:
+                    continue
+                if array is not None and array.dtype == np.int64 and array.size <= MOST_EXTENTS:
+                    found[name] = array
+        return found
+
+    # Shapes
+
+    def _of_shape(self, node: NodeProto) -> Array | None:
+        """What a node reads of extents that are known, whatever its operand is; None for all others."""
+        if node.op_type == "Shape":
+            extents = self.shapes.extents(node.input[0])
+            return None if extents is None else np.array(extents[_bounds(node)], np.int64)
+        return self._picked(node) if node.op_type in ("Gather", "Slice") and len(node.input) > 1 else None
+
+    def _picked(self, node: NodeProto) -> Array | None:
+        """What a Gather or Slice picks of extents, of which others may be unknown."""
+        made = self.producers.get(node.input[0])
+        if made is None or made.op_type != "Shape" or not is_standard(made):
+            return None
+        shape = self.shapes.shape(made.input[0])
+        given = [self._stored(name) for name in node.input[1:]]
+        if shape is None or any(g is None for g, name in zip(given, node.input[1:], strict=True) if name):
+            return None
+        extents = [e.known for e in shape[_bounds(made)]]
+        index = given[0] if node.op_type == "Gather" else _range(given, len(extents))
+        if index is None:
+            return None
+        places = [int(i) for i in index.reshape(-1)]
+        if not all(-len(extents) <= i < len(extents) for i in places):
+            return None
+        found = [extents[i] for i in places]
+        return None if None in found else np.array(found, np.int64).reshape(index.shape)
+
+    # Values
+
+    def _stored(self, name: str) -> Array | None:
+        """The value of a constant that no operator computes; None for all others."""
+        if name in self.tensors:  # read again where it is read again: the weights need not all be held twice
+            return numpy_helper.to_array(self.tensors[name])
+        node = self.producers.get(name)
+        return constant_array(node) if node is not None and node.op_type == "Constant" and is_standard(node) else None
+
+    def array(self, name: str) -> Array | None:
+        """The value of a constant; None for what is none.
+
+        Raises:
+            Unrepresentable: ONNX Runtime does not compute it.
+        """
+        if name not in self.names:
+            return None
+        if (stored := self._stored(name)) is not None:
+            return stored
+        stack = [name]
+        while stack:
+            node = self.producers[stack[-1]]
+            if stack[-1] in self._arrays:
+                stack.pop()
+                continue
+            of_shape = self._of_shape(node)
+            waiting = [n for n in node.input if n and n not in self._arrays and self._stored(n) is None]
+            if of_shape is not None:
+                self._arrays[node.output[0]] = of_shape
+            elif waiting:
+                stack.extend(waiting)
+            else:
+                self._compute(node)
+        return self._arrays[name]
+
+    def _compute(self, node: NodeProto) -> None:
+        """Enter what a node makes of constants."""
+        feeds = {}
+        for name in filter(None, node.input):
+            stored = self._stored(name)
+            feeds[name] = self._arrays[name] if stored is None else stored
+        if node.op_type == "Identity":
+            self._arrays[node.output[0]] = feeds[node.input[0]]
+            return
+        outputs = [name for name in node.output if name]
+        try:
+            results = _run(node, feeds, outputs, self.model)
+        except Exception as error:  # the runtime lacks an operator or a type, or refuses the operands
+            raise Unrepresentable(f"the constant {outputs[0]!r} cannot be computed") from error
+        self._arrays.update(zip(outputs, results, strict=True))
+
+
+def _run(node: NodeProto, feeds: Mapping[str, Array], outputs: Sequence[str], model: ModelProto) -> list[Array]:
+    """The results of one operator, as ONNX Runtime has them."""
+    import onnxruntime as ort
+
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+        for name, a in feeds.items()
+    ]
+    body = helper.make_graph([node], "constant", inputs, [helper.make_empty_tensor_value_info(o) for o in outputs])
+    made = helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    session = ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [np.asarray(found) for found in session.run(list(outputs), dict(feeds))]
+
+
+def is_standard(node: NodeProto) -> bool:
+    return node.domain in ("", "ai.onnx")
+
+
+def bodies(node: NodeProto) -> list[GraphProto]:
+    """The graphs that an operator runs."""
+    return [g for a in node.attribute if a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for g in _graphs(a)]
+
+
+def _graphs(a: AttributeProto) -> list[GraphProto]:
+    return [a.g] if a.type == AttributeProto.GRAPH else list(a.graphs)
+
+
+def constant_array(node: NodeProto) -> Array | None:
+    """The value of a Constant; None for strings and sparse tensors."""
+    for a in node.attribute:
+        if a.name == "value":
+            return numpy_helper.to_array(a.t)
+        if a.name in ("value_float", "value_floats"):
+            return np.array(helper.get_attribute_value(a), np.float32)
+        if a.name in ("value_int", "value_ints"):
+            return np.array(helper.get_attribute_value(a), np.int64)
+    return None
+
+
+def _bounds(shape: NodeProto) -> slice:
+    """The axes that a Shape reads."""
+    return slice(cast(int, attribute(shape, "start", 0)), cast("int | None", attribute(shape, "end")))
+
+
+def _range(given: Sequence[Array | None], width: int) -> Array | None:
+    """The positions of a Slice with the operands ``given``; None in reverse."""
+    start, end, _, step = (None if g is None else int(g.item()) for g in [*given, None, None][:4])
+    return None if step is not None and step < 1 else np.arange(width)[start:end:step]

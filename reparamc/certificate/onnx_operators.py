@@ -1,0 +1,498 @@
+"""What the operators of ONNX mean, as affine maps, from the specification alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import product
+from math import prod
+from typing import Protocol, cast
+
+import numpy as np
+from onnx import NodeProto
+
+import reparamc.certificate.kernels as nk
+import reparamc.certificate.layouts as nl
+import reparamc.certificate.normal_form as nf
+from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.kernels import Kernel
+from reparamc.certificate.normal_form import Array, Value
+from reparamc.certificate.onnx_shapes import attribute
+
+MIXING = {"AveragePool", "Conv", "ConvTranspose", "Gemm", "MatMul"}
+"""Operators with a kernel or a matrix."""
+
+
+class Side(Protocol):
+    """What readers ask of a graph; see `reparamc.certificate.onnx`."""
+
+    opset: int
+
+    @property
+    def constants(self) -> Collection[str]: ...
+    def constant(self, name: str) -> Array | None: ...
+    def dtype(self, name: str) -> np.dtype | None: ...
+    def inferred(self, name: str) -> list[Extent | None] | None: ...
+
+
+class Call:
+    """A node, with its operands as values or constants."""
+
+    def __init__(self, side: Side, node: NodeProto, at: int, of: Callable[[str], Value]) -> None:
+        self.side, self.node, self.at, self._of = side, node, at, of
+
+    def name(self, position: int) -> str | None:
+        return self.node.input[position] or None if position < len(self.node.input) else None
+
+    def is_constant(self, position: int) -> bool:
+        name = self.name(position)
+        return name is not None and name in self.side.constants
+
+    def value(self, position: int = 0) -> Value:
+        name = self.name(position)
+        if name is None or name in self.side.constants:
+            raise Unrepresentable("a constant stands where a value is read")
+        return self._of(name)
+
+    def constant(self, position: int) -> Array:
+        name = self.name(position)
+        found = None if name is None else self.side.constant(name)
+        if found is None:
+            raise Unrepresentable("a parameter is computed at run time")
+        if found.dtype.kind not in "iub" and found.dtype != self.side.dtype(self.node.output[self.at]):
+            raise Unrepresentable("a parameter has another dtype than the result")
+        return found
+
+    def optional(self, position: int) -> Array | None:
+        return None if self.name(position) is None else self.constant(position)
+
+    def integer(self, key: str, default: int = 0) -> int:
+        return cast(int, attribute(self.node, key, default))
+
+    def integers(self, key: str, default: Sequence[int]) -> list[int]:
+        return list(cast("Sequence[int]", attribute(self.node, key, default)))
+
+    def text(self, key: str, default: str) -> str:
+        return cast(bytes, attribute(self.node, key, default.encode())).decode()
+
+
+# Kernels
+
+
+def _geometry(call: Call, kernel: Sequence[int], x: Value) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Stride, dilation, and padding before and behind."""
+    n = len(kernel)
+    stride, dilation = call.integers("strides", [1] * n), call.integers("dilations", [1] * n)
+    auto = call.text("auto_pad", "NOTSET")
+    if auto == "NOTSET":
+        pads = call.integers("pads", [0] * 2 * n)
+        return stride, dilation, pads[:n], pads[n:]
+    if auto == "VALID":
+        return stride, dilation, [0] * n, [0] * n
+    begin, end = [], []
+    for extent, k, s, d in zip(x.extents[2:], kernel, stride, dilation, strict=True):
+        reach = d * (k - 1)
+        if s == 1:
+            total = reach
+        elif extent.known is None:
+            raise Unrepresentable("the padding follows from the extents")
+        else:
+            total = max(0, (-(-extent.known // s) - 1) * s + reach + 1 - extent.known)
+        front = total // 2 if auto == "SAME_UPPER" else total - total // 2
+        begin.append(front)
+        end.append(total - front)
+    return stride, dilation, begin, end
+
+
+def _convolution(
+    x: Value,
+    weight: Array,
+    groups: int,
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]],
+    rounded: int = 1,
+) -> Value:
+    kernel = weight.shape[2:]
+    stride, dilation, begin, end = geometry
+    if x.rank != len(kernel) + 2:
+        raise Unrepresentable("a kernel over other axes than its operand has")
+    offsets = product(*(range(-b, -b + d * k, d) for b, d, k in zip(begin, dilation, kernel, strict=True)))
+    delta = tuple(d * (k - 1) - b - e for k, d, b, e in zip(kernel, dilation, begin, end, strict=True))
+    first = nk.grouped_first(weight.shape[0], weight.shape[1], groups)
+    flat = weight.reshape(*weight.shape[:2], -1)
+    axes = tuple(range(2, x.rank))
+    return nk.convolved(x, Kernel(flat, first, tuple(offsets), axes, tuple(stride), delta, rounded), 1)
+
+
+def _weight(call: Call) -> Array:
+    weight = call.constant(1)
+    extents = list(weight.shape[2:])
+    if call.integers("kernel_shape", extents) != extents:
+        raise Unrepresentable("the kernel_shape of a convolution contradicts its weight")
+    return weight
+
+
+def _read_conv(call: Call) -> Value:
+    x, weight, bias = call.value(), _weight(call), call.optional(2)
+    y = _convolution(x, weight, call.integer("group", 1), _geometry(call, weight.shape[2:], x))
+    return y if bias is None else nf.shifted(y, bias, 1)
+
+
+def _read_conv_transpose(call: Call) -> Value:
+    x, weight, bias = call.value(), _weight(call), call.optional(2)
+    kernel = weight.shape[2:]
+    n, groups = len(kernel), call.integer("group", 1)
+    if attribute(call.node, "output_shape") or call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        raise Unrepresentable("the padding follows from a wanted output shape")
+    stride, dilation = call.integers("strides", [1] * n), call.integers("dilations", [1] * n)
+    pads, extra = call.integers("pads", [0] * 2 * n), call.integers("output_padding", [0] * n)
+    axes = tuple(range(2, 2 + n))
+    if any(s > 1 for s in stride):
+        x = nk.spread(x, axes, stride)
+    # What is written at offset o of an input position is read at offset -o of an output position.
+    offsets = product(*(range(b, b - d * k, -d) for b, d, k in zip(pads[:n], dilation, kernel, strict=True)))
+    delta = tuple(
+        b + e - o - d * (k - 1) for b, e, o, d, k in zip(pads[:n], pads[n:], extra, dilation, kernel, strict=True)
+    )
+    inside = weight.shape[0] // groups
+    turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(-1, inside, prod(kernel))
+    first = nk.grouped_first(len(turned), inside, groups)
+    y = nk.convolved(x, Kernel(turned, first, tuple(offsets), axes, (1,) * n, delta), 1)
+    return y if bias is None else nf.shifted(y, bias, 1)
+
+
+def _read_average_pool(call: Call) -> Value:
+    x, kernel = call.value(), call.integers("kernel_shape", [])
+    geometry = _geometry(call, kernel, x)
+    if call.integer("ceil_mode"):
+        raise Unrepresentable("the last window of a pooling may hang over")
+    if any(geometry[2] + geometry[3]) and not call.integer("count_include_pad"):
+        raise Unrepresentable("a pooling divides by fewer elements at the border")
+    stride, dilation, begin, end = geometry
+    for axis, k, s, d, b, e in zip(range(2, x.rank), kernel, stride, dilation, begin, end, strict=True):
+        # The standard says that no position is left then, and ONNX Runtime, which rounds towards zero, that one is.
+        if s > 1 and nf.least_extent(x, axis) + b + e < d * (k - 1) + 1:
+            raise Unrepresentable("the window of a pooling may be larger than its map")
+    channels = x.extents[1].known
+    if channels is None:
+        raise Unrepresentable("the number of channels is unknown")
+    return _convolution(x, np.full((channels, 1, *kernel), 1 / prod(kernel)), channels, geometry, 0)
+
+
+def _read_pad(call: Call) -> Value:
+    x = call.value()
+    if call.text("mode", "constant") != "constant":
+        raise Unrepresentable("a padding repeats what stands at the border")
+    amounts = call.optional(1)
+    fill, given = call.optional(2), call.optional(3)
+    pads = call.integers("pads", []) if amounts is None else [int(n) for n in amounts]
+    value = cast(float, attribute(call.node, "value", 0.0)) if fill is None else float(fill.reshape(-1)[0])
+    over = list(range(x.rank)) if given is None else [int(a) % x.rank for a in given]
+    begin, end = pads[: len(pads) // 2], pads[len(pads) // 2 :]
+    wanted = [(a, b, e) for a, b, e in zip(over, begin, end, strict=True) if (b, e) != (0, 0)]
+    if any(a < 2 for a, _, _ in wanted):
+        raise Unrepresentable("a padding adds channels or images")
+    if not wanted:
+        return x
+    axes, begin, end = ([w[i] for w in wanted] for i in range(3))
+    return nk.padded(x, axes, begin, end, value, 1)
+
+
+def _slab(written: Array) -> tuple[int, int, bool]:
+    """The axis along which the first or the last positions are True, and no others; their number; whether the first."""
+    for axis in range(2, written.ndim):
+        along = [bool(np.any(part)) for part in np.moveaxis(written, axis, 0)]
+        number = sum(along)
+        whole = number * written.size == np.count_nonzero(written) * len(along)
+        if whole and number < len(along) and (all(along[:number]) or all(along[-number:])):
+            return axis, number, along[0]
+    raise Unrepresentable("elements are written that are not the first or last along one axis")
+
+
+def _read_scatter(call: Call) -> Value:
+    """Constants written over the first or the last positions along one axis: how exporters spell an assignment."""
+    x, where, what = call.value(), call.constant(1), call.constant(2)
+    shape = tuple(e.known for e in x.extents)
+    if call.text("reduction", "none") != "none" or None in shape or where.ndim < 1 or x.rank < 3:
+        raise Unrepresentable("elements are written one by one")
+    extents = cast("tuple[int, ...]", shape)
+    depth = where.shape[-1]
+    if depth > x.rank or what.shape != (*where.shape[:-1], *extents[depth:]) or not where.size:
+        raise Unrepresentable("elements are written one by one")
+    at = where.reshape(-1, depth)
+    if np.any(at < -np.array(extents[:depth])) or np.any(at >= np.array(extents[:depth])):
+        raise Unrepresentable("elements are written that are not there")
+    written, values = np.zeros(extents, bool), np.zeros(extents)
+    written[tuple(at.T)] = True
+    values[tuple(at.T)] = what.reshape(-1, *extents[depth:])
+    if np.count_nonzero(written) != what.size:
+        raise Unrepresentable("an element is written twice")
+    axis, number, is_first = _slab(written)
+    slab = np.moveaxis(values, (1, axis), (0, 1))
+    slab = slab[:, :number] if is_first else slab[:, -number:]
+    border = slab.reshape(len(slab), -1)[:, 0]
+    if np.any(np.moveaxis(slab, 0, -1) != border):
+        raise Unrepresentable("what is written varies along other axes than the channels")
+    return nk.overwritten(x, axis, number, is_first, border, 1)
+
+
+# Matrices
+
+
+def _read_gemm(call: Call) -> Value:
+    if call.integer("transA"):
+        raise Unrepresentable("Gemm with transA mixes the batch")
+    x, weight, bias = call.value(), call.constant(1), call.optional(2)
+    alpha, beta = (cast(float, attribute(call.node, key, 1.0)) for key in ("alpha", "beta"))
+    y = nk.mixed(x, weight if call.integer("transB") else weight.T, 1)
+    if alpha != 1:
+        y = nf.scaled(y, alpha)
+    if bias is None:
+        return y
+    if bias.ndim == 2 and bias.shape[0] != 1:
+        raise Unrepresentable("a bias that varies along the batch")
+    bias = bias.astype(np.float64).reshape(-1) * beta
+    return nf.shifted(y, bias[0]) if bias.size == 1 else nf.shifted(y, bias, 1)
+
+
+def _read_matmul(call: Call) -> Value:
+    if call.is_constant(1):
+        x, weight = call.value(0), call.constant(1)
+        axis, weight = x.rank - 1, weight.T
+    else:
+        x, weight = call.value(1), call.constant(0)
+        axis = x.rank - 2
+    if weight.ndim != 2 or axis < 0:
+        raise Unrepresentable("a stack of matrices")
+    return nk.mixed(x, weight, axis)
+
+
+# Each channel by itself
+
+
+def _read_batchnorm(call: Call) -> Value:
+    if call.integer("training_mode") or any(call.node.output[1:]):
+        raise Unrepresentable("BatchNormalization in training mode")
+    if call.side.opset < 9 and call.integer("spatial", 1) != 1:
+        raise Unrepresentable("BatchNormalization over positions")
+    x = call.value()
+    gamma, beta, mean, var = (call.constant(i).astype(np.float64) for i in range(1, 5))
+    eps = float(np.float32(cast(float, attribute(call.node, "epsilon", 1e-5))))
+    with np.errstate(all="ignore"):
+        factor = gamma / np.sqrt(var + eps)
+        moved = mean * factor
+    return nf.shifted(nf.scaled(x, factor, 1), beta - moved, 1, np.abs(beta) + np.abs(moved))
+
+
+def _read_arithmetic(call: Call) -> Value:
+    op = call.node.op_type
+    fixed = [call.is_constant(0), call.is_constant(1)]
+    if not any(fixed):
+        if op not in ("Add", "Sub"):
+            raise Unrepresentable("a product of two values")
+        second = call.value(1)
+        return nf.added([call.value(0), nf.scaled(second, -1.0) if op == "Sub" else second])
+    side = 1 if fixed[1] else 0
+    x, constant = call.value(1 - side), call.constant(side).astype(np.float64)
+    axis = _along(constant, x)
+    if op == "Div" and side == 0:
+        raise Unrepresentable("a division by a value")
+    with np.errstate(all="ignore"):
+        if op == "Mul":
+            return nf.scaled(x, constant, axis)
+        if op == "Div":
+            return nf.scaled(x, 1 / constant, axis)
+        if op == "Sub" and side == 0:
+            x = nf.scaled(x, -1.0)
+        return nf.shifted(x, -constant if op == "Sub" and side == 1 else constant, axis)
+
+
+def _along(constant: Array, x: Value) -> int | None:
+    """The axis of ``x`` that a constant varies along; None for one number."""
+    if constant.ndim > x.rank:
+        raise Unrepresentable("a constant raises the rank")
+    wide = [i for i, d in enumerate(constant.shape) if d != 1]
+    if len(wide) > 1:
+        raise Unrepresentable("a constant varies along several axes")
+    if not wide:
+        return None
+    axis = x.rank - constant.ndim + wide[0]
+    if x.extents[axis].known != constant.shape[wide[0]]:
+        raise Unrepresentable("a constant may repeat its operand along an axis")
+    return axis
+
+
+def _read_sum(call: Call) -> Value:
+    return nf.added([call.value(i) for i in range(len(call.node.input))])
+
+
+def _read_neg(call: Call) -> Value:
+    return nf.scaled(call.value(), -1.0)
+
+
+def _read_identity(call: Call) -> Value:
+    return call.value()
+
+
+def _read_dropout(call: Call) -> Value:
+    training = call.optional(2)
+    if call.at or call.side.opset < 7 or (training is not None and training.any()):
+        raise Unrepresentable("Dropout in training mode")
+    return call.value()
+
+
+# Channels
+
+
+def _read_concat(call: Call) -> Value:
+    terms = [call.value(i) for i in range(len(call.node.input))]
+    return nf.stacked(terms, call.integer("axis", 1) % terms[0].rank)
+
+
+def _read_split(call: Call) -> Value:
+    x = call.value()
+    axis = call.integer("axis", 0) % x.rank
+    width = x.extents[axis].known
+    given = call.optional(1)
+    sizes = call.integers("split", []) if given is None else [int(n) for n in given]
+    if width is None:
+        raise Unrepresentable("the extent that is split is unknown")
+    if not sizes:
+        parts = len(call.node.output)
+        each = -(-width // parts)
+        sizes = [min(each, width - each * i) for i in range(parts)]
+    if min(sizes) < 0 or sum(sizes) != width:
+        raise Unrepresentable("a split into parts that do not add up")
+    start = sum(sizes[: call.at])
+    return nl.selected(x, range(start, start + sizes[call.at]), axis)
+
+
+def _read_slice(call: Call) -> Value:
+    x = call.value()
+    if call.side.opset < 10:
+        starts, ends = call.integers("starts", []), call.integers("ends", [])
+        axes, steps = call.integers("axes", range(len(starts))), [1] * len(starts)
+    else:
+        starts, ends = ([int(n) for n in call.constant(i)] for i in (1, 2))
+        given = [call.optional(i) for i in (3, 4)]
+        axes = list(range(len(starts))) if given[0] is None else [int(n) for n in given[0]]
+        steps = [1] * len(starts) if given[1] is None else [int(n) for n in given[1]]
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        width = x.extents[axis % x.rank].known
+        if step < 0 and width is not None and (start < -width or end >= width):
+            # The standard, its reference implementation and ONNX Runtime do not agree on what is clamped to what.
+            raise Unrepresentable("a slice in reverse, of which an end is out of range")
+        x = nk.sliced(x, axis % x.rank, start, end, step)
+    return x
+
+
+def _read_gather(call: Call) -> Value:
+    x, index = call.value(), call.constant(1)
+    axis = call.integer("axis", 0) % x.rank
+    width = x.extents[axis].known
+    if width is None or index.ndim > 1:
+        raise Unrepresentable("a gather by a table, or along an unknown extent")
+    places = [int(i) % width for i in index.reshape(-1)]
+    return nl.selected(x, places, axis) if index.ndim else nl.taken(x, places[0], axis)
+
+
+# Layouts
+
+
+def _read_transpose(call: Call) -> Value:
+    x = call.value()
+    return nl.permuted(x, call.integers("perm", range(x.rank)[::-1]))
+
+
+def _read_reshape(call: Call) -> Value:
+    x = call.value()
+    if call.is_constant(1) or call.side.opset < 5:
+        given = [int(n) for n in call.constant(1)] if call.side.opset >= 5 else call.integers("shape", [])
+        zero_is_zero = call.integer("allowzero")
+        target = [
+            None if n == -1 else x.extents[i] if n == 0 and not zero_is_zero else Extent(n) for i, n in enumerate(given)
+        ]
+        return nl.regrouped(x, target)
+    return nl.regrouped(x, _inferred(call, x))
+
+
+def _inferred(call: Call, x: Value) -> list[Extent | None]:
+    """The extents of the result as shape inference has them; None for what is no product of those of the operand."""
+    shape = call.side.inferred(call.node.output[call.at])
+    if shape is None:
+        raise Unrepresentable("the rank of a reshape is unknown")
+    own = {s for e in x.extents for s in e.symbols}
+    return [e if e is not None and own.issuperset(e.symbols) else None for e in shape]
+
+
+def _read_flatten(call: Call) -> Value:
+    x = call.value()
+    axis = call.integer("axis", 1)
+    axis = axis + x.rank if axis < 0 else axis
+    front, back = Extent(), Extent()
+    for i, e in enumerate(x.extents):
+        front, back = (front.times(e), back) if i < axis else (front, back.times(e))
+    return nl.regrouped(x, [front, back])
+
+
+def _axes(call: Call) -> list[int] | None:
+    given = call.optional(1)
+    if given is not None:
+        return [int(n) for n in given.reshape(-1)]
+    return cast("list[int] | None", attribute(call.node, "axes"))
+
+
+def _read_squeeze(call: Call) -> Value:
+    x, axes = call.value(), _axes(call)
+    if axes is None:
+        raise Unrepresentable("a squeeze of all axes of extent 1")
+    gone = {a % x.rank for a in axes}
+    if any(x.extents[a] != Extent() for a in gone):
+        raise Unrepresentable("a squeeze of an unknown extent")
+    return nl.regrouped(x, [e for i, e in enumerate(x.extents) if i not in gone])
+
+
+def _read_unsqueeze(call: Call) -> Value:
+    x, axes = call.value(), _axes(call)
+    if axes is None:
+        raise Unrepresentable("Unsqueeze without axes")
+    rank = x.rank + len(axes)
+    new, rest = {a % rank for a in axes}, iter(x.extents)
+    return nl.regrouped(x, [Extent() if i in new else next(rest) for i in range(rank)])
+
+
+def _read_mean(call: Call) -> Value:
+    x = call.value()
+    if call.node.op_type == "GlobalAveragePool":
+        return nl.averaged(x, range(2, x.rank), keep=True)
+    axes = _axes(call)
+    if not axes:
+        if call.integer("noop_with_empty_axes"):
+            return x
+        raise Unrepresentable("a mean over all axes")
+    return nl.averaged(x, [a % x.rank for a in axes], bool(call.integer("keepdims", 1)))
+
+
+READERS: dict[str, Callable[[Call], Value]] = {
+    "Conv": _read_conv,
+    "ConvTranspose": _read_conv_transpose,
+    "AveragePool": _read_average_pool,
+    "Pad": _read_pad,
+    "ScatterND": _read_scatter,
+    "Gemm": _read_gemm,
+    "MatMul": _read_matmul,
+    "BatchNormalization": _read_batchnorm,
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _read_arithmetic),
+    "Sum": _read_sum,
+    "Neg": _read_neg,
+    "Identity": _read_identity,
+    "Dropout": _read_dropout,
+    "Concat": _read_concat,
+    "Split": _read_split,
+    "Slice": _read_slice,
+    "Gather": _read_gather,
+    "Transpose": _read_transpose,
+    "Reshape": _read_reshape,
+    "Flatten": _read_flatten,
+    "Squeeze": _read_squeeze,
+    "Unsqueeze": _read_unsqueeze,
+    **dict.fromkeys(("GlobalAveragePool", "ReduceMean"), _read_mean),
+}

@@ -1,0 +1,142 @@
+"""Types and shapes of the tensors of a main graph, as ONNX's own shape inference has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper
+
+from reparamc.certificate.axes import Extent
+from reparamc.certificate.normal_form import Array
+
+WEIGHT = 1024
+"""A stored tensor of more elements is a weight: shape inference gets its type alone."""
+
+FLOATS = {
+    kind: np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+    for kind in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+}
+
+
+def attribute(node: NodeProto, name: str, default: object = None) -> object:
+    """The value of an attribute, or ``default`` where it is absent."""
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+class Typed(NamedTuple):
+    """A floating tensor whose extents are all known."""
+
+    dtype: np.dtype
+    extents: tuple[int, ...]
+
+
+def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, Typed]) -> ModelProto:
+    """``model`` for shape inference, without large weights: ``stored`` and ``typed`` tensors need not be computed."""
+    found = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    graph = found.graph
+    graph.name = "outline"
+    known = stored.keys() | typed.keys()
+    for node in model.graph.node:
+        names = {name for name in node.output if name}
+        if names.isdisjoint(stored) and not (names and names <= known):
+            graph.node.add().CopyFrom(node)
+            if node.domain == "ai.onnx":  # inference knows this domain by its other name only
+                graph.node[-1].domain = ""
+    graph.input.extend(model.graph.input)
+    graph.output.extend(o for o in model.graph.output if o.name not in known)
+    graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    given = {v.name for v in model.graph.input}
+    for tensor in model.graph.initializer:
+        if prod(tensor.dims) <= WEIGHT and tensor.data_location != TensorProto.EXTERNAL:
+            graph.initializer.append(tensor)
+        elif tensor.name not in given:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in stored.items())
+    for name, (dtype, extents) in typed.items():
+        graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), extents))
+    return found
+
+
+class Shapes:
+    """What is inferred of every tensor of a main graph.
+
+    Args:
+        declared: types to believe where inference says nothing.
+        stored: the values of some constants that operators compute.
+        typed: tensors that are known from elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: ModelProto,
+        declared: Iterable[ValueInfoProto] = (),
+        stored: Mapping[str, Array] | None = None,
+        typed: Mapping[str, Typed] | None = None,
+    ) -> None:
+        light = outline(model, stored or {}, typed or {})
+        try:
+            light = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
+        except onnx.shape_inference.InferenceError:
+            light = onnx.shape_inference.infer_shapes(light)
+        self._types: dict[str, TypeProto.Tensor] = {}
+        for values in (declared, light.graph.value_info, light.graph.output, light.graph.input):
+            self._types.update((v.name, v.type.tensor_type) for v in values if v.type.HasField("tensor_type"))
+        self._stored = {t.name: (t.data_type, tuple(map(Extent, t.dims))) for t in model.graph.initializer}
+        self._shapes: dict[str, tuple[Extent, ...] | None] = {}
+        self._meaning: dict[str, Extent] = {}
+        """What a symbol that inference made up is, where that is known."""
+        given = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim}
+        for node in light.graph.node:  # operands come first
+            if node.op_type in ("Flatten", "Reshape") and not node.domain:
+                self._explain(node.input[0], node.output[0], given)
+
+    def dtype(self, name: str) -> np.dtype | None:
+        """The dtype of a floating tensor; None for other types and where it is unknown."""
+        if name in self._stored:
+            return FLOATS.get(self._stored[name][0])
+        return FLOATS.get(self._types[name].elem_type) if name in self._types else None
+
+    def shape(self, name: str) -> tuple[Extent, ...] | None:
+        """The shape of ``name``, unknown extents as symbols; None where the rank is unknown."""
+        if name not in self._shapes:
+            self._shapes[name] = self._read(name)
+        return self._shapes[name]
+
+    def extents(self, name: str) -> tuple[int, ...] | None:
+        """The shape of ``name`` if every extent is known."""
+        shape = self.shape(name)
+        return None if shape is None or any(e.symbols for e in shape) else tuple(e.factor for e in shape)
+
+    def _read(self, name: str) -> tuple[Extent, ...] | None:
+        if name in self._stored:
+            return self._stored[name][1]
+        if name not in self._types or not self._types[name].HasField("shape"):
+            return None
+        return tuple(
+            Extent(d.dim_value) if d.HasField("dim_value") else self._open(d.dim_param or f"{name}[{axis}]")
+            for axis, d in enumerate(self._types[name].shape.dim)
+        )
+
+    def _open(self, symbol: str) -> Extent:
+        return self._meaning.get(symbol, Extent(1, (symbol,)))
+
+    def _explain(self, operand: str, name: str, given: set[str]) -> None:
+        """Learn the one extent of a reshape that inference made up: what is left of the elements."""
+        before, after = self._read(operand), self._read(name)
+        if before is None or after is None:
+            return
+        known = given.union(self._meaning, *(e.symbols for e in before))
+        new = [e for e in after if e.factor == 1 and len(e.symbols) == 1 and e.symbols[0] not in known]
+        if len(new) != 1:
+            return
+        elements, others = Extent(), Extent()
+        for e in before:
+            elements = elements.times(e)
+        for e in after:
+            others = others if e == new[0] else others.times(e)
+        if (rest := elements.over(others)) is not None:
+            self._meaning[new[0].symbols[0]] = rest
