@@ -318,7 +318,8 @@ def _end_to_end_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
 
 
 def _certificate_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
-    from reparamc.certificate.fx import certify_fx, shapes_of
+    from reparamc.certificate.fx import certify_fx
+    from reparamc.certificate.fx_shapes import shapes_of
     from reparamc.fx.trace import followed
 
     original = followed(model, (inputs, {}))[0]

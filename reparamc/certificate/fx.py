@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from itertools import product
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -49,7 +48,7 @@ def certify_fx(
 
     Args:
         original, result: traced modules; ``original`` as it was before anything was rewritten.
-        shapes: of the nodes of ``original``, by name; see `shapes_of`. Without them the operators alone tell ranks.
+        shapes: of the nodes of ``original``, by name; see `fx_shapes`. Without them the operators alone tell ranks.
         dtype: in which parameters are stored; by default that of the first of them.
     """
     stored = dtype or next((p.dtype for p in result.parameters() if p.is_floating_point()), torch.float32)
@@ -106,150 +105,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_plain(v) for v in value) if type(value) in (list, tuple) else [_plain(v) for v in value]
     return value
-
-
-# Shapes
-
-
-Change = Callable[[int, int], int]
-"""The extent that an axis shall have instead of that of the example."""
-
-
-def _small(axis: int, n: int) -> int:
-    """One that leaves the same remainder, another for each axis: a run costs less then, and no axis is another."""
-    return (n if n < 96 else 64 + n % 32) + 32 * (axis - 1)
-
-
-_SIZES: tuple[Change, ...] = (
-    lambda axis, n: _small(axis, n) + (-1) ** axis,
-    _small,
-    lambda axis, n: n + 32 * (axis - 1),
-    lambda axis, n: n + 32,
-    lambda axis, n: n,
-)
-
-
-def shapes_of(
-    module: fx.GraphModule, args: Sequence[Any], first: dict[str, tuple[int, ...]] | None = None
-) -> dict[str, tuple[Extent, ...]]:
-    """The shapes of all nodes of a traced module, from runs on ``args`` and on others of other sizes.
-
-    An extent that is the same in all is known, what varies is a symbol: one for all that vary alike, or as a multiple
-    of a batch. So there are sizes below and above powers of two, at which strides with and without padding differ at
-    each level, and, of several arguments, some with one element along their axes, which would be repeated. All are
-    known if no other size is taken.
-    ``first`` is what `sizes_of` found on ``args``, where that was asked before.
-    """
-    try:
-        runs = [sizes_of(module, args) if first is None else first]
-    except Exception:  # the operators alone tell ranks then
-        return {}
-
-    def attempt(channels: str, change: Change, batch: int, single: int | None = None, along: str = "") -> bool:
-        values = [_resized(a, change, batch, channels) for a in args]
-        if single is not None:
-            x = values[single]
-            whole = {_channel_axis(x, channels)} | ({0} if along == "positions" else {*range(1, x.ndim)})
-            values[single] = x[tuple(slice(None) if i in whole else slice(1) for i in range(x.ndim))].clone()
-        try:
-            found = sizes_of(module, values)
-        except Exception:  # whatever a module raises that does not know a size
-            return False
-        if found.keys() != runs[0].keys() or any(len(found[n]) != len(runs[0][n]) for n in found):
-            return False
-        runs.append(found)
-        return True
-
-    tensors = {i: a for i, a in enumerate(args) if isinstance(a, Tensor) and a.ndim > 1}
-    distinct = {tuple(_channel_axis(a, channels) for a in tensors.values()): channels for channels in _CHANNELS}
-    ways = [*product(distinct.values(), _SIZES[:-1]), (_CHANNELS[0], _SIZES[-1])]
-    way = next((way for way in ways if attempt(*way, 1)), None)
-    if way is not None:
-        channels, change = way
-        if change is _SIZES[0]:
-            attempt(channels, lambda axis, n: _small(axis, n) - (-1) ** axis, 0)
-        for i in tensors if len(tensors) > 1 else ():
-            attempt(channels, change, 1, i, "positions")
-            attempt(channels, change, 1, i, "batch")
-    batches = {name for n in module.graph.find_nodes(op="placeholder") if runs[0].get(name := n.name)}
-
-    def alike() -> dict[str, list[tuple[int, ...]]]:
-        return {name: list(zip(*(run[name] for run in runs), strict=True)) for name in runs[0]}
-
-    def multiples(varying: dict[str, list[tuple[int, ...]]]) -> dict[tuple[int, ...], tuple[int, tuple[int, ...]]]:
-        """What varies as some images for each one of the batch: how many, and how that varies."""
-        firsts = {ns for name in batches if len(set(ns := varying[name][0])) > 1}
-        others = {ns for shape in varying.values() for ns in shape}
-        found = ((ns, ns[0] // one[0], one) for ns in others for one in firsts if one[0])
-        return {ns: (k, one) for ns, k, one in found if k > 1 and ns == tuple(k * n for n in one)}
-
-    varying, repeated = alike(), dict[tuple[int, ...], tuple[int, tuple[int, ...]]]()
-    # The side of an image may be such by chance: so once more, with the batch alone another one.
-    if way is not None and multiples(varying) and attempt(*way, 3):
-        repeated = multiples(varying := alike())
-    # Rows of an image, one after the other: a reshape has to know what they are made of.
-    areas = {
-        tuple(h * w for h, w in zip(*shape[2:], strict=True)): (shape[2], shape[3])
-        for shape in varying.values()
-        if len(shape) == 4 and not any(len(set(ns)) == 1 for ns in shape[2:])
-    }
-
-    def extent(ns: tuple[int, ...]) -> Extent:
-        if ns in areas:
-            return extent(areas[ns][0]).times(extent(areas[ns][1]))
-        times, one = repeated.get(ns, (1, ns))
-        return Extent(times).times(_extent(one))
-
-    return {name: tuple(extent(ns) for ns in shape) for name, shape in varying.items()}
-
-
-def _extent(sizes: tuple[int, ...]) -> Extent:
-    """An extent that has these sizes in several runs."""
-    return Extent(sizes[0]) if len(set(sizes)) == 1 else Extent(1, ("|".join(map(str, sizes)),))
-
-
-_CHANNELS = ("last of three", "second", "last", "first")
-"""Where the channels of arguments may be: of tokens, of images, of images that end with them, of one image alone."""
-
-
-def _channel_axis(value: Tensor, channels: str) -> int:
-    if channels == "first":
-        return 0
-    is_last = channels == "last" or (channels == "last of three" and value.ndim == 3)
-    return value.ndim - 1 if is_last else 1
-
-
-def _resized(value: Any, change: Change, batch: int, channels: str) -> Any:
-    """A tensor like ``value`` of another size, which keeps its channels."""
-    if not isinstance(value, Tensor) or value.ndim < 2:
-        return value
-    kept = _channel_axis(value, channels)
-    shape = [n if i == kept else change(i if kept == 1 else i + 1, n) for i, n in enumerate(value.shape)]
-    if value.ndim > 4:  # what a volume grows by is multiplied once more: half as much is enough, and fits into memory
-        shape = [n + (m - n) // 2 for n, m in zip(value.shape, shape, strict=True)]
-    if kept:
-        shape[0] = value.shape[0] + batch
-    return value.new_ones(shape) if not value.is_floating_point() else torch.randn(shape).to(value)
-
-
-def sizes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int, ...]]:
-    """The extents of all nodes of a traced module that are tensors, in a run on ``args``."""
-    recorder = _Recorder(module)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        recorder.run(*(a.clone() if isinstance(a, Tensor) else a for a in args))
-    return recorder.found
-
-
-class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.found: dict[str, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.found[n.name] = tuple(value.shape)
-        return value
 
 
 # Nodes

@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 
 from reparamc.algebra.cost import objective as priced_by
 from reparamc.algebra.rewrite import Pass
-from reparamc.certificate.fx import certify_fx, shapes_of, sizes_of
+from reparamc.certificate.fx import certify_fx
+from reparamc.certificate.fx_shapes import shapes_of, sizes_of
 from reparamc.certificate.proof import Certificate
 from reparamc.compiler.graph import Splice, Value
 from reparamc.compiler.plan import Plan, make_plan

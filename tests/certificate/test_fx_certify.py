@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from reparamc import fuse_fx
 from reparamc.certificate.axes import Extent
-from reparamc.certificate.fx import READERS, certify_fx, shapes_of
+from reparamc.certificate.fx import READERS, certify_fx
 from reparamc.certificate.fx_memory import Memory
+from reparamc.certificate.fx_shapes import shapes_of
 from reparamc.certificate.proof import Certificate, roll_back
 from reparamc.compiler.plan import make_plan
 from reparamc.errors import VerificationError
