@@ -23,7 +23,8 @@ from reparamc.certificate.proof import Certificate, roll_back
 from reparamc.compiler.plan import make_plan
 from reparamc.errors import VerificationError
 from reparamc.fx.emit import Emitter
-from reparamc.fx.fuse import FxGraph, _rewrite
+from reparamc.fx.graph import FxGraph
+from reparamc.fx.host import _rewrite
 from reparamc.fx.trace import followed, trace
 from reparamc.testing import randomize_batchnorm
 from reparamc_passes import PASSES

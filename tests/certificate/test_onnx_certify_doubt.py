@@ -329,7 +329,7 @@ def test_what_the_rewriter_knows_is_not_believed(wrong: Fault) -> None:
     """While it reads types, constants and attributes wrongly, what it emits is not proven."""
     assert wrong.onnx is not None
     original = wrong.onnx()
-    with planted(wrong.edits):
+    with planted(wrong.changes):
         emitted = fuse_model(original, verify="off")[0]
         found = certify_onnx(original, emitted)
     assert not found.holds
