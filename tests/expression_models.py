@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from reparamc.algebra.evaluate import channels, frames
+from reparamc.algebra.evaluate import channel_axes, channels
 from reparamc.algebra.expr import (
     BatchNorm,
     Concat,
@@ -63,7 +63,7 @@ def sources(e: Expr) -> list[Source]:
 
 def source_shapes(e: Expr, extents: Sequence[int] = EXTENTS[0], batch: int = 2) -> Shapes:
     """A shape for every source: its own with ``extents`` for its symbols, or [batch, channels, *extents]."""
-    count, frame = channels(e), frames(e)
+    count, axis = channels(e), channel_axes(e)
     symbols: dict[str, int] = {"N": batch}
     shapes: Shapes = {}
     for s in sources(e):
@@ -72,7 +72,7 @@ def source_shapes(e: Expr, extents: Sequence[int] = EXTENTS[0], batch: int = 2) 
                 symbols[symbol] = extents[(len(symbols) - 1) % len(extents)]
             shapes[s] = tuple(dim.at(symbols) for dim in s.shape)
         else:
-            shapes[s] = (batch, count[s] or 3, *extents[: frame[s] or 0])
+            shapes[s] = (batch, count[s] or 3, *extents[: -1 - (axis[s] or -1)])
     return shapes
 
 
@@ -116,17 +116,17 @@ def reference(root: Expr, inputs: Mapping[Source, np.ndarray]) -> np.ndarray:
             case Conv():
                 y = _convolve(e, values[e.x])
             case Scale():
-                y = values[e.x] * _column(e.scale, e.frame) + _column(e.shift, e.frame)
+                y = values[e.x] * _column(e.scale, e.axis) + _column(e.shift, e.axis)
             case BatchNorm():
-                gamma, beta, mean, var = (_column(v, e.frame) for v in (e.gamma, e.beta, e.mean, e.var))
+                gamma, beta, mean, var = (_column(v, e.axis) for v in (e.gamma, e.beta, e.mean, e.var))
                 y = (values[e.x] - mean) / np.sqrt(var + e.eps) * gamma + beta
             case Sum():
                 y = sum((values[t] for t in e.terms[1:]), values[e.terms[0]])
             case Concat():
-                y = _torch().cat([_torch().from_numpy(values[t]) for t in e.terms], -1 - e.frame).numpy()
+                y = _torch().cat([_torch().from_numpy(values[t]) for t in e.terms], e.axis).numpy()
             case Select():
-                channels_first = np.moveaxis(values[e.x], -1 - e.frame, 0)
-                y = np.moveaxis(np.stack([channels_first[i] for i in e.index]), 0, -1 - e.frame)
+                channels_first = np.moveaxis(values[e.x], e.axis, 0)
+                y = np.moveaxis(np.stack([channels_first[i] for i in e.index]), 0, e.axis)
             case Layout() if isinstance(e.op, Permute):
                 y = np.transpose(values[e.x], e.op.axes)
             case Layout() if isinstance(e.op, Mean):
@@ -139,12 +139,12 @@ def reference(root: Expr, inputs: Mapping[Source, np.ndarray]) -> np.ndarray:
     return values[root]
 
 
-def _column(v: np.ndarray, frame: int | None) -> np.ndarray:
-    return v.reshape(v.size, *[1] * (frame or 0)) if v.ndim else v
+def _column(v: np.ndarray, axis: int | None) -> np.ndarray:
+    return v.reshape(v.size, *[1] * (-1 - (axis or -1))) if v.ndim else v
 
 
 def _convolve(e: Conv, x: np.ndarray) -> np.ndarray:
-    if e.frame == 0:
+    if e.spatial == 0:
         parts = zip(np.split(x, e.groups, axis=-1), np.split(e.weight, e.groups), strict=True)
         y = np.concatenate([part @ rows.T for part, rows in parts], axis=-1)
         return y if e.bias is None else y + e.bias
@@ -153,9 +153,9 @@ def _convolve(e: Conv, x: np.ndarray) -> np.ndarray:
     if e.transposed:
         return _convolve_transposed(e, x)
     pads = [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
-    batch = x.shape[: x.ndim - e.frame - 1]
+    batch = x.shape[: x.ndim - e.spatial - 1]
     padded = torch.nn.functional.pad(torch.from_numpy(x.reshape(-1, *x.shape[len(batch) :])), pads)
-    convolve = getattr(torch.nn.functional, f"conv{e.frame}d")
+    convolve = getattr(torch.nn.functional, f"conv{e.spatial}d")
     bias = None if e.bias is None else torch.from_numpy(e.bias)
     weight = torch.from_numpy(np.ascontiguousarray(e.weight))
     y = convolve(padded, weight, bias, stride=e.stride, dilation=e.dilation, groups=e.groups).numpy()
@@ -166,13 +166,13 @@ def _convolve_transposed(e: Conv, x: np.ndarray) -> np.ndarray:
     """The whole result of PyTorch's operator, of which padding drops some and negative padding adds zeros."""
     torch = _torch()
     begin, end = e.padding
-    batch = x.shape[: x.ndim - e.frame - 1]
-    convolve = getattr(torch.nn.functional, f"conv_transpose{e.frame}d")
+    batch = x.shape[: x.ndim - e.spatial - 1]
+    convolve = getattr(torch.nn.functional, f"conv_transpose{e.spatial}d")
     images = torch.from_numpy(x.reshape(-1, *x.shape[len(batch) :]))
     weight = torch.from_numpy(_in_out(e))
     whole = convolve(images, weight, None, stride=e.stride, dilation=e.dilation, groups=e.groups)
     pads = [-n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
-    y = torch.nn.functional.pad(whole, pads).numpy() + _column(e.bias_or_zero, e.frame)
+    y = torch.nn.functional.pad(whole, pads).numpy() + _column(e.bias_or_zero, e.axis)
     return y.reshape(*batch, *y.shape[1:])
 
 
@@ -256,7 +256,7 @@ class _OnnxBuilder:
                     "ConvTranspose", inputs, out, kernel_shape=e.kernel, strides=e.stride, dilations=e.dilation,
                     pads=e.padding[0] * 2, output_padding=extra, group=e.groups,
                 )  # fmt: skip
-            case Conv() if e.frame:
+            case Conv() if e.spatial:
                 begin, end = e.padding
                 inputs = [x, self._tensor(e.weight)] + ([self._tensor(e.bias)] if e.bias is not None else [])
                 self._node(
@@ -277,12 +277,12 @@ class _OnnxBuilder:
                 shifted, scaled = bool(np.any(e.shift)), bool(np.any(e.scale != 1))
                 if scaled or not shifted:
                     y = f"{out}_product" if shifted else out
-                    self._node("Mul", [x, self._tensor(_column(e.scale, e.frame))], y)
+                    self._node("Mul", [x, self._tensor(_column(e.scale, e.axis))], y)
                     x = y
                 if shifted:
-                    self._node("Add", [x, self._tensor(_column(e.shift, e.frame))], out)
+                    self._node("Add", [x, self._tensor(_column(e.shift, e.axis))], out)
             case BatchNorm():
-                assert e.frame == max(self.ranks[e] - 2, 0), "ONNX normalises axis 1 only"
+                assert e.axis == -1 - max(self.ranks[e] - 2, 0), "ONNX normalises axis 1 only"
                 tensors = [self._tensor(v) for v in (e.gamma, e.beta, e.mean, e.var)]
                 self._node("BatchNormalization", [x, *tensors], out, epsilon=e.eps)
             case Sum():
@@ -292,7 +292,7 @@ class _OnnxBuilder:
                     self._node("Sub" if t in absorbed else "Add", [y, self.names[t]], after)
                     y = after
             case Concat():
-                self._node("Concat", [self.names[t] for t in e.terms], out, axis=self.ranks[e] - 1 - e.frame)
+                self._node("Concat", [self.names[t] for t in e.terms], out, axis=self.ranks[e] + e.axis)
             case Select():
                 self._select(e, x, out)
             case Layout() if isinstance(e.op, Permute):
@@ -309,7 +309,7 @@ class _OnnxBuilder:
                 self._node("Reshape", [x, f"{out}_shape"], out)
 
     def _select(self, e: Select, x: str, out: str) -> None:
-        axis = self.ranks[e] - 1 - e.frame
+        axis = self.ranks[e] + e.axis
         if e.index == tuple(range(e.index[0], e.index[-1] + 1)):
             bounds = [self._integers(n) for n in (e.index[0], e.index[-1] + 1, axis)]
             self._node("Slice", [x, *bounds], out)
@@ -374,7 +374,7 @@ def to_module(root: Expr) -> Any:
                     self.layers[str(at)] = _layer(e)
                 elif isinstance(e, Scale):
                     for kind, v in (("scale", e.scale), ("shift", e.shift)):
-                        self.register_buffer(f"{kind}{at}", torch.from_numpy(np.array(_column(v, e.frame))))
+                        self.register_buffer(f"{kind}{at}", torch.from_numpy(np.array(_column(v, e.axis))))
                 elif isinstance(e, Select):
                     self.register_buffer(f"index{at}", torch.tensor(e.index))
 
@@ -396,9 +396,9 @@ def to_module(root: Expr) -> Any:
                         y = y - values[t.children[0]] if t in absorbed else y + values[t]
                     return y
                 case Concat():
-                    return torch.cat([values[t] for t in e.terms], -1 - e.frame)
+                    return torch.cat([values[t] for t in e.terms], e.axis)
                 case Select():
-                    whole, axis = values[e.x], -1 - e.frame
+                    whole, axis = values[e.x], e.axis
                     if e.index == tuple(range(e.index[0], e.index[-1] + 1)):
                         return whole.narrow(axis, e.index[0], len(e.index))
                     return whole.index_select(axis, getattr(self, f"index{at}"))
@@ -433,7 +433,7 @@ def _layer(e: Conv | BatchNorm) -> Any:
     nn = torch.nn
     with torch.no_grad():
         if isinstance(e, BatchNorm):
-            layer = getattr(nn, f"BatchNorm{e.frame or 1}d")(e.gamma.size, eps=e.eps).double()
+            layer = getattr(nn, f"BatchNorm{max(-1 - e.axis, 1)}d")(e.gamma.size, eps=e.eps).double()
             for mine, given in zip(
                 (layer.weight, layer.bias, layer.running_mean, layer.running_var),
                 (e.gamma, e.beta, e.mean, e.var),
@@ -442,15 +442,15 @@ def _layer(e: Conv | BatchNorm) -> Any:
                 mine.copy_(torch.from_numpy(given))
             return layer
         begin, end = e.padding
-        if e.frame == 0:
+        if e.spatial == 0:
             layer = nn.Linear(e.in_channels, e.out_channels, bias=e.bias is not None).double()
         elif e.transposed:
-            layer = getattr(nn, f"ConvTranspose{e.frame}d")(
+            layer = getattr(nn, f"ConvTranspose{e.spatial}d")(
                 e.in_channels, e.out_channels, e.kernel, e.stride, e.padding[0], _output_padding(e), e.groups,
                 bias=e.bias is not None, dilation=e.dilation,
             ).double()  # fmt: skip
         else:
-            layer = getattr(nn, f"Conv{e.frame}d")(
+            layer = getattr(nn, f"Conv{e.spatial}d")(
                 e.in_channels, e.out_channels, e.kernel, e.stride, begin if begin == end else 0, e.dilation, e.groups,
                 bias=e.bias is not None,
             ).double()  # fmt: skip
@@ -458,8 +458,8 @@ def _layer(e: Conv | BatchNorm) -> Any:
         layer.weight.copy_(torch.from_numpy(weight))
         if e.bias is not None:
             layer.bias.copy_(torch.from_numpy(e.bias))
-        if e.frame and not e.transposed and begin != end:
+        if e.spatial and not e.transposed and begin != end:
             pads = [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
-            pad = getattr(nn, f"ConstantPad{e.frame}d")(pads, 0.0)
+            pad = getattr(nn, f"ConstantPad{e.spatial}d")(pads, 0.0)
             return nn.Sequential(pad, layer)
         return layer

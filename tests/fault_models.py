@@ -119,40 +119,40 @@ TOKENS = ("N", 3, 4)
 
 # Expressions
 
-CONV_NORM = """%x = source c=4 f=2
+CONV_NORM = """%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x3 p=1 bias
-%1 = batchnorm %0 c=4 f=2"""
+%1 = batchnorm %0 c=4 axis=-3"""
 CONV_NORM_PLAIN = CONV_NORM.replace(" bias", "")
-NORM_POINTWISE = """%x = source c=4 f=2
-%0 = batchnorm %x c=4 f=2
+NORM_POINTWISE = """%x = source c=4 axis=-3
+%0 = batchnorm %x c=4 axis=-3
 %1 = conv %0 4->4 k=1x1 bias"""
-TWO = """%x = source c=4 f=2
+TWO = """%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x3 p=1 bias
 %1 = conv %x 4->4 k=1x1 bias
 %2 = sum %0, %1"""
-PAIR = """%x = source c=4 f=2
+PAIR = """%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=1x1 bias
 %1 = conv %0 4->4 k=3x3 bias"""
-STRIDED_PAIR = """%x = source c=3 f=2
+STRIDED_PAIR = """%x = source c=3 axis=-3
 %0 = conv %x 3->4 k=2x2 s=2
 %1 = conv %0 4->3 k=2x2 s=2 p=0 bias"""
-TRANSPOSED = """%x = source c=4 f=2
+TRANSPOSED = """%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x3 s=2 p=1 g=2 transposed bias
-%1 = batchnorm %0 c=4 f=2"""
-TRANSPOSED_ONCE = """%x = source c=4 f=2
+%1 = batchnorm %0 c=4 axis=-3"""
+TRANSPOSED_ONCE = """%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x2 p=1,0 transposed bias
-%1 = batchnorm %0 c=4 f=2"""
-STACKED = """%x = source c=4 f=2
+%1 = batchnorm %0 c=4 axis=-3"""
+STACKED = """%x = source c=4 axis=-3
 %0 = conv %x 4->3 k=3x3 p=1 bias
 %1 = conv %x 4->3 k=3x3 p=1 bias
-%2 = concat %0, %1 c=3,3 f=2"""
-REPMIXER = """%x = source c=6 f=2
-%norm = batchnorm %x c=6 f=2
+%2 = concat %0, %1 c=3,3 axis=-3"""
+REPMIXER = """%x = source c=6 axis=-3
+%norm = batchnorm %x c=6 axis=-3
 %0 = conv %x 6->6 k=3x3 s=1 p=1 g=6
-%1 = batchnorm %0 c=6 f=2
-%c = batchnorm %x c=6 f=2
+%1 = batchnorm %0 c=6 axis=-3
+%c = batchnorm %x c=6 axis=-3
 %mixer = sum %1, %c
 %3 = scale=-1 %norm
 %4 = sum %mixer, %3
-%5 = scale %4 c=6 f=2
+%5 = scale %4 c=6 axis=-3
 %6 = sum %x, %5"""

@@ -80,15 +80,15 @@ ALGEBRA = [
     fault(
         "shift in front of zero padding, through a concatenation", f"{ABSORB}_columns",
         "if np.any(found[1]) and conv.reads_padding:", "if False:",
-        text="""%x = source c=4 f=2
-%0 = batchnorm %x c=4 f=2
+        text="""%x = source c=4 axis=-3
+%0 = batchnorm %x c=4 axis=-3
 %z = conv %x 4->2 k=1x1
-%1 = concat %0, %z c=4,2 f=2
+%1 = concat %0, %z c=4,2 axis=-3
 %2 = conv %1 6->4 k=3x3 p=1""",
     ),
     fault(
         "an axis that an operator on the way treats as another", f"{ABSORB}through_layouts",
-        "frame = frame_in if frame == e.frame else None", "frame = frame_in",
+        "axis = axis_in if axis == e.axis else None", "axis = axis_in",
         onnx=lambda: onnx_model(
             [
                 conv("x", "c"), node("Transpose", "c", "t", perm=[0, 2, 1, 3]),
@@ -126,7 +126,7 @@ ALGEBRA = [
     ),
     fault(
         "composed across padding", f"{KERNEL}cannot_compose", "if not outer.reads_padding:", "if True:",
-        text="""%x = source c=6 f=2
+        text="""%x = source c=6 axis=-3
 %0 = conv %x 6->6 k=2x2 p=1:0 g=6 bias
 %1 = conv %0 6->6 k=2x2 p=1:0 g=6""",
     ),
@@ -138,15 +138,15 @@ ALGEBRA = [
     fault(
         "bias in front of a transposed convolution", f"{KERNEL}cannot_compose",
         "(None if inner.bias is None else VARYING)", "None",
-        text="""%x = source c=4 f=2
+        text="""%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=1x1 bias
 %1 = conv %0 4->4 k=3x3 s=2 p=1 transposed bias""",
     ),
     fault(
         "shift of a skip connection lost", f"{KERNEL}pointwise", "if np.any(shift) else None", "if False else None",
-        text="""%x = source c=4 f=2
+        text="""%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x3 p=1
-%1 = batchnorm %x c=4 f=2
+%1 = batchnorm %x c=4 axis=-3
 %2 = sum %0, %1""",
     ),
     fault(
@@ -158,14 +158,14 @@ ALGEBRA = [
         "slice((a - a0) // d0, (r - a0) // d0 + 1,",
         "slice(*(((a - a0) // d0, (r - a0) // d0 + 1) if a != r else (shape.kernel[0] // 2, shape.kernel[0] // 2 + 1)"
         "),",
-        text="""%x = source c=4 f=2
+        text="""%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x3 p=2:0
 %1 = sum %0, %x""",
     ),
     fault(
         "dilated taps side by side", f"{KERNEL}merge",
         "(r - a0) // d0 + 1, max(1, d // d0))", "(a - a0) // d0 + (r - a) // d + 1)",
-        text="""%x = source c=6 f=2
+        text="""%x = source c=6 axis=-3
 %0 = conv %x 6->6 k=3x3 s=1 d=2 p=2
 %1 = conv %x 6->6 k=5x5 s=1 p=2
 %2 = sum %0, %1""",
@@ -177,14 +177,14 @@ ALGEBRA = [
     ),
     fault(
         "stride lost in merging", f"{KERNEL}merged_shape",
-        "first, weight=weight,", "first, stride=(1,) * first.frame, weight=weight,",
+        "first, weight=weight,", "first, stride=(1,) * first.spatial, weight=weight,",
         text=TWO.replace("k=3x3", "k=3x3 s=2").replace("k=1x1", "k=1x1 s=2"),
     ),
     fault(
         "branches of different inputs merged", "reparamc_passes.branch_merging:parallel_convs",
         "branches.setdefault(term.x, {})", "branches.setdefault(kernels[0].x, {})",
-        text="""%x = source c=4 f=2
-%z = source c=4 f=2
+        text="""%x = source c=4 axis=-3
+%z = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x3 p=1
 %1 = conv %z 4->4 k=3x3 p=1
 %2 = sum %0, %1""",
@@ -214,23 +214,23 @@ ALGEBRA = [
     fault(
         "branches of different inputs stacked", "reparamc_passes.channel_moving:_grid",
         "return e.x, grid(e)", "return grid(e)",
-        text="""%x = source c=4 f=2
-%z = source c=4 f=2
+        text="""%x = source c=4 axis=-3
+%z = source c=4 axis=-3
 %0 = conv %x 4->3 k=3x3 p=1
 %1 = conv %z 4->3 k=3x3 p=1
-%2 = concat %0, %1 c=3,3 f=2""",
+%2 = concat %0, %1 c=3,3 axis=-3""",
     ),
     fault(
         "bias not selected", f"{KERNEL}select_outputs", "conv.bias[rows]", "conv.bias[: len(rows)]",
-        text="""%x = source c=4 f=2
+        text="""%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x3 p=1 bias
-%1 = select %0 1:3 of 4 f=2""",
+%1 = select %0 1:3 of 4 axis=-3""",
     ),
     fault(
         "permutation instead of its inverse", "reparamc_passes.channel_moving:shuffled",
         "np.argsort(index)", "index",
-        text="""%x = source c=4 f=2
-%0 = select %x 2,0,3,1 of 4 f=2
+        text="""%x = source c=4 axis=-3
+%0 = select %x 2,0,3,1 of 4 axis=-3
 %1 = conv %0 4->4 k=1x1""",
         fx=lambda: net(
             lambda x, a, c: c(F.channel_shuffle(a(x).relu(), 2)), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1)
@@ -239,75 +239,75 @@ ALGEBRA = [
     fault(
         "the first channels of a term instead of those selected", "reparamc_passes.channel_moving:_select_terms",
         "inside.append(e.index[used] - at)", "inside.append(len(inside))",
-        text="""%x = source c=4 f=2
-%z = source c=4 f=2
+        text="""%x = source c=4 axis=-3
+%z = source c=4 axis=-3
 %0 = conv %x 4->3 k=1x1
 %1 = conv %z 4->5 k=1x1
-%2 = concat %0, %1 c=3,5 f=2
-%3 = select %2 5:8 of 8 f=2""",
+%2 = concat %0, %1 c=3,5 axis=-3
+%3 = select %2 5:8 of 8 axis=-3""",
     ),
     fault(
         "selection of a selection", "reparamc_passes.channel_moving:selected",
         "index=tuple(inner.index[i] for i in e.index)", "index=e.index",
-        text="""%x = source c=4 f=2
-%0 = select %x 1,3,2 of 4 f=2
-%1 = select %0 2,0 of 3 f=2
+        text="""%x = source c=4 axis=-3
+%0 = select %x 1,3,2 of 4 axis=-3
+%1 = select %0 2,0 of 3 axis=-3
 %2 = conv %1 2->4 k=1x1""",
         fx=lambda: net(lambda x, a: a(x).relu()[:, 1:4][:, 1:3], nn.Conv2d(4, 4, 1)),
     ),
     fault(
         "scales of other channels behind a selection", f"{ABSORB}into_consumer",
         "v[index] if v.ndim else v", "v[: len(index)] if v.ndim else v",
-        text="""%x = source c=4 f=2
-%0 = batchnorm %x c=4 f=2
-%1 = select %0 1:3 of 4 f=2
+        text="""%x = source c=4 axis=-3
+%0 = batchnorm %x c=4 axis=-3
+%1 = select %0 1:3 of 4 axis=-3
 %2 = conv %1 2->4 k=1x1""",
     ),
     fault(
         "shift added to every term", f"{ABSORB}_share_out", "t = ZERO", "pass",
-        text="""%x = source c=4 f=2
-%z = source c=4 f=2
+        text="""%x = source c=4 axis=-3
+%z = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x3 p=1
 %1 = conv %z 4->4 k=3x3 p=1
 %2 = sum %0, %1
-%3 = batchnorm %2 c=4 f=2""",
+%3 = batchnorm %2 c=4 axis=-3""",
     ),
     fault(
         "slices of a scale behind a concatenation", f"{ABSORB}_share_out", "at += e.sizes[place]", "at += 0",
-        text="""%x = source c=4 f=2
+        text="""%x = source c=4 axis=-3
 %0 = conv %x 4->2 k=3x3 p=1 g=2
 %1 = conv %x 4->2 k=3x3 p=1 g=2
-%2 = concat %0, %1 c=2,2 f=2
-%3 = batchnorm %2 c=4 f=2""",
+%2 = concat %0, %1 c=2,2 axis=-3
+%3 = batchnorm %2 c=4 axis=-3""",
     ),
     fault(
         "shift of the inner scale", "reparamc_passes.scale_folding:of_scale", "s * t0 + t", "t0 + t",
-        text="""%x = source c=4 f=2
-%0 = scale %x c=4 f=2 shift
-%1 = scale %0 c=4 f=2 shift""",
+        text="""%x = source c=4 axis=-3
+%0 = scale %x c=4 axis=-3 shift
+%1 = scale %0 c=4 axis=-3 shift""",
     ),
     fault(
         "factor of a skip connection taken for one", "reparamc_passes.identity_to_conv:_as_conv",
-        "term.frame, coefficients(term)", "term.frame, (np.ones(()), np.zeros(()))",
-        text="""%x = source c=4 f=2
+        "term.axis, coefficients(term)", "term.axis, (np.ones(()), np.zeros(()))",
+        text="""%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x3 p=1
-%1 = scale %x c=4 f=2
+%1 = scale %x c=4 axis=-3
 %2 = sum %0, %1""",
     ),
     fault(
         "like terms: the plain one lost", "reparamc_passes.like_terms:collected",
         "* (len(group) - len(scaled))", "* 0",
-        text="""%x = source c=4 f=2
-%0 = batchnorm %x c=4 f=2
+        text="""%x = source c=4 axis=-3
+%0 = batchnorm %x c=4 axis=-3
 %1 = sum %0, %x""",
     ),
     fault(
         "bias of a branch of zeros lost", "reparamc_passes.like_terms:dropped",
-        "return Scale(rest, ONE, added, term.frame if added.ndim else None) if np.any(added) else rest", "return rest",
-        text="""%x = source c=6 f=2
-%z = source c=6 f=2
+        "return Scale(rest, ONE, added, term.axis if added.ndim else None) if np.any(added) else rest", "return rest",
+        text="""%x = source c=6 axis=-3
+%z = source c=6 axis=-3
 %0 = conv %x 6->6 k=7x7 s=1 p=3
-%1 = scale=0 %0 c=6 f=2 shift
+%1 = scale=0 %0 c=6 axis=-3 shift
 %2 = sum %1, %x, %z""",
     ),
     fault(
@@ -317,33 +317,33 @@ ALGEBRA = [
     fault(
         "two permutations cancelled that are no inverses", "reparamc_passes.layout_cancelling:inverse_pair",
         "all(inner[axis] == i for i, axis in enumerate(outer))", "len(inner) == len(outer)",
-        text="""%x = source c=4 f=2
+        text="""%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=1x1
-%1 = permute %0 axes=0,2,3,1 f=2->0
-%2 = permute %1 axes=0,2,3,1 f=0->1""",
+%1 = permute %0 axes=0,2,3,1 axis=-3->-1
+%2 = permute %1 axes=0,2,3,1 axis=-1->-2""",
     ),
     fault(
         "channel axis behind a permutation", "reparamc.algebra.expr:axis_through",
         "op.axes.index(axis)", "op.axes[axis]",
-        text="""%x = source c=4 f=2 shape=[2,4,5,4]
+        text="""%x = source c=4 axis=-3 shape=[2,4,5,4]
 %0 = conv %x 4->4 k=1x1
-%1 = permute %0 axes=0,2,3,1 f=2->0
-%2 = scale %1 c=4 f=1""",
+%1 = permute %0 axes=0,2,3,1 axis=-3->-1
+%2 = scale %1 c=4 axis=-2""",
     ),
     fault(
         "channel axis behind a mean", "reparamc.algebra.expr:axis_through", "sum(a < axis for a in op.axes)", "0",
-        text="""%x = source c=4 f=2 shape=[2,4,4,5]
+        text="""%x = source c=4 axis=-3 shape=[2,4,4,5]
 %0 = conv %x 4->4 k=1x1
-%1 = mean %0 axes=0 of 4 f=2->2
-%2 = scale %1 c=4 f=1""",
+%1 = mean %0 axes=0 of 4 axis=-3->-3
+%2 = scale %1 c=4 axis=-2""",
     ),
     fault(
         "channel axis found by its extent alone", "reparamc.algebra.shape:axis_through_reshape",
         "if left == size(before[:axis]) and dim == before[axis]:", "if dim == before[axis]:",
-        text="""%x = source c=4 f=1 shape=[2,4,6]
+        text="""%x = source c=4 axis=-2 shape=[2,4,6]
 %0 = conv %x 4->4 k=1
-%1 = reshape %0 [2,4,6]->[4,2,6] f=1->1
-%2 = scale %1 c=4 f=2""",
+%1 = reshape %0 [2,4,6]->[4,2,6] axis=-2->-2
+%2 = scale %1 c=4 axis=-3""",
     ),
     fault(
         "duplicates compared by their text", "reparamc.compiler.duplicates:_equal", "return False", "continue",

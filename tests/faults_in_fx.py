@@ -70,7 +70,7 @@ FX_READERS = [
     ),
     fault(
         "a constant along W taken for one per channel", "reparamc.fx.operators:_along_one_axis",
-        "return axis_of_constant(dims, extent)", "return rank - 2 if dims else None",
+        "return axis_of_constant(dims, extent)", "return 1 - rank if dims else None",
         fx=lambda: net(lambda x, c, v: c(x) * v, nn.Conv2d(4, 4, 3, padding=1), vector(4), shapes=[(2, 4, 5, 4)]),
     ),
     fault(
@@ -98,8 +98,8 @@ FX_READERS = [
         fx=lambda: net(lambda x, c: c(F.pad(x, (1, 1, 1, 1), value=1.0)), nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "order of a concatenation", f"{READ}cat", "Concat(tuple(o), counts, frame)",
-        "Concat(tuple(o)[::-1], counts[::-1], frame)",
+        "order of a concatenation", f"{READ}cat", "Concat(tuple(o), counts, axis)",
+        "Concat(tuple(o)[::-1], counts[::-1], axis)",
         fx=lambda: net(lambda x, c, d: torch.cat([c(x), d(x)], 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3)),
     ),
     fault(
@@ -224,7 +224,7 @@ FX_WRITERS = [
         fx=lambda: net(lambda x, c: halves(c(x).relu(), slice(2, 4), slice(0, 2)), nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "a scale along another axis", f"{EMIT}_operand", "vector.reshape(-1, *[1] * frame)", "vector",
+        "a scale along another axis", f"{EMIT}_operand", "vector.reshape(-1, *[1] * (-1 - axis))", "vector",
         fx=lambda: net(
             lambda x, c, s, t: c(x).relu() * s * t, nn.Conv2d(4, 4, 3, padding=1), vector(4, 1, 1), vector(4, 1, 1),
             shapes=[(2, 4, 4, 4)],

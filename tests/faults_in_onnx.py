@@ -75,8 +75,8 @@ ONNX_READERS = [
     ),
     fault(
         "a constant along W taken for one per channel", "reparamc.onnx.operators:_along_one_axis",
-        "return axis_of_constant(dims, lambda frame: shape[len(shape) - 1 - frame].known)",
-        "return 2 if any(d != 1 for d in dims) else None",
+        "return axis_of_constant(dims, lambda axis: shape[axis].known)",
+        "return -3 if any(d != 1 for d in dims) else None",
         onnx=lambda: onnx_model(
             [conv("x", "c", pads=[1] * 4), node("Mul", "c s", "y")], {**square(), "s": numbers(4)}, ("N", 4, 5, 4)
         ),
@@ -145,7 +145,7 @@ ONNX_READERS = [
     ),
     fault(
         "order of a concatenation", f"{READ}concat",
-        "Concat(tuple(operands), sizes, frame)", "Concat(tuple(operands)[::-1], sizes[::-1], frame)",
+        "Concat(tuple(operands), sizes, axis)", "Concat(tuple(operands)[::-1], sizes[::-1], axis)",
         onnx=lambda: onnx_model(
             [conv("x", "a"), conv("x", "b", "w2"), node("Concat", "a b", "y", axis=1)],
             {**square(), "w2": numbers(3, 4, 3, 3)},
@@ -294,11 +294,11 @@ ONNX_WRITERS = [
         onnx=lambda: with_norm(conv("x", "c", pads=[0, 2, 2, 0]), square()),
     ),
     fault(
-        "dilation not written", f"{EMIT}_emit", '"dilations": e.dilation', '"dilations": (1,) * e.frame',
+        "dilation not written", f"{EMIT}_emit", '"dilations": e.dilation', '"dilations": (1,) * e.spatial',
         onnx=lambda: with_norm(conv("x", "c", dilations=[2, 2], pads=[2] * 4), square()),
     ),
     fault(
-        "stride not written", f"{EMIT}_emit", '"strides": e.stride', '"strides": (1,) * e.frame',
+        "stride not written", f"{EMIT}_emit", '"strides": e.stride', '"strides": (1,) * e.spatial',
         onnx=lambda: with_norm(conv("x", "c", strides=[2, 2]), square()),
     ),
     fault(
@@ -333,8 +333,8 @@ ONNX_WRITERS = [
         ),
     ),
     fault(
-        "a scale along another axis", f"{EMIT}_scale", "(1,) * (e.frame or 0)",
-        "(1,) * max((e.frame or 0) - 1, 0)",
+        "a scale along another axis", f"{EMIT}_scale", "(1,) * (-1 - (e.axis or -1))",
+        "(1,) * max(-2 - (e.axis or -1), 0)",
         onnx=lambda: onnx_model(
             [node("Mul", "x s", "a"), node("Mul", "a t", "y")], {"s": numbers(4, 1, 1), "t": numbers(4, 1, 1, seed=1)},
             ("N", 4, 4, 4),

@@ -144,7 +144,7 @@ PIECES: list[Fault] = [
     ),
     fault(
         "a factor of each channel of a head for one of each head", f"{ROUTE}Route.along",
-        "axis = self.rank - 1 - frame", "axis = self.axes[0]", onnx=heads("k", f=numbers(4)),
+        "axis += self.rank", "axis = self.axes[0]", onnx=heads("k", f=numbers(4)),
     ),
     fault(
         "heads in the order in which the axes lie", f"{ROUTE}Route.through",

@@ -26,44 +26,44 @@ DEPTH = 16
 def into_producer(e: Scale | BatchNorm) -> Expr | Declined | None:
     """``s x + t`` as an operator no larger than x, where x ends in convolutions; None where it does not."""
     scale, shift = coefficients(e)
-    return _absorb(e.x, scale, shift, e.frame)
+    return _absorb(e.x, scale, shift, e.axis)
 
 
-def _absorb(e: Expr, scale: Array, shift: Array, frame: int | None, depth: int = 0) -> Expr | Declined | None:
-    layouts, e, below = through_layouts(e, frame, shifted=bool(np.any(shift)))
-    if frame is not None and below is None:
+def _absorb(e: Expr, scale: Array, shift: Array, axis: int | None, depth: int = 0) -> Expr | Declined | None:
+    layouts, e, below = through_layouts(e, axis, shifted=bool(np.any(shift)))
+    if axis is not None and below is None:
         return Declined(OTHER_AXIS) if isinstance(e, Conv) else None
-    frame = below
+    axis = below
     match e:
         case Conv() if e.token is None or (e.reads_padding and not e.skips_border):
-            if frame is not None and frame != e.frame:
+            if axis is not None and axis != e.axis:
                 return Declined(OTHER_AXIS)
             if not _fits(scale, shift, e.out_channels):
                 return Declined("it would broadcast the convolution's single channel")
             inner: Expr | Declined | None = scale_outputs(e, scale, shift)
         case Sum() | Concat() if depth < DEPTH:
-            inner = _share_out(e, scale, shift, frame, depth)
-        case Scale() | BatchNorm() if depth and (frame == e.frame or (frame is None and not scale.ndim)):
+            inner = _share_out(e, scale, shift, axis, depth)
+        case Scale() | BatchNorm() if depth and (axis == e.axis or (axis is None and not scale.ndim)):
             inner = _scaled(e, scale, shift)
         case _:
             inner = None
     return under(layouts, inner) if inner is not None and not isinstance(inner, Declined) else inner
 
 
-def _share_out(e: Sum | Concat, scale: Array, shift: Array, frame: int | None, depth: int) -> Expr | None:
+def _share_out(e: Sum | Concat, scale: Array, shift: Array, axis: int | None, depth: int) -> Expr | None:
     """``scale`` into every term; None unless all can take it, because otherwise nothing is saved."""
     terms: list[Expr] = []
     at = 0
     for place, term in enumerate(e.terms):
         s, t = scale, shift
         if isinstance(e, Concat):
-            if frame not in (None, e.frame):
+            if axis not in (None, e.axis):
                 return None
             s, t = (v[at : at + e.sizes[place]] if v.ndim else v for v in (scale, shift))
             at += e.sizes[place]
         elif place:
             t = ZERO
-        part = _absorb(term, s, t, frame, depth + 1)
+        part = _absorb(term, s, t, axis, depth + 1)
         if part is None or isinstance(part, Declined):
             return None
         terms.append(part)
@@ -80,15 +80,15 @@ def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Dec
     """``conv(s x + t)`` as one convolution of x; x may be moved, selected or concatenated in between."""
     if conv.token is not None:
         return None  # it would no longer be the pooling or padding that it is
-    layouts, e, frame = through_layouts(conv.x, conv.frame, shifted=True)
+    layouts, e, axis = through_layouts(conv.x, conv.axis, shifted=True)
     if isinstance(e, Concat):
-        return _columns(conv, layouts, e, kind) if frame == e.frame else None
+        return _columns(conv, layouts, e, kind) if axis == e.axis else None
     outer, index = e, None
     if isinstance(e, Select):
         e, index = e.x, list(e.index)
     if not isinstance(e, kind):
         return None
-    if any(f not in (None, frame) for f in (e.frame, outer.frame if isinstance(outer, Select) else None)):
+    if any(f not in (None, axis) for f in (e.axis, outer.axis if isinstance(outer, Select) else None)):
         return Declined(OTHER_AXIS)
     scale, shift = coefficients(e)
     if isinstance(outer, Select):
@@ -109,7 +109,7 @@ def _columns(
     refusal: Declined | None = None
     for term, size in zip(e.terms, e.sizes, strict=True):
         s, t = ONE, ZERO
-        if isinstance(term, kind) and term.frame in (None, e.frame):
+        if isinstance(term, kind) and term.axis in (None, e.axis):
             found = coefficients(term)
             if np.any(found[1]) and conv.reads_padding:
                 refusal = Declined(_border(conv), at_border=True)
@@ -130,24 +130,24 @@ def _border(conv: Conv) -> str:
     return "its shift meets the zero padding of the convolution behind it"
 
 
-def through_layouts(e: Expr, frame: int | None, *, shifted: bool) -> tuple[list[Layout | Conv], Expr, int | None]:
+def through_layouts(e: Expr, axis: int | None, *, shifted: bool) -> tuple[list[Layout | Conv], Expr, int | None]:
     """The chain of operators that ends in ``e`` and commutes with a scale, last first, and what it starts from.
 
     Layout operators, and convolutions under another name: poolings, crops, paddings. A padding does not
     commute with a shift: where ``shifted``, the chain starts behind it.
 
     Returns:
-        The chain, what it starts from, and the frame there of the axis that has ``frame`` behind it; None where
-        ``frame`` is None, or where an operator treats another axis as its channels or does not keep the axis whole.
+        The chain, what it starts from, and where ``axis`` is there; None where
+        ``axis`` is None, or where an operator treats another axis as its channels or does not keep the axis whole.
     """
     chain: list[Layout | Conv] = []
     while isinstance(e, Layout) or (isinstance(e, Conv) and e.token is not None and not (shifted and e.reads_padding)):
         chain.append(e)
-        if frame is not None:
-            frame_in = e.frame_in if isinstance(e, Layout) else e.frame
-            frame = frame_in if frame == e.frame else None
+        if axis is not None:
+            axis_in = e.axis_in if isinstance(e, Layout) else e.axis
+            axis = axis_in if axis == e.axis else None
         e = e.x
-    return chain, e, frame
+    return chain, e, axis
 
 
 def under(layouts: list[Layout | Conv], e: Expr) -> Expr:

@@ -53,9 +53,9 @@ def _kernel(e: Expr) -> Conv | None:
     match e:
         case Conv():
             return e
-        case Scale(x=Conv() as crop) | BatchNorm(x=Conv() as crop) if crop.skips_border and e.frame in (
+        case Scale(x=Conv() as crop) | BatchNorm(x=Conv() as crop) if crop.skips_border and e.axis in (
             None,
-            crop.frame,
+            crop.axis,
         ):
             return scale_outputs(crop, *coefficients(e))
         case _:

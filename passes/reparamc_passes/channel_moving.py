@@ -36,7 +36,7 @@ def stacked(e: Expr) -> Expr | Declined | None:
         return None
     parts: list[tuple[Expr, int]] = []
     refusal: Declined | None = None
-    for key, run in groupby(zip(e.terms, e.sizes, strict=True), lambda part: _grid(part[0], e.frame)):
+    for key, run in groupby(zip(e.terms, e.sizes, strict=True), lambda part: _grid(part[0], e.axis)):
         group = list(run)
         convs = [t for t, _ in group if isinstance(t, Conv)]
         if key is not None and len(convs) > 1:
@@ -45,19 +45,19 @@ def stacked(e: Expr) -> Expr | Declined | None:
             else:
                 refusal = Declined("stacking its branches would cost more multiply-adds than it saves")
         parts += group
-    return refusal if len(parts) == len(e.terms) else _concat(parts, e.frame)
+    return refusal if len(parts) == len(e.terms) else _concat(parts, e.axis)
 
 
-def _grid(e: Expr, frame: int) -> Hashable:
+def _grid(e: Expr, axis: int) -> Hashable:
     """What dense convolutions must share to become one; None for everything else."""
-    if not isinstance(e, Conv) or e.frame != frame or e.groups != 1 or e.transposed:
+    if not isinstance(e, Conv) or e.axis != axis or e.groups != 1 or e.transposed:
         return None
     return e.x, grid(e)
 
 
-def _concat(parts: list[tuple[Expr, int]], frame: int) -> Expr:
+def _concat(parts: list[tuple[Expr, int]], axis: int) -> Expr:
     """The concatenation of one or more terms, each with its number of channels."""
-    return parts[0][0] if len(parts) == 1 else Concat(tuple(t for t, _ in parts), tuple(n for _, n in parts), frame)
+    return parts[0][0] if len(parts) == 1 else Concat(tuple(t for t, _ in parts), tuple(n for _, n in parts), axis)
 
 
 def flattened(e: Expr) -> Expr | None:
@@ -67,19 +67,19 @@ def flattened(e: Expr) -> Expr | None:
     parts: list[tuple[Expr, int]] = []
     for term, size in zip(e.terms, e.sizes, strict=True):
         before = parts[-1][0] if parts else None
-        if isinstance(term, Concat) and term.frame == e.frame:
+        if isinstance(term, Concat) and term.axis == e.axis:
             parts += zip(term.terms, term.sizes, strict=True)
         elif (
             isinstance(term, Select)
             and isinstance(before, Select)
             and before.x is term.x
-            and before.frame == term.frame == e.frame
+            and before.axis == term.axis == e.axis
         ):
             parts[-1] = (replace(before, index=before.index + term.index), parts[-1][1] + size)
         else:
             parts.append((term, size))
     unchanged = len(parts) == len(e.terms) > 1 and all(a is b for (a, _), b in zip(parts, e.terms, strict=True))
-    return None if unchanged else _concat(parts, e.frame)
+    return None if unchanged else _concat(parts, e.axis)
 
 
 def selected(e: Expr) -> Expr | None:
@@ -87,11 +87,11 @@ def selected(e: Expr) -> Expr | None:
     if not isinstance(e, Select):
         return None
     match e.x:
-        case Conv(groups=1) as conv if conv.frame == e.frame and len(e.index) <= e.width:
+        case Conv(groups=1) as conv if conv.axis == e.axis and len(e.index) <= e.width:
             return select_outputs(conv, e.index)
-        case Select() as inner if inner.frame == e.frame:
+        case Select() as inner if inner.axis == e.axis:
             return replace(inner, index=tuple(inner.index[i] for i in e.index))
-        case Concat() as inner if inner.frame == e.frame:
+        case Concat() as inner if inner.axis == e.axis:
             return _select_terms(e, inner)
         case _:
             return e.x if e.index == tuple(range(e.width)) else None
@@ -108,16 +108,16 @@ def _select_terms(e: Select, concat: Concat) -> Expr | None:
             used += 1
         if inside:
             whole = inside == list(range(size))
-            parts.append((term if whole else Select(term, tuple(inside), size, e.frame), len(inside)))
+            parts.append((term if whole else Select(term, tuple(inside), size, e.axis), len(inside)))
         at += size
     if used < len(e.index) or sum(isinstance(part, Select) for part, _ in parts) > 1:
         return None  # in another order, or dearer
-    return _concat(parts, e.frame)
+    return _concat(parts, e.axis)
 
 
 def shuffled(e: Expr) -> Expr | None:
     """A dense convolution of permuted channels permutes its columns instead."""
-    if not (isinstance(e, Conv) and e.groups == 1 and isinstance(e.x, Select) and e.x.frame == e.frame):
+    if not (isinstance(e, Conv) and e.groups == 1 and isinstance(e.x, Select) and e.x.axis == e.axis):
         return None
     index = np.array(e.x.index)
     if len(index) != e.x.width or len(set(e.x.index)) != len(index):

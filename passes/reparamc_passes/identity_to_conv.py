@@ -36,23 +36,23 @@ def beside_conv(e: Expr) -> Expr | Declined | None:
 
 def _as_conv(term: Expr, convs: dict[Expr, list[Conv]]) -> Conv | Declined | None:
     if term in convs:
-        x, frame, (s, t) = term, None, (np.ones(()), np.zeros(()))
+        x, axis, (s, t) = term, None, (np.ones(()), np.zeros(()))
     elif isinstance(term, Scale | BatchNorm) and term.x in convs:
-        x, frame, (s, t) = term.x, term.frame, coefficients(term)
+        x, axis, (s, t) = term.x, term.axis, coefficients(term)
     else:
         return None
-    obstacles = [_obstacle(conv, s, t, frame) for conv in convs[x]]
+    obstacles = [_obstacle(conv, s, t, axis) for conv in convs[x]]
     if all(obstacles):
         return Declined(str(obstacles[0]))
     conv = convs[x][obstacles.index(None)]
-    return pointwise(x, s, t, conv.in_channels, conv.frame)
+    return pointwise(x, s, t, conv.in_channels, conv.spatial)
 
 
-def _obstacle(conv: Conv, s: np.ndarray, t: np.ndarray, frame: int | None) -> str | None:
+def _obstacle(conv: Conv, s: np.ndarray, t: np.ndarray, axis: int | None) -> str | None:
     """Why ``s x + t`` cannot be a tap of ``conv``; None when it can."""
     if conv.in_channels != conv.out_channels or any(v.ndim and v.size != conv.in_channels for v in (s, t)):
         return "the convolution beside the skip connection changes the number of channels"
-    if frame is not None and frame != conv.frame:
+    if axis is not None and axis != conv.axis:
         return "the branches act on different axes"
     if not conv.keeps_grid:
         return "the convolution beside the skip connection changes the extent (stride, or padding that does not match)"

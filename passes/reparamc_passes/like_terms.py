@@ -36,12 +36,12 @@ def collected(e: Expr) -> Expr | Declined | None:
             terms += group
             continue
         scaled = [t for t in group if t is not x and isinstance(t, Scale | BatchNorm)]
-        frames = {t.frame for t in scaled} - {None}
-        if len(frames) > 1:
+        axes = {t.axis for t in scaled} - {None}
+        if len(axes) > 1:
             return Declined("its like terms are scaled along different axes")
         pairs = [coefficients(t) for t in scaled] + [(ONE, ZERO)] * (len(group) - len(scaled))
         scale, shift = (np.asarray(sum(v[1:], v[0])) for v in zip(*pairs, strict=True))
-        terms.append(Scale(x, scale, shift, next(iter(frames), None)))
+        terms.append(Scale(x, scale, shift, next(iter(axes), None)))
     return total(terms)
 
 
@@ -59,7 +59,7 @@ def dropped(e: Expr) -> Expr | None:
         factor, added = (term.weight, term.bias_or_zero) if isinstance(term, Conv) else coefficients(term)
         if not np.any(factor) and _shown_equal(term, e):
             rest = total([t for other, t in enumerate(e.terms) if other != place])
-            return Scale(rest, ONE, added, term.frame if added.ndim else None) if np.any(added) else rest
+            return Scale(rest, ONE, added, term.axis if added.ndim else None) if np.any(added) else rest
     return None
 
 

@@ -58,13 +58,13 @@ def _depthwise_of(x: Expr, e: Expr) -> Conv | None:
 def _kernel(e: Expr, x: Expr, like: Conv, depth: int = 0) -> Conv | None:
     """``e`` as a depthwise convolution of ``x``; None when it is anything else."""
     if e is x:
-        return pointwise(x, ONE, ZERO, like.in_channels, like.frame)
+        return pointwise(x, ONE, ZERO, like.in_channels, like.spatial)
     match e:
         case _ if depth > SMALL:
             return None
-        case Conv(groups=groups) if e.x is x and e.frame == like.frame and e.keeps_grid:
+        case Conv(groups=groups) if e.x is x and e.axis == like.axis and e.keeps_grid:
             return e if groups == e.in_channels == e.out_channels else None
-        case Scale() | BatchNorm() if e.frame in (None, like.frame):
+        case Scale() | BatchNorm() if e.axis in (None, like.axis):
             inner = _kernel(e.x, x, like, depth + 1)
             scale, shift = coefficients(e)
             return inner and scale_outputs(inner, scale, shift)

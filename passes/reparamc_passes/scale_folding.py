@@ -36,10 +36,10 @@ def of_scale(e: Expr) -> Expr | Declined | None:
     """s(s'x + t') + t = (ss')x + (st' + t); one of the two may be a BatchNorm."""
     match e:
         case Scale(x=(Scale() | BatchNorm()) as inner) | BatchNorm(x=Scale() as inner):
-            if None not in (e.frame, inner.frame) and e.frame != inner.frame:
+            if None not in (e.axis, inner.axis) and e.axis != inner.axis:
                 return Declined("the two scales act on different axes")
             (s, t), (s0, t0) = coefficients(e), coefficients(inner)
-            return Scale(inner.x, s * s0, s * t0 + t, inner.frame if e.frame is None else e.frame)
+            return Scale(inner.x, s * s0, s * t0 + t, inner.axis if e.axis is None else e.axis)
         case _:
             return None
 

@@ -25,15 +25,15 @@ class Route:
     rank: int
 
     @staticmethod
-    def of(rank: int, frame: int, width: int) -> Route:
+    def of(rank: int, axis: int, width: int) -> Route:
         """That of a value which has not been moved yet."""
-        return Route(np.arange(width), (rank - 1 - frame,), rank)
+        return Route(np.arange(width), (rank + axis,), rank)
 
     def through(self, e: Expr) -> Route | None:
         """The route behind ``e``, a `Layout` or a `Select`; None where it mixes channels with something else."""
         match e:
             case Select():
-                return self._select(self.rank - 1 - e.frame, e.index)
+                return self._select(self.rank + e.axis, e.index)
             case Layout(op=Take(axis=axis, at=at)):
                 return self._select(axis, (at,))._without((axis,))
             case Layout(op=Permute(axes=axes)):
@@ -47,14 +47,14 @@ class Route:
             case _:
                 return None
 
-    def along(self, vector: Array, frame: int | None) -> Array | None:
-        """A factor for each of ``channels``, where ``vector`` has one for each position along the axis of ``frame``.
+    def along(self, vector: Array, axis: int | None) -> Array | None:
+        """A factor for each of ``channels``, where ``vector`` has one for each position along ``axis``.
 
         None where that is no axis of channels.
         """
-        if frame is None or not vector.ndim:
+        if axis is None or not vector.ndim:
             return np.full(self.channels.shape, vector)
-        axis = self.rank - 1 - frame
+        axis += self.rank
         if axis not in self.axes or self.channels.shape[self.axes.index(axis)] != vector.size:
             return None
         ones = [1] * self.channels.ndim

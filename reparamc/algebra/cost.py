@@ -88,7 +88,7 @@ def cost(root: Expr) -> float:
     for e in walk(root):
         read = min((positions[c] for c in e.children), default=POSITIONS)
         positions[e] = behind(e, read) if isinstance(e, Conv) else read
-        if isinstance(e, Layout | Scale | BatchNorm) and (e.frame is None or e.x in cut):
+        if isinstance(e, Layout | Scale | BatchNorm) and (e.axis is None or e.x in cut):
             cut.add(e)
         widths[e] = widths[e.children[0]] if e in cut else count[e] or CHANNELS
         total += _price(e, widths[e], read)
@@ -164,5 +164,5 @@ def is_multiplied(e: Scale) -> bool:
 
 def is_shifted(e: Scale) -> bool:
     """Whether ``e`` needs an addition. The bias of a linear layer does not: it is part of the product."""
-    is_bias = isinstance(e.x, Conv) and e.x.frame == 0 and e.x.bias is None and not np.any(e.scale != 1)
+    is_bias = isinstance(e.x, Conv) and e.x.spatial == 0 and e.x.bias is None and not np.any(e.scale != 1)
     return bool(np.any(e.shift)) and not is_bias

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from reparamc.algebra.evaluate import absolute, evaluate, frames, has_layout, sample_inputs
+from reparamc.algebra.evaluate import absolute, channel_axes, evaluate, has_layout, sample_inputs
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -71,13 +71,13 @@ def constants_of(e: Expr) -> Array | None:
         y, _ = evaluate(absolute(e), {x: np.zeros_like(a) for x, a in inputs.items()}, extents)
     except (ValueError, IndexError):
         return None
-    return largest_by_channel(y, frames(e)[e])
+    return largest_by_channel(y, channel_axes(e)[e])
 
 
-def largest_by_channel(magnitudes: npt.NDArray, frame: int | None) -> npt.NDArray:
+def largest_by_channel(magnitudes: npt.NDArray, axis: int | None) -> npt.NDArray:
     """The largest of each channel; of all together where the channel axis is unknown."""
-    axis = magnitudes.ndim - 1 - frame if frame is not None and frame < magnitudes.ndim else None
-    rows = magnitudes.reshape(1, -1) if axis is None else np.moveaxis(magnitudes, axis, 0)
+    known = axis is not None and -axis <= magnitudes.ndim
+    rows = magnitudes.reshape(1, -1) if axis is None or not known else np.moveaxis(magnitudes, axis, 0)
     return rows.reshape(rows.shape[0], -1).max(axis=1, initial=0.0)
 
 
@@ -132,15 +132,15 @@ def _structure(e: Expr) -> tuple[Hashable, ...]:
     """What an operator is, weights and numbers of channels left out."""
     match e:
         case Source():
-            return (Source, e.frame)
+            return (Source, e.axis)
         case Conv():
             groups = 1 if e.groups == 1 else "all" if e.groups == e.in_channels else "some"
             grid = (e.kernel, e.stride, e.dilation, e.offset, e.delta, e.transposed)
             return (Conv, *grid, groups, e.bias is None, e.token is None)
         case Scale():
-            return (Scale, e.frame, e.scale.ndim, e.shift.ndim)
+            return (Scale, e.axis, e.scale.ndim, e.shift.ndim)
         case BatchNorm() | Concat() | Select():
-            return (type(e), e.frame)
+            return (type(e), e.axis)
         case Sum():
             return (Sum,)
         case Layout(op=Permute(axes=axes)):
@@ -148,6 +148,6 @@ def _structure(e: Expr) -> tuple[Hashable, ...]:
         case Layout(op=(Mean() | Take()) as op):
             return (op,)
         case Layout(op=Reshape() as op):
-            return (Reshape, len(op.before), len(op.after), e.frame_in, e.frame)
+            return (Reshape, len(op.before), len(op.after), e.axis_in, e.axis)
         case _:
             raise AssertionError(f"{type(e).__name__} is no expression")

@@ -36,7 +36,7 @@ def evaluate(
     """The value of ``root``, and the largest magnitude met on the way (the scale of its rounding errors).
 
     Args:
-        inputs: a float64 array for each source, channel axis ``frame`` places from the right.
+        inputs: a float64 array for each source, with its channels along the axis that its readers expect.
         extents: what the symbols in the shapes stand for, where the shapes of the inputs do not tell.
 
     Raises:
@@ -54,18 +54,18 @@ def evaluate(
             case Conv():
                 y = (_convolve_transposed if e.transposed else _convolve)(e, values[e.x])
             case Scale():
-                y = values[e.x] * _along(e.scale, e.frame) + _along(e.shift, e.frame)
+                y = values[e.x] * _along(e.scale, e.axis) + _along(e.shift, e.axis)
             case BatchNorm():
                 scale, shift = coefficients(e)
-                y = values[e.x] * _along(scale, e.frame) + _along(shift, e.frame)
+                y = values[e.x] * _along(scale, e.axis) + _along(shift, e.axis)
             case Sum():
                 y = values[e.terms[0]]
                 for term in e.terms[1:]:
                     y = y + values[term]
             case Concat():
-                y = np.concatenate([values[t] for t in e.terms], axis=-1 - e.frame)
+                y = np.concatenate([values[t] for t in e.terms], axis=e.axis)
             case Select():
-                y = np.take(values[e.x], e.index, axis=-1 - e.frame)
+                y = np.take(values[e.x], e.index, axis=e.axis)
             case Layout():
                 y = _move(e, values[e.x], sizes)
         values[e] = y
@@ -87,17 +87,17 @@ def absolute(root: Expr) -> Expr:
                 bias = None if e.bias is None else np.abs(e.bias)
                 done[e] = replace(e, x=x[0], weight=np.abs(e.weight), bias=bias)
             case Scale():
-                done[e] = Scale(x[0], np.abs(e.scale), np.abs(e.shift), e.frame)
+                done[e] = Scale(x[0], np.abs(e.scale), np.abs(e.shift), e.axis)
             case BatchNorm():
                 scale, _ = coefficients(e)
-                done[e] = Scale(x[0], np.abs(scale), np.abs(e.beta) + np.abs(e.mean * scale), e.frame)
+                done[e] = Scale(x[0], np.abs(scale), np.abs(e.beta) + np.abs(e.mean * scale), e.axis)
             case _:
                 done[e] = rebuild(e, x)
     return done[root]
 
 
-def _along(v: Array, frame: int | None) -> Array:
-    return v.reshape(-1, *[1] * (frame or 0)) if v.ndim else v
+def _along(v: Array, axis: int | None) -> Array:
+    return v.reshape(-1, *[1] * (-1 - (axis or -1))) if v.ndim else v
 
 
 def _bind(shape: Shape, x: Array, sizes: dict[str, int]) -> None:
@@ -126,7 +126,7 @@ COPIED = 2**22
 
 
 def _convolve(e: Conv, x: Array) -> Array:
-    n = e.frame
+    n = e.spatial
     batch, extents = x.shape[: x.ndim - n - 1], x.shape[x.ndim - n :]
     outs = [(h - 1 - d) // s + 1 for h, d, s in zip(extents, e.delta, e.stride, strict=True)]
     if any(o <= 0 for o in outs):
@@ -162,7 +162,7 @@ def _convolve(e: Conv, x: Array) -> Array:
 
 
 def _convolve_transposed(e: Conv, x: Array) -> Array:
-    n = e.frame
+    n = e.spatial
     batch, extents = x.shape[: x.ndim - n - 1], x.shape[x.ndim - n :]
     outs = [s * (h - 1) + 1 + d for h, d, s in zip(extents, e.delta, e.stride, strict=True)]
     low = [max(0, -a) for a in e.offset]
@@ -184,39 +184,39 @@ def _convolve_transposed(e: Conv, x: Array) -> Array:
     return y.reshape(*batch, e.out_channels, *outs)
 
 
-def frames(root: Expr) -> dict[Expr, int | None]:
-    """The frame of every node, inferred in both directions; None where nothing fixes it."""
+def channel_axes(root: Expr) -> dict[Expr, int | None]:
+    """The channel axis of every node, inferred in both directions; None where nothing fixes it."""
     found: dict[Expr, int | None] = {}
     order = list(walk(root))
     for e in order:
         match e:
             case Sum():
-                found[e] = next((f for t in e.terms if (f := found[t]) is not None), None)
-            case Scale() if e.frame is None:
+                found[e] = next((axis for t in e.terms if (axis := found[t]) is not None), None)
+            case Scale() if e.axis is None:
                 found[e] = found[e.x]
             case _:
-                found[e] = e.frame
+                found[e] = e.axis
     for e in reversed(order):
-        want = e.frame_in if isinstance(e, Layout) else found[e]
+        want = e.axis_in if isinstance(e, Layout) else found[e]
         for child in e.children:
             found[child] = want if found[child] is None else found[child]
     return found
 
 
 def _told(e: Expr) -> tuple[int | None, Sequence[int], int] | None:
-    """(frame, channels read from each operand, channels made), where parameters of ``e`` itself tell."""
+    """(axis, channels read from each operand, channels made), where parameters of ``e`` itself tell."""
     match e:
         case Conv():
-            return e.frame, (e.in_channels,), e.out_channels
+            return e.axis, (e.in_channels,), e.out_channels
         case BatchNorm():
-            return e.frame, (e.gamma.size,), e.gamma.size
+            return e.axis, (e.gamma.size,), e.gamma.size
         case Scale() if e.scale.ndim or e.shift.ndim:
             count = e.scale.size if e.scale.ndim else e.shift.size
-            return e.frame, (count,), count
+            return e.axis, (count,), count
         case Concat():
-            return e.frame, e.sizes, sum(e.sizes)
+            return e.axis, e.sizes, sum(e.sizes)
         case Select():
-            return e.frame, (e.width,), len(e.index)
+            return e.axis, (e.width,), len(e.index)
         case _:
             return None
 
@@ -231,13 +231,13 @@ def channels(root: Expr) -> dict[Expr, int | None]:
             found[e] = told[2]
         elif isinstance(e, Source):
             found[e] = e.channels
-        elif isinstance(e, Layout) and e.frame is None:
+        elif isinstance(e, Layout) and e.axis is None:
             found[e] = None
         else:
             found[e] = next((c for x in e.children if (c := found[x]) is not None), None)
     for e in reversed(order):
         told = _told(e)
-        if isinstance(e, Layout) and e.frame is None:
+        if isinstance(e, Layout) and e.axis is None:
             continue
         wanted: Sequence[int | None] = told[1] if told is not None else (found[e],) * len(e.children)
         for child, want in zip(e.children, wanted, strict=True):
@@ -247,19 +247,19 @@ def channels(root: Expr) -> dict[Expr, int | None]:
 
 def misfit(root: Expr) -> str | None:
     """Why ``root`` reads what no value has: a parameter made for another number of channels. None if all fit."""
-    made: dict[Expr, tuple[int | None, int] | None] = {}  # frame and number of the channels, where they are told
+    made: dict[Expr, tuple[int | None, int] | None] = {}  # axis and number of the channels, where they are told
     for e in walk(root):
         told = _told(e)
         wanted: Sequence[tuple[int | None, int] | None] = [None] * len(e.children)
         if told is not None:
-            frame, read, count = told
-            made[e], wanted = (frame, count), [(frame, n) for n in read]
+            axis, read, count = told
+            made[e], wanted = (axis, count), [(axis, n) for n in read]
         elif isinstance(e, Source):
-            made[e] = None if e.frame is None or e.channels is None else (e.frame, e.channels)
+            made[e] = None if e.axis is None or e.channels is None else (e.axis, e.channels)
         elif isinstance(e, Layout):
             inner = made[e.x]
-            whole = e.frame is not None and inner is not None and inner[0] == e.frame_in
-            made[e] = (e.frame, inner[1]) if whole and inner is not None else None
+            whole = e.axis is not None and inner is not None and inner[0] == e.axis_in
+            made[e] = (e.axis, inner[1]) if whole and inner is not None else None
         else:
             made[e] = next((m for x in e.children if (m := made[x]) is not None), None)
             wanted = [made[e]] * len(e.children)
@@ -290,20 +290,20 @@ def sample_inputs(
     """
     whole = Sum(tuple(roots)) if len(roots) > 1 else roots[0]
     order = list(walk(whole))
-    channels_of, frame_of = channels(whole), frames(whole)
+    channels_of, axis_of = channels(whole), channel_axes(whole)
     span = max(
         (r - min(a, 0) for e in order if isinstance(e, Conv) for a, r in zip(e.offset, e.reach, strict=True)),
         default=0,
     )
     smallest = 2 + span + extra
     sources = [e for e in walk(roots[0]) if isinstance(e, Source)]
-    frame = frame_of[whole] or 0
+    spatial = -1 - (axis_of[whole] or -1)
     if has_layout(whole):
-        symbols = _channel_symbols(sources, frame_of, channels_of)
+        symbols = _channel_symbols(sources, axis_of, channels_of)
         for source in sources:
             if source.shape is None:
                 raise ValueError("the shape of an operand is unknown")
-        if small is not None and any(isinstance(e, Conv) and e.frame for e in order):
+        if small is not None and any(isinstance(e, Conv) and e.spatial for e in order):
             raise ValueError("its kernels may not fit into so small a map")
         reshapes = [e.op for e in order if isinstance(e, Layout) and isinstance(e.op, Reshape)]
         shapes = [s.shape or () for s in sources] + [s for op in reshapes for s in (op.before, op.after)]
@@ -311,10 +311,10 @@ def sample_inputs(
             open_extent = smallest + len(symbols) if small is None else (small - 1 + len(symbols)) % 3 + 1
             symbols.setdefault(symbol, open_extent)
         return {e: rng.standard_normal([dim.at(symbols) for dim in e.shape or ()]) for e in sources}, symbols
-    wanted = [smallest + axis if small is None else (small - 1 + axis) % 3 + 1 for axis in range(frame)]
+    wanted = [smallest + axis if small is None else (small - 1 + axis) % 3 + 1 for axis in range(spatial)]
     for e in order:
-        if isinstance(e, Scale) and e.frame is not None and e.frame < frame:
-            wanted[frame - 1 - e.frame] = max(e.scale.size, e.shift.size)  # it acts on a spatial axis
+        if isinstance(e, Scale) and e.axis is not None and -e.axis <= spatial:
+            wanted[e.axis] = max(e.scale.size, e.shift.size)  # it acts on a spatial axis
     extents = _extents(roots[0], wanted)
     inputs, batch = {}, 1 if extra or small else 3
     for e in sources:
@@ -327,19 +327,19 @@ def sample_inputs(
 
 def has_layout(root: Expr) -> bool:
     """Whether the axes of its values change on the way, so that their shapes must be known to evaluate it."""
-    acting = {e.frame for e in walk(root) if isinstance(e, Conv | Concat | Select)} | {frames(root)[root] or 0}
+    acting = {e.axis for e in walk(root) if isinstance(e, Conv | Concat | Select)} | {channel_axes(root)[root] or -1}
     return len(acting) > 1 or any(isinstance(e, Layout) for e in walk(root))
 
 
 def _channel_symbols(
-    sources: Sequence[Source], frame_of: Mapping[Expr, int | None], channels_of: Mapping[Expr, int | None]
+    sources: Sequence[Source], axis_of: Mapping[Expr, int | None], channels_of: Mapping[Expr, int | None]
 ) -> dict[str, int]:
     """Extents of the symbols that stand for channels, as the operators around them fix them."""
     found: dict[str, int] = {}
     for e in sources:
-        frame, count = frame_of[e], channels_of[e]
-        if e.shape is not None and frame is not None and count is not None and frame < len(e.shape):
-            symbols = e.shape[len(e.shape) - 1 - frame].symbols
+        axis, count = axis_of[e], channels_of[e]
+        if e.shape is not None and axis is not None and count is not None and -axis <= len(e.shape):
+            symbols = e.shape[axis].symbols
             if len(symbols) == 1:
                 found[symbols[0]] = count
     return found
@@ -369,7 +369,7 @@ def _extents_along(order: Sequence[Expr], axis: int, axes: int, extent: int) -> 
     for e in reversed(order):
         for child in e.children:
             low, high = found[e]
-            if isinstance(e, Conv) and e.frame == axes:
+            if isinstance(e, Conv) and e.spatial == axes:
                 s, d = e.stride[axis], e.delta[axis]
                 if e.transposed:
                     low, high = -((1 + d - low) // s) + 1, (high - 1 - d) // s + 1

@@ -3,9 +3,9 @@
 An expression is an immutable graph of a few kinds of node over arrays of float64. It knows neither
 torch nor ONNX. Nodes are compared by identity, so "the same object" means "the same value".
 
-The number of axes to the right of a value's *channel axis* is called its **frame**: 2 for images
-[N, C, H, W], 0 for tokens [N, L, C]. Counting from the right makes batched and unbatched values one
-case, and keeps axes apart whose lengths agree by chance.
+A value's *channel axis* is counted from the right, as NumPy does: -3 for images [N, C, H, W], -1 for
+tokens [N, L, C]. That makes batched and unbatched values one case, and keeps axes apart whose sizes
+agree by chance.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ ONE, ZERO = np.ones(()), np.zeros(())
 class Source:
     """A value computed outside the expression.
 
-    ``channels`` and ``frame`` are None when the host graph does not tell; ``shape`` is needed only
+    ``channels`` and ``axis`` are None when the host graph does not tell; ``shape`` is needed only
     where layout operators are to be evaluated.
     """
 
     key: Hashable
     channels: int | None = None
-    frame: int | None = None
+    axis: int | None = None
     shape: Shape | None = None
 
     @property
@@ -49,8 +49,8 @@ class Conv:
     """``y[o, p] = bias[o] + sum over i in group(o), taps t: weight[o, i, t] * x[i, stride*p + offset + dilation*t]``
 
     with x zero outside its extent. ``weight`` is (out, in / groups, *kernel); ``bias`` is (out,) or
-    None. The other tuples hold one number per axis of the kernel, of which there are ``frame``: none
-    for a linear layer. ``offset`` is where the first tap lands (-1 for a leading padding of 1), and
+    None. The other tuples hold one number per axis of the kernel, of which there are ``spatial``:
+    none for a linear layer. ``offset`` is where the first tap lands (-1 for a leading padding of 1), and
     ``delta`` is how much the extent shrinks: ``out = floor((extent - 1 - delta) / stride) + 1``.
 
     A ``transposed`` convolution writes where the other reads: ``weight[o, i, t] * x[i, p]`` is added to
@@ -97,8 +97,13 @@ class Conv:
         return self.weight.shape[2:]
 
     @property
-    def frame(self) -> int:
+    def spatial(self) -> int:
+        """The number of axes that the kernel moves along."""
         return self.weight.ndim - 2
+
+    @property
+    def axis(self) -> int:
+        return -1 - self.spatial
 
     @property
     def out_channels(self) -> int:
@@ -157,13 +162,13 @@ class Conv:
 class Scale:
     """``y = scale * x + shift`` per channel: each is (channels,), or () for the same in every channel.
 
-    ``frame`` is None only when both are (): then there is no channel axis to speak of.
+    ``axis`` is None only when both are (): then there is no channel axis to speak of.
     """
 
     x: Expr
     scale: Array
     shift: Array
-    frame: int | None = None
+    axis: int | None = None
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -180,7 +185,7 @@ class BatchNorm:
     mean: Array
     var: Array
     eps: float
-    frame: int
+    axis: int
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -204,7 +209,7 @@ class Concat:
 
     terms: tuple[Expr, ...]
     sizes: Ints
-    frame: int
+    axis: int
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -218,7 +223,7 @@ class Select:
     x: Expr
     index: Ints
     width: int
-    frame: int
+    axis: int
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -289,10 +294,10 @@ def axis_through(op: LayoutOp, axis: int) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Elements moved, taken or averaged within their channel: frame ``frame_in`` becomes ``frame``.
+    """Elements moved, taken or averaged within their channel: axis ``axis_in`` becomes ``axis``.
 
     It commutes with everything that is done to each channel by itself. Where the channel axis is split or merged
-    (channels into heads), ``frame`` is None, and so are both frames of what moves such a value further: then it
+    (channels into heads), ``axis`` is None, and so are both axes of what moves such a value further: then it
     commutes with what is the same for all elements.
 
     ``token`` lets the host graph find the operator it came from; the algebra never looks at it.
@@ -300,8 +305,8 @@ class Layout:
 
     x: Expr
     op: LayoutOp
-    frame_in: int | None
-    frame: int | None
+    axis_in: int | None
+    axis: int | None
     token: Hashable
 
     @property

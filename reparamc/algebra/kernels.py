@@ -68,7 +68,7 @@ def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
 
     def columns(v: Array) -> Array:
         per_channel = np.broadcast_to(v, (conv.in_channels,))
-        return per_channel.reshape(conv.groups, 1, per_group, *[1] * conv.frame)
+        return per_channel.reshape(conv.groups, 1, per_group, *[1] * conv.spatial)
 
     weight = (grouped * columns(scale)).reshape(conv.weight.shape)
     if not np.any(shift):
@@ -141,7 +141,7 @@ def compose(outer: Conv, inner: Conv) -> Conv:
         regroup(c, groups).reshape(groups, c.out_channels // groups, c.in_channels // groups, *c.kernel)
         for c in (outer, inner)
     ]
-    steps = (1,) * inner.frame if shape.transposed else inner.stride
+    steps = (1,) * inner.spatial if shape.transposed else inner.stride
     weight = np.zeros((groups, shape.out_channels // groups, shape.in_channels // groups, *shape.kernel))
     for u in product(*map(range, outer.kernel)):
         rows = blocks[0][(..., *u)]
@@ -166,7 +166,7 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
     those values from x instead, which gives zero only for an inner kernel of one tap without bias
     whose extent covers that of x.
     """
-    if outer.frame != inner.frame:
+    if outer.axis != inner.axis:
         return "it acts on other axes than the convolution behind it"
     if outer.transposed or inner.transposed:
         if inner.transposed:
@@ -180,9 +180,9 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
     return "the convolution behind it pads the result with zeros, which the composed kernel would not read"
 
 
-def pointwise(x: Expr, scale: Array, shift: Array, channels: int, frame: int) -> Conv:
-    """``scale * x + shift`` as a kernel of one tap at offset 0, with one group per channel."""
-    ones, zeros = (1,) * frame, (0,) * frame
+def pointwise(x: Expr, scale: Array, shift: Array, channels: int, spatial: int) -> Conv:
+    """``scale * x + shift`` as a kernel of one tap at offset 0 along ``spatial`` axes, one group per channel."""
+    ones, zeros = (1,) * spatial, (0,) * spatial
     weight = np.broadcast_to(scale, (channels,)).reshape(channels, 1, *ones).astype(np.float64)
     bias = np.broadcast_to(shift, (channels,)).astype(np.float64) if np.any(shift) else None
     return Conv(x, weight, bias, stride=ones, dilation=ones, offset=zeros, delta=zeros, groups=channels)
@@ -194,20 +194,20 @@ def grid(conv: Conv) -> Hashable:
     They agree for every input size if strides and deltas do. Where the extents of the input are known,
     those of the result are all that counts.
     """
-    known = extents(conv.x, conv.frame)
+    known = extents(conv.x, conv.spatial)
     rows = [
         d if h is None or conv.transposed else ("extent", (h - 1 - d) // s + 1)
         for h, d, s in zip(known, conv.delta, conv.stride, strict=True)
     ]
-    return conv.stride, tuple(rows), conv.frame, conv.transposed
+    return conv.stride, tuple(rows), conv.axis, conv.transposed
 
 
-def extents(e: Expr, frame: int) -> tuple[int | None, ...]:
-    """The extents of ``e`` along the last ``frame`` axes, as far as what it is computed from tells."""
-    while isinstance(e, Scale | BatchNorm) or (isinstance(e, Select) and e.frame == frame):
+def extents(e: Expr, spatial: int) -> tuple[int | None, ...]:
+    """The extents of ``e`` along the last ``spatial`` axes, as far as what it is computed from tells."""
+    while isinstance(e, Scale | BatchNorm) or (isinstance(e, Select) and e.axis == -1 - spatial):
         e = e.x
     shape = e.shape if isinstance(e, Source) else None
-    return tuple(dim.known for dim in shape[len(shape) - frame :]) if shape is not None else (None,) * frame
+    return tuple(dim.known for dim in shape[len(shape) - spatial :]) if shape is not None else (None,) * spatial
 
 
 def shape_of_value(root: Expr) -> Shape | None:
@@ -222,12 +222,12 @@ def shape_of_value(root: Expr) -> Shape | None:
                 found[e] = inner
             case Sum():
                 found[e] = next((shape for t in e.terms if (shape := found[t]) is not None), None)
-            case Select() if inner is not None and e.frame < len(inner):
-                found[e] = _with_channels(inner, len(e.index), inner[len(inner) - e.frame :])
-            case Conv() if inner is not None and e.frame < len(inner):
-                spatial = [_extent(e, axis, dim) for axis, dim in enumerate(inner[len(inner) - e.frame :])]
+            case Select() if inner is not None and -e.axis <= len(inner):
+                found[e] = _with_channels(inner, len(e.index), inner[len(inner) + e.axis + 1 :])
+            case Conv() if inner is not None and e.spatial < len(inner):
+                spatial = [_extent(e, axis, dim) for axis, dim in enumerate(inner[len(inner) - e.spatial :])]
                 known = [dim for dim in spatial if dim is not None]
-                found[e] = _with_channels(inner, e.out_channels, known) if len(known) == e.frame else None
+                found[e] = _with_channels(inner, e.out_channels, known) if len(known) == e.spatial else None
             case _:
                 found[e] = None
     return found[root]
@@ -257,7 +257,7 @@ def merged_shape(convs: Sequence[Conv]) -> Conv:
     first = convs[0]
     delta = tuple(min(deltas) for deltas in zip(*(c.delta for c in convs), strict=True))
     offset, dilation, kernel = (
-        zip(*(_span(convs, axis) for axis in range(first.frame)), strict=True) if first.frame else ((), (), ())
+        zip(*(_span(convs, axis) for axis in range(first.spatial)), strict=True) if first.spatial else ((), (), ())
     )
     groups = gcd(*(c.groups for c in convs))
     weight = np.broadcast_to(ZERO, (first.out_channels, first.in_channels // groups, *kernel))

@@ -51,7 +51,7 @@ def find_kernel(
             bias that is computed now.
     """
     slack = max(32 * min(float(ml_dtypes.finfo(dtype).eps), 2.0**-23), 1e-11)
-    frame = len(extents)
+    spatial = len(extents)
     if None in extents and reach > FARTHEST:
         return Declined("it reaches too far to be probed")
     sizes = list(_sizes(extents, reach))
@@ -65,7 +65,7 @@ def find_kernel(
         at_zero, at_random = f(np.zeros_like(random)), f(random)
     except Exception:  # whatever a host's operators raise for a size that does not fit them
         return Declined("it does not run on random inputs")
-    if at_zero.ndim != frame + 2 or not np.isfinite(at_random).all():
+    if at_zero.ndim != spatial + 2 or not np.isfinite(at_random).all():
         return Declined(NOT_AFFINE)
     flat = at_zero.swapaxes(0, 1).reshape(at_zero.shape[1], -1)
     bias = np.median(flat, axis=1)

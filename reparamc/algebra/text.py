@@ -2,22 +2,22 @@
 
 One node a line, operands first, the last line is the result. All that can be said::
 
-    %x = source c=8 f=2                                     # c channels, along the axis of frame f; see `expr`
-    %y = source c=6 f=2 shape=[N,6,H,2*W]                   # extents are numbers, symbols, and products of these
-    %0 = conv %x 8->6 k=3x3 s=2 p=0:1 g=2 bias              # kernel, stride, padding before and after, groups
-    %1 = conv %x 8->6 k=3x3 s=1,2 d=2 p=0:1,1 transposed    # a comma between axes that differ; d: dilation
-    %2 = conv %y 6->4                                       # no kernel: a linear layer
-    %3 = batchnorm %x c=8 f=2
-    %4 = scale %x c=8 f=2 shift                             # a factor for each channel, and with "shift" a summand
-    %5 = scale=-1 %x                                        # one factor for all
+    %x = source c=8 axis=-3                                  # c channels, along that axis
+    %y = source c=6 axis=-3 shape=[N,6,H,2*W]                # extents are numbers, symbols, and products of these
+    %0 = conv %x 8->6 k=3x3 s=2 p=0:1 g=2 bias               # kernel, stride, padding before and after, groups
+    %1 = conv %x 8->6 k=3x3 s=1,2 d=2 p=0:1,1 transposed     # a comma between axes that differ; d: dilation
+    %2 = conv %y 6->4                                        # no kernel: a linear layer
+    %3 = batchnorm %x c=8 axis=-3
+    %4 = scale %x c=8 axis=-3 shift                          # a factor for each channel, and with "shift" a summand
+    %5 = scale=-1 %x                                         # one factor for all
     %6 = sum %3, %4
-    %7 = concat %x, %y c=8,6 f=2                            # the channels of both
-    %8 = select %x 0:4,7 of 8 f=2                           # channels 0 to 3 and 7 of eight
-    %9 = permute %y axes=0,2,3,1 f=2->0                     # the frame in front, and behind
-    %10 = reshape %y [N,6,H,2*W]->[N,6,2*H*W] f=2->1
-    %11 = mean %y axes=2,3 of 4 f=2->2 keep                 # over two of four axes, which stay with extent 1
-    %12 = reshape %y [N,6,H,W]->[N,2,3,H,W] f=2->?          # the channel axis is split
-    %13 = take %12 0 along 1 of 5 f=?->?                    # the first position of axis 1, which goes
+    %7 = concat %x, %y c=8,6 axis=-3                         # the channels of both
+    %8 = select %x 0:4,7 of 8 axis=-3                        # channels 0 to 3 and 7 of eight
+    %9 = permute %y axes=0,2,3,1 axis=-3->-1                 # the channel axis before, and after
+    %10 = reshape %y [N,6,H,2*W]->[N,6,2*H*W] axis=-3->-2
+    %11 = mean %y axes=2,3 of 4 axis=-3->-3 keep             # over two of four axes, which stay with extent 1
+    %12 = reshape %y [N,6,H,W]->[N,2,3,H,W] axis=-3->?       # the channel axis is split
+    %13 = take %12 0 along 1 of 5 axis=?->?                  # the first position of axis 1, which goes
 
 Weights are not part of the text: the parser draws them from a seed, so a text states structure and its reader checks
 numbers.
@@ -81,11 +81,11 @@ def _source_name(key: str, taken: Iterable[str]) -> str:
 def _describe(e: Expr, names: dict[Expr, str]) -> str:
     match e:
         case Source():
-            facts = [("c", e.channels), ("f", e.frame), ("shape", e.shape and _shape(e.shape))]
+            facts = [("c", e.channels), ("axis", e.axis), ("shape", e.shape and _shape(e.shape))]
             return " ".join(["source", *(f"{k}={v}" for k, v in facts if v is not None)])
         case Conv():
             words = ["conv", names[e.x], f"{e.in_channels}->{e.out_channels}"]
-            if e.frame:
+            if e.spatial:
                 begin, end = e.padding
                 pads = [f"{b}" if b == n else f"{b}:{n}" for b, n in zip(begin, end, strict=True)]
                 words += [f"k={'x'.join(map(str, e.kernel))}", f"s={_each(e.stride)}"]
@@ -97,27 +97,27 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
         case Scale():
             count = e.scale.size if e.scale.ndim else e.shift.size
             number = f"={e.scale:g}" if not e.scale.ndim else ""
-            channels = f" c={count} f={e.frame}" if e.frame is not None else ""
+            channels = f" c={count} axis={e.axis}" if e.axis is not None else ""
             return f"scale{number} {names[e.x]}{channels}" + (" shift" if np.any(e.shift) else "")
         case BatchNorm():
-            return f"batchnorm {names[e.x]} c={e.gamma.size} f={e.frame}"
+            return f"batchnorm {names[e.x]} c={e.gamma.size} axis={e.axis}"
         case Sum():
             return "sum " + ", ".join(names[t] for t in e.terms)
         case Concat():
             sizes = ",".join(map(str, e.sizes))
-            return "concat " + ", ".join(names[t] for t in e.terms) + f" c={sizes} f={e.frame}"
+            return "concat " + ", ".join(names[t] for t in e.terms) + f" c={sizes} axis={e.axis}"
         case Select():
-            return f"select {names[e.x]} {_runs(e.index)} of {e.width} f={e.frame}"
+            return f"select {names[e.x]} {_runs(e.index)} of {e.width} axis={e.axis}"
         case Layout():
-            frames = "f={}->{}".format(*("?" if f is None else f for f in (e.frame_in, e.frame)))
+            axes = "axis={}->{}".format(*("?" if a is None else a for a in (e.axis_in, e.axis)))
             if isinstance(e.op, Permute):
-                return f"permute {names[e.x]} axes={','.join(map(str, e.op.axes))} {frames}"
+                return f"permute {names[e.x]} axes={','.join(map(str, e.op.axes))} {axes}"
             if isinstance(e.op, Mean):
                 kept = " keep" if e.op.keep else ""
-                return f"mean {names[e.x]} axes={','.join(map(str, e.op.axes))} of {e.op.rank} {frames}{kept}"
+                return f"mean {names[e.x]} axes={','.join(map(str, e.op.axes))} of {e.op.rank} {axes}{kept}"
             if isinstance(e.op, Take):
-                return f"take {names[e.x]} {e.op.at} along {e.op.axis} of {e.op.rank} {frames}"
-            return f"reshape {names[e.x]} {_shape(e.op.before)}->{_shape(e.op.after)} {frames}"
+                return f"take {names[e.x]} {e.op.at} along {e.op.axis} of {e.op.rank} {axes}"
+            return f"reshape {names[e.x]} {_shape(e.op.before)}->{_shape(e.op.after)} {axes}"
 
 
 def _runs(index: Ints) -> str:
@@ -166,14 +166,14 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
     kind, _, number = words[0].partition("=")
     rest = words[1] if len(words) > 1 else ""
     options = dict(re.findall(r"(\w+)=(\S+)", rest))
-    count, frame = int(options.get("c", "0").split(",")[0]), options.get("f")
+    count, axis = int(options.get("c", "0").split(",")[0]), options.get("axis")
 
     def draw(*shape: int) -> Array:
         return rng.standard_normal(shape)
 
     if kind == "source":
         shape = shape_of([_dim(d) for d in options["shape"][1:-1].split(",")]) if "shape" in options else None
-        return Source(name[1:], count or None, None if frame is None else int(frame), shape)
+        return Source(name[1:], count or None, None if axis is None else int(axis), shape)
     operands = [values[n] for n in re.findall(r"%[^\s,]+", rest)]
     x = operands[0]
     match kind:
@@ -182,43 +182,43 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
         case "scale":
             shift = draw(*[count] * bool(count)) if rest.endswith(" shift") else np.zeros(())
             scale = np.array(float(number)) if number else draw(count)
-            return Scale(x, scale, shift, None if frame is None else int(frame))
+            return Scale(x, scale, shift, None if axis is None else int(axis))
         case "batchnorm":
             return BatchNorm(
-                x, draw(count), draw(count), draw(count), rng.uniform(0.5, 2, count), 1e-5, int(options["f"])
+                x, draw(count), draw(count), draw(count), rng.uniform(0.5, 2, count), 1e-5, int(options["axis"])
             )
         case "sum":
             return Sum(tuple(operands))
         case "concat":
             sizes = tuple(map(int, options["c"].split(",")))
-            return Concat(tuple(operands), sizes, int(options["f"]))
+            return Concat(tuple(operands), sizes, int(options["axis"]))
         case "select":
             _, index, _, width, _ = rest.split()
             runs = [[int(n) for n in run.split(":")] for run in index.split(",")]
             channels = [i for run in runs for i in range(run[0], run[-1] + (len(run) == 1))]
-            return Select(x, tuple(channels), int(width), int(options["f"]))
+            return Select(x, tuple(channels), int(width), int(options["axis"]))
         case "permute":
-            before, after = _frames(options)
+            before, after = _axes(options)
             return Layout(x, Permute(tuple(map(int, options["axes"].split(",")))), before, after, name)
         case "take":
-            before, after = _frames(options)
+            before, after = _axes(options)
             _, at, _, axis, _, rank, _ = rest.split()
             return Layout(x, Take(int(rank), int(axis), int(at)), before, after, name)
         case "mean":
-            before, after = _frames(options)
+            before, after = _axes(options)
             rank = int(re.findall(r" of (\d+)", rest)[0])
             op = Mean(rank, tuple(map(int, options["axes"].split(","))), rest.endswith(" keep"))
             return Layout(x, op, before, after, name)
         case "reshape":
-            before, after = _frames(options)
+            before, after = _axes(options)
             old, new = (shape_of([_dim(d) for d in s.split(",")]) for s in re.findall(r"\[([^]]*)\]", rest))
             return Layout(x, Reshape(old, new), before, after, name)
         case _:
             raise ValueError(f"unknown kind {kind!r}")
 
 
-def _frames(options: dict[str, str]) -> tuple[int | None, int | None]:
-    before, after = (None if f == "?" else int(f) for f in options["f"].split("->"))
+def _axes(options: dict[str, str]) -> tuple[int | None, int | None]:
+    before, after = (None if a == "?" else int(a) for a in options["axis"].split("->"))
     return before, after
 
 

@@ -24,7 +24,7 @@ class Reading:
         operands: the values it reads, parameters left out.
         build: its expression over the expressions of its operands; loads the parameters.
         parameters: names of the parameters it holds.
-        frame: the frame of its result, where it is known.
+        axis: the channel axis of its result, where it is known.
         commutes: it scales or moves each channel by itself, so that readers may each take it in.
         scales: it scales, so that a linear operator in front of it would rather take it in.
         idle: why it ends a region where no scale is near: with most of what is linear it does not commute.
@@ -33,7 +33,7 @@ class Reading:
     operands: tuple[Value, ...]
     build: Callable[[Sequence[Expr]], Expr]
     parameters: tuple[str, ...] = ()
-    frame: int | None = None
+    axis: int | None = None
     commutes: bool = field(default=False, kw_only=True)
     scales: bool = field(default=False, kw_only=True)
     idle: str | None = field(default=None, kw_only=True)
@@ -55,7 +55,7 @@ class Graph(Protocol):
         ...
 
     def source(self, value: Value) -> Source:
-        """``value`` as an operand, with what is known of its channels, frame and shape."""
+        """``value`` as an operand, with what is known of its channels, their axis and its shape."""
         ...
 
     def name(self, value: Value) -> str:
@@ -155,16 +155,16 @@ ACTIVATION = "a scalar constant behind a non-linear operator may belong to an ac
 
 
 def axis_of_constant(dims: Sequence[int], extent: Callable[[int], int | None]) -> int | Declined | None:
-    """The frame of the axis along which a constant of shape ``dims`` varies; None for one number.
+    """The axis, from the right, along which a constant of shape ``dims`` varies; None for a scalar.
 
     Args:
-        extent: that of its operand along the axis of a frame, None where it is unknown. Unless the constant has as
+        extent: that of its operand along an axis, None where it is unknown. Unless the constant has as
             many elements there, it may broadcast the operand, which is declined.
     """
-    axes = [len(dims) - 1 - i for i, d in enumerate(dims) if d != 1]
+    axes = [i - len(dims) for i, d in enumerate(dims) if d != 1]
     if len(axes) > 1:
         return Declined("its constant varies along several axes")
-    if axes and extent(axes[0]) != dims[len(dims) - 1 - axes[0]]:
+    if axes and extent(axes[0]) != dims[axes[0]]:
         return Declined("its constant may broadcast its operand")
     return axes[0] if axes else None
 
@@ -175,25 +175,25 @@ AVERAGES = "it averages over the channels"
 
 
 def layout_reading(
-    x: Value, op: LayoutOp, frame: int | None, token: Value, *, linear: bool = False
+    x: Value, op: LayoutOp, axis: int | None, token: Value, *, linear: bool = False
 ) -> Reading | Declined | None:
     """The reading of a layout operator over ``x``; Declined where it would be one but for the channel axis.
 
     Args:
-        frame: that of ``x``; None where nothing tells it, or its channel axis has been split before.
+        axis: that of the channels of ``x``; None where nothing tells it, or its channel axis has been split before.
         token: what `Layout` keeps for the host graph.
         linear: whether ``x`` has a reading. Then a scale behind the operator may have somewhere to go, even if the
             channel axis is split here, or is unknown because it has been split before.
     """
     rank, rank_out = ranks(op)
-    if frame is not None and frame >= rank:
+    if axis is not None and -axis > rank:
         return None
-    at = None if frame is None else axis_through(op, rank - 1 - frame)
-    moved = None if at is None else rank_out - 1 - at
+    at = None if axis is None else axis_through(op, rank + axis)
+    moved = None if at is None else at - rank_out
     idle = TAKES if isinstance(op, Take) else None
     if moved is None:
         idle = AVERAGES if isinstance(op, Mean) else idle or CUTS
         unknown = isinstance(op, Reshape) and size(op.before) != size(op.after)  # so that it could not be evaluated
         if isinstance(op, Mean) or unknown or not linear:
-            return None if frame is None else Declined(idle)
-    return Reading((x,), lambda x: Layout(x[0], op, frame, moved, token), (), moved, commutes=True, idle=idle)
+            return None if axis is None else Declined(idle)
+    return Reading((x,), lambda x: Layout(x[0], op, axis, moved, token), (), moved, commutes=True, idle=idle)

@@ -44,14 +44,14 @@ def without_idle(readings: dict[Value, Reading]) -> tuple[dict[Value, Reading], 
     busy: set[Value] = set()
     for value, reading in readings.items():
         x = reading.operands[0]
-        number = x in readings and readings[x].scales and readings[x].frame is None
+        number = x in readings and readings[x].scales and readings[x].axis is None
         if passes_on(value) and (x in busy or (reading.idle and (number or value in scaled))):
             busy.add(value)
     kept = {v: r for v, r in readings.items() if v in busy or not r.idle}
     ends: dict[Value, str] = {}
     for value, reading in readings.items():
         before = readings.get(reading.operands[0], reading)
-        if value not in kept and reading.idle and before.frame is not None:  # or else one before it has ended it
+        if value not in kept and reading.idle and before.axis is not None:  # or else one before it has ended it
             ends[value] = reading.idle
     return kept, ends
 

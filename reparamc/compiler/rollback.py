@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 
-from reparamc.algebra.evaluate import frames
+from reparamc.algebra.evaluate import channel_axes
 from reparamc.certificate.proof import Certificate, roll_back
 from reparamc.compiler.graph import Graph, Splice, Value
 from reparamc.equivalence.end_to_end import Region
@@ -63,7 +63,7 @@ def regions_of(graph: Graph, splices: Iterable[Splice], name: Callable[[Value], 
             graph.name(s.root),
             s.before,
             s.after,
-            frames(s.expr)[s.expr],
+            channel_axes(s.expr)[s.expr],
             s.constants,
         )
         for s in splices

@@ -19,7 +19,7 @@ import numpy as np
 
 from reparamc.algebra.channel_map import Route
 from reparamc.algebra.cost import cost
-from reparamc.algebra.evaluate import channels, frames
+from reparamc.algebra.evaluate import channel_axes, channels
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -252,14 +252,14 @@ class _Piece:
 def _start(expr: Expr, shape: Shape | None) -> Route | None:
     """The route behind ``expr``, a value of ``shape``, from what it is before it is moved; None if that is unknown."""
     core, moves = _core(expr)
-    frame, width = frames(expr)[core], channels(expr)[core]
-    if frame is None or width is None:
+    axis, width = channel_axes(expr)[core], channels(expr)[core]
+    if axis is None or width is None:
         return None
     if moves:
         rank, _ = ranks(moves[0].op)
     else:
-        rank = frame + 1 if shape is None else len(shape)
-    route: Route | None = Route.of(rank, frame, width)
+        rank = -axis if shape is None else len(shape)
+    route: Route | None = Route.of(rank, axis, width)
     for e in moves:
         route = route.through(e) if route is not None else None
     return route
@@ -274,7 +274,7 @@ def _piece(branch: _Branch, route: Route) -> _Piece:
         route = behind
     scales: dict[Scale | BatchNorm, tuple[Array, Array]] = {}
     for e in branch.scales:
-        scale, shift = (route.along(v, e.frame) for v in coefficients(e))
+        scale, shift = (route.along(v, e.axis) for v in coefficients(e))
         if scale is None or shift is None:
             break
         scales[e] = scale.ravel(), shift.ravel()
@@ -290,7 +290,7 @@ def _in_front(e: Expr, pieces: Sequence[_Piece]) -> Expr:
         at = piece.channels
         for s, t in piece.scales.values():
             scale[at], shift[at] = s * scale[at], s * shift[at] + t
-    return replaced((e,), core, Scale(core, scale, shift, frames(e)[core]))[e]
+    return replaced((e,), core, Scale(core, scale, shift, channel_axes(e)[core]))[e]
 
 
 def _over(form: _Form, stands: dict[Value, Expr], without: Collection[Expr]) -> _Form:

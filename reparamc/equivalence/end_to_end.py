@@ -29,7 +29,7 @@ class Region:
         operands: the values it is computed from.
         where: what the user calls it.
         before, after: both forms as text.
-        frame: axes behind the channel axis of its result; None where that is unknown.
+        axis: the channel axis of its result; None where that is unknown.
         constants: as in `constants_of`; None where they are unknown.
     """
 
@@ -38,7 +38,7 @@ class Region:
     where: str
     before: str
     after: str
-    frame: int | None = None
+    axis: int | None = None
     constants: Array | None = None
 
 
@@ -137,7 +137,7 @@ def compare_regions(
             continue
         reference, other = seen.expected[region.root], seen.actual[region.root]
         noises = [n[region.root] for n in seen.noises]
-        gap, error, allowed = by_channel(reference, other, noises, epsilon(reference), region.frame, region.constants)
+        gap, error, allowed = by_channel(reference, other, noises, epsilon(reference), region.axis, region.constants)
         entries.append(OutputError(region.where, gap, error, allowed, alone=True))
         if not error <= allowed:
             raise VerificationError(
@@ -156,7 +156,7 @@ def by_channel(
     other: npt.NDArray,
     noises: Sequence[npt.NDArray],
     epsilon: float,
-    frame: int | None,
+    axis: int | None,
     constants: Array | None = None,
 ) -> tuple[float, float, float]:
     """The channel that comes closest to what rounding explains, or exceeds it most.
@@ -172,7 +172,7 @@ def by_channel(
         return float("inf"), float("inf"), 0.0
 
     def largest(a: npt.NDArray) -> npt.NDArray:
-        return largest_by_channel(np.abs(np.nan_to_num(a.astype(np.float64), posinf=0.0, neginf=0.0)), frame)
+        return largest_by_channel(np.abs(np.nan_to_num(a.astype(np.float64), posinf=0.0, neginf=0.0)), axis)
 
     with np.errstate(invalid="ignore"):
         gap, size = largest(other.astype(np.float64) - reference), largest(reference)

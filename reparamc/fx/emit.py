@@ -81,7 +81,7 @@ class Emitter:
             case Layout():
                 return self._copy(cast(fx.Node, e.token), e.x)
             case Concat():
-                return self._call(torch.cat, tuple(self._value(t) for t in e.terms), -1 - e.frame)
+                return self._call(torch.cat, tuple(self._value(t) for t in e.terms), e.axis)
             case Select():
                 return self._select(e)
             case _:
@@ -96,7 +96,7 @@ class Emitter:
         return self.graph.graph.call_function(function, args)
 
     def _select(self, e: Select) -> fx.Node:
-        x, axis, first = self._value(e.x), -1 - e.frame, e.index[0]
+        x, axis, first = self._value(e.x), e.axis, e.index[0]
         if list(e.index) == list(range(first, first + len(e.index))):
             return self._call(torch.narrow, x, axis, first, len(e.index))
         holder = nn.Module()
@@ -117,7 +117,7 @@ class Emitter:
             more.append((front, behind))
         weight = np.pad(e.weight, [(0, 0), (0, 0), *more])
         grown = [max(b - f, 0) for b, f in zip(begin, end, strict=True)]
-        module = TRANSPOSED_MODULES[e.frame](
+        module = TRANSPOSED_MODULES[e.spatial](
             e.in_channels, e.out_channels, weight.shape[2:], stride=e.stride, padding=tuple(begin),
             output_padding=tuple(grown), dilation=e.dilation, groups=e.groups, **self._options(e),
         )  # fmt: skip
@@ -141,7 +141,7 @@ class Emitter:
 
     def _conv(self, e: Conv) -> fx.Node:
         x = self._value(e.x)
-        if e.frame == 0:
+        if e.spatial == 0:
             module: nn.Module = nn.Linear(e.in_channels, e.out_channels, **self._options(e))
         else:
             begin, end = e.padding
@@ -149,16 +149,16 @@ class Emitter:
             if begin != end or min(begin) < 0:
                 pads = [p for pair in reversed(list(zip(begin, end, strict=True))) for p in pair]
                 x = self.graph.graph.call_function(F.pad, (x, pads))
-                padding = (0,) * e.frame
-            module = LINEAR_MODULES[e.frame](
+                padding = (0,) * e.spatial
+            module = LINEAR_MODULES[e.spatial](
                 e.in_channels, e.out_channels, e.kernel,
                 stride=e.stride, padding=padding, dilation=e.dilation, groups=e.groups, **self._options(e),
             )  # fmt: skip
-        self._fill(module, e.weight if e.frame else regroup(e, 1), e.bias)
+        self._fill(module, e.weight if e.spatial else regroup(e, 1), e.bias)
         return self.graph.graph.call_module(self._add(module), (x,))
 
     def _batchnorm(self, e: BatchNorm) -> fx.Node:
-        module = NORM_MODULES[e.frame](e.gamma.size, eps=e.eps, device="meta", dtype=self.like.dtype)
+        module = NORM_MODULES[-1 - e.axis](e.gamma.size, eps=e.eps, device="meta", dtype=self.like.dtype)
         module.weight, module.bias = (self._parameter(self._tensor(a)) for a in (e.gamma, e.beta))
         module.running_mean, module.running_var = self._tensor(e.mean), self._tensor(e.var)
         module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=self.like.device)
@@ -170,14 +170,14 @@ class Emitter:
             return self.graph.graph.call_function(operator.neg, (y,))
         for op, vector, neutral in ((operator.mul, e.scale, 1), (operator.add, e.shift, 0)):
             if np.any(vector != neutral):
-                y = self.graph.graph.call_function(op, (y, self._operand(vector, e.frame or 0)))
+                y = self.graph.graph.call_function(op, (y, self._operand(vector, e.axis or -1)))
         return y
 
-    def _operand(self, vector: Array, frame: int) -> Any:
+    def _operand(self, vector: Array, axis: int) -> Any:
         if not vector.ndim:
             return float(vector)
         holder = nn.Module()
-        holder.value = self._parameter(self._tensor(vector.reshape(-1, *[1] * frame)))
+        holder.value = self._parameter(self._tensor(vector.reshape(-1, *[1] * (-1 - axis))))
         return self.graph.graph.get_attr(f"{self._add(holder)}.value")
 
     def _sum(self, e: Sum) -> fx.Node:

@@ -241,19 +241,19 @@ class FxGraph:
         late = any(self.order[u] > self.order[writer] for a in older for u in a.users)
         return aliases[0].op not in ("placeholder", "get_attr") and not late
 
-    def frame(self, value: Any) -> int | None:
+    def axis(self, value: Any) -> int | None:
         reading = self.read(value) if isinstance(value, fx.Node) and value in self.order else None
-        return reading.frame if isinstance(reading, Reading) else None
+        return reading.axis if isinstance(reading, Reading) else None
 
-    def channels(self, node: fx.Node, frame: int | None) -> int | None:
-        """The number of channels of ``node``, with ``frame`` axes behind them, where it is known."""
+    def channels(self, node: fx.Node, axis: int | None) -> int | None:
+        """The number of channels of ``node`` along ``axis``, where it is known."""
         reading, shape = self.read(node), self.facts.shapes.get(node)
-        if isinstance(reading, FxReading) and reading.channels is not None and reading.frame in (frame, None):
+        if isinstance(reading, FxReading) and reading.channels is not None and reading.axis in (axis, None):
             return reading.channels
-        return shape[-1 - frame].known if shape is not None and frame is not None and frame < len(shape) else None
+        return shape[axis].known if shape is not None and axis is not None and -axis <= len(shape) else None
 
     def read(self, value: Value) -> FxReading | Declined | None:
-        """As `Graph.read`. Operands are read first, by an explicit stack: readers ask for their frames."""
+        """As `Graph.read`. Operands are read first, by an explicit stack: readers ask for their axes."""
         stack = [cast(fx.Node, value)]
         while stack:
             node = stack[-1]
@@ -414,8 +414,8 @@ class FxGraph:
             return call.get("dim", 0) >= 0
         if call.op in ("add", "sub", "mul", "div"):
             held = [v for name in ("input", "other") if isinstance(v := self._constant(call.args.get(name)), Tensor)]
-            frame = self.frame(node)
-            return any(t.ndim > (0 if frame is None else frame + 1) for t in held)
+            axis = self.axis(node)
+            return any(t.ndim > (0 if axis is None else -axis) for t in held)
         return call.op not in _ANY_RANK
 
     def _constant(self, arg: Any) -> Any:

@@ -87,7 +87,7 @@ def _read_conv(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decline
         b = None if bias is None else array(bias)
         return Conv.padded(operands[0], array(weight), b, stride, dilation, begin, end, groups)
 
-    return FxReading((x,), build, names, n, tensors=_held(weight, bias), channels=weight.shape[0])
+    return FxReading((x,), build, names, -1 - n, tensors=_held(weight, bias), channels=weight.shape[0])
 
 
 def _padding(
@@ -122,7 +122,7 @@ def _read_conv_transpose(graph: FxGraph, node: fx.Node, call: Call) -> FxReading
         b = None if bias is None else array(bias)
         return transposed(operands[0], swap_sides(array(weight), groups), b, stride, dilation, begin, end, groups)
 
-    return FxReading((x,), build, names, n, tensors=_held(weight, bias), channels=weight.shape[1] * groups)
+    return FxReading((x,), build, names, -1 - n, tensors=_held(weight, bias), channels=weight.shape[1] * groups)
 
 
 def _read_linear(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -137,7 +137,7 @@ def _read_linear(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decli
         return Conv(operands[0], array(weight), None if bias is None else array(bias))
 
     x = cast(fx.Node, call.input)
-    return FxReading((x,), build, names, 0, tensors=_held(weight, bias), channels=weight.shape[0])
+    return FxReading((x,), build, names, -1, tensors=_held(weight, bias), channels=weight.shape[0])
 
 
 def _read_product(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -158,7 +158,7 @@ def _read_product(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decl
         return Conv(operands[0], np.ascontiguousarray(array(weight).T), None if b is None else array(b))
 
     names = (*names, *(bias[1] if bias is not None else ()))
-    return FxReading((x,), build, names, 0, tensors=_held(weight, b), channels=weight.shape[1])
+    return FxReading((x,), build, names, -1, tensors=_held(weight, b), channels=weight.shape[1])
 
 
 def _parameters(graph: FxGraph, call: Call) -> tuple[Tensor, Tensor | None, tuple[str, ...]] | Declined | None:
@@ -194,7 +194,7 @@ def _read_batchnorm(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | De
     rank = graph.facts.rank(node) or graph.facts.rank(x)
     if rank is None:
         return Declined("the rank of its input is unknown, and with it the axis it acts on: pass example_inputs")
-    frame = max(rank - 2, 0)
+    axis = -1 - max(rank - 2, 0)
     gamma, beta, mean, var = (None if h is None else h[0] for h in held)
     if mean is None or var is None:
         return None
@@ -202,11 +202,11 @@ def _read_batchnorm(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | De
     def build(operands: Sequence[Expr]) -> Expr:
         m = array(mean)
         g, b = np.ones_like(m) if gamma is None else array(gamma), np.zeros_like(m) if beta is None else array(beta)
-        return BatchNorm(operands[0], g, b, m, array(var), float(eps), frame)
+        return BatchNorm(operands[0], g, b, m, array(var), float(eps), axis)
 
     names = tuple(name for h in held if h is not None for name in h[1])
     tensors = _held(gamma, beta, mean, var)
-    return FxReading((x,), build, names, frame, tensors=tensors, channels=mean.numel(), commutes=True, scales=True)
+    return FxReading((x,), build, names, axis, tensors=tensors, channels=mean.numel(), commutes=True, scales=True)
 
 
 def _read_neg(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
@@ -215,8 +215,8 @@ def _read_neg(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
 
 
 def _unary(graph: FxGraph, x: fx.Node, build: Callable[[Sequence[Expr]], Expr]) -> FxReading:
-    frame = graph.frame(x)
-    return FxReading((x,), build, (), frame, channels=graph.channels(x, frame))
+    axis = graph.axis(x)
+    return FxReading((x,), build, (), axis, channels=graph.channels(x, axis))
 
 
 def _read_identity(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
@@ -249,27 +249,27 @@ def _read_arithmetic(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | D
         return None
     if op == "add" and constant.ndim == 0 and constant == 0 and factor == 1:
         return _unary(graph, x, lambda operands: operands[0])  # sum() starts from zero
-    frame = _along_one_axis(graph, constant, x)
-    if isinstance(frame, Declined):
-        return frame
+    axis = _along_one_axis(graph, constant, x)
+    if isinstance(axis, Declined):
+        return axis
     if x.op == "placeholder" and x not in graph.facts.shapes:
         return Declined("the dtype of its operand is unknown: pass example_inputs")
     linear = x.op == "placeholder" or isinstance(graph.read(x), Reading)
-    if frame is None and not linear:
+    if axis is None and not linear:
         return Declined(ACTIVATION)
-    if frame is None and op in _SUMS and any(_clips(u, graph.module) for u in node.users):
+    if axis is None and op in _SUMS and any(_clips(u, graph.module) for u in node.users):
         return Declined(ACTIVATION)
     held = graph.facts.held((left, right)[side])
     behind = graph.read(x)
     tensors = (constant,) if held is not None else behind.tensors[:1] if isinstance(behind, FxReading) else ()
 
     def build(operands: Sequence[Expr]) -> Expr:
-        c = array(constant).reshape(() if frame is None else -1)
-        return Scale(operands[0], *arithmetic(op, c, constant_first=not side, factor=float(factor)), frame)
+        c = array(constant).reshape(() if axis is None else -1)
+        return Scale(operands[0], *arithmetic(op, c, constant_first=not side, factor=float(factor)), axis)
 
     names = held[1] if held is not None else ()
-    kept = graph.frame(x) if frame is None else frame
-    channels = graph.channels(x, kept) if frame is None else constant.numel()
+    kept = graph.axis(x) if axis is None else axis
+    channels = graph.channels(x, kept) if axis is None else constant.numel()
     return FxReading((x,), build, names, kept, tensors=tensors, channels=channels, commutes=True, scales=True)
 
 
@@ -287,14 +287,14 @@ def _read_sum(graph: FxGraph, left: Any, right: Any, weight: float) -> FxReading
     extents = [[d.known for d in shape or ()] for shape in shapes]
     if any(None not in pair and pair[0] != pair[1] for pair in zip(*extents, strict=False)):
         return None  # one operand is broadcast
-    frame = next((f for n in (left, right) if (f := graph.frame(n)) is not None), None)
-    counts = [graph.channels(n, frame) for n in (left, right)]
+    axis = next((a for n in (left, right) if (a := graph.axis(n)) is not None), None)
+    counts = [graph.channels(n, axis) for n in (left, right)]
 
     def build(operands: Sequence[Expr]) -> Expr:
         a, b = operands
         return Sum((a, b if weight == 1 else Scale(b, np.asarray(weight), ZERO)))
 
-    return FxReading((left, right), build, (), frame, channels=next((c for c in counts if c is not None), None))
+    return FxReading((left, right), build, (), axis, channels=next((c for c in counts if c is not None), None))
 
 
 def _constant(graph: FxGraph, arg: Any) -> Tensor | None:
@@ -305,15 +305,15 @@ def _constant(graph: FxGraph, arg: Any) -> Tensor | None:
 
 
 def _along_one_axis(graph: FxGraph, constant: Tensor, x: fx.Node) -> int | Declined | None:
-    """The frame of the axis along which ``constant`` varies; None for one number; Declined if it may broadcast."""
-    dims, shape, frame = tuple(constant.shape), graph.facts.shapes.get(x), graph.frame(x)
-    rank = len(shape) if shape is not None else None if frame is None else frame + 1
+    """The axis along which ``constant`` varies; None for a scalar; Declined if it may broadcast."""
+    dims, shape, axis = tuple(constant.shape), graph.facts.shapes.get(x), graph.axis(x)
+    rank = len(shape) if shape is not None else None if axis is None else -axis
     if dims and (rank is None or len(dims) > rank):
         return Declined("its constant may raise the rank: pass example_inputs")
 
     def extent(along: int) -> int | None:
-        known = shape[len(shape) - 1 - along].known if shape is not None else None
-        return graph.channels(x, frame) if known is None and frame == along else known
+        known = shape[along].known if shape is not None else None
+        return graph.channels(x, axis) if known is None and axis == along else known
 
     return axis_of_constant(dims, extent)
 
@@ -321,8 +321,12 @@ def _along_one_axis(graph: FxGraph, constant: Tensor, x: fx.Node) -> int | Decli
 def _read_layout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
     if node in graph.shuffles:
         x, groups, _ = graph.shuffles[node]
-        rank, frame = graph.facts.rank(x), _image_frame(graph, x)
-        return _select(graph, x, _shuffled(graph, x, groups), frame) if frame and rank == frame + 2 else None
+        rank, axis = graph.facts.rank(x), _image_axis(graph, x)
+        return (
+            _select(graph, x, _shuffled(graph, x, groups), axis)
+            if axis not in (None, -1) and rank == 1 - axis
+            else None
+        )
     found, x = graph.facts.layout(node), call.input
     if found is None or x is None or found[0] is None or x in graph.facts.known:
         return None
@@ -332,12 +336,12 @@ def _read_layout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decli
 
 
 def _moved(graph: FxGraph, x: fx.Node, op: LayoutOp, node: fx.Node) -> FxReading | Declined | None:
-    frame = graph.frame(x)
-    reading = layout_reading(x, op, frame, node, linear=isinstance(graph.read(x), Reading))
+    axis = graph.axis(x)
+    reading = layout_reading(x, op, axis, node, linear=isinstance(graph.read(x), Reading))
     if not isinstance(reading, Reading):
         return reading
-    channels = None if reading.frame is None else graph.channels(x, frame)
-    return FxReading((x,), reading.build, (), reading.frame, channels=channels, commutes=True, idle=reading.idle)
+    channels = None if reading.axis is None else graph.channels(x, axis)
+    return FxReading((x,), reading.build, (), reading.axis, channels=channels, commutes=True, idle=reading.idle)
 
 
 def _read_mean(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -362,20 +366,20 @@ def _read_mean(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decline
 # Routing of channels
 
 
-def _image_frame(graph: FxGraph, x: fx.Node) -> int | None:
-    """The frame of ``x``, or that of an image of its rank where nothing linear fixes it."""
-    frame, rank = graph.frame(x), graph.facts.rank(x)
-    return frame if frame is not None or rank is None or rank < 4 else rank - 2
+def _image_axis(graph: FxGraph, x: fx.Node) -> int | None:
+    """The channel axis of ``x``, or that of an image of its rank where nothing linear fixes it."""
+    axis, rank = graph.axis(x), graph.facts.rank(x)
+    return axis if axis is not None or rank is None or rank < 4 else 1 - rank
 
 
-def _select(graph: FxGraph, x: fx.Node, index: Sequence[int], frame: int) -> FxReading | Declined:
-    width = graph.channels(x, frame)
+def _select(graph: FxGraph, x: fx.Node, index: Sequence[int], axis: int) -> FxReading | Declined:
+    width = graph.channels(x, axis)
     if width is None:
         return Declined(CHANNELS_UNKNOWN)
     if not index:
         return Declined("it selects nothing")
     picked = tuple(index)
-    return FxReading((x,), lambda o: Select(o[0], picked, width, frame), (), frame, channels=len(picked))
+    return FxReading((x,), lambda o: Select(o[0], picked, width, axis), (), axis, channels=len(picked))
 
 
 def _read_getitem(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -397,14 +401,14 @@ def _read_slice(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declin
         return None
     if call.op == "slice" and call.get("start", 0) == 0 and call.get("end", ALL) == ALL and call.get("step", 1) == 1:
         return _read_identity(graph, node, call)  # torch.export writes one for every colon
-    frame, shape = _image_frame(graph, x), graph.facts.shapes.get(x)
+    channel, shape = _image_axis(graph, x), graph.facts.shapes.get(x)
     at = graph.facts.position(call, shape) if shape is not None else None
     if at is not None:
         return _position(graph, x, *at, node)
     found = graph.facts.sliced(call, shape) if shape is not None else None
-    if found is None or shape is None or frame is None or found[0] != len(shape) - 1 - frame:
+    if found is None or shape is None or channel is None or found[0] != len(shape) + channel:
         return None
-    return _select(graph, x, list(found[1]), frame)
+    return _select(graph, x, list(found[1]), channel)
 
 
 def _position(graph: FxGraph, x: fx.Node, axis: Any, at: Any, node: fx.Node) -> FxReading | Declined | None:
@@ -424,14 +428,14 @@ def _piece(graph: FxGraph, x: fx.Node, made: Call, index: Any) -> FxReading | De
     shape = graph.facts.shapes.get(x)
     if shape is None or not isinstance(index, int):
         return None
-    frame, parts, axis = _image_frame(graph, x), graph.facts.parts(made, shape), made.get("dim", 0)
-    if frame is None or parts is None or axis % len(shape) != len(shape) - 1 - frame:
+    channel, parts, axis = _image_axis(graph, x), graph.facts.parts(made, shape), made.get("dim", 0)
+    if channel is None or parts is None or axis % len(shape) != len(shape) + channel:
         return None
     if not -len(parts) <= index < len(parts):
         return None
     index %= len(parts)
     start = sum(parts[:index])
-    return _select(graph, x, range(start, start + parts[index]), frame)
+    return _select(graph, x, range(start, start + parts[index]), channel)
 
 
 def _read_cat(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -444,14 +448,14 @@ def _read_cat(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined
     rank = next((r for t in operands if (r := graph.facts.rank(t)) is not None), None)
     if axis >= 0 and rank is None:
         return Declined("the rank of its operands is unknown: pass example_inputs")
-    frame = -1 - axis if axis < 0 else cast(int, rank) - 1 - axis
-    if {_image_frame(graph, t) for t in operands} - {None} != {frame}:
+    axis = axis if axis < 0 else axis - cast(int, rank)
+    if {_image_axis(graph, t) for t in operands} - {None} != {axis}:
         return None
-    sizes = [graph.channels(t, frame) for t in operands]
+    sizes = [graph.channels(t, axis) for t in operands]
     if None in sizes:
         return Declined(CHANNELS_UNKNOWN)
     counts = tuple(cast("list[int]", sizes))
-    return FxReading(operands, lambda o: Concat(tuple(o), counts, frame), (), frame, channels=sum(counts))
+    return FxReading(operands, lambda o: Concat(tuple(o), counts, axis), (), axis, channels=sum(counts))
 
 
 def find_shuffle(graph: FxGraph, node: fx.Node) -> tuple[fx.Node, int, list[fx.Node]] | None:
@@ -491,17 +495,17 @@ def find_shuffle(graph: FxGraph, node: fx.Node) -> tuple[fx.Node, int, list[fx.N
 
 
 def _shuffled(graph: FxGraph, x: fx.Node, groups: int) -> list[int]:
-    width = graph.channels(x, _image_frame(graph, x)) or 0
+    width = graph.channels(x, _image_axis(graph, x)) or 0
     return np.arange(width).reshape(groups, -1).T.reshape(-1).tolist() if width % groups == 0 else []
 
 
 def _read_shuffle(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
     x, groups = call.input, call.get("groups")
-    frame = _image_frame(graph, x) if x is not None else None
+    axis = _image_axis(graph, x) if x is not None else None
     rank = graph.facts.rank(x) if x is not None else None
-    if x is None or frame is None or not isinstance(groups, int) or (rank is not None and frame != rank - 2):
+    if x is None or axis is None or not isinstance(groups, int) or (rank is not None and axis != 1 - rank):
         return None
-    return _select(graph, x, _shuffled(graph, x, groups), frame)
+    return _select(graph, x, _shuffled(graph, x, groups), axis)
 
 
 # Poolings and paddings: convolutions under another name
@@ -520,7 +524,7 @@ def _read_avg_pool(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Dec
         return Declined("it has a divisor of its own, or may end in a window that is not full")
     if any(pads) and not call.args.get("count_include_pad", True):
         return Declined("it divides by the number of values that are no padding")
-    channels = graph.channels(x, n)
+    channels = graph.channels(x, -1 - n)
     if channels is None:
         return Declined(CHANNELS_UNKNOWN)
 
@@ -528,30 +532,31 @@ def _read_avg_pool(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Dec
         weight = np.full((channels, 1, *kernel), 1 / prod(kernel))
         return Conv.padded(operands[0], weight, None, stride, (1,) * n, pads, pads, channels, node)
 
-    return FxReading((x,), build, (), n, channels=channels, commutes=not any(pads))
+    return FxReading((x,), build, (), -1 - n, channels=channels, commutes=not any(pads))
 
 
 def _read_pad(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
     x, pads = call.input, call.args.get("pad")
     if x is None or call.get("mode", "constant") != "constant" or call.get("value", 0) != 0:
         return None
-    frame = call.axes or _image_frame(graph, x)
+    axis = _image_axis(graph, x) if call.axes is None else -1 - call.axes
+    spatial = 0 if axis is None else -1 - axis
     numbers: list[Any] = list(pads) if isinstance(pads, tuple | list) else [None]
     if not all(isinstance(p, int) for p in numbers):
         return Declined("its padding is computed at run time")
-    if frame is None or any(numbers[2 * frame :]) or min(numbers, default=0) < 0:
+    if axis is None or any(numbers[2 * spatial :]) or min(numbers, default=0) < 0:
         return Declined("it cuts, or pads other axes than those of a map")
-    channels = graph.channels(x, frame)
+    channels = graph.channels(x, axis)
     if channels is None:
         return Declined(CHANNELS_UNKNOWN)
-    numbers = [*numbers, *[0] * (2 * frame)][: 2 * frame]
+    numbers = [*numbers, *[0] * (2 * spatial)][: 2 * spatial]
     begin, end = tuple(reversed(numbers[0::2])), tuple(reversed(numbers[1::2]))
-    ones = (1,) * frame
+    ones = (1,) * spatial
 
     def build(operands: Sequence[Expr]) -> Expr:
         return Conv.padded(operands[0], np.ones((channels, 1, *ones)), None, ones, ones, begin, end, channels, node)
 
-    return FxReading((x,), build, (), frame, channels=channels)
+    return FxReading((x,), build, (), axis, channels=channels)
 
 
 def _clips(node: fx.Node, module: nn.Module) -> bool:

@@ -146,11 +146,11 @@ class Values:
         if found is None or not call.plain:
             return
         weight = found[0]
-        frame = weight.ndim - 2 if call.op != "batch_norm" else max(len(shape) - 2, 0)
+        axis = 1 - weight.ndim if call.op != "batch_norm" else -1 - max(len(shape) - 2, 0)
         count = weight.shape[1] * call.get("groups", 1) if call.op == "conv" else weight.shape[-1]
         count = weight.shape[0] if call.op == "conv_transpose" else count
-        if frame < len(shape):
-            dim = shape[len(shape) - 1 - frame]
+        if -axis <= len(shape):
+            dim = shape[axis]
             if dim.factor == 1 and len(dim.symbols) == 1:
                 self.bound.setdefault(dim.symbols[0], count)
 

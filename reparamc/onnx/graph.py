@@ -107,7 +107,7 @@ class OnnxGraph:
         """ONNX Runtime convolves no doubles: a model that it runs must not be given a convolution of them."""
         if self.dtype(members) != np.float64 or any(node.op_type in ("Conv", "ConvTranspose") for node in self.nodes):
             return None
-        kernels = any(isinstance(e, Conv) and e.frame and e.token is None and not _is_rows(e) for e in made)
+        kernels = any(isinstance(e, Conv) and e.spatial and e.token is None and not _is_rows(e) for e in made)
         return "it would be a convolution of doubles, which ONNX Runtime does not have" if kernels else None
 
     def read(self, value: Value) -> Reading | Declined | None:
@@ -119,10 +119,10 @@ class OnnxGraph:
             self._readings[name] = reader(self, node, name) if reader is not None and readable else None
         return self._readings[name]
 
-    def frame(self, name: str) -> int | None:
-        """The frame of ``name``, where a linear operator fixes it."""
+    def axis(self, name: str) -> int | None:
+        """The channel axis of ``name``, where a linear operator fixes it."""
         reading = self.read(name) if name in self.producers else None
-        return reading.frame if isinstance(reading, Reading) else None
+        return reading.axis if isinstance(reading, Reading) else None
 
     def is_linear(self, name: str) -> bool:
         """Whether ``name`` is computed by an operator that has a reading."""
@@ -266,7 +266,7 @@ def _results(node: NodeProto) -> list[str]:
 
 def _is_rows(e: Conv) -> bool:
     """Whether ``e`` is a product with a matrix from the left."""
-    return e.frame == 1 and e.is_pointwise
+    return e.spatial == 1 and e.is_pointwise
 
 
 class _Emitter:
@@ -295,7 +295,7 @@ class _Emitter:
                 return self._copy(token, e.x, output)
             case Conv() if _is_rows(e) and (self._rank(e.x) != 3 or self.splice.dtype == np.float64):
                 return self._rows(e, output)
-            case Conv() if e.frame:
+            case Conv() if e.spatial:
                 begin, end = e.padding
                 weight = swap_sides(e.weight, e.groups) if e.transposed else e.weight
                 inputs = [self._value(e.x), self._parameter("weight", weight)]
@@ -339,7 +339,7 @@ class _Emitter:
 
     def _axis(self, e: Concat | Select) -> int:
         """The channel axis, from the left: early opsets know no other."""
-        return (self._rank(e) or 0) - 1 - e.frame
+        return (self._rank(e) or 0) + e.axis
 
     def _select(self, e: Select, output: str | None) -> str:
         x, axis, first, end = self._value(e.x), self._axis(e), e.index[0], e.index[-1] + 1
@@ -371,7 +371,7 @@ class _Emitter:
     def _scale(self, e: Scale, output: str | None) -> str:
         if is_negation(e):
             return self._node("Neg", [self._value(e.x)], output)
-        ones = (1,) * (e.frame or 0)
+        ones = (1,) * (-1 - (e.axis or -1))
         factor = (
             self._parameter("scale", e.scale.reshape(-1, *ones) if e.scale.ndim else e.scale)
             if np.any(e.scale != 1)

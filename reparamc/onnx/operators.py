@@ -68,7 +68,7 @@ def _read_conv(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
         return pads
     if bias is not None and graph.constants.shape(bias) != graph.constants.shape(weight)[:1]:
         return Declined("its bias does not fit its weight")
-    channels = _channels(graph, node.input[0], n)
+    channels = _channels(graph, node.input[0], -1 - n)
     if channels is not None and channels != graph.constants.shape(weight)[1] * groups:
         return Declined("its weight does not fit the channels of its input")
     begin, end = pads[:n], pads[n:]
@@ -77,7 +77,7 @@ def _read_conv(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
         b = graph.array(bias) if bias else None
         return Conv.padded(operands[0], graph.array(weight), b, stride, dilation, begin, end, groups)
 
-    return Reading((node.input[0],), build, _names(weight, bias), n)
+    return Reading((node.input[0],), build, _names(weight, bias), -1 - n)
 
 
 def _read_conv_transpose(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -100,7 +100,7 @@ def _read_conv_transpose(graph: OnnxGraph, node: NodeProto, output: str) -> Read
         b = graph.array(bias) if bias else None
         return transposed(operands[0], swap_sides(graph.array(weight), groups), b, stride, dilation, begin, end, groups)
 
-    return Reading((node.input[0],), build, _names(weight, bias), n)
+    return Reading((node.input[0],), build, _names(weight, bias), -1 - n)
 
 
 def _read_average_pool(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -108,7 +108,7 @@ def _read_average_pool(graph: OnnxGraph, node: NodeProto, output: str) -> Readin
     n = len(kernel)
     stride = tuple(cast(list[int], attribute(node, "strides", [1] * n)))
     dilation = tuple(cast(list[int], attribute(node, "dilations", [1] * n)))
-    channels = _channels(graph, node.input[0], n)
+    channels = _channels(graph, node.input[0], -1 - n)
     pads = _pads(graph, node, kernel, stride, dilation)
     if isinstance(pads, Declined) or channels is None:
         return pads if isinstance(pads, Declined) else None
@@ -122,7 +122,7 @@ def _read_average_pool(graph: OnnxGraph, node: NodeProto, output: str) -> Readin
         begin, end = pads[:n], pads[n:]
         return Conv.padded(operands[0], weight, None, stride, dilation, begin, end, channels, token=node.output[0])
 
-    return Reading((node.input[0],), build, (), n, commutes=not any(pads))
+    return Reading((node.input[0],), build, (), -1 - n, commutes=not any(pads))
 
 
 def _read_pad(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -154,7 +154,7 @@ def _read_pad(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decli
         weight = np.ones((channels, 1, *ones))
         return Conv.padded(operands[0], weight, None, ones, ones, begin, end, channels, token=node.output[0])
 
-    return Reading((node.input[0],), build, (), len(ones))
+    return Reading((node.input[0],), build, (), -1 - len(ones))
 
 
 def _pads(
@@ -195,9 +195,9 @@ def _read_batchnorm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading |
     rank = graph.types.rank(node.input[0])
     if rank is None:
         return Declined("the rank of its input is unknown")
-    frame = max(rank - 2, 0)
+    axis = -1 - max(rank - 2, 0)
     counts = {graph.constants.shape(name) for name in parameters} | (
-        {(c,)} if (c := _channels(graph, node.input[0], frame)) else set()
+        {(c,)} if (c := _channels(graph, node.input[0], axis)) else set()
     )
     if len(counts) != 1:
         return Declined("its parameters do not fit the channels of its input")
@@ -205,9 +205,9 @@ def _read_batchnorm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading |
 
     def build(operands: Sequence[Expr]) -> Expr:
         gamma, beta, mean, var = (graph.array(name) for name in parameters)
-        return BatchNorm(operands[0], gamma, beta, mean, var, float(eps), frame)
+        return BatchNorm(operands[0], gamma, beta, mean, var, float(eps), axis)
 
-    return Reading((node.input[0],), build, tuple(parameters), frame, commutes=True, scales=True)
+    return Reading((node.input[0],), build, tuple(parameters), axis, commutes=True, scales=True)
 
 
 def _read_arithmetic(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -221,30 +221,30 @@ def _read_arithmetic(graph: OnnxGraph, node: NodeProto, output: str) -> Reading 
     constant, value = cast(str, fixed[side]), node.input[1 - side]
     if node.op_type == "Div" and side == 0:
         return None
-    frame = _along_one_axis(graph, constant, value)
-    if isinstance(frame, Declined):
-        return frame
-    if reason := _protected(graph, node, value, scalar=frame is None):
+    axis = _along_one_axis(graph, constant, value)
+    if isinstance(axis, Declined):
+        return axis
+    if reason := _protected(graph, node, value, scalar=axis is None):
         return Declined(reason)
     op = node.op_type.lower()
 
     def build(operands: Sequence[Expr]) -> Expr:
-        c = graph.array(constant).reshape(() if frame is None else -1)
-        return Scale(operands[0], *arithmetic(op, c, constant_first=not side), frame)
+        c = graph.array(constant).reshape(() if axis is None else -1)
+        return Scale(operands[0], *arithmetic(op, c, constant_first=not side), axis)
 
     return Reading(
-        (value,), build, (constant,), graph.frame(value) if frame is None else frame, commutes=True, scales=True
+        (value,), build, (constant,), graph.axis(value) if axis is None else axis, commutes=True, scales=True
     )
 
 
 def _along_one_axis(graph: OnnxGraph, constant: str, value: str) -> int | Declined | None:
-    """The frame of the axis along which ``constant`` varies; None for one number; Declined if it may broadcast."""
+    """The axis along which ``constant`` varies; None for a scalar; Declined if it may broadcast."""
     dims, shape = graph.constants.shape(constant), graph.types.shape(value)
     if shape is None:
         return None if not dims else Declined("the rank of its operand is unknown")
     if len(dims) > len(shape):
         return Declined("its constant raises the rank")
-    return axis_of_constant(dims, lambda frame: shape[len(shape) - 1 - frame].known)
+    return axis_of_constant(dims, lambda axis: shape[axis].known)
 
 
 def _protected(graph: OnnxGraph, node: NodeProto, value: str, *, scalar: bool) -> str | None:
@@ -291,16 +291,16 @@ def _read_sum(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decli
             return Sum((operands[0], Scale(operands[1], -ONE, ZERO)))
         return Sum(tuple(operands)) if len(operands) > 1 else operands[0]
 
-    frame = next((f for name in names if (f := graph.frame(name)) is not None), None)
-    return Reading(tuple(names), build, (), frame)
+    axis = next((a for name in names if (a := graph.axis(name)) is not None), None)
+    return Reading(tuple(names), build, (), axis)
 
 
 def _read_neg(graph: OnnxGraph, node: NodeProto, output: str) -> Reading:
-    return Reading((node.input[0],), lambda operands: Scale(operands[0], -ONE, ZERO), (), graph.frame(node.input[0]))
+    return Reading((node.input[0],), lambda operands: Scale(operands[0], -ONE, ZERO), (), graph.axis(node.input[0]))
 
 
 def _read_identity(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
-    return Reading((node.input[0],), lambda operands: operands[0], (), graph.frame(node.input[0]))
+    return Reading((node.input[0],), lambda operands: operands[0], (), graph.axis(node.input[0]))
 
 
 def _read_dropout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -331,7 +331,7 @@ def _read_gemm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
         b = np.broadcast_to(graph.array(bias).reshape(-1) * beta, (out,)).copy() if bias else None
         return Conv(operands[0], w if transposed else w.T, b)
 
-    return Reading((node.input[0],), build, _names(weight, bias), 0)
+    return Reading((node.input[0],), build, _names(weight, bias), -1)
 
 
 def _read_matmul(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -342,7 +342,7 @@ def _read_matmul(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     if len(graph.constants.shape(weight)) != 2:
         return Declined("its constant is not a matrix")
     if fixed[1]:
-        return Reading((node.input[0],), lambda operands: Conv(operands[0], graph.array(weight).T, None), (weight,), 0)
+        return Reading((node.input[0],), lambda operands: Conv(operands[0], graph.array(weight).T, None), (weight,), -1)
     if (graph.types.rank(node.input[1]) or 0) < 2:
         return None
 
@@ -350,7 +350,7 @@ def _read_matmul(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
         """``W x`` multiplies the last axis but one: a convolution with one tap along the last."""
         return Conv(operands[0], graph.array(weight)[..., None], None, (1,), (1,), (0,), (0,))
 
-    return Reading((node.input[1],), rows, (weight,), 1)
+    return Reading((node.input[1],), rows, (weight,), -2)
 
 
 def _read_concat(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -362,8 +362,8 @@ def _read_concat(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     sizes = tuple(shape[axis].known or 0 for shape in shapes if shape is not None and len(shape) == rank)
     if len(sizes) < len(shapes) or 0 in sizes:
         return None
-    frame = rank - 1 - axis
-    return Reading(tuple(node.input), lambda operands: Concat(tuple(operands), sizes, frame), (), frame)
+    axis -= rank
+    return Reading(tuple(node.input), lambda operands: Concat(tuple(operands), sizes, axis), (), axis)
 
 
 def _selection(graph: OnnxGraph, x: str, axis: int, index: Sequence[int]) -> Reading | None:
@@ -372,8 +372,8 @@ def _selection(graph: OnnxGraph, x: str, axis: int, index: Sequence[int]) -> Rea
     width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
     if shape is None or width is None or not index or not all(0 <= i < width for i in index):
         return None
-    frame = len(shape) - 1 - axis % len(shape)
-    return Reading((x,), lambda operands: Select(operands[0], tuple(index), width, frame), (), frame)
+    axis = axis % len(shape) - len(shape)
+    return Reading((x,), lambda operands: Select(operands[0], tuple(index), width, axis), (), axis)
 
 
 def _read_split(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -400,7 +400,7 @@ def _read_slice(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Dec
         return None
     axes = [axis % len(shape) for axis in axes or range(len(starts))]
     steps = steps or [1] * len(starts)
-    of_channels = [len(shape) - 1 - axis for axis in axes] == [graph.frame(node.input[0])]
+    of_channels = [axis - len(shape) for axis in axes] == [graph.axis(node.input[0])]
     if not of_channels and min(axes) >= 2 and len(shape) > 2 and (channels := shape[1].known) is not None:
         return _crop(node, shape, channels, dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True)))
     if len(axes) == 1 and (width := shape[axes[0]].known) is not None:
@@ -428,7 +428,7 @@ def _crop(node: NodeProto, shape: Shape, channels: int, cuts: dict[int, tuple[in
             operands[0], weight, None, tuple(stride), ones, tuple(begin), tuple(end), channels, token=token
         )
 
-    return Reading((node.input[0],), build, (), n)
+    return Reading((node.input[0],), build, (), -1 - n)
 
 
 def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -442,7 +442,7 @@ def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     if graph.constants.shape(index):
         return _selection(graph, x, axis, positions)
     return layout_reading(
-        x, Take(len(shape), axis % len(shape), positions[0]), graph.frame(x), output, linear=graph.is_linear(x)
+        x, Take(len(shape), axis % len(shape), positions[0]), graph.axis(x), output, linear=graph.is_linear(x)
     )
 
 
@@ -471,17 +471,17 @@ def _shuffle(graph: OnnxGraph, node: NodeProto) -> Reading | None:
 
 def _read_mean(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
     x = node.input[0]
-    rank, frame = graph.types.rank(x), graph.frame(x)
+    rank, axis = graph.types.rank(x), graph.axis(x)
     if rank is None:
         return None
     if node.op_type == "GlobalAveragePool":
-        return layout_reading(x, Mean(rank, tuple(range(2, rank)), keep=True), frame, output)
+        return layout_reading(x, Mean(rank, tuple(range(2, rank)), keep=True), axis, output)
     name = graph.constant(node, 1)
     axes = graph.constants.array(name).tolist() if name else cast("list[int] | None", attribute(node, "axes"))
     if not axes or (operand(node, 1) and name is None):
         return None  # over all axes, or over axes computed at run time
     keep = bool(cast(int, attribute(node, "keepdims", 1)))
-    return layout_reading(x, Mean(rank, tuple(sorted(a % rank for a in axes)), keep), frame, output)
+    return layout_reading(x, Mean(rank, tuple(sorted(a % rank for a in axes)), keep), axis, output)
 
 
 def _read_layout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -495,12 +495,12 @@ def _read_layout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
         op = Reshape(before, after)
     x = node.input[0]
     shuffled = _shuffle(graph, node) if node.op_type == "Reshape" else None
-    return shuffled or layout_reading(x, op, graph.frame(x), node.output[0], linear=graph.is_linear(x))
+    return shuffled or layout_reading(x, op, graph.axis(x), node.output[0], linear=graph.is_linear(x))
 
 
-def _channels(graph: OnnxGraph, name: str, frame: int) -> int | None:
+def _channels(graph: OnnxGraph, name: str, axis: int) -> int | None:
     shape = graph.types.shape(name)
-    return shape[len(shape) - 1 - frame].known if shape is not None and len(shape) > frame else None
+    return shape[axis].known if shape is not None and len(shape) >= -axis else None
 
 
 def _not_constant(graph: OnnxGraph, node: NodeProto, position: int) -> str:

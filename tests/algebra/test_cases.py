@@ -38,7 +38,7 @@ from expression_models import (
     to_onnx,
 )
 
-from reparamc.algebra.evaluate import channels, evaluate, frames
+from reparamc.algebra.evaluate import channel_axes, channels, evaluate
 from reparamc.algebra.expr import BatchNorm, Conv, Expr, Layout, Scale, Source, flatten, rebuild, walk
 from reparamc.algebra.rewrite import Pass, simplify
 from reparamc.algebra.shape import shape_of
@@ -132,7 +132,7 @@ class Expressions:
         for e in self.order:
             for c in e.children:
                 self.found.setdefault(c, []).append(e)
-        self.ranks, self.frames, self.widths = axes(root), frames(root), channels(root)
+        self.ranks, self.axes, self.widths = axes(root), channel_axes(root), channels(root)
         self.becomes: dict[Expr, Expr] = {}
         self.made: dict[Expr, Expr] = {}
 
@@ -142,16 +142,16 @@ class Expressions:
     def read(self, e: Expr) -> Reading:
         scales = isinstance(e, BatchNorm | Scale)
         moves = scales or isinstance(e, Layout)
-        return Reading(e.children, lambda xs: rebuild(e, xs), (), self.frames[e], commutes=moves, scales=scales)
+        return Reading(e.children, lambda xs: rebuild(e, xs), (), self.axes[e], commutes=moves, scales=scales)
 
     def readers(self, e: Expr) -> list[Expr | None]:
         return self.found[e]
 
     def source(self, e: Expr) -> Source:
-        width, frame, at = self.widths[e] or 0, self.frames[e] or 0, f"v{list(self.found).index(e)}"
-        shape: list[int | str] = [f"{at}{axis}" for axis in range(self.ranks[e])]
-        shape[self.ranks[e] - 1 - frame] = width
-        return Source(e, width, frame, (e.shape if isinstance(e, Source) else None) or shape_of(shape))
+        width, axis, at = self.widths[e] or 0, self.axes[e] or -1, f"v{list(self.found).index(e)}"
+        shape: list[int | str] = [f"{at}{n}" for n in range(self.ranks[e])]
+        shape[axis] = width
+        return Source(e, width, axis, (e.shape if isinstance(e, Source) else None) or shape_of(shape))
 
     def name(self, e: Expr) -> str:
         return show(e)

@@ -26,10 +26,10 @@ def labels(route: Route, shape: tuple[int, ...]) -> np.ndarray:
 
 @st.composite
 def moved(draw: st.DrawFn) -> tuple[Source, int, list[Expr]]:
-    """A source, its frame, and moves of it, each over the one before."""
+    """A source, its channel axis, and moves of it, each over the one before."""
     shape = draw(st.lists(st.sampled_from((1, 2, 3, 4, 6)), min_size=1, max_size=4))
-    frame = draw(st.integers(0, len(shape) - 1))
-    source = Source("x", shape[len(shape) - 1 - frame], frame, shape_of(shape))
+    channel = draw(st.integers(-len(shape), -1))
+    source = Source("x", shape[channel], channel, shape_of(shape))
     steps: list[Expr] = [source]
     for _ in range(draw(st.integers(1, 5))):
         e, rank = steps[-1], len(shape)
@@ -58,23 +58,23 @@ def moved(draw: st.DrawFn) -> tuple[Source, int, list[Expr]]:
                 shape = [*shape[:axis], *[1] * op.keep, *shape[axis + 1 :]]
             case "select":
                 index = draw(st.lists(st.integers(0, shape[axis] - 1), min_size=1, max_size=4))
-                steps.append(Select(e, tuple(index), shape[axis], rank - 1 - axis))
+                steps.append(Select(e, tuple(index), shape[axis], axis - rank))
                 shape = [*shape[:axis], len(index), *shape[axis + 1 :]]
                 continue
             case _:
                 continue
         steps.append(Layout(e, op, None, None, kind))
-    return source, frame, steps
+    return source, channel, steps
 
 
 @given(moved())
 def test_every_element(case: tuple[Source, int, list[Expr]]) -> None:
-    source, frame, steps = case
+    source, channel, steps = case
     extents = [d.known or 0 for d in source.shape or ()]
-    width = extents[len(extents) - 1 - frame]
-    ones = [width if axis == len(extents) - 1 - frame else 1 for axis in range(len(extents))]
+    width = extents[channel]
+    ones = [width if axis == len(extents) + channel else 1 for axis in range(len(extents))]
     x = np.broadcast_to(np.arange(width, dtype=float).reshape(ones), extents)
-    route: Route | None = Route.of(len(extents), frame, width)
+    route: Route | None = Route.of(len(extents), channel, width)
     for e in steps[1:]:
         expected = evaluate(e, {source: x})[0]
         route = route.through(e) if route is not None else None
@@ -114,24 +114,24 @@ def _dim(text: Any) -> Any:
 
 
 def test_channels_mixed_with_positions() -> None:
-    route = Route.of(3, 0, 8)
-    merged = Layout(Source("x"), Reshape(shape_of([2, 5, 8]), shape_of([2, 40])), 0, None, "")
+    route = Route.of(3, -1, 8)
+    merged = Layout(Source("x"), Reshape(shape_of([2, 5, 8]), shape_of([2, 40])), -1, None, "")
     assert route.through(merged) is None
-    assert route.through(Layout(Source("x"), Mean(3, (2,), False), 0, None, "")) is None
+    assert route.through(Layout(Source("x"), Mean(3, (2,), False), -1, None, "")) is None
 
 
 def test_another_shape_than_the_value_has() -> None:
-    wrong = Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 2, 3])), 0, None, "")
-    assert Route.of(3, 0, 8).through(wrong) is None
+    wrong = Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 2, 3])), -1, None, "")
+    assert Route.of(3, -1, 8).through(wrong) is None
 
 
 def test_a_factor_for_every_head() -> None:
-    heads = Route.of(3, 0, 6).through(
-        Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 3, 2])), 0, None, "")
+    heads = Route.of(3, -1, 6).through(
+        Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 3, 2])), -1, None, "")
     )
     assert heads is not None
-    found = heads.along(np.array([1.0, 2.0, 3.0]), 1)
+    found = heads.along(np.array([1.0, 2.0, 3.0]), -2)
     assert found is not None
     assert found.tolist() == [[1, 1], [2, 2], [3, 3]]
-    assert heads.along(np.array([1.0, 2.0, 3.0]), 0) is None, "another extent"
-    assert heads.along(np.ones(5), 2) is None, "an axis of positions"
+    assert heads.along(np.array([1.0, 2.0, 3.0]), -1) is None, "another extent"
+    assert heads.along(np.ones(5), -3) is None, "an axis of positions"

@@ -28,7 +28,7 @@ def conv(x: Expr, out: int, into: int, kernel: int, *, stride: int = 1, groups: 
 
 def norm(x: Expr, channels: int) -> BatchNorm:
     g, b, m, v = RNG.uniform(0.5, 1.5, (4, channels))
-    return BatchNorm(x, g, b, m, v, 1e-5, 2)
+    return BatchNorm(x, g, b, m, v, 1e-5, -3)
 
 
 def winner(a: Expr, b: Expr) -> dict[str, bool]:
@@ -53,19 +53,19 @@ def test_latency_is_the_default_and_counts_in_multiply_adds() -> None:
 
 def test_what_the_others_count() -> None:
     x = Source("x")
-    e = Scale(norm(conv(x, 6, 3, 3, stride=2, bias=True), 6), RNG.standard_normal(6), np.ones(6), 2)
+    e = Scale(norm(conv(x, 6, 3, 3, stride=2, bias=True), 6), RNG.standard_normal(6), np.ones(6), -3)
     with objective("macs"):
         assert cost(e) == pytest.approx(49 * 162 + 3 * 49 * 6, abs=0.01)
         assert cost(Sum((x, x))) == pytest.approx(196 * 64, abs=0.01)
     with objective("params"):
         assert cost(e) == pytest.approx(162 + 6 + 24 + 12, abs=0.01)
-        assert cost(Layout(x, Permute((0, 2, 3, 1)), 2, 0, None)) == pytest.approx(0, abs=0.01)
+        assert cost(Layout(x, Permute((0, 2, 3, 1)), -3, -1, None)) == pytest.approx(0, abs=0.01)
 
 
 def test_the_bias_of_a_linear_layer_is_stored_and_not_added() -> None:
     x = Source("x")
     linear = Conv(x, RNG.standard_normal((7, 5)), None)
-    held = Scale(linear, np.ones(()), RNG.standard_normal(7), 0)
+    held = Scale(linear, np.ones(()), RNG.standard_normal(7), -1)
     with objective("macs"):
         assert cost(held) == cost(linear)
     with objective("params"):
@@ -109,13 +109,13 @@ def test_every_objective_likes_what_only_removes(name: str) -> None:
     dense = conv(x, 5, 5, 3)
     wide = conv(x, 512, 512, 3)
     there, back = Permute((0, 2, 3, 1)), Permute((0, 3, 1, 2))
-    two = Layout(Layout(wide, there, 2, 0, None), back, 0, 2, None)
+    two = Layout(Layout(wide, there, -3, -1, None), back, -1, -3, None)
     with objective(name):
         assert cost(wide) < cost(two), "operators that do no arithmetic"
         for e in (
             norm(dense, 5),
             Sum((dense, conv(x, 5, 5, 1), x)),
-            Scale(dense, RNG.standard_normal(5), np.ones(5), 2),
+            Scale(dense, RNG.standard_normal(5), np.ones(5), -3),
         ):
             after = simplify(e, PASSES).expr
             assert isinstance(after, Conv)
@@ -129,7 +129,7 @@ def test_ties_are_broken_also_beside_large_numbers(name: str) -> None:
     with objective(name):
         assert price(large) + addition(1) > price(large)
         assert cost(Sum((large, x))) > cost(large)
-        assert cost(Layout(large, Permute((0, 2, 3, 1)), 2, 0, None)) > cost(large)
+        assert cost(Layout(large, Permute((0, 2, 3, 1)), -3, -1, None)) > cost(large)
 
 
 def test_an_objective_ends_with_its_context() -> None:

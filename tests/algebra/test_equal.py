@@ -32,7 +32,7 @@ def region(small: float = 1.0) -> BatchNorm:
     gamma, beta = drawn(4) + 3, drawn(4, 1)[:, 0]
     gamma[-1], beta[-1] = gamma[-1] * small, beta[-1] * small
     return BatchNorm(
-        conv(Source("x", 3, 2), 4, 3), gamma, beta, drawn(1, 4)[0], np.abs(drawn(4, 2)[:, 0]) + 0.5, 1e-5, 2
+        conv(Source("x", 3, -3), 4, 3), gamma, beta, drawn(1, 4)[0], np.abs(drawn(4, 2)[:, 0]) + 0.5, 1e-5, -3
     )
 
 
@@ -71,12 +71,12 @@ def test_a_fault_shows_also_in_a_channel_that_is_small(fault: str, small: float)
 
 
 def test_sizes_that_agree_for_some_inputs_only_are_a_fault() -> None:
-    before = conv(Source("x", 3, 2), 4, 3, stride=2)
+    before = conv(Source("x", 3, -3), 4, 3, stride=2)
     assert compare_expressions(before, replace(before, delta=(1, 1))) == np.inf
 
 
 def test_a_small_shift_shows_beside_large_weights() -> None:
-    x = Source("x", 3, 2)
+    x = Source("x", 3, -3)
     c = conv(x, 4, 3)
     before = Conv.padded(x, 1e9 * c.weight, 1e-9 * c.bias_or_zero, (1, 1), (1, 1), (1, 1), (1, 1))
     wrong = replace(before, bias=last(before.bias, 1.001))
@@ -84,28 +84,28 @@ def test_a_small_shift_shows_beside_large_weights() -> None:
 
 
 def test_a_small_weight_shows_beside_large_ones() -> None:
-    x, weight = Source("x", 3, 0), np.array([[1e6, 1.0, 1e6]])
+    x, weight = Source("x", 3, -1), np.array([[1e6, 1.0, 1e6]])
     before, wrong = (Conv(x, weight * factor, None) for factor in (1, np.array([1, 1.01, 1])))
     assert compare_expressions(before, wrong) > 10 * REGION_TOLERANCE
 
 
 def test_exact_cancellation_is_no_fault() -> None:
     """x + s(conv(x) - conv(x)) loses all digits of what cancels; the rounding left is no error."""
-    x = Source("x", 3, 2)
+    x = Source("x", 3, -3)
     c = conv(x, 3, 3)
-    factor = Scale(c, drawn(3) * 1e6, np.zeros(3), 2)
-    near = Scale(c, (drawn(3) * 1e6) * (1 + 2**-40), np.zeros(3), 2)
+    factor = Scale(c, drawn(3) * 1e6, np.zeros(3), -3)
+    near = Scale(c, (drawn(3) * 1e6) * (1 + 2**-40), np.zeros(3), -3)
     before = Sum((x, factor, Scale(near, -np.ones(()), np.zeros(()))))
     rest = drawn(3) * 1e6 - (drawn(3) * 1e6) * (1 + 2**-40)
-    after = Sum((x, Scale(c, rest, np.zeros(3), 2)))
+    after = Sum((x, Scale(c, rest, np.zeros(3), -3)))
     assert compare_expressions(before, after) < 1e-13
 
 
 def test_a_branch_of_wrong_size_is_no_smaller_fault_because_another_is_large() -> None:
-    x = Source("x", 3, 2)
+    x = Source("x", 3, -3)
     a, b = conv(x, 2, 3), conv(x, 2, 3)
-    before = Concat((Scale(a, 1e12 * np.ones(()), np.zeros(())), b), (2, 2), 2)
-    after = Concat((Scale(a, 1e12 * np.ones(()), np.zeros(())), replace(b, bias=last(b.bias, 1 + 1e-8))), (2, 2), 2)
+    before = Concat((Scale(a, 1e12 * np.ones(()), np.zeros(())), b), (2, 2), -3)
+    after = Concat((Scale(a, 1e12 * np.ones(()), np.zeros(())), replace(b, bias=last(b.bias, 1 + 1e-8))), (2, 2), -3)
     assert compare_expressions(before, before) == 0
     assert compare_expressions(before, after) > REGION_TOLERANCE
 
@@ -113,7 +113,7 @@ def test_a_branch_of_wrong_size_is_no_smaller_fault_because_another_is_large() -
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("pad", [0, 1])
 def test_samples_reach_both_parities_and_the_smallest_results(stride: int, pad: int) -> None:
-    before = conv(Source("x", 3, 2), 4, 3, pad=pad, stride=stride)
+    before = conv(Source("x", 3, -3), 4, 3, pad=pad, stride=stride)
     results, operands = set[int](), set[int]()
     for inputs, extents in samples([before]):
         y, _ = evaluate(before, inputs, extents)
@@ -136,7 +136,7 @@ def test_a_fault_of_the_smallest_maps_alone_is_seen(monkeypatch: pytest.MonkeyPa
 
 
 def test_terms_are_those_of_each_element() -> None:
-    before = Scale(Sum((Source("x", 2, 0), Source("y", 2, 0))), np.array([2.0, -3.0]), np.array([-1.0, 0.5]), 0)
+    before = Scale(Sum((Source("x", 2, -1), Source("y", 2, -1))), np.array([2.0, -3.0]), np.array([-1.0, 0.5]), -1)
     x, y = before.children[0].children
     inputs = {x: np.array([[1.0, -2.0]]), y: np.array([[-1.0, -4.0]])}
     found, _ = evaluate(absolute(before), {e: np.abs(a) for e, a in inputs.items()})  # type: ignore[misc]
@@ -156,8 +156,8 @@ def test_relative() -> None:
 def test_constants_that_cancel_round_where_no_perturbation_shows_it() -> None:
     """A channel behind a dead ReLU is a sum of shifts alone."""
     one = np.ones(2)
-    x = Source("x", 2, 1)
-    e = Sum((Scale(x, one, np.array([0.5, 0.0]), 1), Scale(x, one, np.array([-0.495, 2.0]), 1)))
+    x = Source("x", 2, -2)
+    e = Sum((Scale(x, one, np.array([0.5, 0.0]), -2), Scale(x, one, np.array([-0.495, 2.0]), -2)))
     constants = constants_of(e)
     assert constants is not None
     assert constants.tolist() == [0.995, 2.0]

@@ -11,20 +11,20 @@ from expression_models import assert_close, reference, run, source_shapes, time_
 from reparamc.algebra.expr import Conv, Source
 from reparamc.algebra.text import parse
 
-BLOCK = """%x = source c=4 f=2
+BLOCK = """%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=2x3 s=2,1 d=1,2 p=0:1,2 g=2 bias
-%1 = batchnorm %0 c=4 f=2
+%1 = batchnorm %0 c=4 axis=-3
 %2 = conv %x 4->4 k=1x1 s=2,1 p=0
 %3 = scale=-1 %2
-%4 = scale %1 c=4 f=2 shift
+%4 = scale %1 c=4 axis=-3 shift
 %5 = sum %4, %3
-%6 = permute %5 axes=0,2,3,1 f=2->0
+%6 = permute %5 axes=0,2,3,1 axis=-3->-1
 %7 = conv %6 4->3 bias"""
 
 
 def test_the_reference_is_the_formula() -> None:
     rng = np.random.default_rng(0)
-    source = Source("x", 2, 1)
+    source = Source("x", 2, -2)
     conv = Conv(source, rng.standard_normal((2, 1, 3)), rng.standard_normal(2), (2,), (2,), (-1,), (2,), 2)
     x = rng.standard_normal((1, 2, 8))
     count = (8 - 1 - 2) // 2 + 1
@@ -40,7 +40,7 @@ def test_the_reference_is_the_formula() -> None:
 
 def test_the_reference_of_transposed_convolutions_is_the_formula() -> None:
     rng = np.random.default_rng(3)
-    source = Source("x", 4, 1)
+    source = Source("x", 4, -2)
     weight, bias = rng.standard_normal((6, 2, 3)), rng.standard_normal(6)
     conv = Conv(source, weight, bias, (3,), (2,), (-1,), (1,), 2, transposed=True)
     x = rng.standard_normal((1, 4, 5))
@@ -55,13 +55,13 @@ def test_the_reference_of_transposed_convolutions_is_the_formula() -> None:
     assert_close(expected, reference(conv, {source: x}), 1e-14)
 
 
-CHANNELS = """%x = source c=6 f=2
+CHANNELS = """%x = source c=6 axis=-3
 %0 = conv %x 6->4 k=3x2 s=2,3 d=1,2 p=1,1:0 g=2 transposed bias
-%1 = select %0 3,0,1 of 4 f=2
-%2 = select %0 1:3 of 4 f=2
-%3 = concat %2, %1, %0 c=2,3,4 f=2
-%4 = mean %3 axes=3 of 4 f=2->2 keep
-%5 = mean %4 axes=2,3 of 4 f=2->0
+%1 = select %0 3,0,1 of 4 axis=-3
+%2 = select %0 1:3 of 4 axis=-3
+%3 = concat %2, %1, %0 c=2,3,4 axis=-3
+%4 = mean %3 axes=3 of 4 axis=-3->-3 keep
+%5 = mean %4 axes=2,3 of 4 axis=-3->-1
 %6 = conv %5 9->5 bias"""
 
 

@@ -61,13 +61,13 @@ def numbers(data: st.DataObject, *shape: int) -> np.ndarray:
     return np.random.default_rng(data.draw(st.integers(0, 2**16))).standard_normal(shape)
 
 
-def convolution(data: st.DataObject, x: Expr, width: int, frame: int, delta: Ints | None, stride: Ints) -> Conv:
+def convolution(data: st.DataObject, x: Expr, width: int, spatial: int, delta: Ints | None, stride: Ints) -> Conv:
     """A random convolution of ``x``; its delta is as given (or free), by padding more on one side than on the other."""
     draw_int = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     out = width if data.draw(st.booleans()) or delta is not None else data.draw(st.sampled_from(WIDTHS))
     groups = data.draw(st.sampled_from([g for g in (1, 2, 3, 6) if width % g == 0 and out % g == 0]))
-    kernel = tuple(draw_int(1, 3) for _ in range(frame))
-    dilation = tuple(draw_int(1, 2) for _ in range(frame))
+    kernel = tuple(draw_int(1, 3) for _ in range(spatial))
+    dilation = tuple(draw_int(1, 2) for _ in range(spatial))
     reach = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
     given_delta = delta if delta is not None else tuple(draw_int(0, r) for r in reach)
     # Padding in front is between nothing and all there is; the delta fixes the rest.
@@ -77,33 +77,33 @@ def convolution(data: st.DataObject, x: Expr, width: int, frame: int, delta: Int
     return Conv(x, weight, bias, stride, dilation, offset, given_delta, groups)
 
 
-def affine(data: st.DataObject, x: Expr, width: int, frame: int) -> Expr:
+def affine(data: st.DataObject, x: Expr, width: int, spatial: int) -> Expr:
     kind = data.draw(st.sampled_from(["batchnorm", "scale", "shift", "number", "negation"]))
     match kind:
         case "batchnorm":
             gamma, beta, mean = (numbers(data, width) for _ in range(3))
-            return BatchNorm(x, gamma, beta, mean, np.abs(numbers(data, width)) + 0.3, 1e-5, frame)
+            return BatchNorm(x, gamma, beta, mean, np.abs(numbers(data, width)) + 0.3, 1e-5, -1 - spatial)
         case "scale":
-            return Scale(x, numbers(data, width), np.zeros(()), frame)
+            return Scale(x, numbers(data, width), np.zeros(()), -1 - spatial)
         case "shift":
-            return Scale(x, numbers(data, width), numbers(data, width), frame)
+            return Scale(x, numbers(data, width), numbers(data, width), -1 - spatial)
         case "number":
             return Scale(x, numbers(data), np.zeros(()))
         case _:
             return Scale(x, -np.ones(()), np.zeros(()))
 
 
-def branch(data: st.DataObject, x: Expr, width: int, frame: int, delta: Ints, stride: Ints) -> Expr:
+def branch(data: st.DataObject, x: Expr, width: int, spatial: int, delta: Ints, stride: Ints) -> Expr:
     """Something of the width of ``x`` on the grid of ``delta`` and ``stride``, a few operators long."""
     keeps = not any(delta) and all(s == 1 for s in stride)
     e = x
     if not (keeps and data.draw(st.integers(0, 3)) == 0):
-        e = convolution(data, x, width, frame, delta, stride)
+        e = convolution(data, x, width, spatial, delta, stride)
     if data.draw(st.booleans()):
-        e = affine(data, e, width, frame)
+        e = affine(data, e, width, spatial)
     if keeps and data.draw(st.integers(0, 4)) == 0:
-        e = total([e, branch(data, x, width, frame, delta, stride)])
-        e = affine(data, e, width, frame)
+        e = total([e, branch(data, x, width, spatial, delta, stride)])
+        e = affine(data, e, width, spatial)
     return e
 
 
@@ -114,81 +114,81 @@ def same_extents(data: st.DataObject, extents: Ints | None, stride: Ints) -> Int
     return tuple(data.draw(st.integers(0, (h - 1) % s)) for h, s in zip(extents, stride, strict=True))
 
 
-def transposed(data: st.DataObject, x: Expr, width: int, frame: int, delta: Ints) -> Conv:
+def transposed(data: st.DataObject, x: Expr, width: int, spatial: int, delta: Ints) -> Conv:
     """A random transposed convolution of stride 2 that keeps the number of channels."""
     draw_int = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     groups = data.draw(st.sampled_from([g for g in (1, 2, 3, 6) if width % g == 0]))
-    kernel = tuple(draw_int(1, 3) for _ in range(frame))
-    dilation, offset = (tuple(draw_int(*of) for _ in range(frame)) for of in ((1, 2), (-2, 0)))
+    kernel = tuple(draw_int(1, 3) for _ in range(spatial))
+    dilation, offset = (tuple(draw_int(*of) for _ in range(spatial)) for of in ((1, 2), (-2, 0)))
     bias = numbers(data, width) if data.draw(st.booleans()) else None
     weight = numbers(data, width, width // groups, *kernel)
-    return Conv(x, weight, bias, (2,) * frame, dilation, offset, delta, groups, transposed=True)
+    return Conv(x, weight, bias, (2,) * spatial, dilation, offset, delta, groups, transposed=True)
 
 
-def pointwise(data: st.DataObject, x: Expr, width: int, frame: int) -> Conv:
+def pointwise(data: st.DataObject, x: Expr, width: int, spatial: int) -> Conv:
     """A matrix of channels, for chains that may be composed."""
     out = data.draw(st.sampled_from(WIDTHS))
     bias = numbers(data, out) if data.draw(st.booleans()) else None
-    ones, zeros = (1,) * frame, (0,) * frame
+    ones, zeros = (1,) * spatial, (0,) * spatial
     return Conv(x, numbers(data, out, width, *ones), bias, ones, ones, zeros, zeros)
 
 
-def selection(data: st.DataObject, x: Expr, width: int, frame: int) -> Select:
+def selection(data: st.DataObject, x: Expr, width: int, spatial: int) -> Select:
     """Some channels: neighbours, or any in any order, or all of them shuffled."""
     every = list(range(width))
     low = data.draw(st.integers(0, width - 1))
     high = data.draw(st.integers(low + 1, width))
     any_order = st.lists(st.sampled_from(every), min_size=1, max_size=width)
     index = data.draw(st.one_of(st.just(every[low:high]), any_order, st.permutations(every)))
-    return Select(x, tuple(index), width, frame)
+    return Select(x, tuple(index), width, -1 - spatial)
 
 
-def concatenation(terms: list[Expr], frame: int) -> Concat:
-    return Concat(tuple(terms), tuple(next(channel_counts(t)) for t in terms), frame)
+def concatenation(terms: list[Expr], spatial: int) -> Concat:
+    return Concat(tuple(terms), tuple(next(channel_counts(t)) for t in terms), -1 - spatial)
 
 
 @st.composite
 def expressions(choose: st.DrawFn) -> Expr:
     """Chains of blocks; a block is an operator, or a sum or concatenation of branches that share its input."""
     data = choose(st.data())
-    frame, width = choose(st.integers(0, 3)), choose(st.sampled_from(WIDTHS))
-    fixed = tuple(choose(st.integers(8, 11)) for _ in range(frame)) if choose(st.integers(0, 2)) == 0 else None
-    e: Expr = Source("x", width, frame, shape_of(["N", width, *(fixed or "HWD"[:frame])]))
+    spatial, width = choose(st.integers(0, 3)), choose(st.sampled_from(WIDTHS))
+    fixed = tuple(choose(st.integers(8, 11)) for _ in range(spatial)) if choose(st.integers(0, 2)) == 0 else None
+    e: Expr = Source("x", width, -1 - spatial, shape_of(["N", width, *(fixed or "HWD"[:spatial])]))
     kinds = ["conv", "pointwise", "affine", "select", "concat", "sum", "sum", "sum"]
-    kinds += ["transposed"] if 0 < frame < 3 else []
+    kinds += ["transposed"] if 0 < spatial < 3 else []
     for _ in range(choose(st.integers(1, 3))):
         width = next(channel_counts(e))
-        ones = (1,) * frame
+        ones = (1,) * spatial
         match kind := choose(st.sampled_from(kinds)):
             case "conv":
-                e = convolution(data, e, width, frame, None, tuple(choose(st.integers(1, 2)) for _ in range(frame)))
+                e = convolution(data, e, width, spatial, None, tuple(choose(st.integers(1, 2)) for _ in range(spatial)))
             case "pointwise":
-                e = pointwise(data, e, width, frame)
+                e = pointwise(data, e, width, spatial)
             case "affine":
-                e = affine(data, e, width, frame)
+                e = affine(data, e, width, spatial)
             case "select":
-                e = selection(data, e, width, frame)
+                e = selection(data, e, width, spatial)
             case "transposed":
                 kinds.remove(kind)  # maps grow
-                delta = tuple(choose(st.integers(0, 2)) for _ in range(frame))
-                e = total([transposed(data, e, width, frame, delta) for _ in range(choose(st.integers(1, 3)))])
+                delta = tuple(choose(st.integers(0, 2)) for _ in range(spatial))
+                e = total([transposed(data, e, width, spatial, delta) for _ in range(choose(st.integers(1, 3)))])
             case _:
-                stride = ones if choose(st.booleans()) else tuple(choose(st.integers(1, 2)) for _ in range(frame))
+                stride = ones if choose(st.booleans()) else tuple(choose(st.integers(1, 2)) for _ in range(spatial))
                 known = fixed if isinstance(e, Source) else None
                 deltas = [same_extents(data, known, stride) for _ in range(choose(st.integers(2, 4)))]
-                terms = [branch(data, e, width, frame, delta, stride) for delta in deltas]
+                terms = [branch(data, e, width, spatial, delta, stride) for delta in deltas]
                 if choose(st.booleans()):
                     terms.append(choose(st.sampled_from(terms)))  # one value, read twice
                 cut = choose(st.integers(1, len(terms) - 1))
                 if kind == "concat":
-                    picked = [selection(data, t, width, frame) if choose(st.booleans()) else t for t in terms]
-                    e = concatenation(picked, frame)
+                    picked = [selection(data, t, width, spatial) if choose(st.booleans()) else t for t in terms]
+                    e = concatenation(picked, spatial)
                 elif choose(st.booleans()):
                     e = Sum((total(terms[:cut]), total(terms[cut:])))
                 else:
                     e = Sum(tuple(terms))
-    if frame and choose(st.integers(0, 5)) == 0:
-        e = Layout(e, Mean(2 + frame, tuple(range(2, 2 + frame)), keep=False), frame, 0, "mean")
+    if spatial and choose(st.integers(0, 5)) == 0:
+        e = Layout(e, Mean(2 + spatial, tuple(range(2, 2 + spatial)), keep=False), -1 - spatial, -1, "mean")
         e = pointwise(data, affine(data, e, next(channel_counts(e)), 0), next(channel_counts(e)), 0)
     return e
 
@@ -281,7 +281,7 @@ def test_no_branch_grows_dearer(e: Expr) -> None:
 
     A negation has no price, since sums subtract; one that is merged into a BatchNorm seems to gain one.
     """
-    assume(not any(isinstance(n, Scale) and n.frame is None for n in walk(e)))
+    assume(not any(isinstance(n, Scale) and n.axis is None for n in walk(e)))
     before = flatten(tree(e))
     with time_limit(20):
         after = simplify(before, PASSES).expr
@@ -346,16 +346,16 @@ def endless(rewrite: Callable[[Scale], Expr]) -> Pass:
 )
 def test_rules_that_do_not_terminate_end_in_an_error(rewrite: Callable[[Scale], Expr]) -> None:
     with pytest.raises(RewriteLimitError, match="endless"):
-        simplify(Scale(Source("x", 2, 0), np.ones(()), np.zeros(())), [endless(rewrite)])
+        simplify(Scale(Source("x", 2, -1), np.ones(()), np.zeros(())), [endless(rewrite)])
 
 
 def test_long_chains_need_no_recursion() -> None:
-    e: Expr = Source("x", 2, 0)
+    e: Expr = Source("x", 2, -1)
     for _ in range(3000):
-        e = Sum((e, Scale(e, np.ones(2), np.zeros(2), 0)))
-    before: Expr = Source("x", 2, 0)
+        e = Sum((e, Scale(e, np.ones(2), np.zeros(2), -1)))
+    before: Expr = Source("x", 2, -1)
     for _ in range(3000):
-        before = Scale(before, np.full(2, 1.0), np.ones(2), 0)
+        before = Scale(before, np.full(2, 1.0), np.ones(2), -1)
     with time_limit(30):
         assert cost(flatten(e)) > 0
         after = simplify(before, PASSES).expr
@@ -366,7 +366,7 @@ def test_long_chains_need_no_recursion() -> None:
 
 @pytest.mark.parametrize("key", ["0", "input.1", "a b", "a,b", "x=1", "/stem/conv#2", "ä%1"])
 def test_a_source_of_any_name_can_be_read_back(key: str) -> None:
-    x = Source(key, 4, 2)
+    x = Source(key, 4, -3)
     ones, zeros = (1, 1), (0, 0)
     e = Sum((Conv(x, np.ones((4, 4, 1, 1)), None, ones, ones, zeros, zeros), x))
     again = parse(show(e))
@@ -386,9 +386,9 @@ def test_the_language_is_what_its_page_says() -> None:
 
 
 def test_layouts_can_be_read_back() -> None:
-    text = """%x = source c=6 f=2 shape=[N,6,H,2*W]
-%0 = reshape %x [N,6,H,2*W]->[N,6,2*H*W] f=2->1
-%1 = permute %0 axes=0,2,1 f=1->0
+    text = """%x = source c=6 axis=-3 shape=[N,6,H,2*W]
+%0 = reshape %x [N,6,H,2*W]->[N,6,2*H*W] axis=-3->-2
+%1 = permute %0 axes=0,2,1 axis=-2->-1
 %2 = conv %1 6->4 bias"""
     e = parse(text)
     assert show(e) == text

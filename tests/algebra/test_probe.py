@@ -239,5 +239,5 @@ def test_a_kernel_that_only_moves_elements_is_known(factor: float, moves: bool) 
     """Channels below one another, on maps of two rows: all channels but one are read in the padding."""
     weight = np.zeros((1, 3, 3))
     weight[0, [0, 1, 2], [2, 1, 0]] = factor
-    conv = Conv.padded(Source("x", 3, 1), weight, None, stride=(1,), dilation=(2,), begin=(4,), end=(4,))
+    conv = Conv.padded(Source("x", 3, -2), weight, None, stride=(1,), dilation=(2,), begin=(4,), end=(4,))
     assert only_moves(conv, [2]) == moves

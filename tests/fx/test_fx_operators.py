@@ -143,8 +143,8 @@ def _check(model: Net, shape: tuple[int, ...]) -> None:
         wanted = run(model, x)
         found, _ = evaluate(expr, {source: run(Net(lambda m, x: model.first(x)), x).numpy()})
         assert relative_error(torch.from_numpy(found), wanted) < 1e-12
-        if reading.channels is not None and reading.frame is not None:
-            assert reading.channels == wanted.shape[-1 - reading.frame]
+        if reading.channels is not None and reading.axis is not None:
+            assert reading.channels == wanted.shape[reading.axis]
         dtype = graph.dtype([root])
         assert dtype == np.float64
         splice = Splice(root, (root,), _without_tokens(expr), {source: operand}, dtype, Counter(), (), "", "", None)

@@ -150,7 +150,7 @@ def test_both_models_are_cut_where_regions_end() -> None:
     made = chain(CALM, (node("Identity", "r3", "y"),), outputs="y b1")
     fused, _ = fuse_model(made, verify="off")
     inputs = random_inputs(made)
-    regions = [Region(f"b{i}", (f"r{i - 1}" if i else "x",), f"norm{i}", "", "", 2) for i in range(BLOCKS)]
+    regions = [Region(f"b{i}", (f"r{i - 1}" if i else "x",), f"norm{i}", "", "", -3) for i in range(BLOCKS)]
     seen = run_alone(made, fused, regions, inputs)
     assert seen is not None
     for name in ("y", *(f"b{i}" for i in range(BLOCKS))):
