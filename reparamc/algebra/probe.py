@@ -65,6 +65,8 @@ def find_kernel(
         at_zero, at_random = f(np.zeros_like(random)), f(random)
     except Exception:  # whatever a host's operators raise for a size that does not fit them
         return Declined("it does not run on random inputs")
+    if not at_zero.size:
+        return Declined("its result is empty")
     if at_zero.ndim != spatial + 2 or not np.isfinite(at_random).all():
         return Declined(NOT_AFFINE)
     flat = at_zero.swapaxes(0, 1).reshape(at_zero.shape[1], -1)

@@ -199,4 +199,4 @@ def nudged(array: npt.NDArray, rng: np.random.Generator) -> npt.NDArray:
     if not is_floating(array.dtype):
         return array
     signs = rng.choice([-1.0, 1.0], array.shape)
-    return (array.astype(np.float64) * (1 + signs * epsilon_of(array.dtype))).astype(array.dtype)
+    return np.asarray(array.astype(np.float64) * (1 + signs * epsilon_of(array.dtype)), array.dtype)

@@ -115,9 +115,14 @@ class OnnxGraph:
         if name not in self._readings:
             node = self.producers[name]
             reader = READERS.get(node.op_type) if is_standard(node) else None
-            readable = reader is not None and name in _results(node) and self.types.dtype(name) is not None
+            readable = name in _results(node) and self.types.dtype(name) is not None and not self._is_empty(node)
             self._readings[name] = reader(self, node, name) if reader is not None and readable else None
         return self._readings[name]
+
+    def _is_empty(self, node: NodeProto) -> bool:
+        """Whether an operand or a result of ``node`` has no elements, for every input: there is nothing to gain."""
+        shapes = (self.types.shape(name) for name in (*node.input, *node.output) if name)
+        return any(dim.factor == 0 for shape in shapes for dim in shape or ())
 
     def axis(self, name: str) -> int | None:
         """The channel axis of ``name``, where a linear operator fixes it."""
@@ -151,6 +156,8 @@ class OnnxGraph:
     def moves(self, value: Value) -> tuple[Value, ...] | None:
         node = self.producers[str(value)]
         if not is_standard(node) or node.op_type not in LINEAR_KINDS or self.types.dtype(str(value)) is None:
+            return None
+        if self._is_empty(node):
             return None
         if isinstance(self.read(value), Declined) and node.op_type in ("Add", "Sub", "Mul", "Div"):
             return None  # it broadcasts, or is part of an activation

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,12 +16,17 @@ from reparamc.algebra.dtypes import epsilon_of, is_floating
 from reparamc.equivalence.difference import nudged
 from reparamc.equivalence.trials import TooLarge, check_size
 from reparamc.errors import InputError, one_line
+from reparamc.onnx.values import forget_negative_sizes, known_size
 
 FILE_LIMIT = 2**31 - 2**20
 """A serialised model beyond this many bytes keeps its weights in a file beside it."""
 
 GUESSES = (32, 64, 224, 256, 128, 16, 8)
 """Extents tried for the unknown axes of an input, behind the first."""
+
+
+MOST_TRIED = 32
+"""Combinations of small sizes that are tried where no guess runs."""
 
 
 class Run:
@@ -42,8 +48,12 @@ class Run:
             raise InputError(f"ONNX Runtime cannot load {what}: {one_line(error)}") from error
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = self.session.run(self.outputs, dict(inputs))
-        return {name: np.asarray(value) for name, value in zip(self.outputs, values, strict=True)}
+        return {name: np.asarray(value) for name, value in zip(self.outputs, self.run(inputs), strict=True)}
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
+        """All outputs, in order; they may be lists where they are sequences."""
+        feeds = {name: np.asarray(value) for name, value in inputs.items()}  # NumPy's scalars are no arrays
+        return list(self.session.run(self.outputs, feeds))
 
 
 @contextmanager
@@ -81,9 +91,9 @@ def working(
 ) -> tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]]:
     failure: Exception | None = None
     too_large: TooLarge | None = None
-    for guess in guesses if has_open_extents(model) else guesses[:1]:
+    for guess, sizes in _attempts(model, guesses):
         try:
-            inputs = random_inputs(model, seed, guess)
+            inputs = random_inputs(model, seed, guess, sizes)
         except TooLarge as error:
             too_large = error
             continue
@@ -96,14 +106,37 @@ def working(
     raise InputError(f"ONNX Runtime cannot run the model on random inputs: {one_line(failure)}; try --verify region")
 
 
+def _attempts(model: ModelProto, guesses: Sequence[int]) -> Iterator[tuple[int, dict[str, int]]]:
+    """What to try for the open sizes: one for all but the batch; other batches; then small ones, each by itself."""
+    if not has_open_extents(model):
+        yield guesses[0], {}
+        return
+    yield from ((guess, {}) for guess in guesses)
+    firsts = {_symbol(v, 0, d) for v in free_inputs(model) for d in v.type.tensor_type.shape.dim[:1] if not d.dim_value}
+    for batch in (1, 3, 4):
+        yield from ((guess, dict.fromkeys(firsts, batch)) for guess in guesses[:2])
+    names = sorted({_symbol(v, i, d) for v in free_inputs(model) for i, d in enumerate(v.type.tensor_type.shape.dim)})
+    rng = np.random.default_rng(0)
+    for n in range(MOST_TRIED):
+        yield guesses[0], dict(zip(names, rng.integers(n % 2, 7, len(names)).tolist(), strict=True))
+
+
+def _symbol(value: onnx.ValueInfoProto, axis: int, dim: onnx.TensorShapeProto.Dimension) -> str:
+    """What an open size goes by: inputs share those of one name."""
+    return dim.dim_param or f"{value.name}[{axis}]"
+
+
 def has_open_extents(model: ModelProto) -> bool:
     return any(not d.HasField("dim_value") for v in free_inputs(model) for d in v.type.tensor_type.shape.dim)
 
 
-def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[str, np.ndarray]:
+def random_inputs(
+    model: ModelProto, seed: int = 0, extent: int = 32, sizes: Mapping[str, int] = {}
+) -> dict[str, np.ndarray]:
     """One random array per input without a default: standard normal, or small whole numbers.
 
-    Unknown extents are 2 on the first axis and ``extent`` on the others; a name stands for one extent.
+    Open sizes are as ``sizes`` has them, or else 2 on the first axis and ``extent`` on the others; a name stands for
+    one size.
 
     Raises:
         InputError: an input is no dense tensor of numbers.
@@ -111,7 +144,7 @@ def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[st
     """
     shapes: dict[str, list[int]] = {}
     kinds: dict[str, np.dtype] = {}
-    named: dict[str, int] = {}
+    named = dict(sizes)
     for value in free_inputs(model):
         if not value.type.HasField("tensor_type"):
             raise InputError(
@@ -121,15 +154,10 @@ def random_inputs(model: ModelProto, seed: int = 0, extent: int = 32) -> dict[st
         shape = []
         for axis, d in enumerate(kind.shape.dim):
             guess = 2 if axis == 0 else extent
-            if d.dim_value < 0:
-                raise InputError(f"input {value.name!r} has a negative extent; declare it by a name instead")
-            shape.append(
-                d.dim_value
-                if d.HasField("dim_value")
-                else named.setdefault(d.dim_param, guess)
-                if d.dim_param
-                else guess
-            )
+            if d.HasField("dim_value"):
+                shape.append(d.dim_value)
+            else:
+                shape.append(named.setdefault(_symbol(value, axis, d), guess))
         if kind.elem_type == TensorProto.STRING:
             raise InputError(
                 f"input {value.name!r} holds strings, so no random value can be made for it; try --verify region"
@@ -155,9 +183,10 @@ def free_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
     """The inputs that a caller must give: those without a default. An extent that an operator demands is filled in."""
     defaults = {t.name for t in model.graph.initializer}
     free = [v for v in model.graph.input if v.name not in defaults]
-    if not any(not d.HasField("dim_value") for v in free for d in v.type.tensor_type.shape.dim):
+    if all(known_size(d) is not None for v in free for d in v.type.tensor_type.shape.dim):
         return free
     found = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in free]
+    forget_negative_sizes(found)
     by_name = {v.name: v for v in found}
     weights = {t.name: list(t.dims) for t in model.graph.initializer}
     demanded: dict[str, int] = {}

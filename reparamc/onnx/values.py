@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    TensorShapeProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 
 from reparamc.algebra.shape import Dim, Shape, size
 from reparamc.errors import InputError
@@ -43,6 +53,19 @@ def opset_of(model: ModelProto) -> int:
 def itemsize(element_type: int | None) -> int:
     """Bytes of one entry of a tensor; 8 where that is unknown or varies."""
     return helper.tensor_dtype_to_np_dtype(element_type).itemsize if element_type else 8
+
+
+def known_size(dim: TensorShapeProto.Dimension) -> int | None:
+    """A declared size; None where it is open. Some exporters write an open one as -1."""
+    return dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None
+
+
+def forget_negative_sizes(values: Iterable[ValueInfoProto]) -> None:
+    """Have sizes below zero declared as open, as they are meant."""
+    for value in values:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:
+                dim.Clear()
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
@@ -133,6 +156,7 @@ def skeleton(model: ModelProto) -> ModelProto:
             node.domain = ""  # the same domain; the checker knows it by this name only
     light.graph.input.extend(model.graph.input)
     light.graph.output.extend(model.graph.output)
+    forget_negative_sizes((*light.graph.input, *light.graph.output))
     light.graph.sparse_initializer.extend(model.graph.sparse_initializer)
     inputs = {v.name for v in model.graph.input}
     for tensor in model.graph.initializer:
@@ -203,7 +227,7 @@ class Types:
         if kind is None or not kind.HasField("shape"):
             return None
         return tuple(
-            Dim(d.dim_value) if d.HasField("dim_value") else self._open(d.dim_param or f"{name}[{axis}]")
+            Dim(n) if (n := known_size(d)) is not None else self._open(d.dim_param or f"{name}[{axis}]")
             for axis, d in enumerate(kind.shape.dim)
         )
 

@@ -231,14 +231,14 @@ class _Pair:
 
     def original(self, inputs: Inputs) -> dict[str, np.ndarray]:
         try:
-            values = self._original.session.run(None, inputs)
+            values = self._original.run(inputs)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise _Refused(one_line(error)) from error
         return _flat(self.interface.outputs, values)
 
     def fused(self, inputs: Inputs) -> dict[str, np.ndarray]:
         names = self.interface.inputs_in_fused
-        return _flat(self.interface.outputs, self._fused.session.run(None, {names[n]: x for n, x in inputs.items()}))
+        return _flat(self.interface.outputs, self._fused.run({names[n]: x for n, x in inputs.items()}))
 
     def compare(self, inputs: Inputs) -> tuple[_Comparison, float]:
         """Both models on ``inputs``, and the seconds that running both took.
