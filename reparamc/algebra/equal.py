@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable
 
 import numpy as np
 import numpy.typing as npt
 
-from reparamc.algebra.evaluate import absolute, channel_axes, evaluate, has_layout, sample_inputs
+from reparamc.algebra.evaluate import absolute, channel_axes
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -25,6 +25,7 @@ from reparamc.algebra.expr import (
     Take,
     walk,
 )
+from reparamc.algebra.samples import ODD, SIZES, draw, samples
 
 REGION_TOLERANCE = 1e-11
 """Largest error accepted of an element in float64, relative to the magnitudes of the terms that it is the sum of."""
@@ -43,32 +44,28 @@ def compare_expressions(before: Expr, after: Expr, seed: int = 0, *, every_size:
     """
     worst = 0.0
     terms = absolute(before)
-    for inputs, extents in samples([before, after], seed, SIZES if every_size else SIZES[:1]):
+    for sample in samples([before, after, terms], seed, SIZES if every_size else SIZES[:1]):
         with np.errstate(over="ignore", invalid="ignore"):
             try:
-                a, _ = evaluate(before, inputs, extents)
+                a = sample.value(before)
             except (ValueError, IndexError) as error:
                 raise ValueError("its shapes do not fit together on sample inputs") from error
             try:
-                b, _ = evaluate(after, inputs, extents)
+                b = sample.value(after)
             except (ValueError, IndexError):
                 return float("inf")
-            scale, _ = evaluate(terms, {e: np.abs(x) for e, x in inputs.items()}, extents)
+            scale = sample.magnitudes().value(terms)
         if not np.isfinite(scale).all():
             raise ValueError("its values overflow float64")
         worst = max(worst, relative(a, b, scale), key=lambda e: (np.isnan(e), e))
     return worst
 
 
-SIZES = ((0, None), (1, None), (0, 1), (0, 2), (0, 3))
-"""``extra`` and ``small`` of `sample_inputs`; the first is enough where no position meets another."""
-
-
 def constants_of(e: Expr) -> Array | None:
     """For each channel of ``e``, the magnitudes of all constants that are added up; None where no input fits it."""
+    terms = absolute(e)
     try:
-        inputs, extents = sample_inputs([e], np.random.default_rng(0), extra=1)
-        y, _ = evaluate(absolute(e), {x: np.zeros_like(a) for x, a in inputs.items()}, extents)
+        y = draw([terms], ODD, np.random.default_rng(0)).zeros().value(terms)
     except (ValueError, IndexError):
         return None
     return largest_by_channel(y, channel_axes(e)[e])
@@ -79,33 +76,6 @@ def largest_by_channel(magnitudes: npt.NDArray, axis: int | None) -> npt.NDArray
     known = axis is not None and -axis <= magnitudes.ndim
     rows = magnitudes.reshape(1, -1) if axis is None or not known else np.moveaxis(magnitudes, axis, 0)
     return rows.reshape(rows.shape[0], -1).max(axis=1, initial=0.0)
-
-
-def samples(
-    roots: Sequence[Expr], seed: int = 0, sizes: Sequence[tuple[int, int | None]] = SIZES
-) -> Iterator[tuple[dict[Source, Array], dict[str, int]]]:
-    """Inputs on which expressions over the same sources are compared, and the extents of symbols; see `sample_inputs`.
-
-    Raises:
-        ValueError: no input just larger than the kernels fits all branches.
-    """
-    rng = np.random.default_rng(seed)
-    seen: set[tuple[tuple[int, ...], ...]] = set()
-    pointwise = all(e.is_pointwise for root in roots for e in walk(root) if isinstance(e, Conv))
-    for extra, small in sizes[:1] if pointwise and not has_layout(roots[0]) else sizes:
-        try:
-            inputs, extents = sample_inputs(roots, rng, extra, small)
-        except ValueError:
-            if small is None:
-                raise
-            continue
-        shapes = tuple(x.shape for x in inputs.values())
-        if shapes in seen:
-            continue  # nothing is open
-        if not seen and has_layout(roots[0]):
-            yield {e: np.zeros_like(x) for e, x in inputs.items()}, extents
-        seen.add(shapes)
-        yield inputs, extents
 
 
 def relative(reference: Array, other: Array, terms: Array) -> float:

@@ -1,10 +1,11 @@
-"""What an expression means: a reference evaluator in float64, and inputs that reach every border."""
+"""What an expression means: a reference evaluator in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from math import prod
 
 import numpy as np
 
@@ -17,7 +18,6 @@ from reparamc.algebra.expr import (
     Layout,
     Mean,
     Permute,
-    Reshape,
     Scale,
     Select,
     Source,
@@ -27,17 +27,22 @@ from reparamc.algebra.expr import (
     walk,
 )
 from reparamc.algebra.kernels import coefficients
+from reparamc.algebra.places import Places, Positions, reads, result_size
 from reparamc.algebra.shape import Shape
 
 
 def evaluate(
-    root: Expr, inputs: Mapping[Source, Array], extents: Mapping[str, int] | None = None
+    root: Expr,
+    inputs: Mapping[Source, Array],
+    extents: Mapping[str, int] | None = None,
+    places: Places | None = None,
 ) -> tuple[Array, float]:
     """The value of ``root``, and the largest magnitude met on the way (the scale of its rounding errors).
 
     Args:
         inputs: a float64 array for each source, with its channels along the axis that its readers expect.
         extents: what the symbols in the shapes stand for, where the shapes of the inputs do not tell.
+        places: where to compute it; the inputs are given and the value is returned there. None: everywhere.
 
     Raises:
         ValueError: neither tells an extent of a reshape.
@@ -46,28 +51,32 @@ def evaluate(
     sizes = dict(extents or {})
     magnitude = 0.0
     for e in walk(root):
+        if places is None or isinstance(e, Conv):
+            x = [values[c] for c in e.children]
+        else:
+            x = [places.of(values[c], c, e) for c in e.children]
         match e:
             case Source():
                 y = inputs[e]
-                if e.shape is not None:
+                if e.shape is not None and places is None:
                     _bind(e.shape, y, sizes)
             case Conv():
-                y = (_convolve_transposed if e.transposed else _convolve)(e, values[e.x])
+                y = _convolve(e, x[0], places)
             case Scale():
-                y = values[e.x] * _along(e.scale, e.axis) + _along(e.shift, e.axis)
+                y = x[0] * _along(e.scale, e.axis) + _along(e.shift, e.axis)
             case BatchNorm():
                 scale, shift = coefficients(e)
-                y = values[e.x] * _along(scale, e.axis) + _along(shift, e.axis)
+                y = x[0] * _along(scale, e.axis) + _along(shift, e.axis)
             case Sum():
-                y = values[e.terms[0]]
-                for term in e.terms[1:]:
-                    y = y + values[term]
+                y = x[0]
+                for term in x[1:]:
+                    y = y + term
             case Concat():
-                y = np.concatenate([values[t] for t in e.terms], axis=e.axis)
+                y = np.concatenate(x, axis=e.axis)
             case Select():
-                y = np.take(values[e.x], e.index, axis=e.axis)
+                y = np.take(x[0], e.index, axis=e.axis)
             case Layout():
-                y = _move(e, values[e.x], sizes)
+                y = _move(e, x[0], sizes)
         values[e] = y
         magnitude = max(magnitude, float(np.abs(y).max(initial=0.0)))
     return values[root], magnitude
@@ -125,63 +134,42 @@ COPIED = 2**22
 """Elements up to which what the taps of a convolution read is copied side by side, to be multiplied at once."""
 
 
-def _convolve(e: Conv, x: Array) -> Array:
+def _convolve(e: Conv, x: Array, places: Places | None) -> Array:
+    """``e`` of ``x`` [*batch, channels, *sizes], at all its positions or at those of ``places``."""
     n = e.spatial
-    batch, extents = x.shape[: x.ndim - n - 1], x.shape[x.ndim - n :]
-    outs = [(h - 1 - d) // s + 1 for h, d, s in zip(extents, e.delta, e.stride, strict=True)]
-    if any(o <= 0 for o in outs):
-        return np.zeros((*batch, e.out_channels, *(max(o, 0) for o in outs)))
-    low = [max(0, -a) for a in e.offset]
-    high = [max(0, s * (o - 1) + r - (h - 1)) for s, o, r, h in zip(e.stride, outs, e.reach, extents, strict=True)]
-    x = np.pad(x.reshape(-1, *x.shape[x.ndim - n - 1 :]), [(0, 0), (0, 0), *zip(low, high, strict=True)])
-    per_group, positions = e.weight.shape[1], x.shape[0] * int(np.prod(outs, dtype=int))
-    x = np.ascontiguousarray(np.moveaxis(x.reshape(x.shape[0], e.groups, per_group, *x.shape[2:]), 0, 2))
-    taps = list(product(*map(range, e.kernel)))
-
-    def seen(tap: tuple[int, ...]) -> Array:
-        """What each position of the result reads at ``tap``: [group, in, batch, *outs]."""
-        start = [lo + a + d * t for lo, a, d, t in zip(low, e.offset, e.dilation, tap, strict=True)]
-        at = tuple(slice(b, b + s * (o - 1) + 1, s) for b, s, o in zip(start, e.stride, outs, strict=True))
-        return x[(..., *at)]
-
-    rows = e.weight.reshape(e.groups, -1, per_group * len(taps))
-    if per_group > 1 and e.in_channels * len(taps) * positions <= COPIED:
-        columns = np.empty((e.groups, per_group, len(taps), x.shape[2], *outs))
-        for place, tap in enumerate(taps):
-            columns[:, :, place] = seen(tap)
-        y = np.matmul(rows, columns.reshape(e.groups, -1, positions))
-    else:  # one tap at a time, so that nothing large is copied
-        y = np.zeros((e.groups, e.out_channels // e.groups, positions))
-        for place, tap in enumerate(taps):
-            weight, read = rows[..., place :: len(taps)], seen(tap).reshape(e.groups, per_group, positions)
-            y += weight * read if per_group == 1 else np.matmul(weight, read)
-    y = np.moveaxis(y.reshape(e.out_channels, x.shape[2], *outs), 0, 1)
-    if e.bias is not None:
-        y = y + e.bias.reshape(-1, *[1] * n)
-    return y.reshape(*batch, e.out_channels, *outs)
+    batch, held = x.shape[: x.ndim - n - 1], x.shape[x.ndim - n :]
+    size = held if places is None else places.sizes[e.x]
+    at = [np.arange(o) for o in result_size(e, size)] if places is None else places.at[e]
+    tables = reads(e, at, size)
+    if places is not None:
+        tables = [np.where(t < 0, t, np.searchsorted(has, t)) for t, has in zip(tables, places.at[e.x], strict=True)]
+    index, outs = _flat(tables, held), tuple(map(len, at))
+    per_group, (taps, positions) = e.weight.shape[1], index.shape
+    x = np.pad(x.reshape(prod(batch), e.groups, per_group, prod(held)), [(0, 0)] * 3 + [(0, 1)])
+    weight = e.weight.reshape(e.groups, -1, per_group, taps)
+    y = np.zeros((len(x), e.groups, weight.shape[1], positions))
+    most = max(1, COPIED // max(1, len(x) * taps * positions))  # channels that are read at once
+    groups, channels = max(1, most // per_group), min(per_group, most)
+    for g, c in product(range(0, e.groups, groups), range(0, per_group, channels)):
+        rows = weight[g : g + groups, :, c : c + channels]
+        columns = x[:, g : g + groups, c : c + channels].take(index, axis=-1)
+        rows, columns = rows.reshape(*rows.shape[:2], -1), columns.reshape(*columns.shape[:2], -1, positions)
+        y[:, g : g + groups] += np.matmul(rows, columns)
+    y = y.reshape(*batch, e.out_channels, *outs)
+    return y if e.bias is None else y + e.bias.reshape(-1, *[1] * n)
 
 
-def _convolve_transposed(e: Conv, x: Array) -> Array:
-    n = e.spatial
-    batch, extents = x.shape[: x.ndim - n - 1], x.shape[x.ndim - n :]
-    outs = [s * (h - 1) + 1 + d for h, d, s in zip(extents, e.delta, e.stride, strict=True)]
-    low = [max(0, -a) for a in e.offset]
-    whole = [
-        lo + max(o, s * (h - 1) + 1 + max(r, 0))
-        for lo, o, s, h, r in zip(low, outs, e.stride, extents, e.reach, strict=True)
-    ]
-    per_group = e.weight.shape[1]
-    x = x.reshape(-1, e.groups, per_group, int(np.prod(extents, dtype=int)))
-    weight = e.weight.reshape(e.groups, -1, per_group, *e.kernel)
-    y = np.zeros((x.shape[0], e.out_channels, *whole))
-    for tap in product(*map(range, e.kernel)):
-        start = [lo + a + d * t for lo, a, d, t in zip(low, e.offset, e.dilation, tap, strict=True)]
-        at = tuple(slice(b, b + s * (h - 1) + 1, s) for b, s, h in zip(start, e.stride, extents, strict=True))
-        y[(slice(None), slice(None), *at)] += np.matmul(weight[(..., *tap)], x).reshape(-1, e.out_channels, *extents)
-    y = y[(slice(None), slice(None), *(slice(lo, lo + o) for lo, o in zip(low, outs, strict=True)))]
-    if e.bias is not None:
-        y = y + e.bias.reshape(-1, *[1] * n)
-    return y.reshape(*batch, e.out_channels, *outs)
+def _flat(tables: Sequence[Positions], sizes: Sequence[int]) -> Positions:
+    """``tables`` of all axes as one, of elements in row-major order: [tap, position]; -1 as there."""
+    n = len(tables)
+    index = np.zeros((1,) * 2 * n, np.intp)
+    outside = np.zeros(index.shape, bool)
+    for axis, (table, size) in enumerate(zip(tables, sizes, strict=True)):
+        place = table.reshape(
+            [len(table) if d == axis else table.shape[1] if d == n + axis else 1 for d in range(2 * n)]
+        )
+        index, outside = index * size + place, outside | (place < 0)
+    return np.where(outside, -1, index).reshape(prod(map(len, tables)), -1)
 
 
 def channel_axes(root: Expr) -> dict[Expr, int | None]:
@@ -270,114 +258,7 @@ def misfit(root: Expr) -> str | None:
     return None
 
 
-def sample_inputs(
-    roots: Sequence[Expr], rng: np.random.Generator, extra: int = 0, small: int | None = None
-) -> tuple[dict[Source, Array], dict[str, int]]:
-    """Random inputs for expressions over the same sources, just larger than their kernels; extents of symbols.
-
-    The first expression says which extents fit: another one that is equal to it takes them too. Every border case
-    occurs: extents exceed the span of the widest kernel by a little (``extra`` more) and differ from axis to axis.
-    With ``small`` (1, 2 or 3) the extents of the result are that and the next ones in turn instead, where its
-    operators take such a map. The first axis is a batch: of ordinary values, and without ``extra`` and ``small`` also
-    of zeros, where nothing hides a shift, and of values that differ by six decades, among which a large weight does
-    not always hide a small one.
-
-    Where layout operators stand, the sources' own shapes are used, with small numbers for their symbols, and values
-    are ordinary.
-
-    Raises:
-        ValueError: no extents fit all branches, or a shape that a layout operator needs is unknown.
-    """
-    whole = Sum(tuple(roots)) if len(roots) > 1 else roots[0]
-    order = list(walk(whole))
-    channels_of, axis_of = channels(whole), channel_axes(whole)
-    span = max(
-        (r - min(a, 0) for e in order if isinstance(e, Conv) for a, r in zip(e.offset, e.reach, strict=True)),
-        default=0,
-    )
-    smallest = 2 + span + extra
-    sources = [e for e in walk(roots[0]) if isinstance(e, Source)]
-    spatial = -1 - (axis_of[whole] or -1)
-    if has_layout(whole):
-        symbols = _channel_symbols(sources, axis_of, channels_of)
-        for source in sources:
-            if source.shape is None:
-                raise ValueError("the shape of an operand is unknown")
-        if small is not None and any(isinstance(e, Conv) and e.spatial for e in order):
-            raise ValueError("its kernels may not fit into so small a map")
-        reshapes = [e.op for e in order if isinstance(e, Layout) and isinstance(e.op, Reshape)]
-        shapes = [s.shape or () for s in sources] + [s for op in reshapes for s in (op.before, op.after)]
-        for symbol in (s for shape in shapes for dim in shape for s in dim.symbols):
-            open_extent = smallest + len(symbols) if small is None else (small - 1 + len(symbols)) % 3 + 1
-            symbols.setdefault(symbol, open_extent)
-        return {e: rng.standard_normal([dim.at(symbols) for dim in e.shape or ()]) for e in sources}, symbols
-    wanted = [smallest + axis if small is None else (small - 1 + axis) % 3 + 1 for axis in range(spatial)]
-    for e in order:
-        if isinstance(e, Scale) and e.axis is not None and -e.axis <= spatial:
-            wanted[e.axis] = max(e.scale.size, e.shift.size)  # it acts on a spatial axis
-    extents = _extents(roots[0], wanted)
-    inputs, batch = {}, 1 if extra or small else 3
-    for e in sources:
-        spatial = [low + extra % (high - low + 1) for low, high in extents[e]]
-        inputs[e] = x = rng.standard_normal((batch, channels_of[e] or 3, *spatial))
-        if batch == 3:
-            x[1], x[2] = 0.0, x[2] * 10.0 ** rng.uniform(-3, 3, x.shape[1:])
-    return inputs, {}
-
-
 def has_layout(root: Expr) -> bool:
     """Whether the axes of its values change on the way, so that their shapes must be known to evaluate it."""
     acting = {e.axis for e in walk(root) if isinstance(e, Conv | Concat | Select)} | {channel_axes(root)[root] or -1}
     return len(acting) > 1 or any(isinstance(e, Layout) for e in walk(root))
-
-
-def _channel_symbols(
-    sources: Sequence[Source], axis_of: Mapping[Expr, int | None], channels_of: Mapping[Expr, int | None]
-) -> dict[str, int]:
-    """Extents of the symbols that stand for channels, as the operators around them fix them."""
-    found: dict[str, int] = {}
-    for e in sources:
-        axis, count = axis_of[e], channels_of[e]
-        if e.shape is not None and axis is not None and count is not None and -axis <= len(e.shape):
-            symbols = e.shape[axis].symbols
-            if len(symbols) == 1:
-                found[symbols[0]] = count
-    return found
-
-
-SEARCHED = 64
-"""Extents tried for a result before its branches are said to agree in size for no input."""
-
-
-def _extents(root: Expr, wanted: list[int]) -> dict[Expr, list[tuple[int, int]]]:
-    """For every node the range of extents, per axis, that gives the root an extent of ``wanted`` or little more."""
-    order = list(walk(root))
-    found: dict[Expr, list[tuple[int, int]]] = {e: [] for e in order}
-    for axis, least in enumerate(wanted):
-        tried = (_extents_along(order, axis, len(wanted), n) for n in range(least, least + SEARCHED))
-        ranges = next((r for r in tried if r is not None), None)
-        if ranges is None:
-            raise ValueError("its branches agree in size for no input")
-        for e in order:
-            found[e].append(ranges[e])
-    return found
-
-
-def _extents_along(order: Sequence[Expr], axis: int, axes: int, extent: int) -> dict[Expr, tuple[int, int]] | None:
-    """The same along one axis, for one extent of the root; None when nothing gives it."""
-    found = {order[-1]: (extent, extent)}
-    for e in reversed(order):
-        for child in e.children:
-            low, high = found[e]
-            if isinstance(e, Conv) and e.spatial == axes:
-                s, d = e.stride[axis], e.delta[axis]
-                if e.transposed:
-                    low, high = -((1 + d - low) // s) + 1, (high - 1 - d) // s + 1
-                else:
-                    low, high = s * (low - 1) + 1 + d, s * high + d
-            if child in found:
-                low, high = max(low, found[child][0]), min(high, found[child][1])
-            if low > high or high < 1:
-                return None
-            found[child] = max(low, 1), high
-    return found

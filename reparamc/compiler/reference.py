@@ -14,9 +14,10 @@ from itertools import islice
 
 import numpy as np
 
-from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions, relative, samples, structure
+from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions, relative, structure
 from reparamc.algebra.evaluate import absolute, evaluate, has_layout
 from reparamc.algebra.expr import Array, Expr, Source, walk
+from reparamc.algebra.samples import TooLargeError, samples
 from reparamc.compiler.graph import Graph, Reading, Value
 from reparamc.errors import one_line
 from reparamc.report.data import FailedRegion, Refusal
@@ -89,11 +90,9 @@ class Host:
         worst = 0.0
         try:
             for inputs, extents in islice(_ordinary(before), 2):
-                if sum(x.size for x in inputs.values()) > LARGEST:
-                    raise _UnableError("its operands are too large for the reference operators of the framework")
                 worst = max(worst, self._difference(members, before, inputs, extents))
-        except _UnableError:
-            raise
+        except TooLargeError as error:
+            raise _UnableError(f"{error} for the reference operators of the framework") from error
         except Exception as error:  # whatever a host's operators raise
             failure = error
         if failure is None and worst <= REGION_TOLERANCE:
@@ -109,7 +108,7 @@ class Host:
         return worst
 
     def _difference(
-        self, members: Sequence[Value], before: Expr, inputs: dict[Source, Array], extents: dict[str, int]
+        self, members: Sequence[Value], before: Expr, inputs: dict[Source, Array], extents: Mapping[str, int]
     ) -> float:
         values: dict[Value, Array] = {e.key: x for e, x in inputs.items()}
         for v in members:
@@ -124,13 +123,13 @@ class _UnableError(Exception):
     """Why the host's operators cannot be asked."""
 
 
-def _ordinary(before: Expr) -> Iterator[tuple[dict[Source, Array], dict[str, int]]]:
+def _ordinary(before: Expr) -> Iterator[tuple[dict[Source, Array], Mapping[str, int]]]:
     """Sample inputs, one of each batch, with as many axes as the operands have in the graph."""
     layout = has_layout(before)
-    for inputs, extents in samples([before]):
-        if layout and not any(x.any() for x in inputs.values()):
+    for sample in samples([before], largest=LARGEST):
+        if layout and not any(x.any() for x in sample.inputs.values()):
             continue
-        yield {e: x if layout else _in_rank(e, x[:1]) for e, x in inputs.items()}, extents
+        yield {e: x if layout else _in_rank(e, x[:1]) for e, x in sample.inputs.items()}, sample.extents
 
 
 def _in_rank(e: Source, x: Array) -> Array:

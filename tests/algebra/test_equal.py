@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions, constants_of, relative, samples
+from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions, constants_of, relative
 from reparamc.algebra.evaluate import absolute, evaluate
 from reparamc.algebra.expr import Array, BatchNorm, Concat, Conv, Expr, Scale, Source, Sum
 from reparamc.algebra.kernels import coefficients, scale_outputs
+from reparamc.algebra.samples import samples
 from reparamc.equivalence.end_to_end import by_channel
 
 SMALL = 1e-9
@@ -115,10 +117,9 @@ def test_a_branch_of_wrong_size_is_no_smaller_fault_because_another_is_large() -
 def test_samples_reach_both_parities_and_the_smallest_results(stride: int, pad: int) -> None:
     before = conv(Source("x", 3, -3), 4, 3, pad=pad, stride=stride)
     results, operands = set[int](), set[int]()
-    for inputs, extents in samples([before]):
-        y, _ = evaluate(before, inputs, extents)
-        results.update(y.shape[2:])
-        operands.update(n for x in inputs.values() for n in x.shape[2:])
+    for sample in samples([before]):
+        results.update(sample.value(before).shape[2:])
+        operands.update(n for x in sample.inputs.values() for n in x.shape[2:])
     assert {1, 2, 3} < results
     assert {n % 2 for n in operands} == {0, 1}
     assert max(operands) > 3
@@ -127,11 +128,11 @@ def test_samples_reach_both_parities_and_the_smallest_results(stride: int, pad: 
 def test_a_fault_of_the_smallest_maps_alone_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     before = region()
 
-    def faulty(e: Expr, inputs: dict[Source, Array], extents: dict[str, int]) -> tuple[Array, float]:
-        y, size = evaluate(e, inputs, extents)
+    def faulty(e: Expr, *given: Any) -> tuple[Array, float]:
+        y, size = evaluate(e, *given)
         return (y + 1e-3 if isinstance(e, Conv) and y.shape[2] == 1 and e.bias is not None else y), size
 
-    monkeypatch.setattr("reparamc.algebra.equal.evaluate", faulty)
+    monkeypatch.setattr("reparamc.algebra.samples.evaluate", faulty)
     assert compare_expressions(before, folded(before)) > REGION_TOLERANCE
 
 
