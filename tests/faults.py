@@ -1,7 +1,7 @@
 """Faults that somebody might build into reparamc, each with the smallest models on which it shows.
 
-They stand in the algebra, the rules, the regions, and the readers and emitters of both adapters. `planting` plants
-them and asks who notices, `test_faults.py` insists that somebody does, `benchmarks/faults.py` prints the answers.
+They are in the algebra, the rules, the regions, and the readers and emitters of both adapters. `planting` plants
+them and asks who notices, `test_faults.py` demands that somebody does, `benchmarks/faults.py` prints the answers.
 """
 
 from faults_in_algebra import ALGEBRA

@@ -2,143 +2,147 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from fault_makers import UNCHECKED_PROBE, call_with, geometry, reading
 from fault_models import F, net, nn, torch, vector
-from planting import Edit, fault
+from planting import Make, fault, given, instead, result
+
+from reparamc.algebra.expr import Scale, Source, Sum
+from reparamc.algebra.shape import Dim
 
 READ, EMIT = "reparamc.fx.operators:_read_", "reparamc.fx.emit:Emitter."
 
+
+def exchanged_arguments(graph: Any, node: Any, call: Any) -> tuple[Any, ...]:
+    return graph, node, replace(call, args={**call.args, "input": call.args["other"], "other": call.args["input"]})
+
+
+def turned(e: Any) -> Any:
+    """``a - b`` as ``b - a``."""
+    return Sum((Scale(e.terms[0], e.terms[1].scale, e.terms[1].shift), e.terms[1].x)) if isinstance(e, Sum) else e
+
+
+def swapped_axes(e: Any) -> Any:
+    begin, end = e.padding
+    return geometry(e, begin=begin[::-1], end=end[::-1])
+
+
+def also_linear(original: Any) -> Any:
+    """For `FxGraph.moves`: a ReLU is linear."""
+
+    def moves(self: Any, value: Any) -> Any:
+        return tuple(value.all_input_nodes) if "relu" in str(value.target) else original(self, value)
+
+    return moves
+
+
 FX_READERS = [
     fault(
-        "padding 'same' of an even kernel", "reparamc.fx.operators:_padding", "t // 2 for t in totals",
-        "t - t // 2 for t in totals",
+        "padding 'same' of an even kernel", "reparamc.fx.operators:_padding", result(lambda pads: pads and pads[::-1]),
         fx=lambda: net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 2, padding="same"), nn.BatchNorm2d(4)),
     ),
     fault(
-        "bias of a convolution forgotten", f"{READ}conv", "None if bias is None else array(bias)", "None",
+        "bias of a convolution forgotten", f"{READ}conv", reading(lambda e: replace(e, bias=None)),
         fx=lambda: net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),
     fault(
-        "groups ignored", f"{READ}conv_transpose", "swap_sides(array(weight), groups)",
-        "swap_sides(array(weight), 1).reshape(-1, weight.shape[0] // groups, *weight.shape[2:])",
-        fx=lambda: net(
-            lambda x, c, n: n(c(x)), nn.ConvTranspose2d(4, 4, 3, stride=2, groups=2), nn.BatchNorm2d(4)
-        ),
-    ),
-    fault(
-        "output_padding ignored", f"{READ}conv_transpose", "b - m for b, m", "b for b, m",
+        "output_padding ignored", f"{READ}conv_transpose", call_with(output_padding=None),
         fx=lambda: net(
             lambda x, c, n: n(c(x)), nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1),
             nn.BatchNorm2d(4),
         ),
     ),
     fault(
-        "statistics of the batch", f"{READ}batchnorm", 'call.get("training", False) is not False or ', "",
+        "statistics of the batch", f"{READ}batchnorm", call_with(training=False),
         fx=lambda: net(
             lambda x, c, m, v: F.batch_norm(c(x), m.clone(), v.clone(), training=True),
             nn.Conv2d(4, 4, 3), vector(4), vector(4).abs(),
         ),
     ),
     fault(
-        "mean and variance exchanged", f"{READ}batchnorm", '"running_mean", "running_var")]',
-        '"running_var", "running_mean")]',
+        "mean and variance exchanged", f"{READ}batchnorm", reading(lambda e: replace(e, mean=e.var, var=e.mean)),
         fx=lambda: net(
             lambda x, c, m, v: F.batch_norm(c(x), m, v), nn.Conv2d(4, 4, 3), vector(4).abs(), vector(4).abs() + 1
         ),
     ),
     fault(
-        "c - x read as x - c", "reparamc.algebra.kernels:arithmetic",
-        "(sign, c) if constant_first else (ONE, sign * c)", "(ONE, sign * c)",
-        fx=lambda: net(lambda x, c, v: v - c(x), nn.Conv2d(4, 4, 3), vector(4, 1, 1)),
-    ),
-    fault(
-        "alpha ignored", f"{READ}arithmetic", 'call.get("alpha", 1)', "1",
+        "alpha ignored", f"{READ}arithmetic", call_with(alpha=None),
         fx=lambda: net(lambda x, c, d: torch.sub(c(x), d(x), alpha=3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "c / x read as x / c", f"{READ}arithmetic", '(op == "div" and side == 0)', "False",
+        "c / x read as x / c", f"{READ}arithmetic", given(exchanged_arguments),
         fx=lambda: net(lambda x, c, v: v / c(x), nn.Conv2d(4, 4, 3), vector(4, 1, 1)),
     ),
     fault(
-        "x / c read as x * c", "reparamc.algebra.kernels:arithmetic", "1 / c, ZERO", "c, ZERO",
-        fx=lambda: net(lambda x, c, v: c(x) / v, nn.Conv2d(4, 4, 3), vector(4, 1, 1)),
-    ),
-    fault(
-        "a - b read as b - a", f"{READ}sum", "a, b = operands", "b, a = operands",
+        "a - b read as b - a", f"{READ}sum", reading(turned),
         fx=lambda: net(lambda x, c, d: c(x) - d(x), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "a constant along W taken for one per channel", "reparamc.fx.operators:_along_one_axis",
-        "return axis_of_constant(dims, extent)", "return 1 - rank if dims else None",
-        fx=lambda: net(lambda x, c, v: c(x) * v, nn.Conv2d(4, 4, 3, padding=1), vector(4), shapes=[(2, 4, 5, 4)]),
-    ),
-    fault(
-        "matrix not transposed", f"{READ}product", "np.ascontiguousarray(array(weight).T)", "array(weight)",
+        "matrix not transposed", f"{READ}product", reading(lambda e: replace(e, weight=e.weight.T)),
         fx=lambda: net(lambda x, w, v: (x.relu() @ w) * v, vector(4, 4), vector(4), shapes=[(2, 3, 4)]),
     ),
     fault(
-        "pooling that leaves the padding out", f"{READ}avg_pool", "any(pads) and not", "False and not",
+        "pooling that leaves the padding out", f"{READ}avg_pool", call_with(count_include_pad=True),
         fx=lambda: net(
             lambda x, c: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) + c(x), nn.Conv2d(4, 4, 3, padding=1),
         ),
     ),
     fault(
-        "divisor of a pooling", f"{READ}avg_pool", 'call.args.get("divisor_override") is not None', "False",
+        "divisor of a pooling", f"{READ}avg_pool", call_with(divisor_override=None),
         fx=lambda: net(
             lambda x, c: F.avg_pool2d(x, 3, 1, 1, divisor_override=2) + c(x), nn.Conv2d(4, 4, 3, padding=1),
         ),
     ),
     fault(
-        "axes of a padding", f"{READ}pad", "tuple(reversed(numbers[0::2]))", "tuple(numbers[0::2])",
+        "axes of a padding", f"{READ}pad", reading(swapped_axes),
         fx=lambda: net(lambda x, c: c(F.pad(x, (2, 0, 0, 2))), nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "padding with another value than zero", f"{READ}pad", ' or call.get("value", 0) != 0', "",
+        "padding with another value than zero", f"{READ}pad", call_with(value=None),
         fx=lambda: net(lambda x, c: c(F.pad(x, (1, 1, 1, 1), value=1.0)), nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "order of a concatenation", f"{READ}cat", "Concat(tuple(o), counts, axis)",
-        "Concat(tuple(o)[::-1], counts[::-1], axis)",
+        "order of a concatenation", f"{READ}cat",
+        reading(lambda e: replace(e, terms=e.terms[::-1], sizes=e.sizes[::-1])),
         fx=lambda: net(lambda x, c, d: torch.cat([c(x), d(x)], 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3)),
     ),
     fault(
-        "pieces of a split", "reparamc.fx.operators:_piece", "start = sum(parts[:index])", "start = 0",
+        "pieces of a split", "reparamc.fx.operators:_piece",
+        reading(lambda e: replace(e, index=tuple(range(len(e.index))))),
         fx=lambda: net(lambda x, c: c(x).split(2, 1)[1], nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "order of a slice", f"{READ}slice", "list(found[1])", "list(found[1])[::-1]",
+        "order of a slice", f"{READ}slice", reading(lambda e: replace(e, index=e.index[::-1])),
         fx=lambda: net(lambda x, c: c(x)[:, 1:3], nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "channel shuffle read as nothing", "reparamc.fx.operators:_shuffled", ".T.reshape(-1)", ".reshape(-1)",
+        "channel shuffle read as nothing", "reparamc.fx.operators:_shuffled", result(sorted),
         fx=lambda: net(
             lambda x, a, c: c(F.channel_shuffle(a(x).relu(), 2)), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1)
         ),
     ),
     fault(
-        "hooks ignored", "reparamc.fx.calls:is_plain", "and not hooked and", "and",
+        "hooks ignored", "reparamc.fx.calls:is_plain",
+        instead(lambda module: type(module).__module__.startswith("torch.nn.modules")),
         fx=lambda: hooked(*net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))),
     ),
     fault(
-        "writes in place ignored", "reparamc.fx.memory:Memory.writers",
-        "return self._writers.get(self._base(node), [])", "return []",
+        "writes in place ignored", "reparamc.fx.memory:Memory.writers", instead(lambda self, node: []),
         fx=lambda: net(written_between, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),
     fault(
-        "writes in place seen and allowed", "reparamc.fx.graph:FxGraph.obstacle", "if visible:", "if False:",
+        "writes in place seen and allowed", "reparamc.fx.graph:FxGraph.obstacle", instead(lambda *_: None),
         fx=lambda: net(written_between, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),
     fault(
-        "duplicates across a write in place", "reparamc.compiler.duplicates:find_duplicates",
-        "not any(graph.is_written(v) for v in values)", "True",
+        "duplicates across a write in place", "reparamc.fx.graph:FxGraph.is_written", instead(lambda *_: False),
         fx=lambda: net(written_twice, nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "anything taken for linear", "reparamc.fx.graph:FxGraph.moves",
-        "op not in _LINEAR_KINDS", 'op not in (*_LINEAR_KINDS, "same")',
-        Edit("reparamc.algebra.probe:find_kernel", "if not _follows(", "if False and not _follows("),
-        Edit("reparamc.algebra.probe:find_kernel", "if error <= slack else", "if True else"),
+        "anything taken for linear", "reparamc.fx.graph:FxGraph.moves", also_linear, *UNCHECKED_PROBE,
         fx=lambda: net(
             lambda x, c, d: d(c(x).relu()), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), shapes=[(2, 4, 19, 18)]
         ),
@@ -168,117 +172,182 @@ def written_between(x: Any, c: Any, n: Any) -> Any:
     return n(y) + u.mean()
 
 
+def called(function: str, change: Any) -> Make:
+    """For `Emitter._call`: one of torch's functions is called with other arguments."""
+    return given(lambda self, f, *args: (self, f, *(change(*args) if f.__name__ == function else args)))
+
+
+def module_with(**attributes: Any) -> Make:
+    """For `Emitter._add`: modules that have these attributes get other values; each a function of the right one."""
+
+    def changed(self: Any, module: Any) -> tuple[Any, Any]:
+        for name, change in attributes.items():
+            if hasattr(module, name):
+                setattr(module, name, change(getattr(module, name)))
+        return self, module
+
+    return given(changed)
+
+
+def written_as(change: Any) -> Make:
+    """For `Emitter._conv`, `_select` and the like: another expression is written."""
+    return given(lambda self, e: (self, change(e)))
+
+
+def turned_round(original: Any) -> Any:
+    """A sum's subtractions are of the sum so far."""
+
+    def write(self: Any, e: Any) -> Any:
+        node = original(self, e)
+        if getattr(node.target, "__name__", "") == "sub":
+            node.args = node.args[::-1]
+        return node
+
+    return write
+
+
+def overwriting(original: Any) -> Any:
+    """The first parameter of the region, if it has this shape, is overwritten."""
+
+    def fill(self: Any, module: Any, weight: Any, bias: Any) -> None:
+        original(self, module, weight, bias)
+        old = dict(self.graph.module.named_parameters()).get((self.splice.parameters or ("",))[0])
+        if old is not None and old.shape == module.weight.shape:
+            old.data.copy_(module.weight.data)
+
+    return fill
+
+
+def of_old_operand(original: Any) -> Any:
+    def copy(self: Any, native: Any, x: Any) -> Any:
+        node = original(self, native, x)
+        node.args = (self.graph.current(native.args[0]), *node.args[1:])
+        return node
+
+    return copy
+
+
+def exchanged(original: Any) -> Any:
+    """The first two operands of a splice in each other's place."""
+
+    def init(self: Any, *args: Any) -> None:
+        original(self, *args)
+        two = [e for e in self.values if isinstance(e, Source)][:2]
+        self.values.update(zip(two, [self.values[e] for e in reversed(two)], strict=True))
+
+    return init
+
+
+def without_sign(original: Any) -> Any:
+    def fold_constants(self: Any) -> int:
+        for node, value in self.facts.known.items():
+            if node.op.startswith("call"):
+                self.facts.known[node] = value.abs()
+        return original(self)
+
+    return fold_constants
+
+
 FX_WRITERS = [
     fault(
-        "a subtraction turned round", f"{EMIT}_sum", "operator.sub, (y, self._value(t.x))",
-        "operator.sub, (self._value(t.x), y)",
+        "a subtraction turned round", f"{EMIT}_sum", turned_round,
         fx=lambda: net(
             lambda x, c, n: n(c(x)) - x.relu(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
         ),
     ),
     fault(
-        "padding of the wrong axes", f"{EMIT}_conv", "reversed(list(zip(begin, end, strict=True)))",
-        "list(zip(begin, end, strict=True))",
+        "padding of the wrong axes", f"{EMIT}_conv", written_as(swapped_axes),
         fx=lambda: net(
             lambda x, c, n: n(c(F.pad(x, (2, 0, 0, 2)))), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
         ),
     ),
     fault(
-        "padding as in front behind", f"{EMIT}_conv", "if begin != end or min(begin) < 0:", "if min(begin) < 0:",
+        "padding at the end as at the beginning", f"{EMIT}_conv",
+        written_as(lambda e: geometry(e, end=e.padding[0]) if e.kernel else e),
         fx=lambda: net(
             lambda x, c, n: n(c(F.pad(x, (2, 0, 0, 2)))), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
         ),
     ),
     fault(
-        "stride not written", f"{EMIT}_conv", "stride=e.stride", "stride=1",
+        "stride not written", f"{EMIT}_add", module_with(stride=lambda s: (1,) * len(s)),
         fx=lambda: net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 3, stride=2), nn.BatchNorm2d(4)),
     ),
     fault(
-        "dilation not written", f"{EMIT}_conv", "dilation=e.dilation", "dilation=1",
+        "dilation not written", f"{EMIT}_add", module_with(dilation=lambda d: (1,) * len(d)),
         fx=lambda: net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 3, dilation=2, padding=2), nn.BatchNorm2d(4)),
     ),
     fault(
-        "bias not written", f"{EMIT}_fill", "self._tensor(bias)", "self._tensor(bias * 0)",
+        "bias not written", f"{EMIT}_fill",
+        given(lambda self, module, weight, bias: (self, module, weight, None if bias is None else 0 * bias)),
         fx=lambda: net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),
     fault(
         "weight of a transposed convolution on the wrong axis", f"{EMIT}_conv_transpose",
-        "swap_sides(weight, e.groups)", "weight",
+        written_as(lambda e: replace(e, weight=e.weight.swapaxes(0, 1))),
         fx=lambda: net(lambda x, c, n: n(c(x)), nn.ConvTranspose2d(4, 4, 3, stride=2), nn.BatchNorm2d(4)),
     ),
     fault(
-        "output_padding not written", f"{EMIT}_conv_transpose", "output_padding=tuple(grown)", "output_padding=0",
+        "output_padding not written", f"{EMIT}_add", module_with(output_padding=lambda p: (0,) * len(p)),
         fx=lambda: net(
             lambda x, c, n: n(c(x)), nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1),
             nn.BatchNorm2d(4),
         ),
     ),
     fault(
-        "a slice that starts at zero", f"{EMIT}_select", "x, axis, first, len(e.index)", "x, axis, 0, len(e.index)",
+        "a slice that starts at zero", f"{EMIT}_select",
+        written_as(lambda e: replace(e, index=tuple(range(len(e.index))))),
         fx=lambda: net(
             lambda x, c: halves(c(x).relu(), slice(1, 2), slice(2, 4)), nn.Conv2d(4, 4, 3)
         ),
     ),
     fault(
-        "a selection in order", f"{EMIT}_select", "torch.tensor(e.index,", "torch.tensor(sorted(e.index),",
+        "a selection in order", f"{EMIT}_select", written_as(lambda e: replace(e, index=tuple(sorted(e.index)))),
         fx=lambda: net(lambda x, c: halves(c(x).relu(), slice(2, 4), slice(0, 2)), nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "a scale along another axis", f"{EMIT}_operand", "vector.reshape(-1, *[1] * (-1 - axis))", "vector",
+        "a scale along another axis", f"{EMIT}_operand", given(lambda self, vector, _: (self, vector, -1)),
         fx=lambda: net(
             lambda x, c, s, t: c(x).relu() * s * t, nn.Conv2d(4, 4, 3, padding=1), vector(4, 1, 1), vector(4, 1, 1),
             shapes=[(2, 4, 4, 4)],
         ),
     ),
     fault(
-        "rounded twice", f"{EMIT}_tensor", "dtype=np.float64", "dtype=np.float32", least=1e-9,
+        "rounded twice", f"{EMIT}_tensor", given(lambda self, a: (self, np.asarray(a, np.float32))), least=1e-9,
         fx=lambda: net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),
     fault(
-        "the old weight overwritten, which another call reads", f"{EMIT}_fill",
-        "tensor = self._tensor(weight)",
-        "tensor = self._tensor(weight)\n"
-        "    old = dict(self.graph.module.named_parameters()).get((self.splice.parameters or ('',))[0])\n"
-        "    if old is not None and old.shape == tensor.shape:\n"
-        "        old.data.copy_(tensor)",
+        "the old weight overwritten, which another call reads", f"{EMIT}_fill", overwriting,
         fx=lambda: net(lambda x, c, n: c(n(c(x)).relu()), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),
     fault(
-        "a copied operator keeps its operand", f"{EMIT}_copy",
-        "self._value(x) if n is moved else self.graph.current(n)",
-        "(self._value(x), self.graph.current(n))[1]",
+        "a copied operator keeps its operand", f"{EMIT}_copy", of_old_operand,
         fx=lambda: net(lambda x, c, v: c(x).permute(0, 2, 3, 1) * v, nn.Conv2d(4, 4, 3), vector(4)),
     ),
     fault(
-        "operands exchanged", f"{EMIT}__init__",
-        "self.values: dict[Expr, fx.Node] = {e: graph.current(v) for e, v in splice.native.items()}",
-        "self.values = {e: graph.current(v) for e, v in splice.native.items()}\n"
-        "    two = [e for e in self.values if type(e).__name__ == 'Source'][:2]\n"
-        "    self.values.update(zip(two, [self.values[e] for e in reversed(two)]))",
+        "operands exchanged", f"{EMIT}__init__", exchanged,
         fx=lambda: net(
             lambda x, c, d, n: c(x.relu()) + n(d(x)), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
         ),
     ),
     fault(
-        "an extent asked along another axis", "reparamc.fx.sizes:_Sizes._read",
-        '"size", (x, axis)', '"size", (x, axis - 1)',
+        "a size asked along another axis", "reparamc.fx.sizes:_Sizes._read",
+        given(lambda self, x, axis: (self, x, axis - 1)),
         fx=lambda: net(lambda x, c, n: like(n(y := c(x)).relu(), y), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
     ),
     fault(
-        "factors of an extent forgotten", "reparamc.fx.sizes:_Sizes._product",
-        "(*(self._ask(s, user) for s in symbols), *[dim.factor] * (dim.factor != 1))", "[self._ask(symbols[0], user)]",
+        "factors of a size forgotten", "reparamc.fx.sizes:_Sizes._product",
+        given(lambda self, dim, user: (self, Dim.of(dim.symbols[0]), user)),
         fx=lambda: net(lambda x, c: tokens(x.relu().flatten(2).transpose(1, 2), c), nn.Linear(4, 4)),
     ),
     fault(
         "a tensor that is reshaped in place keeps its shape", "reparamc.fx.memory:Memory.keeps_shape",
-        "self._base(node) not in self._reshaped", "True",
+        instead(lambda *_: True),
         fx=lambda: net(
             lambda x, n: (y := n(x.relu()), y.unsqueeze_(0), y.reshape(y.shape[1], -1))[2], nn.BatchNorm2d(4)
         ),
     ),
     fault(
-        "folded constants without their sign", "reparamc.fx.graph:FxGraph.fold_constants",
-        "value.detach().clone()", "value.detach().abs()",
+        "folded constants without their sign", "reparamc.fx.graph:FxGraph.fold_constants", without_sign,
         fx=lambda: net(lambda x, w: x * (w - 3).tanh(), nn.Parameter(vector(4, 1, 1))),
     ),
 ]  # fmt: skip

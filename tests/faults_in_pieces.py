@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from fault_models import net, nn, node, norm_of, numbers, onnx_model, statistics
 from onnx import ModelProto, NodeProto
-from planting import Fault, fault
+from planting import Fault, Make, fault, given, result
+
+from reparamc.algebra.expr import Permute, Take
 
 PIECES_OF, ROUTE = "reparamc.compiler.split_scales:", "reparamc.algebra.channel_map:"
 CONV = node("Conv", "x w bias", "c", kernel_shape=[1, 1])
@@ -89,66 +92,104 @@ def second(x: str, y: str) -> NodeProto:
     return node("BatchNormalization", f"{x} g2 b2 m2 v2", y)
 
 
+def only_scaled(piece: Any) -> Any:
+    """A piece that nothing scales reads no channels, so that no other piece shares them with it."""
+    return piece if piece.scales else replace(piece, channels=[])
+
+
+def cut_to_nothing(original: Any) -> Any:
+    """Positions along an axis that is no axis of channels: taken for channels, none of which are left."""
+
+    def select(self: Any, axis: int, index: Any) -> Any:
+        return original(self, axis, index) if axis in self.axes else replace(self, channels=self.channels[..., :0])
+
+    return select
+
+
+def all_pieces(change: Callable[[Any], Any]) -> Make:
+    """For `_in_front`: other pieces than those that are scaled."""
+    return given(lambda e, pieces: (e, change(pieces)))
+
+
+def each_piece(change: Callable[[Any], Any]) -> Make:
+    return all_pieces(lambda pieces: [change(piece) for piece in pieces])
+
+
+def scales_as(change: Callable[[list[Any]], Any]) -> Make:
+    """For `_in_front`: the scales of each piece in another order, or only some."""
+    return each_piece(lambda piece: replace(piece, scales=dict(change([*piece.scales.items()]))))
+
+
+def along_the_first(original: Any) -> Any:
+    def along(self: Any, vector: Any, axis: int | None) -> Any:
+        return original(self, vector, self.axes[0] - self.rank if vector.ndim else axis)
+
+    return along
+
+
+def in_order(original: Any) -> Any:
+    """The digits of a channel in the order of the axes along which they are."""
+
+    def through(self: Any, e: Any) -> Any:
+        found = original(self, e)
+        permuted = found is not None and isinstance(getattr(e, "op", None), Permute)
+        return replace(found, axes=tuple(sorted(found.axes))) if permuted else found
+
+    return through
+
+
+def first_position(x: Any, op: Any, *more: Any) -> tuple[Any, ...]:
+    return (x, replace(op, at=0) if isinstance(op, Take) else op, *more)
+
+
+def first_written(emitter: Any, e: Any) -> tuple[Any, Any]:
+    return emitter, replace(e, op=replace(e.op, at=0)) if isinstance(getattr(e, "op", None), Take) else e
+
+
 PIECES: list[Fault] = [
     fault(
-        "a piece that another selection reads as well", f"{PIECES_OF}_Folder.fold",
-        "all(times[c] == 1 for c in piece.channels)", "True", onnx=overlapping,
+        "a piece that another selection reads as well", f"{PIECES_OF}_piece", result(only_scaled), onnx=overlapping,
         fx=projection(lambda x, c, n: (n((y := c(x))[:, :4]), y[:, 2:7].relu())),
     ),
+    fault("pieces along different axes", f"{ROUTE}Route._select", cut_to_nothing, onnx=rows),
     fault(
-        "pieces along different axes", f"{ROUTE}Route._select",
-        "return self", "return replace(self, channels=self.channels[..., :0])", onnx=rows,
-    ),
-    fault(
-        "shift of a piece lost", f"{PIECES_OF}_in_front", "s * shift[at] + t", "s * shift[at]",
-        onnx=halves(norm_of("q"), RELU), fx=projection(halved),
-    ),
-    fault(
-        "shift of a piece added to all", f"{PIECES_OF}_in_front", "shift[at] = s * scale[at], s * shift[at] + t",
-        "shift[:] = s * scale[at], np.resize(s * shift[at] + t, len(shift))",
+        "shift of a piece lost", f"{PIECES_OF}_in_front",
+        scales_as(lambda scales: [(e, (s, 0 * t)) for e, (s, t) in scales]),
         onnx=halves(norm_of("q"), RELU), fx=projection(halved),
     ),
     fault(
         "the first piece for every piece", f"{PIECES_OF}_in_front",
-        "at = piece.channels", "at = pieces[0].channels",
+        all_pieces(lambda pieces: [replace(piece, channels=pieces[0].channels) for piece in pieces]),
         onnx=halves(norm_of("q", "s"), second("k", "t"), node("Sigmoid", "s", "y"), node("Relu", "t", "z"), **SECOND),
         fx=projection(both, norm),
     ),
     fault(
         "rows in the order of the channels", f"{PIECES_OF}_in_front",
-        "at = piece.channels", "at = sorted(piece.channels)",
+        each_piece(lambda piece: replace(piece, channels=sorted(piece.channels))),
         onnx=lambda: pieces(
             node("Gather", "c i", "q", axis=1), node("Gather", "c j", "k", axis=1), norm_of("q"), RELU,
             i=np.array([6, 1, 4, 3]), j=np.array([0, 2, 5, 7]),
         ),
     ),
     fault(
-        "two scales in a row in the wrong order", f"{PIECES_OF}_in_front",
-        "in piece.scales.values()", "in reversed(piece.scales.values())",
+        "two scales in a row in the wrong order", f"{PIECES_OF}_in_front", scales_as(reversed),
         onnx=halves(norm_of("q", "s"), second("s", "y"), RELU, **SECOND), fx=projection(in_a_row, norm),
     ),
     fault(
-        "only the first of two scales in a row", f"{PIECES_OF}_in_front",
-        "in piece.scales.values()", "in list(piece.scales.values())[:1]",
+        "only the first of two scales in a row", f"{PIECES_OF}_in_front", scales_as(lambda scales: scales[:1]),
         onnx=halves(norm_of("q", "s"), second("s", "y"), RELU, **SECOND), fx=projection(in_a_row, norm),
     ),
     fault(
-        "the scale left behind the piece as well", f"{PIECES_OF}_Folder._spliced",
-        "value: anew.expr}, scaled)", "value: anew.expr}, ())",
+        "the scale left after the piece as well", f"{PIECES_OF}_over",
+        given(lambda form, new, without: (form, new, () if new else without)),
         onnx=halves(norm_of("q"), RELU), fx=projection(halved),
     ),
     fault(
-        "a piece by the name that it had before", f"{PIECES_OF}_over",
-        "if e in done and e not in changed", "if e in done",
-        onnx=halves(norm_of("q"), RELU), fx=projection(halved),
+        "a factor of each channel of a head for one of each head", f"{ROUTE}Route.along", along_the_first,
+        onnx=heads("k", f=numbers(4)),
     ),
     fault(
-        "a factor of each channel of a head for one of each head", f"{ROUTE}Route.along",
-        "axis += self.rank", "axis = self.axes[0]", onnx=heads("k", f=numbers(4)),
-    ),
-    fault(
-        "heads in the order in which the axes lie", f"{ROUTE}Route.through",
-        "axes=tuple(axes.index(a) for a in self.axes)", "axes=tuple(sorted(axes.index(a) for a in self.axes))",
+        "heads in the order of the axes", f"{ROUTE}Route.through", in_order,
         onnx=lambda: onnx_model(
             [
                 node("MatMul", "x w", "c"), node("Reshape", "c s", "r"), node("Transpose", "r", "t", perm=[0, 1, 3, 2]),
@@ -163,8 +204,7 @@ PIECES: list[Fault] = [
         ),
     ),
     fault(
-        "always the first of q and k, ONNX", "reparamc.onnx.operators:_read_gather",
-        "axis % len(shape), positions[0])", "axis % len(shape), 0)",
+        "always the first of q and k, as read", "reparamc.compiler.graph:layout_reading", given(first_position),
         onnx=lambda: onnx_model(
             [
                 node("MatMul", "x w", "c"), node("Reshape", "c s", "r"), node("Gather", "r one", "q", axis=2),
@@ -178,8 +218,7 @@ PIECES: list[Fault] = [
         ),
     ),
     fault(
-        "always the first of q and k, torch", "reparamc.fx.emit:Emitter._emit",
-        "self._value(e.x), axis, at)", "self._value(e.x), axis, 0)",
+        "always the first of q and k, as written", "reparamc.fx.emit:Emitter._emit", given(first_written),
         fx=lambda: net(attention, nn.Flatten(2), nn.Linear(42, 8)),
     ),
 ]  # fmt: skip

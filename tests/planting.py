@@ -5,10 +5,8 @@ replacement, so that everybody who holds it runs the fault, whoever imported it 
 """
 
 from __future__ import annotations
-import __future__ as futures
 
 import inspect
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -47,18 +45,6 @@ class Replace:
 
 
 @dataclass(frozen=True)
-class Edit:
-    """In the function ``where`` ("module:function" or "module:Class.method") ``new`` replaces ``old``, found once."""
-
-    where: str
-    old: str
-    new: str
-
-
-Change = Replace | Edit
-
-
-@dataclass(frozen=True)
 class Fault:
     """What somebody might get wrong, and the smallest models on which it shows.
 
@@ -71,7 +57,7 @@ class Fault:
     """
 
     name: str
-    changes: tuple[Change, ...]
+    changes: tuple[Replace, ...]
     text: str | None = None
     onnx: Callable[[], ModelProto] | None = None
     fx: Callable[[], tuple[Any, tuple[Any, ...]]] | None = None
@@ -83,13 +69,9 @@ class Fault:
         return self.changes[0].where.removeprefix("reparamc.").removeprefix("reparamc_passes.")
 
 
-def fault(name: str, where: str, how: Make | str, *more: str | Change, **models: Any) -> Fault:
-    """A `Fault` of one change, or of several. ``how`` makes the replacement, or is text, and its first ``more``."""
-    if isinstance(how, str):
-        new, *rest = more
-        assert isinstance(new, str)
-        return Fault(name, (Edit(where, how, new), *rest), **models)  # type: ignore[arg-type]
-    return Fault(name, (Replace(where, how), *more), **models)  # type: ignore[arg-type]
+def fault(name: str, where: str, make: Make, *more: Replace, **models: Any) -> Fault:
+    """A `Fault` of one replacement, or of several."""
+    return Fault(name, (Replace(where, make), *more), **models)
 
 
 def given(change: Callable[..., Any]) -> Make:
@@ -124,7 +106,7 @@ class Verdict:
 
 
 @contextmanager
-def planted(changes: Sequence[Change]) -> Iterator[None]:
+def planted(changes: Sequence[Replace]) -> Iterator[None]:
     """The changes in force, until the block ends."""
     with ExitStack() as stack:
         for where in dict.fromkeys(c.where for c in changes):
@@ -133,10 +115,8 @@ def planted(changes: Sequence[Change]) -> Iterator[None]:
             before = function.__code__
             stack.callback(clear)
             stack.callback(setattr, function, "__code__", before)
-            for change in (c for c in changes if c.where == where and isinstance(c, Replace)):
+            for change in (c for c in changes if c.where == where):
                 function.__code__ = _calling(change.make(_copy(function)), function)
-            if edits := [c for c in changes if c.where == where and isinstance(c, Edit)]:
-                function.__code__ = _edited(function, edits)
             clear()
         yield
 
@@ -174,20 +154,6 @@ def _calling(replacement: Callable[..., Any], function: FunctionType) -> CodeTyp
     for wanted in ("outer", name):
         (code,) = (c for c in code.co_consts if getattr(c, "co_name", "") == wanted)
     return code.replace(co_consts=tuple(replacement if c == "replacement" else c for c in code.co_consts))
-
-
-def _edited(function: FunctionType, edits: Sequence[Edit]) -> CodeType:
-    lines, first = inspect.getsourcelines(function)
-    source = textwrap.dedent("".join(lines))
-    while source.startswith("@"):
-        source, first = source[source.index("\n") + 1 :], first + 1
-    for e in edits:
-        assert source.count(e.old) == 1, f"{e.where} holds {e.old!r} {source.count(e.old)} times: adapt the fault"
-        source = source.replace(e.old, e.new)
-    flags = futures.annotations.compiler_flag
-    whole = compile("\n" * (first - 1) + source, function.__code__.co_filename, "exec", flags, dont_inherit=True)
-    (code,) = (c for c in whole.co_consts if getattr(c, "co_name", "") == function.__name__)
-    return code
 
 
 # ONNX
