@@ -435,9 +435,7 @@ def test_an_operator_set_that_is_named_twice_alike_is_one(run: Run, tmp_path: Pa
     assert kinds(tmp_path / OUT) == ["Conv", "Relu"]
 
 
-@pytest.mark.parametrize(
-    "shape", [[1, 4, 2**20, 2**20], [2**31, 4, 2**31, 2**31], ["N", 4, 2**31, "W"], [0, 4, 2**40, 8]]
-)
+@pytest.mark.parametrize("shape", [[1, 4, 2**20, 2**20], [2**31, 4, 2**31, 2**31], ["N", 4, 2**31, "W"]])
 @pytest.mark.parametrize(
     ("options", "advice"),
     [([], "try --verify region"), (["--verify", "off", "--only-if-faster"], "leave out --only-if-faster")],

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 import onnx
-from onnx import ModelProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
 from reparamc.errors import InputError, one_line
-from reparamc.onnx.values import FLOATS, skeleton
+from reparamc.onnx.values import skeleton, subgraphs
 
 OLDEST_OPSET = 7
 """Before it, broadcasting and BatchNormalization meant something else."""
 
+MOST_ELEMENTS = 2**40
+"""Of one tensor: beyond any memory, and sizes still multiply without overflow in what reads them."""
+
 
 def check(model: ModelProto) -> None:
-    """Raise InputError unless ``model`` passes the ONNX checker."""
+    """Raise InputError unless ``model`` passes the ONNX checker, and holds what the checker does not look at."""
     if not model.graph.node and not model.graph.output:
         raise InputError("the model has no graph: the file is empty or not ONNX")
     if any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer):
         raise InputError("the weights are in another file and not loaded; load the model with onnx.load(path)")
+    _check_opsets(model)
+    try:
+        for graph in graphs(model):
+            for tensor in tensors(graph):
+                _check_tensor(tensor)
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if attribute.ref_attr_name:
+                    name = attribute.ref_attr_name
+                    raise ValueError(f"a {node.op_type} refers to an attribute {name!r} of a function, but is in none")
+        onnx.checker.check_model(skeleton(model))
+    except (onnx.checker.ValidationError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"the model does not pass the ONNX checker: {one_line(error)}") from error
+
+
+def _check_opsets(model: ModelProto) -> None:
     opsets = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     if len(set(opsets)) > 1:
         raise InputError(f"the model imports opset {min(opsets)} and opset {max(opsets)}; leave the one that it means")
@@ -34,32 +54,62 @@ def check(model: ModelProto) -> None:
                 f"the model uses opset {opset}, and the installed onnx {onnx.__version__} knows those up to {newest}; "
                 "install a later onnx, or convert the model"
             )
-    try:
-        onnx.checker.check_model(skeleton(model))
-        for tensor in model.graph.initializer:
-            if tensor.data_location != TensorProto.EXTERNAL:
-                _check_tensor(tensor)
-        for node in model.graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    _check_type(attribute.t)
-    except (onnx.checker.ValidationError, ValueError) as error:
-        raise InputError(f"the model does not pass the ONNX checker: {one_line(error)}") from error
 
 
-def _check_type(tensor: TensorProto) -> None:
-    try:
-        helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    except KeyError as error:
-        raise ValueError(f"the tensor {tensor.name!r} is of the unknown element type {tensor.data_type}") from error
+def graphs(model: ModelProto) -> Iterator[GraphProto]:
+    """The main graph and the bodies in it, at any depth."""
+    stack = [model.graph]
+    while stack:
+        graph = stack.pop()
+        yield graph
+        stack.extend(body for node in graph.node for body in subgraphs(node))
+
+
+def tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every tensor that ``graph`` holds, those of its bodies left out."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for a in node.attribute:
+            if a.type == AttributeProto.TENSOR:
+                yield a.t
+            elif a.type == AttributeProto.SPARSE_TENSOR:
+                yield from (a.sparse_tensor.values, a.sparse_tensor.indices)
+            yield from a.tensors
 
 
 def _check_tensor(tensor: TensorProto) -> None:
     """The checker's test of a tensor's size, without copying its data; and that its type is one."""
-    _check_type(tensor)
-    if tensor.HasField("raw_data") and tensor.data_type in FLOATS:
-        need = prod(tensor.dims) * FLOATS[tensor.data_type].itemsize
-        if len(tensor.raw_data) != need:
-            raise ValueError(
-                f"the tensor {tensor.name!r} holds {len(tensor.raw_data)} bytes and its shape needs {need}"
-            )
+    try:
+        kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    except KeyError as error:
+        raise ValueError(f"the tensor {tensor.name!r} is of the unknown element type {tensor.data_type}") from error
+    if any(n < 0 for n in tensor.dims):
+        raise ValueError(f"the tensor {tensor.name!r} has a negative size")
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return
+    count = prod(tensor.dims)
+    if count > MOST_ELEMENTS:
+        raise ValueError(f"the tensor {tensor.name!r} has {count} elements")
+    if tensor.data_type in UNEVEN:
+        return
+    packed = PACKED.get(tensor.data_type, 1)
+    if tensor.HasField("raw_data"):
+        need, has, unit = -(-count // packed) * kind.itemsize, len(tensor.raw_data), "bytes"
+    else:
+        parts = 2 if kind.kind == "c" else 1
+        need, unit = -(-count // packed) * parts, "entries"
+        has = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type)))
+    if has != need:
+        raise ValueError(f"the tensor {tensor.name!r} holds {has} {unit} and its shape needs {need}")
+
+
+PACKED = {
+    kind: 4 if name.endswith("2") else 2
+    for name, kind in TensorProto.DataType.items()
+    if name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
+}
+"""How many entries of a type share a byte."""
+UNEVEN = {kind for name, kind in TensorProto.DataType.items() if name.startswith("FLOAT6")}
+"""Types whose entries end within a byte."""

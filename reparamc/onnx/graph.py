@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import zip_longest
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,10 @@ LINEAR_KINDS = {
     "Trilu", "Unsqueeze", "Where",
 }  # fmt: skip
 """Operators that are affine in each operand that is no constant, all other operands being constant."""
+
+
+MOST_ELEMENTS = 2**24
+"""Of a value that is computed to find out what it is."""
 
 
 class OnnxGraph:
@@ -124,6 +129,11 @@ class OnnxGraph:
         shapes = (self.types.shape(name) for name in (*node.input, *node.output) if name)
         return any(dim.factor == 0 for shape in shapes for dim in shape or ())
 
+    def _is_vast(self, name: str) -> bool:
+        """Whether ``name`` has too many elements, as far as its size is known, to be computed for a try."""
+        shape = self.types.shape(name)
+        return shape is not None and prod(dim.factor for dim in shape) > MOST_ELEMENTS
+
     def axis(self, name: str) -> int | None:
         """The channel axis of ``name``, where a linear operator fixes it."""
         reading = self.read(name) if name in self.producers else None
@@ -157,7 +167,7 @@ class OnnxGraph:
         node = self.producers[str(value)]
         if not is_standard(node) or node.op_type not in LINEAR_KINDS or self.types.dtype(str(value)) is None:
             return None
-        if self._is_empty(node):
+        if self._is_empty(node) or self._is_vast(str(value)):
             return None
         if isinstance(self.read(value), Declined) and node.op_type in ("Add", "Sub", "Mul", "Div"):
             return None  # it broadcasts, or is part of an activation

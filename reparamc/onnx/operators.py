@@ -130,13 +130,16 @@ def _read_pad(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decli
     if shape is None or len(shape) < 3 or (channels := shape[1].known) is None:
         return None
     if attribute(node, "mode", b"constant") != b"constant":
-        return Declined(f"it pads with mode {cast(bytes, attribute(node, 'mode')).decode()!r}, not with zeros")
+        mode = cast(bytes, attribute(node, "mode")).decode(errors="replace")
+        return Declined(f"it pads with mode {mode!r}, not with zeros")
     given = [graph.constant(node, i) for i in (1, 2, 3)]
     if any(name is None and operand(node, i) for i, name in enumerate(given, 1)):
         return Declined("its padding is computed at run time")
-    value = graph.constants.array(given[1]).item() if given[1] else cast(float, attribute(node, "value", 0.0))
-    amounts = graph.constants.array(given[0]).tolist() if given[0] else cast(list[int], attribute(node, "pads", []))
-    axes = graph.constants.array(given[2]).tolist() if given[2] else list(range(len(shape)))
+    value = graph.constants.array(given[1]).ravel().any() if given[1] else attribute(node, "value", 0.0)
+    amounts = graph.constants.integers(given[0]) if given[0] else cast(list[int], attribute(node, "pads", []))
+    axes = graph.constants.integers(given[2]) if given[2] else list(range(len(shape)))
+    if len(amounts) != 2 * len(axes):
+        return None
     half = len(amounts) // 2
     pads = {
         a % len(shape): pair for a, pair in zip(axes, zip(amounts[:half], amounts[half:], strict=True), strict=True)
@@ -165,7 +168,7 @@ def _pads(
     dilation: tuple[int, ...],
 ) -> tuple[int, ...] | Declined:
     n = len(kernel)
-    auto = cast(bytes, attribute(node, "auto_pad", b"NOTSET")).decode()
+    auto = cast(bytes, attribute(node, "auto_pad", b"NOTSET")).decode(errors="replace")
     if auto == "NOTSET":
         return tuple(cast(list[int], attribute(node, "pads", [0] * 2 * n)))
     if auto == "VALID":
@@ -395,8 +398,10 @@ def _read_slice(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Dec
     given = [graph.constant(node, i) for i in range(1, 5)]
     if shape is None or graph.opset < 10 or any(n is None and operand(node, i) for i, n in enumerate(given, 1)):
         return None
-    starts, ends, axes, steps = (graph.constants.array(name).tolist() if name else None for name in given)
-    if starts is None or ends is None:
+    starts, ends, axes, steps = (graph.constants.integers(name) if name else None for name in given)
+    if not starts or not ends or not len(starts) == len(ends) == len(axes or starts) == len(steps or starts):
+        return None
+    if 0 in (steps or ()):
         return None
     axes = [axis % len(shape) for axis in axes or range(len(starts))]
     steps = steps or [1] * len(starts)
@@ -438,7 +443,10 @@ def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
     if index is None or shape is None or not width or len(graph.constants.shape(index)) > 1:
         return None
-    positions = [i % width for i in graph.constants.array(index).ravel().tolist()]
+    positions = graph.constants.integers(index)
+    if not all(-width <= i < width for i in positions):
+        return None  # it does not run
+    positions = [i % width for i in positions]
     if graph.constants.shape(index):
         return _selection(graph, x, axis, positions)
     return layout_reading(
@@ -477,7 +485,7 @@ def _read_mean(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
     if node.op_type == "GlobalAveragePool":
         return layout_reading(x, Mean(rank, tuple(range(2, rank)), keep=True), axis, output)
     name = graph.constant(node, 1)
-    axes = graph.constants.array(name).tolist() if name else cast("list[int] | None", attribute(node, "axes"))
+    axes = graph.constants.integers(name) if name else cast("list[int] | None", attribute(node, "axes"))
     if not axes or (operand(node, 1) and name is None):
         return None  # over all axes, or over axes computed at run time
     keep = bool(cast(int, attribute(node, "keepdims", 1)))

@@ -6,6 +6,8 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,10 @@ GUESSES = (32, 64, 224, 256, 128, 16, 8)
 """Extents tried for the unknown axes of an input, behind the first."""
 
 
+MOST_ELEMENTS = 2**23
+"""Of the inputs together, once some were refused: a size that a model takes is found among small ones first."""
+PATIENCE = 20.0
+"""Seconds after which no further sizes are tried."""
 MOST_TRIED = 32
 """Combinations of small sizes that are tried where no guess runs."""
 
@@ -43,7 +49,9 @@ class Run:
         options.log_severity_level = 4
         self.outputs = outputs
         try:
-            self.session = ort.InferenceSession(path_or_bytes, options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(
+                path_or_bytes, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise InputError(f"ONNX Runtime cannot load {what}: {one_line(error)}") from error
 
@@ -91,9 +99,10 @@ def working(
 ) -> tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]]:
     failure: Exception | None = None
     too_large: TooLarge | None = None
+    start = perf_counter()
     for guess, sizes in _attempts(model, guesses):
         try:
-            inputs = random_inputs(model, seed, guess, sizes)
+            inputs = random_inputs(model, seed, guess, sizes, most=None if failure is None else MOST_ELEMENTS)
         except TooLarge as error:
             too_large = error
             continue
@@ -101,6 +110,8 @@ def working(
             return guess, inputs, run(inputs)
         except Exception as error:  # as above; another size may fit
             failure = failure or error
+        if perf_counter() - start > PATIENCE:
+            break
     if failure is None and too_large is not None:
         raise too_large
     raise InputError(f"ONNX Runtime cannot run the model on random inputs: {one_line(failure)}; try --verify region")
@@ -131,7 +142,7 @@ def has_open_extents(model: ModelProto) -> bool:
 
 
 def random_inputs(
-    model: ModelProto, seed: int = 0, extent: int = 32, sizes: Mapping[str, int] = {}
+    model: ModelProto, seed: int = 0, extent: int = 32, sizes: Mapping[str, int] = {}, most: int | None = None
 ) -> dict[str, np.ndarray]:
     """One random array per input without a default: standard normal, or small whole numbers.
 
@@ -140,7 +151,7 @@ def random_inputs(
 
     Raises:
         InputError: an input is no dense tensor of numbers.
-        TooLarge: they do not fit into memory.
+        TooLarge: they do not fit into memory, or have more than ``most`` elements.
     """
     shapes: dict[str, list[int]] = {}
     kinds: dict[str, np.dtype] = {}
@@ -167,6 +178,8 @@ def random_inputs(
     rng = np.random.default_rng(seed)
     try:
         check_size(shapes)
+        if most is not None and sum(map(prod, shapes.values())) > most:
+            raise TooLarge(f"random inputs of more than {most} elements")
         return {name: _drawn(rng, shape, kinds[name]) for name, shape in shapes.items()}
     except TooLarge as error:
         raise TooLarge(f"{error}; try --verify region") from error

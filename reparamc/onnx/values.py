@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -129,6 +130,17 @@ class Constants:
         except (ValueError, RuntimeError, onnx.checker.ValidationError) as error:
             raise InputError(f"the constant {name!r} cannot be read: {error}") from error
 
+    def integers(self, name: str) -> list[int]:
+        """The entries of a constant that tells positions, sizes or axes.
+
+        Raises:
+            InputError: they are no whole numbers.
+        """
+        array = self.array(name)
+        if array.dtype.kind not in "iu":
+            raise InputError(f"the constant {name!r} is of type {array.dtype}, where whole numbers are needed")
+        return array.ravel().tolist()
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].dims)
 
@@ -167,15 +179,20 @@ def skeleton(model: ModelProto) -> ModelProto:
     return light
 
 
+def _inferred(light: ModelProto) -> ModelProto:
+    """``light`` with all that shape inference tells; without that where it finds a contradiction."""
+    for options in ({"strict_mode": True, "data_prop": True}, {}):
+        with suppress(onnx.shape_inference.InferenceError):
+            return onnx.shape_inference.infer_shapes(light, **options)
+    return light
+
+
 class Types:
     """Inferred element types and shapes of every value of a main graph."""
 
     def __init__(self, model: ModelProto) -> None:
         light = skeleton(model)
-        try:
-            light = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
-        except onnx.shape_inference.InferenceError:
-            light = onnx.shape_inference.infer_shapes(light)
+        light = _inferred(light)
         # What the file itself says comes first, to be overruled: it may be stale, and inference may be silent.
         self._types = {
             v.name: v.type.tensor_type
