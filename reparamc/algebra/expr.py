@@ -32,12 +32,16 @@ class Source:
 
     ``channels`` and ``axis`` are None when the host graph does not tell; ``shape`` is needed only
     where layout operators are to be evaluated.
+
+    ``taps``: its channels are what an operator of the host graph multiplies by its weight at each position. They
+    exist only inside that operator, so that nothing but a pointwise convolution can read them.
     """
 
     key: Hashable
     channels: int | None = None
     axis: int | None = None
     shape: Shape | None = None
+    taps: bool = False
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -147,6 +151,11 @@ class Conv:
     def is_pointwise(self) -> bool:
         """One tap at offset 0, stride one, the extent kept: nothing but a matrix of channels."""
         return self.keeps_grid and not any(self.offset) and all(k == 1 for k in self.kernel)
+
+    @property
+    def reads_taps(self) -> bool:
+        """Whether it is the weight of an operator of the host graph; see `Source`."""
+        return isinstance(self.x, Source) and self.x.taps
 
     @property
     def keeps_grid(self) -> bool:

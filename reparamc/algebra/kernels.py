@@ -16,6 +16,7 @@ import numpy as np
 from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale, Select, Source, Sum, walk
 from reparamc.algebra.shape import Dim, Shape
 
+OF_AN_OPERATOR = "it is the weight of an operator into which only a matrix of channels can be multiplied"
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the convolution behind it"
 VARYING = "what it adds would reach the results of the transposed convolution behind it a varying number of times"
 TRANSPOSED = "a transposed convolution composes with a matrix of channels only"
@@ -168,6 +169,8 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
     """
     if outer.axis != inner.axis:
         return "it acts on other axes than the convolution behind it"
+    if inner.reads_taps and not outer.is_pointwise:
+        return OF_AN_OPERATOR
     if outer.transposed or inner.transposed:
         if inner.transposed:
             return None if outer.is_pointwise and not outer.transposed else TRANSPOSED

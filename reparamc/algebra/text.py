@@ -4,6 +4,7 @@ One node a line, operands first, the last line is the result. All that can be sa
 
     %x = source c=8 axis=-3                                  # c channels, along that axis
     %y = source c=6 axis=-3 shape=[N,6,H,2*W]                # extents are numbers, symbols, and products of these
+    %t = source c=27 axis=-3 taps                            # what an operator multiplies by its weight
     %0 = conv %x 8->6 k=3x3 s=2 p=0:1 g=2 bias               # kernel, stride, padding before and after, groups
     %1 = conv %x 8->6 k=3x3 s=1,2 d=2 p=0:1,1 transposed     # a comma between axes that differ; d: dilation
     %2 = conv %y 6->4                                        # no kernel: a linear layer
@@ -82,7 +83,7 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
     match e:
         case Source():
             facts = [("c", e.channels), ("axis", e.axis), ("shape", e.shape and _shape(e.shape))]
-            return " ".join(["source", *(f"{k}={v}" for k, v in facts if v is not None)])
+            return " ".join(["source", *(f"{k}={v}" for k, v in facts if v is not None), *["taps"] * e.taps])
         case Conv():
             words = ["conv", names[e.x], f"{e.in_channels}->{e.out_channels}"]
             if e.spatial:
@@ -173,7 +174,7 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
 
     if kind == "source":
         shape = shape_of([_dim(d) for d in options["shape"][1:-1].split(",")]) if "shape" in options else None
-        return Source(name[1:], count or None, None if axis is None else int(axis), shape)
+        return Source(name[1:], count or None, None if axis is None else int(axis), shape, "taps" in rest.split())
     operands = [values[n] for n in re.findall(r"%[^\s,]+", rest)]
     x = operands[0]
     match kind:

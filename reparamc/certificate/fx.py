@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -24,9 +25,19 @@ from reparamc.certificate.agreement import Precision
 from reparamc.certificate.axes import Extent, Unrepresentable
 from reparamc.certificate.fx_calls import Described, attribute, described, name_of
 from reparamc.certificate.fx_memory import Memory
-from reparamc.certificate.fx_operators import NUMBERS, ON_PARAMETERS, READERS, Read, Size, as_array
+from reparamc.certificate.fx_operators import (
+    KERNELS,
+    NUMBERS,
+    ON_PARAMETERS,
+    READERS,
+    Read,
+    Size,
+    as_array,
+    is_transposed,
+    weighted,
+)
 from reparamc.certificate.normal_form import Array, Value
-from reparamc.certificate.proof import Certificate, Window, certify
+from reparamc.certificate.proof import Certificate, Opened, Window, certify
 
 STANDS_FOR = "stands_for"
 """The key in the metadata of a node under which stands the name of the node that it replaces."""
@@ -309,7 +320,7 @@ class _Side:
 
     def _is_cut_up(self, node: fx.Node) -> bool:
         call = described(node, self.module)
-        return call is not None and call.op in ("split", "chunk", "unbind")
+        return call is not None and call.op in ("split", "chunk", "unbind", "batch_norm_with_statistics")
 
     def _is_piece(self, node: fx.Node) -> bool:
         """Whether a node is one of the results of a split."""
@@ -329,6 +340,10 @@ class _Side:
 
     def flat(self, node: fx.Node, but_numbers: bool = False) -> tuple[list[fx.Node], Hashable]:
         """The nodes among the arguments, and a key of all else; in which all numbers are alike if wanted."""
+        return self._flat(node, (node.args, node.kwargs), but_numbers)
+
+    def _flat(self, node: fx.Node, what: Any, but_numbers: bool = False) -> tuple[list[fx.Node], Hashable]:
+        """`flat` of ``what``, some arguments of ``node``."""
         given: list[fx.Node] = []
         whole = node.args[0] if self._is_piece(node) else None
 
@@ -365,7 +380,7 @@ class _Side:
                 return tuple(key(v) for v in value)
             return (type(value).__name__, repr(value))
 
-        return given, (key(node.args), key(node.kwargs))
+        return given, key(what)
 
     def shape(self, node: fx.Node) -> tuple[Extent, ...] | None:
         """The shape of a constant, or what runs told of that of a node, if it has one only."""
@@ -450,6 +465,12 @@ class _Side:
         reader = READERS.get(call.op) if call is not None else None
         if call is None or reader is None or not call.plain:
             raise Unrepresentable(f"{name_of(node)} is not affine")
+        return self._read(node, call, of, reader)
+
+    def _read(
+        self, node: fx.Node, call: Described, of: Callable[[str], Value], reader: Callable[[Read], Value]
+    ) -> Value:
+        """What ``reader`` makes of a call, with what is unsure about parameters that the module computes."""
         value = reader(Read(self, node, call, of))
         if call.op in ON_PARAMETERS and any(
             isinstance(given, fx.Node) and given.name in self.constants and given.op != "get_attr"
@@ -457,6 +478,27 @@ class _Side:
         ):
             return nf.computed(value, reader(Read(self, node, call, of, magnitudes=True)))
         return value
+
+    def opened(self, name: str) -> Opened | None:
+        """A kernel over what it gathers, wherever that may be: at reflected positions, or at computed ones."""
+        node = self.nodes[name]
+        call = self._described(node)
+        if call is None or not call.plain or call.op not in KERNELS:
+            return None
+        parameters = ("weight", "bias", "groups", "transposed")
+        weight = Read(self, node, call, lambda _: nf.leaf("", ())).parameter("weight")
+        given, key = self._flat(node, {k: v for k, v in sorted(call.args.items()) if k not in parameters})
+        inside = weight.shape[0] if is_transposed(call) else weight.shape[1] * call.args.get("groups", 1)
+
+        def leaf(known_as: str) -> Value:
+            shape = list(self.leaf(name, known_as).extents)
+            shape[len(shape) - weight.ndim + 1] = Extent(inside * prod(weight.shape[2:]))
+            return nf.leaf(known_as, shape)
+
+        def finish(gathered: Value) -> Value:
+            return self._read(node, call, lambda _: gathered, lambda read: weighted(read, gathered))
+
+        return Opened(("gathered", is_transposed(call), weight.shape[2:], key), [n.name for n in given], leaf, finish)
 
 
 def _within(axes: int | slice, index: Any) -> int | None:

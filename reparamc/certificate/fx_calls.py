@@ -6,9 +6,12 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -39,6 +42,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     ),
     "linear": ("input", "weight", "bias"),
     "matmul": ("input", "other"),
+    "addmm": ("bias", "input", "other"),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     **dict.fromkeys(("add", "sub", "mul", "div"), ("input", "other")),
     "neg": ("input",),
@@ -70,6 +74,12 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "channel_shuffle": ("input", "groups"),
 }  # fmt: skip
 
+_NORMS_WITH_STATISTICS = (
+    "_native_batch_norm_legit_no_training", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_no_update",
+    "cudnn_batch_norm", "miopen_batch_norm",
+)  # fmt: skip
+"""They return a tuple, of which the result is the first."""
+
 _SPELLINGS = {
     **{name: (name, None) for name in SIGNATURES if name not in ("conv", "conv_transpose", "avg_pool")},
     **{f"conv{n}d": ("conv", n) for n in (1, 2, 3)},
@@ -81,18 +91,22 @@ _SPELLINGS = {
     "contiguous": ("identity", None), "clone": ("identity", None), "detach": ("identity", None),
     "alias": ("identity", None), "mm": ("matmul", None), "split_with_sizes": ("split", None),
     "constant_pad_nd": ("pad", None), "swapaxes": ("transpose", None),
-    "_native_batch_norm_legit_no_training": ("batch_norm", None),
+    **dict.fromkeys(_NORMS_WITH_STATISTICS, ("batch_norm_with_statistics", None)),
 }  # fmt: skip
 _RENAMED = {
     "self": "input", "axis": "dim", "size": "shape", "split_size_or_sections": "sizes", "split_size": "sizes",
     "split_sizes": "sizes", "train": "training", "mat2": "other", "dim_": "dim",
+    "epsilon": "eps",
 }  # fmt: skip
 _OF_TORCH = {
     f: name
     for home in (torch, F, operator)
     for name in _SPELLINGS
     if callable(f := getattr(home, name, None))
-    and not (home is torch and name in ("batch_norm", "pad", "dropout", "convolution", "constant_pad_nd"))
+    and not (
+        home is torch
+        and name in ("batch_norm", "pad", "dropout", "convolution", "constant_pad_nd", *_NORMS_WITH_STATISTICS)
+    )
 }
 
 
@@ -115,7 +129,8 @@ def described(node: fx.Node, module: fx.GraphModule) -> Described | None:
         op, axes = _SPELLINGS[name]
         names = [a.name for a in node.target._schema.arguments]
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        args = {_RENAMED.get(k, k): v for k, v in given.items()}
+        renamed = {"self": "bias", "mat1": "input", "mat2": "other"} if op == "addmm" else _RENAMED
+        args = {renamed.get(k, k): v for k, v in given.items()}
         if name == "constant_pad_nd":
             args["mode"] = "constant"
         return Described(op, args, axes)
@@ -124,7 +139,7 @@ def described(node: fx.Node, module: fx.GraphModule) -> Described | None:
 
 
 def _bound(node: fx.Node, op: str, axes: int | None) -> Described | None:
-    names, given = SIGNATURES[op], node.args
+    names, given = SIGNATURES.get(op, ()), node.args
     if op in ("reshape", "permute") and len(given) > 2:
         given = (given[0], given[1:])
     if len(given) > len(names):
@@ -142,16 +157,37 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
+def _hook_value(hook: Any, module: Any) -> tuple[str, Tensor] | None:
+    """The parameter that a hook computes before ``module`` runs, and its value; None for any other hook."""
+    match hook:
+        case WeightNorm():
+            return hook.name, hook.compute_weight(module)
+        case SpectralNorm():
+            return hook.name, hook.compute_weight(module, do_power_iteration=False)
+        case BasePruningMethod():
+            return hook._tensor_name, hook.apply_mask(module)
+    return None
+
+
 def _of_module(node: fx.Node, module: Any) -> Described | None:
-    kind = type(module)
-    if len(node.args) != 1 or node.kwargs:
+    parametrized = nn.utils.parametrize.is_parametrized(module)
+    kind = type(module).__mro__[1] if parametrized else type(module)
+    sized = kind in _TRANSPOSED and len(node.args) + len(node.kwargs) == 2
+    if len(node.args) + len(node.kwargs) != 1 + sized or not node.args:
         return None
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+    with torch.no_grad():
+        computed = [_hook_value(hook, module) for hook in module._forward_pre_hooks.values()]
     plain = not any(getattr(module, hook, None) for hook in hooks) and "forward" not in vars(module)
+    plain = plain and None not in computed and not (module.training and (computed or parametrized))
+    values = dict(found for found in computed if found is not None)
     args: dict[str, Any] = {"input": node.args[0]}
+    if sized:
+        args["output_size"] = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
 
     def take(*names: str) -> None:
-        args.update({name: getattr(module, name) for name in names})
+        with torch.no_grad():
+            args.update({name: values[name] if name in values else getattr(module, name) for name in names})
 
     if kind in _CONVS:
         take("weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode")

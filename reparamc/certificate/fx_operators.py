@@ -21,7 +21,7 @@ from reparamc.certificate.fx_memory import Memory
 from reparamc.certificate.kernels import Kernel
 from reparamc.certificate.normal_form import Array, Value
 
-ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "add", "sub", "mul"}
+ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "addmm", "add", "sub", "mul"}
 """Operators that are linear in parameters, so that they are off by as much as these."""
 
 
@@ -187,6 +187,8 @@ def _read_conv(call: Read) -> Value:
 
 
 def _read_conv_transpose(call: Read) -> Value:
+    if call.get("output_size") is not None:
+        raise Unrepresentable("a transposed convolution to a wanted extent")
     x, weight, bias = call.x, call.parameter("weight"), call.array(call.call.args.get("bias"))
     n, groups = weight.ndim - 2, call.get("groups", 1)
     channel, axes = _kernel_axes(call, x, n)
@@ -198,11 +200,37 @@ def _read_conv_transpose(call: Read) -> Value:
     # What is written at offset o of an input position is read at offset -o of an output position.
     offsets = tuple(product(*(range(p, p - d * k, -d) for p, d, k in zip(pads, dilation, size, strict=True))))
     delta = tuple(2 * p - o - d * (k - 1) for p, o, d, k in zip(pads, extra, dilation, size, strict=True))
-    inside = weight.shape[0] // groups
-    turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(-1, inside, math.prod(size))
+    inside, turned = weight.shape[0] // groups, _turned(weight, groups)
     first = nk.grouped_first(len(turned), inside, groups)
     y = nk.convolved(x, Kernel(turned, first, offsets, axes, (1,) * n, delta), channel)
     return y if bias is None else nf.shifted(y, bias, channel)
+
+
+def _turned(weight: Array, groups: int) -> Array:
+    """The weight of a transposed convolution as (out, in / groups, taps)."""
+    inside = weight.shape[0] // groups
+    return (
+        weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(groups * weight.shape[1], inside, -1)
+    )
+
+
+KERNELS = ("conv", "convolution", "conv_transpose")
+"""Operators that add up, with their weight, what they gather at each position, wherever that is."""
+
+
+def is_transposed(call: Described) -> bool:
+    return call.op == "conv_transpose" or (call.op == "convolution" and bool(call.args.get("transposed")))
+
+
+def weighted(call: Read, gathered: Value) -> Value:
+    """What one of `KERNELS` makes of what it gathers: for each channel that it reads, all taps, one after the other."""
+    weight, bias = call.parameter("weight"), call.array(call.call.args.get("bias"))
+    axis, groups = gathered.rank - weight.ndim + 1, call.get("groups", 1)
+    rows = _turned(weight, groups) if is_transposed(call.call) else weight
+    rows = rows.reshape(len(rows), -1)
+    first = nk.grouped_first(len(rows), rows.shape[1], groups)
+    y = nk.convolved(gathered, Kernel(rows[:, :, None], first, ((),), (), (), ()), axis)
+    return y if bias is None else nf.shifted(y, bias, axis)
 
 
 def _read_avg_pool(call: Read) -> Value:
@@ -231,6 +259,8 @@ def _read_adaptive_avg_pool(call: Read) -> Value:
 
 def _read_linear(call: Read) -> Value:
     x, weight, bias = call.x, call.parameter("weight"), call.array(call.call.args.get("bias"))
+    if weight.ndim != 2:
+        raise Unrepresentable("a linear layer of one row, which takes the axis away")
     y = nk.mixed(x, weight, x.rank - 1)
     return y if bias is None else nf.shifted(y, bias, y.rank - 1)
 
@@ -248,8 +278,17 @@ def _read_matmul(call: Read) -> Value:
     return nk.mixed(x, weight, axis)
 
 
+def _read_addmm(call: Read) -> Value:
+    if {"alpha", "beta"} & set(call.call.args):
+        raise Unrepresentable("a product and a sum with factors")
+    y, bias = _read_matmul(call), call.parameter("bias")
+    if bias.ndim != 1 or bias.shape[0] != y.extents[-1].known:
+        raise Unrepresentable("a bias that varies along the rows, or is repeated")
+    return nf.shifted(y, bias, y.rank - 1)
+
+
 def _read_batch_norm(call: Read) -> Value:
-    if call.get("training", False):
+    if call.get("training", False) or call.get("running_mean") is None:
         raise Unrepresentable("BatchNorm in training mode")
     x = call.x
     mean, var = (call.parameter(name).astype(np.float64) for name in ("running_mean", "running_var"))
@@ -365,6 +404,10 @@ def _read_getitem(call: Read) -> Value:
     inner = described(given, call.side.module) if isinstance(given, fx.Node) else None
     if inner is not None and inner.op in ("split", "chunk") and isinstance(index, int):
         return _piece(call, inner, index)
+    if inner is not None and inner.op == "batch_norm_with_statistics":
+        if index != 0:
+            raise Unrepresentable("statistics of a BatchNorm")
+        return _read_batch_norm(Read(call.side, call.node, inner, call._of))
     if inner is not None and inner.op == "unbind":
         whole = Read(call.side, call.node, inner, call._of)
         return _taken(whole.x, index, whole.axis("dim", whole.x))
@@ -532,6 +575,7 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "adaptive_avg_pool": _read_adaptive_avg_pool,
     "linear": _read_linear,
     "matmul": _read_matmul,
+    "addmm": _read_addmm,
     "batch_norm": _read_batch_norm,
     **dict.fromkeys(("add", "sub", "mul", "div"), _read_arithmetic),
     "neg": _read_neg,

@@ -18,7 +18,7 @@ from reparamc.certificate.normal_form import Value
 from reparamc.certificate.onnx_constants import RANDOM, Constants, bodies
 from reparamc.certificate.onnx_operators import MIXING, READERS, Call
 from reparamc.certificate.onnx_shapes import Shapes, Typed
-from reparamc.certificate.proof import Certificate, Window, certify, same_bytes
+from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
 
 PRECISIONS = {
     "float64": Precision(2.0**-53, 2.0**-1075),
@@ -163,6 +163,9 @@ class _Side:
 
     def is_input(self, name: str) -> bool:
         return name not in self.producers
+
+    def opened(self, name: str) -> Opened | None:
+        return None
 
     def mixes(self, name: str) -> bool:
         return name in self.producers and self.producers[name][0].op_type in MIXING

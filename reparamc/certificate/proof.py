@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -53,6 +53,22 @@ def roll_back(found: Certificate, roots: Collection[str], redo: Keep) -> tuple[C
     return found, undone
 
 
+class Opened(NamedTuple):
+    """An operator as an unknown function and an affine map of what that gives.
+
+    Attributes:
+        kind: all that decides what the function is, but for its operands.
+        operands: what it reads, in order.
+        leaf: what it gives, as a source of that name; raises Unrepresentable where its rank is unknown.
+        finish: the affine map.
+    """
+
+    kind: Hashable
+    operands: Sequence[str]
+    leaf: Callable[[str], Value]
+    finish: Callable[[Value], Value]
+
+
 class Side(Protocol):
     """One of the two graphs. Tensors have names; `operands` are those that a caller or an operator gives."""
 
@@ -88,6 +104,10 @@ class Side(Protocol):
         Raises:
             Unrepresentable: it is none, or none that is known.
         """
+        ...
+
+    def opened(self, name: str) -> Opened | None:
+        """The operator of ``name``, which is none that is known, as one that ends in a known matrix of channels."""
         ...
 
     def mixes(self, name: str) -> bool:
@@ -468,19 +488,25 @@ class _Proof:
         self, which: int, name: str, values: Mapping[str, Value], atoms: list[_Atom], precision: Precision | None
     ) -> Value:
         side = self.sides[which]
-        operands = side.operands(name)
+        opened = side.opened(name)
+        if opened is None:
+            opened = Opened(side.kind(name), side.operands(name), lambda known_as: side.leaf(name, known_as), _as_it_is)
+        kind, operands, _, _ = opened
         given: list[Value | Array] = []
         for operand in operands:
             constant = side.constant(operand)
             given.append(values[operand] if constant is None else constant)
-        kind = side.kind(name)
         if precision is not None:
             for atom in atoms:
                 if atom.kind == kind and _all_agree(atom.operands, given, [self.precision(o) for o in operands]):
-                    return atom.leaf
-        atom = _Atom(_own(which, name), kind, tuple(given), side.leaf(name, _own(which, name)))
+                    return opened.finish(atom.leaf)
+        atom = _Atom(_own(which, name), kind, tuple(given), opened.leaf(_own(which, name)))
         atoms.append(atom)
-        return atom.leaf
+        return opened.finish(atom.leaf)
+
+
+def _as_it_is(value: Value) -> Value:
+    return value
 
 
 def _all_agree(mine: Sequence[Value | Array], other: Sequence[Value | Array], precisions: Sequence[Precision]) -> bool:

@@ -26,9 +26,9 @@ from reparamc.algebra.evaluate import misfit
 from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
 from reparamc.algebra.rewrite import Declined, Pass, Refusal, Step, simplify
 from reparamc.algebra.text import show
-from reparamc.compiler.graph import Graph, Reading, Splice, Value, not_native
+from reparamc.compiler.graph import Graph, Reading, Splice, Value, not_native, values_in
 from reparamc.compiler.reference import Host
-from reparamc.compiler.regions import LIFT, find_regions, lifted
+from reparamc.compiler.regions import LIFT, find_regions, lifted, linear_readers
 from reparamc.report.data import FailedRegion
 
 
@@ -144,7 +144,7 @@ def _joined(
             home.setdefault(value, set()).add(root)
     parts: dict[Value, tuple[tuple[Value, ...], ...]] = {}
     for root in list(decisions):
-        readers = graph.readers(root)
+        readers = linear_readers(graph, readings, root)
         roots = {outer for reader in readers for outer in home.get(reader, (None,))}
         outer = roots.pop() if len(roots) == 1 and len(readers) > 1 else None
         if outer is None or any(home[v] != {root} for v in decisions[root].members):
@@ -259,7 +259,7 @@ def checked(
         host: what the host's operators said; None where nothing is to be checked.
     """
     root = members[-1]
-    sources = list(dict.fromkeys(v for m in members for v in readings[m].operands if v not in members))
+    sources = list(dict.fromkeys(values_in(v for m in members for v in readings[m].operands if v not in members)))
     refuse = _obstacle(graph, root, members, sources, before, after, native)
     error = None
     if refuse is None and host is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from reparamc.algebra.expr import Conv, Expr, Source, walk
 from reparamc.algebra.text import show
 from reparamc.compiler.decide import Decision
-from reparamc.compiler.graph import Graph, Splice, Value
+from reparamc.compiler.graph import Graph, Splice, Value, values_in
 
 DUPLICATES = "duplicate-removal"
 
@@ -24,7 +24,7 @@ def find_duplicates(graph: Graph, decisions: dict[Value, Decision]) -> Iterator[
     for root, decision in decisions.items():
         nodes = list(walk(decision.expr))
         values = [root, *(e.key for e in nodes if isinstance(e, Source))]
-        if any(isinstance(e, Conv) for e in nodes) and not any(graph.is_written(v) for v in values):
+        if any(isinstance(e, Conv) for e in nodes) and not any(map(graph.is_written, values_in(values))):
             alike.setdefault(show(decision.expr), []).append(root)
     for roots in alike.values():
         firsts: list[Value] = []

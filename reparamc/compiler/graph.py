@@ -3,17 +3,80 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from reparamc.algebra.expr import Array, Expr, Layout, LayoutOp, Mean, Reshape, Source, Take, axis_through, ranks, walk
+from reparamc.algebra.expr import (
+    Array,
+    Conv,
+    Expr,
+    Layout,
+    LayoutOp,
+    Mean,
+    Reshape,
+    Source,
+    Take,
+    axis_through,
+    ranks,
+    walk,
+)
 from reparamc.algebra.rewrite import Declined
-from reparamc.algebra.shape import size
+from reparamc.algebra.shape import Dim, Shape, size
 
 Value: TypeAlias = Hashable
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What the operator ``of`` multiplies by its weight, at each position of its result; it exists only in there.
+
+    A convolution that pads by reflection, or one whose padding is computed at run time, is no kernel over its operand.
+    But it is a matrix over what it gathers there, so that its weight can take in what is done to its result.
+
+    Attributes:
+        kind: what decides, together with ``operands``, what is gathered: equal for operators that gather alike.
+        operands: the values that the operator reads, parameters left out.
+        channels: how many numbers it gathers.
+        spatial: how many axes are to the right of the channel axis, in its result.
+    """
+
+    kind: Hashable
+    operands: tuple[Value, ...]
+    channels: int
+    spatial: int
+    of: Value = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.of}.taps"
+
+    def source(self, shape: Shape | None) -> Source:
+        """The taps as an operand, where the result of the operator has this shape."""
+        if shape is not None:
+            axis = len(shape) - 1 - self.spatial
+            shape = (*shape[:axis], Dim(self.channels), *shape[axis + 1 :])
+        return Source(self, self.channels, -1 - self.spatial, shape, taps=True)
+
+    def reading(
+        self, weight: Callable[[], Array], bias: Callable[[], Array] | None, groups: int, parameters: tuple[str, ...]
+    ) -> Reading:
+        """The operator as a matrix over its taps; ``weight`` is (out, in / groups, *kernel)."""
+        ones, zeros = (1,) * self.spatial, (0,) * self.spatial
+
+        def build(operands: Sequence[Expr]) -> Expr:
+            w = weight()
+            rows = w.reshape(len(w), -1, *ones)
+            return Conv(operands[0], rows, None if bias is None else bias(), ones, ones, zeros, zeros, groups)
+
+        return Reading((self,), build, parameters, -1 - self.spatial)
+
+
+def values_in(operands: Iterable[Value]) -> Iterator[Value]:
+    """The values of the host graph among the operands of readings; for taps, those that their operator reads."""
+    for value in operands:
+        yield from value.operands if isinstance(value, Taps) else (value,)
 
 
 @dataclass(frozen=True)
@@ -21,7 +84,7 @@ class Reading:
     """One linear operator of the host graph.
 
     Attributes:
-        operands: the values it reads, parameters left out.
+        operands: the values it reads, parameters left out; or its `Taps` alone.
         build: its expression over the expressions of its operands; loads the parameters.
         parameters: names of the parameters it holds.
         axis: the channel axis of its result, where it is known.
@@ -55,7 +118,7 @@ class Graph(Protocol):
         ...
 
     def source(self, value: Value) -> Source:
-        """``value`` as an operand, with what is known of its channels, their axis and its shape."""
+        """``value``, which may be `Taps`, as an operand, with what is known of its channels and shape."""
         ...
 
     def name(self, value: Value) -> str:
@@ -133,7 +196,8 @@ class Splice:
     @property
     def operands(self) -> tuple[Value, ...]:
         """The values that the region reads."""
-        return tuple(v for e, v in self.native.items() if isinstance(e, Source))
+        found = (v for e, v in self.native.items() if isinstance(e, Source))
+        return tuple(dict.fromkeys(values_in(found)))
 
     @property
     def unit(self) -> Value:

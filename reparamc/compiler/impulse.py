@@ -17,7 +17,7 @@ from reparamc.algebra.probe import find_kernel, only_moves
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.text import show
 from reparamc.compiler.decide import Decision, rounding_obstacle
-from reparamc.compiler.graph import Graph, Reading, Splice, Value
+from reparamc.compiler.graph import Graph, Reading, Splice, Taps, Value
 from reparamc.compiler.regions import find_regions, lifted
 
 IMPULSE = "impulse-response"
@@ -72,6 +72,8 @@ def _as_kernel(
     unread: int,
 ) -> Splice | None:
     root, (operand,) = tree[-1], {v for t in tree for v in wide[t].operands} - set(tree)
+    if isinstance(operand, Taps):
+        return None
     source, dtype = graph.source(operand), graph.dtype([*tree, operand])
     if dtype is None or source.shape is None or not 3 <= len(source.shape) <= MOST_AXES + 2:
         return None

@@ -18,7 +18,7 @@ from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions, relati
 from reparamc.algebra.evaluate import absolute, evaluate, has_layout
 from reparamc.algebra.expr import Array, Expr, Source, walk
 from reparamc.algebra.samples import TooLargeError, samples
-from reparamc.compiler.graph import Graph, Reading, Value
+from reparamc.compiler.graph import Graph, Reading, Taps, Value
 from reparamc.errors import one_line
 from reparamc.report.data import FailedRegion, Refusal
 
@@ -49,8 +49,10 @@ class Host:
     def error(self, members: Sequence[Value], before: Expr) -> float | None:
         """The largest error of ``before``, the expression of ``members``, relative to its terms; None if unknown.
 
-        It is that of the first region of this kind.
+        It is that of the first region of this kind. No operator tells its `Taps`.
         """
+        if any(isinstance(o, Taps) for v in members for o in self.readings[v].operands):
+            return None
         kind = self._kind(members, before)
         if kind not in self._asked:
             self._asked.add(kind)

@@ -12,7 +12,7 @@ linear.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from reparamc.algebra.expr import Expr
 from reparamc.compiler.graph import Graph, Reading, Value
@@ -56,6 +56,13 @@ def without_idle(readings: dict[Value, Reading]) -> tuple[dict[Value, Reading], 
     return kept, ends
 
 
+def linear_readers(graph: Graph, readings: Mapping[Value, Reading], value: Value) -> list[Value | None]:
+    """What reads ``value``; None for a reader that is not linear in it."""
+    return [
+        reader if reader in readings and value in readings[reader].operands else None for reader in graph.readers(value)
+    ]
+
+
 def find_regions(
     graph: Graph, readings: dict[Value, Reading], apart: Container[Value] = ()
 ) -> dict[Value, tuple[Value, ...]]:
@@ -68,8 +75,8 @@ def find_regions(
     roots_of: dict[Value, tuple[Value, ...]] = {}
     members: dict[Value, list[Value]] = {}
     for value in reversed(list(readings)):
-        readers = graph.readers(value)
-        known = all(reader is not None and reader in roots_of for reader in readers)
+        readers = linear_readers(graph, readings, value)
+        known = all(reader in roots_of for reader in readers)
         roots = tuple(dict.fromkeys(root for reader in readers for root in roots_of.get(reader, ())))
         alone = len(readers) == 1 and len(roots) == 1
         free = readings[value].commutes and value not in apart and not (readings[value].scales and folds_down[value])

@@ -42,7 +42,7 @@ from reparamc.algebra.shape import Shape
 from reparamc.compiler.decide import Decision, checked
 from reparamc.compiler.graph import Graph, Reading, Value
 from reparamc.compiler.reference import Host
-from reparamc.compiler.regions import lifted
+from reparamc.compiler.regions import lifted, linear_readers
 from reparamc.report.data import FailedRegion
 
 PIECES = "piece-folding"
@@ -172,7 +172,7 @@ class _Folder:
             return None  # it belongs to another convolution in pieces
         forms = [self._form(d) for d in regions]
         branches = [branch for form in forms for branch in _branches(form.expr).get(value, ())]
-        readers = self.graph.readers(value)
+        readers = linear_readers(self.graph, self.readings, value)
         if not {v for d in regions for v in d.members}.issuperset(readers):
             return Declined(OTHERS)
         if any(self.graph.is_written(v) for v in (value, *readers)):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "matmul": ("input", "other"),
     "addmm": ("bias", "input", "other"),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    "native_batch_norm": ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
     **dict.fromkeys(("add", "sub", "mul", "div"), ("input", "other")),
     "neg": ("input",),
     "identity": ("input",),
@@ -95,7 +101,7 @@ looked through by no one, for a view behind it may need its layout in memory."""
 _OTHER_NAMES = {
     "self": "input", "axis": "dim", "size": "shape", "split_size_or_sections": "split_size", "train": "training",
     "split_sizes": "split_size", "mat1": "input", "mat2": "other", "obj": "input", "upscale_factor": "groups",
-    "indices_or_sections": "chunks", "dim_": "dim",
+    "indices_or_sections": "chunks", "dim_": "dim", "epsilon": "eps",
 }  # fmt: skip
 
 _RANKED = {"conv": "conv", "conv_transpose": "conv_transpose", "avg_pool": "avg_pool", "max_pool": "max_pool",
@@ -124,7 +130,11 @@ _NAMES: dict[str, tuple[str, int | None]] = {
     "constant_pad_nd": ("pad", None),
     "split_with_sizes": ("split", None),
     "feature_dropout": ("dropout", None),
-    "_native_batch_norm_legit_no_training": ("batch_norm", None),
+    **dict.fromkeys(
+        ("_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "_batch_norm_no_update"),
+        ("native_batch_norm", None),
+    ),
+    **dict.fromkeys(("cudnn_batch_norm", "miopen_batch_norm"), ("native_batch_norm", None)),
 }
 """Operator and spatial axes by the name that ATen and the methods of tensors give it."""
 del _NAMES["same"], _NAMES["identity"], _NAMES["copy"]
@@ -139,7 +149,8 @@ METHODS = (
 
 _OTHER_SIGNATURES = (
     *("batch_norm", "dropout", "split", "pad", "convolution", "rsub", "constant_pad_nd"),
-    *("split_with_sizes", "_native_batch_norm_legit_no_training"),
+    *("split_with_sizes", "native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit"),
+    *("_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm"),
 )
 """Names that stand for other arguments in `torch` than in `torch.nn.functional` or here."""
 
@@ -174,11 +185,69 @@ def lookup(module: nn.Module, target: str) -> Any:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether ``module`` is one of torch's own and runs nothing but its own forward."""
-    hooked = any(
-        getattr(module, name, None)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
-    return type(module).__module__.startswith("torch.nn.modules") and not hooked and "forward" not in vars(module)
+    hooked = any(getattr(module, name, None) for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"))
+    hooked = hooked or not all(isinstance(h, tuple(_COMPUTING)) for h in module._forward_pre_hooks.values())
+    return class_of(module).__module__.startswith("torch.nn.modules") and not hooked and "forward" not in vars(module)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``; where its parameters are computed from others, that of the module without."""
+    return type(module).__mro__[1] if nn.utils.parametrize.is_parametrized(module) else type(module)
+
+
+_COMPUTING: dict[type, Callable[[Any, nn.Module], Tensor]] = {
+    WeightNorm: lambda hook, module: hook.compute_weight(module),
+    SpectralNorm: lambda hook, module: hook.compute_weight(module, do_power_iteration=False),
+    BasePruningMethod: lambda hook, module: hook.apply_mask(module),
+}
+"""Hooks that compute a parameter from others before a module runs."""
+
+
+def _computed(module: nn.Module, name: str) -> tuple[Callable[[], Tensor], Iterable[Tensor]] | None:
+    """How the parameter ``name`` of ``module`` is computed from others, and these; None where it is not."""
+    if nn.utils.parametrize.is_parametrized(module, name):
+        return lambda: getattr(module, name), cast("nn.ModuleDict", module.parametrizations)[name].parameters()
+    for hook in module._forward_pre_hooks.values():
+        for kind, compute in _COMPUTING.items():
+            if isinstance(hook, kind) and getattr(hook, "name", getattr(hook, "_tensor_name", None)) == name:
+                return partial(compute, hook, module), module.parameters(recurse=False)
+    return None
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter ``name`` of ``module``, computed from others if need be; None where there is none.
+
+    Raises:
+        _NotFixed: two computations differ, or it is computed as in training.
+    """
+    found = _computed(module, name)
+    if found is None:
+        return getattr(module, name)
+    compute, given = found
+    with torch.no_grad():
+        first, second = compute().detach().clone(), compute().detach()
+    if module.training or not torch.equal(first, second):
+        raise _NotFixed
+    return first.requires_grad_(any(p.requires_grad for p in given))
+
+
+def as_plain(module: nn.Module) -> nn.Module:
+    """A copy of ``module``, a plain one, that holds the parameters which ``module`` computes from others."""
+    computed = [name for name in ("weight", "bias") if hasattr(module, name) and _computed(module, name) is not None]
+    made = copy.deepcopy(module)
+    if not computed:
+        return made
+    found = {name: cast(Tensor, _parameter(module, name)).detach() for name in computed}
+    made.__class__ = class_of(module)
+    made._forward_pre_hooks.clear()
+    for name in computed:
+        made.__dict__.pop(name, None)
+        made.register_parameter(name, nn.Parameter(found[name]))
+    return made
+
+
+class _NotFixed(Exception):
+    """A parameter is another one in each call."""
 
 
 def first_operand(node: fx.Node) -> fx.Node | None:
@@ -198,7 +267,10 @@ def operation(node: fx.Node, module: nn.Module) -> Call | None:
     """The operator that ``node`` calls, in its one form; None where it is none known here."""
     if node.op == "call_module":
         called = lookup(module, str(node.target))
-        return _module_call(node, called) if isinstance(called, nn.Module) else None
+        try:
+            return _module_call(node, called) if isinstance(called, nn.Module) else None
+        except _NotFixed:
+            return None
     if node.op == "call_function":
         if isinstance(node.target, OpOverload):
             return _aten_call(node, node.target)
@@ -222,6 +294,16 @@ def _bound(node: fx.Node, op: str, axes: int | None) -> Call | None:
         return None
     renamed = {_renamed(key, op): value for key, value in node.kwargs.items()}
     return Call(op, dict(zip(names, given, strict=False)) | renamed, axes)
+
+
+def with_arguments(node: fx.Node, op: str, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a called function, with some given others by name; those that are None are left out."""
+    names = ARGUMENTS[op]
+    if isinstance(node.target, OpOverload):
+        names = tuple(argument.name for argument in node.target._schema.arguments)
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs, **named}
+    kwargs = {name: value for name, value in given.items() if value is not None or name in names[: len(node.args)]}
+    return tuple(kwargs.pop(name) for name in names[: len(node.args)]), kwargs
 
 
 def _renamed(key: str, op: str) -> str:
@@ -277,14 +359,14 @@ _SAME_MODULES = (
 
 
 def _module_call(node: fx.Node, called: nn.Module) -> Call | None:
-    kind = type(called)
+    kind = class_of(called)
     module: Any = called
     args: dict[str, Any] = {}
     axes: int | None = None
 
     def held(*keys: str) -> None:
         for key in keys:
-            tensor = getattr(module, key)
+            tensor = _parameter(module, key)
             args[key] = None if tensor is None else Held(tensor, f"{node.target}.{key}")
 
     def plain(*keys: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -12,10 +13,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from reparamc.algebra.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, Take, is_negation
+from reparamc.algebra.expr import (
+    Array,
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Scale,
+    Select,
+    Source,
+    Sum,
+    Take,
+    is_negation,
+)
 from reparamc.algebra.kernels import regroup, swap_sides
-from reparamc.compiler.graph import Splice, new_nodes
-from reparamc.fx.calls import first_operand
+from reparamc.compiler.graph import Splice, Taps, new_nodes
+from reparamc.fx.calls import Call, first_operand, with_arguments
 
 if TYPE_CHECKING:
     from reparamc.fx.graph import FxGraph
@@ -36,7 +50,8 @@ class Emitter:
         self.graph, self.splice, self.root = graph, splice, root
         members = cast(Sequence[fx.Node], splice.members)
         tensors = graph.tensors(members)
-        tensors = tensors or [t for v in splice.native.values() if (t := graph.like(cast(fx.Node, v))) is not None]
+        native = {e: cast(fx.Node, v) for e, v in splice.native.items() if not isinstance(v, Taps)}
+        tensors = tensors or [t for v in native.values() if (t := graph.like(v)) is not None]
         self._like = next((t for t in tensors if t.ndim >= 4), next(iter(tensors), None))
         self.channels_last = any(
             t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
@@ -45,7 +60,7 @@ class Emitter:
         self.trainable = any(t.requires_grad for t in tensors)
         self.modules = [str(m.target) for m in members if m.op == "call_module"]
         self.modules = self.modules or [name.rpartition(".")[0] for name in splice.parameters if "." in name]
-        self.values: dict[Expr, fx.Node] = {e: graph.current(v) for e, v in splice.native.items()}
+        self.values: dict[Expr, fx.Node] = {e: graph.current(v) for e, v in native.items()}
 
     @property
     def like(self) -> Tensor:
@@ -66,6 +81,8 @@ class Emitter:
         match e:
             case Conv() if e.token is not None:
                 return self._copy(cast(fx.Node, e.token), e.x)
+            case Conv() if e.reads_taps:
+                return self._with_weight(e)
             case Conv() if e.transposed:
                 return self._conv_transpose(e)
             case Conv():
@@ -91,6 +108,35 @@ class Emitter:
         """The operator ``native`` once more, over another operand."""
         moved = first_operand(native)
         return self.graph.graph.node_copy(native, lambda n: self._value(x) if n is moved else self.graph.current(n))
+
+    def _with_weight(self, e: Conv) -> fx.Node:
+        """The operator whose taps ``e`` reads, with the weight and bias of ``e``."""
+        taps = cast(Taps, cast(Source, e.x).key)
+        native = cast(fx.Node, taps.of)
+        call = cast(Call, self.graph.facts.calls[native])
+        weight, _ = cast("tuple[Tensor, Any]", self.graph.facts.held(call.args["weight"]))
+        matrix = e.weight.reshape(e.out_channels, -1, *weight.shape[2:])
+        holder = nn.Module()
+        if native.op == "call_module":
+            keys = ("stride", "padding", "dilation", "padding_mode", "output_padding")
+            kinds = TRANSPOSED_MODULES if call.op == "conv_transpose" else LINEAR_MODULES
+            given = {key: call.args[key] for key in keys if key in call.args}
+            holder = kinds[e.spatial](
+                e.in_channels // prod(weight.shape[2:]), e.out_channels, tuple(weight.shape[2:]), groups=e.groups,
+                **given, **self._options(e),
+            )  # fmt: skip
+        self._fill(holder, swap_sides(matrix, e.groups) if call.op == "conv_transpose" else matrix, e.bias)
+        path = self._add(holder)
+        if native.op == "call_module":
+            copy = self.graph.graph.node_copy(native, self.graph.current)
+            copy.target = path
+            return copy
+        named: dict[str, Any] = {"weight": self.graph.graph.get_attr(f"{path}.weight")}
+        named |= {"groups": e.groups} if e.groups != call.get("groups", 1) else {}
+        named["bias"] = self.graph.graph.get_attr(f"{path}.bias") if e.bias is not None else None
+        copy = self.graph.graph.node_copy(native, self.graph.current)
+        copy.args, copy.kwargs = with_arguments(copy, call.op, named)
+        return copy
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.graph.call_function(function, args)

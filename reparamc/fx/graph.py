@@ -6,7 +6,6 @@ value, so that modules called twice and tied weights get private copies where th
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from types import MappingProxyType
@@ -21,8 +20,8 @@ from torch.nn import functional as F
 
 from reparamc.algebra.expr import Array, Expr, Layout, Select, Source
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Reading, Splice, Value
-from reparamc.fx.calls import Call, Held, lookup
+from reparamc.compiler.graph import Reading, Splice, Taps, Value
+from reparamc.fx.calls import Call, Held, as_plain, lookup
 from reparamc.fx.emit import Emitter
 from reparamc.fx.memory import Memory, only_asserted, reads_size_only
 from reparamc.fx.operators import HOOKED, KEEPS_DTYPE, READERS, FxReading, find_shuffle
@@ -135,6 +134,10 @@ class FxGraph:
             users = list(node.users)
             if all((c := self.facts.calls[u]) is not None and c.op == "getitem" for u in users):
                 self.through[node] = users
+        if call is not None and call.op == "native_batch_norm":
+            read = [u for u in node.users if u.users]
+            if len(read) == 1 and self.facts.is_normalised(read[0]):
+                self.through[node] = read
         shuffle = find_shuffle(self, node)
         if shuffle is not None:
             self.shuffles[node] = shuffle
@@ -166,6 +169,8 @@ class FxGraph:
         return found
 
     def source(self, value: Value) -> Source:
+        if isinstance(value, Taps):
+            return value.source(self.facts.shapes.get(cast(fx.Node, value.of)))
         return Source(value, shape=self.facts.shapes.get(cast(fx.Node, value)))
 
     def tensors(self, members: Sequence[Value]) -> list[Tensor]:
@@ -340,7 +345,7 @@ class FxGraph:
                 if node.op == "call_module":
                     path = str(node.target)
                     if path not in modules:
-                        modules[path] = copy.deepcopy(lookup(self.module, path)).to("cpu", torch.float64)
+                        modules[path] = as_plain(lookup(self.module, path)).to("cpu", torch.float64)
                     values[node] = modules[path](*args, **kwargs)
                 elif node.op == "call_method":
                     values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -519,7 +524,7 @@ class FxGraph:
             if node.graph is not self.graph or getattr(node, "_erased", False):
                 continue
             for user in list(node.users):
-                if reads_size_only(user) and only_asserted(user):
+                if (reads_size_only(user) and only_asserted(user)) or _is_unread(user):
                     _erase_tree(self.graph, user)
             if not node.users and node.op not in ("placeholder", "output"):
                 suspects.extend(n for n in node.all_input_nodes if n.op != "placeholder" and _is_quiet(n, self))
@@ -560,6 +565,11 @@ def _is_quiet(node: fx.Node, graph: FxGraph) -> bool:
         or node in graph.suspects
         or reads_size_only(node)
     )
+
+
+def _is_unread(node: fx.Node) -> bool:
+    """Whether ``node`` is one of several results, and nothing reads it."""
+    return node.target is operator.getitem and not node.users
 
 
 def _erase_tree(graph: fx.Graph, node: fx.Node) -> None:

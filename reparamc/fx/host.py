@@ -201,5 +201,5 @@ def count(module: fx.GraphModule) -> Counts:
             call = operation(node, module)
             ops += 1
             conv += call is not None and call.op == "conv"
-            norm += call is not None and call.op == "batch_norm"
+            norm += call is not None and call.op in ("batch_norm", "native_batch_norm")
     return Counts(ops, conv, norm, sum(p.numel() for p in module.parameters()))

@@ -34,7 +34,7 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.kernels import arithmetic, swap_sides, transposed
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
+from reparamc.compiler.graph import ACTIVATION, Reading, Taps, axis_of_constant, layout_reading
 from reparamc.fx.calls import Call, aten_name, integers, lookup
 
 if TYPE_CHECKING:
@@ -71,16 +71,13 @@ def _read_conv(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decline
     weight, bias, names = found
     x = cast(fx.Node, call.input)
     n = weight.ndim - 2
-    mode = call.get("padding_mode", "zeros")
-    if mode != "zeros":
-        return Declined(f"it pads with mode {mode!r}, not with zeros")
     groups = call.get("groups", 1)
+    if not isinstance(groups, int):
+        return Declined("the number of its groups is computed at run time")
     stride, dilation = (integers(call.get(key, 1), n) for key in ("stride", "dilation"))
-    if stride is None or dilation is None or not isinstance(groups, int):
-        return Declined("its geometry is computed at run time")
-    pads = _padding(call.get("padding", 0), dilation, tuple(weight.shape[2:]))
-    if pads is None:
-        return Declined("its padding is computed at run time")
+    pads = None if dilation is None else _padding(call.get("padding", 0), dilation, tuple(weight.shape[2:]))
+    if stride is None or dilation is None or pads is None or call.get("padding_mode", "zeros") != "zeros":
+        return _read_taps(graph, node, call, weight, bias, names)
     begin, end = pads
 
     def build(operands: Sequence[Expr]) -> Expr:
@@ -112,9 +109,11 @@ def _read_conv_transpose(graph: FxGraph, node: fx.Node, call: Call) -> FxReading
     groups = call.get("groups", 1)
     keys = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
     geometry = [integers(call.get(key, default), n) for key, default in keys.items()]
+    if not isinstance(groups, int):
+        return Declined("the number of its groups is computed at run time")
     sized = node.op == "call_module" and (len(node.args) > 1 or "output_size" in node.kwargs)
-    if None in geometry or not isinstance(groups, int) or sized:
-        return Declined("its geometry is computed at run time")
+    if None in geometry or sized:
+        return _read_taps(graph, node, call, weight, bias, names)
     stride, begin, more, dilation = cast("list[tuple[int, ...]]", geometry)
     end = tuple(b - m for b, m in zip(begin, more, strict=True))
 
@@ -123,6 +122,26 @@ def _read_conv_transpose(graph: FxGraph, node: fx.Node, call: Call) -> FxReading
         return transposed(operands[0], swap_sides(array(weight), groups), b, stride, dilation, begin, end, groups)
 
     return FxReading((x,), build, names, -1 - n, tensors=_held(weight, bias), channels=weight.shape[1] * groups)
+
+
+def _read_taps(
+    graph: FxGraph, node: fx.Node, call: Call, weight: Tensor, bias: Tensor | None, names: tuple[str, ...]
+) -> FxReading:
+    """A convolution that is no kernel over its operand, as a matrix over what it reads at each position."""
+    groups, transposed = call.get("groups", 1), call.op == "conv_transpose"
+    geometry = {name: str(value) for name, value in call.args.items() if name not in ("weight", "bias", "groups")}
+    beside = (str(node.args[1:]), str(node.kwargs)) if node.op == "call_module" else ()
+    kind = (call.op, tuple(weight.shape[2:]), *sorted(geometry.items()), *beside)
+    operands = tuple(n for n in node.all_input_nodes if n not in graph.facts.known)
+    inside, out = (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, len(weight))
+    taps = Taps(kind, operands, inside * prod(weight.shape[2:]), weight.ndim - 2, node)
+    read = taps.reading(
+        lambda: swap_sides(array(weight), groups) if transposed else array(weight),
+        None if bias is None else lambda: array(bias),
+        groups,
+        names,
+    )
+    return FxReading((taps,), read.build, names, read.axis, tensors=_held(weight, bias), channels=out)
 
 
 def _read_linear(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
@@ -180,9 +199,9 @@ def _held(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 def _read_batchnorm(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
     x = call.input
-    if call.get("training", False) is not False or call.args.get("running_mean") is None:
+    if call.get("training", False) is not False or call.get("running_mean") is None:
         return Declined("BatchNorm uses the statistics of the batch")
-    if x is None or aten_name(node.target).startswith("_native"):  # which returns a tuple
+    if x is None:
         return None
     if not call.plain:
         return Declined(HOOKED)
@@ -385,6 +404,8 @@ def _select(graph: FxGraph, x: fx.Node, index: Sequence[int], axis: int) -> FxRe
 def _read_getitem(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
     """An index; or one result of what has several."""
     made = graph.facts.calls.get(call.input) if call.input is not None else None
+    if made is not None and graph.facts.is_normalised(node):
+        return _read_batchnorm(graph, node, made) if call.input in graph.through else None
     if call.input is None or made is None or made.op not in ("split", "chunk", "unbind"):
         return _read_slice(graph, node, call)
     if made.input is None or call.input not in graph.through:

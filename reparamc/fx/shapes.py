@@ -8,7 +8,7 @@ from math import prod
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from reparamc.algebra.shape import Dim, Shape, shape_of, size
@@ -51,13 +51,20 @@ class Values:
         shape = self.shapes.get(node)
         return None if shape is None else len(shape)
 
+    def is_normalised(self, node: fx.Node) -> bool:
+        """Whether ``node`` is the first result of a BatchNorm that gives its statistics as well."""
+        call = self.calls[node]
+        made = self.calls.get(call.input) if call is not None and call.input is not None else None
+        return call is not None and made is not None and made.op == "native_batch_norm" and call.args.get("index") == 0
+
     def held(self, value: Any) -> tuple[Tensor, tuple[str, ...]] | None:
         """A parameter or constant operand, and the names of the parameters in it; None for anything else."""
         if isinstance(value, Held):
-            return None if self.memory.is_changed(value.tensor) else (value.tensor, (value.name,))
-        if isinstance(value, fx.Node) and value in self.constants:
-            return self.constants[value], self.names[value]
-        return None
+            found = None if self.memory.is_changed(value.tensor) else (value.tensor, (value.name,))
+        else:
+            is_known = isinstance(value, fx.Node) and value in self.constants
+            found = (self.constants[value], self.names[value]) if is_known else None
+        return found if found is not None and type(found[0]) in (Tensor, nn.Parameter) else None
 
     # Constants
 
@@ -140,13 +147,14 @@ class Values:
         call = self.calls[node]
         x = call.input if call is not None else None
         shape = self.shapes.get(x) if x is not None else None
-        if call is None or shape is None or call.op not in ("conv", "conv_transpose", "linear", "batch_norm"):
+        if call is None or shape is None or call.op not in _CHANNEL_COUNTS:
             return
-        found = self.held(call.get("running_mean" if call.op == "batch_norm" else "weight"))
-        if found is None or not call.plain:
+        is_norm = call.op in _NORMS
+        found = self.held(call.get("running_mean" if is_norm else "weight"))
+        if found is None or not call.plain or (not is_norm and found[0].ndim < 2):
             return
         weight = found[0]
-        axis = 1 - weight.ndim if call.op != "batch_norm" else -1 - max(len(shape) - 2, 0)
+        axis = -1 - max(len(shape) - 2, 0) if is_norm else 1 - weight.ndim
         count = weight.shape[1] * call.get("groups", 1) if call.op == "conv" else weight.shape[-1]
         count = weight.shape[0] if call.op == "conv_transpose" else count
         if -axis <= len(shape):
@@ -176,6 +184,8 @@ class Values:
         if call.op == "cat":
             return self._joined(call)
         x = call.input
+        if call.op == "getitem" and x is not None and self.is_normalised(node):
+            return self.shapes.get(cast(fx.Node, cast(Call, self.calls[x]).input))
         if call.op == "getitem" and x is not None and x in self.pieces:
             index, pieces = call.args.get("index"), self.pieces[x]
             return pieces[index] if isinstance(index, int) and -len(pieces) <= index < len(pieces) else None
@@ -202,7 +212,9 @@ class Values:
                 return after if after is None or call.op == "conv_transpose" else _kept(call, before, after, weight)
             case "linear":
                 found = self.held(call.get("weight"))
-                return None if found is None else (*before[:-1], Dim(found[0].shape[0]))
+                if found is None:
+                    return None
+                return (*before[:-1], *shape_of(found[0].shape[:-1]))  # a vector takes the axis away
             case "matmul" | "addmm":
                 found = self.held(call.get("other"))
                 return (*before[:-1], Dim(found[0].shape[1])) if found and found[0].ndim == 2 else None
@@ -494,6 +506,8 @@ def _random_states(values: Iterable[Any]) -> list[Tensor]:
 
 
 _SWEEPS = 4
+_NORMS = ("batch_norm", "native_batch_norm")
+_CHANNEL_COUNTS = ("conv", "conv_transpose", "linear", *_NORMS)
 _POOLS = ("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool")
 _KEEP_RANK = (
     *("copy", "same", "neg", "identity", "dropout", "batch_norm", "conv", "conv_transpose", "linear"),
