@@ -496,10 +496,13 @@ class _Proof:
         for operand in operands:
             constant = side.constant(operand)
             given.append(values[operand] if constant is None else constant)
-        if precision is not None:
-            for atom in atoms:
-                if atom.kind == kind and _all_agree(atom.operands, given, [self.precision(o) for o in operands]):
-                    return opened.finish(atom.leaf)
+        for atom in atoms:
+            if atom.kind == kind and (
+                _are_one(atom.operands, given)
+                if precision is None
+                else _all_agree(atom.operands, given, [self.precision(o) for o in operands])
+            ):
+                return opened.finish(atom.leaf)
         atom = _Atom(_own(which, name), kind, tuple(given), opened.leaf(_own(which, name)))
         atoms.append(atom)
         return opened.finish(atom.leaf)
@@ -507,6 +510,11 @@ class _Proof:
 
 def _as_it_is(value: Value) -> Value:
     return value
+
+
+def _are_one(mine: Sequence[Value | Array], other: Sequence[Value | Array]) -> bool:
+    """Whether two operators of one graph read the same tensors."""
+    return len(mine) == len(other) and all(a is b for a, b in zip(mine, other, strict=True))
 
 
 def _all_agree(mine: Sequence[Value | Array], other: Sequence[Value | Array], precisions: Sequence[Precision]) -> bool:

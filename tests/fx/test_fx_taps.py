@@ -1,0 +1,199 @@
+"""Operators that take scales of their results though they are no kernels over their operands; computed weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fx_checks import CHANNELS, Net, check, conv_bn, counts, ready, relative_error, report
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+from reparamc import fuse_fx
+
+MODES = ("reflect", "circular", "replicate")
+
+
+def proven(model: nn.Module, x: Tensor, kernels: int = 1) -> Any:
+    """The fused copy: proven without a run of both, as exact as rounding allows, with no BatchNorm left."""
+    model = ready(model)
+    with torch.no_grad():
+        fused = fuse_fx(model, x, verify="region")
+        assert relative_error(fused(x), model(x)) < 1e-5
+        assert relative_error(fuse_fx(model, x)(x), model(x)) < 1e-5
+    certificate = report(fused).certificate
+    assert certificate is not None and certificate.equal and not certificate.undecided
+    assert (report(fused).after.conv, report(fused).after.batchnorm) == (kernels, 0)
+    return fused
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_batchnorm_after_another_padding(mode: str, axes: int) -> None:
+    conv: Any = getattr(nn, f"Conv{axes}d")
+    norm: Any = getattr(nn, f"BatchNorm{axes}d")
+    model = nn.Sequential(conv(4, 6, 3, stride=2, padding=1, groups=2, padding_mode=mode, bias=axes == 2), norm(6))
+    fused = proven(model, torch.randn(3, 4, *(7, 9, 8)[:axes]))
+    (kept,) = (m for m in fused.modules() if isinstance(m, conv))
+    assert (kept.padding_mode, kept.groups, kept.stride) == (mode, 2, (2,) * axes)
+
+
+def test_a_matrix_of_channels_goes_into_it_and_a_kernel_does_not() -> None:
+    first = nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", bias=False)
+    matrix = nn.Sequential(first, nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4))
+    proven(matrix, torch.randn(1, 4, 7, 6))
+    proven(nn.Sequential(matrix, nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), torch.randn(1, 4, 7, 6), kernels=2)
+
+
+def test_branches_that_gather_alike_are_one() -> None:
+    a, b = (conv_bn(padding_mode="circular") for _ in range(2))
+    proven(Net(lambda m, x: m.a(x) + m.b(x), a=a, b=b), torch.randn(2, CHANNELS, 7, 6))
+    other = conv_bn(5, padding_mode="circular")
+    proven(Net(lambda m, x: m.a(x) + m.b(x), a=a, b=other), torch.randn(2, CHANNELS, 7, 6), kernels=2)
+
+
+def test_its_operand_is_rewritten_by_itself() -> None:
+    inner = Net(lambda m, x: m.a(x) + m.b(x), a=conv_bn(), b=conv_bn(1))
+    outer = conv_bn(padding_mode="reflect")
+    proven(nn.Sequential(inner, outer), torch.randn(2, CHANNELS, 7, 6), kernels=2)
+    skip = Net(lambda m, x: (y := m.inner(x)) + m.outer(y), inner=inner, outer=outer)
+    proven(skip, torch.randn(2, CHANNELS, 7, 6), kernels=2)
+
+
+def test_a_transposed_convolution_to_a_wanted_size() -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.up(x, output_size=(x.shape[2] * 2 + 2, x.shape[3] * 2 + 1)))
+
+    fused = proven(Up(), torch.randn(2, 4, 7, 6), kernels=0)
+    assert sum(isinstance(m, nn.ConvTranspose2d) for m in fused.modules()) == 1
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_padding_that_is_computed_at_run_time(biased: bool) -> None:
+    class Grown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 6, 3, bias=biased), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(F.conv2d(x, self.conv.weight, self.conv.bias, padding=x.shape[2] // 4))
+
+    fused = proven(Grown(), torch.randn(2, 4, 9, 8))
+    assert fused(torch.randn(1, 4, 13, 8)).shape == (1, 6, 17, 12)
+
+
+def test_a_written_operand_is_not_read_late() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        x.mul_(0.5)
+        return m.norm(y) + x
+
+    model = Net(run, conv=nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), norm=nn.BatchNorm2d(4))
+    check(model)
+
+
+def pruned(conv: nn.Module) -> nn.Module:
+    return prune.random_unstructured(conv, "weight", 0.5)
+
+
+def old(norm: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    def applied(conv: nn.Module) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return norm(conv)
+
+    return applied
+
+
+COMPUTED = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "weight norm by a hook": old(nn.utils.weight_norm),
+    "spectral norm by a hook": old(nn.utils.spectral_norm),
+    "pruned": pruned,
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_batchnorm_after_a_computed_weight(kind: str, mode: str) -> None:
+    conv = COMPUTED[kind](nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode))
+    fused = proven(nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU()), torch.randn(3, 4, 7, 6))
+    assert all(p.requires_grad for p in fused.parameters())
+
+
+def test_a_weight_that_is_drawn_anew_stays() -> None:
+    class Noise(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + torch.rand_like(weight)
+
+    conv = nn.Conv2d(4, 6, 3)
+    nn.utils.parametrize.register_parametrization(conv, "weight", Noise())
+    fused = fuse_fx(ready(nn.Sequential(conv, nn.BatchNorm2d(6))), verify=False)
+    assert counts(fused)[1] == 1
+
+
+# Core ATen
+
+
+def tail() -> nn.Sequential:
+    """With every BatchNorm in a graph of core ATen, and a linear layer, which is a product there."""
+    image = [nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*image, nn.Linear(8 * 20, 4), nn.BatchNorm1d(4))
+
+
+def test_core_aten_after_decompositions() -> None:
+    model, x = ready(tail()), torch.randn(2, 4, 7, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        graph = torch.export.export(model, (x,)).run_decompositions().module()
+        fused = fuse_fx(graph, x, verify="region")
+    assert (report(fused).before.batchnorm, report(fused).after.batchnorm) == (2, 0)
+    certificate = report(fused).certificate
+    assert certificate is not None and (certificate.equal, certificate.undecided) == (2, ())
+    assert relative_error(fused(x), model(x)) < 1e-5
+
+
+def test_a_graph_of_make_fx() -> None:
+    model, x = ready(tail()), torch.randn(2, 4, 7, 6)
+    graph = make_fx(model)(x).eval()
+    fused = fuse_fx(graph, x, verify="region")
+    assert (report(fused).before.batchnorm, report(fused).after.batchnorm) == (2, 0)
+    certificate = report(fused).certificate
+    assert certificate is not None and (certificate.equal, certificate.undecided) == (2, ())
+    assert relative_error(fused(x), model(x)) < 1e-5
+    names = {str(n.target) for n in fused.graph.nodes}
+    assert not any("batch_norm" in name for name in names)
+
+
+def test_statistics_that_are_read_keep_a_batchnorm() -> None:
+    norm = nn.BatchNorm2d(4)
+
+    def run(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.conv(x)
+        given = (m.norm.weight, m.norm.bias, m.norm.running_mean, m.norm.running_var)
+        found = torch.native_batch_norm(y, *given, False, 0.1, 1e-5)
+        return found[0], found[1] + 1
+
+    model = ready(Net(run, conv=nn.Conv2d(4, 4, 3), norm=norm))
+    x = torch.randn(2, 4, 7, 6)
+    fused, expected = fuse_fx(model, x)(x), model(x)
+    assert relative_error(fused[0], expected[0]) < 1e-5 and torch.equal(fused[1], expected[1])
+
+
+def test_a_weight_of_one_row_takes_the_axis_away() -> None:
+    model = Net(lambda m, x: F.linear(m.body(x).flatten(2).transpose(1, 2).softmax(-1), m.row), body=conv_bn())
+    model.register_buffer("row", torch.linspace(-1, 1, CHANNELS))
+    fused = check(model)
+    assert counts(fused) == (2, 0)  # the convolution, and the product with one row
