@@ -27,7 +27,9 @@ def proven(model: nn.Module, x: Tensor, kernels: int = 1) -> Any:
         assert relative_error(fused(x), model(x)) < 1e-5
         assert relative_error(fuse_fx(model, x)(x), model(x)) < 1e-5
     certificate = report(fused).certificate
-    assert certificate is not None and certificate.equal and not certificate.undecided
+    assert certificate is not None
+    assert certificate.equal
+    assert not certificate.undecided
     assert (report(fused).after.conv, report(fused).after.batchnorm) == (kernels, 0)
     return fused
 
@@ -161,7 +163,8 @@ def test_core_aten_after_decompositions() -> None:
         fused = fuse_fx(graph, x, verify="region")
     assert (report(fused).before.batchnorm, report(fused).after.batchnorm) == (2, 0)
     certificate = report(fused).certificate
-    assert certificate is not None and (certificate.equal, certificate.undecided) == (2, ())
+    assert certificate is not None
+    assert (certificate.equal, certificate.undecided) == (2, ())
     assert relative_error(fused(x), model(x)) < 1e-5
 
 
@@ -171,7 +174,8 @@ def test_a_graph_of_make_fx() -> None:
     fused = fuse_fx(graph, x, verify="region")
     assert (report(fused).before.batchnorm, report(fused).after.batchnorm) == (2, 0)
     certificate = report(fused).certificate
-    assert certificate is not None and (certificate.equal, certificate.undecided) == (2, ())
+    assert certificate is not None
+    assert (certificate.equal, certificate.undecided) == (2, ())
     assert relative_error(fused(x), model(x)) < 1e-5
     names = {str(n.target) for n in fused.graph.nodes}
     assert not any("batch_norm" in name for name in names)
@@ -189,7 +193,8 @@ def test_statistics_that_are_read_keep_a_batchnorm() -> None:
     model = ready(Net(run, conv=nn.Conv2d(4, 4, 3), norm=norm))
     x = torch.randn(2, 4, 7, 6)
     fused, expected = fuse_fx(model, x)(x), model(x)
-    assert relative_error(fused[0], expected[0]) < 1e-5 and torch.equal(fused[1], expected[1])
+    assert relative_error(fused[0], expected[0]) < 1e-5
+    assert torch.equal(fused[1], expected[1])
 
 
 def test_a_weight_of_one_row_takes_the_axis_away() -> None:
