@@ -294,10 +294,11 @@ class _Side:
                 first = call.args.get("input")
                 given = first.name if isinstance(first, fx.Node) else None
                 self._count(node, call, given)
-                if call.axes is not None and call.op in ("conv", "conv_transpose", "batch_norm", "avg_pool"):
-                    found.setdefault(node.name, call.axes + 2)
+                axes = self._axes(call)
+                if axes is not None:
+                    found.setdefault(node.name, axes + 2)
                     if given:
-                        found.setdefault(given, call.axes + 2)
+                        found.setdefault(given, axes + 2)
                 elif call.op in ("add", "sub", "mul", "div", "neg", "identity", "dropout", "pad", "same", "batch_norm"):
                     names = [n.name for n in node.all_input_nodes if n.name not in self.constants]
                     known = [found[n] for n in (node.name, *names) if n in found]
@@ -306,14 +307,26 @@ class _Side:
                             found.setdefault(n, known[0])
         return found
 
+    def _axes(self, call: Described) -> int | None:
+        """How many axes a kernel or a norm has that are no batch and no channels; None where it does not tell."""
+        if call.op == "convolution" and (weight := self._stored(call.args.get("weight"))) is not None:
+            return weight.ndim - 2
+        return call.axes if call.op in ("conv", "conv_transpose", "batch_norm", "avg_pool") else None
+
+    def _stored(self, given: Any) -> Tensor | None:
+        """A parameter or buffer that a call is given; None for anything else."""
+        if isinstance(given, fx.Node) and given.op == "get_attr":
+            given = attribute(self.module, str(given.target))
+        return given if isinstance(given, Tensor) else None
+
     def _count(self, node: fx.Node, call: Described, given: str | None) -> None:
         """Note how many channels a kernel or a norm reads and gives, where these lie along axis 1."""
-        weight = call.args.get("running_mean" if call.op == "batch_norm" else "weight")
-        if call.op not in ("conv", "batch_norm") or not isinstance(weight, Tensor):
+        weight = self._stored(call.args.get("running_mean" if call.op == "batch_norm" else "weight"))
+        if call.op not in ("conv", "convolution", "batch_norm") or weight is None or is_transposed(call):
             return
         self.counts[node.name] = weight.shape[0]
         if given is not None:
-            inside = weight.shape[1] * call.args.get("groups", 1) if call.op == "conv" else weight.shape[0]
+            inside = weight.shape[1] * call.args.get("groups", 1) if call.op != "batch_norm" else weight.shape[0]
             self.counts.setdefault(given, inside)
 
     # The protocol

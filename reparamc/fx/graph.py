@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from reparamc.algebra.expr import Array, Expr, Layout, Select, Source
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Reading, Splice, Taps, Value
+from reparamc.compiler.graph import Reading, Splice, Taps, Value, values_in
 from reparamc.fx.calls import Call, Held, as_plain, lookup
 from reparamc.fx.emit import Emitter
 from reparamc.fx.memory import Memory, only_asserted, reads_size_only
@@ -103,7 +103,7 @@ class FxGraph:
 
     def _learn(self) -> None:
         self.memory = Memory(self.graph, self.module)
-        self.facts = Values(self.module, self.ranks, self.memory, exported=self.exported)
+        self.facts = Values(self.module, self.ranks, self.memory, exported=self.exported, batched=True)
 
     def _may_go(self, node: fx.Node) -> bool:
         """Whether an operator is linear by its kind, so that it may become part of another one."""
@@ -280,6 +280,9 @@ class FxGraph:
             return None
         reader = READERS.get(call.op)
         found = reader(self, node, call) if reader is not None else None
+        operands = values_in(found.operands) if isinstance(found, Reading) else ()
+        if any(node in self.memory.writers(v) and not self._is_private(v, node) for v in operands):
+            return Declined(f"{node.name!r} changes an operand in place")
         return Declined(HOOKED) if isinstance(found, Reading) and not call.plain else found
 
     def is_written(self, value: Value) -> bool:
@@ -430,7 +433,7 @@ class FxGraph:
         """Refuse inputs of another rank than the examples', where something that was rewritten depends on it."""
         seen = set(self._ranked)
         if not self.exported and seen:
-            alone = Values(self.module, {}, Memory(self.graph, self.module), exported=False)
+            alone = Values(self.module, {}, Memory(self.graph, self.module))
 
             def is_open(n: fx.Node) -> bool:
                 return n not in alone.known and n not in alone.pieces and alone.rank(n) is None
@@ -443,6 +446,11 @@ class FxGraph:
             stack += fresh
         placeholders = self.graph.find_nodes(op="placeholder")
         asked = [(placeholders[-1], x, rank) for x in placeholders if x in seen and (rank := self._given_rank(x))]
+        asked += [
+            (placeholders[-1] if x in placeholders else x, x, rank)
+            for x, rank in self.facts.assumed.items()
+            if x in seen and not self._given_rank(x)
+        ]
         for node in seen:  # how many axes of extent one there are, other inputs may tell otherwise
             call, rank = self.facts.calls.get(node), self.facts.rank(node)
             if call is not None and call.op == "squeeze" and call.args.get("dim") is None and rank is not None:
@@ -453,7 +461,10 @@ class FxGraph:
             with self.graph.inserting_after(read):
                 equal = self.graph.call_function(operator.eq, (read, rank))
             with self.graph.inserting_after(equal):
-                message = f"{x.target} must have {rank} axes, as the example had with which this was fused"
+                why = "as it was fused for, without example_inputs"
+                if x not in self.facts.assumed:
+                    why = "as the example had with which this was fused"
+                message = f"{x.target if x.op == 'placeholder' else x.name} must have {rank} axes, {why}"
                 self.graph.call_function(torch._assert, (equal, message))
 
     def _given_rank(self, x: fx.Node) -> int | None:

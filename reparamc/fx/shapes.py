@@ -23,15 +23,27 @@ class Values:
     (BatchNorm2d), from assertions on the rank, and through everything computed from such a value. What
     an operator demands of its operand (a rank, a number of channels) is carried back, and the sweep
     repeated with it. Of a graph that torch.export made, the shapes are those that it recorded.
+
+    With ``batched``, the operand of a convolution is taken to be a batch where nothing tells its rank: ``assumed`` says
+    of which values.
     """
 
-    def __init__(self, module: fx.GraphModule, ranks: Mapping[fx.Node, int], memory: Memory, *, exported: bool) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        ranks: Mapping[fx.Node, int],
+        memory: Memory,
+        *,
+        exported: bool = False,
+        batched: bool = False,
+    ) -> None:
         self.module, self.memory, self.exported = module, memory, exported
         self.calls = {node: operation(node, module) for node in module.graph.nodes}
         self.constants: dict[fx.Node, Tensor] = {}
         self.known: dict[fx.Node, Any] = {}
         self.names: dict[fx.Node, tuple[str, ...]] = {}
-        self.ranks = dict(ranks)
+        self.ranks, self.batched = dict(ranks), batched
+        self.assumed: dict[fx.Node, int] = {}
         self.bound: dict[str, int] = {}
         self._evaluate_constants()
         for _ in range(_SWEEPS):
@@ -39,6 +51,7 @@ class Values:
             self.dims: dict[fx.Node, Dim] = {}
             self.sizes: dict[fx.Node, Shape] = {}
             self.pieces: dict[fx.Node, list[Shape]] = {}
+            self.assumed.clear()
             before = len(self.bound) + len(self.ranks)
             for node in module.graph.nodes:
                 if node not in self.known:
@@ -192,10 +205,21 @@ class Values:
         before = self.shapes.get(x) if x is not None else None
         if call.op == "batch_norm" and before is None and call.axes and x is not None and self.memory.keeps_shape(x):
             before = self.shapes[x] = self._fresh(x, call.axes + 2)
+        if before is None and call.op in ("conv", "conv_transpose") and x is not None:
+            before = self._batch(x, call)
         if before is None:
             moved = self.layout(node)
             return moved[1] if moved is not None else None
         return self._computed(node, call, before)
+
+    def _batch(self, x: fx.Node, call: Call) -> Shape | None:
+        """The shape that the operand of a convolution is taken to have."""
+        found = self.held(call.get("weight"))
+        if found is None or not self.batched or x in self.known or not self.memory.keeps_shape(x):
+            return None
+        self.assumed[x] = rank = found[0].ndim
+        self.shapes[x] = self._fresh(x, rank)
+        return self.shapes[x]
 
     def _computed(self, node: fx.Node, call: Call, before: Shape) -> Shape | None:
         """The shape of a result over an operand of the shape ``before``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -202,3 +203,61 @@ def test_a_weight_of_one_row_takes_the_axis_away() -> None:
     model.register_buffer("row", torch.linspace(-1, 1, CHANNELS))
     fused = check(model)
     assert counts(fused) == (2, 0)  # the convolution, and the product with one row
+
+
+# Ranks that nothing tells; writes that something else sees
+
+
+class Frozen(nn.Module):
+    """A BatchNorm as arithmetic on its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, least in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
+            self.register_buffer(name, torch.rand(6) + least)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (v.reshape(1, -1, 1, 1) for v in self.buffers())
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+BATCHED = {
+    "images": (nn.Sequential(nn.Conv2d(4, 6, 3), nn.SyncBatchNorm(6)), (2, 4, 7, 6)),
+    "sequences": (nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)), (2, 4, 7)),
+    "functional": (
+        Net(lambda m, x: F.batch_norm(m.conv(x), m.mean, m.var), conv=nn.Conv2d(4, 6, 3)).eval(),
+        (2, 4, 7, 6),
+    ),
+    "arithmetic": (nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), Frozen(), nn.ReLU()), (2, 4, 7, 6)),
+}
+BATCHED["functional"][0].register_buffer("mean", torch.randn(6))
+BATCHED["functional"][0].register_buffer("var", torch.rand(6) + 0.5)
+
+
+@pytest.mark.parametrize("kind", BATCHED)
+def test_a_convolution_without_examples_is_given_a_batch(kind: str) -> None:
+    model, shape = ready(BATCHED[kind][0]), BATCHED[kind][1]
+    x = torch.randn(shape)
+    for given in (None, x):
+        fused = fuse_fx(model, given, verify="full" if given is not None else "region")
+        assert report(fused).after.conv == 1
+        assert report(fused).after.batchnorm == 0
+        assert not any(str(n.target).endswith(("add", "mul")) for n in fused.graph.nodes)
+        with torch.no_grad():
+            assert relative_error(fused(x), model(x)) < 1e-5
+        with pytest.raises(AssertionError, match=f"must have {len(shape)} axes"):
+            fused(x[0])
+
+
+@pytest.mark.parametrize("kind", ["input", "view", "private"])
+def test_what_is_added_in_place_folds(kind: str) -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        y = x if kind == "input" else F.relu(x)
+        first = y[:, :2] if kind == "view" else x
+        y += m.body(y)
+        return F.relu(y), first
+
+    fused = check(Net(run, body=conv_bn()))
+    assert counts(fused) == (1, 0)
+    assert any(n.target is operator.iadd for n in fused.graph.nodes) == (kind != "private")
