@@ -297,7 +297,7 @@ def test_other_padding_modes_are_no_branches_of_a_kernel(mode: str) -> None:
     model = Net(lambda m, x: m.a(x) + m.b(x), a=conv_bn(padding_mode=mode), b=conv_bn(1))
     fused = check(model)
     assert counts(fused) == (2, 0)
-    assert mode in reasons(fused)
+    assert "its parts start from different values" in reasons(fused)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
