@@ -530,7 +530,7 @@ def test_a_wrong_rewrite_that_regions_miss_is_caught_end_to_end(
     outcome = run("fuse", model, model.with_name(OUT))
     assert (outcome.code, outcome.out) == (1, "")
     (line,) = outcome.err.splitlines()
-    assert line.startswith("reparamc: region 'norm' of the rewritten model")
+    assert line.startswith("reparamc: region 'norm' of the fused model")
     assert contents(model.parent) == before
 
 

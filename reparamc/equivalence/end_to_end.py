@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from reparamc.algebra.equal import largest_by_channel
 from reparamc.algebra.expr import Array
-from reparamc.equivalence.difference import Difference, Outputs, difference, differences, tolerance
-from reparamc.errors import VerificationError
+from reparamc.equivalence.difference import Difference, Outputs, difference, tolerance
+from reparamc.equivalence.pair import BrokenError, Comparison, Pair
+from reparamc.errors import VerificationError, one_line
 from reparamc.report.data import OutputError
 
 CHAOS = 0.1
@@ -56,27 +59,61 @@ class Alone:
     noises: Sequence[Outputs]
 
 
+def compare_models(
+    pair: Pair,
+    trials: Iterable[tuple[Any, Outputs]],
+    epsilon: Callable[[npt.NDArray, Any], float],
+    regions: Sequence[Region] = (),
+    alone: Callable[[Any], Alone | None] = lambda inputs: None,
+) -> list[OutputError]:
+    """A result against its original on inputs and what the original makes of them; see `compare_outputs`.
+
+    Returns:
+        One entry per output, and per region where they were compared, for the inputs that came closest to what is
+        allowed.
+
+    Raises:
+        VerificationError: the result does not run, or differs; names the region that is wrong, or else the output.
+    """
+    worst: dict[tuple[str, bool], OutputError] = {}
+    for inputs, expected in trials:
+        try:
+            compared = pair.compare(inputs, expected)
+        except BrokenError as error:
+            why = one_line(error.__cause__ or error)
+            raise VerificationError(
+                f"the fused model does not run: {why}; nothing was written. {REPORT}", where="output"
+            ) from error.__cause__
+        judge = partial(_judged, epsilon, inputs)
+        for entry in compare_outputs(compared, judge, regions, partial(alone, inputs)):
+            before = worst.setdefault((entry.output, entry.alone), entry)
+            if entry.closeness > before.closeness:
+                worst[entry.output, entry.alone] = entry
+    return list(worst.values())
+
+
+def _judged(epsilon: Callable[[npt.NDArray, Any], float], inputs: Any, output: npt.NDArray) -> float:
+    return epsilon(output, inputs)
+
+
+REPORT = "Report this as a bug, with the model"
+
+
 def compare_outputs(
-    expected: Outputs,
-    actual: Outputs,
-    noises: Sequence[Outputs],
+    compared: Comparison,
     epsilon: Callable[[npt.NDArray], float],
-    message: Callable[[str, float, float], str],
     regions: Sequence[Region] = (),
     alone: Callable[[], Alone | None] = lambda: None,
 ) -> list[OutputError]:
     """Every output of a result against that of the original, held to the original's own noise.
 
     Where an output differs by more, or its noise is so large that the comparison says little, every region is compared
-    by itself, fed with the original's own values. That finds the region that is wrong. Where none is, rounding is all
-    there is to the difference: an output whose noise is `CHAOS` or more is then accepted, and so are whole
-    numbers (a maximum's place) that come out the same when they are fed with the original's values.
+    by itself, fed with the original's own values. That finds the region that is wrong. Where none is, and the outputs
+    are the same when they are fed with the original's values, rounding is all there is to the difference: some step
+    between makes another discrete choice (a quantizer, a rounding, a comparison, a maximum's place), or amplifies it.
 
     Args:
-        noises: outputs of the original for perturbed inputs. One perturbation may be absorbed by
-            rounding or a saturated layer, so give several.
         epsilon: the machine epsilon that an output is judged by.
-        message: the error, from the output's name, its relative difference, and what is allowed.
         regions: what was rewritten, in execution order.
         alone: runs both models with each region fed; None where that cannot be done.
 
@@ -87,40 +124,60 @@ def compare_outputs(
         VerificationError: the structures differ, or an output by more than rounding explains; names the first region
             that is wrong, or the output if none is.
     """
-    entries: list[OutputError] = []
-    unsure: list[tuple[OutputError, Difference, bool]] = []
-    compared = differences(expected, actual)
-    if compared is None:
+    if compared.found is None:
         raise VerificationError("the fused model returns another structure than the original", where="output")
-    for name, found in compared.items():
-        reference = expected[name]
-        noise = max(difference(reference, n[name]).max_rel for n in noises)
-        eps = epsilon(reference)
-        allowed = tolerance(noise if np.isfinite(noise) else 0.0, eps)
-        entry = OutputError(name, found.max_abs, found.max_rel, allowed)
+    entries: list[OutputError] = []
+    unsure: list[tuple[OutputError, Difference]] = []
+    for name, found in compared.found.items():
+        entry, sure = _entry(compared, name, found, epsilon)
         entries.append(entry)
-        shaped = found.same_kind or (found.same_shape and not np.isfinite(noise))
-        chaotic = shaped and not noise <= CHAOS and found.rounds
-        if chaotic or not found.within(allowed) or allowed > max(WEAK, 16 * eps):
-            unsure.append((entry, found, chaotic))
+        if not sure:
+            unsure.append((entry, found))
     if not unsure:
         return entries
     seen = alone() if regions else None
     judged = [] if seen is None else compare_regions(seen, regions, epsilon)
-    for entry, found, chaotic in unsure:
-        if seen is not None and chaotic:
-            entries[entries.index(entry)] = replace(entry, tolerance=None)
-            continue
-        whole = expected[entry.output].dtype.kind in "biu"
-        if whole and seen is not None and np.array_equal(seen.expected[entry.output], seen.actual[entry.output]):
-            continue
+    for entry, found in unsure:
         assert entry.tolerance is not None
-        if not found.within(entry.tolerance):
-            text = message(entry.output, entry.max_rel, entry.tolerance)
-            if judged:
-                text += ". No region differs by itself"
-            raise VerificationError(text, where=entry.output)
+        if seen is not None and found.same_shape and found.same_dtype and _same_when_fed(seen, entry):
+            entries[entries.index(entry)] = replace(entry, tolerance=None)
+        elif not (found.within(entry.tolerance) and found.same_dtype):
+            text = f"output {entry.output!r} of the fused model {_what(found, entry.tolerance)}; nothing was written"
+            raise VerificationError(
+                f"{text}{'. No region differs by itself' if judged else ''}. {REPORT}", where=entry.output
+            )
     return entries + judged
+
+
+def _entry(
+    compared: Comparison, name: str, found: Difference, epsilon: Callable[[npt.NDArray], float]
+) -> tuple[OutputError, bool]:
+    """How far an output differs and what is allowed, and whether that settles it."""
+    if not found.arrays:
+        return OutputError(name, found.max_abs, found.max_rel, 0.0), found.equal
+    reference, eps = found.expected, epsilon(found.expected)
+    responses = (r.get(name) for r in compared.responses())
+    noise = max((difference(reference, response).max_rel for response in responses), default=0.0)
+    allowed = tolerance(noise if np.isfinite(noise) else 0.0, eps)
+    entry = OutputError(name, found.max_abs, found.max_rel, allowed)
+    chaotic = found.rounds and not noise <= CHAOS
+    return entry, found.within(allowed) and found.same_dtype and not chaotic and allowed <= max(WEAK, 16 * eps)
+
+
+def _same_when_fed(seen: Alone, entry: OutputError) -> bool:
+    """Whether an output is the same when all regions before it are fed with the original's values."""
+    if entry.output not in seen.actual:
+        return False
+    return difference(seen.expected[entry.output], seen.actual[entry.output]).within(entry.tolerance or 0.0)
+
+
+def _what(found: Difference, allowed: float) -> str:
+    if not found.same_shape:
+        return "has another shape or value than that of the original"
+    if not found.same_dtype:
+        return f"is of {found.actual.dtype}, that of the original of {found.expected.dtype}"
+    of = "relative to its largest value" if found.rounds else "of its entries"
+    return f"differs by {found.max_rel:.2g} {of}, {allowed:.1g} is what rounding explains"
 
 
 def compare_regions(
@@ -141,9 +198,9 @@ def compare_regions(
         entries.append(OutputError(region.where, gap, error, allowed, alone=True))
         if not error <= allowed:
             raise VerificationError(
-                f"region {region.where!r} of the rewritten model gives something else than the original makes of the "
+                f"region {region.where!r} of the fused model gives something else than the original makes of the "
                 f"same operands: it differs by {error:.2g} relative to the largest value of a channel, {allowed:.1g} "
-                "is what rounding explains; nothing was written. Report this as a bug, with the model",
+                f"is what rounding explains; nothing was written. {REPORT}",
                 where=region.where,
                 before=region.before,
                 after=region.after,

@@ -149,6 +149,10 @@ SHORT_LIMIT = 16
 GUESSES = (32, 64, 224, 256, 128, 16, 8, 4, 3, 2, 1)
 """Extents tried for what may vary, until the original takes one."""
 SMALL = (1, 2, 3, 5, 7)
+SIZES = (7, 1, 2, 3, 4, 5, 8, 9, 13, 16)
+"""Of one axis, beside that of an example: odd first, and then all that is small."""
+HALVED = 64
+"""Sizes from here on are about halved where another one is tried, so that this costs little."""
 
 
 class TooLarge(InputError):
@@ -313,6 +317,14 @@ def _sizes(names: Mapping[str, bool], base: Mapping[str, int]) -> Iterator[dict[
     for small in SMALL:
         yield {name: 1 if is_batch else small for name, is_batch in names.items()}
     yield {name: 2 if is_batch else SMALL[at % len(SMALL)] for at, (name, is_batch) in enumerate(names.items())}
+
+
+def another_shape(shape: Sequence[int], channels: int) -> tuple[int, ...]:
+    """A larger batch, and all axes of the other parity but for the first and that of the ``channels``."""
+    return tuple(
+        n + 1 if axis == 0 else n if axis == channels else n + 1 if n < HALVED else n // 2 + (n // 2 - n + 1) % 2
+        for axis, n in enumerate(shape)
+    )
 
 
 class NoHypothesis(ImportError):

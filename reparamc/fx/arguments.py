@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from reparamc.errors import InputError, one_line
-from reparamc.fx.end_to_end import run
+from reparamc.fx.runnable import run
 from reparamc.fx.trace import fixed_arguments
 
 

@@ -26,10 +26,11 @@ from reparamc.equivalence.end_to_end import Alone
 from reparamc.errors import InputError
 from reparamc.fx.arguments import arguments_of, bound_to, examples_of, tried
 from reparamc.fx.calls import operation
-from reparamc.fx.end_to_end import named, nudged, own_randomness, verify_end_to_end
+from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.graph import FxGraph
 from reparamc.fx.regions_alone import by_position, run_alone
-from reparamc.fx.trace import copied, followed
+from reparamc.fx.runnable import own_randomness, unchanged
+from reparamc.fx.trace import followed
 from reparamc.report.data import Counts, Origin, Report, Rewrite
 from reparamc.report.record import records_of
 
@@ -106,7 +107,7 @@ def fuse_module(
                 positional = by_position(original, args, kwargs)
                 if positional is None:
                     return None
-                return run_alone(original, fused, regions, places, positional, named, nudged)
+                return run_alone(original, fused, regions, places, positional)
 
             report.end_to_end = verify_end_to_end(model, fused, *call, expected, regions, alone, resize=not note)
             report.seconds["verification"] = perf_counter() - done
@@ -183,12 +184,12 @@ def _of_runs(
     traced: fx.GraphModule,
     args: Sequence[Any] | None,
 ) -> dict[str, ShapeT]:
-    """What ``ask`` learns from running a copy, because forward may update buffers; nothing where it does not run."""
+    """What ``ask`` learns from running ``traced``; nothing where it does not run."""
     if args is None:
         return {}
-    with own_randomness(model), torch.no_grad():
+    with unchanged(traced), own_randomness(model), torch.no_grad():
         try:
-            return ask(cast(fx.GraphModule, copied(traced)), args)
+            return ask(traced, args)
         except Exception:  # whatever the model's forward raises; the comparison will say so
             return {}
 

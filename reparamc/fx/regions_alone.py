@@ -7,19 +7,16 @@ from one to the next, however the model amplifies rounding.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from reparamc.equivalence.end_to_end import Alone, Region
-
-Named = dict[str, np.ndarray]
+from reparamc.fx.runnable import array, own_randomness, perturbed, plain, unchanged
 
 
 def run_alone(
@@ -28,8 +25,6 @@ def run_alone(
     regions: Sequence[Region],
     places: Mapping[str, str],
     args: Sequence[Any],
-    named: Callable[[Any], Named],
-    perturbed: Callable[[Any, int], Any],
 ) -> Alone | None:
     """Every region, and every output, from the values that the original has in front of it; None if either cannot run.
 
@@ -37,8 +32,6 @@ def run_alone(
         original: the graph before fusion, its nodes named as then.
         places: the name of the node in ``fused`` that stands for each root.
         args: what the graphs are called with, by position.
-        named: the tensors of a result, or of a mapping, as arrays by name.
-        perturbed: tensors changed at rounding level, by a seed.
     """
     there = {node.name for node in original.graph.nodes}, {node.name for node in fused.graph.nodes}
     roots = [r.root for r in regions if places.get(r.root) in there[1]]  # others have become dead
@@ -51,32 +44,30 @@ def run_alone(
         at.setdefault(places[root], []).append(root)
     try:
         result, values = _interpreted(original, here, {}, args)
-        expected = named(result) | _arrays(values, named)
+        expected = plain(result) | _arrays(values)
         result, found = _interpreted(fused, at, {root: values[root] for root in roots}, args)
-        actual = named(result) | _arrays(found, named)
+        actual = plain(result) | _arrays(found)
         noises = []
         for seed in range(2):
             given = perturbed({v: values[v] for v in operands}, seed)
             result, found = _interpreted(original, here, given, args)
-            noises.append(named(result) | _arrays(found, named))
+            noises.append(plain(result) | _arrays(found))
     except Exception:  # whatever a graph raises in which values are replaced
         return None
     return Alone(expected, actual, noises)
 
 
-def _arrays(values: Mapping[str, Tensor], named: Callable[[Any], Named]) -> Named:
-    return {name: next(iter(named(value).values())) for name, value in values.items()}
+def _arrays(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: array(value) for name, value in values.items()}
 
 
 def _interpreted(
     module: fx.GraphModule, roots: Mapping[str, Sequence[str]], given: Mapping[str, Tensor], args: Sequence[Any]
 ) -> tuple[Any, dict[str, Tensor]]:
     """The result of ``module``, and what it computes at ``roots`` before that is replaced by what is ``given``."""
-    run = _Interpreter(copy.deepcopy(module), roots, given)  # forward may update buffers
     args = pytree.tree_map_only(Tensor, Tensor.clone, list(args))
-    devices = {t.device.index or 0 for t in module.parameters() if t.is_cuda}
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-        torch.manual_seed(0)
+    with unchanged(module), torch.no_grad(), own_randomness(module):
+        run = _Interpreter(module, roots, given)
         return run.run(*args), run.found
 
 

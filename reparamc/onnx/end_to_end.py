@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import onnx
 from onnx import ModelProto
 
-from reparamc.equivalence.end_to_end import Alone, Region, compare_outputs
-from reparamc.errors import VerificationError, one_line
+from reparamc.equivalence.end_to_end import Region, compare_models
+from reparamc.equivalence.pair import Pair
+from reparamc.equivalence.trials import GUESSES
 from reparamc.onnx.regions_alone import run_alone
-from reparamc.onnx.session import GUESSES, Run, epsilon, has_open_extents, perturbed, random_inputs, session, working
+from reparamc.onnx.session import Run, epsilon, has_open_extents, random_inputs, session, working
 from reparamc.onnx.values import FLOATS
 from reparamc.report.data import OutputError
 
@@ -36,21 +37,11 @@ def verify_end_to_end(
             wrong, or else the output.
         InputError: ONNX Runtime cannot run the original.
     """
-    worst: dict[tuple[str, bool], OutputError] = {}
     with session(original, "the model") as run_original, session(result, "the rewritten model") as run_result:
-        for inputs, expected in _trials(original, run_original, seed):
-            alone = partial(_alone, original, result, regions, inputs, seed)
-            for error in _compared(run_original, run_result, inputs, expected, seed, regions, alone):
-                before = worst.setdefault((error.output, error.alone), error)
-                if error.closeness > before.closeness:
-                    worst[error.output, error.alone] = error
-    return list(worst.values())
-
-
-def _alone(
-    original: ModelProto, result: ModelProto, regions: Sequence[Region], inputs: dict[str, np.ndarray], seed: int
-) -> Alone | None:
-    return run_alone(original, result, regions, inputs, seed)
+        pair = Pair(run_original, run_result, seed=seed)
+        trials = _trials(original, run_original, seed)
+        alone = partial(run_alone, original, result, regions, seed=seed)
+        return compare_models(pair, trials, epsilon, regions, alone)
 
 
 def _trials(model: ModelProto, run: Run, seed: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
@@ -77,32 +68,3 @@ def _other_defaults(model: ModelProto, seed: int) -> dict[str, np.ndarray]:
     given = [t for t in model.graph.initializer if t.name in names and t.data_type in FLOATS]
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in given}
     return {name: np.asarray(a * rng.uniform(0.5, 1.5, a.shape)).astype(a.dtype) for name, a in arrays.items()}
-
-
-def _compared(
-    run_original: Run,
-    run_result: Run,
-    inputs: dict[str, np.ndarray],
-    expected: dict[str, np.ndarray],
-    seed: int,
-    regions: Sequence[Region],
-    alone: Callable[[], Alone | None],
-) -> list[OutputError]:
-    noises = [run_original(perturbed(inputs, seed + n)) for n in range(3)]
-    try:
-        actual = run_result(inputs)
-    except Exception as error:  # as above
-        raise VerificationError(
-            f"the rewritten model does not run: {one_line(error)}; nothing was written. "
-            "Report this as a bug, with the model",
-            where="output",
-        ) from error
-
-    def message(name: str, differs: float, allowed: float) -> str:
-        return (
-            f"output {name!r} of the rewritten model differs by {differs:.2g} relative to its largest value, "
-            f"{allowed:.1g} is what rounding explains; nothing was written. Report this as a bug, with the model"
-        )
-
-    judge = lambda output: epsilon(output, inputs)  # noqa: E731
-    return compare_outputs(expected, actual, noises, judge, message, regions, alone)

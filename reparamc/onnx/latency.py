@@ -10,6 +10,7 @@ from time import perf_counter
 import numpy as np
 from onnx import ModelProto
 
+from reparamc.equivalence.trials import GUESSES
 from reparamc.errors import InputError
 from reparamc.onnx.session import first_working_inputs, session
 from reparamc.report.data import Latency
@@ -21,7 +22,7 @@ FEWEST, MOST = 21, 201
 BUDGET = 5.0
 """Seconds that the counted turns should take."""
 CONFIDENCE = 0.95
-EXTENTS = (224, 256, 128, 64, 32, 16, 8)
+EXTENTS = (224, *GUESSES)
 """Extents tried for the unknown axes of an input: an ordinary image first, and not the smallest that runs."""
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from onnx import ModelProto, ValueInfoProto, helper
 
 from reparamc.equivalence.end_to_end import Alone, Region
-from reparamc.onnx.session import perturbed, session
+from reparamc.equivalence.pair import perturbed
+from reparamc.onnx.session import session
 from reparamc.onnx.values import defined_names
 
 

@@ -15,16 +15,12 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from reparamc.algebra.dtypes import epsilon_of, is_floating
-from reparamc.equivalence.difference import nudged
-from reparamc.equivalence.trials import TooLarge, check_size
+from reparamc.equivalence.trials import GUESSES, TooLarge, check_size
 from reparamc.errors import InputError, one_line
 from reparamc.onnx.values import forget_negative_sizes, known_size
 
 FILE_LIMIT = 2**31 - 2**20
 """A serialised model beyond this many bytes keeps its weights in a file beside it."""
-
-GUESSES = (32, 64, 224, 256, 128, 16, 8)
-"""Extents tried for the unknown axes of an input, behind the first."""
 
 
 MOST_ELEMENTS = 2**23
@@ -235,12 +231,6 @@ def _demanded(node: NodeProto, weight: Sequence[int]) -> tuple[int, int] | None:
             return -1, weight[-2]
         case _:
             return None
-
-
-def perturbed(inputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """``inputs`` with every floating entry moved by one rounding, up or down."""
-    rng = np.random.default_rng(seed)
-    return {name: nudged(x, rng) for name, x in inputs.items()}
 
 
 def epsilon(output: np.ndarray, inputs: Mapping[str, np.ndarray]) -> float:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
 from reparamc.algebra.dtypes import epsilon_of
-from reparamc.equivalence.difference import Difference, differences, noise_of, nudged, ulps
+from reparamc.equivalence.difference import Difference, ulps
 from reparamc.equivalence.difference import tolerance as explained
+from reparamc.equivalence.pair import BrokenError, Comparison, Pair, RefusedError
+from reparamc.equivalence.runnable import Domain, NoArrayError, Runnable, Tree, leaves
 from reparamc.errors import InputError, one_line
-from reparamc.testing.inputs import Domain, Host, NoArrayError, Tree, arrays_of, host_of, leaves, mapped
-
-PERTURBATIONS = 3
-"""One may be absorbed by rounding or by a saturated layer."""
+from reparamc.testing.inputs import arrays_of, runnable_of
 
 
 def assert_equivalent(
@@ -58,7 +57,7 @@ def assert_equivalent(
     tensors = torch is not None and any(
         isinstance(v, torch.nn.Module | torch.Tensor) for v in (a, b, *(leaf for i in given for _, leaf in leaves(i)))
     )
-    pair = _Pair(host_of(a, tensors), host_of(b, tensors), tolerance, check_dtype, seed)
+    pair = _Pair(runnable_of(a, tensors), runnable_of(b, tensors), tolerance, check_dtype, seed)
     if hasattr(inputs, "example") and hasattr(inputs, "filter"):
         _on_strategy(pair, inputs, examples)
         return
@@ -76,12 +75,12 @@ def check_tolerance(tolerance: float | None) -> None:
         raise InputError(f"a tolerance cannot be {tolerance:g}: give 0 or more, or None for what rounding explains")
 
 
-def _domain(*hosts: Host) -> Domain:
+def _domain(*sides: Runnable) -> Domain:
     """What inputs the first side takes that tells."""
     failure = InputError("neither of two functions tells what inputs it takes; give inputs")
-    for host in hosts:
+    for side in sides:
         try:
-            if (domain := host.domain(None)) is not None:
+            if (domain := side.domain(None)) is not None:
                 return domain
         except InputError as error:
             failure = error
@@ -107,70 +106,65 @@ def _on_strategy(pair: _Pair, strategy: Any, examples: int) -> None:
 
 @dataclass(frozen=True)
 class _Pair:
-    a: Host
-    b: Host
+    a: Runnable
+    b: Runnable
     tolerance: float | None
     check_dtype: bool
     seed: int
 
     def compare(self, inputs: Tree, which: str) -> None:
         inputs = arrays_of(inputs)
-        try:
-            expected = _called(self.a, inputs, self)
-        except NoArrayError as error:
-            raise InputError(f"a, {self.a.kind}, returns {error}") from error
-        except InputError:
-            raise
-        except Exception as error:  # whatever the user's model raises
-            raise InputError(f"a, {self.a.kind}, does not run on {_sizes(inputs)}: {one_line(error)}") from error
         head = [f"  a          {self.a.kind}", f"  b          {self.b.kind}", f"  inputs     {_sizes(inputs)}{which}"]
+        flat = self.a.flat or self.b.flat
+        pair = Pair(lambda x: self._called("a", x), lambda x: self._called("b", x), not flat, self.seed)
         try:
-            actual = _called(self.b, inputs, self)
-        except NoArrayError as error:
-            raise InputError(f"b, {self.b.kind}, returns {error}") from error
-        except Exception as error:  # the same of the other model
-            raise AssertionError(
-                "\n".join(["b does not run where a does", *head, f"  error      {one_line(error)}"])
-            ) from error
-        found = differences(expected, actual, by_name=not (self.a.flat or self.b.flat))
-        if found is None:
-            lines = [f"  {side} returns  {len(v)}: {', '.join(v)}" for side, v in (("a", expected), ("b", actual))]
+            compared = pair.compare(inputs)
+        except RefusedError as error:
+            why = one_line(error.__cause__ or error)
+            raise InputError(f"a, {self.a.kind}, does not run on {_sizes(inputs)}: {why}") from error.__cause__
+        except BrokenError as error:
+            why = f"  error      {one_line(error.__cause__ or error)}"
+            raise AssertionError("\n".join(["b does not run where a does", *head, why])) from error.__cause__
+        if compared.found is None:
+            sides = ("a", compared.expected), ("b", compared.actual)
+            lines = [f"  {side} returns  {len(v)}: {', '.join(v)}" for side, v in sides]
             raise AssertionError("\n".join(["b returns another structure than a", *head, *lines]))
-        responses: list[dict[str, Any]] = []
-        for name, d in found.items():
+        for name, d in compared.found.items():
             lines = _kinds(d, self.check_dtype)
             if not lines and not d.equal:
-                allowed = self.tolerance
-                if allowed is None and d.rounds:
-                    responses = responses or [self._perturbed(inputs, n) for n in range(PERTURBATIONS)]
-                    epsilon = max([self.a.epsilon, epsilon_of(d.expected.dtype), *_epsilons(inputs)])
-                    allowed = explained(noise_of(d.expected, [r[name] for r in responses if name in r]), epsilon)
-                lines = _values(d, allowed or 0.0, self.tolerance is None)
+                lines = _values(d, self._allowed(compared, name, d), self.tolerance is None)
             if lines:
                 output = f"  output     {_described(name, d.expected)}"
                 raise AssertionError("\n".join(["b differs from a", *head, output, *lines]))
 
-    def _perturbed(self, inputs: Tree, seed: int) -> dict[str, Any]:
-        """What ``a`` makes of inputs that are changed at rounding level."""
-        rng = np.random.default_rng(self.seed + seed)
-        return _called(self.a, mapped(lambda array: nudged(array, rng), inputs), self)
+    def _allowed(self, compared: Comparison, name: str, d: Difference) -> float:
+        if self.tolerance is not None or not d.rounds:
+            return self.tolerance or 0.0
+        epsilon = max([self.a.epsilon, epsilon_of(d.expected.dtype), *_epsilons(compared.inputs)])
+        return explained(compared.noise(name), epsilon)
 
+    def _called(self, side: str, inputs: Tree) -> dict[str, Any]:
+        """The results of a side: by name if it knows those of the inputs, else in the order of the one that does."""
+        runnable = self.a if side == "a" else self.b
+        try:
+            args, kwargs = self._arguments(runnable.names, inputs)
+            return dict(runnable(args, kwargs))
+        except NoArrayError as error:
+            raise InputError(f"{side}, {runnable.kind}, returns {error}") from error
 
-def _called(host: Host, inputs: Tree, pair: _Pair) -> dict[str, Any]:
-    """The results of ``host``: by name if it knows the names of the inputs, else in the order of the side that does."""
-    names = host.names
-    if isinstance(inputs, Mapping):
-        if names is None or set(inputs) <= set(names):
-            return dict(host((), inputs))
-        for order in (pair.a.names, pair.b.names):
-            if order and set(inputs) <= set(order):
-                return dict(host([inputs[n] for n in order if n in inputs], {}))
-        raise InputError(f"no side has inputs named {', '.join(map(repr, inputs))}")
-    args = inputs if isinstance(inputs, tuple) else (inputs,)
-    first = pair.a.names
-    if first and names and first != names and set(first) == set(names) and len(args) <= len(first):
-        return dict(host((), dict(zip(first, args, strict=False))))
-    return dict(host(args, {}))
+    def _arguments(self, names: tuple[str, ...] | None, inputs: Tree) -> tuple[Sequence[Tree], Mapping[str, Tree]]:
+        if isinstance(inputs, Mapping):
+            if names is None or set(inputs) <= set(names):
+                return (), inputs
+            for order in (self.a.names, self.b.names):
+                if order and set(inputs) <= set(order):
+                    return [inputs[n] for n in order if n in inputs], {}
+            raise InputError(f"no side has inputs named {', '.join(map(repr, inputs))}")
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        first = self.a.names
+        if first and names and first != names and set(first) == set(names) and len(args) <= len(first):
+            return (), dict(zip(first, args, strict=False))
+        return args, {}
 
 
 # What differs

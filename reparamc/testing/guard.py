@@ -125,7 +125,6 @@ class _Outcome:
 
 def _fuse_torch(model: Any, example: Any, seed: int | None, options: Mapping[str, Any]) -> _Outcome:
     from reparamc.fx.fuse import fuse_fx
-    from reparamc.testing.fx_host import layers
 
     try:
         original = copy.deepcopy(model).eval()
@@ -137,7 +136,7 @@ def _fuse_torch(model: Any, example: Any, seed: int | None, options: Mapping[str
         positional = example if not isinstance(example, Mapping) else None
         randomize_layer_scales(randomize_batchnorm(original, seed, positional), seed)
     result = fuse_fx(original, example, **options)
-    linear, norms = layers(original)
+    linear, norms = _layers_of_module(original)
     parts = frozenset(name for name, _ in original.named_modules())
     name = type(model).__name__
     return _Outcome(name, original, result, result.meta["reparamc"], example, linear, norms, parts, ".")
@@ -145,17 +144,44 @@ def _fuse_torch(model: Any, example: Any, seed: int | None, options: Mapping[str
 
 def _fuse_onnx(model: Any, example: Any, seed: int | None, options: Mapping[str, Any]) -> _Outcome:
     from reparamc.onnx.fuse import fuse_model
-    from reparamc.testing.onnx_host import OnnxHost, layers
+    from reparamc.onnx.runnable import OnnxRunnable
 
-    host = OnnxHost(model)
-    original = host.model
-    domain = host.domain(example)
+    runnable = OnnxRunnable(model)
+    original = runnable.model
+    domain = runnable.domain(arrays_of(example))
     if seed is not None:
         inputs = domain.example() if example is None else arrays_of(example)
         original = randomize_batchnorm(original, seed, inputs)
     result, report = fuse_model(original, **options)
     name = Path(model).name if isinstance(model, str | os.PathLike) else "the ONNX model"
-    return _Outcome(name, original, result, report, example, *layers(original), None, "/.")
+    return _Outcome(name, original, result, report, example, *_layers_of_model(original), None, "/.")
+
+
+def _layers_of_model(model: Any) -> tuple[Counter[str], Counter[str]]:
+    """The names of all convolutions and linear layers, and of all BatchNorms; for want of one, that of the output."""
+    named = [(node.name or node.output[0], node.op_type) for node in model.graph.node]
+    linear = Counter(name for name, kind in named if kind in ("Conv", "ConvTranspose", "Gemm", "MatMul"))
+    return linear, Counter(name for name, kind in named if kind == "BatchNormalization")
+
+
+def _layers_of_module(module: Any) -> tuple[Counter[str], Counter[str]]:
+    """How often each convolution and linear layer is called, and each BatchNorm; once where torch.fx cannot tell."""
+    from torch import nn
+
+    from reparamc.fx.trace import trace
+
+    linear, norms = (nn.modules.conv._ConvNd, nn.Linear), nn.modules.batchnorm._BatchNorm
+    named = dict(module.named_modules())
+    try:
+        calls = Counter(str(n.target) for n in trace(copy.deepcopy(module)).graph.find_nodes(op="call_module"))
+    except InputError:
+        calls = Counter(dict.fromkeys(named, 1))
+    for name in named:  # inside a submodule that torch.fx calls as it is
+        parts = name.split(".")
+        if not calls[name] and any(".".join(parts[:n]) in calls for n in range(1, len(parts))):
+            calls[name] = 1
+    found = [Counter({n: calls[n] for n, m in named.items() if isinstance(m, kinds)}) for kinds in (linear, norms)]
+    return found[0], found[1]
 
 
 # What is wrong

@@ -22,12 +22,13 @@ from onnx import ModelProto
 from reparamc.certificate.onnx import certify_onnx
 from reparamc.certificate.proof import Certificate
 from reparamc.equivalence import trials
-from reparamc.equivalence.difference import CEILING, Difference, difference, differences, noise_of
+from reparamc.equivalence.difference import CEILING, Difference, difference
+from reparamc.equivalence.pair import PERTURBATIONS, BrokenError, Comparison, Pair, RefusedError
 from reparamc.equivalence.trials import Inputs, Space, Trial
 from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.onnx.check import check as check_model
 from reparamc.onnx.files import check_target, load
-from reparamc.onnx.session import Run, epsilon, perturbed, session
+from reparamc.onnx.session import Run, epsilon, session
 from reparamc.verify.arrays import read_inputs, write_inputs
 from reparamc.verify.interface import Interface, compare_interfaces
 from reparamc.verify.result import Disagreement, OutputCheck, Verification, check_output
@@ -52,9 +53,6 @@ EVIDENCE = Budget(2.5, 3.0)
 """Where inputs are what decides."""
 SECOND_OPINION = Budget(1.5, 1.0)
 """Where all is proven equal. The proof goes on beside the first runs, which makes these longer than they are alone."""
-
-PERTURBATIONS = 3
-"""Roundings of the input of which the worst response decides; one may be absorbed by a saturated layer."""
 
 SHOWN = 5
 """Windows of another form that are named."""
@@ -175,10 +173,6 @@ def _name(model: ModelOrPath, otherwise: str) -> str:
     return otherwise if isinstance(model, ModelProto) else os.fspath(model)
 
 
-class _Refused(Exception):
-    """The original does not run on these inputs."""
-
-
 @dataclass
 class _Clock:
     """How long the comparison may go on."""
@@ -223,6 +217,7 @@ class _Pair:
     def __init__(self, interface: Interface, original: Run, fused: Run, given: tuple[float, float] | None) -> None:
         self.interface = interface
         self._original, self._fused = original, fused
+        self._pair = Pair(self.original, self.fused)
         self._given = given
         self._typical: dict[str, float] = {}
         """The noise of each output on the first inputs, for the figures where none was needed to decide."""
@@ -230,41 +225,36 @@ class _Pair:
         """The largest magnitude of each output on the first inputs."""
 
     def original(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        try:
-            values = self._original.run(inputs)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise _Refused(one_line(error)) from error
-        return _flat(self.interface.outputs, values)
+        return _flat(self.interface.outputs, self._original.session.run(None, inputs))
 
     def fused(self, inputs: Inputs) -> dict[str, np.ndarray]:
         names = self.interface.inputs_in_fused
-        return _flat(self.interface.outputs, self._fused.run({names[n]: x for n, x in inputs.items()}))
+        return _flat(self.interface.outputs, self._fused.session.run(None, {names[n]: x for n, x in inputs.items()}))
 
     def compare(self, inputs: Inputs) -> tuple[_Comparison, float]:
         """Both models on ``inputs``, and the seconds that running both took.
 
         Raises:
-            _Refused: the original does not take them.
+            RefusedError: the original does not take them.
             InputError: the original has outputs that are no tensors, or gives other ones each time.
         """
         start = perf_counter()
-        expected = self.original(inputs)
         try:
-            actual = self.fused(inputs)
-        except InputError:
-            raise
-        except Exception as error:  # as above
-            why = f"the fused model refuses an input that the original takes: {one_line(error)}"
+            compared = self._pair.compare(inputs)
+        except BrokenError as error:
+            why = f"the fused model refuses an input that the original takes: {one_line(error.__cause__ or error)}"
             return _Comparison([], why), perf_counter() - start
         took = perf_counter() - start
-        found = differences(expected, actual)
-        if found is None:
+        if compared.found is None:
             return _Comparison([], "the fused model gives another number of values in a sequence"), took
+        return self._judged(inputs, compared, compared.found), took
+
+    def _judged(self, inputs: Inputs, compared: Comparison, found: Mapping[str, Difference]) -> _Comparison:
         self._sizes = self._sizes or {name: d.size for name, d in found.items()}
         checks = self._checks(inputs, found, {})
         fails = any(c.problem for c in checks)
         if fails or not self._typical:
-            noise = self._measure_noise(inputs, expected, PERTURBATIONS if fails else 1)
+            noise = {name: compared.noise(name, PERTURBATIONS if fails else 1) for name in found}
             checks = self._checks(inputs, found, noise)
             self._typical = self._typical or noise
         else:
@@ -272,18 +262,18 @@ class _Pair:
         bad = next((c for c in checks if c.problem), None)
         sensitive = any(c.allowed is not None and c.allowed >= CEILING for c in checks)
         if bad is None:
-            empty = not any(value.size for value in expected.values())
-            return _Comparison(checks, "", sensitive=sensitive, empty=empty), took
+            empty = not any(value.size for value in compared.expected.values())
+            return _Comparison(checks, "", sensitive=sensitive, empty=empty)
         again = self.original(inputs)
-        for name, value in expected.items():
+        for name, value in compared.expected.items():
             if not difference(value, again[name]).equal:
                 raise InputError(
                     f"the original gives another output {name!r} each time it is run, so nothing compares with it; "
                     "does it hold random operators, such as Dropout in training mode?"
                 )
-        overflow = any(not np.isfinite(expected[name]).all() for name, d in found.items() if d.rounds)
+        overflow = any(not np.isfinite(d.expected).all() for d in found.values() if d.rounds)
         finite = all(np.isfinite(c.max_rel) for c in checks)
-        return _Comparison(checks, f"output {bad.output!r} {bad.problem}", overflow, sensitive and finite), took
+        return _Comparison(checks, f"output {bad.output!r} {bad.problem}", overflow, sensitive and finite)
 
     def _checks(
         self, inputs: Inputs, compared: Mapping[str, Difference], noise: Mapping[str, float]
@@ -294,14 +284,6 @@ class _Pair:
             floor = FLOOR * eps * self._sizes.get(name, 0.0)
             checks.append(check_output(name, found, noise.get(name, 0.0), eps, floor, self._given))
         return checks
-
-    def _measure_noise(self, inputs: Inputs, expected: Mapping[str, np.ndarray], times: int) -> dict[str, float]:
-        worst = dict.fromkeys(expected, 0.0)
-        for n in range(times):
-            response = self.original(perturbed(inputs, n))
-            for name, value in expected.items():
-                worst[name] = max(worst[name], noise_of(value, [response[name]] if name in response else []))
-        return worst
 
 
 def _flat(names: list[str], values: Sequence[Any]) -> dict[str, np.ndarray]:
@@ -343,8 +325,8 @@ class _Search:
         for label, arrays in sets:
             try:
                 comparison, _ = self.pair.compare(arrays)
-            except _Refused as error:
-                raise InputError(f"the original does not run on {label}: {error}") from error
+            except RefusedError as error:
+                raise InputError(f"the original does not run on {label}: {_cause(error)}") from error
             if comparison.empty:
                 raise InputError(
                     f"no output holds an element on {label}, so nothing is compared: the inputs are {_shapes(arrays)}; "
@@ -406,7 +388,7 @@ class _Search:
             if self.clock.allows_another():
                 self.pair.original(trials.make_inputs(self.pair.interface.inputs, trial))
                 return True
-        except (_Refused, trials.TooLarge):
+        except Exception:  # ONNX Runtime's exceptions share no base class
             self.result.refused += 1
         return False
 
@@ -418,8 +400,8 @@ class _Search:
             trial = replace(trial, seed=self.seed)
             try:
                 self._fails(trial, refuse=True)
-            except _Refused as error:
-                refused = refused or str(error)
+            except RefusedError as error:
+                refused = refused or _cause(error)
                 continue
             except trials.TooLarge as error:
                 too_large = error
@@ -451,7 +433,7 @@ class _Search:
         try:
             arrays = trials.make_inputs(self.pair.interface.inputs, trial)
             comparison, self.clock.last = self.pair.compare(arrays)
-        except (_Refused, trials.TooLarge):
+        except (RefusedError, trials.TooLarge):
             if refuse:
                 raise
             self.result.refused += 1
@@ -486,6 +468,10 @@ class _Search:
             except InputError as error:
                 self.result.notes.append(f"the failing input could not be saved: {error}")
         self.result.failure = Disagreement(comparison.problem, where, saved)
+
+
+def _cause(error: RefusedError) -> str:
+    return one_line(error.__cause__ or error)
 
 
 def _order(trial: Trial) -> tuple[object, ...]:

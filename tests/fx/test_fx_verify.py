@@ -101,7 +101,7 @@ def test_wrong_splice(
         certified = fuse_fx(model.to(dtype), x.to(dtype))
     assert certified.meta["reparamc"].certificate.rolled_back >= 1
     monkeypatch.setattr("reparamc.fx.host.certify_fx", lambda *_: Certificate((), 0, 0.0))
-    with pytest.raises(VerificationError, match=r"region '[02]\.1' of the rewritten model") as raised:
+    with pytest.raises(VerificationError, match=r"region '[02]\.1' of the fused model") as raised:
         fuse_fx(model.to(dtype), x.to(dtype))
     assert raised.value.where == "0.1" or dtype == torch.bfloat16  # where a small bias of the first does not show
     assert raised.value.before

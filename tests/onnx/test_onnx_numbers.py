@@ -321,7 +321,7 @@ def test_a_wrong_splice_is_caught_end_to_end(factor: float, monkeypatch: pytest.
     assert report.certificate.rolled_back == 1
     assert [f.check for f in report.failed] == ["certificate"]
     monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
-    with pytest.raises(VerificationError, match="region 'bn' of the rewritten model") as caught:
+    with pytest.raises(VerificationError, match="region 'bn' of the fused model") as caught:
         fuse_model(conv_bn())
     assert caught.value.where == "bn"
     assert "batchnorm" in caught.value.before.lower()

@@ -82,7 +82,7 @@ def test_a_calm_model_is_judged_by_its_outputs() -> None:
 @pytest.mark.parametrize("steepness", [CALM, CHAOTIC])
 def test_the_region_that_is_wrong_is_named(steepness: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty(monkeypatch, block, one_channel)
-    with pytest.raises(VerificationError, match=rf"region 'norm{block}' of the rewritten model") as raised:
+    with pytest.raises(VerificationError, match=rf"region 'norm{block}' of the fused model") as raised:
         fuse_model(chain(steepness))
     error = raised.value
     assert error.where == f"norm{block}"

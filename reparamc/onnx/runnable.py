@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,19 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, helper
 
+from reparamc.equivalence.difference import Outputs
+from reparamc.equivalence.runnable import Domain, Tree, bounds_of
 from reparamc.equivalence.trials import Slot
 from reparamc.errors import InputError
 from reparamc.onnx.files import load
 from reparamc.onnx.session import first_working_inputs, session
 from reparamc.onnx.values import attribute
-from reparamc.testing.inputs import Domain, Tree, arrays_of, bounds_of
 
 _COPY = "/read_by_pooling"
 """Behind the name of a value, the name of its copy among the outputs."""
 
 
-class OnnxHost:
+class OnnxRunnable:
     """A ModelProto, or the path of one."""
 
     flat = True
@@ -41,13 +41,12 @@ class OnnxHost:
             with session(_exposing(self.model, self._windows), "the model") as run:
                 self._run_windows = run
 
-    def __call__(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> list[tuple[str, Any]]:
+    def __call__(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> Outputs:
         feeds = dict(zip(self.names, args, strict=False)) | dict(kwargs)
-        return [(f"output {name!r}", value) for name, value in self._run(feeds).items()]
+        return {f"output {name!r}": value for name, value in self._run(feeds).items()}
 
     def runs(self, inputs: Tree) -> bool:
         """Whether the model takes these inputs, and no pooling window is larger than what it slides over."""
-        inputs = arrays_of(inputs)
         try:
             if not self._windows:
                 self((), inputs)
@@ -75,7 +74,6 @@ class OnnxHost:
     def _example(self, given: Any) -> dict[str, np.ndarray]:
         if given is None:
             return first_working_inputs(self.model, self._run, 0)[0]
-        given = arrays_of(given)
         if not isinstance(given, Mapping):
             given = dict(zip(self.names, given if isinstance(given, tuple | list) else (given,), strict=False))
         example = {name: np.asarray(value) for name, value in given.items()}
@@ -106,10 +104,3 @@ def _exposing(model: ModelProto, windows: list[tuple[str, np.ndarray, np.ndarray
         copy.graph.node.append(helper.make_node("Identity", [name], [f"{name}{_COPY}"]))
         copy.graph.output.append(helper.make_empty_tensor_value_info(f"{name}{_COPY}"))
     return copy
-
-
-def layers(model: ModelProto) -> tuple[Counter[str], Counter[str]]:
-    """The names of all convolutions and linear layers, and of all BatchNorms; for want of one, that of the output."""
-    named = [(node.name or node.output[0], node.op_type) for node in model.graph.node]
-    linear = Counter(name for name, kind in named if kind in ("Conv", "ConvTranspose", "Gemm", "MatMul"))
-    return linear, Counter(name for name, kind in named if kind == "BatchNormalization")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -15,42 +15,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from reparamc.equivalence.trials import Slot
-from reparamc.errors import InputError, one_line
-from reparamc.fx.trace import trace
-from reparamc.testing.inputs import Domain, NoArrayError, Tree, bounds_of, leaves, mapped
-
-_FIRST_EXTENTS = (16, 32, 64, 224)
+from reparamc.equivalence.difference import Outputs, nudged
+from reparamc.equivalence.runnable import Domain, NoArrayError, Tree, bounds_of, leaves
+from reparamc.equivalence.trials import GUESSES, Slot
+from reparamc.errors import InputError
 
 
-class TorchHost:
-    """A module in the mode it is in. Each call starts from the same buffers and the same random state."""
+class TorchRunnable:
+    """A module in the mode it is in. Each call starts from the same state and the same random numbers."""
 
     flat = False
 
     def __init__(self, module: nn.Module) -> None:
         self.kind = f"{type(module).__name__} (torch{', in training mode' if module.training else ''})"
         self.module = module
-        try:
-            self._copy = copy.deepcopy(module)
-        except Exception as error:  # whatever the attributes of the user's module raise
-            raise InputError(f"{type(module).__name__} cannot be copied: {one_line(error)}") from error
-        self._buffers = [(b, b.clone()) for b in self._copy.buffers()]
         parameters = inspect.signature(module.forward).parameters.values()
         variadic = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
         self.names = None if variadic else tuple(p.name for p in parameters)
-        floats = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-        self.epsilon = max((torch.finfo(t.dtype).eps for t in floats), default=0.0)
+        self.epsilon = max((torch.finfo(t.dtype).eps for t in floats(module)), default=0.0)
         self.device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
-    def __call__(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> list[tuple[str, Any]]:
-        try:
-            with torch.no_grad():
-                return leaves(arrays(called(self._copy, args, kwargs, self.device)))
-        finally:
-            with torch.no_grad():
-                for buffer, kept in self._buffers:
-                    buffer.copy_(kept)
+    def __call__(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> Outputs:
+        with unchanged(self.module), torch.no_grad():
+            result = called(self.module, args, kwargs, self.device)
+            return {place: array(leaf) if isinstance(leaf, Tensor) else leaf for place, leaf in leaves(result)}
 
     def runs(self, inputs: Tree) -> bool:
         args, kwargs = split(inputs)
@@ -100,7 +88,7 @@ class TorchHost:
             axes = next((n for n in (1, 2, 3) if type(layer).__name__.endswith(f"{n}d")), None)
             channels = getattr(layer, "in_channels", None) or getattr(layer, "num_features", None)
             if axes and channels:
-                yield from ((2, channels, *(extent,) * axes) for extent in _FIRST_EXTENTS)
+                yield from ((2, channels, *(extent,) * axes) for extent in GUESSES)
                 if axes == 1:
                     yield (2, channels)
                 return
@@ -114,19 +102,100 @@ class TorchHost:
 
 
 def called(function: Callable[..., Any], args: Sequence[Tree], kwargs: Mapping[str, Tree], device: Any = "cpu") -> Any:
-    """The result of ``function`` on tensors made of the arrays in its arguments, with the same random numbers."""
-    args = [mapped(lambda array: tensor(array, device), a) for a in args]
-    kwargs = {k: mapped(lambda array: tensor(array, device), v) for k, v in kwargs.items()}
-    with same_random_numbers(torch.device(device)):
+    """The result of ``function`` on copies of the tensors in its arguments, or on tensors made of the arrays there.
+
+    Random operators draw the same numbers each time, and the generators of the caller stay as they are.
+    """
+
+    def fresh(leaf: Any) -> Any:
+        return (
+            tensor(leaf, device) if isinstance(leaf, np.ndarray) else leaf.clone() if isinstance(leaf, Tensor) else leaf
+        )
+
+    args, kwargs = pytree.tree_map(fresh, (list(args), dict(kwargs)))
+    with same_random_numbers([torch.device(device)]):
         return function(*args, **kwargs)
 
 
+def run(model: nn.Module, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> Outputs:
+    """Everything that ``model`` returns, by its place; ``model`` is afterwards as it was before.
+
+    Tensors that are no arrays are made dense or plain ones. What cannot be compared is given by its type.
+    """
+    with unchanged(model), torch.no_grad():
+        devices = [t.device for t in (*model.parameters(), *model.buffers())]
+        return plain(called(model, args, kwargs, next(iter(devices), "cpu")))
+
+
+def plain(result: Any) -> Outputs:
+    """Every value in ``result`` by its place, as something that can be compared with another."""
+    return {place: _plain(leaf) for place, leaf in leaves(result)}
+
+
+def _plain(leaf: Any) -> Any:
+    if isinstance(leaf, float | complex | np.generic):
+        return np.asarray(leaf)  # it rounds as a tensor does
+    if not isinstance(leaf, Tensor):
+        return leaf if isinstance(leaf, bool | int | str | bytes | np.ndarray | None) else type(leaf).__name__
+    try:
+        if leaf.is_quantized:
+            return array(leaf.dequantize())
+        return array(leaf.to_dense() if leaf.layout != torch.strided else leaf)
+    except (NoArrayError, RuntimeError, NotImplementedError):
+        return f"{type(leaf).__name__} {leaf.dtype}"
+
+
 @contextmanager
-def same_random_numbers(device: torch.device) -> Iterator[None]:
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Buffers and attributes of all submodules are as before when it ends, and so are lists and mappings in them."""
+    kept = [(m, dict(vars(m))) for m in module.modules()]
+    containers = [(c, copy.copy(c)) for _, held in kept for c in held.values() if type(c) in (list, dict, set, deque)]
+    buffers = [(b, b.detach().clone()) for b in module.buffers() if not b.is_meta]
+    try:
+        yield
+    finally:
+        for m, held in kept:
+            vars(m).clear()
+            vars(m).update(held)
+        for container, before in containers:
+            container.clear()
+            (container.update if isinstance(container, dict | set) else container.extend)(before)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if buffer.shape != before.shape or not _same(buffer, before):
+                    buffer.copy_(before)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+@contextmanager
+def same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
     """Seeded inside, and as before outside."""
-    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices if d.type == "cuda"})):
         torch.manual_seed(0)
         yield
+
+
+def own_randomness(module: nn.Module) -> AbstractContextManager[None]:
+    """`same_random_numbers` on the devices of ``module``."""
+    return same_random_numbers([t.device for t in (*module.parameters(), *module.buffers())])
+
+
+def floats(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers that round."""
+    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+
+
+def perturbed(given: Tree, seed: int) -> Tree:
+    """``given`` with every floating entry of a tensor moved by one rounding, up or down."""
+    rng = np.random.default_rng(seed)
+
+    def moved(t: Tensor) -> Tensor:
+        return tensor(nudged(array(t), rng), t.device) if t.is_floating_point() and t.layout == torch.strided else t
+
+    return pytree.tree_map_only(Tensor, moved, given)
 
 
 def split(inputs: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -162,19 +231,3 @@ def tensor(a: np.ndarray, device: Any = "cpu") -> Tensor:
     if a.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(a).to(device)
-
-
-def layers(module: nn.Module) -> tuple[Counter[str], Counter[str]]:
-    """How often each convolution and linear layer is called, and each BatchNorm; once where torch.fx cannot tell."""
-    linear, norms = (nn.modules.conv._ConvNd, nn.Linear), nn.modules.batchnorm._BatchNorm
-    named = dict(module.named_modules())
-    try:
-        calls = Counter(str(n.target) for n in trace(copy.deepcopy(module)).graph.find_nodes(op="call_module"))
-    except InputError:
-        calls = Counter(dict.fromkeys(named, 1))
-    for name in named:  # inside a submodule that torch.fx calls as it is
-        parts = name.split(".")
-        if not calls[name] and any(".".join(parts[:n]) in calls for n in range(1, len(parts))):
-            calls[name] = 1
-    found = [Counter({n: calls[n] for n, m in named.items() if isinstance(m, kinds)}) for kinds in (linear, norms)]
-    return found[0], found[1]
