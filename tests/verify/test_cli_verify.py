@@ -15,11 +15,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import reparamc
 from reparamc import cli
-from reparamc.algebra.equal import search as onnx_verify
 from reparamc.certificate.proof import Certificate
 from reparamc.equivalence import trials as trial
 from reparamc.equivalence.difference import difference, ulps
 from reparamc.onnx.fuse import fuse_model
+from reparamc.verify import search as onnx_verify
 from reparamc.verify.arrays import read_inputs, slots, write_inputs
 from reparamc.verify.result import check_output
 
