@@ -124,6 +124,9 @@ def _plain(value: Any) -> Any:
 FACTORIES = {torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros}
 """Functions that make a constant of numbers alone."""
 
+KEEPS_CHANNELS = ("identity", "dropout", "neg", "avg_pool", "adaptive_avg_pool")
+"""Operators whose result has the channels of their operand."""
+
 RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal_", "uniform_", "empty")
 """Parts of names of operators whose result is not decided by their operands."""
 
@@ -320,7 +323,11 @@ class _Side:
         return given if isinstance(given, Tensor) else None
 
     def _count(self, node: fx.Node, call: Described, given: str | None) -> None:
-        """Note how many channels a kernel or a norm reads and gives, where these lie along axis 1."""
+        """Note how many channels a kernel or a norm reads and gives, and who has as many; these lie along axis 1."""
+        if call.op in KEEPS_CHANNELS and given is not None:
+            for name, other in ((node.name, given), (given, node.name)):
+                if name in self.counts:
+                    self.counts.setdefault(other, self.counts[name])
         weight = self._stored(call.args.get("running_mean" if call.op == "batch_norm" else "weight"))
         if call.op not in ("conv", "convolution", "batch_norm") or weight is None or is_transposed(call):
             return
