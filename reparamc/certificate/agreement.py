@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.budget import ELEMENTS, TAP, Exceeded
 from reparamc.certificate.normal_form import (
     Array,
     Block,
@@ -248,6 +249,7 @@ def _compare_blocks(
     sums: _Sums,
 ) -> None:
     blocks = sorted((*original, *emitted), key=lambda b: -len(b.taps))
+    value.meter.spend(TAP * sum(len(b.taps) for b in blocks) * len(value.base))
     columns: dict[Tap, int] = {}
     places: dict[int, Array] = {}
     for b in blocks:
@@ -262,6 +264,9 @@ def _compare_blocks(
     width = int((high - low).max(initial=0))
     if width <= 0 or not columns:
         return
+    value.meter.spend(4 * value.channels * width * len(taps))
+    if 16 * width * len(taps) > ELEMENTS:
+        raise Exceeded("one row of a kernel has too many taps")
     low[high == 0] = 0
     step = min(max(1, CHUNK // (width * len(taps))), value.channels)
     rounded = max((b.rounded for b in emitted), default=0)

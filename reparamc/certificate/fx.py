@@ -87,9 +87,11 @@ def certify_fx(
             outside.append(Window("output", "undecided", reason="extents are returned that are read from other values"))
     if returned[0][1] != returned[1][1]:
         outside.append(Window("output", "different", np.inf, np.inf, "the structure that is returned differs"))
-        return certify(before, after, [], stands_for, lambda _: precision, outside)
-    outputs = list(zip(returned[0][0], returned[1][0], strict=True))
-    return certify(before, after, outputs, stands_for, lambda _: precision, outside)
+        outputs = []
+    else:
+        outputs = list(zip(returned[0][0], returned[1][0], strict=True))
+    parameters = sum(p.numel() for p in original.parameters())
+    return certify(before, after, outputs, stands_for, lambda _: precision, outside, parameters)
 
 
 def _inputs(module: fx.GraphModule) -> list[fx.Node]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 
 from reparamc.certificate.axes import Extent
 
@@ -44,15 +46,15 @@ def shapes_of(
         runs = [sizes_of(module, args) if first is None else first]
     except Exception:  # the operators alone tell ranks then
         return {}
+    elements = sum(map(prod, runs[0].values()))
 
     def attempt(channels: str, change: Change, batch: int, single: int | None = None, along: str = "") -> bool:
-        values = [_resized(a, change, batch, channels) for a in args]
-        if single is not None:
-            x = values[single]
-            whole = {_channel_axis(x, channels)} | ({0} if along == "positions" else {*range(1, x.ndim)})
-            values[single] = x[tuple(slice(None) if i in whole else slice(1) for i in range(x.ndim))].clone()
+        shapes = [_resized(a, change, batch, channels) for a in args]
+        if single is not None and (shape := shapes[single]) is not None:
+            whole = {_channel_axis(args[single], channels)} | ({0} if along == "positions" else {*range(1, len(shape))})
+            shapes[single] = [n if i in whole else min(n, 1) for i, n in enumerate(shape)]
         try:
-            found = sizes_of(module, values)
+            found = _sizes_at(module, args, shapes, elements)
         except Exception:  # whatever a module raises that does not know a size
             return False
         if found.keys() != runs[0].keys() or any(len(found[n]) != len(runs[0][n]) for n in found):
@@ -119,17 +121,21 @@ def _channel_axis(value: Tensor, channels: str) -> int:
     return value.ndim - 1 if is_last else 1
 
 
-def _resized(value: Any, change: Change, batch: int, channels: str) -> Any:
-    """A tensor like ``value`` of another size, which keeps its channels."""
+def _resized(value: Any, change: Change, batch: int, channels: str) -> list[int] | None:
+    """Another shape for ``value``, which keeps its channels; None where it is to be left as it is."""
     if not isinstance(value, Tensor) or value.ndim < 2:
-        return value
+        return None
     kept = _channel_axis(value, channels)
     shape = [n if i == kept else change(i if kept == 1 else i + 1, n) for i, n in enumerate(value.shape)]
-    if value.ndim > 4:  # what a volume grows by is multiplied once more: half as much is enough, and fits into memory
+    if value.ndim > 4:  # what a volume grows by is multiplied once more: half as much is enough
         shape = [n + (m - n) // 2 for n, m in zip(value.shape, shape, strict=True)]
     if kept:
         shape[0] = value.shape[0] + batch
-    return value.new_ones(shape) if not value.is_floating_point() else torch.randn(shape).to(value)
+    return shape
+
+
+MOST_ELEMENTS = 1 << 26
+"""Where all tensors of a run together have more elements, it is done without any: they have shapes alone."""
 
 
 def sizes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int, ...]]:
@@ -138,6 +144,22 @@ def sizes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         recorder.run(*(a.clone() if isinstance(a, Tensor) else a for a in args))
     return recorder.found
+
+
+def _sizes_at(
+    module: fx.GraphModule, args: Sequence[Any], shapes: Sequence[list[int] | None], elements: int
+) -> dict[str, tuple[int, ...]]:
+    """The extents in a run on tensors like ``args`` that have ``shapes``; on ``args``, there are so many elements."""
+    pairs = list(zip(args, shapes, strict=True))
+    growth = max((prod(s) / max(a.numel(), 1) for a, s in pairs if s is not None), default=1.0)
+    if growth * elements <= MOST_ELEMENTS:
+        return sizes_of(module, [a if s is None else _like(a, s) for a, s in pairs])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return sizes_of(module, [a if s is None else a.new_empty(s) for a, s in pairs])
+
+
+def _like(value: Tensor, shape: list[int]) -> Tensor:
+    return torch.randn(shape).to(value) if value.is_floating_point() else value.new_ones(shape)
 
 
 class _Recorder(fx.Interpreter):

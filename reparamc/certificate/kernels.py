@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from reparamc.certificate.axes import Extent, Unrepresentable, identity_view
+from reparamc.certificate.budget import TAP
 from reparamc.certificate.layouts import selected
 from reparamc.certificate.normal_form import (
     Array,
@@ -71,6 +72,7 @@ def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
     _one_extent(value, kernel)
     if value.channels < int(kernel.first.max(initial=0)) + kernel.weight.shape[1]:
         raise Unrepresentable("a weight does not fit the channels of its operand")
+    _spend(value, kernel)
     grids = {s: _grids_behind(g, kernel) for s, g in value.grids.items()}
     blocks = [
         c for b in value.blocks for c in _compose(kernel, b, value.grids[b.source], grids[b.source], value.channels)
@@ -91,6 +93,22 @@ def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
     assert value.channel is not None
     base[value.channel] = Extent(len(kernel.weight))
     return replace(resized, base=tuple(base), view=identity_view(base)) if kernel.axes else resized
+
+
+def _spend(value: Value, kernel: Kernel) -> None:
+    """Count what it takes to multiply a kernel with all that is known of its operand."""
+    rows, width, taps = kernel.weight.shape
+    axes = len(value.base)
+    value.meter.spend(kernel.weight.size * len(value.vectors) + TAP * taps * axes * max(1, len(value.vectors)))
+    for b in value.blocks:
+        inner, many = b.weight.shape[1], taps * len(b.taps)
+        if width > 1 and inner > 1:  # dense over all channels that are read
+            reach = int(b.first.max() - b.first.min()) + inner if len(b.rows) else 0
+            value.meter.spend(2 * rows * width * reach * many, 2 * rows * reach * many)
+        elif b.size is not None or len(b.taps) > 1 or not np.all(b.left * b.weight[:, 0, 0] == 1):
+            made = (2 if b.size is not None else 1) * rows * max(width, inner) * many
+            value.meter.spend(2 * made, made)
+        value.meter.spend(TAP * many * axes)
 
 
 ROWS = 1 << 16

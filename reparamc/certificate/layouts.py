@@ -98,7 +98,7 @@ def _moved(value: Value, view: View, at: int | None, behind: View | None) -> Val
     blocks = tuple(replace(b, source=moved[b.source], taps=(trivial,)) for b in value.blocks)
     stays = identity_view(base) if behind is None else behind
     loose = frozenset(range(len(base)) if value.loose else ())
-    return Value(base, at, dict.fromkeys(moved.values(), grids), blocks, value.vectors, stays, loose)
+    return Value(base, at, dict.fromkeys(moved.values(), grids), blocks, value.vectors, stays, loose, value.meter)
 
 
 def _unshuffled(value: Value) -> Value:
@@ -163,6 +163,7 @@ def selected(value: Value, index: Sequence[int], axis: int) -> Value:
     """The elements ``index`` along ``axis``, which is made of channels."""
     if value.extents[axis] == UNIT and list(index) == [0]:
         return value
+    value.meter.spend(8 * (len(index) + (value.extents[axis].known or 0)))
     value, places = with_places(value, axis)
     channel = value.channel
     if channel is None:

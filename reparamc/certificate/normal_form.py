@@ -32,6 +32,7 @@ from reparamc.certificate.axes import (
     extents,
     identity_view,
 )
+from reparamc.certificate.budget import TAP, UNLIMITED, Meter
 
 Array = npt.NDArray[Any]
 
@@ -137,6 +138,7 @@ class Value:
             of one row and column.
         grids: one `Grid` for each axis of ``base``, by source.
         loose: axes of ``base`` along which a term of a sum may be repeated, at some input sizes.
+        meter: counts what is done with the value.
     """
 
     base: tuple[Extent, ...]
@@ -146,6 +148,7 @@ class Value:
     vectors: Mapping[Where, Vector]
     view: View
     loose: frozenset[int] = frozenset()
+    meter: Meter = UNLIMITED
 
     @property
     def channels(self) -> int:
@@ -179,12 +182,12 @@ ONE = np.ones(1)
 _START = np.zeros(1, np.int64)
 
 
-def leaf(name: str, shape: Sequence[Extent]) -> Value:
+def leaf(name: str, shape: Sequence[Extent], meter: Meter = UNLIMITED) -> Value:
     """The value that is the leaf ``name``."""
     base = tuple(shape)
     source = Source(name, base, identity_view(base), (1,) * len(base))
     block = Block(source, _START, _START, np.ones((1, 1, 1)), ONE, ((Guard(0, 0, 0),) * len(base),))
-    return Value(base, None, {source: (Grid(),) * len(base)}, (block,), {}, identity_view(base))
+    return Value(base, None, {source: (Grid(),) * len(base)}, (block,), {}, identity_view(base), meter=meter)
 
 
 def promoted(value: Value, axis: int) -> Value:
@@ -315,10 +318,41 @@ def added(terms: Sequence[Value]) -> Value:
             total,
             loose=total.loose | term.loose | _loose(total, term),
             grids=grids_of_sum(total.grids, term.grids),
-            blocks=total.blocks + term.blocks,
+            blocks=_collected(total.blocks + term.blocks, total.meter),
             vectors=summed(total.vectors.items(), term.vectors.items()),
         )
     return total
+
+
+FEW = 16
+"""So many blocks may have the same rows and taps: their coefficients are added where they are compared."""
+
+
+def _collected(blocks: tuple[Block, ...], meter: Meter) -> tuple[Block, ...]:
+    """``blocks``, of which those that have the same rows and taps are added up once there are many."""
+    meter.spend(TAP * len(blocks))
+    if len(blocks) <= FEW:
+        return blocks
+    found: dict[Any, list[Block]] = {}
+    for b in blocks:
+        key = (b.source, b.taps, b.weight.shape, b.rows.tobytes(), b.first.tobytes(), b.computed)
+        found.setdefault(key, []).append(b)
+    return tuple(_total(alike, meter) for alike in found.values())
+
+
+def _total(alike: Sequence[Block], meter: Meter) -> Block:
+    """The sum of blocks that have the same rows and taps."""
+    if len(alike) == 1:
+        return alike[0]
+    elements = alike[0].weight.size
+    meter.spend(2 * len(alike) * elements, 2 * elements)
+    weight, size = np.zeros(alike[0].weight.shape), np.zeros(alike[0].weight.shape)
+    for b in alike:
+        left = b.left[:, None, None]
+        weight += left * b.weight
+        size += np.abs(left) * (np.abs(b.weight) if b.size is None else b.size)
+    one, rounded = np.ones(len(alike[0].rows)), max(b.rounded for b in alike)
+    return replace(alike[0], weight=weight, size=size, left=one, rounded=rounded)
 
 
 def same_layout(a: Value, b: Value) -> bool:

@@ -7,6 +7,7 @@ functions and other domains are atoms, and so is all that is not listed in `READ
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from math import prod
 
 import numpy as np
 from onnx import ModelProto, NodeProto, ValueInfoProto, numpy_helper
@@ -47,7 +48,8 @@ def certify_onnx(original: ModelProto, result: ModelProto) -> Certificate:
     stands_for = {name: name for name in after.order if name in computed}
     stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
     outputs = [(o.name, o.name) for o in result.graph.output]
-    return certify(before, after, outputs, stands_for, after.precision, _outside(original, result))
+    parameters = sum(prod(t.dims) for t in original.graph.initializer)
+    return certify(before, after, outputs, stands_for, after.precision, _outside(original, result), parameters)
 
 
 def _keep_freed_blocks() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from reparamc.certificate.agreement import Agreement, Precision, agree
 from reparamc.certificate.axes import Unrepresentable
+from reparamc.certificate.budget import LEAST, PER_PARAMETER, TAP, Exceeded, Meter
 from reparamc.certificate.normal_form import Array, Value, Vector, promoted
 from reparamc.errors import VerificationError
 
@@ -192,6 +193,7 @@ def certify(
     stands_for: Mapping[str, str],
     precision: Callable[[str], Precision],
     outside: Sequence[Window] = (),
+    parameters: int = 0,
 ) -> Certificate:
     """Prove every tensor of ``emitted`` that stands for one of ``original``, and every output.
 
@@ -201,9 +203,10 @@ def certify(
             proven, so a wrong hint only makes a window fail.
         precision: of the dtype that parameters are stored in, for a tensor of the emitted graph.
         outside: what was found wrong with the two as seen by a caller.
+        parameters: how many the original has; the proof may cost more where there are many.
     """
     start = perf_counter()
-    proof = _Proof(original, emitted, stands_for, precision)
+    proof = _Proof(original, emitted, stands_for, precision, Meter(LEAST + PER_PARAMETER * parameters))
     windows: list[Window] = list(outside)
     for name in sorted(set(stands_for.values())):
         if name.startswith((_own(0, ""), _own(1, ""))):
@@ -311,8 +314,9 @@ class _Proof:
         emitted: Side,
         stands_for: Mapping[str, str],
         precision: Callable[[str], Precision],
+        meter: Meter,
     ) -> None:
-        self.sides, self.precision = (original, emitted), precision
+        self.sides, self.precision, self.meter = (original, emitted), precision, meter
         counterparts = Counter(stands_for.values())
         # Tensors that stand for the same one are proven apart, and read as themselves.
         self.cuts: tuple[Mapping[str, str], Mapping[str, str]] = (
@@ -346,7 +350,10 @@ class _Proof:
     def window(self, before: str, after: str, precision: Precision) -> Window:
         """Compare two tensors: joint by joint if that succeeds, else as functions of cuts alone."""
         try:
+            self.meter.start()
             return self._jointed(before, after, precision) or self._whole(before, after, precision)
+        except Exceeded as error:
+            return Window(before, "undecided", reason=str(error))
         except Exception as error:
             return _stopped(before, error)
 
@@ -426,12 +433,12 @@ class _Proof:
                 order.append(name)
             else:
                 # One shape for both graphs: extents that are unknown may be named otherwise in each.
-                values[name] = (
-                    self.sides[0].leaf(known_as, known_as) if known_as else side.leaf(name, _own(which, name))
-                )
+                leaf = self.sides[0].leaf(known_as, known_as) if known_as else side.leaf(name, _own(which, name))
+                values[name] = replace(leaf, meter=self.meter)
         ends = self._ends(which, order) if joints else {}
         whole: dict[str, Value] = {}  # what a joint of the original stands for, and what is made of it alone
         for name in order:
+            self.meter.spend(TAP)
             try:
                 value = side.value(name, values.__getitem__)
             except Unrepresentable:
@@ -439,7 +446,7 @@ class _Proof:
             if joints and name in ends and _is_dense(value):
                 if precision is None:
                     whole[name] = value
-                    value = joints.enter(value, side.leaf(name, _own(which, name)))
+                    value = joints.enter(value, replace(side.leaf(name, _own(which, name)), meter=self.meter))
                 elif (found := joints.find(value, precision)) is not None:
                     value = found
                 elif ends[name]:
@@ -503,7 +510,8 @@ class _Proof:
                 else _all_agree(atom.operands, given, [self.precision(o) for o in operands])
             ):
                 return opened.finish(atom.leaf)
-        atom = _Atom(_own(which, name), kind, tuple(given), opened.leaf(_own(which, name)))
+        leaf = replace(opened.leaf(_own(which, name)), meter=self.meter)
+        atom = _Atom(_own(which, name), kind, tuple(given), leaf)
         atoms.append(atom)
         return opened.finish(atom.leaf)
 
