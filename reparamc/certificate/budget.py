@@ -10,6 +10,9 @@ class Exceeded(Exception):
 TAP = 1024
 """A tap of a kernel costs as much as so many multiplications: each is handled in Python."""
 
+BLOCK = 8 * TAP
+"""So does a part of a linear map; see `normal_form.Block`."""
+
 LEAST = 1 << 31
 """A proof may always take so many multiplications: a second or two."""
 
@@ -48,10 +51,10 @@ class Meter:
             Exceeded: it is too much.
         """
         self._elements -= elements
-        if self._elements < 0:
-            raise Exceeded("the proof of this tensor would take too much memory")
         self._window -= work
         self.left -= work
+        if self._elements < 0:
+            raise Exceeded("the proof of this tensor would take too much memory")
         if self._window < 0:
             raise Exceeded("the proof of this tensor would take too long")
 

@@ -32,7 +32,7 @@ from reparamc.certificate.axes import (
     extents,
     identity_view,
 )
-from reparamc.certificate.budget import TAP, UNLIMITED, Meter
+from reparamc.certificate.budget import BLOCK, TAP, UNLIMITED, Meter
 
 Array = npt.NDArray[Any]
 
@@ -409,6 +409,8 @@ def stacked(terms: Sequence[Value], axis: int) -> Value:
     grids: Mapping[Source, tuple[Grid, ...]] = {}
     vectors: list[tuple[Where, Vector]] = []
     total = sum(t.channels for t in whole)
+    rows = total * (1 + sum(len(t.vectors) for t in whole)) + sum(len(b.rows) for t in whole for b in t.blocks)
+    first.meter.spend(16 * rows + BLOCK * sum(len(t.blocks) for t in whole), 4 * rows)
     for t in whole:
         if t.channel != first.channel or len(t.base) != len(first.base):
             raise Unrepresentable("its terms are laid out differently")

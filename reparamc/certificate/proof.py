@@ -20,7 +20,7 @@ import numpy as np
 
 from reparamc.certificate.agreement import Agreement, Precision, agree
 from reparamc.certificate.axes import Unrepresentable
-from reparamc.certificate.budget import LEAST, PER_PARAMETER, TAP, Exceeded, Meter
+from reparamc.certificate.budget import BLOCK, LEAST, PER_PARAMETER, TAP, Exceeded, Meter
 from reparamc.certificate.normal_form import Array, Value, Vector, promoted
 from reparamc.errors import VerificationError
 
@@ -455,6 +455,7 @@ class _Proof:
                 whole[name] = side.value(name, lambda operand: whole[operand] if operand in whole else values[operand])
                 if ends[name]:
                     joints.enter_as(whole[name], value)
+            self.meter.spend(BLOCK * (len(value.blocks) + len(value.vectors)))
             values[name] = value
         return values[root], len(order)
 

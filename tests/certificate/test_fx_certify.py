@@ -654,3 +654,25 @@ def test_an_extent_of_some(name: str) -> None:
     assert report.certificate.undecided == ()
     kept = followed(turned, ((x,), {}))[0]
     assert not certify_fx(kept, fused, shapes_of(kept, [x])).holds
+
+
+def test_channels_are_counted_through_functional_norms_and_dropout() -> None:
+    """Without example inputs: what reads a scale per channel is known to have channels."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+            self.norm, self.drop = nn.BatchNorm2d(8), nn.Dropout(0.1)
+            self.gamma = nn.Parameter(torch.rand(8, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            n = self.norm
+            x = F.batch_norm(self.first(x), n.running_mean, n.running_var, n.weight, n.bias, False, 0.1, n.eps)
+            return x + self.second(self.drop(F.gelu(x))) * self.gamma
+
+    made = Net().eval()
+    randomize_batchnorm(made)
+    certificate = fuse_fx(made).meta["reparamc"].certificate
+    assert certificate.equal
+    assert not certificate.undecided
