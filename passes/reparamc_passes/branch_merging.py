@@ -1,14 +1,18 @@
-"""Parallel convolutions of one input are one convolution.
+"""Parallel convolutions of one input become one convolution.
 
     W1 * x + b1 + W2 * x + b2  =  (W1 + W2) * x + (b1 + b2)
 
-Taps add where they land: kernels of different sizes, even kernels, asymmetric paddings and
-dilations meet on the hull of their offsets, and groups become their greatest common divisor.
+Taps add where they land: kernels of different sizes, even kernels, asymmetric paddings and dilations meet on
+the hull of their offsets, and groups become their greatest common divisor. An average pooling beside a
+convolution is one more branch (DBB).
 
-Exact when the branches have equal strides and equal extents for every input size that the graph admits:
-equal ``d (k - 1) - padding``, or extents that are fixed and agree. Merged as long as that is cheaper:
-first branches of equal groups, then across groups, so that a large depthwise kernel beside a dense 1x1
-stays what it is.
+Exact when the branches have equal strides and equal output sizes for every input size that the graph admits,
+and all or none are transposed. Sizes agree for every input if `d (k - 1) - padding` agrees. If the graph fixes
+the size of x, it is enough that the output sizes agree: conv 3x3 with padding 1 beside conv 2x2 without, both
+of stride 2, on 8 positions; or `auto_pad SAME_UPPER` of stride 2.
+
+Merged only if that is cheaper: first branches of equal groups, then across groups. A depthwise 7x7 beside a
+dense 1x1 would become a dense 7x7, at 49 times the work, so it stays what it is.
 """
 
 from __future__ import annotations

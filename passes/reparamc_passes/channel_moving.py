@@ -1,4 +1,4 @@
-"""Concatenations, selections and shuffles of channels, into the convolutions around them.
+"""Concatenations, selections and shuffles of channels go into the convolutions around them.
 
     concat(W * x + b, W' * x + b')  =  (W above W') * x + (b above b')
     (W * x + b)[i]                  =  W[i] * x + b[i]
@@ -7,13 +7,15 @@
 and what brings them together:
 
     concat(concat(x, y), z)         =  concat(x, y, z)
-    concat(x, y)[i]                 =  concat(x[i'], y[i"])           i in the order of the terms
+    concat(x, y)[i]                 =  concat(x[i'], y[i"])        i in the order of the terms, at most one cut
     x[i][j]                         =  x[i[j]]
     concat(x[i], x[j])              =  x[i, j]
     x[all, in order]                =  x
 
-Always exact. Rows are stacked for dense convolutions of equal stride and extent, where the hull of
-their taps does not cost more than it saves.
+Selections are always exact. Rows are stacked for dense convolutions of one value with equal strides and output
+sizes, if the hull of their taps costs less than they do apart. A selection of a depthwise or grouped
+convolution, and one that exchanges the terms of a concatenation, are left alone. GhostNetV3 needs this pass: it
+cuts every concatenation to the wanted number of channels, which mostly is all of them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""A skip connection or a scale beside a convolution is a convolution itself.
+"""A skip connection or a scale beside a convolution becomes a convolution itself.
 
     s x + t  =  K * x + t        K has one tap, at offset 0, with one group per channel and weight s
 
-It says more than that only in a sum with a convolution of the same x, which then absorbs the tap.
-Exact when that convolution has stride one and keeps the extent for every input size (otherwise the
-two branches agree in size by accident, or by broadcasting) and as many channels out as in. A tap at
-offset 0 that the kernel does not span would enlarge it; it is left alone.
+branch-merging then adds it to the convolution of the same x. Exact when that convolution has stride one, keeps
+the size for every input (otherwise the two branches agree in size by accident, or by broadcasting) and has as
+many channels out as in. A tap at offset 0 that the kernel does not span would enlarge it, so it is left alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A layout operator and its inverse are nothing.
+"""A layout operator and its inverse cancel.
 
     P'(P(x))  =  x        P' P = 1
 
-Once the BatchNorm between them is folded, the two reshapes around it meet (LeViT's Linear + BatchNorm
-over flattened tokens). Two permutations cancel when their composition is the identity, two reshapes
-when the second restores the shape that the first was given, for every input size: the extents are
-compared as products of symbols. A reshape to the shape that is there already is nothing by itself.
+They meet once the BatchNorm between them is folded (LeViT's Linear + BatchNorm over flattened tokens). Two
+permutations cancel if their composition is the identity, two reshapes if the second restores the shape that the
+first was given, for every input size: sizes are compared as products of symbols. A reshape to the shape that is
+there already does nothing by itself.
 """
 
 from __future__ import annotations

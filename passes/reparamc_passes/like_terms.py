@@ -3,10 +3,13 @@
     (s x + t) + (s' x + t')  =  (s + s') x + (t + t')
     x + (0 * x + b)  =  x + b
 
-A skip connection taken twice, a BatchNorm beside a skip connection without any convolution, x - x.
-Collecting is exact where all act on the same axis. A branch whose weights are all zero (a last
-BatchNorm that was initialised to zero) is dropped where another branch shows that its result has
-the same extent: a convolution of the same value on the same grid, or any value of the same shape.
+A skip connection taken twice, a BatchNorm beside a skip connection without any convolution, x - x: what is left
+of a block of branches when those with kernels were pruned, or are not trained yet. Collecting is exact if all
+scales act on the same axis.
+
+A branch whose weights are all zero (a last BatchNorm that was initialised to zero) is dropped if another branch
+shows that its result has the same size: a convolution of the same value on the same grid, x itself, or any
+value of the same shape. Alone it stays: its result is constant, but its size depends on the input.
 """
 
 from __future__ import annotations

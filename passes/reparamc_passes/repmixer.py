@@ -1,14 +1,15 @@
-"""RepMixer: the skip connection and all branches of a token mixer are one depthwise convolution.
+"""FastViT's token mixer becomes one depthwise convolution: skip connection, layer scale and all branches.
 
-    y = x + s (mixer(x) - norm(x))
+    x + s (mixer(x) - norm(x))  =  K * x + b
     K = I + s (K_mixer - K_norm),   b = s (b_mixer - b_norm)
 
-mixer and norm are sums of depthwise convolutions and BatchNorms of x, I is the identity kernel, s the
-layer scale (absent: one). FastViT, section 3.2, in the form that its code uses: BatchNorm stands
-behind the convolutions, never in front of their padding.
+mixer and norm are sums of depthwise convolutions and BatchNorms of x, I is the identity kernel, s the layer
+scale (absent: one). FastViT, section 3.2, in the form that its code uses: BatchNorm comes after the
+convolutions, never before their padding.
 
-Every affine map of one channel at a time is a depthwise kernel, so the whole block is read bottom-up
-into kernels. Exact when each branch has stride one and keeps the extent for every input size.
+It is a macro: the other passes reach the same result in more steps. Every affine map of one channel at a time
+is a depthwise kernel, so the whole block is read bottom-up into kernels. Exact when each branch has stride one
+and keeps the size for every input. If one does not, the other passes do what can be done.
 """
 
 from __future__ import annotations

@@ -1,10 +1,22 @@
-"""Layer scale and every other per-channel constant into a neighbouring convolution.
+"""Layer scale and every other per-channel constant go into a neighbouring convolution.
 
     s (W * x + b) + t  =  (s W) * x + (s b + t)
     W * (s x + t) + b  =  (W s) * x + (b + sum W t)
     s (s' x + t') + t  =  (s s') x + (s t' + t)
+    s P(x) + t  =  P(s x + t)               P a layout that keeps the channel axis whole; any, for scalars s and t
 
-The exactness conditions are those of BatchNorm, which is a scale with other parameters.
+Layer scale (FastViT, CaiT), and every multiplication or addition of a constant that is a scalar or varies along
+the channels only. The conditions and the ways through sums, concatenations and layouts are those of BatchNorm,
+which is a scale with other parameters.
+
+A scalar goes through reshapes that split or merge the channel axis as well: 1/sqrt(d) after a split into heads
+goes into the projection of the queries, and 1/255 before an image is cut into patches goes into the layer after
+it. If one projection computes q, k and v, piece-folding does it.
+
+Left alone: a constant that varies along several axes or may broadcast its operand; a scalar after a non-linear
+operator and the scale of a normalisation, because runtimes recognise GELU, SiLU, LayerNorm and attention by
+such constants. So the factor of attention scores, after the product of queries and keys, stays: ONNX Runtime
+applies it inside that product for free.
 """
 
 from __future__ import annotations

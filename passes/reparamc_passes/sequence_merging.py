@@ -1,14 +1,15 @@
-"""A convolution of a convolution is one convolution.
+"""A convolution of a convolution becomes one convolution.
 
     W' * (W * x + b) + b'  =  (W' W) * x + (W' b + b')        taps meet at a + d t + s (a' + d' u)
 
-It spans both kernels, its strides multiply, its groups are the greatest common divisor of theirs.
-Exact when the outer kernel reads no padding, or the inner one is a single tap without bias that leaves
-nothing of x out (a 1x1 convolution, a zero padding): zeros beyond the inner result then come from
-zeros beyond x.
+It spans both kernels, its strides multiply, its groups are the greatest common divisor of theirs. Exact when
+the outer kernel reads no padding, or the inner one is a single tap without bias that leaves nothing of x out (a
+1x1 convolution, a zero padding): zeros beyond the inner result then come from zeros beyond x. A transposed
+convolution composes only with a matrix of channels; before it, only without bias.
 
-Done when the composed kernel is cheaper than the two, or becomes so by falling together with another
-branch of the same sum: a low-rank pair B A beside a full W (LoRA), 1x1 - kxk beside kxk (DBB).
+Done when the composed kernel is cheaper than the two, or becomes so by merging with another branch of the same
+sum: a low-rank pair B A beside a full W (LoRA), 1x1 - kxk beside kxk (DBB). Up to eight convolutions in a row
+are weighed. SESR and ExpandNets are such chains; GhostNetV3 has an average pooling before a 1x1.
 """
 
 from __future__ import annotations
