@@ -12,7 +12,7 @@ help:
 	@echo "make lint    ruff, ruff format --check, pyright"
 	@echo "make check   lint, then test"
 	@echo "make format  let ruff put the code in order"
-	@echo "make bench   run the benchmarks of the README and put their tables there (ten to thirty minutes)"
+	@echo "make bench   run the benchmarks and put their tables into docs/benchmarks.md (ten to thirty minutes)"
 	@echo "make clean   remove .venv and build"
 
 setup: .venv/.ready

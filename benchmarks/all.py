@@ -1,4 +1,4 @@
-"""Run the benchmarks whose tables the README has, and put what they print there.
+"""Run the benchmarks whose tables docs/benchmarks.md has, and put what they print there.
 
     python benchmarks/all.py [NAME ...]
 
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-README = FOLDER.parent / "README.md"
+PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 NAMES = ["structure", "accuracy", "latency", "fuse_time"]
 
 
@@ -29,12 +29,12 @@ def main() -> None:
         text, found = re.subn(
             rf"(`python benchmarks/{name}\.py`\n\n)```text\n.*?\n```",
             lambda match, block=block: match[1] + block,
-            README.read_text(),
+            PAGE.read_text(),
             flags=re.DOTALL,
         )
         if found != 1:
-            sys.exit(f"README.md has {found} tables of benchmarks/{name}.py, not one")
-        README.write_text(text)
+            sys.exit(f"docs/benchmarks.md has {found} tables of benchmarks/{name}.py, not one")
+        PAGE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Write the documentation of the passes from the passes: a page for each, and the table in README.md and rewrites.md.
 
-    python docs/generate.py
+python docs/generate.py
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def test_the_table_says_what_was_done(run: Run, model: Path) -> None:
     output = model.with_name("out.onnx")
     lines = run("fuse", model, "-o", output).out.splitlines()
     rows = [line.split() for line in lines]
-    assert ["bn-folding", "1"] in rows
+    assert ["passes", "bn-folding", "1"] in rows
     assert ["before", "3", "1", "1", "160"] in rows
     assert ["after", "2", "1", "0", "148"] in rows
     assert ["written", str(output)] in rows

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from reparamc import __version__
+from reparamc.report.text import counts, line, table
 
 
 @dataclass(frozen=True)
@@ -288,46 +289,49 @@ class Report:
 
     def table(self) -> str:
         """A few lines for a terminal."""
-        lines = [f"{'pass':<18} applied"]
-        lines += [f"{name:<18} {count:>7}" for name, count in self.passes.items()]
-        lines += ["", f"{'':<10} {'ops':>7} {'Conv':>7} {'BatchNorm':>10} {'parameters':>13}"]
+        sizes = [["", "ops", "Conv", "BatchNorm", "parameters"]]
         for label, c in (("before", self.before), ("after", self.after)):
-            lines.append(f"{label:<10} {c.ops:>7} {c.conv:>7} {c.batchnorm:>10} {c.parameters:>13,}")
-        lines.append("")
-        if not self.changed:
-            lines.append("nothing to fuse")
-        error = self.region_error
-        if error is not None:
-            lines.append(f"regions    {len(self.rewrites)} replaced, largest error {error:.1e} (float64, relative)")
-        elif self.rewrites:
-            lines.append(f"regions    {len(self.rewrites)} replaced, not verified")
+            sizes.append([f"{label:<10}", f"{c.ops:,}", f"{c.conv:,}", f"{c.batchnorm:,}", f"{c.parameters:,}"])
+        lines = [*table(sizes), ""]
+        lines.append(line("passes", counts(self.passes.items()) or "nothing to fuse"))
+        if self.rewrites:
+            error = self.region_error
+            checked = "not verified" if error is None else f"largest error {error:.1e} (float64, relative)"
+            lines.append(line("regions", f"{len(self.rewrites)} replaced, {checked}"))
+        lines += self._checks()
+        if (t := self.latency) is not None:
+            figures = f"{1000 * t.original:.2f} ms before, {1000 * t.result:.2f} ms after"
+            interval = f"ratio {t.ratio:.3f} ({t.low:.3f} to {t.high:.3f}, {t.turns} turns)"
+            lines.append(line("latency", f"{figures}, {interval}"))
+        if self.original_kept:
+            lines.append(line("kept", "the original, unchanged: the fused model is not faster beyond noise"))
+        if self.note:
+            lines.append(line("note", self.note))
+        lines.append(line("time", ", ".join(f"{phase} {s:.2f} s" for phase, s in self.seconds.items())))
+        return "\n".join(lines)
+
+    def _checks(self) -> list[str]:
+        """What each check found, in the lines of the table."""
+        lines: list[str] = []
         if self.host is not None and (self.host.kinds or self.host.unable):
-            unable = f", {len(self.host.unable)} could not be run" if self.host.unable else ""
-            lines.append(f"readings   {self.host.kinds} kinds of region run by the framework's own operators{unable}")
-        lines += [f"FAILED     {f.where}: {f.reason}; it stays as it was" for f in self.failed]
+            agree = f"{self.host.kinds} kinds of region re-run with the framework's own operators: all agree"
+            unable = f"; {len(self.host.unable)} more could not be run" if self.host.unable else ""
+            lines.append(line("reference", agree + unable))
+        lines += [line("FAILED", f"{f.where}: {f.reason}; it stays as it was") for f in self.failed]
         if (c := self.certificate) is not None:
             undone = f", {c.rolled_back} rolled back" if c.rolled_back else ""
-            windows = f"{c.equal} windows equal for every input size, {len(c.undecided)} undecided{undone}"
-            lines.append(f"certified  {windows}, {c.seconds:.2f} s")
+            undecided = f", {len(c.undecided)} undecided" if c.undecided else ""
+            proven = f"{c.equal} of {c.equal + len(c.undecided)} tensors proven equal for every input size"
+            lines.append(line("certified", f"{proven}{undecided}{undone}, {c.seconds:.2f} s"))
         for e in (e for e in self.end_to_end if not e.alone):
             allowed = "which rounding alone explains" if e.tolerance is None else f"{e.tolerance:.1e} allowed"
-            lines.append(f"output     {e.output}: largest error {e.max_rel:.1e} relative, {allowed}")
+            lines.append(line("output", f"{e.output}: largest error {e.max_rel:.1e} relative, {allowed}"))
         alone = [e for e in self.end_to_end if e.alone and e.tolerance]
         if alone:
             e = max(alone, key=lambda e: e.closeness)
-            lines.append(
-                f"one by one {len(alone)} regions fed with the original's values: error {e.max_rel:.1e} relative to a "
-                f"channel, {e.tolerance:.1e} allowed, at {e.output}"
-            )
-        if (t := self.latency) is not None:
-            figures = f"{1000 * t.original:.2f} ms before, {1000 * t.result:.2f} ms after"
-            lines.append(f"latency    {figures}, ratio {t.ratio:.3f} ({t.low:.3f} to {t.high:.3f}, {t.turns} turns)")
-        if self.original_kept:
-            lines.append("kept       the original, unchanged: the fused model is not faster beyond noise")
-        if self.note:
-            lines.append(f"note       {self.note}")
-        lines.append("time       " + ", ".join(f"{phase} {s:.2f} s" for phase, s in self.seconds.items()))
-        return "\n".join(lines)
+            error = f"largest error {e.max_rel:.1e} relative to a channel, {e.tolerance:.1e} allowed, at {e.output}"
+            lines.append(line("one by one", f"{len(alone)} regions run alone on the original's values: {error}"))
+        return lines
 
 
 def _short(error: float | None) -> float | None:

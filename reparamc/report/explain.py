@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from reparamc.report.data import Refusal, Report
+from reparamc.report.text import counts
 
 FEW = 3
 """Places shown of each reason, unless all are wanted."""
@@ -37,10 +38,7 @@ def explain_text(report: Report, *, everything: bool = False) -> str:
         everything: list every place, not the first few of each kind.
     """
     lines = [f"would be replaced: {_count(len(report.rewrites), 'region')}"]
-    places = [
-        f"{r.where}: {_count(len(r.operators), 'operator')}, {', '.join(f'{name} {n}' for name, n in r.passes.items())}"
-        for r in report.rewrites
-    ]
+    places = [f"{r.where}: {_count(len(r.operators), 'operator')}, {counts(r.passes.items())}" for r in report.rewrites]
     lines += _listed(places, everything)
     folded = report.passes.get("constant-folding", 0)
     if folded:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from reparamc.report.data import Report
+from reparamc.report.text import counts, line
 
 Record = dict[str, Any]
 
@@ -130,26 +131,24 @@ def _kind(value: Any) -> str:
 def page(record: Record, everything: bool) -> list[str]:
     """The lines of one record; without ``everything`` only the first regions."""
     source, sizes = record["input"], record["size"]
-    lines = [f"by         reparamc {record['reparamc']}, for {record['objective']}"]
+    lines = [line("by", f"reparamc {record['reparamc']}, for {record['objective']}")]
     if source is not None:
-        lines.append(f"made from  {source['sha256']} (SHA-256 of the {source['of']})")
-        lines += [f"           {digest} (SHA-256 of {name})" for name, digest in (source.get("data") or {}).items()]
-    lines.append(f"verified   {_LEVELS.get(record['verified'], record['verified'])}")
+        lines.append(line("made from", f"{source['sha256']} (SHA-256 of the {source['of']})"))
+        lines += [line("", f"{digest} (SHA-256 of {name})") for name, digest in (source.get("data") or {}).items()]
+    lines.append(line("verified", _LEVELS.get(record["verified"], record["verified"])))
     for output in record["outputs"]:
         allowed = output["allowed"]
         explained = "which rounding alone explains" if allowed is None else f"{allowed:.1e} allowed"
-        lines.append(f"output     {output['output']}: largest error {output['max_rel']:.1e} relative, {explained}")
-    if (counts := record.get("certificate")) is not None:
-        windows = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
-        lines.append(f"windows    {windows}")
+        lines.append(line("output", f"{output['output']}: largest error {output['max_rel']:.1e} relative, {explained}"))
+    if (certified := record.get("certificate")) is not None:
+        lines.append(line("tensors", ", ".join(f"{n} {verdict}" for verdict, n in certified.items())))
     for when in ("before", "after"):
-        figures = ", ".join(f"{sizes[when][what]:,} {what}" for what in _SIZE)
-        lines.append(f"{when:<10} {figures}")
-    lines.append("passes     " + ", ".join(f"{name} {n}" for name, n in record["passes"].items()))
+        lines.append(line(when, ", ".join(f"{sizes[when][what]:,} {what}" for what in _SIZE)))
+    lines.append(line("passes", counts(record["passes"].items())))
     regions = record["regions"]
     worst = max((r["error"] for r in regions if r["error"] is not None), default=None)
     error = "" if worst is None else f", largest error {worst:.1e} (float64, relative)"
-    lines.append(f"regions    {len(regions)} replaced{error}")
+    lines.append(line("regions", f"{len(regions)} replaced{error}"))
     shown = regions if everything else regions[:SHOWN]
     for region in shown:
         applied = ", ".join(name if n == 1 else f"{name} {n}" for name, n in region["passes"].items())
@@ -160,9 +159,9 @@ def page(record: Record, everything: bool) -> list[str]:
     return lines
 
 
-def printable(line: str) -> str:
-    """``line`` on one line whatever the names in it are: a record comes from anybody, and must not write our lines."""
-    return line if line.isprintable() else line.encode("unicode_escape").decode("ascii")
+def printable(text: str) -> str:
+    """``text`` on one line whatever the names in it are: a record comes from anybody, and must not write our lines."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def records_of(report: Report) -> list[Record]:

@@ -12,6 +12,7 @@ from reparamc.errors import InputError
 from reparamc.onnx.files import load
 from reparamc.onnx.record import file_origin, graph_hash, model_origin, records
 from reparamc.report.record import Record, page, printable
+from reparamc.report.text import line
 from reparamc.verify.result import Verification
 from reparamc.verify.search import verify_onnx
 
@@ -58,18 +59,18 @@ class Audit:
 
     def page(self, everything: bool = False) -> str:
         """A page to read; with ``everything`` all regions are listed."""
-        lines = [f"model      {self.model}"]
+        lines = [line("model", self.model)]
         for number, record in enumerate(self.records, 1):
             lines += ["", f"fusion {number} of {len(self.records)}", *page(record, everything)]
         lines.append("")
         if self.unchanged is not None:
-            lines.append(f"graph      {'as the fusion left it' if self.unchanged else 'changed since'}")
+            lines.append(line("graph", "as the fusion left it" if self.unchanged else "changed since"))
         if self.against is not None:
             which = f"what fusion {self.matches} was made from" if self.matches else "nothing that was fused here"
-            lines.append(f"against    {self.against}: {which}")
+            lines.append(line("against", f"{self.against}: {which}"))
         if self.verification is not None:
-            lines.append(f"compared   {self.verification.verdict}")
-        lines += [f"problem    {problem}" for problem in self.problems]
+            lines.append(line("compared", self.verification.verdict))
+        lines += [line("problem", problem) for problem in self.problems]
         return "\n".join(map(printable, lines)).rstrip()
 
 

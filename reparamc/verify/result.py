@@ -12,6 +12,7 @@ import numpy.typing as npt
 from reparamc import __version__
 from reparamc.algebra.dtypes import kind_of
 from reparamc.equivalence.difference import Difference, tolerance
+from reparamc.report.text import line, table
 
 
 @dataclass(frozen=True)
@@ -161,26 +162,25 @@ class Verification:
 
     def table(self) -> str:
         """A few lines for a terminal."""
-        lines = [f"original   {self.original}", f"fused      {self.fused}"]
-        lines += [f"input      {text}" for text in self.inputs]
+        lines = [line("original", self.original), line("fused", self.fused)]
+        lines += [line("input", text) for text in self.inputs]
         counts = f"{self.compared} inputs"
         counts += f", {self.refused} more that the original refuses" * bool(self.refused)
         counts += f", {self.set_aside} set aside as overflow or all rounding" * bool(self.set_aside)
-        lines.append(f"compared   {counts} in {self.seconds:.1f} s")
+        lines.append(line("compared", f"{counts} in {self.seconds:.1f} s"))
         if self.outputs:
-            width = max(10, *(len(c.output) for c in self.outputs))
-            head = f"{'max abs':>9} {'max rel':>9} {'allowed':>9} {'error/rounding':>15} {'ULP':>12}"
-            lines += ["", f"{'output':<{width}} {head}"]
+            rows = [["output", "max abs", "max rel", "allowed", "error/rounding", "ULP"]]
             for c in self.outputs:
                 allowed = "given" if c.allowed is None else f"{c.allowed:.1e}"
-                last = "-" if c.ulps is None else f"{c.ulps:,}"
-                figures = f"{c.max_abs:>9.1e} {c.max_rel:>9.1e} {allowed:>9} {c.in_noise:>15.2g} {last:>12}"
-                lines.append(f"{c.output:<{width}} {figures}{'  differs' * bool(c.problem)}")
+                ulps = "-" if c.ulps is None else f"{c.ulps:,}"
+                rows.append([c.output, f"{c.max_abs:.1e}", f"{c.max_rel:.1e}", allowed, f"{c.in_noise:.2g}", ulps])
+            problems = ["", *("  differs" * bool(c.problem) for c in self.outputs)]
+            lines += ["", *(row + problem for row, problem in zip(table(rows), problems, strict=True))]
             lines.append("")
         if self.windows is not None:
-            lines.append(f"windows    {_windows(self.windows)}")
-        lines += [f"note       {note}" for note in self.notes]
-        lines.append(f"verdict    {self.verdict}")
+            lines.append(line("tensors", _windows(self.windows)))
+        lines += [line("note", note) for note in self.notes]
+        lines.append(line("verdict", self.verdict))
         return "\n".join(lines)
 
 

@@ -190,7 +190,7 @@ def test_the_page(run: Run, fused: Path) -> None:
     assert f"by reparamc {__version__}, for latency" in lines
     assert f"made from {sha256(fused.with_name('original.onnx'))} (SHA-256 of the file)" in lines
     assert "verified every replacement in float64, and both models end to end" in lines
-    assert "windows 1 equal, 0 undecided, 0 rolled back" in lines
+    assert "tensors 1 equal, 0 undecided, 0 rolled back" in lines
     assert "passes bn-folding 1" in lines
     assert any(line.startswith("norm0: bn-folding; ") for line in lines)
     assert "graph as the fusion left it" in lines

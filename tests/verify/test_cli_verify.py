@@ -246,7 +246,7 @@ def test_what_is_proven_for_every_size_is_counted() -> None:
     fused, _ = fuse_model(ORIGINAL)
     result = verify(ORIGINAL, fused)
     assert result.windows == {"equal": 1, "different": 0, "undecided": 0}
-    assert "windows    1 of 1 proven equal for every input size" in result.table().splitlines()
+    assert "tensors    1 of 1 proven equal for every input size" in result.table().splitlines()
     result = verify(ORIGINAL, model(block(), changed("w", (1, 2, 0, 0), 0.01)))
     assert result.windows is not None
     assert result.windows["different"] == 1
