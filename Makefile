@@ -4,13 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: help setup demo test lint format check bench clean
+.PHONY: help setup demo test lint types format check docs bench clean
 
 help:
 	@echo "make demo    export FastViT-T8 in training form and fuse it: build/fastvit_t8*.onnx"
 	@echo "make test    run all tests, examples included, in JOBS=2 processes"
 	@echo "make lint    ruff, ruff format --check, pyright"
 	@echo "make check   lint, then test"
+	@echo "make docs    write the pages of the passes anew and build the site: build/site"
 	@echo "make format  let ruff put the code in order"
 	@echo "make bench   run the benchmarks and put their tables into docs/benchmarks.md (ten to thirty minutes)"
 	@echo "make clean   remove .venv and build"
@@ -34,9 +35,11 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-lint: setup
+lint: setup types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: setup
@@ -44,6 +47,10 @@ format: setup
 	$(BIN)/ruff format
 
 check: lint test
+
+docs: setup
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: setup
 	$(BIN)/python benchmarks/all.py
