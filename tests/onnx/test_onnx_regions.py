@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from expression_models import operators
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, TensorProto
 from onnx_models import PAD, batchnorm, model, node, norm, rand
 
 from reparamc.certificate.proof import Certificate
@@ -172,3 +172,82 @@ def test_a_model_that_cannot_be_cut_is_told() -> None:
     assert run_alone(made, made, [], {}) is None
     region = Region("b0", ("x",), "norm0", "", "")
     assert run_alone(made, made, [region], {"x": np.zeros((1, 5, 8, 8), np.float32)}) is None
+
+
+DISCRETE: dict[str, tuple[NodeProto, ...]] = {
+    "QuantizeLinear": (node("QuantizeLinear", "s scale zero", "q"), node("DequantizeLinear", "q scale zero", "d")),
+    "Round": (node("Round", "s", "d"),),
+    "Floor": (node("Floor", "s", "d"),),
+    "Cast": (
+        node("Div", "s scale", "r"),
+        node("Cast", "r", "i", to=TensorProto.INT32),
+        node("Cast", "i", "d", to=TensorProto.FLOAT),
+    ),
+    "Sign": (node("Sign", "s", "d"),),
+    "Greater": (node("Greater", "s nothing", "g"), node("Where", "g t nothing", "d")),
+    "ArgMax": (node("ArgMax", "s", "k", axis=1), node("Cast", "k", "i", to=TensorProto.FLOAT), node("Mul", "i t", "d")),
+    "TopK": (
+        node("Reshape", "s rows", "r"),
+        node("TopK", "r count", "v k", axis=-1),
+        node("Cast", "k", "i", to=TensorProto.FLOAT),
+        node("Reshape", "i map", "d"),
+    ),
+    "NonZero": (
+        node("Greater", "s nothing", "g"),
+        node("NonZero", "g", "k"),
+        node("Transpose", "k", "places", perm=[1, 0]),
+        node("GatherND", "t places", "d"),
+    ),
+}
+
+
+def stepped(kind: str) -> ModelProto:
+    """A convolution and a BatchNorm before a step between discrete values, and after it where that makes a map."""
+    nodes = [node("Conv", "x w0", "c0", **PAD), batchnorm("c0", "n0", "b0", name="norm0"), node("Tanh", "b0", "t")]
+    nodes += [node("Mul", "t many", "m"), node("Sin", "m", "s"), *DISCRETE[kind]]
+    if kind == "NonZero":
+        nodes += [node("Identity", "d", "y")]
+    else:
+        nodes += [node("Conv", "d w1", "c1", **PAD), batchnorm("c1", "n1", "y", name="norm1")]
+    weights = {f"w{i}": rand(6, 6, 3, 3, seed=i) for i in range(2)} | norm("n0", 6) | norm("n1", 6)
+    weights |= {"scale": np.float32(0.25), "zero": np.int8(0), "many": np.float32(3e4), "nothing": np.float32(0.5)}
+    weights |= {"rows": np.array([0, 6, -1]), "count": np.array([16]), "map": np.array([0, 6, 4, 4])}
+    used = {name for n in nodes for name in n.input}
+    return model(nodes, {k: v for k, v in weights.items() if k in used}, (3, 6, 24, 24), opset=17)
+
+
+def rounded_otherwise(monkeypatch: pytest.MonkeyPatch, factor: float = 4.0) -> None:
+    """Let every emitted parameter be off by a few roundings."""
+    add, rng = OnnxGraph.add_initializer, np.random.default_rng(0)
+
+    def other(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+        return add(self, wanted, array * (1 + factor * 2.0**-24 * rng.uniform(-1, 1, array.shape)), dtype)
+
+    monkeypatch.setattr(OnnxGraph, "add_initializer", other)
+
+
+@pytest.mark.parametrize("kind", DISCRETE)
+def test_a_tie_that_is_broken_otherwise_is_no_difference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded_otherwise(monkeypatch)
+    _, report = fuse_model(stepped(kind))
+    output, *regions = report.end_to_end
+    assert output.max_rel > 1e-3  # so it was flipped
+    assert output.tolerance is None
+    assert [r.alone for r in regions] == [True] * (1 if kind == "NonZero" else 2)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("kind", DISCRETE)
+def test_a_wrong_region_is_found_beside_a_step(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (kind, block) == ("NonZero", 1):
+        return  # nothing is folded there
+    add = OnnxGraph.add_initializer
+
+    def wrong(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+        if wanted == ("b0.weight", "y.weight")[block]:
+            array = array * (1 + 1e-3 * (np.arange(6) == 4)).reshape(6, 1, 1, 1)
+        return add(self, wanted, array, dtype)
+
+    monkeypatch.setattr(OnnxGraph, "add_initializer", wrong)
+    with pytest.raises(VerificationError, match=f"region 'norm{block}'"):
+        fuse_model(stepped(kind))
