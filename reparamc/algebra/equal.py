@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import numpy as np
 import numpy.typing as npt
 
-from reparamc.algebra.evaluate import absolute, channel_axes
+from reparamc.algebra.evaluate import absolute
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -25,7 +25,7 @@ from reparamc.algebra.expr import (
     Take,
     walk,
 )
-from reparamc.algebra.samples import ODD, SIZES, draw, samples
+from reparamc.algebra.samples import SIZES, samples
 
 REGION_TOLERANCE = 1e-11
 """Largest error accepted of an element in float64, relative to the magnitudes of the terms that it is the sum of."""
@@ -59,16 +59,6 @@ def compare_expressions(before: Expr, after: Expr, seed: int = 0, *, every_size:
             raise ValueError("its values overflow float64")
         worst = max(worst, relative(a, b, scale), key=lambda e: (np.isnan(e), e))
     return worst
-
-
-def constants_of(e: Expr) -> Array | None:
-    """For each channel of ``e``, the magnitudes of all constants that are added up; None where no input fits it."""
-    terms = absolute(e)
-    try:
-        y = draw([terms], ODD, np.random.default_rng(0)).zeros().value(terms)
-    except (ValueError, IndexError):
-        return None
-    return largest_by_channel(y, channel_axes(e)[e])
 
 
 def largest_by_channel(magnitudes: npt.NDArray, axis: int | None) -> npt.NDArray:

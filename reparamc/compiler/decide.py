@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from reparamc.algebra.cost import cost
-from reparamc.algebra.equal import REGION_TOLERANCE, constants_of
+from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.evaluate import misfit
 from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
 from reparamc.algebra.rewrite import Declined, Pass, Refusal, Step, simplify
@@ -277,9 +277,8 @@ def checked(
     dtype = graph.dtype(members)
     assert dtype is not None
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))
-    constants = constants_of(before) if host is not None else None
     text = show(before), show(after)
-    return Splice(root, members, after, native, dtype, counts, parameters, *text, error, constants=constants)
+    return Splice(root, members, after, native, dtype, counts, parameters, *text, error, original=before)
 
 
 def _obstacle(

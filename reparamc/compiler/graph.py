@@ -177,7 +177,7 @@ class Splice:
         error: largest difference between region and replacement in float64, relative (None: unchecked).
         shared: the value that this and other splices compute anew together: all are made, or none, because one
             alone would not pay.
-        constants: per channel, the magnitudes of all constants that the region adds up (None: unchecked).
+        original: the region as an expression; None where it is none.
     """
 
     root: Value
@@ -191,7 +191,7 @@ class Splice:
     after: str
     error: float | None
     shared: Value | None = None
-    constants: Array | None = None
+    original: Expr | None = None
 
     @property
     def operands(self) -> tuple[Value, ...]:

@@ -6,11 +6,16 @@ Of some splices all are made, or none; what these have in common is their unit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from time import perf_counter
 
-from reparamc.algebra.evaluate import channel_axes
+import numpy as np
+
+from reparamc.algebra.evaluate import channel_axes, evaluate
+from reparamc.algebra.expr import Array, Expr, Source, walk
 from reparamc.certificate.proof import Certificate, roll_back
 from reparamc.compiler.graph import Graph, Splice, Value
+from reparamc.equivalence.difference import Outputs
 from reparamc.equivalence.end_to_end import Region
 from reparamc.report.data import Certified, FailedRegion, Refusal, Rewrite
 
@@ -64,10 +69,16 @@ def regions_of(graph: Graph, splices: Iterable[Splice], name: Callable[[Value], 
             s.before,
             s.after,
             channel_axes(s.expr)[s.expr],
-            s.constants,
+            None if s.original is None else partial(_exactly, s.original, name),
         )
         for s in splices
     ]
+
+
+def _exactly(original: Expr, name: Callable[[Value], str], values: Outputs) -> Array:
+    """What ``original`` is in float64, from values by name."""
+    sources = [e for e in walk(original) if isinstance(e, Source)]
+    return evaluate(original, {e: values[name(e.key)].astype(np.float64) for e in sources})[0]
 
 
 def rewritten(graph: Graph, splice: Splice) -> Rewrite:

@@ -46,7 +46,7 @@ def run_alone(
     except Exception:  # ONNX Runtime's exceptions share no base class
         return None
     assert set(actual) >= {*roots, *outputs}
-    return Alone(expected, actual, noises)
+    return Alone({**inputs, **expected}, actual, noises)
 
 
 def _named(values: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
