@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_packaging import EDGES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -48,3 +49,9 @@ def test_the_readme_is_short() -> None:
 def test_nothing_speaks_of_the_workplace() -> None:
     words = re.compile(r"/work/|issue [0-9]+")
     assert not [page.name for page in PAGES if words.search(page.read_text())]
+
+
+def test_the_table_of_folders_is_the_one_that_is_enforced() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \|([^|]*)\|$", text, re.MULTILINE)
+    assert {name: set(re.findall(r"\w+", allowed)) for name, allowed in rows} == EDGES
