@@ -13,7 +13,7 @@ from planting import Make, fault, given, instead, result
 from reparamc.algebra.expr import Scale, Source, Sum
 from reparamc.algebra.shape import Dim
 
-READ, EMIT = "reparamc.fx.operators:_read_", "reparamc.fx.emit:Emitter."
+READ, EMIT = "reparamc.fx.readers:_read_", "reparamc.fx.emit:Emitter."
 
 
 def exchanged_arguments(graph: Any, node: Any, call: Any) -> tuple[Any, ...]:
@@ -41,7 +41,7 @@ def also_linear(original: Any) -> Any:
 
 FX_READERS = [
     fault(
-        "padding 'same' of an even kernel", "reparamc.fx.operators:_padding", result(lambda pads: pads and pads[::-1]),
+        "padding 'same' of an even kernel", "reparamc.fx.readers:_padding", result(lambda pads: pads and pads[::-1]),
         fx=lambda: net(lambda x, c, n: n(c(x)), nn.Conv2d(4, 4, 2, padding="same"), nn.BatchNorm2d(4)),
     ),
     fault(
@@ -110,7 +110,7 @@ FX_READERS = [
         fx=lambda: net(lambda x, c, d: torch.cat([c(x), d(x)], 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3)),
     ),
     fault(
-        "pieces of a split", "reparamc.fx.operators:_piece",
+        "pieces of a split", "reparamc.fx.readers:_piece",
         reading(lambda e: replace(e, index=tuple(range(len(e.index))))),
         fx=lambda: net(lambda x, c: c(x).split(2, 1)[1], nn.Conv2d(4, 4, 3)),
     ),
@@ -119,7 +119,7 @@ FX_READERS = [
         fx=lambda: net(lambda x, c: c(x)[:, 1:3], nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "channel shuffle read as nothing", "reparamc.fx.operators:_shuffled", result(sorted),
+        "channel shuffle read as nothing", "reparamc.fx.readers:_shuffled", result(sorted),
         fx=lambda: net(
             lambda x, a, c: c(F.channel_shuffle(a(x).relu(), 2)), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1)
         ),

@@ -216,6 +216,8 @@ def _of_module(node: fx.Node, module: Any) -> Described | None:
     if kind is nn.Flatten:
         take("start_dim", "end_dim")
         return Described("flatten", args, None, plain)
+    if kind is nn.Unflatten:
+        return Described("unflatten", {**args, "dim": module.dim, "sizes": module.unflattened_size}, None, plain)
     if kind is nn.ChannelShuffle:
         take("groups")
         return Described("channel_shuffle", args, None, plain)

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.nn import functional as F
 
 from reparamc.algebra.expr import Array, Expr, Layout, Select, Source
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Reading, Splice, Taps, Value, values_in
-from reparamc.fx.calls import Call, Held, as_plain, lookup
+from reparamc.fx.calls import Held, as_plain, lookup, spelled
 from reparamc.fx.emit import Emitter
 from reparamc.fx.memory import Memory, only_asserted, reads_size_only
-from reparamc.fx.operators import HOOKED, KEEPS_DTYPE, READERS, FxReading, find_shuffle
+from reparamc.fx.operators import OPERATORS, Operator
+from reparamc.fx.readers import HOOKED, READERS, FxReading, find_shuffle
 from reparamc.fx.shapes import Values
 from reparamc.fx.sizes import free_sizes
 
@@ -34,26 +34,6 @@ DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
 }
-
-_LINEAR_KINDS = {
-    "add", "sub", "mul", "div", "neg", "identity", "copy", "reshape", "permute", "transpose", "flatten", "unflatten",
-    "squeeze", "unsqueeze", "pad", "cat", "split", "chunk", "unbind", "getitem", "slice", "narrow", "select", "mean",
-    "matmul", "conv", "linear", "addmm", "einsum", "roll", "cumsum", "sum", "flip", "index_select", "expand", "stack",
-    "channel_shuffle", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "batch_norm", "dropout",
-}  # fmt: skip
-"""Operators that are affine in each operand that is no constant, all other operands being constant."""
-_ANY_RANK = (
-    *("conv", "conv_transpose", "linear", "matmul", "addmm", "neg", "identity", "copy", "dropout", "avg_pool", "pad"),
-    *("pixel_shuffle", "pixel_unshuffle", "permute"),
-)
-"""Operators that mean the same for values of all ranks that they take, counted from the last axis."""
-_ONE_OPERAND = ("mul", "div", "matmul", "einsum", "conv", "linear", "addmm", "batch_norm")
-_LINEAR_FUNCTIONS: dict[Any, str] = {
-    **{name: name for name in ("roll", "cumsum", "sum", "flip", "index_select", "expand")},
-    **{f: f.__name__ for f in (torch.einsum, torch.roll, torch.cumsum, torch.sum, torch.flip, torch.index_select)},
-    **{f: f.__name__ for f in (torch.stack, F.unfold, F.fold, F.pixel_shuffle, F.pixel_unshuffle)},
-}
-"""Operators without a form in `fx_calls`, as functions and as names of methods."""
 
 
 class FxGraph:
@@ -109,9 +89,18 @@ class FxGraph:
         """Whether an operator is linear by its kind, so that it may become part of another one."""
         if not node.op.startswith("call_"):
             return False
+        called = self._called(node)
+        return node.target is operator.setitem or (
+            called is not None and (called.name in READERS or called.linear is not None)
+        )
+
+    def _called(self, node: fx.Node) -> Operator | None:
+        """The operator that ``node`` calls; None where that is not known, or hooks run."""
         call = self.facts.calls.get(node)
-        op = _linear_kind(node, call)
-        return op in READERS or op in _LINEAR_KINDS or node.target is operator.setitem
+        if call is None:
+            found = spelled(node, self.module) if node.op in ("call_function", "call_method") else None
+            return found[0] if found is not None and not found[0].arguments else None
+        return OPERATORS[call.op] if call.plain else None
 
     def _find_written(self) -> dict[fx.Node, list[fx.Node]]:
         """Values with the slice assignments that complete them: constants, before anything else reads the value."""
@@ -202,7 +191,7 @@ class FxGraph:
                 at = cast(fx.Node, reading.operands[0])
             else:
                 call = self.facts.calls.get(at)
-                kept = call is not None and call.op in KEEPS_DTYPE and "dtype" not in call.args
+                kept = call is not None and "dtype" in OPERATORS[call.op].keeps and "dtype" not in call.args
                 at = call.input if call is not None and kept else None
         if at is not None:
             found = self._likes[at]
@@ -291,12 +280,11 @@ class FxGraph:
 
     def moves(self, value: Value) -> tuple[Value, ...] | None:
         node = cast(fx.Node, value)
-        call = self.facts.calls.get(node)
         if node in self.facts.known or node in self.facts.dims or isinstance(self.read(node), Declined):
             return None
-        op = _linear_kind(node, call)
+        called = self._called(node)
         operands = tuple(n for n in node.all_input_nodes if n not in self.facts.known)
-        if op not in _LINEAR_KINDS or (op in _ONE_OPERAND and len(operands) > 1):
+        if called is None or called.linear is None or (called.linear == "one" and len(operands) > 1):
             return None
         if any(n in self.facts.dims or n in self.facts.sizes for n in operands):
             return None  # indices that are computed at run time
@@ -424,7 +412,7 @@ class FxGraph:
             held = [v for name in ("input", "other") if isinstance(v := self._constant(call.args.get(name)), Tensor)]
             axis = self.axis(node)
             return any(t.ndim > (0 if axis is None else -axis) for t in held)
-        return call.op not in _ANY_RANK
+        return not OPERATORS[call.op].any_rank
 
     def _constant(self, arg: Any) -> Any:
         return self.facts.known.get(arg) if isinstance(arg, fx.Node) else arg
@@ -547,11 +535,6 @@ class FxGraph:
             if type(module) is nn.Module:  # a container that tracing made; the modules in it keep their modes
                 module.training = False
         return fused
-
-
-def _linear_kind(node: fx.Node, call: Call | None) -> str:
-    """The name of an operator in the tables of those that may be linear; empty for others, and where hooks run."""
-    return call.op if call is not None and call.plain else _LINEAR_FUNCTIONS.get(node.target, "")
 
 
 def _mentions(user: fx.Node, value: Value) -> int:

@@ -11,34 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
 
-from reparamc.fx.calls import aten_name, first_operand, is_plain, lookup
-
-ALLOCATING_METHODS = {
-    "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "abs", "sigmoid", "tanh", "relu",
-    "softmax", "mean", "sum", "amax", "amin", "max", "min", "var", "std", "clone", "matmul", "bmm", "clamp",
-    "size", "dim", "ndimension", "numel",
-}  # fmt: skip
-ALLOCATING_ATEN = ALLOCATING_METHODS | {
-    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
-    "addmm", "mm", "batch_norm", "layer_norm", "group_norm", "gelu", "silu", "hardswish", "hardsigmoid", "hardtanh",
-    "leaky_relu", "elu", "mish", "relu6", "softplus", "cat", "stack", "pad", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "max_pool2d", "adaptive_avg_pool2d", "constant_pad_nd", "rsub", "index", "einsum", "upsample_bilinear2d",
-    "scaled_dot_product_attention", "interpolate", "rsqrt", "reciprocal", "channel_shuffle",
-}  # fmt: skip
-ALLOCATING_FUNCTIONS = {
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.matmul,
-    operator.floordiv, operator.mod, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
-    torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.relu, torch.sigmoid, torch.tanh, torch.softmax,
-    torch.cat, torch.concat, torch.stack, torch.matmul, torch.bmm, torch.mean, torch.sum, torch.exp, torch.sqrt,
-    torch.rsqrt, torch.clone, torch._assert,
-    F.conv1d, F.conv2d, F.conv3d, F.linear, F.batch_norm, F.layer_norm, F.group_norm, F.relu, F.relu6, F.gelu, F.silu,
-    F.hardswish, F.hardsigmoid, F.hardtanh, F.leaky_relu, F.elu, F.mish, F.sigmoid, F.softmax, F.softplus, F.pad,
-    F.max_pool2d, F.avg_pool2d, F.interpolate, F.scaled_dot_product_attention,
-}  # fmt: skip
-"""Operators whose result has memory of its own; any other result may share that of its operands."""
+from reparamc.fx.calls import allocates, aten_name, first_operand, is_plain, lookup, spelled
 
 IN_PLACE_DUNDERS = {
     f"__{name}__": getattr(operator, name)
@@ -151,17 +127,11 @@ def _allocates(node: fx.Node, module: nn.Module) -> bool:
         called = lookup(module, str(node.target))
         if node.target == GUARDS:
             return True
-        passing = nn.Identity | nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.Flatten | nn.Unflatten
-        return is_plain(called) and not isinstance(called, passing) and not getattr(called, "inplace", False)
+        passing = spelled(node, module) is not None and not allocates(node, module)
+        return is_plain(called) and not passing and not getattr(called, "inplace", False)
     if written(node, module):
         return False
-    if isinstance(node.target, OpOverload):
-        return aten_name(node.target) in ALLOCATING_ATEN or reads_size_only(node)
-    if node.op == "call_method":
-        return node.target in ALLOCATING_METHODS
-    if node.op == "call_function":
-        return node.target in ALLOCATING_FUNCTIONS or reads_size_only(node)
-    return True
+    return not node.op.startswith("call_") or allocates(node, module) or reads_size_only(node)
 
 
 def written(node: fx.Node, module: nn.Module) -> list[fx.Node]:

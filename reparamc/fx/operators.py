@@ -1,615 +1,307 @@
-"""Readers: one function per torch operator, from a call in its one form to what it means as a linear operator.
+"""What is known of each operator of torch, but for what it computes: one record per operator, in one table.
 
-A reader answers None where the operator is not linear, and `Declined` with the reason where it nearly
-is. To add one, write it here and enter it in `READERS`.
+What an operator computes, as a linear one, is said by its reader, in `reparamc.fx.readers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
-
-from reparamc.algebra.expr import (
-    ONE,
-    ZERO,
-    Array,
-    BatchNorm,
-    Concat,
-    Conv,
-    Expr,
-    LayoutOp,
-    Mean,
-    Permute,
-    Reshape,
-    Scale,
-    Select,
-    Sum,
-    Take,
-)
-from reparamc.algebra.kernels import arithmetic, swap_sides, transposed
-from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import ACTIVATION, Reading, Taps, axis_of_constant, layout_reading
-from reparamc.fx.calls import Call, aten_name, integers, lookup
-
-if TYPE_CHECKING:
-    from reparamc.algebra.shape import Shape
-    from reparamc.fx.graph import FxGraph
-
-HOOKED = "it has hooks or a forward of its own, which folding would drop"
-ALL = 2**63 - 1
-"""The end of a slice that takes everything, as torch.export writes it."""
-CHANNELS_UNKNOWN = "the number of its channels is unknown: pass example_inputs"
+from torch import nn
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class FxReading(Reading):
-    """A `Reading`, with the tensors it holds and the number of channels of its result, where that is known."""
+class Operator:
+    """One operator, however it is spelled.
 
-    tensors: tuple[Tensor, ...] = field(default=(), kw_only=True)
-    channels: int | None = field(default=None, kw_only=True)
+    Attributes:
+        name: the same for all spellings, and for all numbers of spatial axes.
+        arguments: what a function or a method takes, by position; empty where nothing is asked of its arguments.
+        names: those of ATen, and of the functions in `torch` and `torch.nn.functional` that take ``arguments``;
+            ``conv#d`` stands for conv1d, conv2d and conv3d. Its own name if none is given.
+        aten: names that only ATen has, or that are functions with other arguments.
+        methods: names of methods of tensors.
+        functions: functions that go by other names, such as `operator.add`.
+        modules: classes of modules, and how many spatial axes they have, where the class tells.
+        parameters: what a module holds as tensors.
+        attributes: what a module holds besides.
+        derived: further arguments of a module, computed from it.
+        keeps: what its result has in common with its first operand: "shape", "rank", "dtype".
+        linear: whether it is affine in its operands, and if so in "each" of them, or in "one", all others constant.
+        any_rank: whether it means the same for values of all ranks that it takes, axes counted from the last one.
+        allocates: whether its result has memory of its own; or the names for which it has.
+        takes_sizes: whether it takes several numbers as well as a torch.Size.
+    """
 
-
-Reader = Callable[["FxGraph", fx.Node, Call], "FxReading | Declined | None"]
-KEEPS_DTYPE = (
-    *("same", "neg", "identity", "copy", "dropout", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool"),
-    *("interpolate", "pad", "slice", "narrow", "reshape", "reshape_as", "permute", "transpose", "flatten"),
-    *("unflatten", "squeeze", "unsqueeze", "mean", "amax", "split", "chunk", "channel_shuffle", "getitem"),
-    *("select", "unbind"),
-)
-
-
-def _read_conv(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    found = _parameters(graph, call)
-    if found is None or isinstance(found, Declined):
-        return found
-    weight, bias, names = found
-    x = cast(fx.Node, call.input)
-    n = weight.ndim - 2
-    groups = call.get("groups", 1)
-    if not isinstance(groups, int):
-        return Declined("the number of its groups is computed at run time")
-    stride, dilation = (integers(call.get(key, 1), n) for key in ("stride", "dilation"))
-    pads = None if dilation is None else _padding(call.get("padding", 0), dilation, tuple(weight.shape[2:]))
-    if stride is None or dilation is None or pads is None or call.get("padding_mode", "zeros") != "zeros":
-        return _read_taps(graph, node, call, weight, bias, names)
-    begin, end = pads
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        b = None if bias is None else array(bias)
-        return Conv.padded(operands[0], array(weight), b, stride, dilation, begin, end, groups)
-
-    return FxReading((x,), build, names, -1 - n, tensors=_held(weight, bias), channels=weight.shape[0])
-
-
-def _padding(
-    wanted: Any, dilation: tuple[int, ...], kernel: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Zeros in front and behind, per axis; None where they are computed at run time."""
-    if wanted == "same":
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        begin = tuple(t // 2 for t in totals)
-        return begin, tuple(t - b for t, b in zip(totals, begin, strict=True))
-    pads = integers(0 if wanted == "valid" else wanted, len(kernel))
-    return None if pads is None else (pads, pads)
+    name: str
+    arguments: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
+    aten: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    functions: tuple[Callable[..., Any], ...] = ()
+    modules: Mapping[type[nn.Module], int | None] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    derived: Callable[[Any], dict[str, Any]] = lambda module: {}
+    keeps: tuple[str, ...] = ()
+    linear: str | None = None
+    any_rank: bool = False
+    allocates: bool | tuple[str, ...] = False
+    takes_sizes: bool = False
 
 
-def _read_conv_transpose(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    found = _parameters(graph, call)
-    if found is None or isinstance(found, Declined):
-        return found
-    weight, bias, names = found
-    x = cast(fx.Node, call.input)
-    n = weight.ndim - 2
-    groups = call.get("groups", 1)
-    keys = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
-    geometry = [integers(call.get(key, default), n) for key, default in keys.items()]
-    if not isinstance(groups, int):
-        return Declined("the number of its groups is computed at run time")
-    sized = node.op == "call_module" and (len(node.args) > 1 or "output_size" in node.kwargs)
-    if None in geometry or sized:
-        return _read_taps(graph, node, call, weight, bias, names)
-    stride, begin, more, dilation = cast("list[tuple[int, ...]]", geometry)
-    end = tuple(b - m for b, m in zip(begin, more, strict=True))
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        b = None if bias is None else array(bias)
-        return transposed(operands[0], swap_sides(array(weight), groups), b, stride, dilation, begin, end, groups)
-
-    return FxReading((x,), build, names, -1 - n, tensors=_held(weight, bias), channels=weight.shape[1] * groups)
+ALL = ("shape", "rank", "dtype")
+"""What an elementwise operator keeps."""
 
 
-def _read_taps(
-    graph: FxGraph, node: fx.Node, call: Call, weight: Tensor, bias: Tensor | None, names: tuple[str, ...]
-) -> FxReading:
-    """A convolution that is no kernel over its operand, as a matrix over what it reads at each position."""
-    groups, transposed = call.get("groups", 1), call.op == "conv_transpose"
-    geometry = {name: str(value) for name, value in call.args.items() if name not in ("weight", "bias", "groups")}
-    beside = (str(node.args[1:]), str(node.kwargs)) if node.op == "call_module" else ()
-    kind = (call.op, tuple(weight.shape[2:]), *sorted(geometry.items()), *beside)
-    operands = tuple(n for n in node.all_input_nodes if n not in graph.facts.known)
-    inside, out = (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, len(weight))
-    taps = Taps(kind, operands, inside * prod(weight.shape[2:]), weight.ndim - 2, node)
-    read = taps.reading(
-        lambda: swap_sides(array(weight), groups) if transposed else array(weight),
-        None if bias is None else lambda: array(bias),
-        groups,
-        names,
+def _ranked(name: str, only: tuple[int, ...] = (1, 2, 3)) -> dict[type[nn.Module], int | None]:
+    """The classes of modules ``name`` + 1d, 2d and 3d."""
+    return {getattr(nn, f"{name}{n}d"): n for n in only}
+
+
+def _any(*kinds: type[nn.Module]) -> dict[type[nn.Module], int | None]:
+    return dict.fromkeys(kinds)
+
+
+def _pool(name: str, kind: str, *arguments: str, linear: bool = False) -> Operator:
+    return Operator(
+        name,
+        ("input", *arguments),
+        (f"{name}#d",),
+        modules=_ranked(kind),
+        attributes=arguments,
+        keeps=("rank", "dtype"),
+        any_rank=linear,
+        allocates=True,
+        takes_sizes=arguments == ("output_size",),
     )
-    return FxReading((taps,), read.build, names, read.axis, tensors=_held(weight, bias), channels=out)
-
-
-def _read_linear(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    found = _parameters(graph, call)
-    if found is None or isinstance(found, Declined):
-        return found
-    weight, bias, names = found
-    if weight.ndim != 2:
-        return None
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        return Conv(operands[0], array(weight), None if bias is None else array(bias))
-
-    x = cast(fx.Node, call.input)
-    return FxReading((x,), build, names, -1, tensors=_held(weight, bias), channels=weight.shape[0])
-
-
-def _read_product(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    """``x @ W`` and ``bias + x @ W`` with a constant matrix."""
-    x = call.args.get("input")
-    found, bias = graph.facts.held(call.args.get("other")), graph.facts.held(call.args.get("bias"))
-    if found is None or not isinstance(x, fx.Node) or x in graph.facts.constants:
-        return None
-    weight, names = found
-    if weight.ndim != 2 or not weight.is_floating_point():
-        return Declined("its constant is not a matrix")
-    plain = call.get("alpha", 1) == 1 and call.get("beta", 1) == 1
-    if call.op == "addmm" and (not plain or bias is None or bias[0].shape != weight.shape[1:]):
-        return Declined("its bias is no constant vector, or it is scaled")
-    b = None if bias is None else bias[0]
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        return Conv(operands[0], np.ascontiguousarray(array(weight).T), None if b is None else array(b))
-
-    names = (*names, *(bias[1] if bias is not None else ()))
-    return FxReading((x,), build, names, -1, tensors=_held(weight, b), channels=weight.shape[1])
-
-
-def _parameters(graph: FxGraph, call: Call) -> tuple[Tensor, Tensor | None, tuple[str, ...]] | Declined | None:
-    """(weight, bias, names) of a convolution or linear layer over a value that is no constant."""
-    weight, bias = call.args.get("weight"), call.args.get("bias")
-    found, added = graph.facts.held(weight), graph.facts.held(bias)
-    if call.input is None or call.input in graph.facts.known:
-        return None
-    if found is None or (bias is not None and added is None):
-        return Declined("its weight or bias is computed at run time")
-    if not found[0].is_floating_point():
-        return None
-    return found[0], None if added is None else added[0], (*found[1], *(added[1] if added is not None else ()))
-
-
-def _held(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(t for t in tensors if t is not None)
-
-
-def _read_batchnorm(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    x = call.input
-    if call.get("training", False) is not False or call.get("running_mean") is None:
-        return Declined("BatchNorm uses the statistics of the batch")
-    if x is None:
-        return None
-    if not call.plain:
-        return Declined(HOOKED)
-    given = [call.args.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
-    held = [graph.facts.held(value) for value in given]
-    eps = call.get("eps", 1e-5)
-    if any(v is not None and h is None for v, h in zip(given, held, strict=True)) or not isinstance(eps, int | float):
-        return Declined("the parameters of batch_norm are computed at run time")
-    rank = graph.facts.rank(node) or graph.facts.rank(x)
-    if rank is None:
-        return Declined("the rank of its input is unknown, and with it the axis it acts on: pass example_inputs")
-    axis = -1 - max(rank - 2, 0)
-    gamma, beta, mean, var = (None if h is None else h[0] for h in held)
-    if mean is None or var is None:
-        return None
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        m = array(mean)
-        g, b = np.ones_like(m) if gamma is None else array(gamma), np.zeros_like(m) if beta is None else array(beta)
-        return BatchNorm(operands[0], g, b, m, array(var), float(eps), axis)
-
-    names = tuple(name for h in held if h is not None for name in h[1])
-    tensors = _held(gamma, beta, mean, var)
-    return FxReading((x,), build, names, axis, tensors=tensors, channels=mean.numel(), commutes=True, scales=True)
-
-
-def _read_neg(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
-    x = call.input
-    return None if x is None else _unary(graph, x, lambda operands: Scale(operands[0], -ONE, ZERO))
-
-
-def _unary(graph: FxGraph, x: fx.Node, build: Callable[[Sequence[Expr]], Expr]) -> FxReading:
-    axis = graph.axis(x)
-    return FxReading((x,), build, (), axis, channels=graph.channels(x, axis))
-
-
-def _read_identity(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
-    x = call.input
-    return None if x is None or x in graph.facts.known else _unary(graph, x, lambda operands: operands[0])
-
 
-def _read_dropout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    if call.args.get("training", True) is not False:
-        return None
-    return _read_identity(graph, node, call) if call.plain else Declined("it has hooks")
-
-
-def _read_arithmetic(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    """Sums and differences of two values, and a value with a constant that varies along one axis."""
-    op, factor = call.op, call.get("alpha", 1)
-    left, right = call.args.get("input"), call.args.get("other")
-    if set(call.args) - {"alpha", "input", "other"} or not isinstance(factor, int | float):
-        return None
-    if left is None or right is None:
-        return None
-    fixed = [_constant(graph, left), _constant(graph, right)]
-    if all(c is not None for c in fixed):
-        return None
-    if all(c is None for c in fixed):
-        return _read_sum(graph, left, right, float(factor if op == "add" else -factor)) if op in _SUMS else None
-    side = 1 if fixed[1] is not None else 0
-    constant, x = cast(Tensor, fixed[side]), (left, right)[1 - side]
-    if not isinstance(x, fx.Node) or x in graph.facts.dims or (op == "div" and side == 0):
-        return None
-    if op == "add" and constant.ndim == 0 and constant == 0 and factor == 1:
-        return _unary(graph, x, lambda operands: operands[0])  # sum() starts from zero
-    axis = _along_one_axis(graph, constant, x)
-    if isinstance(axis, Declined):
-        return axis
-    if x.op == "placeholder" and x not in graph.facts.shapes:
-        return Declined("the dtype of its operand is unknown: pass example_inputs")
-    linear = x.op == "placeholder" or isinstance(graph.read(x), Reading)
-    if axis is None and not linear:
-        return Declined(ACTIVATION)
-    if axis is None and op in _SUMS and any(_clips(u, graph.module) for u in node.users):
-        return Declined(ACTIVATION)
-    held = graph.facts.held((left, right)[side])
-    behind = graph.read(x)
-    tensors = (constant,) if held is not None else behind.tensors[:1] if isinstance(behind, FxReading) else ()
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        c = array(constant).reshape(() if axis is None else -1)
-        return Scale(operands[0], *arithmetic(op, c, constant_first=not side, factor=float(factor)), axis)
-
-    names = held[1] if held is not None else ()
-    kept = graph.axis(x) if axis is None else axis
-    channels = graph.channels(x, kept) if axis is None else constant.numel()
-    return FxReading((x,), build, names, kept, tensors=tensors, channels=channels, commutes=True, scales=True)
-
-
-_SUMS = ("add", "sub")
-
-
-def _read_sum(graph: FxGraph, left: Any, right: Any, weight: float) -> FxReading | None:
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-        return None
-    if any(n in graph.facts.dims or n in graph.facts.known for n in (left, right)):
-        return None
-    shapes = [graph.facts.shapes.get(n) for n in (left, right)]
-    if None not in shapes and len(cast(tuple, shapes[0])) != len(cast(tuple, shapes[1])):
-        return None
-    extents = [[d.known for d in shape or ()] for shape in shapes]
-    if any(None not in pair and pair[0] != pair[1] for pair in zip(*extents, strict=False)):
-        return None  # one operand is broadcast
-    axis = next((a for n in (left, right) if (a := graph.axis(n)) is not None), None)
-    counts = [graph.channels(n, axis) for n in (left, right)]
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        a, b = operands
-        return Sum((a, b if weight == 1 else Scale(b, np.asarray(weight), ZERO)))
-
-    return FxReading((left, right), build, (), axis, channels=next((c for c in counts if c is not None), None))
-
-
-def _constant(graph: FxGraph, arg: Any) -> Tensor | None:
-    value = graph.facts.known.get(arg) if isinstance(arg, fx.Node) else arg
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return torch.tensor(value, dtype=torch.float64)
-    return value if isinstance(value, Tensor) and not value.is_complex() else None
-
-
-def _along_one_axis(graph: FxGraph, constant: Tensor, x: fx.Node) -> int | Declined | None:
-    """The axis along which ``constant`` varies; None for a scalar; Declined if it may broadcast."""
-    dims, shape, axis = tuple(constant.shape), graph.facts.shapes.get(x), graph.axis(x)
-    rank = len(shape) if shape is not None else None if axis is None else -axis
-    if dims and (rank is None or len(dims) > rank):
-        return Declined("its constant may raise the rank: pass example_inputs")
-
-    def extent(along: int) -> int | None:
-        known = shape[along].known if shape is not None else None
-        return graph.channels(x, axis) if known is None and axis == along else known
-
-    return axis_of_constant(dims, extent)
-
-
-def _read_layout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    if node in graph.shuffles:
-        x, groups, _ = graph.shuffles[node]
-        rank, axis = graph.facts.rank(x), _image_axis(graph, x)
-        return (
-            _select(graph, x, _shuffled(graph, x, groups), axis)
-            if axis not in (None, -1) and rank == 1 - axis
-            else None
-        )
-    found, x = graph.facts.layout(node), call.input
-    if found is None or x is None or found[0] is None or x in graph.facts.known:
-        return None
-    before, after, axes = cast("tuple[Shape, Shape, tuple[int, ...] | None]", found)
-    op = Reshape(before, after) if axes is None else Permute(axes)
-    return _moved(graph, x, op, node)
-
-
-def _moved(graph: FxGraph, x: fx.Node, op: LayoutOp, node: fx.Node) -> FxReading | Declined | None:
-    axis = graph.axis(x)
-    reading = layout_reading(x, op, axis, node, linear=isinstance(graph.read(x), Reading))
-    if not isinstance(reading, Reading):
-        return reading
-    channels = None if reading.axis is None else graph.channels(x, axis)
-    return FxReading((x,), reading.build, (), reading.axis, channels=channels, commutes=True, idle=reading.idle)
-
-
-def _read_mean(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    x = call.input
-    rank = graph.facts.rank(x) if x is not None else None
-    if x is None or rank is None or x in graph.facts.known:
-        return None
-    if call.op == "adaptive_avg_pool":
-        if call.axes is None or integers(call.get("output_size"), call.axes) != (1,) * call.axes:
-            return None
-        axes, keep = tuple(range(rank - (call.axes or 0), rank)), True
-    else:
-        dims = call.get("dim")
-        dims = (dims,) if isinstance(dims, int) else dims
-        keep = call.get("keepdim", False)
-        if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims) or keep not in (True, False):
-            return None
-        axes = tuple(sorted(d % rank for d in dims))
-    return _moved(graph, x, Mean(rank, axes, keep), node) if axes else None
-
-
-# Routing of channels
-
-
-def _image_axis(graph: FxGraph, x: fx.Node) -> int | None:
-    """The channel axis of ``x``, or that of an image of its rank where nothing linear fixes it."""
-    axis, rank = graph.axis(x), graph.facts.rank(x)
-    return axis if axis is not None or rank is None or rank < 4 else 1 - rank
-
-
-def _select(graph: FxGraph, x: fx.Node, index: Sequence[int], axis: int) -> FxReading | Declined:
-    width = graph.channels(x, axis)
-    if width is None:
-        return Declined(CHANNELS_UNKNOWN)
-    if not index:
-        return Declined("it selects nothing")
-    picked = tuple(index)
-    return FxReading((x,), lambda o: Select(o[0], picked, width, axis), (), axis, channels=len(picked))
-
-
-def _read_getitem(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    """An index; or one result of what has several."""
-    made = graph.facts.calls.get(call.input) if call.input is not None else None
-    if made is not None and graph.facts.is_normalised(node):
-        return _read_batchnorm(graph, node, made) if call.input in graph.through else None
-    if call.input is None or made is None or made.op not in ("split", "chunk", "unbind"):
-        return _read_slice(graph, node, call)
-    if made.input is None or call.input not in graph.through:
-        return None
-    if made.op == "unbind":
-        return _position(graph, made.input, made.get("dim", 0), call.args.get("index"), node)
-    return _piece(graph, made.input, made, call.args.get("index"))
-
-
-def _read_slice(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    """Some positions along one axis, or one of them."""
-    x = call.input
-    if x is None or x in graph.facts.known:
-        return None
-    if call.op == "slice" and call.get("start", 0) == 0 and call.get("end", ALL) == ALL and call.get("step", 1) == 1:
-        return _read_identity(graph, node, call)  # torch.export writes one for every colon
-    channel, shape = _image_axis(graph, x), graph.facts.shapes.get(x)
-    at = graph.facts.position(call, shape) if shape is not None else None
-    if at is not None:
-        return _position(graph, x, *at, node)
-    found = graph.facts.sliced(call, shape) if shape is not None else None
-    if found is None or shape is None or channel is None or found[0] != len(shape) + channel:
-        return None
-    return _select(graph, x, list(found[1]), channel)
-
-
-def _position(graph: FxGraph, x: fx.Node, axis: Any, at: Any, node: fx.Node) -> FxReading | Declined | None:
-    """One position along an axis, which goes; both may be counted from the end."""
-    shape = graph.facts.shapes.get(x)
-    if shape is None or x in graph.facts.known or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
-        return None
-    axis %= len(shape)
-    extent = shape[axis].known
-    if not isinstance(at, int) or extent is None or not -extent <= at < extent:
-        return None
-    return _moved(graph, x, Take(len(shape), axis, at % extent), node)
-
-
-def _piece(graph: FxGraph, x: fx.Node, made: Call, index: Any) -> FxReading | Declined | None:
-    """One result of a split or chunk of ``x`` along the channels."""
-    shape = graph.facts.shapes.get(x)
-    if shape is None or not isinstance(index, int):
-        return None
-    channel, parts, axis = _image_axis(graph, x), graph.facts.parts(made, shape), made.get("dim", 0)
-    if channel is None or parts is None or axis % len(shape) != len(shape) + channel:
-        return None
-    if not -len(parts) <= index < len(parts):
-        return None
-    index %= len(parts)
-    start = sum(parts[:index])
-    return _select(graph, x, range(start, start + parts[index]), channel)
-
-
-def _read_cat(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    terms, axis = call.get("tensors"), call.get("dim", 0)
-    if not isinstance(terms, tuple | list) or len(terms) < 2 or not isinstance(axis, int):
-        return None
-    if any(not isinstance(t, fx.Node) or t in graph.facts.known for t in terms):
-        return None
-    operands = tuple(cast("Sequence[fx.Node]", terms))
-    rank = next((r for t in operands if (r := graph.facts.rank(t)) is not None), None)
-    if axis >= 0 and rank is None:
-        return Declined("the rank of its operands is unknown: pass example_inputs")
-    axis = axis if axis < 0 else axis - cast(int, rank)
-    if {_image_axis(graph, t) for t in operands} - {None} != {axis}:
-        return None
-    sizes = [graph.channels(t, axis) for t in operands]
-    if None in sizes:
-        return Declined(CHANNELS_UNKNOWN)
-    counts = tuple(cast("list[int]", sizes))
-    return FxReading(operands, lambda o: Concat(tuple(o), counts, axis), (), axis, channels=sum(counts))
-
-
-def find_shuffle(graph: FxGraph, node: fx.Node) -> tuple[fx.Node, int, list[fx.Node]] | None:
-    """(operand, groups, nodes between) of the channel shuffle that ends in ``node``: split, exchanged, merged."""
-    facts = graph.facts
-    merging = facts.layout(node)
-    if merging is None or merging[2] is not None or merging[0] is None:
-        return None
-    inner: list[fx.Node] = []
-    at = facts.calls[node]
-    for ops in (("transpose", "permute"), ("reshape", "unflatten")):
-        while True:
-            step = at.input if at is not None else None
-            at = facts.calls.get(step) if step is not None else None
-            if step is None or at is None or len(step.users) != 1 or step in facts.known:
-                return None
-            inner.append(step)
-            if at.op not in ("identity", "copy"):
-                break
-        if at.op not in ops:
-            return None
-    x = at.input if at is not None else None
-    exchanged = next(n for n in inner if cast(Call, facts.calls[n]).op in ("transpose", "permute"))
-    split, moved = facts.layout(inner[-1]), facts.layout(exchanged)
-    if x is None or split is None or moved is None or split[0] is None or split[0] != merging[1] or not moved[2]:
-        return None
-    before, between, axes = split[0], split[1], moved[2]
-    at_axis = next((i for i, (a, b) in enumerate(zip(before, between, strict=False)) if a != b), None)
-    if at_axis is None or len(between) != len(before) + 1 or between[at_axis + 2 :] != before[at_axis + 1 :]:
-        return None
-    swapped = list(range(len(between)))
-    swapped[at_axis : at_axis + 2] = [at_axis + 1, at_axis]
-    groups, rest, width = (d.known for d in (*between[at_axis : at_axis + 2], before[at_axis]))
-    if list(axes) != swapped or not groups or not rest or groups * rest != width:
-        return None
-    return (x, groups, inner) if at_axis == 1 else None
-
-
-def _shuffled(graph: FxGraph, x: fx.Node, groups: int) -> list[int]:
-    width = graph.channels(x, _image_axis(graph, x)) or 0
-    return np.arange(width).reshape(groups, -1).T.reshape(-1).tolist() if width % groups == 0 else []
-
-
-def _read_shuffle(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    x, groups = call.input, call.get("groups")
-    axis = _image_axis(graph, x) if x is not None else None
-    rank = graph.facts.rank(x) if x is not None else None
-    if x is None or axis is None or not isinstance(groups, int) or (rank is not None and axis != 1 - rank):
-        return None
-    return _select(graph, x, _shuffled(graph, x, groups), axis)
-
-
-# Poolings and paddings: convolutions under another name
-
-
-def _read_avg_pool(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    x, n = call.input, call.axes
-    if x is None or n is None:
-        return None
-    kernel = integers(call.get("kernel_size"), n)
-    stride = kernel if call.get("stride", ()) in ((), []) else integers(call.get("stride"), n)
-    pads = integers(call.get("padding", 0), n)
-    if kernel is None or stride is None or pads is None:
-        return Declined("its geometry is computed at run time")
-    if call.get("ceil_mode", False) or call.args.get("divisor_override") is not None:
-        return Declined("it has a divisor of its own, or may end in a window that is not full")
-    if any(pads) and not call.args.get("count_include_pad", True):
-        return Declined("it divides by the number of values that are no padding")
-    channels = graph.channels(x, -1 - n)
-    if channels is None:
-        return Declined(CHANNELS_UNKNOWN)
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        weight = np.full((channels, 1, *kernel), 1 / prod(kernel))
-        return Conv.padded(operands[0], weight, None, stride, (1,) * n, pads, pads, channels, node)
-
-    return FxReading((x,), build, (), -1 - n, channels=channels, commutes=not any(pads))
-
-
-def _read_pad(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
-    x, pads = call.input, call.args.get("pad")
-    if x is None or call.get("mode", "constant") != "constant" or call.get("value", 0) != 0:
-        return None
-    axis = _image_axis(graph, x) if call.axes is None else -1 - call.axes
-    spatial = 0 if axis is None else -1 - axis
-    numbers: list[Any] = list(pads) if isinstance(pads, tuple | list) else [None]
-    if not all(isinstance(p, int) for p in numbers):
-        return Declined("its padding is computed at run time")
-    if axis is None or any(numbers[2 * spatial :]) or min(numbers, default=0) < 0:
-        return Declined("it cuts, or pads other axes than those of a map")
-    channels = graph.channels(x, axis)
-    if channels is None:
-        return Declined(CHANNELS_UNKNOWN)
-    numbers = [*numbers, *[0] * (2 * spatial)][: 2 * spatial]
-    begin, end = tuple(reversed(numbers[0::2])), tuple(reversed(numbers[1::2]))
-    ones = (1,) * spatial
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        return Conv.padded(operands[0], np.ones((channels, 1, *ones)), None, ones, ones, begin, end, channels, node)
-
-    return FxReading((x,), build, (), axis, channels=channels)
-
-
-def _clips(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == "call_module":
-        return isinstance(lookup(module, str(node.target)), nn.ReLU6 | nn.Hardtanh)
-    name = aten_name(node.target) or getattr(node.target, "__name__", str(node.target))
-    return name.rstrip("_") in ("relu6", "hardtanh", "clamp", "clip")
-
-
-def array(tensor: Tensor) -> Array:
-    """A tensor as a float64 array of its own."""
-    return np.array(tensor.detach().to("cpu", torch.float64).numpy(), copy=True)
-
-
-READERS: dict[str, Reader] = {
-    "conv": _read_conv,
-    "conv_transpose": _read_conv_transpose,
-    "linear": _read_linear,
-    "matmul": _read_product,
-    "addmm": _read_product,
-    "batch_norm": _read_batchnorm,
-    "neg": _read_neg,
-    "identity": _read_identity,
-    "dropout": _read_dropout,
-    **dict.fromkeys(("add", "sub", "mul", "div"), _read_arithmetic),
-    **dict.fromkeys(("reshape", "reshape_as", "permute", "transpose", "flatten", "unflatten"), _read_layout),
-    **dict.fromkeys(("mean", "adaptive_avg_pool"), _read_mean),
-    **dict.fromkeys(("squeeze", "unsqueeze"), _read_layout),
-    **dict.fromkeys(("slice", "narrow", "select"), _read_slice),
-    "getitem": _read_getitem,
-    "cat": _read_cat,
-    "channel_shuffle": _read_shuffle,
-    "avg_pool": _read_avg_pool,
-    "pad": _read_pad,
-}
+
+_WINDOW = ("kernel_size", "stride", "padding")
+_SAME = (
+    "relu", "relu6", "gelu", "silu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish", "tanh",
+    "softmax", "layer_norm", "group_norm", "hardtanh", "softplus", "prelu", "celu", "selu", "abs",
+)  # fmt: skip
+_SAME_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.Mish,
+    nn.Tanh, nn.Softmax, nn.LayerNorm, nn.PReLU, nn.GroupNorm, nn.Hardtanh, nn.Softplus, nn.SELU, nn.CELU,
+)  # fmt: skip
+_STATISTICS = (
+    "native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "_batch_norm_no_update",
+    "cudnn_batch_norm", "miopen_batch_norm",
+)  # fmt: skip
+_OPAQUE = (
+    "exp", "log", "sqrt", "rsqrt", "reciprocal", "amin", "max", "min", "var", "std", "bmm", "clamp", "index",
+    "upsample_bilinear2d",
+)  # fmt: skip
+
+
+def _batch_norm_mode(module: Any) -> dict[str, Any]:
+    return {"training": module.training or module.running_mean is None}
+
+
+def _arithmetic(name: str, *others: str, linear: str, also: tuple[Callable[..., Any], ...]) -> Operator:
+    names = (name, *others)
+    return Operator(
+        name, ("input", "other"), names, methods=names, functions=also, linear=linear, allocates=True,
+        aten=("rsub",) if name == "sub" else (),
+    )  # fmt: skip
+
+
+TABLE: tuple[Operator, ...] = (
+    # Kernels and matrices
+    Operator(
+        "conv", ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), ("conv#d",),
+        modules=_ranked("Conv"), parameters=("weight", "bias"),
+        attributes=("stride", "padding", "dilation", "groups", "padding_mode"),
+        keeps=("rank",), linear="one", any_rank=True, allocates=True,
+    ),
+    Operator(
+        "conv_transpose",
+        ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+        ("conv_transpose#d",), modules=_ranked("ConvTranspose"), parameters=("weight", "bias"),
+        attributes=("stride", "padding", "dilation", "groups", "padding_mode", "output_padding"),
+        keeps=("rank",), any_rank=True, allocates=True,
+    ),
+    Operator(
+        "convolution",
+        ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups"),
+        (), ("convolution",), allocates=True,
+    ),
+    Operator(
+        "linear", ("input", "weight", "bias"), modules=_any(nn.Linear), parameters=("weight", "bias"),
+        keeps=("rank",), linear="one", any_rank=True, allocates=True,
+    ),
+    Operator(
+        "matmul", ("input", "other"), ("matmul", "mm", "__matmul__"), methods=("matmul", "mm"),
+        functions=(operator.matmul, operator.imatmul), linear="one", any_rank=True, allocates=True,
+    ),
+    Operator("addmm", ("bias", "input", "other"), linear="one", any_rank=True, allocates=True),
+    Operator("einsum", linear="one", allocates=True),
+    # Norms and arithmetic
+    Operator(
+        "batch_norm", ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+        (), ("batch_norm",), functions=(F.batch_norm,),
+        modules={nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None},
+        parameters=("weight", "bias", "running_mean", "running_var"), attributes=("eps",), derived=_batch_norm_mode,
+        keeps=("shape", "rank"), linear="one", allocates=True,
+    ),
+    Operator(
+        "native_batch_norm", ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+        (), _STATISTICS, allocates=True,
+    ),
+    _arithmetic("add", linear="each", also=(operator.add, operator.iadd)),
+    _arithmetic("sub", "subtract", linear="each", also=(operator.sub, operator.isub)),
+    _arithmetic("mul", "multiply", linear="one", also=(operator.mul, operator.imul)),
+    _arithmetic("div", "divide", linear="one", also=(operator.truediv, operator.itruediv)),
+    Operator(
+        "neg", ("input",), ("neg", "negative"), methods=("neg",), functions=(operator.neg,), keeps=ALL, linear="each",
+        any_rank=True, allocates=True,
+    ),
+    Operator(
+        "same", ("input",), _SAME, methods=("relu", "sigmoid", "tanh", "softmax", "abs"), modules=_any(*_SAME_MODULES),
+        keeps=ALL, allocates=True,
+    ),
+    # Nothing is computed
+    Operator(
+        "identity", ("input",), ("detach", "alias"), methods=("detach",), modules=_any(nn.Identity), keeps=ALL,
+        linear="each", any_rank=True,
+    ),
+    Operator(
+        "copy", ("input",), ("contiguous", "clone"), methods=("contiguous", "clone"), keeps=ALL, linear="each",
+        any_rank=True, allocates=("clone",),
+    ),
+    Operator(
+        "dropout", ("input", "p", "training", "inplace"), (), ("dropout", "feature_dropout"),
+        functions=(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.feature_dropout),
+        modules=_any(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), attributes=("training",),
+        keeps=ALL, linear="each", any_rank=True,
+    ),
+    # Layouts
+    Operator(
+        "reshape", ("input", "shape"), ("reshape", "view", "_unsafe_view"), methods=("reshape", "view"),
+        keeps=("dtype",), linear="each", takes_sizes=True,
+    ),
+    Operator(
+        "reshape_as", ("input", "other"), ("reshape_as", "view_as"), methods=("reshape_as", "view_as"), keeps=("dtype",)
+    ),
+    Operator(
+        "permute", ("input", "dims"), methods=("permute",), keeps=("rank", "dtype"), linear="each", any_rank=True
+    ),
+    Operator(
+        "transpose", ("input", "dim0", "dim1"), ("transpose", "swapaxes"), methods=("transpose", "swapaxes"),
+        keeps=("rank", "dtype"), linear="each",
+    ),
+    Operator("t", ("input",), methods=("t",)),
+    Operator(
+        "flatten", ("input", "start_dim", "end_dim"), methods=("flatten",), modules=_any(nn.Flatten),
+        attributes=("start_dim", "end_dim"), keeps=("dtype",), linear="each",
+    ),
+    Operator(
+        "unflatten", ("input", "dim", "sizes"), methods=("unflatten",), modules=_any(nn.Unflatten),
+        attributes=("dim",), derived=lambda module: {"sizes": module.unflattened_size}, keeps=("dtype",), linear="each",
+        takes_sizes=True,
+    ),
+    Operator("squeeze", ("input", "dim"), methods=("squeeze",), keeps=("dtype",), linear="each"),
+    Operator("unsqueeze", ("input", "dim"), methods=("unsqueeze",), keeps=("dtype",), linear="each"),
+    Operator("expand", methods=("expand",), linear="each"),
+    Operator("roll", methods=("roll",), linear="each"),
+    Operator("flip", methods=("flip",), linear="each"),
+    Operator("unfold", functions=(F.unfold,), linear="each"),
+    Operator("fold", linear="each"),
+    Operator("pixel_shuffle", linear="each", any_rank=True),
+    Operator("pixel_unshuffle", linear="each", any_rank=True),
+    # Poolings and paddings
+    _pool("avg_pool", "AvgPool", *_WINDOW, "ceil_mode", "count_include_pad", "divisor_override", linear=True),
+    _pool("max_pool", "MaxPool", *_WINDOW, "dilation", "ceil_mode", "return_indices"),
+    _pool("adaptive_avg_pool", "AdaptiveAvgPool", "output_size"),
+    _pool("adaptive_max_pool", "AdaptiveMaxPool", "output_size"),
+    Operator(
+        "interpolate", ("input", "size", "scale_factor"), (), functions=(F.interpolate,), modules=_any(nn.Upsample),
+        keeps=("rank", "dtype"), allocates=True, takes_sizes=True,
+    ),
+    Operator(
+        "pad", ("input", "pad", "mode", "value"), (), ("pad", "constant_pad_nd"), functions=(F.pad,),
+        modules={**_ranked("ZeroPad"), **_ranked("ConstantPad")},
+        attributes=("value",), derived=lambda module: {"pad": module.padding, "mode": "constant"},
+        keeps=("rank", "dtype"), linear="each", any_rank=True, allocates=True,
+    ),
+    Operator("mean", ("input", "dim", "keepdim"), methods=("mean",), keeps=("dtype",), linear="each", allocates=True),
+    Operator("amax", ("input", "dim", "keepdim"), methods=("amax",), keeps=("dtype",), allocates=True),
+    Operator("sum", methods=("sum",), linear="each", allocates=True),
+    Operator("cumsum", methods=("cumsum",), linear="each"),
+    # Channels and positions
+    Operator("cat", ("tensors", "dim"), ("cat", "concat", "concatenate"), linear="each", allocates=True),
+    Operator("stack", linear="each", allocates=True),
+    Operator(
+        "split", ("input", "split_size", "dim"), (), ("split", "split_with_sizes"), ("split",), (torch.split,),
+        keeps=("dtype",), linear="each",
+    ),
+    Operator("chunk", ("input", "chunks", "dim"), methods=("chunk",), keeps=("dtype",), linear="each"),
+    Operator("unbind", ("input", "dim"), methods=("unbind",), keeps=("dtype",), linear="each"),
+    Operator("getitem", ("input", "index"), functions=(operator.getitem,), keeps=("dtype",), linear="each"),
+    Operator("slice", ("input", "dim", "start", "end", "step"), keeps=("dtype",), linear="each"),
+    Operator(
+        "narrow", ("input", "dim", "start", "length"), methods=("narrow",), keeps=("dtype",), linear="each"
+    ),
+    Operator("select", ("input", "dim", "index"), methods=("select",), keeps=("dtype",), linear="each"),
+    Operator("index_select", methods=("index_select",), linear="each"),
+    Operator(
+        "channel_shuffle", ("input", "groups"), modules=_any(nn.ChannelShuffle), attributes=("groups",),
+        keeps=("shape", "dtype"), linear="each", allocates=True,
+    ),
+    # Others
+    Operator("scaled_dot_product_attention", ("input", "key", "value"), allocates=True),
+    *(Operator(name, methods=(name,), allocates=True) for name in _OPAQUE),
+    Operator("pow", methods=("pow",), functions=(operator.pow,), allocates=True),
+    Operator(
+        "number", names=(), methods=("size", "dim", "ndimension", "numel"),
+        functions=(
+            operator.floordiv, operator.mod, operator.eq, operator.ne, operator.lt, operator.le, operator.gt,
+            operator.ge, torch._assert,
+        ), allocates=True,
+    ),
+)  # fmt: skip
+"""All operators of which something is known. A "copy" is looked through by no one: a view after it may need its layout
+in memory. "same" is any operator whose result has the shape and dtype of its input."""
+
+OPERATORS: Mapping[str, Operator] = {o.name: o for o in TABLE}
+"""The records by name."""
+
+Spelled = Mapping[Any, tuple[Operator, int | None]]
+"""Operator and spatial axes, where the spelling tells these."""
+
+
+def _spelled(names: tuple[str, ...]) -> list[tuple[str, int | None]]:
+    """Names with the number of spatial axes written out."""
+    return [(name.replace("#", str(n)), n) for name in names if "#" in name for n in (1, 2, 3)] + [
+        (name, None) for name in names if "#" not in name
+    ]
+
+
+def _of_aten() -> Spelled:
+    return {
+        name: (o, axes)
+        for o in TABLE
+        for name, axes in _spelled((*((o.name,) if o.names is None else o.names), *o.aten))
+    }
+
+
+def _functions() -> Spelled:
+    """By identity: a user's function may have any name."""
+    found: dict[Any, tuple[Operator, int | None]] = {}
+    for o in TABLE:
+        for name, axes in _spelled((o.name,) if o.names is None else o.names):
+            found.update({f: (o, axes) for home in (torch, F) if callable(f := getattr(home, name, None))})
+        found.update(dict.fromkeys(o.functions, (o, None)))
+    return found
+
+
+ATEN, FUNCTIONS = _of_aten(), _functions()
+METHODS: Spelled = {name: (o, None) for o in TABLE for name in o.methods}
+MODULES: Spelled = {kind: (o, axes) for o in TABLE for kind, axes in o.modules.items()}

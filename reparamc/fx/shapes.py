@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from reparamc.algebra.shape import Dim, Shape, shape_of, size
 from reparamc.fx.calls import Call, Held, aten_name, first_operand, integers, lookup, operation
 from reparamc.fx.memory import Memory, is_known, reads_size_only, written
+from reparamc.fx.operators import OPERATORS
 
 
 class Values:
@@ -185,7 +186,7 @@ class Values:
             rank = self.rank(node) or self.ranks.get(node)
             if call.op == "batch_norm" and call.axes:
                 self.ranks[x] = call.axes + 2
-            elif rank is not None and call.op in _KEEP_RANK:
+            elif rank is not None and "rank" in OPERATORS[call.op].keeps:
                 self.ranks[x] = rank
 
     def _shape(self, node: fx.Node) -> Shape | None:
@@ -223,9 +224,9 @@ class Values:
 
     def _computed(self, node: fx.Node, call: Call, before: Shape) -> Shape | None:
         """The shape of a result over an operand of the shape ``before``."""
+        if "shape" in OPERATORS[call.op].keeps:
+            return before
         match call.op:
-            case "same" | "neg" | "identity" | "copy" | "dropout" | "batch_norm":
-                return before
             case "conv" | "conv_transpose":
                 found = self.held(call.get("weight"))
                 if found is None:
@@ -272,8 +273,6 @@ class Values:
                     return None
                 axis, picked = found
                 return (*before[:axis], Dim(len(picked)), *before[axis + 1 :])
-            case "channel_shuffle":
-                return before
             case "mean" | "amax":
                 return _reduced(call, before)
             case "scaled_dot_product_attention":
@@ -533,10 +532,6 @@ _SWEEPS = 4
 _NORMS = ("batch_norm", "native_batch_norm")
 _CHANNEL_COUNTS = ("conv", "conv_transpose", "linear", *_NORMS)
 _POOLS = ("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool")
-_KEEP_RANK = (
-    *("copy", "same", "neg", "identity", "dropout", "batch_norm", "conv", "conv_transpose", "linear"),
-    *("interpolate", "pad", "transpose", "permute", *_POOLS),
-)  # fmt: skip
 
 
 def _dim(extent: Any) -> Dim:

@@ -17,10 +17,8 @@ from torch.fx.node import map_arg
 from reparamc.algebra.shape import Dim, Shape
 from reparamc.fx.calls import Call
 from reparamc.fx.memory import only_asserted, reads_size_only
+from reparamc.fx.operators import OPERATORS
 from reparamc.fx.shapes import Values
-
-_TAKES_SIZES = ("reshape", "unflatten", "interpolate", "adaptive_avg_pool", "adaptive_max_pool")
-"""Operators for which several numbers are as good as a torch.Size."""
 
 
 def free_sizes(facts: Values, goes: Callable[[fx.Node], bool]) -> list[fx.Node]:
@@ -128,7 +126,7 @@ class _Sizes:
         if isinstance(dims, Dim):
             return self._is_there(dims, user)
         call = self.facts.calls.get(user)
-        takes = call is not None and call.plain and (call.op in _TAKES_SIZES or call.op == "reshape_as")
+        takes = call is not None and call.plain and (OPERATORS[call.op].takes_sizes or call.op == "reshape_as")
         return takes and dims is not None and all(self._is_there(dim, user) for dim in dims)
 
     def _tell(self, user: fx.Node, leaf: fx.Node, numbers: int | fx.Node | tuple[int | fx.Node, ...]) -> None:
