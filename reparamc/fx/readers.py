@@ -1,7 +1,9 @@
 """Readers: one function per torch operator, from a call in its one form to what it means as a linear operator.
 
-A reader answers None where the operator is not linear, and `Declined` with the reason where it nearly
-is. To add one, write it here and enter it in `READERS`.
+A reader answers None where the operator is not linear, and `Declined` with the reason where it nearly is. To add one,
+enter the operator in `reparamc.fx.operators`, write its reader here, enter that in `READERS`, and let the certificate
+read it as well; `tests/fx/test_fx_table.py` says what is missing. The first line of a reader is what the
+documentation says of its operator.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ Reader = Callable[["FxGraph", fx.Node, Call], "FxReading | Declined | None"]
 
 
 def _read_conv(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """A convolution; with its taps as channels where it pads other than with known numbers of zeros."""
     found = _parameters(graph, call)
     if found is None or isinstance(found, Declined):
         return found
@@ -94,6 +97,7 @@ def _padding(
 
 
 def _read_conv_transpose(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """A transposed convolution; with its taps as channels where it is given an output size."""
     found = _parameters(graph, call)
     if found is None or isinstance(found, Declined):
         return found
@@ -139,6 +143,7 @@ def _read_taps(
 
 
 def _read_linear(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """A matrix along the last axis."""
     found = _parameters(graph, call)
     if found is None or isinstance(found, Declined):
         return found
@@ -192,6 +197,7 @@ def _held(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _read_batchnorm(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """A BatchNorm that uses running statistics."""
     x = call.input
     if call.get("training", False) is not False or call.get("running_mean") is None:
         return Declined("BatchNorm uses the statistics of the batch")
@@ -223,6 +229,7 @@ def _read_batchnorm(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | De
 
 
 def _read_neg(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
+    """A factor of -1."""
     x = call.input
     return None if x is None else _unary(graph, x, lambda operands: Scale(operands[0], -ONE, ZERO))
 
@@ -233,11 +240,13 @@ def _unary(graph: FxGraph, x: fx.Node, build: Callable[[Sequence[Expr]], Expr]) 
 
 
 def _read_identity(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | None:
+    """Its operand."""
     x = call.input
     return None if x is None or x in graph.facts.known else _unary(graph, x, lambda operands: operands[0])
 
 
 def _read_dropout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """Its operand, in eval mode."""
     if call.args.get("training", True) is not False:
         return None
     return _read_identity(graph, node, call) if call.plain else Declined("it has hooks")
@@ -332,6 +341,7 @@ def _along_one_axis(graph: FxGraph, constant: Tensor, x: fx.Node) -> int | Decli
 
 
 def _read_layout(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """Axes in another order or other groups; a channel shuffle where reshapes and a transpose make one."""
     if node in graph.shuffles:
         x, groups, _ = graph.shuffles[node]
         rank, axis = graph.facts.rank(x), _image_axis(graph, x)
@@ -358,6 +368,7 @@ def _moved(graph: FxGraph, x: fx.Node, op: LayoutOp, node: fx.Node) -> FxReading
 
 
 def _read_mean(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """A mean over some axes; over all spatial axes for an adaptive pooling to one element."""
     x = call.input
     rank = graph.facts.rank(x) if x is not None else None
     if x is None or rank is None or x in graph.facts.known:
@@ -454,6 +465,7 @@ def _piece(graph: FxGraph, x: fx.Node, made: Call, index: Any) -> FxReading | De
 
 
 def _read_cat(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """A concatenation of channels."""
     terms, axis = call.get("tensors"), call.get("dim", 0)
     if not isinstance(terms, tuple | list) or len(terms) < 2 or not isinstance(axis, int):
         return None
@@ -515,6 +527,7 @@ def _shuffled(graph: FxGraph, x: fx.Node, groups: int) -> list[int]:
 
 
 def _read_shuffle(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """A permutation of channels."""
     x, groups = call.input, call.get("groups")
     axis = _image_axis(graph, x) if x is not None else None
     rank = graph.facts.rank(x) if x is not None else None
@@ -527,6 +540,7 @@ def _read_shuffle(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Decl
 
 
 def _read_avg_pool(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """A convolution with equal taps; no `ceil_mode`, no divisor of its own."""
     x, n = call.input, call.axes
     if x is None or n is None:
         return None
@@ -551,6 +565,7 @@ def _read_avg_pool(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Dec
 
 
 def _read_pad(graph: FxGraph, node: fx.Node, call: Call) -> FxReading | Declined | None:
+    """A convolution with one tap; zeros only, and no other axes than those of a map."""
     x, pads = call.input, call.args.get("pad")
     if x is None or call.get("mode", "constant") != "constant" or call.get("value", 0) != 0:
         return None

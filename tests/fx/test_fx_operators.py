@@ -51,6 +51,10 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "norm": (lambda: nn.BatchNorm2d(6, affine=False, eps=0.1), MAP),
     "norm of tokens": (lambda: nn.BatchNorm1d(6), (3, 6)),
     "shuffle": (lambda: nn.ChannelShuffle(3), MAP),
+    "dropout": (nn.Dropout, MAP),
+    "flatten": (lambda: nn.Flatten(2), MAP),
+    "unflatten": (lambda: nn.Unflatten(2, (3, 3)), MAP),
+    "mean": (lambda: nn.AdaptiveAvgPool2d(1), MAP),
 }
 FUNCTIONS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] = {
     "conv": (lambda m, x: F.conv2d(x, m.w, None, 2, (1, 0), groups=2), MAP),
@@ -80,6 +84,29 @@ FUNCTIONS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...
         lambda m, x: F.conv2d(
             x, F.batch_norm(m.w.reshape(1, 6, -1), None, None, training=True).reshape_as(m.w), groups=2
         ),
+        MAP,
+    ),
+    "neg": (lambda m, x: -x, MAP),
+    "sum": (lambda m, x: x + x.detach(), MAP),
+    "sum, weighted": (lambda m, x: torch.sub(x, x, alpha=3), MAP),
+    "sum with a constant": (lambda m, x: x.add(m.vector[:, None, None]), MAP),
+    "product": (lambda m, x: m.vector.view(1, 6, 1, 1) * x, MAP),
+    "quotient": (lambda m, x: x / m.vector[:, None, None], MAP),
+    "reshape": (lambda m, x: x.reshape(x.shape[0], 6, -1), MAP),
+    "reshape_as": (lambda m, x: x.reshape_as(x.flatten(2)), MAP),
+    "permute": (lambda m, x: x.permute(0, 2, 3, 1), MAP),
+    "transpose": (lambda m, x: x.transpose(-1, -2), MAP),
+    "flatten": (lambda m, x: torch.flatten(x, 2), MAP),
+    "unflatten": (lambda m, x: x.unflatten(-1, (1, 7)), MAP),
+    "squeeze": (lambda m, x: x.unsqueeze(2).squeeze(2), MAP),
+    "unsqueeze": (lambda m, x: x.unsqueeze(1), MAP),
+    "mean": (lambda m, x: x.mean((2, 3), keepdim=True), MAP),
+    "mean of one axis": (lambda m, x: x.mean(-1), MAP),
+    "a channel": (lambda m, x: x.select(1, 2), MAP),
+    "a channel by its index": (lambda m, x: x[:, -1], MAP),
+    "one of all channels": (lambda m, x: x.unbind(1)[1], MAP),
+    "norm with statistics": (
+        lambda m, x: aten.native_batch_norm.default(x, m.vector, m.vector, m.mean, m.mean, False, 0.1, 1e-3)[0],
         MAP,
     ),
     "aten conv": (lambda m, x: aten.convolution.default(x, m.w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 2), MAP),
@@ -114,6 +141,20 @@ def _without_tokens(e: Expr) -> Expr:
     return replace(e, token=None) if isinstance(e, Conv) else e
 
 
+def _values(module: fx.GraphModule, x: Tensor) -> dict[fx.Node, Tensor]:
+    """What each node computes."""
+    found: dict[fx.Node, Tensor] = {}
+
+    class Interpreter(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            found[n] = value = super().run_node(n)
+            return value
+
+    with torch.no_grad():
+        Interpreter(module).run(x)
+    return found
+
+
 NORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
@@ -137,17 +178,18 @@ def _check(model: Net, shape: tuple[int, ...]) -> None:
         root = next(n for n in graph.graph.nodes if n.op == "output").all_input_nodes[0]
         reading = graph.read(root)
         assert isinstance(reading, FxReading), reading
-        operand = reading.operands[0]
-        source = Source("x", shape=graph.facts.shapes[operand])
-        expr = reading.build([source] * len(reading.operands))
+        values = _values(traced, x)
+        sources = {v: Source(v, shape=graph.facts.shapes[v]) for v in dict.fromkeys(reading.operands)}
+        expr = reading.build([sources[v] for v in reading.operands])
         wanted = run(model, x)
-        found, _ = evaluate(expr, {source: run(Net(lambda m, x: model.first(x)), x).numpy()})
+        found, _ = evaluate(expr, {source: values[v].numpy() for v, source in sources.items()})
         assert relative_error(torch.from_numpy(found), wanted) < 1e-12
         if reading.channels is not None and reading.axis is not None:
             assert reading.channels == wanted.shape[reading.axis]
         dtype = graph.dtype([root])
         assert dtype == np.float64
-        splice = Splice(root, (root,), _without_tokens(expr), {source: operand}, dtype, Counter(), (), "", "", None)
+        native = {source: v for v, source in sources.items()}
+        splice = Splice(root, (root,), _without_tokens(expr), native, dtype, Counter(), (), "", "", None)
         graph.splice(splice)
         assert relative_error(run(graph.finish(), x), wanted) < 1e-12
 
