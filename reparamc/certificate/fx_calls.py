@@ -169,18 +169,23 @@ def _hook_value(hook: Any, module: Any) -> tuple[str, Tensor] | None:
     return None
 
 
+def _computed(module: Any) -> tuple[bool, dict[str, Tensor]]:
+    """Whether nothing but torch's own forward runs, and the parameters that hooks compute before it does."""
+    with torch.no_grad():
+        found = [_hook_value(hook, module) for hook in module._forward_pre_hooks.values()]
+    hooks = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+    plain = not any(getattr(module, hook, None) for hook in hooks) and "forward" not in vars(module)
+    varies = module.training and (found or nn.utils.parametrize.is_parametrized(module))
+    return plain and None not in found and not varies, dict(value for value in found if value is not None)
+
+
 def _of_module(node: fx.Node, module: Any) -> Described | None:
     parametrized = nn.utils.parametrize.is_parametrized(module)
     kind = type(module).__mro__[1] if parametrized else type(module)
     sized = kind in _TRANSPOSED and len(node.args) + len(node.kwargs) == 2
     if len(node.args) + len(node.kwargs) != 1 + sized or not node.args:
         return None
-    hooks = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-    with torch.no_grad():
-        computed = [_hook_value(hook, module) for hook in module._forward_pre_hooks.values()]
-    plain = not any(getattr(module, hook, None) for hook in hooks) and "forward" not in vars(module)
-    plain = plain and None not in computed and not (module.training and (computed or parametrized))
-    values = dict(found for found in computed if found is not None)
+    plain, values = _computed(module)
     args: dict[str, Any] = {"input": node.args[0]}
     if sized:
         args["output_size"] = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
@@ -211,8 +216,6 @@ def _of_module(node: fx.Node, module: Any) -> Described | None:
     if kind in _DROPOUTS:
         take("training")
         return Described("dropout", args, None, plain)
-    if kind is nn.Identity:
-        return Described("identity", args, None, plain)
     if kind is nn.Flatten:
         take("start_dim", "end_dim")
         return Described("flatten", args, None, plain)
@@ -223,4 +226,4 @@ def _of_module(node: fx.Node, module: Any) -> Described | None:
         return Described("channel_shuffle", args, None, plain)
     if kind in _PADS:
         return Described("pad", {**args, "pad": module.padding, "value": module.value}, None, plain)
-    return None
+    return Described("identity", args, None, plain) if kind is nn.Identity else None
