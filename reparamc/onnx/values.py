@@ -187,12 +187,33 @@ def _inferred(light: ModelProto) -> ModelProto:
     return light
 
 
+def _tell_ranks(light: ModelProto) -> bool:
+    """Have the weights of convolutions tell the ranks that inference does not know; whether there was any to tell."""
+    graph = light.graph
+    known = {v.name: v.type.tensor_type for group in (graph.value_info, graph.output, graph.input) for v in group}
+    known = {name: kind for name, kind in known.items() if kind.HasField("shape")}
+    weights = {name: (kind.elem_type, len(kind.shape.dim)) for name, kind in known.items()}
+    weights |= {t.name: (t.data_type, len(t.dims)) for t in graph.initializer}
+    found: dict[str, ValueInfoProto] = {}
+    for node in graph.node:
+        if node.op_type in ("Conv", "ConvTranspose") and is_standard(node) and len(node.input) > 1:
+            kind, rank = weights.get(node.input[1], (0, 0))
+            for name in (node.input[0], node.output[0]):
+                if kind and rank > 2 and name not in known:
+                    found[name] = helper.make_tensor_value_info(name, kind, [None] * rank)
+    _drop(graph.value_info, set(found))
+    graph.value_info.extend(found.values())
+    return bool(found)
+
+
 class Types:
     """Inferred element types and shapes of every value of a main graph."""
 
     def __init__(self, model: ModelProto) -> None:
         light = skeleton(model)
         light = _inferred(light)
+        if _tell_ranks(light):
+            light = _inferred(light)
         # What the file itself says comes first, to be overruled: it may be stale, and inference may be silent.
         self._types = {
             v.name: v.type.tensor_type
@@ -264,14 +285,14 @@ class Types:
 
 
 def readers(graph: GraphProto) -> dict[str, list[NodeProto | None]]:
-    """For every value the nodes that read it, once per operand; None for a graph output or a body that captures it."""
+    """For every value the nodes that read it, once per operand, in their bodies or themselves; None for an output."""
     found: dict[str, list[NodeProto | None]] = {}
     for node in graph.node:
         for name in node.input:
             if name:
                 found.setdefault(name, []).append(node)
         for name in captured(node):
-            found.setdefault(name, []).append(None)
+            found.setdefault(name, []).append(node)
     for output in graph.output:
         found.setdefault(output.name, []).append(None)
     return found
