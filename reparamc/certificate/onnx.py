@@ -17,7 +17,7 @@ from reparamc.certificate.agreement import Precision
 from reparamc.certificate.axes import Extent, Unrepresentable
 from reparamc.certificate.normal_form import Value
 from reparamc.certificate.onnx_constants import RANDOM, Constants, bodies
-from reparamc.certificate.onnx_operators import MIXING, READERS, Call
+from reparamc.certificate.onnx_operators import MIXING, READERS, Call, is_convolution, weighted
 from reparamc.certificate.onnx_shapes import Shapes, Typed
 from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
 
@@ -167,7 +167,25 @@ class _Side:
         return name not in self.producers
 
     def opened(self, name: str) -> Opened | None:
-        return None
+        """A convolution over what it gathers, wherever that may be: its padding follows from the size of the input."""
+        if name not in self.producers or not is_convolution(node := self.producers[name][0]):
+            return None
+        call = Call(self, node, 0, lambda _: nf.leaf("", ()))
+        if not call.is_constant(1) or (call.name(2) is not None and not call.is_constant(2)):
+            return None
+        weight = call.constant(1)
+        attributes = (a.SerializeToString(deterministic=True) for a in node.attribute if a.name != "group")
+
+        def leaf(known_as: str) -> Value:
+            inside = weight.shape[0] if node.op_type == "ConvTranspose" else weight.shape[1] * call.integer("group", 1)
+            batch, _, *rest = self.leaf(name, known_as).extents
+            return nf.leaf(known_as, [batch, Extent(inside * prod(weight.shape[2:])), *rest])
+
+        def finish(gathered: Value) -> Value:
+            return self._with_doubts(node, weighted(call, gathered))
+
+        kind = ("gathered", node.op_type, weight.shape[2:], tuple(sorted(attributes)))
+        return Opened(kind, [node.input[0]], leaf, finish)
 
     def mixes(self, name: str) -> bool:
         return name in self.producers and self.producers[name][0].op_type in MIXING
@@ -183,10 +201,21 @@ class _Side:
 
     def value(self, name: str, of: Callable[[str], Value]) -> Value:
         node, at = self.producers[name]
-        reader = READERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        reader = READERS.get(node.op_type) if node.domain in ("", "ai.onnx") or is_convolution(node) else None
         if reader is None or self.dtype(name) is None or self.opset < OLDEST:
             raise Unrepresentable(f"{node.op_type} is not affine")
-        return reader(Call(self, node, at, of))
+        return self._with_doubts(node, reader(Call(self, node, at, of)))
+
+    def _with_doubts(self, node: NodeProto, value: Value) -> Value:
+        """``value``, the result of ``node``, unsure by the rounding of what its weight is multiplied from."""
+        if node.op_type in MIXING and any(self._is_dequantized(n) for n in node.input):
+            return nf.computed(value, value)
+        return value
+
+    def _is_dequantized(self, name: str) -> bool:
+        """Whether ``name`` is a constant that an operator multiplies by its scale, and rounds, when the model runs."""
+        made = self.producers.get(name)
+        return made is not None and made[0].op_type == "DequantizeLinear" and name in self.constants
 
     def precision(self, name: str) -> Precision:
         dtype = self.dtype(name)

@@ -16,7 +16,7 @@ import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Extent, Unrepresentable
 from reparamc.certificate.kernels import Kernel
 from reparamc.certificate.normal_form import Array, Value
-from reparamc.certificate.onnx_shapes import attribute
+from reparamc.certificate.onnx_shapes import attribute, is_plain_fused
 
 MIXING = {"AveragePool", "Conv", "ConvTranspose", "Gemm", "MatMul"}
 """Operators with a kernel or a matrix."""
@@ -136,6 +136,28 @@ def _read_conv(call: Call) -> Value:
     return y if bias is None else nf.shifted(y, bias, 1)
 
 
+def is_convolution(node: NodeProto) -> bool:
+    """Whether ``node`` applies a kernel and nothing else: also one of ONNX Runtime's own, without an activation."""
+    return is_plain_fused(node) or (node.domain in ("", "ai.onnx") and node.op_type in ("Conv", "ConvTranspose"))
+
+
+def weighted(call: Call, gathered: Value) -> Value:
+    """What a convolution makes of what it gathers: for each channel that it reads, all taps, one after the other."""
+    weight, bias, groups = _weight(call), call.optional(2), call.integer("group", 1)
+    rows = _turned(weight, groups) if call.node.op_type == "ConvTranspose" else weight
+    rows = rows.reshape(len(rows), -1)
+    first = nk.grouped_first(len(rows), rows.shape[1], groups)
+    y = nk.convolved(gathered, Kernel(rows[:, :, None], first, ((),), (), (), ()), 1)
+    return y if bias is None else nf.shifted(y, bias, 1)
+
+
+def _turned(weight: Array, groups: int) -> Array:
+    """The weight of a transposed convolution as (out, in / groups, taps)."""
+    inside = weight.shape[0] // groups
+    turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2)
+    return turned.reshape(-1, inside, prod(weight.shape[2:]))
+
+
 def _read_conv_transpose(call: Call) -> Value:
     x, weight, bias = call.value(), _weight(call), call.optional(2)
     kernel = weight.shape[2:]
@@ -152,9 +174,8 @@ def _read_conv_transpose(call: Call) -> Value:
     delta = tuple(
         b + e - o - d * (k - 1) for b, e, o, d, k in zip(pads[:n], pads[n:], extra, dilation, kernel, strict=True)
     )
-    inside = weight.shape[0] // groups
-    turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(-1, inside, prod(kernel))
-    first = nk.grouped_first(len(turned), inside, groups)
+    turned = _turned(weight, groups)
+    first = nk.grouped_first(len(turned), turned.shape[1], groups)
     y = nk.convolved(x, Kernel(turned, first, tuple(offsets), axes, (1,) * n, delta), 1)
     return y if bias is None else nf.shifted(y, bias, 1)
 
@@ -473,6 +494,7 @@ def _read_mean(call: Call) -> Value:
 
 READERS: dict[str, Callable[[Call], Value]] = {
     "Conv": _read_conv,
+    "FusedConv": _read_conv,
     "ConvTranspose": _read_conv_transpose,
     "AveragePool": _read_average_pool,
     "Pad": _read_pad,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import onnx
@@ -27,6 +27,12 @@ def attribute(node: NodeProto, name: str, default: object = None) -> object:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
+def is_plain_fused(node: NodeProto) -> bool:
+    """Whether ``node`` is ONNX Runtime's own convolution, with nothing fused into it."""
+    fused = node.domain == "com.microsoft" and node.op_type == "FusedConv"
+    return fused and not attribute(node, "activation") and not any(n for n in node.input[3:])
+
+
 class Typed(NamedTuple):
     """A floating tensor whose extents are all known."""
 
@@ -46,9 +52,16 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
             graph.node.add().CopyFrom(node)
             if node.domain == "ai.onnx":  # inference knows this domain by its other name only
                 graph.node[-1].domain = ""
+            elif is_plain_fused(node):
+                graph.node[-1].domain, graph.node[-1].op_type = "", "Conv"
     graph.input.extend(model.graph.input)
     graph.output.extend(o for o in model.graph.output if o.name not in known)
-    graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:  # some exporters write an open size so
+                dim.Clear()
+    for sparse in model.graph.sparse_initializer:  # inference takes it for the vector of its values
+        graph.input.append(helper.make_tensor_value_info(sparse.values.name, sparse.values.data_type, sparse.dims))
     given = {v.name for v in model.graph.input}
     for tensor in model.graph.initializer:
         if prod(tensor.dims) <= WEIGHT and tensor.data_location != TensorProto.EXTERNAL:
@@ -59,6 +72,43 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
     for name, (dtype, extents) in typed.items():
         graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), extents))
     return found
+
+
+def _inferred(light: ModelProto) -> ModelProto:
+    """``light`` with what inference tells; without that where it finds a contradiction."""
+    for options in ({"strict_mode": True, "data_prop": True}, {}):
+        try:
+            return onnx.shape_inference.infer_shapes(light, **options)
+        except onnx.shape_inference.InferenceError:
+            continue
+    return light
+
+
+def _tell_ranks(light: ModelProto) -> bool:
+    """Note the ranks that only the weights of convolutions tell; whether there is any."""
+    graph = light.graph
+    shaped = {
+        v.name: (v.type.tensor_type.elem_type, [d.dim_value for d in v.type.tensor_type.shape.dim])
+        for v in (*graph.value_info, *graph.output, *graph.input)
+        if v.type.tensor_type.HasField("shape")
+    } | {t.name: (t.data_type, list(t.dims)) for t in graph.initializer}
+    told: dict[str, ValueInfoProto] = {}
+    for node in graph.node:
+        if node.op_type in ("Conv", "ConvTranspose") and not node.domain and len(node.input) > 1:
+            kind, weight = shaped.get(node.input[1], (0, []))
+            if len(weight) < 3:
+                continue
+            inside = (
+                weight[0] if node.op_type == "ConvTranspose" else weight[1] * cast(int, attribute(node, "group", 1))
+            )
+            for name, channels in ((node.input[0], inside), (node.output[0], None)):
+                if name not in shaped:
+                    extents = [None, channels or None, *[None] * (len(weight) - 2)]
+                    told[name] = helper.make_tensor_value_info(name, kind, extents)
+    kept = [v for v in graph.value_info if v.name not in told]
+    del graph.value_info[:]
+    graph.value_info.extend([*kept, *told.values()])
+    return bool(told)
 
 
 class Shapes:
@@ -78,10 +128,9 @@ class Shapes:
         typed: Mapping[str, Typed] | None = None,
     ) -> None:
         light = outline(model, stored or {}, typed or {})
-        try:
-            light = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
-        except onnx.shape_inference.InferenceError:
-            light = onnx.shape_inference.infer_shapes(light)
+        light = _inferred(light)
+        if _tell_ranks(light):
+            light = _inferred(light)
         self._types: dict[str, TypeProto.Tensor] = {}
         for values in (declared, light.graph.value_info, light.graph.output, light.graph.input):
             self._types.update((v.name, v.type.tensor_type) for v in values if v.type.HasField("tensor_type"))
@@ -117,7 +166,9 @@ class Shapes:
         if name not in self._types or not self._types[name].HasField("shape"):
             return None
         return tuple(
-            Extent(d.dim_value) if d.HasField("dim_value") else self._open(d.dim_param or f"{name}[{axis}]")
+            Extent(d.dim_value)
+            if d.HasField("dim_value") and d.dim_value >= 0
+            else self._open(d.dim_param or f"{name}[{axis}]")
             for axis, d in enumerate(self._types[name].shape.dim)
         )
 

@@ -15,6 +15,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from reparamc.onnx.values import (
     SMALL,
+    Constant,
     Constants,
     Types,
     attribute,
@@ -102,7 +103,7 @@ class _Foldable:
     def collect(self) -> None:
         self.nodes: list[NodeProto] = []
         self.shapes: dict[str, np.ndarray] = {}
-        self.sizes = {name: _bytes(self.constants, name) for name in self.constants.tensors}
+        self.sizes = {name: _bytes(c) for name, c in self.constants.known.items() if c.stored}
         partly: dict[str, np.ndarray] = {}  # results of Shape of which some sizes are unknown
         for node in self.model.graph.node:
             if not is_standard(node) or node.op_type in LEFT or any(subgraphs(node)):
@@ -195,11 +196,5 @@ def _picked(node: NodeProto, sizes: np.ndarray, constants: Constants) -> np.ndar
         return None
 
 
-def _bytes(constants: Constants, name: str) -> int:
-    tensor = constants.tensors[name]
-    return prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-
-
-def _bytes(constants: Constants, name: str) -> int:
-    tensor = constants.tensors[name]
-    return prod(tensor.dims) * itemsize(tensor.data_type)
+def _bytes(constant: Constant) -> int:
+    return prod(constant.dims) * itemsize(constant.element_type)

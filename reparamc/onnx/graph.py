@@ -32,9 +32,10 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.kernels import regroup, swap_sides
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Reading, Splice, Value, new_nodes
+from reparamc.compiler.graph import Reading, Splice, Taps, Value, new_nodes
 from reparamc.errors import InputError
-from reparamc.onnx.operators import LAST, READERS, operand
+from reparamc.onnx import taps
+from reparamc.onnx.operators import LAST, READERS
 from reparamc.onnx.reference import Operator, in_float64
 from reparamc.onnx.values import (
     FLOATS,
@@ -44,7 +45,9 @@ from reparamc.onnx.values import (
     attribute,
     commit,
     defined_names,
+    is_fused_conv,
     is_standard,
+    operand,
     opset_of,
     readers,
 )
@@ -104,12 +107,17 @@ class OnnxGraph:
         return dtypes.pop() if len(dtypes) == 1 else None
 
     def source(self, value: Value) -> Source:
+        if isinstance(value, Taps):
+            return value.source(self.types.shape(str(value.of)))
         return Source(value, shape=self.types.shape(str(value)))
 
     def obstacle(
         self, root: Value, members: Sequence[Value], sources: Sequence[Value], made: Collection[Expr]
     ) -> str | None:
         """ONNX Runtime convolves no doubles: a model that it runs must not be given a convolution of them."""
+        for e in made:
+            if isinstance(e, Conv) and e.reads_taps and (why := taps.obstacle(self, e)) is not None:
+                return why
         if self.dtype(members) != np.float64 or any(node.op_type in ("Conv", "ConvTranspose") for node in self.nodes):
             return None
         kernels = any(isinstance(e, Conv) and e.spatial and e.token is None and not _is_rows(e) for e in made)
@@ -119,7 +127,7 @@ class OnnxGraph:
         name = str(value)
         if name not in self._readings:
             node = self.producers[name]
-            reader = READERS.get(node.op_type) if is_standard(node) else None
+            reader = READERS.get(node.op_type) if is_standard(node) or is_fused_conv(node) else None
             readable = name in _results(node) and self.types.dtype(name) is not None and not self._is_empty(node)
             self._readings[name] = reader(self, node, name) if reader is not None and readable else None
         return self._readings[name]
@@ -154,7 +162,7 @@ class OnnxGraph:
         Raises:
             InputError: it is no tensor of floating numbers, which the checker overlooks.
         """
-        kind = self.constants.tensors[name].data_type
+        kind = self.constants.element_type(name)
         if kind not in FLOATS:
             stored = TensorProto.DataType.Name(kind).lower()
             raise InputError(f"the parameter {name!r} is of type {stored}, where a floating type is needed")
@@ -207,8 +215,12 @@ class OnnxGraph:
             if name not in self.constants:
                 inputs.append(bool(name))
                 continue
-            array, shape = self.constants.tensors[name], self.constants.shape(name)
-            whole = array.data_type not in FLOATS and node.op_type not in ("Reshape", "Split", "Gather")
+            shape = self.constants.shape(name)
+            whole = self.constants.element_type(name) not in FLOATS and node.op_type not in (
+                "Reshape",
+                "Split",
+                "Gather",
+            )
             inputs.append((tuple(n == 1 for n in shape[:2]), shape[2:], whole and self.constants.array(name).tobytes()))
         return node.op_type, frozenset(attributes), tuple(inputs)
 
@@ -225,6 +237,12 @@ class OnnxGraph:
         name = self.names.fresh(wanted)
         self._initializers.append(numpy_helper.from_array(np.asarray(array, dtype, order="C"), name))
         return name
+
+    def add_copies(self, wanted: str, name: str, times: int) -> str:
+        """Store a vector of that many copies of the number that is the constant ``name``, in its type."""
+        array = np.repeat(self.constants.array(name).ravel(), times)
+        self._initializers.append(numpy_helper.from_array(array, fresh := self.names.fresh(wanted)))
+        return fresh
 
     def add_integers(self, wanted: str, values: Sequence[int]) -> str:
         return self.add_initializer(wanted, np.array(values), np.dtype(np.int64))
@@ -308,6 +326,8 @@ class _Emitter:
 
     def _emit(self, e: Expr, output: str | None) -> str:
         match e:
+            case Conv() if e.reads_taps:
+                return taps.with_weight(self.graph, e, self._parameter, self._node, output)
             case Conv(token=token) if token is not None:
                 return self._copy(token, e.x, output)
             case Conv() if _is_rows(e) and (self._rank(e.x) != 3 or self.splice.dtype == np.float64):

@@ -33,7 +33,8 @@ from reparamc.algebra.kernels import arithmetic, swap_sides, transposed
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
-from reparamc.onnx.values import attribute, is_standard
+from reparamc.onnx.taps import Stored, read_stored, read_taps, stored
+from reparamc.onnx.values import attribute, is_standard, operand
 
 if TYPE_CHECKING:
     from reparamc.onnx.graph import OnnxGraph
@@ -47,30 +48,38 @@ Reader = Callable[["OnnxGraph", NodeProto, str], "Reading | Declined | None"]
 """From a graph, a node of it and one output of that node to the reading of that output."""
 
 
-def operand(node: NodeProto, position: int) -> str | None:
-    """The name of the operand at ``position``; None when it is absent or empty."""
-    return node.input[position] or None if position < len(node.input) else None
+def _weight_and_bias(graph: OnnxGraph, node: NodeProto) -> tuple[str | None, str | None] | Declined:
+    """The names of the constant weight (None where it is stored as whole numbers) and bias of a linear operator."""
+    weight, bias = graph.constant(node, 1), graph.constant(node, 2)
+    if weight is None and not isinstance(stored(graph, node), Stored):
+        found = stored(graph, node)
+        return found if isinstance(found, Declined) else Declined(_not_constant(graph, node, 1))
+    if operand(node, 2) and bias is None:
+        return Declined(_not_constant(graph, node, 2))
+    return weight, bias
 
 
 def _read_conv(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
-    weight, bias = graph.constant(node, 1), graph.constant(node, 2)
+    found = _weight_and_bias(graph, node)
+    if isinstance(found, Declined):
+        return found
+    weight, bias = found
     if weight is None:
-        return Declined(_not_constant(graph, node, 1))
-    if operand(node, 2) and bias is None:
-        return Declined(_not_constant(graph, node, 2))
-    kernel = graph.constants.shape(weight)[2:]
+        return read_stored(graph, node, bias)
+    shape = graph.constants.shape(weight)
+    kernel = shape[2:]
     n = len(kernel)
     stride = tuple(cast(list[int], attribute(node, "strides", [1] * n)))
     dilation = tuple(cast(list[int], attribute(node, "dilations", [1] * n)))
     groups = cast(int, attribute(node, "group", 1))
     pads = _pads(graph, node, kernel, stride, dilation)
-    if isinstance(pads, Declined):
-        return pads
-    if bias is not None and graph.constants.shape(bias) != graph.constants.shape(weight)[:1]:
+    if bias is not None and graph.constants.shape(bias) != shape[:1]:
         return Declined("its bias does not fit its weight")
     channels = _channels(graph, node.input[0], -1 - n)
-    if channels is not None and channels != graph.constants.shape(weight)[1] * groups:
+    if channels is not None and channels != shape[1] * groups:
         return Declined("its weight does not fit the channels of its input")
+    if isinstance(pads, Declined):
+        return read_taps(graph, node, weight, bias)
     begin, end = pads[:n], pads[n:]
 
     def build(operands: Sequence[Expr]) -> Expr:
@@ -81,14 +90,15 @@ def _read_conv(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
 
 
 def _read_conv_transpose(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
-    weight, bias = graph.constant(node, 1), graph.constant(node, 2)
+    found = _weight_and_bias(graph, node)
+    if isinstance(found, Declined):
+        return found
+    weight, bias = found
     if weight is None:
-        return Declined(_not_constant(graph, node, 1))
-    if operand(node, 2) and bias is None:
-        return Declined(_not_constant(graph, node, 2))
+        return read_stored(graph, node, bias)
     n = len(graph.constants.shape(weight)) - 2
     if attribute(node, "output_shape") or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-        return Declined("the padding of the transposed convolution follows from a wanted output shape")
+        return read_taps(graph, node, weight, bias)
     stride = tuple(cast(list[int], attribute(node, "strides", [1] * n)))
     dilation = tuple(cast(list[int], attribute(node, "dilations", [1] * n)))
     pads = cast(list[int], attribute(node, "pads", [0] * 2 * n))
@@ -195,7 +205,7 @@ def _read_batchnorm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading |
     if None in names:
         return Declined(_not_constant(graph, node, 1 + names.index(None)))
     parameters = [name for name in names if name]
-    rank = graph.types.rank(node.input[0])
+    rank = graph.types.rank(node.input[0]) or graph.types.rank(output)
     if rank is None:
         return Declined("the rank of its input is unknown")
     axis = -1 - max(rank - 2, 0)
@@ -316,17 +326,19 @@ def _read_dropout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | D
 
 
 def _read_gemm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
-    weight, bias = graph.constant(node, 1), graph.constant(node, 2)
     if cast(int, attribute(node, "transA", 0)):
         return Declined("Gemm with transA mixes the batch")
-    if weight is None:
-        return Declined(_not_constant(graph, node, 1))
-    if operand(node, 2) and bias is None:
-        return Declined(_not_constant(graph, node, 2))
+    found = _weight_and_bias(graph, node)
+    if isinstance(found, Declined):
+        return found
+    weight, bias = found
     transposed = cast(int, attribute(node, "transB", 0))
-    out = graph.constants.shape(weight)[0 if transposed else 1]
+    whole = stored(graph, node) if weight is None else None
+    out = whole.out if isinstance(whole, Stored) else graph.constants.shape(weight or "")[0 if transposed else 1]
     if bias is not None and graph.constants.shape(bias) not in ((), (1,), (1, 1), (out,), (1, out)):
         return Declined("the bias of Gemm varies along the batch")
+    if weight is None:
+        return read_stored(graph, node, bias)
     alpha, beta = (float(cast(float, attribute(node, key, 1.0))) for key in ("alpha", "beta"))
 
     def build(operands: Sequence[Expr]) -> Expr:
@@ -340,7 +352,9 @@ def _read_gemm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
 def _read_matmul(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
     fixed = [graph.constant(node, 0), graph.constant(node, 1)]
     weight = fixed[0] or fixed[1]
-    if weight is None or all(fixed):
+    if weight is None:
+        return read_stored(graph, node, None)
+    if all(fixed):
         return None
     if len(graph.constants.shape(weight)) != 2:
         return Declined("its constant is not a matrix")
@@ -539,6 +553,7 @@ READERS: dict[str, Reader] = {
     "Neg": _read_neg,
     "Identity": _read_identity,
     "Dropout": _read_dropout,
+    "FusedConv": _read_conv,
     **dict.fromkeys(("GlobalAveragePool", "ReduceMean"), _read_mean),
     **dict.fromkeys(("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"), _read_layout),
 }

@@ -28,7 +28,7 @@ def in_float64(graph: OnnxGraph, node: NodeProto, output: str) -> Operator:
     """``output`` of one operator as a function of its operands by name, all floating values being float64."""
     constants = {name: _float64(graph.constants.array(name)) for name in node.input if name and name in graph.constants}
     copy = NodeProto.FromString(node.SerializeToString())
-    copy.domain = ""
+    copy.domain, copy.op_type = "", "Conv" if node.op_type == "FusedConv" else node.op_type
     opset = graph.opset
     if node.op_type == "BatchNormalization" and opset < 14:
         opset = 15

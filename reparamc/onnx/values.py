@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from onnx import (
     GraphProto,
     ModelProto,
     NodeProto,
+    SparseTensorProto,
     TensorProto,
     TensorShapeProto,
     ValueInfoProto,
@@ -44,6 +46,17 @@ def attribute(node: NodeProto, name: str, default: object = None) -> object:
 
 def is_standard(node: NodeProto) -> bool:
     return node.domain in ("", "ai.onnx")
+
+
+def operand(node: NodeProto, position: int) -> str | None:
+    """The name of the operand at ``position``; None when it is absent or empty."""
+    return node.input[position] or None if position < len(node.input) else None
+
+
+def is_fused_conv(node: NodeProto) -> bool:
+    """Whether ``node`` is a convolution under the name that ONNX Runtime gives it, with nothing fused into it."""
+    plain = not attribute(node, "activation") and operand(node, 3) is None
+    return node.domain == "com.microsoft" and node.op_type == "FusedConv" and plain
 
 
 def opset_of(model: ModelProto) -> int:
@@ -103,31 +116,67 @@ def defined_names(graph: GraphProto) -> Iterator[str]:
             stack.extend(subgraphs(node))
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that no input reaches; ``load`` reads its value. ``stored``: as it lies in the file."""
+
+    element_type: int
+    dims: tuple[int, ...]
+    load: Callable[[], np.ndarray]
+    stored: bool = False
+
+    @staticmethod
+    def of(tensor: TensorProto) -> Constant:
+        return Constant(tensor.data_type, tuple(tensor.dims), lambda: numpy_helper.to_array(tensor), stored=True)
+
+    @staticmethod
+    def sparse(tensor: SparseTensorProto) -> Constant:
+        return Constant(tensor.values.data_type, tuple(tensor.dims), lambda: _dense(tensor))
+
+
+def _dense(tensor: SparseTensorProto) -> np.ndarray:
+    values, at = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
+    dense = np.zeros(tensor.dims, values.dtype)
+    if at.ndim == 2:
+        dense[tuple(at.T)] = values
+    else:
+        dense.reshape(-1)[at] = values
+    return dense
+
+
 class Constants:
-    """What no caller can override in a main graph: initializers and Constant nodes, also behind Identity."""
+    """What no caller can override in a main graph: initializers and Constant nodes, also behind what moves them only.
+
+    Attributes:
+        known: each by its name.
+        overridable: the initializers that callers may replace.
+    """
 
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
         inputs = {v.name for v in graph.input}
         overridable = inputs if model.ir_version >= 4 else set()
         self.overridable = {t.name for t in graph.initializer} & overridable
-        self.tensors: dict[str, TensorProto] = {t.name: t for t in graph.initializer if t.name not in overridable}
-        for node in graph.node:
-            if not is_standard(node):
-                continue
-            if node.op_type == "Constant" and (tensor := constant_tensor(node)) is not None:
-                self.tensors[node.output[0]] = tensor
-            elif node.op_type == "Identity" and node.input[0] in self.tensors:
-                self.tensors[node.output[0]] = self.tensors[node.input[0]]
+        self.known = {t.name: Constant.of(t) for t in graph.initializer if t.name not in overridable}
+        self.known |= {t.values.name: Constant.sparse(t) for t in graph.sparse_initializer if prod(t.dims) < MOST_DENSE}
+        for node in filter(is_standard, graph.node):
+            if node.op_type == "Constant":
+                found = constant_of(node)
+            elif node.op_type in MOVING and all(name in self.known for name in node.input if name):
+                found = self._moved(node)
+            else:
+                found = None
+            if found is not None:
+                self.known[node.output[0]] = found
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors
+        return name in self.known
 
     def array(self, name: str) -> np.ndarray:
         """The value of the constant ``name``, in its own dtype."""
         try:
-            return numpy_helper.to_array(self.tensors[name])
-        except (ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+            return self.known[name].load()
+        except (ValueError, RuntimeError, IndexError, onnx.checker.ValidationError) as error:
             raise InputError(f"the constant {name!r} cannot be read: {error}") from error
 
     def integers(self, name: str) -> list[int]:
@@ -142,7 +191,69 @@ class Constants:
         return array.ravel().tolist()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].dims)
+        return self.known[name].dims
+
+    def element_type(self, name: str) -> int:
+        return self.known[name].element_type
+
+    def _moved(self, node: NodeProto) -> Constant | None:
+        """What a node makes of a constant whose elements it moves at most; None where it does more, or cannot run."""
+        x = self.known[node.input[0]]
+        if node.op_type == "Identity":
+            return x
+        if node.op_type == "Transpose":
+            order = cast("list[int]", attribute(node, "perm", list(range(len(x.dims)))[::-1]))
+            if sorted(order) != list(range(len(x.dims))):
+                return None
+            return replace(
+                x, dims=tuple(x.dims[a] for a in order), load=lambda: x.load().transpose(order), stored=False
+            )
+        dims = self._dims(node, x)
+        if dims is None or prod(dims) != prod(x.dims):
+            return None
+        return replace(x, dims=dims, load=lambda: x.load().reshape(dims), stored=False)
+
+    def _dims(self, node: NodeProto, x: Constant) -> tuple[int, ...] | None:
+        """The shape that ``node`` gives to ``x``; None for a Cast to another type."""
+        given = self.integers(node.input[1]) if len(node.input) > 1 and node.op_type in MOVING[:3] else None
+        axes = given if given is not None else cast("list[int] | None", attribute(node, "axes"))
+        match node.op_type:
+            case "Reshape" if given is not None:
+                keep = not attribute(node, "allowzero", 0)
+                dims = [x.dims[i] if n == 0 and keep and i < len(x.dims) else n for i, n in enumerate(given)]
+                rest = prod(n for n in dims if n != -1)
+                return tuple(prod(x.dims) // max(rest, 1) if n == -1 else n for n in dims)
+            case "Unsqueeze" if axes is not None:
+                rank, rest = len(x.dims) + len(axes), iter(x.dims)
+                new = {axis % rank for axis in axes}
+                return tuple(1 if axis in new else next(rest, 1) for axis in range(rank))
+            case "Squeeze":
+                gone = {a % max(len(x.dims), 1) for a in axes} if axes else {a for a, n in enumerate(x.dims) if n == 1}
+                return tuple(n for axis, n in enumerate(x.dims) if axis not in gone)
+            case "Flatten":
+                axis = cast(int, attribute(node, "axis", 1)) % (len(x.dims) + 1)
+                return prod(x.dims[:axis]), prod(x.dims[axis:])
+            case "Cast" if attribute(node, "to") == x.element_type:
+                return x.dims
+            case "CastLike" if self.element_type(node.input[1]) == x.element_type:
+                return x.dims
+        return None
+
+
+MOVING = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Identity", "Cast", "CastLike")
+"""Operators that at most move the elements of a constant, if they do not change its type."""
+
+MOST_DENSE = 2**26
+"""Elements of a sparse constant that is read as a dense one."""
+
+
+def constant_of(node: NodeProto) -> Constant | None:
+    """The value of a Constant node; None for strings."""
+    for a in node.attribute:
+        if a.name == "sparse_value" and prod(a.sparse_tensor.dims) < MOST_DENSE:
+            return Constant.sparse(a.sparse_tensor)
+    tensor = constant_tensor(node)
+    return None if tensor is None else Constant.of(tensor)
 
 
 def constant_tensor(node: NodeProto) -> TensorProto | None:
@@ -166,10 +277,14 @@ def skeleton(model: ModelProto) -> ModelProto:
     for node in light.graph.node:
         if node.domain == "ai.onnx":
             node.domain = ""  # the same domain; the checker knows it by this name only
+        elif is_fused_conv(node):
+            node.domain, node.op_type = "", "Conv"
     light.graph.input.extend(model.graph.input)
     light.graph.output.extend(model.graph.output)
     forget_negative_sizes((*light.graph.input, *light.graph.output))
-    light.graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    for sparse in model.graph.sparse_initializer:  # inference takes it for the vector of its values
+        info = helper.make_tensor_value_info(sparse.values.name, sparse.values.data_type, sparse.dims)
+        light.graph.input.append(info)
     inputs = {v.name for v in model.graph.input}
     for tensor in model.graph.initializer:
         if prod(tensor.dims) <= SMALL and tensor.data_location != TensorProto.EXTERNAL:
@@ -192,15 +307,21 @@ def _tell_ranks(light: ModelProto) -> bool:
     graph = light.graph
     known = {v.name: v.type.tensor_type for group in (graph.value_info, graph.output, graph.input) for v in group}
     known = {name: kind for name, kind in known.items() if kind.HasField("shape")}
-    weights = {name: (kind.elem_type, len(kind.shape.dim)) for name, kind in known.items()}
-    weights |= {t.name: (t.data_type, len(t.dims)) for t in graph.initializer}
+    weights = {name: (kind.elem_type, [d.dim_value for d in kind.shape.dim]) for name, kind in known.items()}
+    weights |= {t.name: (t.data_type, list(t.dims)) for t in graph.initializer}
     found: dict[str, ValueInfoProto] = {}
     for node in graph.node:
         if node.op_type in ("Conv", "ConvTranspose") and is_standard(node) and len(node.input) > 1:
-            kind, rank = weights.get(node.input[1], (0, 0))
-            for name in (node.input[0], node.output[0]):
-                if kind and rank > 2 and name not in known:
-                    found[name] = helper.make_tensor_value_info(name, kind, [None] * rank)
+            kind, weight = weights.get(node.input[1], (0, []))
+            if not kind or len(weight) < 3:
+                continue
+            inside = (
+                weight[0] if node.op_type == "ConvTranspose" else weight[1] * cast(int, attribute(node, "group", 1))
+            )
+            for name, channels in ((node.input[0], inside), (node.output[0], None)):
+                if name not in known:
+                    sizes = [None, channels, *[None] * (len(weight) - 2)]
+                    found[name] = helper.make_tensor_value_info(name, kind, sizes)
     _drop(graph.value_info, set(found))
     graph.value_info.extend(found.values())
     return bool(found)

@@ -1,0 +1,185 @@
+"""Operators that end in a matrix of constants, whatever they gather before: their outputs take scales and shifts.
+
+A convolution whose padding follows from the size of its operand is no kernel, and a weight that is stored as whole
+numbers must stay so. But a factor for each output channel only touches the rows of the weight, or the scale that its
+whole numbers are multiplied by. `Taps` are what such rows, or such scales, multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from reparamc.algebra.expr import Array, Conv, Source
+from reparamc.algebra.kernels import swap_sides
+from reparamc.algebra.rewrite import Declined
+from reparamc.compiler.graph import Reading, Taps
+from reparamc.onnx.values import FLOATS, attribute, is_standard
+
+if TYPE_CHECKING:
+    from reparamc.onnx.graph import OnnxGraph
+
+OF_THE_WEIGHT = ("group", "alpha", "beta")
+"""Attributes that decide what is done with what is gathered, or with the bias."""
+
+
+def read_taps(graph: OnnxGraph, node: NodeProto, weight: str, bias: str | None) -> Reading:
+    """A convolution with a constant weight as a matrix over what it gathers."""
+    shape, groups = graph.constants.shape(weight), cast(int, attribute(node, "group", 1))
+    transposed = node.op_type == "ConvTranspose"
+    inside = shape[0] if transposed else shape[1] * groups
+    kind = (node.op_type, shape[2:], _attributes(node))
+    taps = Taps(kind, (node.input[0],), inside * prod(shape[2:]), len(shape) - 2, node.output[0])
+    return taps.reading(
+        lambda: swap_sides(graph.array(weight), groups) if transposed else graph.array(weight),
+        _bias(graph, bias),
+        groups,
+        tuple(name for name in (weight, bias) if name),
+    )
+
+
+def _attributes(node: NodeProto) -> Sequence[bytes]:
+    return tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute if a.name not in OF_THE_WEIGHT))
+
+
+def _bias(graph: OnnxGraph, bias: str | None, factor: float = 1.0) -> Callable[[], Array] | None:
+    return None if bias is None else lambda: graph.array(bias).ravel() * factor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight that is stored as whole numbers, or as coarse floating ones, times a scale.
+
+    Attributes:
+        node: the DequantizeLinear.
+        scale: the name of the scale, one number or one for each output channel.
+        axis: that of the output channels, in the weight.
+        out: how many there are.
+    """
+
+    node: NodeProto
+    scale: str
+    axis: int
+    out: int
+
+
+def stored(graph: OnnxGraph, node: NodeProto) -> Stored | Declined | None:
+    """The weight of ``node`` as it is stored; None where that is no DequantizeLinear of constants."""
+    name = node.input[1] if len(node.input) > 1 else ""
+    made = graph.producers.get(name)
+    if made is None or made.op_type != "DequantizeLinear" or not is_standard(made):
+        return None
+    if not all(n in graph.constants for n in made.input if n):
+        return None
+    shape, scale = graph.constants.shape(made.input[0]), made.input[1]
+    axis = _output_axis(node, len(shape))
+    if isinstance(axis, Declined):
+        return axis
+    scales = graph.constants.shape(scale)
+    along = cast(int, attribute(made, "axis", 1)) % max(len(shape), 1)
+    if attribute(made, "block_size") or (scales not in ((), (1,)) and (scales != (shape[axis],) or along != axis)):
+        return Declined("the scales of its stored weight are not one for each output channel")
+    kind = graph.constants.element_type(scale)
+    if kind not in FLOATS or FLOATS[kind] != graph.types.dtype(node.output[0]):
+        return Declined("the scales of its stored weight are of another type than the result")
+    return Stored(made, scale, axis, shape[axis])
+
+
+def _output_axis(node: NodeProto, rank: int) -> int | Declined:
+    """The axis of the output channels in the weight of ``node``."""
+    match node.op_type:
+        case "Conv":
+            return 0
+        case "ConvTranspose" if attribute(node, "group", 1) == 1:
+            return 1
+        case "Gemm" if not attribute(node, "transA", 0):
+            return 0 if attribute(node, "transB", 0) else 1
+        case "MatMul" if rank == 2:
+            return 1
+    return Declined("its stored weight has no axis of output channels")
+
+
+def read_stored(graph: OnnxGraph, node: NodeProto, bias: str | None) -> Reading | Declined | None:
+    """A linear operator whose weight is stored as whole numbers, as a scale of each channel of what these give."""
+    found = stored(graph, node)
+    if found is None or isinstance(found, Declined):
+        return found
+    operands = (node.input[0],)
+    alpha, beta = (cast(float, attribute(node, key, 1.0)) for key in ("alpha", "beta"))
+    group = attribute(node, "group", 1)
+    whole = (found.node.input[0], found.node.input[2] if len(found.node.input) > 2 else "")
+    kind = ("stored", node.op_type, whole, _attributes(node), group, alpha)
+    spatial = len(graph.constants.shape(whole[0])) - 2
+    taps = Taps(kind, operands, found.out, spatial, node.output[0])
+
+    def scales() -> Array:
+        scale = np.broadcast_to(graph.array(found.scale).ravel(), (found.out,))
+        return scale.reshape(-1, 1, *(1,) * spatial).copy()
+
+    def shift() -> Array:
+        assert bias is not None
+        return np.broadcast_to(graph.array(bias).ravel() * float(beta), (found.out,)).copy()
+
+    names = tuple(name for name in (found.scale, bias) if name)
+    return taps.reading(scales, None if bias is None else shift, found.out, names)
+
+
+def obstacle(graph: OnnxGraph, e: Conv) -> str | None:
+    """Why the operator whose taps ``e`` reads cannot have the weight of ``e``; None when it can."""
+    found = stored(graph, graph.producers[_operator(e)])
+    if isinstance(found, Stored) and not (e.groups == found.out == e.out_channels):
+        return "its weight is stored as whole numbers, which only a factor for each channel leaves as they are"
+    return None
+
+
+def _operator(e: Conv) -> str:
+    return str(cast(Taps, cast(Source, e.x).key).of)
+
+
+def with_weight(
+    graph: OnnxGraph, e: Conv, parameter: Callable[[str, Array], str], add: Callable[..., str], output: str | None
+) -> str:
+    """Add the operator whose taps ``e`` reads, with the weight and bias of ``e``; the name of its result.
+
+    Args:
+        parameter: stores an array under a name of that kind.
+        add: adds a node, given the operator, its operands, the name of its result and its attributes.
+        output: the name of the result; None for a new one.
+    """
+    node = graph.producers[_operator(e)]
+    found = stored(graph, node)
+    attributes: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if isinstance(found, Stored):
+        weight = _rescaled(graph, found, e.weight.ravel(), parameter, add)
+        attributes.pop("beta", None)
+    else:
+        kernel = graph.constants.shape(node.input[1])[2:]
+        matrix = e.weight.reshape(e.out_channels, -1, *kernel)
+        weight = parameter("weight", swap_sides(matrix, e.groups) if node.op_type == "ConvTranspose" else matrix)
+        attributes["group"] = e.groups
+    inputs = [node.input[0], weight]
+    if node.op_type == "MatMul" and e.bias is not None:
+        return add("Add", [add("MatMul", inputs, None), parameter("bias", e.bias)], output)
+    inputs += [parameter("bias", e.bias)] if e.bias is not None else []
+    return add(node.op_type, inputs, output, **attributes)
+
+
+def _rescaled(
+    graph: OnnxGraph, found: Stored, scales: Array, parameter: Callable[[str, Array], str], add: Callable[..., str]
+) -> str:
+    """Add the stored weight times other scales; its name."""
+    whole, _, *zero = found.node.input
+    one = graph.constants.shape(found.scale) in ((), (1,)) and bool(np.all(scales == scales[0]))
+    given = [whole, parameter("weight_scale", scales[0] if one else scales)]
+    attributes = {a.name: helper.get_attribute_value(a) for a in found.node.attribute}
+    if zero and zero[0]:
+        each = not one and graph.constants.shape(zero[0]) != (found.out,)
+        given.append(graph.add_copies(f"{zero[0]}.each", zero[0], found.out) if each else zero[0])
+    if not one:
+        attributes["axis"] = found.axis
+    return add("DequantizeLinear", given, None, **attributes)
