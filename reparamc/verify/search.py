@@ -225,11 +225,11 @@ class _Pair:
         """The largest magnitude of each output on the first inputs."""
 
     def original(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        return _flat(self.interface.outputs, self._original.session.run(None, inputs))
+        return _flat(self.interface.outputs, self._original.run(inputs))
 
     def fused(self, inputs: Inputs) -> dict[str, np.ndarray]:
         names = self.interface.inputs_in_fused
-        return _flat(self.interface.outputs, self._fused.session.run(None, {names[n]: x for n, x in inputs.items()}))
+        return _flat(self.interface.outputs, self._fused.run({names[n]: x for n, x in inputs.items()}))
 
     def compare(self, inputs: Inputs) -> tuple[_Comparison, float]:
         """Both models on ``inputs``, and the seconds that running both took.
