@@ -127,7 +127,7 @@ def _columns(
 def _border(conv: Conv) -> str:
     if conv.transposed:
         return VARYING
-    return "its shift meets the zero padding of the convolution behind it"
+    return "its shift meets the zero padding of the next convolution"
 
 
 def through_layouts(e: Expr, axis: int | None, *, shifted: bool) -> tuple[list[Layout | Conv], Expr, int | None]:

@@ -46,6 +46,6 @@ def in_front(e: Expr) -> Expr | Declined | None:
 BN_FOLDING = Pass(
     name="bn-folding",
     equation="bn(W*x + b) = (gW)*x + (gb + h);  W*bn(x) + b = (Wg)*x + (b + sum W h)",
-    exact_when="BatchNorm behind the convolution: always; in front: h = 0, or the kernel reads no padding",
+    exact_when="BatchNorm after the convolution: always; before it: h = 0, or the kernel reads no padding",
     rules=(behind, in_front),
 )

@@ -91,12 +91,12 @@ def _difference(convs: list[Conv]) -> str:
             return f"its branches differ in {what} ({'x'.join(map(str, one))} and {'x'.join(map(str, two))})"
     if a.transposed != b.transposed:
         return "one of its branches is a transposed convolution"
-    return "its branches differ in output extent for some input sizes"
+    return "its branches differ in output size for some input sizes"
 
 
 BRANCH_MERGING = Pass(
     name="branch-merging",
     equation="W1*x + b1 + W2*x + b2 = (W1 + W2)*x + (b1 + b2)",
-    exact_when="same input, equal strides, and equal output extents for every admitted input size; merged when cheaper",
+    exact_when="same input, equal strides, and equal output sizes for every admitted input size; merged if cheaper",
     rules=(parallel_convs,),
 )

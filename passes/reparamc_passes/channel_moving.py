@@ -130,6 +130,6 @@ def shuffled(e: Expr) -> Expr | None:
 CHANNEL_MOVING = Pass(
     name="channel-moving",
     equation="concat(W*x + b, W'*x + b') = (W above W')*x + (b above b');  (W*x + b)[i] = W[i]*x + b[i]",
-    exact_when="always for selections; stacked where strides and extents are equal and it is cheaper",
+    exact_when="always for selections; stacked if strides and sizes are equal and it is cheaper",
     rules=(flattened, stacked, selected, shuffled),
 )

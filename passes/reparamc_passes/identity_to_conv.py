@@ -54,15 +54,15 @@ def _obstacle(conv: Conv, s: np.ndarray, t: np.ndarray, axis: int | None) -> str
     if axis is not None and axis != conv.axis:
         return "the branches act on different axes"
     if not conv.keeps_grid:
-        return "the convolution beside the skip connection changes the extent (stride, or padding that does not match)"
+        return "the convolution beside the skip connection changes the size (stride, or padding that does not match)"
     if any(a > 0 or r < 0 or a % d for a, r, d in zip(conv.offset, conv.reach, conv.dilation, strict=True)):
-        return "the kernel has no tap at offset 0, so that the skip connection would enlarge it"
+        return "the kernel has no tap at offset 0, so the skip connection would enlarge it"
     return None
 
 
 IDENTITY_TO_CONV = Pass(
     name="identity-to-conv",
     equation="s x + t = K*x + t,  K one tap of weight s at offset 0",
-    exact_when="the convolution beside it has stride 1, equal extents for every input size, and channels in = out",
+    exact_when="the convolution beside it has stride 1, equal sizes for every input, and channels in = out",
     rules=(beside_conv,),
 )

@@ -82,6 +82,6 @@ def _shown_equal(zero: Conv | Scale | BatchNorm, e: Sum) -> bool:
 LIKE_TERMS = Pass(
     name="like-terms",
     equation="(s x + t) + (s' x + t') = (s + s') x + (t + t');  x + (0*x + b) = x + b",
-    exact_when="the scales act on one axis; a branch of zeros has the extent of another branch",
+    exact_when="the scales act on one axis; a branch of zeros has the size of another branch",
     rules=(collected, dropped),
 )

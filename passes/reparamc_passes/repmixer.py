@@ -80,6 +80,6 @@ def _kernel(e: Expr, x: Expr, like: Conv, depth: int = 0) -> Conv | None:
 REPMIXER = Pass(
     name="repmixer",
     equation="x + s(mixer(x) - norm(x)) = K*x + b,  K = I + s(K_mixer - K_norm),  b = s(b_mixer - b_norm)",
-    exact_when="all branches are depthwise, of stride 1, and keep the extent for every input size",
+    exact_when="all branches are depthwise, of stride 1, and keep the size for every input",
     rules=(skip_elimination,),
 )

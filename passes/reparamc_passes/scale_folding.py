@@ -59,6 +59,6 @@ def of_scale(e: Expr) -> Expr | Declined | None:
 SCALE_FOLDING = Pass(
     name="scale-folding",
     equation="s(W*x + b) + t = (sW)*x + (sb + t);  W*(sx + t) + b = (Ws)*x + (b + sum W t)",
-    exact_when="scale behind the convolution: always; in front: t = 0, or the kernel reads no padding",
+    exact_when="scale after the convolution: always; before it: t = 0, or the kernel reads no padding",
     rules=(by_one, behind, in_front, of_scale),
 )

@@ -42,9 +42,9 @@ def in_a_row(e: Expr) -> Expr | Declined | None:
     if gains[best] > 0:
         return _composed(convs[: best + 1])
     if shapes[1].skips_border:
-        return Declined("composed with the convolution behind it, it would have to leave out values at the border")
+        return Declined("composed with the next convolution, it would have to skip values at the border")
     ratio = multiply_adds(shapes[1], read[1]) / max(sum(map(multiply_adds, convs[:2], read)), 1)
-    return Declined(f"composed with the convolution behind it, it would cost {ratio:.1f} times the multiply-adds")
+    return Declined(f"composed with the next convolution, it would cost {ratio:.1f} times the multiply-adds")
 
 
 def in_a_sum(e: Expr) -> Expr | None:

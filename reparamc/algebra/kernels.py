@@ -17,9 +17,9 @@ from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints,
 from reparamc.algebra.shape import Dim, Shape
 
 OF_AN_OPERATOR = "it is the weight of an operator into which only a matrix of channels can be multiplied"
-BIAS_MEETS_PADDING = "its bias meets the zero padding of the convolution behind it"
-VARYING = "what it adds would reach the results of the transposed convolution behind it a varying number of times"
-TRANSPOSED = "a transposed convolution composes with a matrix of channels only"
+BIAS_MEETS_PADDING = "its bias meets the zero padding of the next convolution"
+VARYING = "before a transposed convolution its shift is not uniform: outputs receive different numbers of taps"
+TRANSPOSED = "a transposed convolution only composes with a 1x1 convolution"
 
 
 def coefficients(e: Scale | BatchNorm) -> tuple[Array, Array]:
@@ -168,7 +168,7 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
     whose extent covers that of x.
     """
     if outer.axis != inner.axis:
-        return "it acts on other axes than the convolution behind it"
+        return "it acts on other axes than the next convolution"
     if inner.reads_taps and not outer.is_pointwise:
         return OF_AN_OPERATOR
     if outer.transposed or inner.transposed:
@@ -180,7 +180,7 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
     one_tap = all(k == 1 for k in inner.kernel) and all(p >= 0 for side in inner.padding for p in side)
     if one_tap:
         return None if inner.bias is None or not np.any(inner.bias) else BIAS_MEETS_PADDING
-    return "the convolution behind it pads the result with zeros, which the composed kernel would not read"
+    return "the next convolution pads this result with zeros, which a composed kernel would not read"
 
 
 def pointwise(x: Expr, scale: Array, shift: Array, channels: int, spatial: int) -> Conv:

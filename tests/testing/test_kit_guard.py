@@ -71,7 +71,7 @@ def test_reasons_come_from_the_report() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1))
     text = failure(model, IMAGE)
     assert "1 BatchNorm left, none allowed" in text
-    assert "1: its shift meets the zero padding of the convolution behind it (bn-folding)" in text
+    assert "1: its shift meets the zero padding of the next convolution (bn-folding)" in text
 
 
 def test_numbers_of_convolutions() -> None:
