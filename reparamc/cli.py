@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     fuse = commands.add_parser("fuse", help="fuse an ONNX model", description="Fuse an ONNX model.", epilog=EPILOGUE)
     _add_choices(fuse)
     fuse.add_argument("positional", type=Path, nargs="?", metavar="OUT", help="the file to write, in place of -o")
-    fuse.add_argument("-o", "--output", type=Path, metavar="OUT", help="the file to write")
+    fuse.add_argument("-o", "--output", type=Path, metavar="OUT", help="the file to write; - for stdout")
     fuse.add_argument(
         "--verify",
         choices=("off", "region", "full"),
@@ -88,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
         help="time both models in ONNX Runtime, and write the original unless the fused one is faster beyond noise",
     )
     fuse.add_argument("--report", type=Path, metavar="FILE.json", help="write everything that was done and declined")
+    fuse.add_argument("--in-place", action="store_true", help="write the result to the file that is read")
+    fuse.add_argument("--no-record", action="store_true", help="leave out the record of what was done from the file")
     fuse.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     fuse.set_defaults(run=_fuse)
 
@@ -125,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_choices(command: argparse.ArgumentParser) -> None:
     """What to read, and by which rules to rewrite it."""
-    command.add_argument("model", type=Path, metavar="MODEL", help="the ONNX file to read")
+    command.add_argument("model", type=Path, metavar="MODEL", help="the ONNX file to read; - for stdin")
     command.add_argument("--passes", type=_names, metavar="A,B", help="apply these passes only")
     command.add_argument("--skip", type=_names, default=[], metavar="A,B", help="leave these passes out")
     command.add_argument(
@@ -189,28 +191,43 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _fuse(arguments: argparse.Namespace) -> int:
-    output = arguments.output or arguments.positional
-    if output is None:
+def _output(arguments: argparse.Namespace) -> Path:
+    """Where to write."""
+    given = [path for path in (arguments.output, arguments.positional) if path is not None]
+    if arguments.in_place:
+        if given or str(arguments.model) == "-":
+            raise InputError("--in-place writes to the file that it reads: give that alone")
+        return arguments.model
+    if not given:
         raise InputError("no output: give -o OUT, or a second file name")
-    if arguments.output and arguments.positional:
+    if len(given) > 1:
         raise InputError("two outputs: give either -o OUT or a second file name")
+    return given[0]
+
+
+def _fuse(arguments: argparse.Namespace) -> int:
+    output = _output(arguments)
     # A misspelt name should not cost the loading of a large model.
     from reparamc.algebra.rewrite import select
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
-    from reparamc.onnx.files import check_target, load, save_outcome, write_atomically
+    from reparamc.onnx.files import STANDARD, check_target, load, parsed, save_outcome, write_atomically
     from reparamc.onnx.fuse import fuse_model
-    from reparamc.onnx.record import file_origin
+    from reparamc.onnx.record import file_origin, stream_origin
 
-    check_target(arguments.model, output)
+    check_target(arguments.model, output, arguments.in_place)
     if arguments.report is not None:
         check_target(arguments.model, arguments.report)
         if arguments.report.resolve() == output.resolve():
             raise InputError("the report and the output are the same file")
     start = perf_counter()
-    model, origin = load(arguments.model), file_origin(arguments.model)
+    if arguments.model == STANDARD:
+        source: Path | bytes = sys.stdin.buffer.read()
+        model, origin = parsed(source, "standard input"), stream_origin(source)
+    else:
+        source = arguments.model
+        model, origin = load(source), file_origin(source)
     loaded = perf_counter()
     with _progress(arguments.quiet) as progress:
         result, report = fuse_model(
@@ -224,7 +241,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
         )
     report.origin = origin
     before_save = perf_counter()
-    save_outcome(result, report, arguments.model, output)
+    save_outcome(result, report, source, output, record=not arguments.no_record)
     report.seconds = {
         "loading": loaded - start,
         **report.seconds,
@@ -234,8 +251,9 @@ def _fuse(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         write_atomically(arguments.report, report.to_json().encode())
     if not arguments.quiet:
-        print(report.table())
-        print(f"written    {output}")
+        page = sys.stderr if output == STANDARD else sys.stdout
+        print(report.table(), file=page)
+        print(f"written    {'to standard output' if output == STANDARD else output}", file=page)
     _warn(report)
     return DONE
 
@@ -245,11 +263,12 @@ def _explain(arguments: argparse.Namespace) -> int:
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
-    from reparamc.onnx.files import load
+    from reparamc.onnx.files import STANDARD, load, parsed
     from reparamc.onnx.fuse import fuse_model
     from reparamc.report.explain import explain_json, explain_text
 
-    model = load(arguments.model)
+    stream = arguments.model == STANDARD
+    model = parsed(sys.stdin.buffer.read(), "standard input") if stream else load(arguments.model)
     with _progress(arguments.json) as progress:
         _, report = fuse_model(
             model,

@@ -599,3 +599,40 @@ def test_a_closed_pipe_is_no_error() -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_through_standard_input_and_output(model: Path) -> None:
+    command = [sys.executable, "-m", "reparamc", "fuse", "-", "-o", "-"]
+    done = subprocess.run(command, input=model.read_bytes(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [n.op_type for n in ModelProto.FromString(done.stdout).graph.node] == ["Conv", "Relu"]
+    assert b"bn-folding" in done.stderr
+
+
+def test_nonsense_on_standard_input() -> None:
+    done = subprocess.run([sys.executable, "-m", "reparamc", "fuse", "-", "-o", "-"], input=b"no", capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.count(b"\n") == 1
+    assert b"standard input" in done.stderr
+
+
+def test_in_place(run: Run, model: Path) -> None:
+    assert run("fuse", model, "--in-place").code == 0
+    assert kinds(model) == ["Conv", "Relu"]
+    assert run("fuse", model, "--in-place", "-o", model.with_name("other.onnx")).code == 2
+    assert [path.name for path in model.parent.iterdir()] == [model.name]
+
+
+def test_without_a_record(run: Run, model: Path, tmp_path: Path) -> None:
+    assert run("fuse", model, tmp_path / OUT, "--no-record").code == 0
+    assert not onnx.load(tmp_path / OUT).metadata_props
+
+
+def test_a_file_in_which_nothing_folds_comes_back_byte_for_byte(run: Run, tmp_path: Path) -> None:
+    """Also where it is written as no library of today would write it."""
+    data = relu_only().SerializeToString()
+    odd = data + b"\xfa\x0f\x03abc" + ModelProto(producer_name="again").SerializeToString()
+    path = tmp_path / "odd.onnx"
+    path.write_bytes(odd)
+    assert run("fuse", path, tmp_path / OUT).code == 0
+    assert (tmp_path / OUT).read_bytes() == odd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from itertools import chain
@@ -19,6 +20,30 @@ from reparamc.onnx.record import inscribe
 from reparamc.onnx.session import FILE_LIMIT
 from reparamc.onnx.values import defined_names
 from reparamc.report.data import Report
+
+STANDARD = Path("-")
+"""In the place of a file: standard input, or standard output."""
+
+
+def parsed(data: bytes, name: object) -> ModelProto:
+    """The model that ``data`` is, read from ``name``; its weights must be in it.
+
+    Raises:
+        InputError: it is no ONNX model; one line that names it.
+    """
+    try:
+        model = ModelProto.FromString(data)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{name} is not an ONNX file: it cannot be parsed") from error
+    return _checked(model, name)
+
+
+def _checked(model: ModelProto, name: object) -> ModelProto:
+    if not model.HasField("graph"):
+        raise InputError(f"{name} is not an ONNX file: it holds no graph")
+    if (text := _no_text(model)) is not None:
+        raise InputError(f"{name} is damaged: the name {text[:40]!r} in it is no text in UTF-8")
+    return model
 
 
 def load(path: Path) -> ModelProto:
@@ -38,11 +63,7 @@ def load(path: Path) -> ModelProto:
         raise InputError(f"{path} is not an ONNX file: it cannot be parsed") from error
     except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
         raise InputError(f"{path} cannot be read: {one_line(error)}") from error
-    if not model.HasField("graph"):
-        raise InputError(f"{path} is not an ONNX file: it holds no graph")
-    if (name := _no_text(model)) is not None:
-        raise InputError(f"{path} is damaged: the name {name[:40]!r} in it is no text in UTF-8")
-    return model
+    return _checked(model, path)
 
 
 def _read(path: Path) -> ModelProto:
@@ -70,8 +91,10 @@ def _no_text(model: ModelProto) -> bytes | None:
     return next((name for name in names if isinstance(name, bytes)), None)
 
 
-def check_target(source: Path, target: Path) -> None:
-    """Raise InputError unless a file can be written at ``target`` without touching ``source``."""
+def check_target(source: Path, target: Path, in_place: bool = False) -> None:
+    """Raise InputError unless a file can be written at ``target``, without touching ``source`` if not ``in_place``."""
+    if target == STANDARD:
+        return
     try:
         target.resolve()
         exists = target.exists()
@@ -85,24 +108,27 @@ def check_target(source: Path, target: Path) -> None:
         raise InputError(f"the folder {target.parent} does not exist; create it first")
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"the folder {target.parent} cannot be written to")
-    if source.exists() and target.exists() and os.path.samefile(source, target):
+    if not in_place and source.exists() and target.exists() and os.path.samefile(source, target):
         raise InputError(f"the output {target} is the input itself; give another name")
 
 
-def save_outcome(model: ModelProto, report: Report, source: Path, target: Path) -> None:
-    """Write the outcome of fusing the file ``source`` to ``target``, all of it or nothing.
+def save_outcome(model: ModelProto, report: Report, source: Path | bytes, target: Path, *, record: bool = True) -> None:
+    """Write the outcome of fusing ``source``, a file or its bytes, to ``target``, all of it or nothing.
 
-    Where the original is kept, that is the same bytes, unless its weights lie in other files. What is
-    rewritten carries a record of that; see `reparamc.report.record`.
+    Where nothing was done, or the original is kept, that is the same bytes, unless its weights lie in other files. What
+    is rewritten carries a ``record`` of that; see `reparamc.report.record`.
 
     Raises:
         InputError: the file cannot be written.
     """
-    if report.original_kept and ModelProto.FromString(data := source.read_bytes()) == model:
-        write_atomically(target, data)
-    else:
+    if not report.changed or report.original_kept:
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        if ModelProto.FromString(data).SerializeToString() == model.SerializeToString():
+            write_atomically(target, data)
+            return
+    if record:
         inscribe(model, report)
-        save(model, target)
+    save(model, target)
 
 
 def save(model: ModelProto, path: Path) -> None:
@@ -114,6 +140,8 @@ def save(model: ModelProto, path: Path) -> None:
     if model.ByteSize() < FILE_LIMIT:
         write_atomically(path, model.SerializeToString())
         return
+    if path == STANDARD:
+        raise InputError("the model is too large for one stream: its weights need a file of their own; give -o OUT")
     try:
         with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
             temporary, data = Path(folder) / path.name, f"{path.name}.data"
@@ -125,11 +153,15 @@ def save(model: ModelProto, path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, all of it or nothing.
+    """Write ``data`` to ``path``, all of it or nothing; to standard output where that is "-".
 
     Raises:
         InputError: the file cannot be written.
     """
+    if path == STANDARD:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
     try:
         path = path.resolve()  # a link keeps pointing where it does
         with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:

@@ -62,6 +62,11 @@ def _entries(model: ModelProto) -> Iterator[tuple[int, str]]:
             yield int(number), entry.value
 
 
+def stream_origin(data: bytes) -> Origin:
+    """The hash of a file that was read from a stream."""
+    return Origin(hashlib.sha256(data).hexdigest(), "file")
+
+
 def file_origin(path: Path) -> Origin:
     """The hash of the file ``path``, and of the files beside it that hold its weights.
 
