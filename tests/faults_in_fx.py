@@ -211,7 +211,7 @@ def overwriting(original: Any) -> Any:
 
     def fill(self: Any, module: Any, weight: Any, bias: Any) -> None:
         original(self, module, weight, bias)
-        old = dict(self.graph.module.named_parameters()).get((self.splice.parameters or ("",))[0])
+        old = dict(self.target.module.named_parameters()).get((self.splice.parameters or ("",))[0])
         if old is not None and old.shape == module.weight.shape:
             old.data.copy_(module.weight.data)
 
@@ -221,7 +221,7 @@ def overwriting(original: Any) -> Any:
 def of_old_operand(original: Any) -> Any:
     def copy(self: Any, native: Any, x: Any) -> Any:
         node = original(self, native, x)
-        node.args = (self.graph.current(native.args[0]), *node.args[1:])
+        node.args = (self.target.current(native.args[0]), *node.args[1:])
         return node
 
     return copy
@@ -240,9 +240,9 @@ def exchanged(original: Any) -> Any:
 
 def without_sign(original: Any) -> Any:
     def fold_constants(self: Any) -> int:
-        for node, value in self.facts.known.items():
+        for node, value in self.readings.facts.known.items():
             if node.op.startswith("call"):
-                self.facts.known[node] = value.abs()
+                self.readings.facts.known[node] = value.abs()
         return original(self)
 
     return fold_constants
@@ -347,7 +347,7 @@ FX_WRITERS = [
         ),
     ),
     fault(
-        "folded constants without their sign", "reparamc.fx.graph:FxGraph.fold_constants", without_sign,
+        "folded constants without their sign", "reparamc.fx.editor:Editor.fold_constants", without_sign,
         fx=lambda: net(lambda x, w: x * (w - 3).tanh(), nn.Parameter(vector(4, 1, 1))),
     ),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,11 +28,9 @@ from reparamc.algebra.expr import (
     is_negation,
 )
 from reparamc.algebra.kernels import regroup, swap_sides
-from reparamc.compiler.graph import Splice, Taps, new_nodes
-from reparamc.fx.calls import Call, first_operand, with_arguments
-
-if TYPE_CHECKING:
-    from reparamc.fx.graph import FxGraph
+from reparamc.compiler.graph import Splice, Taps, Value, new_nodes
+from reparamc.fx.calls import Call, first_operand, lookup, with_arguments
+from reparamc.fx.readings import Readings
 
 LINEAR_MODULES: dict[int, Callable[..., nn.Module]] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED_MODULES: dict[int, Callable[..., nn.Module]] = {
@@ -43,15 +41,41 @@ TRANSPOSED_MODULES: dict[int, Callable[..., nn.Module]] = {
 NORM_MODULES = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
+class Target:
+    """The module that is written into, and what has been written."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module, self.graph = module, module.graph
+        self.emitted: dict[Expr, fx.Node] = {}
+        self.spliced: dict[fx.Node, fx.Node] = {}
+        """What has taken the place of a node."""
+        self._next: dict[str, int] = {}
+
+    def fresh_path(self, wanted: str) -> str:
+        """``wanted``, or that with a number behind it: a path that names nothing yet."""
+        path, n = wanted, self._next.get(wanted, 1)
+        while _exists(self.module, path):
+            path, n = f"{wanted}_{n}", n + 1
+        self._next[wanted] = n
+        return path
+
+    def current(self, value: Value) -> fx.Node:
+        """The node that now stands for ``value``."""
+        node = cast(fx.Node, value)
+        while node in self.spliced:
+            node = self.spliced[node]
+        return node
+
+
 class Emitter:
     """The nodes that compute one splice, inserted at the graph's current point."""
 
-    def __init__(self, graph: FxGraph, splice: Splice, root: fx.Node) -> None:
-        self.graph, self.splice, self.root = graph, splice, root
+    def __init__(self, readings: Readings, target: Target, splice: Splice, root: fx.Node) -> None:
+        self.readings, self.target, self.splice, self.root = readings, target, splice, root
         members = cast(Sequence[fx.Node], splice.members)
-        tensors = graph.tensors(members)
+        tensors = readings.tensors(members)
         native = {e: cast(fx.Node, v) for e, v in splice.native.items() if not isinstance(v, Taps)}
-        tensors = tensors or [t for v in native.values() if (t := graph.like(v)) is not None]
+        tensors = tensors or [t for v in native.values() if (t := readings.like(v)) is not None]
         self._like = next((t for t in tensors if t.ndim >= 4), next(iter(tensors), None))
         self.channels_last = any(
             t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
@@ -60,7 +84,7 @@ class Emitter:
         self.trainable = any(t.requires_grad for t in tensors)
         self.modules = [str(m.target) for m in members if m.op == "call_module"]
         self.modules = self.modules or [name.rpartition(".")[0] for name in splice.parameters if "." in name]
-        self.values: dict[Expr, fx.Node] = {e: graph.current(v) for e, v in native.items()}
+        self.values: dict[Expr, fx.Node] = {e: target.current(v) for e, v in native.items()}
 
     @property
     def like(self) -> Tensor:
@@ -71,10 +95,10 @@ class Emitter:
     def run(self) -> fx.Node:
         top = self.splice.expr
         for e in new_nodes(self.splice):
-            if e in self.graph.emitted:  # in another region, that shares it
-                self.values[e] = self.graph.emitted[e]
+            if e in self.target.emitted:  # in another region, that shares it
+                self.values[e] = self.target.emitted[e]
             elif e is top or not is_negation(e):
-                self.values[e] = self.graph.emitted[e] = self._emit(e)
+                self.values[e] = self.target.emitted[e] = self._emit(e)
         return self.values[top]
 
     def _emit(self, e: Expr) -> fx.Node:
@@ -107,14 +131,14 @@ class Emitter:
     def _copy(self, native: fx.Node, x: Expr) -> fx.Node:
         """The operator ``native`` once more, over another operand."""
         moved = first_operand(native)
-        return self.graph.graph.node_copy(native, lambda n: self._value(x) if n is moved else self.graph.current(n))
+        return self.target.graph.node_copy(native, lambda n: self._value(x) if n is moved else self.target.current(n))
 
     def _with_weight(self, e: Conv) -> fx.Node:
         """The operator whose taps ``e`` reads, with the weight and bias of ``e``."""
         taps = cast(Taps, cast(Source, e.x).key)
         native = cast(fx.Node, taps.of)
-        call = cast(Call, self.graph.facts.calls[native])
-        weight, _ = cast("tuple[Tensor, Any]", self.graph.facts.held(call.args["weight"]))
+        call = cast(Call, self.readings.facts.calls[native])
+        weight, _ = cast("tuple[Tensor, Any]", self.readings.facts.held(call.args["weight"]))
         matrix = e.weight.reshape(e.out_channels, -1, *weight.shape[2:])
         holder = nn.Module()
         if native.op == "call_module":
@@ -128,18 +152,18 @@ class Emitter:
         self._fill(holder, swap_sides(matrix, e.groups) if call.op == "conv_transpose" else matrix, e.bias)
         path = self._add(holder)
         if native.op == "call_module":
-            copy = self.graph.graph.node_copy(native, self.graph.current)
+            copy = self.target.graph.node_copy(native, self.target.current)
             copy.target = path
             return copy
-        named: dict[str, Any] = {"weight": self.graph.graph.get_attr(f"{path}.weight")}
+        named: dict[str, Any] = {"weight": self.target.graph.get_attr(f"{path}.weight")}
         named |= {"groups": e.groups} if e.groups != call.get("groups", 1) else {}
-        named["bias"] = self.graph.graph.get_attr(f"{path}.bias") if e.bias is not None else None
-        copy = self.graph.graph.node_copy(native, self.graph.current)
+        named["bias"] = self.target.graph.get_attr(f"{path}.bias") if e.bias is not None else None
+        copy = self.target.graph.node_copy(native, self.target.current)
         copy.args, copy.kwargs = with_arguments(copy, call.op, named)
         return copy
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        return self.graph.graph.call_function(function, args)
+        return self.target.graph.call_function(function, args)
 
     def _select(self, e: Select) -> fx.Node:
         x, axis, first = self._value(e.x), e.axis, e.index[0]
@@ -147,7 +171,7 @@ class Emitter:
             return self._call(torch.narrow, x, axis, first, len(e.index))
         holder = nn.Module()
         holder.register_buffer("index", torch.tensor(e.index, device=self.like.device))
-        index = self.graph.graph.get_attr(f"{self._add(holder)}.index")
+        index = self.target.graph.get_attr(f"{self._add(holder)}.index")
         return self._call(torch.index_select, x, axis, index)
 
     def _conv_transpose(self, e: Conv) -> fx.Node:
@@ -168,7 +192,7 @@ class Emitter:
             output_padding=tuple(grown), dilation=e.dilation, groups=e.groups, **self._options(e),
         )  # fmt: skip
         self._fill(module, swap_sides(weight, e.groups), e.bias)
-        y = self.graph.graph.call_module(self._add(module), (self._value(e.x),))
+        y = self.target.graph.call_module(self._add(module), (self._value(e.x),))
         cut = [f - b + g for b, f, g in zip(begin, end, grown, strict=True)]
         if any(cut):
             y = self._call(F.pad, y, [n for c in reversed(cut) for n in (0, -c)])
@@ -194,29 +218,29 @@ class Emitter:
             padding: Any = begin
             if begin != end or min(begin) < 0:
                 pads = [p for pair in reversed(list(zip(begin, end, strict=True))) for p in pair]
-                x = self.graph.graph.call_function(F.pad, (x, pads))
+                x = self.target.graph.call_function(F.pad, (x, pads))
                 padding = (0,) * e.spatial
             module = LINEAR_MODULES[e.spatial](
                 e.in_channels, e.out_channels, e.kernel,
                 stride=e.stride, padding=padding, dilation=e.dilation, groups=e.groups, **self._options(e),
             )  # fmt: skip
         self._fill(module, e.weight if e.spatial else regroup(e, 1), e.bias)
-        return self.graph.graph.call_module(self._add(module), (x,))
+        return self.target.graph.call_module(self._add(module), (x,))
 
     def _batchnorm(self, e: BatchNorm) -> fx.Node:
         module = NORM_MODULES[-1 - e.axis](e.gamma.size, eps=e.eps, device="meta", dtype=self.like.dtype)
         module.weight, module.bias = (self._parameter(self._tensor(a)) for a in (e.gamma, e.beta))
         module.running_mean, module.running_var = self._tensor(e.mean), self._tensor(e.var)
         module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=self.like.device)
-        return self.graph.graph.call_module(self._add(module), (self._value(e.x),))
+        return self.target.graph.call_module(self._add(module), (self._value(e.x),))
 
     def _scale(self, e: Scale) -> fx.Node:
         y = self._value(e.x)
         if is_negation(e):
-            return self.graph.graph.call_function(operator.neg, (y,))
+            return self.target.graph.call_function(operator.neg, (y,))
         for op, vector, neutral in ((operator.mul, e.scale, 1), (operator.add, e.shift, 0)):
             if np.any(vector != neutral):
-                y = self.graph.graph.call_function(op, (y, self._operand(vector, e.axis or -1)))
+                y = self.target.graph.call_function(op, (y, self._operand(vector, e.axis or -1)))
         return y
 
     def _operand(self, vector: Array, axis: int) -> Any:
@@ -224,16 +248,16 @@ class Emitter:
             return float(vector)
         holder = nn.Module()
         holder.value = self._parameter(self._tensor(vector.reshape(-1, *[1] * (-1 - axis))))
-        return self.graph.graph.get_attr(f"{self._add(holder)}.value")
+        return self.target.graph.get_attr(f"{self._add(holder)}.value")
 
     def _sum(self, e: Sum) -> fx.Node:
         ordered = sorted(e.terms, key=lambda t: t not in self.values and is_negation(t))
         y = self._value(ordered[0])
         for t in ordered[1:]:
             if t not in self.values and isinstance(t, Scale) and is_negation(t):
-                y = self.graph.graph.call_function(operator.sub, (y, self._value(t.x)))
+                y = self.target.graph.call_function(operator.sub, (y, self._value(t.x)))
             else:
-                y = self.graph.graph.call_function(operator.add, (y, self._value(t)))
+                y = self.target.graph.call_function(operator.add, (y, self._value(t)))
         return y
 
     def _value(self, e: Expr) -> fx.Node:
@@ -259,7 +283,15 @@ class Emitter:
                     break
                 common.append(parts[0])
             wanted = ".".join([*common, "fused"])
-        path = self.graph.fresh_path(wanted)
+        path = self.target.fresh_path(wanted)
         module.eval()
-        self.graph.module.add_submodule(path, module)
+        self.target.module.add_submodule(path, module)
         return path
+
+
+def _exists(module: nn.Module, path: str) -> bool:
+    try:
+        lookup(module, path)
+    except AttributeError:
+        return False
+    return True

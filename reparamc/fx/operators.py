@@ -279,9 +279,9 @@ Spelled = Mapping[Any, tuple[Operator, int | None]]
 
 def _spelled(names: tuple[str, ...]) -> list[tuple[str, int | None]]:
     """Names with the number of spatial axes written out."""
-    return [(name.replace("#", str(n)), n) for name in names if "#" in name for n in (1, 2, 3)] + [
-        (name, None) for name in names if "#" not in name
-    ]
+    ranked: list[tuple[str, int | None]]
+    ranked = [(name.replace("#", str(n)), n) for name in names if "#" in name for n in (1, 2, 3)]
+    return [*ranked, *((name, None) for name in names if "#" not in name)]
 
 
 def _of_aten() -> Spelled:

@@ -18,7 +18,8 @@ from reparamc import fuse_fx
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Conv, Expr, Source
 from reparamc.compiler.graph import Splice
-from reparamc.fx.graph import FxGraph, FxReading
+from reparamc.fx.graph import FxGraph
+from reparamc.fx.readings import FxReading
 from reparamc.fx.trace import trace
 
 C = CHANNELS

@@ -1,0 +1,266 @@
+"""What each node of a traced module is read as, and what that tells of others: axes, channels, dtypes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from reparamc.algebra.expr import Source
+from reparamc.algebra.rewrite import Declined
+from reparamc.compiler.graph import Reading, Taps, Value, values_in
+from reparamc.fx.calls import Call, spelled
+from reparamc.fx.memory import Memory
+from reparamc.fx.operators import OPERATORS, Operator
+from reparamc.fx.shapes import Values
+from reparamc.fx.sizes import free_sizes
+
+DTYPES: dict[torch.dtype, np.dtype] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+}
+HOOKED = "it has hooks or a forward of its own, which folding would drop"
+
+
+@dataclass(frozen=True)
+class FxReading(Reading):
+    """A `Reading`, with the tensors it holds and the number of channels of its result, where that is known."""
+
+    tensors: tuple[Tensor, ...] = field(default=(), kw_only=True)
+    channels: int | None = field(default=None, kw_only=True)
+
+
+Reader = Callable[["Readings", fx.Node, Call], "FxReading | Declined | None"]
+
+
+class Readings:
+    """The nodes of a traced module as linear operators.
+
+    Args:
+        readers: of the operators that are linear, by name.
+        examples: the example inputs that are tensors, by the name of their placeholder.
+        ranks: of the values that those give, by the name of their node.
+        exported: whether torch.export made the graph and recorded its shapes.
+
+    Attributes:
+        ranked: the nodes whose rank has to be that of the example in what is made of the graph.
+        written: values with the slice assignments that complete them.
+        through: for a node that is looked through, what stands for it as a reader of its operand.
+        shuffles: of the last node of a channel shuffle, its operand, its groups and the nodes between.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        readers: Mapping[str, Reader],
+        examples: Mapping[str, Tensor],
+        ranks: Mapping[str, int] = MappingProxyType({}),
+        *,
+        exported: bool = False,
+    ) -> None:
+        self.module, self.graph, self.exported = module, module.graph, exported
+        self.examples, self._reader_of = examples, readers
+        given = {name: t.ndim for name, t in examples.items() if t.is_floating_point()}
+        self.ranks: dict[fx.Node, int] = {}
+        for node in module.graph.nodes:
+            rank = given.get(str(node.target)) if node.op == "placeholder" else ranks.get(node.name)
+            if rank is not None:
+                self.ranks[node] = rank
+        self._learn()
+        self.ranked = free_sizes(self.facts, self._may_go)
+        self.sizes_moved = bool(self.ranked)
+        """Whether the shapes of some values are asked of others than before."""
+        if self.sizes_moved:
+            self._learn()
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.through: dict[fx.Node, list[fx.Node]] = {}
+        self.shuffles: dict[fx.Node, tuple[fx.Node, int, list[fx.Node]]] = {}
+        self.inner: set[fx.Node] = set()
+        self._readings: dict[fx.Node, FxReading | Declined | None] = {}
+        self._likes: dict[fx.Node, Tensor | None] = {}
+        self.written = self._find_written()
+        for node in self.graph.nodes:
+            self._look_through(node)
+
+    def _learn(self) -> None:
+        self.memory = Memory(self.graph, self.module)
+        self.facts = Values(self.module, self.ranks, self.memory, exported=self.exported, batched=True)
+
+    def _may_go(self, node: fx.Node) -> bool:
+        """Whether an operator is linear by its kind, so that it may become part of another one."""
+        if not node.op.startswith("call_"):
+            return False
+        called = self._called(node)
+        return node.target is operator.setitem or (
+            called is not None and (called.name in self._reader_of or called.linear is not None)
+        )
+
+    def _called(self, node: fx.Node) -> Operator | None:
+        """The operator that ``node`` calls; None where that is not known, or hooks run."""
+        call = self.facts.calls.get(node)
+        if call is None:
+            found = spelled(node, self.module) if node.op in ("call_function", "call_method") else None
+            return found[0] if found is not None and not found[0].arguments else None
+        return OPERATORS[call.op] if call.plain else None
+
+    def _find_written(self) -> dict[fx.Node, list[fx.Node]]:
+        """Values with the slice assignments that complete them: constants, before anything else reads the value."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.target is operator.setitem and isinstance(node.args[0], fx.Node):
+                found.setdefault(node.args[0], []).append(node)
+        return {value: writes for value, writes in found.items() if self._is_completed(value, writes)}
+
+    def _is_completed(self, value: fx.Node, writes: list[fx.Node]) -> bool:
+        constant = all(n in self.facts.known for w in writes for n in w.all_input_nodes if n is not value)
+        own = value.op.startswith("call") and set(self.memory.aliases(value)) <= {value, *writes}
+        last = max(self.order[w] for w in writes)
+        return constant and own and all(self.order[u] > last for u in value.users if u not in writes)
+
+    def _look_through(self, node: fx.Node) -> None:
+        """Note what stands for ``node`` as a reader of its operand: the pieces of a split, the end of a shuffle."""
+        call = self.facts.calls[node]
+        if call is not None and call.op in ("split", "chunk", "unbind") and node.users:
+            users = list(node.users)
+            if all((c := self.facts.calls[u]) is not None and c.op == "getitem" for u in users):
+                self.through[node] = users
+        if call is not None and call.op == "native_batch_norm":
+            read = [u for u in node.users if u.users]
+            if len(read) == 1 and self.facts.is_normalised(read[0]):
+                self.through[node] = read
+        shuffle = find_shuffle(self.facts, node)
+        if shuffle is not None:
+            self.shuffles[node] = shuffle
+            self.inner.update(shuffle[2])
+            self.through[shuffle[2][-1]] = [node]
+
+    def source(self, value: Value) -> Source:
+        if isinstance(value, Taps):
+            return value.source(self.facts.shapes.get(cast(fx.Node, value.of)))
+        return Source(value, shape=self.facts.shapes.get(cast(fx.Node, value)))
+
+    def tensors(self, members: Sequence[Value]) -> list[Tensor]:
+        """The parameters of ``members``, or else a tensor of the dtype and device of the last of them."""
+        readings = [self.read(m) for m in members]
+        found = [t for r in readings if isinstance(r, FxReading) for t in r.tensors]
+        if not found and (like := self.like(cast(fx.Node, members[-1]))) is not None:
+            return [like]
+        return found
+
+    def dtype(self, members: Sequence[Value]) -> np.dtype | None:
+        found = {t.dtype for t in self.tensors(members)}
+        return DTYPES.get(found.pop()) if len(found) == 1 else None
+
+    def like(self, node: fx.Node) -> Tensor | None:
+        """A tensor of the dtype and device of ``node``, where those are known."""
+        chain: list[fx.Node] = []
+        at: fx.Node | None = node
+        found: Tensor | None = None
+        while at is not None and at not in self._likes:
+            chain.append(at)
+            value = at.meta.get("val") if self.exported else self.examples.get(str(at.target))
+            reading = self.read(at)
+            if isinstance(value, Tensor) and (at.op == "placeholder" or self.exported):
+                found, at = value, None
+            elif isinstance(reading, FxReading) and reading.tensors:
+                found, at = reading.tensors[0], None
+            elif isinstance(reading, FxReading):
+                at = cast(fx.Node, reading.operands[0])
+            else:
+                call = self.facts.calls.get(at)
+                kept = call is not None and "dtype" in OPERATORS[call.op].keeps and "dtype" not in call.args
+                at = call.input if call is not None and kept else None
+        if at is not None:
+            found = self._likes[at]
+        self._likes.update(dict.fromkeys(chain, found))
+        return found
+
+    def axis(self, value: Any) -> int | None:
+        reading = self.read(value) if isinstance(value, fx.Node) and value in self.order else None
+        return reading.axis if isinstance(reading, Reading) else None
+
+    def channels(self, node: fx.Node, axis: int | None) -> int | None:
+        """The number of channels of ``node`` along ``axis``, where it is known."""
+        reading, shape = self.read(node), self.facts.shapes.get(node)
+        if isinstance(reading, FxReading) and reading.channels is not None and reading.axis in (axis, None):
+            return reading.channels
+        return shape[axis].known if shape is not None and axis is not None and -axis <= len(shape) else None
+
+    def read(self, value: Value) -> FxReading | Declined | None:
+        """As `Graph.read`. Operands are read first, by an explicit stack: readers ask for their axes."""
+        stack = [cast(fx.Node, value)]
+        while stack:
+            node = stack[-1]
+            if node in self._readings:
+                stack.pop()
+                continue
+            waiting = [n for n in node.all_input_nodes if n not in self._readings]
+            if waiting:
+                stack += waiting
+                continue
+            self._readings[stack.pop()] = self._read(node)
+        return self._readings[cast(fx.Node, value)]
+
+    def _read(self, node: fx.Node) -> FxReading | Declined | None:
+        call = self.facts.calls.get(node)
+        if call is None or node in self.facts.known or node in self.facts.dims:
+            return None
+        if node in self.inner or node in self.written:
+            return None
+        reader = self._reader_of.get(call.op)
+        found = reader(self, node, call) if reader is not None else None
+        operands = cast("Iterable[fx.Node]", values_in(found.operands) if isinstance(found, Reading) else ())
+        if any(node in self.memory.writers(v) and not self.is_private(v, node) for v in operands):
+            return Declined(f"{node.name!r} changes an operand in place")
+        return Declined(HOOKED) if isinstance(found, Reading) and not call.plain else found
+
+    def is_private(self, value: fx.Node, writer: fx.Node) -> bool:
+        """Whether nothing but the result of ``writer`` shows that it writes into the memory of ``value``."""
+        aliases = self.memory.aliases(value)
+        older = [a for a in aliases if self.order[a] < self.order[writer]]
+        late = any(self.order[u] > self.order[writer] for a in older for u in a.users)
+        return aliases[0].op not in ("placeholder", "get_attr") and not late
+
+
+def find_shuffle(facts: Values, node: fx.Node) -> tuple[fx.Node, int, list[fx.Node]] | None:
+    """(operand, groups, nodes between) of the channel shuffle that ends in ``node``: split, exchanged, merged."""
+    merging = facts.layout(node)
+    if merging is None or merging[2] is not None or merging[0] is None:
+        return None
+    inner: list[fx.Node] = []
+    at = facts.calls[node]
+    for ops in (("transpose", "permute"), ("reshape", "unflatten")):
+        while True:
+            step = at.input if at is not None else None
+            at = facts.calls.get(step) if step is not None else None
+            if step is None or at is None or len(step.users) != 1 or step in facts.known:
+                return None
+            inner.append(step)
+            if at.op not in ("identity", "copy"):
+                break
+        if at.op not in ops:
+            return None
+    x = at.input if at is not None else None
+    exchanged = next(n for n in inner if cast(Call, facts.calls[n]).op in ("transpose", "permute"))
+    split, moved = facts.layout(inner[-1]), facts.layout(exchanged)
+    if x is None or split is None or moved is None or split[0] is None or split[0] != merging[1] or not moved[2]:
+        return None
+    before, between, axes = split[0], split[1], moved[2]
+    at_axis = next((i for i, (a, b) in enumerate(zip(before, between, strict=False)) if a != b), None)
+    if at_axis is None or len(between) != len(before) + 1 or between[at_axis + 2 :] != before[at_axis + 1 :]:
+        return None
+    swapped = list(range(len(between)))
+    swapped[at_axis : at_axis + 2] = [at_axis + 1, at_axis]
+    groups, rest, width = (d.known for d in (*between[at_axis : at_axis + 2], before[at_axis]))
+    if list(axes) != swapped or not groups or not rest or groups * rest != width:
+        return None
+    return (x, groups, inner) if at_axis == 1 else None
