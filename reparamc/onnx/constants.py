@@ -21,9 +21,11 @@ from reparamc.onnx.values import (
     attribute,
     captured,
     commit,
+    is_placed,
     is_standard,
     itemsize,
     opset_of,
+    read_elsewhere,
     readers,
     subgraphs,
 )
@@ -98,7 +100,7 @@ class _Foldable:
     def __init__(self, model: ModelProto) -> None:
         self.model, self.constants, self.types = model, Constants(model), Types(model)
         self.apart: set[str] = set()
-        self._outputs = {o.name for o in model.graph.output}
+        self._outputs = {o.name for o in model.graph.output} | read_elsewhere(model)
 
     def collect(self) -> None:
         self.nodes: list[NodeProto] = []
@@ -106,7 +108,7 @@ class _Foldable:
         self.sizes = {name: _bytes(c) for name, c in self.constants.known.items() if c.stored}
         partly: dict[str, np.ndarray] = {}  # results of Shape of which some sizes are unknown
         for node in self.model.graph.node:
-            if not is_standard(node) or node.op_type in LEFT or any(subgraphs(node)):
+            if not is_standard(node) or node.op_type in LEFT or any(subgraphs(node)) or is_placed(node):
                 continue
             if self._outputs.isdisjoint(node.output) and not self._is_told(node, partly):
                 self._consider(node)

@@ -46,9 +46,11 @@ from reparamc.onnx.values import (
     commit,
     defined_names,
     is_fused_conv,
+    is_placed,
     is_standard,
     operand,
     opset_of,
+    read_elsewhere,
     readers,
 )
 
@@ -76,6 +78,8 @@ class OnnxGraph:
         self.opset = opset_of(model)
         self.producers = {name: node for node in self.nodes for name in node.output if name}
         self.uses = readers(model.graph)
+        for name in read_elsewhere(model):
+            self.uses.setdefault(name, []).append(None)
         """The nodes that read each value, once per operand; None for a graph output or a body that captures it."""
         self._readings: dict[str, Reading | Declined | None] = {}
         self.names = Names(defined_names(model.graph))
@@ -128,7 +132,12 @@ class OnnxGraph:
         if name not in self._readings:
             node = self.producers[name]
             reader = READERS.get(node.op_type) if is_standard(node) or is_fused_conv(node) else None
-            readable = name in _results(node) and self.types.dtype(name) is not None and not self._is_empty(node)
+            readable = (
+                name in _results(node)
+                and not is_placed(node)
+                and self.types.dtype(name) is not None
+                and not self._is_empty(node)
+            )
             self._readings[name] = reader(self, node, name) if reader is not None and readable else None
         return self._readings[name]
 
@@ -455,5 +464,14 @@ class _Emitter:
     def _node(self, op: str, inputs: list[str], output: str | None, **attributes: Any) -> str:
         output = output or self.graph.names.fresh(f"{self.base}_{op.lower()}")
         name = self.graph.names.fresh(f"{self.base}/fused_{op}")
-        self.nodes.append(helper.make_node(op, inputs, [output], name, doc_string=self.note, **attributes))
+        node = helper.make_node(op, inputs, [output], name, doc_string=self.note, **attributes)
+        if (origin := self._origin(op)) is not None:
+            node.metadata_props.extend(origin.metadata_props)
+            node.doc_string = "\n".join(filter(None, (self.note, origin.doc_string)))
+        self.nodes.append(node)
         return output
+
+    def _origin(self, op: str) -> NodeProto | None:
+        """The node that a new one says it is from: the last of the same operator in the region, or its root."""
+        members = [self.graph.producers[str(v)] for v in self.splice.members]
+        return next((node for node in reversed(members) if node.op_type == op), members[-1] if members else None)

@@ -53,6 +53,11 @@ def operand(node: NodeProto, position: int) -> str | None:
     return node.input[position] or None if position < len(node.input) else None
 
 
+def is_placed(node: NodeProto) -> bool:
+    """Whether ``node`` says on which devices it runs, and how its tensors are spread over them."""
+    return bool(getattr(node, "device_configurations", ()))
+
+
 def is_fused_conv(node: NodeProto) -> bool:
     """Whether ``node`` is a convolution under the name that ONNX Runtime gives it, with nothing fused into it."""
     plain = not attribute(node, "activation") and operand(node, 3) is None
@@ -156,6 +161,7 @@ class Constants:
         graph = model.graph
         inputs = {v.name for v in graph.input}
         overridable = inputs if model.ir_version >= 4 else set()
+        overridable = overridable | trained(model)
         self.overridable = {t.name for t in graph.initializer} & overridable
         self.known = {t.name: Constant.of(t) for t in graph.initializer if t.name not in overridable}
         self.known |= {t.values.name: Constant.sparse(t) for t in graph.sparse_initializer if prod(t.dims) < MOST_DENSE}
@@ -419,6 +425,22 @@ def readers(graph: GraphProto) -> dict[str, list[NodeProto | None]]:
     return found
 
 
+def trained(model: ModelProto) -> set[str]:
+    """The initializers that training replaces."""
+    infos = model.training_info
+    return {e.key for info in infos for group in (info.initialization_binding, info.update_binding) for e in group}
+
+
+def read_elsewhere(model: ModelProto) -> set[str]:
+    """What parts of ``model`` beside its main graph read of it: the graphs that train it, and annotations."""
+    found = trained(model)
+    for info in model.training_info:
+        for graph in (info.initialization, info.algorithm):
+            found.update(name for node in graph.node for name in (*node.input, *captured(node)))
+        found.update(e.value for group in (info.initialization_binding, info.update_binding) for e in group)
+    return found
+
+
 class Names:
     """Names in use, and new ones."""
 
@@ -446,12 +468,17 @@ def commit(
     """
     graph = model.graph
     was_read = set(readers(graph))
-    nodes, gone = _without_dead(nodes, set(suspects), {o.name for o in graph.output})
-    read = {name for node in nodes for name in (*node.input, *captured(node))} | {o.name for o in graph.output}
+    results = {o.name for o in graph.output} | read_elsewhere(model)
+    nodes, gone = _without_dead(nodes, set(suspects), results)
+    read = {name for node in nodes for name in (*node.input, *captured(node))} | results
+    alive = read.union(*(node.output for node in nodes))
+    annotations = [a for a in graph.quantization_annotation if a.tensor_name in alive]
+    read |= {e.value for a in annotations for e in a.quant_parameter_tensor_names}
     orphans = {t.name for t in graph.initializer if t.name in was_read and t.name not in read}
     if model.ir_version >= 4:
         orphans -= {v.name for v in graph.input}  # a caller may pass them
     _drop(graph.initializer, orphans)
+    _forget_annotations(model, gone | orphans)
     graph.initializer.extend(fresh)
     if model.ir_version < 4:  # every initializer is listed as an input, too
         _drop(graph.input, orphans)
@@ -459,6 +486,13 @@ def commit(
     _drop(graph.value_info, gone | orphans)
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _forget_annotations(model: ModelProto, gone: set[str]) -> None:
+    """Drop what is noted of how to quantize tensors that are ``gone``."""
+    annotations = model.graph.quantization_annotation
+    for index in reversed([i for i, a in enumerate(annotations) if a.tensor_name in gone]):
+        del annotations[index]
 
 
 def _drop(items: Any, names: set[str]) -> None:
