@@ -297,6 +297,8 @@ class _OnnxBuilder:
                 self._select(e, x, out)
             case Layout() if isinstance(e.op, Permute):
                 self._node("Transpose", [x], out, perm=e.op.axes)
+            case Layout(op=Mean(rank=rank, axes=over, keep=True)) if over == tuple(range(2, rank)):
+                self._node("GlobalAveragePool", [x], out)
             case Layout() if isinstance(e.op, Mean):
                 self._node("ReduceMean", [x], out, axes=e.op.axes, keepdims=int(e.op.keep))
             case Layout() if isinstance(e.op, Take):

@@ -28,7 +28,7 @@ def geometry(e: Conv, **other: Any) -> Conv:
     """``e`` with another stride, dilation, begin or end of the padding; the rest as before."""
     begin, end = e.padding
     g = {"stride": e.stride, "dilation": e.dilation, "begin": begin, "end": end, **other}
-    return Conv.padded(e.x, e.weight, e.bias, g["stride"], g["dilation"], g["begin"], g["end"], e.groups, e.token)
+    return Conv.padded(e.x, e.weight, e.bias, g["stride"], g["dilation"], g["begin"], g["end"], e.groups)
 
 
 def ones(e: Conv) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from fault_makers import UNCHECKED_PROBE, call_with, geometry, reading
 from fault_models import F, net, nn, torch, vector
 from planting import Make, fault, given, instead, result
 
-from reparamc.algebra.expr import Scale, Source, Sum
+from reparamc.algebra.expr import Layout, Permute, Scale, Source, Sum
 from reparamc.algebra.shape import Dim
 
 READ, EMIT = "reparamc.fx.readers:_read_", "reparamc.fx.emit:Emitter."
@@ -219,12 +219,20 @@ def overwriting(original: Any) -> Any:
 
 
 def of_old_operand(original: Any) -> Any:
-    def copy(self: Any, native: Any, x: Any) -> Any:
-        node = original(self, native, x)
-        node.args = (self.target.current(native.args[0]), *node.args[1:])
-        return node
+    def reshape(self: Any, x: Any, op: Any) -> Any:
+        return original(self, self.target.current(op.native.args[0]), op)
 
-    return copy
+    return reshape
+
+
+def turned_back(original: Any) -> Any:
+    """A permutation is written as its inverse."""
+
+    def emit(self: Any, e: Any) -> Any:
+        permutes = isinstance(e, Layout) and isinstance(e.op, Permute)
+        return original(self, replace(e, op=Permute(tuple(np.argsort(e.op.axes)))) if permutes else e)
+
+    return emit
 
 
 def exchanged(original: Any) -> Any:
@@ -320,7 +328,11 @@ FX_WRITERS = [
         fx=lambda: net(lambda x, c, n: c(n(c(x)).relu()), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),
     fault(
-        "a copied operator keeps its operand", f"{EMIT}_copy", of_old_operand,
+        "a reshape of the old operand", f"{EMIT}_reshape", of_old_operand,
+        fx=lambda: net(lambda x, c, v: c(x).flatten(2) * v, nn.Conv2d(4, 4, 3), vector(4, 1)),
+    ),
+    fault(
+        "a permutation written as its inverse", f"{EMIT}_emit", turned_back,
         fx=lambda: net(lambda x, c, v: c(x).permute(0, 2, 3, 1) * v, nn.Conv2d(4, 4, 3), vector(4)),
     ),
     fault(

@@ -20,7 +20,7 @@ from fault_models import MATRIX, ROWS, TOKENS, conv, node, norm_of, numbers, onn
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from planting import Make, fault, given, instead, result
 
-from reparamc.algebra.expr import Concat, Conv, Source, Sum
+from reparamc.algebra.expr import Concat, Conv, Layout, Permute, Source, Sum
 from reparamc.algebra.shape import Dim
 
 READ, EMIT = "reparamc.onnx.operators:_read_", "reparamc.onnx.graph:_Emitter."
@@ -349,12 +349,20 @@ def exchanged(original: Any) -> Any:
 
 
 def of_old_operand(original: Any) -> Any:
-    def copy(self: Any, token: Any, *more: Any) -> str:
-        name = original(self, token, *more)
-        self.nodes[-1].input[0] = self.graph.producers[str(token)].input[0]
-        return name
+    def reshape(self: Any, x: str, op: Any, output: str | None) -> str:
+        return original(self, self.graph.producers[str(op.native)].input[0], op, output)
 
-    return copy
+    return reshape
+
+
+def turned_back(original: Any) -> Any:
+    """A permutation is written as its inverse."""
+
+    def emit(self: Any, e: Any, output: str | None) -> str:
+        permutes = isinstance(e, Layout) and isinstance(e.op, Permute)
+        return original(self, replace(e, op=Permute(tuple(np.argsort(e.op.axes)))) if permutes else e, output)
+
+    return emit
 
 
 def overwritten(original: Any) -> Any:
@@ -469,7 +477,14 @@ ONNX_WRITERS = [
         ),
     ),
     fault(
-        "a copied operator keeps its operand", f"{EMIT}_copy", of_old_operand,
+        "a reshape of the old operand", f"{EMIT}_reshape", of_old_operand,
+        onnx=lambda: onnx_model(
+            [conv("x", "c"), node("Reshape", "c shape", "f"), node("Mul", "f s", "y")],
+            {**square(), "s": numbers(4, 1), "shape": np.array([0, 4, -1])},
+        ),
+    ),
+    fault(
+        "a permutation written as its inverse", f"{EMIT}_emit", turned_back,
         onnx=lambda: onnx_model(
             [conv("x", "c"), node("Transpose", "c", "t", perm=[0, 2, 3, 1]), node("Mul", "t s", "y")],
             {**square(), "s": numbers(4)},

@@ -35,7 +35,7 @@ def _absorb(e: Expr, scale: Array, shift: Array, axis: int | None, depth: int = 
         return Declined(OTHER_AXIS) if isinstance(e, Conv) else None
     axis = below
     match e:
-        case Conv() if e.token is None or (e.reads_padding and not e.skips_border):
+        case Conv() if not e.is_weightless or (e.reads_padding and not e.skips_border):
             if axis is not None and axis != e.axis:
                 return Declined(OTHER_AXIS)
             if not _fits(scale, shift, e.out_channels):
@@ -78,7 +78,7 @@ def _scaled(e: Scale | BatchNorm, scale: Array, shift: Array) -> Scale | BatchNo
 
 def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Declined | None:
     """``conv(s x + t)`` as one convolution of x; x may be moved, selected or concatenated in between."""
-    if conv.token is not None:
+    if conv.is_weightless:
         return None  # it would no longer be the pooling or padding that it is
     layouts, e, axis = through_layouts(conv.x, conv.axis, shifted=True)
     if isinstance(e, Concat):
@@ -141,7 +141,7 @@ def through_layouts(e: Expr, axis: int | None, *, shifted: bool) -> tuple[list[L
         ``axis`` is None, or where an operator treats another axis as its channels or does not keep the axis whole.
     """
     chain: list[Layout | Conv] = []
-    while isinstance(e, Layout) or (isinstance(e, Conv) and e.token is not None and not (shifted and e.reads_padding)):
+    while isinstance(e, Layout) or (isinstance(e, Conv) and e.is_weightless and not (shifted and e.reads_padding)):
         chain.append(e)
         if axis is not None:
             axis_in = e.axis_in if isinstance(e, Layout) else e.axis

@@ -124,7 +124,7 @@ def shuffled(e: Expr) -> Expr | None:
     index = np.array(e.x.index)
     if len(index) != e.x.width or len(set(e.x.index)) != len(index):
         return None
-    return replace(e, x=e.x.x, weight=e.weight[:, np.argsort(index)], token=None)
+    return replace(e, x=e.x.x, weight=e.weight[:, np.argsort(index)])
 
 
 CHANNEL_MOVING = Pass(

@@ -1,17 +1,20 @@
-"""A layout operator and its inverse cancel.
+"""Two layout operators of one kind are one, or cancel.
 
-    P'(P(x))  =  x        P' P = 1
+    P'(P(x))  =  x             where P' P = 1
+    P'(P(x))  =  (P' P)(x)
 
 They meet once the BatchNorm between them is folded (LeViT's Linear + BatchNorm over flattened tokens). Two
 permutations cancel if their composition is the identity, two reshapes if the second restores the shape that the
 first was given, for every input size: sizes are compared as products of symbols. A reshape to the shape that is
-there already does nothing by itself.
+there already does nothing by itself. Two reshapes become one if at most one size is left open until run time, besides
+those that stay in their place.
 """
 
 from __future__ import annotations
 
 from reparamc.algebra.expr import Expr, Layout, Permute, Reshape
 from reparamc.algebra.rewrite import Pass
+from reparamc.algebra.shape import sizes_after
 
 
 def inverse_pair(e: Expr) -> Expr | None:
@@ -27,9 +30,21 @@ def inverse_pair(e: Expr) -> Expr | None:
             return None
 
 
+def in_a_row(e: Expr) -> Expr | None:
+    """P'(P(x)) = (P' P)(x): two permutations are one, and two reshapes."""
+    match e:
+        case Layout(op=Permute(axes=outer), x=Layout(op=Permute(axes=inner), x=x) as below):
+            return Layout(x, Permute(tuple(inner[axis] for axis in outer)), below.axis_in)
+        case Layout(op=Reshape(after=after), x=Layout(op=Reshape(before=before), x=x) as below):
+            moved = Layout(x, Reshape(before, after), below.axis_in)
+            return moved if sizes_after(before, after) is not None else None
+        case _:
+            return None
+
+
 LAYOUT_CANCELLING = Pass(
     name="layout-cancelling",
-    equation="P'(P(x)) = x",
-    exact_when="P' P = 1: the permutations compose to the identity, or the shape comes back, for every input size",
-    rules=(inverse_pair,),
+    equation="P'(P(x)) = x;  P'(P(x)) = (P' P)(x)",
+    exact_when="always; nothing where P' P = 1: the identity, or a shape that comes back for every input size",
+    rules=(inverse_pair, in_a_row),
 )

@@ -104,7 +104,7 @@ def price(conv: Conv, positions: float = POSITIONS) -> float:
     """The price of one convolution over a map of ``positions``."""
     growth = prod(conv.stride) if conv.transposed else 1 / prod(conv.stride)
     moved = positions * (conv.in_channels + conv.out_channels * growth)
-    if conv.token is not None:  # a pooling or a padding: it reads no weights, and its sums are no matter
+    if conv.is_weightless:  # it reads no weights, and its sums are no matter
         return _operator(0, moved)
     bias = 0 if conv.bias is None else conv.bias.size
     return _operator(multiply_adds(conv, positions), moved + conv.weight.size, conv.weight.size + bias)

@@ -96,7 +96,7 @@ def _structure(e: Expr) -> tuple[Hashable, ...]:
         case Conv():
             groups = 1 if e.groups == 1 else "all" if e.groups == e.in_channels else "some"
             grid = (e.kernel, e.stride, e.dilation, e.offset, e.delta, e.transposed)
-            return (Conv, *grid, groups, e.bias is None, e.token is None)
+            return (Conv, *grid, groups, e.bias is None, e.is_weightless)
         case Scale():
             return (Scale, e.axis, e.scale.ndim, e.shift.ndim)
         case BatchNorm() | Concat() | Select():

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
 from typing import TypeAlias
 
 import numpy as np
@@ -24,6 +26,8 @@ Array: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = tuple[int, ...]
 
 ONE, ZERO = np.ones(()), np.zeros(())
+EQUAL = 2.0**-48
+"""Relative difference up to which the taps of an average count as equal: what a product of two averages rounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +63,6 @@ class Conv:
 
     A ``transposed`` convolution writes where the other reads: ``weight[o, i, t] * x[i, p]`` is added to
     ``y[o, stride*p + offset + dilation*t]``, and ``out = stride * (extent - 1) + 1 + delta``.
-
-    ``token`` lets the host graph find an operator that is this convolution under another name (a
-    pooling, a padding); whoever changes more than ``x`` drops it.
     """
 
     x: Expr
@@ -73,7 +74,6 @@ class Conv:
     delta: Ints = ()
     groups: int = 1
     transposed: bool = False
-    token: Hashable = None
 
     @staticmethod
     def padded(
@@ -85,12 +85,11 @@ class Conv:
         begin: Ints,
         end: Ints,
         groups: int = 1,
-        token: Hashable = None,
     ) -> Conv:
         """The convolution that reads ``begin`` zeros before and ``end`` zeros after the extent, per axis."""
         kernel = weight.shape[2:]
         delta = tuple(d * (k - 1) - b - e for d, k, b, e in zip(dilation, kernel, begin, end, strict=True))
-        return Conv(x, weight, bias, stride, dilation, tuple(-b for b in begin), delta, groups, False, token)
+        return Conv(x, weight, bias, stride, dilation, tuple(-b for b in begin), delta, groups)
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -156,6 +155,20 @@ class Conv:
     def reads_taps(self) -> bool:
         """Whether it is the weight of an operator of the host graph; see `Source`."""
         return isinstance(self.x, Source) and self.x.taps
+
+    @property
+    def is_weightless(self) -> bool:
+        """Whether it averages windows of each channel: a pooling, or for one tap a padding, a crop, a stride.
+
+        Host graphs have operators for these that hold no weights. An identity is none of them.
+        """
+        depthwise = self.groups == self.in_channels == self.out_channels
+        if self.transposed or self.bias is not None or not depthwise or self.is_pointwise or self.reads_taps:
+            return False
+        share = 1 / prod(self.kernel)
+        if abs(self.weight[(0,) * self.weight.ndim] - share) > EQUAL * share:
+            return False
+        return bool(np.all(np.abs(self.weight - share) <= EQUAL * share))
 
     @property
     def keeps_grid(self) -> bool:
@@ -248,10 +261,15 @@ class Permute:
 
 @dataclass(frozen=True)
 class Reshape:
-    """The same elements, in row-major order, under another shape."""
+    """The same elements, in row-major order, under another shape.
+
+    ``native`` names the operator of the host graph that reshapes just so. It serves where the shapes leave a size to
+    run time, and tells nothing that the shapes do not.
+    """
 
     before: Shape
     after: Shape
+    native: Hashable = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -308,15 +326,19 @@ class Layout:
     It commutes with everything that is done to each channel by itself. Where the channel axis is split or merged
     (channels into heads), ``axis`` is None, and so are both axes of what moves such a value further: then it
     commutes with what is the same for all elements.
-
-    ``token`` lets the host graph find the operator it came from; the algebra never looks at it.
     """
 
     x: Expr
     op: LayoutOp
     axis_in: int | None
-    axis: int | None
-    token: Hashable
+
+    @cached_property
+    def axis(self) -> int | None:
+        if self.axis_in is None:
+            return None
+        rank, rank_out = ranks(self.op)
+        found = axis_through(self.op, rank + self.axis_in)
+        return None if found is None else found - rank_out
 
     @property
     def children(self) -> tuple[Expr, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import product
-from math import gcd
+from math import gcd, prod
 
 import numpy as np
 
@@ -53,8 +53,8 @@ def scale_outputs(conv: Conv, scale: Array, shift: Array) -> Conv:
     rows = np.broadcast_to(scale, (conv.out_channels,))
     weight = conv.weight * rows.reshape(-1, *[1] * (conv.weight.ndim - 1))
     if conv.bias is None and not np.any(shift):
-        return replace(conv, weight=weight, token=None)
-    return replace(conv, weight=weight, bias=rows * conv.bias_or_zero + shift, token=None)
+        return replace(conv, weight=weight)
+    return replace(conv, weight=weight, bias=rows * conv.bias_or_zero + shift)
 
 
 def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
@@ -73,16 +73,16 @@ def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
 
     weight = (grouped * columns(scale)).reshape(conv.weight.shape)
     if not np.any(shift):
-        return replace(conv, x=x, weight=weight, token=None)
+        return replace(conv, x=x, weight=weight)
     read = (grouped * columns(shift)).reshape(conv.out_channels, -1).sum(axis=1)
-    return replace(conv, x=x, weight=weight, bias=conv.bias_or_zero + read, token=None)
+    return replace(conv, x=x, weight=weight, bias=conv.bias_or_zero + read)
 
 
 def select_outputs(conv: Conv, index: Ints) -> Conv:
     """Some of the outputs of ``conv``, in the order of ``index``: rows of W and b. For one group only."""
     rows = list(index)
     bias = None if conv.bias is None else conv.bias[rows]
-    return replace(conv, weight=conv.weight[rows], bias=bias, token=None)
+    return replace(conv, weight=conv.weight[rows], bias=bias)
 
 
 def stacked_shape(convs: Sequence[Conv]) -> Conv:
@@ -191,6 +191,17 @@ def pointwise(x: Expr, scale: Array, shift: Array, channels: int, spatial: int) 
     return Conv(x, weight, bias, stride=ones, dilation=ones, offset=zeros, delta=zeros, groups=channels)
 
 
+def equal_taps(channels: int, kernel: Ints) -> Array:
+    """The weight of the mean over ``kernel``, per channel."""
+    return np.full((channels, 1, *kernel), 1 / prod(kernel))
+
+
+def averaged(x: Expr, taps: Array, stride: Ints, dilation: Ints, begin: Ints, end: Ints) -> Expr:
+    """The mean of what ``taps`` read, per channel, which is a convolution; ``x`` if they read each position alone."""
+    conv = Conv.padded(x, taps, None, stride, dilation, begin, end, groups=len(taps))
+    return x if conv.is_pointwise else conv
+
+
 def grid(conv: Conv) -> Hashable:
     """What convolutions of one input share if their results have the same extents.
 
@@ -264,9 +275,7 @@ def merged_shape(convs: Sequence[Conv]) -> Conv:
     )
     groups = gcd(*(c.groups for c in convs))
     weight = np.broadcast_to(ZERO, (first.out_channels, first.in_channels // groups, *kernel))
-    return replace(
-        first, weight=weight, bias=None, dilation=dilation, offset=offset, delta=delta, groups=groups, token=None
-    )
+    return replace(first, weight=weight, bias=None, dilation=dilation, offset=offset, delta=delta, groups=groups)
 
 
 def merge(convs: Sequence[Conv]) -> Conv:

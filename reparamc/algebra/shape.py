@@ -63,6 +63,19 @@ def size(dims: Sequence[Dim]) -> Dim:
     return total
 
 
+def sizes_after(before: Shape, after: Shape) -> list[int] | None:
+    """The sizes of ``after`` as ONNX writes them: 0 keeps that of the same place, and one may be -1, what is left.
+
+    None where that is too little, because several sizes are open until run time.
+    """
+    sizes: list[int] = []
+    for at, dim in enumerate(after):
+        kept = at < len(before) and before[at] == dim
+        sizes.append(dim.known if dim.known is not None else 0 if kept else -1)
+    told = sizes.count(-1) <= 1 and all(dim != Dim(0) for dim in after)
+    return sizes if told else None
+
+
 def axis_through_reshape(before: Shape, after: Shape, axis: int) -> int | None:
     """Where ``axis`` of ``before`` stands in ``after``, or None when the reshape splits or merges it.
 

@@ -8,6 +8,7 @@ One node a line, operands first, the last line is the result. All that can be sa
     %0 = conv %x 8->6 k=3x3 s=2 p=0:1 g=2 bias               # kernel, stride, padding before and after, groups
     %1 = conv %x 8->6 k=3x3 s=1,2 d=2 p=0:1,1 transposed     # a comma between axes that differ; d: dilation
     %2 = conv %y 6->4                                        # no kernel: a linear layer
+    %p = conv %x 8->8 k=2x2 s=2 p=0 g=8 average              # all taps are equal and add up to one: a pooling
     %3 = batchnorm %x c=8 axis=-3
     %4 = scale %x c=8 axis=-3 shift                          # a factor for each channel, and with "shift" a summand
     %5 = scale=-1 %x                                         # one factor for all
@@ -29,6 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 
@@ -94,6 +96,7 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
                 words += [f"p={pads[0] if len(set(pads)) == 1 else ','.join(pads)}"]
             words += [f"g={e.groups}"] if e.groups != 1 else []
             words += ["transposed"] if e.transposed else []
+            words += ["average"] if e.is_weightless else []
             return " ".join(words + (["bias"] if e.bias is not None else []))
         case Scale():
             count = e.scale.size if e.scale.ndim else e.shift.size
@@ -167,14 +170,15 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
     kind, _, number = words[0].partition("=")
     rest = words[1] if len(words) > 1 else ""
     options = dict(re.findall(r"(\w+)=(\S+)", rest))
-    count, axis = int(options.get("c", "0").split(",")[0]), options.get("axis")
+    count, given = int(options.get("c", "0").split(",")[0]), options.get("axis", "?").partition("->")[0]
+    axis = None if given == "?" else int(given)
 
     def draw(*shape: int) -> Array:
         return rng.standard_normal(shape)
 
     if kind == "source":
         shape = shape_of([_dim(d) for d in options["shape"][1:-1].split(",")]) if "shape" in options else None
-        return Source(name[1:], count or None, None if axis is None else int(axis), shape, "taps" in rest.split())
+        return Source(name[1:], count or None, axis, shape, "taps" in rest.split())
     operands = [values[n] for n in re.findall(r"%[^\s,]+", rest)]
     x = operands[0]
     match kind:
@@ -183,7 +187,7 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
         case "scale":
             shift = draw(*[count] * bool(count)) if rest.endswith(" shift") else np.zeros(())
             scale = np.array(float(number)) if number else draw(count)
-            return Scale(x, scale, shift, None if axis is None else int(axis))
+            return Scale(x, scale, shift, axis)
         case "batchnorm":
             return BatchNorm(
                 x, draw(count), draw(count), draw(count), rng.uniform(0.5, 2, count), 1e-5, int(options["axis"])
@@ -199,28 +203,19 @@ def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.G
             channels = [i for run in runs for i in range(run[0], run[-1] + (len(run) == 1))]
             return Select(x, tuple(channels), int(width), int(options["axis"]))
         case "permute":
-            before, after = _axes(options)
-            return Layout(x, Permute(tuple(map(int, options["axes"].split(",")))), before, after, name)
+            return Layout(x, Permute(tuple(map(int, options["axes"].split(",")))), axis)
         case "take":
-            before, after = _axes(options)
-            _, at, _, axis, _, rank, _ = rest.split()
-            return Layout(x, Take(int(rank), int(axis), int(at)), before, after, name)
+            _, at, _, along, _, rank, _ = rest.split()
+            return Layout(x, Take(int(rank), int(along), int(at)), axis)
         case "mean":
-            before, after = _axes(options)
             rank = int(re.findall(r" of (\d+)", rest)[0])
             op = Mean(rank, tuple(map(int, options["axes"].split(","))), rest.endswith(" keep"))
-            return Layout(x, op, before, after, name)
+            return Layout(x, op, axis)
         case "reshape":
-            before, after = _axes(options)
             old, new = (shape_of([_dim(d) for d in s.split(",")]) for s in re.findall(r"\[([^]]*)\]", rest))
-            return Layout(x, Reshape(old, new), before, after, name)
+            return Layout(x, Reshape(old, new), axis)
         case _:
             raise ValueError(f"unknown kind {kind!r}")
-
-
-def _axes(options: dict[str, str]) -> tuple[int | None, int | None]:
-    before, after = (None if a == "?" else int(a) for a in options["axis"].split("->"))
-    return before, after
 
 
 def _dim(text: str) -> Dim:
@@ -238,7 +233,8 @@ def _read_conv(x: Expr, rest: str, options: dict[str, str], rng: np.random.Gener
 
     stride, dilation = (tuple(map(int, each(key)))[: len(kernel)] for key in "sd")
     pads = [tuple(map(int, p.split(":"))) for p in each("p")][: len(kernel)]
-    weight = rng.standard_normal((outputs, inputs // groups, *kernel))
+    dims = (outputs, inputs // groups, *kernel)
+    weight = np.full(dims, 1 / prod(kernel)) if rest.endswith(" average") else rng.standard_normal(dims)
     bias = rng.standard_normal(outputs) if rest.endswith(" bias") else None
     begin, end = tuple(p[0] for p in pads), tuple(p[-1] for p in pads)
     conv = Conv.padded(x, weight, bias, stride, dilation, begin, end, groups)

@@ -65,6 +65,7 @@ def decide(
                 progress(done + 1, len(regions))
         times = Counter(v for members in regions.values() for v in members)
         shared = {v for v, n in times.items() if n > 1}
+        origin = {_moved(e): v for v in shared if (e := _template(graph, readings[v])) is not None}
         known: dict[tuple[Hashable, Hashable], object] = {}
         reads, copies, repeats = set[Value](), dict[Value, set[Hashable]](), Counter[Value]()
         for root, members in regions.items():
@@ -75,9 +76,9 @@ def decide(
                 for e, key in _keys(splice, known).items():
                     if e in splice.native:
                         reads.add(splice.native[e])
-                    elif isinstance(e, Layout | Conv) and e.token is not None:
-                        copies.setdefault(e.token, set()).add(key)
-                        repeats[e.token] += 1
+                    elif (v := origin.get(_moved(e))) is not None:
+                        copies.setdefault(v, set()).add(key)
+                        repeats[v] += 1
         still = {v for v in shared if v in reads or len(copies.get(v, ())) > 1}
         still |= {v for v in shared - still if repeats[v] < times[v] and _is_pooling(graph, readings[v])}
         if not still:
@@ -88,7 +89,23 @@ def decide(
 
 def _is_pooling(graph: Graph, reading: Reading) -> bool:
     """Whether it computes: such an operator is shared if it stays in all regions, and not composed with each reader."""
-    return not reading.scales and isinstance(reading.build([graph.source(v) for v in reading.operands]), Conv)
+    return isinstance(_template(graph, reading), Conv)
+
+
+def _template(graph: Graph, reading: Reading) -> Expr | None:
+    """The operator that ``reading`` is, if it moves its operand."""
+    return None if reading.scales else reading.build([graph.source(v) for v in reading.operands])
+
+
+def _moved(e: Expr) -> Hashable:
+    """What tells one operator that moves its operand from all others: rewrites keep its op, or its kernel."""
+    match e:
+        case Layout():
+            return id(e.op)
+        case Conv() if e.is_weightless:
+            return id(e.weight)
+        case _:
+            return None
 
 
 def _keys(splice: Splice, known: dict[tuple[Hashable, Hashable], object]) -> dict[Expr, Hashable]:
@@ -100,8 +117,8 @@ def _keys(splice: Splice, known: dict[tuple[Hashable, Hashable], object]) -> dic
     for e in walk(splice.expr, stop=splice.native.__contains__):
         if e in splice.native:
             keys[e] = splice.native[e]
-        elif e is not splice.expr and isinstance(e, Layout | Conv) and e.token is not None:
-            keys[e] = known.setdefault((e.token, keys[e.x]), object())
+        elif e is not splice.expr and isinstance(e, Layout | Conv) and (moved := _moved(e)) is not None:
+            keys[e] = known.setdefault((moved, keys[e.x]), object())
         else:
             keys[e] = e
     return keys
@@ -297,7 +314,7 @@ def _obstacle(
         return "its values have different dtypes, or an unknown one"
     made = list(not_native(after, native))
     for e in made:
-        if isinstance(e, Conv) and e.token is None and e.skips_border:
+        if isinstance(e, Conv) and not e.is_weightless and e.skips_border:
             return "the rewritten form would have to leave out values at the border"
         for a in arrays(e):
             if (reason := rounding_obstacle(a, dtype)) is not None:

@@ -9,20 +9,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from reparamc.algebra.expr import (
-    Array,
-    Conv,
-    Expr,
-    Layout,
-    LayoutOp,
-    Mean,
-    Reshape,
-    Source,
-    Take,
-    axis_through,
-    ranks,
-    walk,
-)
+from reparamc.algebra.expr import Array, Conv, Expr, Layout, LayoutOp, Mean, Reshape, Source, Take, ranks, walk
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Dim, Shape, size
 
@@ -238,26 +225,22 @@ TAKES = "it takes one position of many"
 AVERAGES = "it averages over the channels"
 
 
-def layout_reading(
-    x: Value, op: LayoutOp, axis: int | None, token: Value, *, linear: bool = False
-) -> Reading | Declined | None:
+def layout_reading(x: Value, op: LayoutOp, axis: int | None, *, linear: bool = False) -> Reading | Declined | None:
     """The reading of a layout operator over ``x``; Declined where it would be one but for the channel axis.
 
     Args:
         axis: that of the channels of ``x``; None where nothing tells it, or its channel axis has been split before.
-        token: what `Layout` keeps for the host graph.
         linear: whether ``x`` has a reading. Then a scale behind the operator may have somewhere to go, even if the
             channel axis is split here, or is unknown because it has been split before.
     """
-    rank, rank_out = ranks(op)
+    rank, _ = ranks(op)
     if axis is not None and -axis > rank:
         return None
-    at = None if axis is None else axis_through(op, rank + axis)
-    moved = None if at is None else at - rank_out
+    moved = Layout(Source(x), op, axis).axis
     idle = TAKES if isinstance(op, Take) else None
     if moved is None:
         idle = AVERAGES if isinstance(op, Mean) else idle or CUTS
         unknown = isinstance(op, Reshape) and size(op.before) != size(op.after)  # so that it could not be evaluated
         if isinstance(op, Mean) or unknown or not linear:
             return None if axis is None else Declined(idle)
-    return Reading((x,), lambda x: Layout(x[0], op, axis, moved, token), (), moved, commutes=True, idle=idle)
+    return Reading((x,), lambda x: Layout(x[0], op, axis), (), moved, commutes=True, idle=idle)

@@ -19,7 +19,11 @@ from reparamc.algebra.expr import (
     Concat,
     Conv,
     Expr,
+    Ints,
     Layout,
+    Mean,
+    Permute,
+    Reshape,
     Scale,
     Select,
     Source,
@@ -28,6 +32,7 @@ from reparamc.algebra.expr import (
     is_negation,
 )
 from reparamc.algebra.kernels import regroup, swap_sides
+from reparamc.algebra.shape import sizes_after
 from reparamc.compiler.graph import Splice, Taps, Value, new_nodes
 from reparamc.fx.calls import Call, first_operand, lookup, with_arguments
 from reparamc.fx.readings import Readings
@@ -38,6 +43,7 @@ TRANSPOSED_MODULES: dict[int, Callable[..., nn.Module]] = {
     2: nn.ConvTranspose2d,
     3: nn.ConvTranspose3d,
 }
+POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 NORM_MODULES = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
@@ -103,10 +109,10 @@ class Emitter:
 
     def _emit(self, e: Expr) -> fx.Node:
         match e:
-            case Conv() if e.token is not None:
-                return self._copy(cast(fx.Node, e.token), e.x)
             case Conv() if e.reads_taps:
                 return self._with_weight(e)
+            case Conv() if e.is_weightless and not (any(k > 1 for k in e.kernel) and any(d > 1 for d in e.dilation)):
+                return self._weightless(e)
             case Conv() if e.transposed:
                 return self._conv_transpose(e)
             case Conv():
@@ -119,8 +125,12 @@ class Emitter:
                 return self._sum(e)
             case Layout(op=Take(axis=axis, at=at)):
                 return self._call(torch.select, self._value(e.x), axis, at)
-            case Layout():
-                return self._copy(cast(fx.Node, e.token), e.x)
+            case Layout(op=Permute(axes=axes)):
+                return self._call(torch.permute, self._value(e.x), axes)
+            case Layout(op=Mean() as op):
+                return self._call(torch.mean, self._value(e.x), op.axes, op.keep)
+            case Layout(op=Reshape() as op):
+                return self._reshape(self._value(e.x), op)
             case Concat():
                 return self._call(torch.cat, tuple(self._value(t) for t in e.terms), e.axis)
             case Select():
@@ -128,10 +138,32 @@ class Emitter:
             case _:
                 raise AssertionError(f"{type(e).__name__} is never emitted")
 
-    def _copy(self, native: fx.Node, x: Expr) -> fx.Node:
-        """The operator ``native`` once more, over another operand."""
-        moved = first_operand(native)
-        return self.target.graph.node_copy(native, lambda n: self._value(x) if n is moved else self.target.current(n))
+    def _reshape(self, x: fx.Node, op: Reshape) -> fx.Node:
+        native = cast("fx.Node | None", op.native)
+        if native is not None and self.readings.facts.layout(native) == (op.before, op.after, None):
+            moved = first_operand(native)
+            return self.target.graph.node_copy(native, lambda n: x if n is moved else self.target.current(n))
+        sizes = sizes_after(op.before, op.after)
+        assert sizes is not None, f"the sizes of {op} are not told by its operand"
+        kept = {at: self.target.graph.call_method("size", (x, at)) for at, n in enumerate(sizes) if n == 0}
+        return self._call(torch.reshape, x, tuple(kept.get(at, n) for at, n in enumerate(sizes)))
+
+    def _weightless(self, e: Conv) -> fx.Node:
+        """A padding, a strided slice, or a pooling."""
+        x, (begin, end) = self._value(e.x), e.padding
+        pools = any(k > 1 for k in e.kernel)
+        fits = begin == end and all(0 <= 2 * p <= k for p, k in zip(begin, e.kernel, strict=True))
+        if any((*begin, *end)) and not (pools and fits):
+            x, begin = self._pad(x, begin, end), (0,) * e.spatial
+        if pools:
+            return self._call(POOLS[e.spatial], x, e.kernel, e.stride, begin)
+        if all(s == 1 for s in e.stride):
+            return x
+        return self._call(operator.getitem, x, (Ellipsis, *(slice(None, None, s) for s in e.stride)))
+
+    def _pad(self, x: fx.Node, begin: Ints, end: Ints) -> fx.Node:
+        pads = [p for pair in reversed(list(zip(begin, end, strict=True))) for p in pair]
+        return self._call(F.pad, x, pads)
 
     def _with_weight(self, e: Conv) -> fx.Node:
         """The operator whose taps ``e`` reads, with the weight and bias of ``e``."""
@@ -217,9 +249,7 @@ class Emitter:
             begin, end = e.padding
             padding: Any = begin
             if begin != end or min(begin) < 0:
-                pads = [p for pair in reversed(list(zip(begin, end, strict=True))) for p in pair]
-                x = self.target.graph.call_function(F.pad, (x, pads))
-                padding = (0,) * e.spatial
+                x, padding = self._pad(x, begin, end), (0,) * e.spatial
             module = LINEAR_MODULES[e.spatial](
                 e.in_channels, e.out_channels, e.kernel,
                 stride=e.stride, padding=padding, dilation=e.dilation, groups=e.groups, **self._options(e),

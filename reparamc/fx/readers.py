@@ -33,7 +33,7 @@ from reparamc.algebra.expr import (
     Sum,
     Take,
 )
-from reparamc.algebra.kernels import arithmetic, swap_sides, transposed
+from reparamc.algebra.kernels import arithmetic, averaged, equal_taps, swap_sides, transposed
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import ACTIVATION, Reading, Taps, axis_of_constant, layout_reading
 from reparamc.fx.calls import Call, aten_name, integers, lookup
@@ -341,13 +341,12 @@ def _read_layout(graph: Readings, node: fx.Node, call: Call) -> FxReading | Decl
     if found is None or x is None or found[0] is None or x in graph.facts.known:
         return None
     before, after, axes = cast("tuple[Shape, Shape, tuple[int, ...] | None]", found)
-    op = Reshape(before, after) if axes is None else Permute(axes)
-    return _moved(graph, x, op, node)
+    return _moved(graph, x, Reshape(before, after, node) if axes is None else Permute(axes))
 
 
-def _moved(graph: Readings, x: fx.Node, op: LayoutOp, node: fx.Node) -> FxReading | Declined | None:
+def _moved(graph: Readings, x: fx.Node, op: LayoutOp) -> FxReading | Declined | None:
     axis = graph.axis(x)
-    reading = layout_reading(x, op, axis, node, linear=isinstance(graph.read(x), Reading))
+    reading = layout_reading(x, op, axis, linear=isinstance(graph.read(x), Reading))
     if not isinstance(reading, Reading):
         return reading
     channels = None if reading.axis is None else graph.channels(x, axis)
@@ -358,7 +357,7 @@ def _read_mean(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declin
     """A mean over some axes; over all spatial axes for an adaptive pooling to one element."""
     x = call.input
     rank = graph.facts.rank(x) if x is not None else None
-    if x is None or rank is None or x in graph.facts.known:
+    if x is None or rank is None or x in graph.facts.known or call.args.get("dtype") is not None:
         return None
     if call.op == "adaptive_avg_pool":
         if call.axes is None or integers(call.get("output_size"), call.axes) != (1,) * call.axes:
@@ -371,7 +370,7 @@ def _read_mean(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declin
         if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims) or keep not in (True, False):
             return None
         axes = tuple(sorted(d % rank for d in dims))
-    return _moved(graph, x, Mean(rank, axes, keep), node) if axes else None
+    return _moved(graph, x, Mean(rank, axes, keep)) if axes else None
 
 
 # Routing of channels
@@ -403,7 +402,7 @@ def _read_getitem(graph: Readings, node: fx.Node, call: Call) -> FxReading | Dec
     if made.input is None or call.input not in graph.through:
         return None
     if made.op == "unbind":
-        return _position(graph, made.input, made.get("dim", 0), call.args.get("index"), node)
+        return _position(graph, made.input, made.get("dim", 0), call.args.get("index"))
     return _piece(graph, made.input, made, call.args.get("index"))
 
 
@@ -417,14 +416,14 @@ def _read_slice(graph: Readings, node: fx.Node, call: Call) -> FxReading | Decli
     channel, shape = _image_axis(graph, x), graph.facts.shapes.get(x)
     at = graph.facts.position(call, shape) if shape is not None else None
     if at is not None:
-        return _position(graph, x, *at, node)
+        return _position(graph, x, *at)
     found = graph.facts.sliced(call, shape) if shape is not None else None
     if found is None or shape is None or channel is None or found[0] != len(shape) + channel:
         return None
     return _select(graph, x, list(found[1]), channel)
 
 
-def _position(graph: Readings, x: fx.Node, axis: Any, at: Any, node: fx.Node) -> FxReading | Declined | None:
+def _position(graph: Readings, x: fx.Node, axis: Any, at: Any) -> FxReading | Declined | None:
     """One position along an axis, which goes; both may be counted from the end."""
     shape = graph.facts.shapes.get(x)
     if shape is None or x in graph.facts.known or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
@@ -433,7 +432,7 @@ def _position(graph: Readings, x: fx.Node, axis: Any, at: Any, node: fx.Node) ->
     extent = shape[axis].known
     if not isinstance(at, int) or extent is None or not -extent <= at < extent:
         return None
-    return _moved(graph, x, Take(len(shape), axis, at % extent), node)
+    return _moved(graph, x, Take(len(shape), axis, at % extent))
 
 
 def _piece(graph: Readings, x: fx.Node, made: Call, index: Any) -> FxReading | Declined | None:
@@ -507,10 +506,10 @@ def _read_avg_pool(graph: Readings, node: fx.Node, call: Call) -> FxReading | De
     channels = graph.channels(x, -1 - n)
     if channels is None:
         return Declined(CHANNELS_UNKNOWN)
+    taps = equal_taps(channels, kernel)
 
     def build(operands: Sequence[Expr]) -> Expr:
-        weight = np.full((channels, 1, *kernel), 1 / prod(kernel))
-        return Conv.padded(operands[0], weight, None, stride, (1,) * n, pads, pads, channels, node)
+        return averaged(operands[0], taps, stride, (1,) * n, pads, pads)
 
     return FxReading((x,), build, (), -1 - n, channels=channels, commutes=not any(pads))
 
@@ -533,9 +532,10 @@ def _read_pad(graph: Readings, node: fx.Node, call: Call) -> FxReading | Decline
     numbers = [*numbers, *[0] * (2 * spatial)][: 2 * spatial]
     begin, end = tuple(reversed(numbers[0::2])), tuple(reversed(numbers[1::2]))
     ones = (1,) * spatial
+    taps = equal_taps(channels, ones)
 
     def build(operands: Sequence[Expr]) -> Expr:
-        return Conv.padded(operands[0], np.ones((channels, 1, *ones)), None, ones, ones, begin, end, channels, node)
+        return averaged(operands[0], taps, ones, ones, begin, end)
 
     return FxReading((x,), build, (), axis, channels=channels)
 

@@ -23,15 +23,21 @@ from reparamc.algebra.expr import (
     Expr,
     Ints,
     Layout,
+    LayoutOp,
+    Mean,
+    Permute,
+    Reshape,
     Scale,
     Select,
     Source,
     Sum,
+    Take,
     is_negation,
     ranks,
 )
 from reparamc.algebra.kernels import regroup, swap_sides
 from reparamc.algebra.rewrite import Declined
+from reparamc.algebra.shape import sizes_after
 from reparamc.compiler.graph import Reading, Splice, Taps, Value, new_nodes
 from reparamc.errors import InputError
 from reparamc.onnx import taps
@@ -124,7 +130,7 @@ class OnnxGraph:
                 return why
         if self.dtype(members) != np.float64 or any(node.op_type in ("Conv", "ConvTranspose") for node in self.nodes):
             return None
-        kernels = any(isinstance(e, Conv) and e.spatial and e.token is None and not _is_rows(e) for e in made)
+        kernels = any(isinstance(e, Conv) and e.spatial and not e.is_weightless and not _is_rows(e) for e in made)
         return "it would be a convolution of doubles, which ONNX Runtime does not have" if kernels else None
 
     def read(self, value: Value) -> Reading | Declined | None:
@@ -155,6 +161,11 @@ class OnnxGraph:
         """The channel axis of ``name``, where a linear operator fixes it."""
         reading = self.read(name) if name in self.producers else None
         return reading.axis if isinstance(reading, Reading) else None
+
+    def reshapes(self, node: NodeProto) -> Reshape | None:
+        """What ``node`` does to the shape of its operand, where both shapes are known."""
+        before, after = self.types.shape(node.input[0]), self.types.shape(node.output[0])
+        return None if before is None or after is None else Reshape(before, after, node.output[0])
 
     def is_linear(self, name: str) -> bool:
         """Whether ``name`` is computed by an operator that has a reading."""
@@ -337,8 +348,8 @@ class _Emitter:
         match e:
             case Conv() if e.reads_taps:
                 return taps.with_weight(self.graph, e, self._parameter, self._node, output)
-            case Conv(token=token) if token is not None:
-                return self._copy(token, e.x, output)
+            case Conv() if e.is_weightless and (name := self._weightless(e, output)) is not None:
+                return name
             case Conv() if _is_rows(e) and (self._rank(e.x) != 3 or self.splice.dtype == np.float64):
                 return self._rows(e, output)
             case Conv() if e.spatial:
@@ -369,19 +380,81 @@ class _Emitter:
             case Select():
                 return self._select(e, output)
             case Layout():
-                return self._copy(e.token, e.x, output)
+                return self._layout(self._value(e.x), e.op, output)
             case _:
                 raise AssertionError(f"{type(e).__name__} is never emitted")
 
-    def _copy(self, token: Any, x: Expr, output: str | None) -> str:
-        """The operator that ``token`` names, over another operand."""
-        node = self.graph.producers[str(token)]
-        copy = NodeProto.FromString(node.SerializeToString())
-        copy.name = self.graph.names.fresh(f"{node.name}/fused") if node.name else ""
-        copy.input[0] = self._value(x)
-        copy.output[0] = output or self.graph.names.fresh(f"{token}_fused")
-        self.nodes.append(copy)
-        return copy.output[0]
+    def _layout(self, x: str, op: LayoutOp, output: str | None) -> str:
+        match op:
+            case Permute(axes=axes):
+                return self._node("Transpose", [x], output, perm=axes)
+            case Take(axis=axis, at=at):
+                index = self.graph.add_initializer(f"{self.base}.index", np.array(at), np.dtype(np.int64))
+                return self._node("Gather", [x, index], output, axis=axis)
+            case Mean():
+                return self._mean(x, op, output)
+            case Reshape():
+                return self._reshape(x, op, output)
+
+    def _weightless(self, e: Conv, output: str | None) -> str | None:
+        """A padding and a slice, or a pooling; None where this opset, or ONNX Runtime, has none like it."""
+        begin, end = e.padding
+        x, opset = self._value(e.x), self.graph.opset
+        if any(k != 1 for k in e.kernel):
+            too_wide = any(p >= k for p, k in zip((*begin, *end), (*e.kernel, *e.kernel), strict=True))
+            padded, spread = any((*begin, *end)), any(d != 1 for d in e.dilation)
+            if e.skips_border or too_wide or (padded and opset < 7) or (spread and opset < 19):
+                return None
+            attributes: dict[str, Any] = {"kernel_shape": e.kernel, "strides": e.stride}
+            attributes |= {"pads": (*begin, *end), "count_include_pad": 1} if padded else {}
+            attributes |= {"dilations": e.dilation} if spread else {}
+            return self._node("AveragePool", [x], output, **attributes)
+        cut = [max(0, -p) for p in begin], [max(0, -p) for p in end]
+        slices = any(cut[0]) or any(cut[1]) or any(s != 1 for s in e.stride)
+        if slices and opset < 10:
+            return None
+        if any(p > 0 for p in (*begin, *end)):
+            x = self._pad(x, begin, end, None if slices else output)
+        return self._slice(x, *cut, e.stride, output) if slices else x
+
+    def _pad(self, x: str, begin: Ints, end: Ints, output: str | None) -> str:
+        pads = [0, 0, *(max(p, 0) for p in begin), 0, 0, *(max(p, 0) for p in end)]
+        if self.graph.opset < 11:
+            return self._node("Pad", [x], output, pads=pads)
+        return self._node("Pad", [x, self.graph.add_integers(f"{self.base}.pads", pads)], output)
+
+    def _slice(self, x: str, begin: Sequence[int], end: Sequence[int], steps: Ints, output: str | None) -> str:
+        bounds = {
+            "starts": begin,
+            "ends": [-n or np.iinfo(np.int64).max for n in end],
+            "axes": range(2, 2 + len(steps)),
+            "steps": steps,
+        }
+        names = [self.graph.add_integers(f"{self.base}.{key}", [*values]) for key, values in bounds.items()]
+        return self._node("Slice", [x, *names], output)
+
+    def _mean(self, x: str, op: Mean, output: str | None) -> str:
+        if op.keep and op.rank > 2 and op.axes == tuple(range(2, op.rank)) and self.splice.dtype != np.float64:
+            return self._node("GlobalAveragePool", [x], output)
+        if self.graph.opset < 18:
+            return self._node("ReduceMean", [x], output, axes=op.axes, keepdims=int(op.keep))
+        axes = self.graph.add_integers(f"{self.base}.axes", op.axes)
+        return self._node("ReduceMean", [x, axes], output, keepdims=int(op.keep))
+
+    def _reshape(self, x: str, op: Reshape, output: str | None) -> str:
+        node = self.graph.producers.get(str(op.native))
+        if node is not None and self.graph.reshapes(node) == op:
+            copy = NodeProto.FromString(node.SerializeToString())
+            copy.name = self.graph.names.fresh(f"{node.name}/fused") if node.name else ""
+            copy.input[0] = x
+            copy.output[0] = output or self.graph.names.fresh(f"{op.native}_fused")
+            self.nodes.append(copy)
+            return copy.output[0]
+        sizes = sizes_after(op.before, op.after)
+        assert sizes is not None, f"the sizes of {op} are not told by its operand"
+        if self.graph.opset < 5:
+            return self._node("Reshape", [x], output, shape=sizes)
+        return self._node("Reshape", [x, self.graph.add_integers(f"{self.base}.shape", sizes)], output)
 
     def _axis(self, e: Concat | Select) -> int:
         """The channel axis, from the left: early opsets know no other."""

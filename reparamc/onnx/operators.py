@@ -7,7 +7,6 @@ is. To add one, write it here and enter it in `READERS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -29,7 +28,7 @@ from reparamc.algebra.expr import (
     Sum,
     Take,
 )
-from reparamc.algebra.kernels import arithmetic, swap_sides, transposed
+from reparamc.algebra.kernels import arithmetic, averaged, equal_taps, swap_sides, transposed
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
@@ -127,10 +126,10 @@ def _read_average_pool(graph: OnnxGraph, node: NodeProto, output: str) -> Readin
     if any(pads) and not cast(int, attribute(node, "count_include_pad", 0)):
         return Declined("the pooling divides by fewer elements at the border (count_include_pad=0)")
 
+    taps, begin, end = equal_taps(channels, kernel), pads[:n], pads[n:]
+
     def build(operands: Sequence[Expr]) -> Expr:
-        weight = np.full((channels, 1, *kernel), 1 / prod(kernel))
-        begin, end = pads[:n], pads[n:]
-        return Conv.padded(operands[0], weight, None, stride, dilation, begin, end, channels, token=node.output[0])
+        return averaged(operands[0], taps, stride, dilation, begin, end)
 
     return Reading((node.input[0],), build, (), -1 - n, commutes=not any(pads))
 
@@ -162,10 +161,10 @@ def _read_pad(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decli
         return Declined("it pads with another value than zero, crops, or pads the channels")
     begin, end = zip(*(pads.get(axis, (0, 0)) for axis in range(2, len(shape))), strict=True)
     ones = (1,) * len(begin)
+    taps = equal_taps(channels, ones)
 
     def build(operands: Sequence[Expr]) -> Expr:
-        weight = np.ones((channels, 1, *ones))
-        return Conv.padded(operands[0], weight, None, ones, ones, begin, end, channels, token=node.output[0])
+        return averaged(operands[0], taps, ones, ones, begin, end)
 
     return Reading((node.input[0],), build, (), -1 - len(ones))
 
@@ -440,12 +439,10 @@ def _crop(node: NodeProto, shape: Shape, channels: int, cuts: dict[int, tuple[in
             return None
         begin[axis - 2], end[axis - 2], stride[axis - 2] = -start, min(stop, 0), step
     ones = (1,) * n
+    taps = equal_taps(channels, ones)
 
     def build(operands: Sequence[Expr]) -> Expr:
-        weight, token = np.ones((channels, 1, *ones)), node.output[0]
-        return Conv.padded(
-            operands[0], weight, None, tuple(stride), ones, tuple(begin), tuple(end), channels, token=token
-        )
+        return averaged(operands[0], taps, tuple(stride), ones, tuple(begin), tuple(end))
 
     return Reading((node.input[0],), build, (), -1 - n)
 
@@ -464,7 +461,7 @@ def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     if graph.constants.shape(index):
         return _selection(graph, x, axis, positions)
     return layout_reading(
-        x, Take(len(shape), axis % len(shape), positions[0]), graph.axis(x), output, linear=graph.is_linear(x)
+        x, Take(len(shape), axis % len(shape), positions[0]), graph.axis(x), linear=graph.is_linear(x)
     )
 
 
@@ -497,13 +494,13 @@ def _read_mean(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
     if rank is None:
         return None
     if node.op_type == "GlobalAveragePool":
-        return layout_reading(x, Mean(rank, tuple(range(2, rank)), keep=True), axis, output)
+        return layout_reading(x, Mean(rank, tuple(range(2, rank)), keep=True), axis)
     name = graph.constant(node, 1)
     axes = graph.constants.integers(name) if name else cast("list[int] | None", attribute(node, "axes"))
     if not axes or (operand(node, 1) and name is None):
         return None  # over all axes, or over axes computed at run time
     keep = bool(cast(int, attribute(node, "keepdims", 1)))
-    return layout_reading(x, Mean(rank, tuple(sorted(a % rank for a in axes)), keep), axis, output)
+    return layout_reading(x, Mean(rank, tuple(sorted(a % rank for a in axes)), keep), axis)
 
 
 def _read_layout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -514,10 +511,10 @@ def _read_layout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
         axes = tuple(cast(list[int], attribute(node, "perm", list(reversed(range(len(before)))))))
         op: LayoutOp = Permute(axes)
     else:
-        op = Reshape(before, after)
+        op = Reshape(before, after, output)
     x = node.input[0]
     shuffled = _shuffle(graph, node) if node.op_type == "Reshape" else None
-    return shuffled or layout_reading(x, op, graph.axis(x), node.output[0], linear=graph.is_linear(x))
+    return shuffled or layout_reading(x, op, graph.axis(x), linear=graph.is_linear(x))
 
 
 def _channels(graph: OnnxGraph, name: str, axis: int) -> int | None:

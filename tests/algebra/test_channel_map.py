@@ -63,7 +63,7 @@ def moved(draw: st.DrawFn) -> tuple[Source, int, list[Expr]]:
                 continue
             case _:
                 continue
-        steps.append(Layout(e, op, None, None, kind))
+        steps.append(Layout(e, op, None))
     return source, channel, steps
 
 
@@ -115,20 +115,18 @@ def _dim(text: Any) -> Any:
 
 def test_channels_mixed_with_positions() -> None:
     route = Route.of(3, -1, 8)
-    merged = Layout(Source("x"), Reshape(shape_of([2, 5, 8]), shape_of([2, 40])), -1, None, "")
+    merged = Layout(Source("x"), Reshape(shape_of([2, 5, 8]), shape_of([2, 40])), -1)
     assert route.through(merged) is None
-    assert route.through(Layout(Source("x"), Mean(3, (2,), False), -1, None, "")) is None
+    assert route.through(Layout(Source("x"), Mean(3, (2,), False), -1)) is None
 
 
 def test_another_shape_than_the_value_has() -> None:
-    wrong = Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 2, 3])), -1, None, "")
+    wrong = Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 2, 3])), -1)
     assert Route.of(3, -1, 8).through(wrong) is None
 
 
 def test_a_factor_for_every_head() -> None:
-    heads = Route.of(3, -1, 6).through(
-        Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 3, 2])), -1, None, "")
-    )
+    heads = Route.of(3, -1, 6).through(Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 3, 2])), -1))
     assert heads is not None
     found = heads.along(np.array([1.0, 2.0, 3.0]), -2)
     assert found is not None

@@ -59,7 +59,7 @@ def test_what_the_others_count() -> None:
         assert cost(Sum((x, x))) == pytest.approx(196 * 64, abs=0.01)
     with objective("params"):
         assert cost(e) == pytest.approx(162 + 6 + 24 + 12, abs=0.01)
-        assert cost(Layout(x, Permute((0, 2, 3, 1)), -3, -1, None)) == pytest.approx(0, abs=0.01)
+        assert cost(Layout(x, Permute((0, 2, 3, 1)), -3)) == pytest.approx(0, abs=0.01)
 
 
 def test_the_bias_of_a_linear_layer_is_stored_and_not_added() -> None:
@@ -109,7 +109,7 @@ def test_every_objective_likes_what_only_removes(name: str) -> None:
     dense = conv(x, 5, 5, 3)
     wide = conv(x, 512, 512, 3)
     there, back = Permute((0, 2, 3, 1)), Permute((0, 3, 1, 2))
-    two = Layout(Layout(wide, there, -3, -1, None), back, -1, -3, None)
+    two = Layout(Layout(wide, there, -3), back, -1)
     with objective(name):
         assert cost(wide) < cost(two), "operators that do no arithmetic"
         for e in (
@@ -129,7 +129,7 @@ def test_ties_are_broken_also_beside_large_numbers(name: str) -> None:
     with objective(name):
         assert price(large) + addition(1) > price(large)
         assert cost(Sum((large, x))) > cost(large)
-        assert cost(Layout(large, Permute((0, 2, 3, 1)), -3, -1, None)) > cost(large)
+        assert cost(Layout(large, Permute((0, 2, 3, 1)), -3)) > cost(large)
 
 
 def test_an_objective_ends_with_its_context() -> None:

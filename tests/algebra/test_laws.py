@@ -188,7 +188,7 @@ def expressions(choose: st.DrawFn) -> Expr:
                 else:
                     e = Sum(tuple(terms))
     if spatial and choose(st.integers(0, 5)) == 0:
-        e = Layout(e, Mean(2 + spatial, tuple(range(2, 2 + spatial)), keep=False), -1 - spatial, -1, "mean")
+        e = Layout(e, Mean(2 + spatial, tuple(range(2, 2 + spatial)), keep=False), -1 - spatial)
         e = pointwise(data, affine(data, e, next(channel_counts(e)), 0), next(channel_counts(e)), 0)
     return e
 

@@ -98,7 +98,7 @@ FOLDED: dict[Callable[[Any, Any], Any], dict[str, int]] = {
     tokens: {"Linear": 3},
     scaled_projections: {"Conv2d": 3},
     no_shift: {"Conv2d": 3},
-    flattened: {"Conv2d": 1, "flatten": 1, "transpose": 1, "Linear": 3},
+    flattened: {"Conv2d": 1, "flatten": 1, "permute": 1, "Linear": 3},
     averaged: {"Conv2d": 4, "avg_pool2d": 1},
 }
 CHECKS = ("silu", "dim", "eq", "_assert")

@@ -6,7 +6,6 @@ pytest.importorskip("torch")
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from reparamc import fuse_fx
 from reparamc.algebra.evaluate import evaluate
-from reparamc.algebra.expr import Conv, Expr, Source
+from reparamc.algebra.expr import Source
 from reparamc.compiler.graph import Splice
 from reparamc.fx.graph import FxGraph
 from reparamc.fx.readings import FxReading
@@ -138,10 +137,6 @@ def _parts() -> Net:
     return net
 
 
-def _without_tokens(e: Expr) -> Expr:
-    return replace(e, token=None) if isinstance(e, Conv) else e
-
-
 def _values(module: fx.GraphModule, x: Tensor) -> dict[fx.Node, Tensor]:
     """What each node computes."""
     found: dict[fx.Node, Tensor] = {}
@@ -190,7 +185,7 @@ def _check(model: Net, shape: tuple[int, ...]) -> None:
         dtype = graph.dtype([root])
         assert dtype == np.float64
         native = {source: v for v, source in sources.items()}
-        splice = Splice(root, (root,), _without_tokens(expr), native, dtype, Counter(), (), "", "", None)
+        splice = Splice(root, (root,), expr, native, dtype, Counter(), (), "", "", None)
         graph.splice(splice)
         assert relative_error(run(graph.finish(), x), wanted) < 1e-12
 
