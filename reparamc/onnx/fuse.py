@@ -24,6 +24,7 @@ from reparamc.compiler.pipeline import level_of
 from reparamc.compiler.plan import make_plan
 from reparamc.compiler.rollback import proven, regions_of, rewritten, undone
 from reparamc.errors import InputError, InputTypeError, one_line
+from reparamc.onnx.bodies import fuse_bodies, has_bodies, inlined, merged, resolve
 from reparamc.onnx.check import check
 from reparamc.onnx.constants import fold_constants
 from reparamc.onnx.end_to_end import verify_end_to_end
@@ -64,10 +65,63 @@ def fuse_model(
         InputError: the model does not pass the checker or cannot be timed, or an option is unknown.
         VerificationError: the result differs from the original.
     """
-    level = level_of(verify)
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
     selected = select(pass_table, passes, skip)
+    options: dict[str, Any] = {"passes": [p.name for p in selected], "objective": objective, "pass_table": pass_table}
+    level = level_of(verify)
+    if not model.functions and not has_bodies(model):
+        return _fuse_graph(model, level=level, only_if_faster=only_if_faster, progress=progress, **options)
+    check(model)
+
+    def attempt(start: ModelProto) -> tuple[ModelProto, Report]:
+        """The main graph and its bodies, which are proven one by one, and compared together."""
+        whole = ModelProto()
+        whole.CopyFrom(start)
+        resolved = resolve(whole) if any(p.name == FOLDING for p in selected) else 0
+        inside = "off" if level == "off" else "region"
+        inner = fuse_bodies(whole, partial(fuse_model, verify=inside, **options))
+        result, report = _fuse_graph(whole, level=level, only_if_faster=False, progress=progress, **options)
+        report.before = count(model)
+        if not resolved and not any(found.changed for _, found in inner):
+            return result, report
+        report = merged(report, inner)
+        if resolved:
+            report.passes[FOLDING] += resolved
+        if level == "full":
+            check(result)
+            report.end_to_end = verify_end_to_end(model, result)
+        return result, report
+
+    result, report = attempt(model)
+    if (plain := inlined(model)) is not None:
+        other, found = attempt(plain)
+        if sum(found.passes.values()) > sum(report.passes.values()) and other.ByteSize() <= model.ByteSize():
+            if level == "full":
+                found.end_to_end = verify_end_to_end(model, other)
+            result, report = other, found
+    if only_if_faster and report.changed:
+        report.latency = compare_latency(model, result)
+        if report.original_kept:
+            result.CopyFrom(model)
+    return result, report
+
+
+FOLDING = "constant-folding"
+
+
+def _fuse_graph(
+    model: ModelProto,
+    *,
+    passes: Iterable[str],
+    level: str,
+    objective: str,
+    only_if_faster: bool,
+    progress: Callable[[int, int], None],
+    pass_table: tuple[Pass, ...],
+) -> tuple[ModelProto, Report]:
+    """`fuse_model`, of the main graph alone."""
+    selected = select(pass_table, passes, ())
     clock = [perf_counter()]
     check(model)
     made = _Attempt(model, folding=any(p.name == "constant-folding" for p in selected))

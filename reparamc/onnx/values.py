@@ -372,6 +372,15 @@ class Types:
         kind = self.element_type(name)
         return FLOATS.get(kind) if kind is not None else None
 
+    def info(self, name: str) -> ValueInfoProto | None:
+        """The type of ``name`` as a declaration; None where it, or the rank, is unknown."""
+        kind = self._types.get(name)
+        if kind is None or not kind.elem_type or not kind.HasField("shape"):
+            return None
+        found = ValueInfoProto(name=name)
+        found.type.tensor_type.CopyFrom(kind)
+        return found
+
     def element_type(self, name: str) -> int | None:
         """The element type of ``name`` as ONNX numbers them; None where it is unknown."""
         if name in self._stored:
@@ -467,9 +476,9 @@ def commit(
     them any more, and so are initializers that nothing reads any more. What was dead before stays.
     """
     graph = model.graph
-    was_read = set(readers(graph))
+    was_read = set(readers(graph)).union(suspects := set(suspects))
     results = {o.name for o in graph.output} | read_elsewhere(model)
-    nodes, gone = _without_dead(nodes, set(suspects), results)
+    nodes, gone = _without_dead(nodes, suspects, results)
     read = {name for node in nodes for name in (*node.input, *captured(node))} | results
     alive = read.union(*(node.output for node in nodes))
     annotations = [a for a in graph.quantization_annotation if a.tensor_name in alive]

@@ -73,9 +73,9 @@ def test_a_node_on_a_device_of_its_own_stays() -> None:
 
 
 def test_calls_of_functions_stay() -> None:
-    own = helper.make_function("own", "Twice", ["a"], ["b"], [node("Add", "a a", "b")], [helper.make_opsetid("", 17)])
+    own = helper.make_function("own", "Act", ["a"], ["b"], [node("Relu", "a", "b")], [helper.make_opsetid("", 17)])
     made = conv_bn(functions=[own], domains=["own"])
-    made.graph.node.append(helper.make_node("Twice", ["y"], ["z"], domain="own"))
+    made.graph.node.append(helper.make_node("Act", ["y"], ["z"], domain="own"))
     made.graph.node.append(batchnorm("z", "n", "end"))
     made.graph.output[0].name = "end"
     fused, _ = fuse(made)

@@ -1,0 +1,236 @@
+"""Graphs within a graph: bodies of If, Loop and Scan, and local functions.
+
+A body is fused like any graph, as a model of its own: what it captures is an input of that model, or a constant where
+it is one outside. An If whose condition is constant is replaced by the branch that it takes, and functions by what they
+compute where that lets more fold and the file does not grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, inliner, numpy_helper
+from onnx.shape_inference import InferenceError, infer_shapes
+
+from reparamc.errors import InputError
+from reparamc.onnx.constants import fold_constants
+from reparamc.onnx.values import Constants, Names, Types, captured, commit, defined_names, is_standard, subgraphs
+from reparamc.report.data import Report
+
+Fuse = Callable[[ModelProto], tuple[ModelProto, Report]]
+
+
+def has_bodies(model: ModelProto) -> bool:
+    return any(True for node in model.graph.node for _ in subgraphs(node))
+
+
+# Functions
+
+
+def inlined(model: ModelProto) -> ModelProto | None:
+    """``model`` with what its local functions compute in the place of their calls; None where none is called."""
+    known = {(f.domain, f.name) for f in model.functions}
+    if not any((node.domain, node.op_type) in known for node in _all_nodes(model.graph)):
+        return None
+    try:
+        return inliner.inline_local_functions(model)
+    except Exception:  # whatever the inliner cannot do stays a function
+        return None
+
+
+def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    stack = [graph]
+    while stack:
+        for node in stack.pop().node:
+            yield node
+            stack.extend(subgraphs(node))
+
+
+# Constant conditions
+
+
+def resolve(model: ModelProto) -> int:
+    """Replace each If of the main graph whose condition is constant by its branch, in place; how many there were."""
+    total = 0
+    while any(node.op_type == "If" and is_standard(node) for node in model.graph.node):
+        probe = ModelProto()
+        probe.CopyFrom(model)
+        fold_constants(probe)
+        constants, nodes, found = Constants(probe), [], 0
+        for node in model.graph.node:
+            branch = _taken(node, constants)
+            if branch is None:
+                nodes.append(node)
+            else:
+                nodes += _opened(model, node, branch)
+                found += 1
+        if not found:
+            break
+        fed = {node.input[0] for node in model.graph.node if node.op_type == "If" and node.input}
+        fed.update(name for node in model.graph.node if node.op_type == "If" for name in captured(node))
+        commit(model, nodes, [], fed)
+        total += found
+    return total
+
+
+def _taken(node: NodeProto, constants: Constants) -> GraphProto | None:
+    """The branch that an If always takes; None where that is open."""
+    if node.op_type != "If" or not is_standard(node) or not node.input or node.input[0] not in constants:
+        return None
+    condition = constants.array(node.input[0])
+    wanted = "then_branch" if condition.size == 1 and condition.any() else "else_branch"
+    return next((a.g for a in node.attribute if a.name == wanted), None) if condition.size == 1 else None
+
+
+def _opened(model: ModelProto, node: NodeProto, branch: GraphProto) -> list[NodeProto]:
+    """The nodes of ``branch`` under names that are free in the main graph of ``model``, which gets its constants."""
+    names = Names(defined_names(model.graph))
+    renamed = {name: names.fresh(name) for name in _defined(branch)}
+    computed = {name for inner in branch.node for name in inner.output}
+    for inner, outer in zip(branch.output, node.output, strict=True):
+        if outer and inner.name in computed and renamed[inner.name] not in node.output:
+            renamed[inner.name] = outer
+    opened = GraphProto()
+    opened.CopyFrom(branch)
+    _rename(opened, renamed)
+    model.graph.initializer.extend(opened.initializer)
+    model.graph.sparse_initializer.extend(opened.sparse_initializer)
+    if model.ir_version < 4:
+        model.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in opened.initializer)
+    nodes = list(opened.node)
+    for inner, outer in zip(opened.output, node.output, strict=True):
+        if outer and inner.name != outer:
+            nodes.append(helper.make_node("Identity", [inner.name], [outer]))
+    return nodes
+
+
+def _defined(graph: GraphProto) -> list[str]:
+    """The values that ``graph`` itself defines."""
+    stored = [*(t.name for t in graph.initializer), *(t.values.name for t in graph.sparse_initializer)]
+    return list(dict.fromkeys([*stored, *(name for node in graph.node for name in node.output if name)]))
+
+
+def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
+    """Give values other names, in the bodies within ``graph`` as well."""
+    stack = [graph]
+    while stack:
+        g = stack.pop()
+        for tensor in (*g.initializer, *(t.values for t in g.sparse_initializer), *g.value_info, *g.output):
+            tensor.name = names.get(tensor.name, tensor.name)
+        for node in g.node:
+            for group in (node.input, node.output):
+                group[:] = [names.get(name, name) for name in group]
+            stack.extend(subgraphs(node))
+
+
+# Bodies
+
+
+def fuse_bodies(model: ModelProto, fuse: Fuse) -> list[tuple[str, Report]]:
+    """Fuse each body in the main graph of ``model``, in place; where each is, and what was done there.
+
+    A body whose values are of unknown types is left alone.
+    """
+    done: list[tuple[str, Report]] = []
+    constants, types = Constants(model), Types(model)
+    read: set[str] = set()
+    for node in model.graph.node:
+        for a in node.attribute:
+            if a.type != AttributeProto.GRAPH:
+                continue
+            alone = _alone(model, a.g, constants, types)
+            if alone is None:
+                continue
+            try:
+                fused, report = fuse(alone)
+            except InputError:
+                continue
+            done.append((f"{node.name or node.output[0]}.{a.name}", report))
+            if report.changed:
+                read.update(captured(node))
+                _put_back(model, a.g, alone, fused)
+    if read:
+        commit(model, list(model.graph.node), [], read)
+    return done
+
+
+def _alone(model: ModelProto, body: GraphProto, constants: Constants, types: Types) -> ModelProto | None:
+    """``body`` as a model; None where a type is unknown that it has to declare."""
+    own = {*_defined(body), *(v.name for v in body.input)}
+    names = [*(name for node in body.node for name in (*node.input, *captured(node))), *(o.name for o in body.output)]
+    given = [name for name in dict.fromkeys(names) if name and name not in own and name not in _within(body)]
+    made = ModelProto(ir_version=max(model.ir_version, 4), opset_import=model.opset_import, functions=model.functions)
+    made.graph.CopyFrom(body)
+    made.graph.name = body.name or "body"
+    for name in given:
+        if name in constants:
+            made.graph.initializer.append(numpy_helper.from_array(constants.array(name), name))
+        elif (info := types.info(name)) is not None:
+            made.graph.input.append(info)
+        else:
+            return None
+    try:
+        inferred = infer_shapes(made).graph.output
+    except InferenceError:
+        return None
+    for declared, found in zip(made.graph.output, inferred, strict=True):
+        if not declared.type.tensor_type.HasField("shape"):
+            declared.type.CopyFrom(found.type)
+    known = all(v.type.tensor_type.HasField("shape") for v in (*made.graph.output, *made.graph.input))
+    return made if known else None
+
+
+def _within(body: GraphProto) -> set[str]:
+    """The values that bodies within ``body`` define."""
+    found: set[str] = set()
+    stack = [inner for node in body.node for inner in subgraphs(node)]
+    while stack:
+        graph = stack.pop()
+        found.update(_defined(graph), (v.name for v in graph.input))
+        stack.extend(inner for node in graph.node for inner in subgraphs(node))
+    return found
+
+
+def _put_back(model: ModelProto, body: GraphProto, alone: ModelProto, fused: ModelProto) -> None:
+    """Make ``fused`` the body, its new names free in every scope of ``model``."""
+    before, names = set(defined_names(alone.graph)), Names(defined_names(model.graph))
+    fresh = {name: names.fresh(name) for name in _defined(fused.graph) if name not in before}
+    _rename(fused.graph, fresh)
+    for node in fused.graph.node:
+        if node.name and node.name not in before:
+            node.name = names.fresh(node.name)
+    own = {t.name for t in body.initializer}
+    outside = {t.name for t in alone.graph.initializer} - own
+    kept = [t for t in fused.graph.initializer if t.name not in outside]
+    for group, new in (
+        (body.node, fused.graph.node), (body.initializer, kept), (body.value_info, fused.graph.value_info),
+    ):  # fmt: skip
+        new = list(new)
+        del group[:]
+        group.extend(new)
+
+
+def merged(report: Report, inner: list[tuple[str, Report]]) -> Report:
+    """``report`` with what was done in bodies, each place named after the operator that holds it."""
+    for where, found in inner:
+        if not found.changed:
+            continue
+        for name, times in found.passes.items():
+            report.passes[name] = report.passes.get(name, 0) + times
+        report.rewrites += [replace(r, where=f"{where}/{r.where}") for r in found.rewrites]
+        report.kept += [replace(k, where=f"{where}/{k.where}") for k in found.kept]
+        report.failed += [replace(f, where=f"{where}/{f.where}") for f in found.failed]
+        if report.certificate is None:
+            report.certificate = found.certificate
+        elif found.certificate is not None:
+            report.certificate = replace(
+                report.certificate,
+                equal=report.certificate.equal + found.certificate.equal,
+                undecided=(*report.certificate.undecided, *found.certificate.undecided),
+                rolled_back=report.certificate.rolled_back + found.certificate.rolled_back,
+                units=max(report.certificate.units, found.certificate.units),
+                bound=max(report.certificate.bound, found.certificate.bound),
+                seconds=report.certificate.seconds + found.certificate.seconds,
+            )
+    return report
