@@ -107,8 +107,22 @@ def agree(original: Value, emitted: Value, precision: Precision) -> Agreement:
         for e, grid in zip(source.extents, grids, strict=True)
     ):
         at_these = _agree(original, emitted, precision, fixed=True)
-        return at_these if at_these.verdict == "equal" or found.verdict == "undecided" else found
+        found = at_these if at_these.verdict == "equal" or found.verdict == "undecided" else found
+    if found.verdict == "equal" and (reason := _refusal(original, emitted)):
+        return Agreement("undecided", found.units, found.bound, reason)
     return found
+
+
+def _refusal(original: Value, emitted: Value) -> str:
+    """Why the second may refuse an input that the first takes; empty where it does not."""
+    if emitted.filled and not original.filled:
+        return "the result refuses inputs without elements"
+    for axis, need in enumerate(emitted.needs):
+        admitted = original.needs[axis] if axis < len(original.needs) else 0
+        sizes = {s.extents[axis].known for s in emitted.grids}
+        if need > admitted and any(size is None or size <= need for size in sizes):
+            return "the result refuses small inputs"
+    return ""
 
 
 def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -> Agreement:

@@ -8,7 +8,7 @@ what replaces a node says in its metadata which one (`STANDS_FOR`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -443,6 +443,9 @@ class _Side:
         random = node.name if drawn else ""
         around = self.memory.events.get(name, ())
         return (node.op, target if isinstance(target, int | str) else id(target), key, random, around)
+
+    def unread(self, met: Collection[str]) -> Sequence[str]:
+        return ()
 
     def mixes(self, name: str) -> bool:
         call = described(self.nodes[name], self.module)

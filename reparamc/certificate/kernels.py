@@ -21,6 +21,7 @@ from reparamc.certificate.normal_form import (
     Value,
     Vector,
     Where,
+    needed,
     promoted,
     spread_extent,
     summed,
@@ -87,8 +88,9 @@ def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
     base = list(value.base)
     for axis_, s, d in zip(kernel.axes, kernel.stride, kernel.delta, strict=True):
         base[axis_] = _extent_behind(base[axis_], s, d)
+    needs = needed(value.needs, *(tuple(g.delta for g in of) for of in grids.values()), (0,) * len(base))
     resized = with_channels(
-        replace(value, grids=grids, blocks=tuple(blocks), vectors=summed(parts)), len(kernel.weight), axis
+        replace(value, grids=grids, blocks=tuple(blocks), vectors=summed(parts), needs=needs), len(kernel.weight), axis
     )
     assert value.channel is not None
     base[value.channel] = Extent(len(kernel.weight))

@@ -98,7 +98,9 @@ def _moved(value: Value, view: View, at: int | None, behind: View | None) -> Val
     blocks = tuple(replace(b, source=moved[b.source], taps=(trivial,)) for b in value.blocks)
     stays = identity_view(base) if behind is None else behind
     loose = frozenset(range(len(base)) if value.loose else ())
-    return Value(base, at, dict.fromkeys(moved.values(), grids), blocks, value.vectors, stays, loose, value.meter)
+    needs = (max(value.needs, default=0),) * len(base)
+    grids = dict.fromkeys(moved.values(), grids)
+    return Value(base, at, grids, blocks, value.vectors, stays, loose, value.meter, needs, value.filled)
 
 
 def _unshuffled(value: Value) -> Value:

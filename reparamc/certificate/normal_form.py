@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,6 +139,8 @@ class Value:
             of one row and column.
         grids: one `Grid` for each axis of ``base``, by source.
         loose: axes of ``base`` along which a term of a sum may be repeated, at some input sizes.
+        needs: for each axis of ``base``, a source is refused where its extent less 1 is below this.
+        filled: whether sources without elements are refused.
         meter: counts what is done with the value.
     """
 
@@ -149,6 +152,8 @@ class Value:
     view: View
     loose: frozenset[int] = frozenset()
     meter: Meter = UNLIMITED
+    needs: tuple[int, ...] = ()
+    filled: bool = False
 
     @property
     def channels(self) -> int:
@@ -320,8 +325,40 @@ def added(terms: Sequence[Value]) -> Value:
             grids=grids_of_sum(total.grids, term.grids),
             blocks=_collected(total.blocks + term.blocks, total.meter),
             vectors=summed(total.vectors.items(), term.vectors.items()),
+            needs=needed(total.needs, term.needs),
+            filled=total.filled or term.filled,
         )
     return total
+
+
+class Span(NamedTuple):
+    """The magnitudes that a value has for sources of magnitude 1.
+
+    Attributes:
+        largest: an upper bound of its coefficients.
+        least: that of the part with the smallest, leaving out zeros.
+        added: the largest number that is added.
+    """
+
+    largest: float
+    least: float
+    added: float
+
+    @property
+    def is_ordinary(self) -> bool:
+        return self.largest <= 16 and self.least >= 2.0**-6 and self.added <= 256
+
+
+def span(value: Value) -> Span:
+    with np.errstate(all="ignore"):
+        sizes = [float(np.abs(b.left).max(initial=0.0) * np.abs(b.weight).max(initial=0.0)) for b in value.blocks]
+        added = max((float(np.abs(v.value).max(initial=0.0)) for v in value.vectors.values()), default=0.0)
+    return Span(max(sizes, default=1.0), min((s for s in sizes if s), default=1.0), added)
+
+
+def needed(*needs: tuple[int, ...]) -> tuple[int, ...]:
+    """What all of several values need of their sources."""
+    return tuple(max(n) for n in zip_longest(*needs, fillvalue=0))
 
 
 FEW = 16
@@ -426,7 +463,10 @@ def stacked(terms: Sequence[Value], axis: int) -> Value:
             vectors.append((where, v.mapped(lambda a, at=at: np.pad(a, (at, total - at - len(a))))))
         at += t.channels
     loose = frozenset(i for t in whole for i in t.loose)  # what is stacked has one extent, or nothing runs
-    stack = replace(first, grids=grids, blocks=tuple(blocks), vectors=summed(vectors), loose=loose)
+    stack = replace(
+        first, grids=grids, blocks=tuple(blocks), vectors=summed(vectors), loose=loose,
+        needs=needed(*(t.needs for t in whole)), filled=any(t.filled for t in whole),
+    )  # fmt: skip
     return with_channels(stack, total, axis)
 
 

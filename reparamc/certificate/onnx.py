@@ -6,10 +6,11 @@ functions and other domains are atoms, and so is all that is not listed in `READ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from math import prod
 
 import numpy as np
+import onnx
 from onnx import ModelProto, NodeProto, ValueInfoProto, numpy_helper
 
 import reparamc.certificate.normal_form as nf
@@ -49,7 +50,10 @@ def certify_onnx(original: ModelProto, result: ModelProto) -> Certificate:
     stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
     outputs = [(o.name, o.name) for o in result.graph.output]
     parameters = sum(prod(t.dims) for t in original.graph.initializer)
-    return certify(before, after, outputs, stands_for, after.precision, _outside(original, result), parameters)
+    outside = [*_outside(original, result), *after.stored.idle()]
+    if not after.shapes.is_strict and Shapes(original).is_strict:
+        outside.append(Window("graph", "undecided", reason="shape inference refuses the result alone"))
+    return certify(before, after, outputs, stands_for, after.precision, outside, parameters)
 
 
 def _keep_freed_blocks() -> None:
@@ -187,6 +191,10 @@ class _Side:
         kind = ("gathered", node.op_type, weight.shape[2:], tuple(sorted(attributes)))
         return Opened(kind, [node.input[0]], leaf, finish)
 
+    def unread(self, met: Collection[str]) -> Sequence[str]:
+        met = set(met)
+        return [name for name in self.order if met.isdisjoint(self.producers[name][0].output)]
+
     def mixes(self, name: str) -> bool:
         return name in self.producers and self.producers[name][0].op_type in MIXING
 
@@ -204,6 +212,8 @@ class _Side:
         reader = READERS.get(node.op_type) if node.domain in ("", "ai.onnx") or is_convolution(node) else None
         if reader is None or self.dtype(name) is None or self.opset < OLDEST:
             raise Unrepresentable(f"{node.op_type} is not affine")
+        if node.domain in ("", "ai.onnx") and not _has_schema(node, self.opset):
+            raise Unrepresentable(f"{node.op_type} has attributes or operands that the standard does not know")
         return self._with_doubts(node, reader(Call(self, node, at, of)))
 
     def _with_doubts(self, node: NodeProto, value: Value) -> Value:
@@ -220,6 +230,16 @@ class _Side:
     def precision(self, name: str) -> Precision:
         dtype = self.dtype(name)
         return PRECISIONS["float32" if dtype is None else dtype.name]
+
+
+def _has_schema(node: NodeProto, opset: int) -> bool:
+    """Whether the standard knows all attributes of an operator, and so many operands."""
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset)
+    except onnx.defs.SchemaError:
+        return False
+    known = all(a.name in schema.attributes for a in node.attribute)
+    return known and schema.min_input <= len(node.input) <= schema.max_input
 
 
 def _captured(node: NodeProto) -> list[str]:

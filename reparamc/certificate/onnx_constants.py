@@ -11,6 +11,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, nump
 from reparamc.certificate.axes import Unrepresentable
 from reparamc.certificate.normal_form import Array
 from reparamc.certificate.onnx_shapes import Shapes, attribute
+from reparamc.certificate.proof import Window
 
 RANDOM = {
     "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
@@ -141,6 +142,17 @@ class Constants:
             else:
                 self._compute(node)
         return self._arrays[name]
+
+    def idle(self) -> list[Window]:
+        """Constants that nothing reads, and that cannot be computed."""
+        read = {name for node in self.model.graph.node for name in node.input}
+        found = []
+        for name in self.names - read - self.tensors.keys():
+            try:
+                self.array(name)
+            except Unrepresentable as error:
+                found.append(Window(name, "undecided", reason=str(error)))
+        return found
 
     def _compute(self, node: NodeProto) -> None:
         """Enter what a node makes of constants."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import Protocol, cast
@@ -58,15 +59,43 @@ class Call:
         found = None if name is None else self.side.constant(name)
         if found is None:
             raise Unrepresentable("a parameter is computed at run time")
-        if found.dtype.kind not in "iub" and found.dtype != self.side.dtype(self.node.output[self.at]):
+        return found
+
+    def vector(self, position: int) -> list[int]:
+        """Whole numbers in a row."""
+        found = self.constant(position)
+        if found.ndim != 1 or found.dtype not in (np.int64, np.int32):
+            raise Unrepresentable("axes, bounds or extents that are no vector of whole numbers")
+        return [int(n) for n in found]
+
+    def optional_vector(self, position: int) -> list[int] | None:
+        return None if self.name(position) is None else self.vector(position)
+
+    def parameter(self, position: int) -> Array:
+        """A constant of the dtype of the result."""
+        found = self.constant(position)
+        if found.dtype != self.side.dtype(self.node.output[self.at]):
             raise Unrepresentable("a parameter has another dtype than the result")
         return found
 
     def optional(self, position: int) -> Array | None:
         return None if self.name(position) is None else self.constant(position)
 
+    def optional_parameter(self, position: int) -> Array | None:
+        return None if self.name(position) is None else self.parameter(position)
+
     def integer(self, key: str, default: int = 0) -> int:
         return cast(int, attribute(self.node, key, default))
+
+    def flag(self, key: str, default: int = 0) -> bool:
+        """An attribute that is 0 or 1; runtimes do not agree on other numbers."""
+        value = self.integer(key, default)
+        if value not in (0, 1):
+            raise Unrepresentable(f"{key} is neither 0 nor 1")
+        return value == 1
+
+    def axis(self, rank: int, default: int = 0) -> int:
+        return within(self.integer("axis", default), rank)
 
     def integers(self, key: str, default: Sequence[int]) -> list[int]:
         return list(cast("Sequence[int]", attribute(self.node, key, default)))
@@ -75,19 +104,50 @@ class Call:
         return cast(bytes, attribute(self.node, key, default.encode())).decode()
 
 
+def within(axis: int, rank: int) -> int:
+    """An axis counted from the start.
+
+    Raises:
+        Unrepresentable: there is no such axis.
+    """
+    if not -rank <= axis < rank:
+        raise Unrepresentable("an axis that is not there")
+    return axis % rank
+
+
+def _axes_within(axes: Sequence[int], rank: int) -> list[int]:
+    """Different axes, counted from the start."""
+    found = [within(a, rank) for a in axes]
+    if len(set(found)) != len(found):
+        raise Unrepresentable("an axis is named twice")
+    return found
+
+
 # Kernels
+
+
+def _checked(call: Call, n: int, pads: Sequence[int], *steps: Sequence[int]) -> None:
+    """Raise unless a kernel over ``n`` axes has pads and steps that every runtime takes."""
+    if len(pads) != 2 * n or min(pads, default=0) < 0 or any(len(s) != n or min(s, default=1) < 1 for s in steps):
+        raise Unrepresentable("pads, strides or dilations that do not fit the kernel")
+    if attribute(call.node, "pads") is not None and call.text("auto_pad", "NOTSET") != "NOTSET":
+        raise Unrepresentable("pads beside auto_pad")
 
 
 def _geometry(call: Call, kernel: Sequence[int], x: Value) -> tuple[list[int], list[int], list[int], list[int]]:
     """Stride, dilation, and padding before and behind."""
     n = len(kernel)
     stride, dilation = call.integers("strides", [1] * n), call.integers("dilations", [1] * n)
-    auto = call.text("auto_pad", "NOTSET")
+    auto, pads = call.text("auto_pad", "NOTSET"), call.integers("pads", [0] * 2 * n)
+    _checked(call, n, pads, stride, dilation)
     if auto == "NOTSET":
-        pads = call.integers("pads", [0] * 2 * n)
         return stride, dilation, pads[:n], pads[n:]
     if auto == "VALID":
         return stride, dilation, [0] * n, [0] * n
+    if auto not in ("SAME_UPPER", "SAME_LOWER") or x.rank != n + 2:
+        raise Unrepresentable("auto_pad is none of the four")
+    if any(d > 1 for d in dilation):
+        raise Unrepresentable("runtimes do not take auto_pad beside dilations")
     begin, end = [], []
     for extent, k, s, d in zip(x.extents[2:], kernel, stride, dilation, strict=True):
         reach = d * (k - 1)
@@ -123,17 +183,29 @@ def _convolution(
 
 
 def _weight(call: Call) -> Array:
-    weight = call.constant(1)
+    weight = call.parameter(1)
     extents = list(weight.shape[2:])
+    if weight.ndim < 3 or not weight.size:
+        raise Unrepresentable("a kernel without axes or elements")
     if call.integers("kernel_shape", extents) != extents:
         raise Unrepresentable("the kernel_shape of a convolution contradicts its weight")
     return weight
 
 
 def _read_conv(call: Call) -> Value:
-    x, weight, bias = call.value(), _weight(call), call.optional(2)
-    y = _convolution(x, weight, call.integer("group", 1), _geometry(call, weight.shape[2:], x))
+    x, weight, groups = call.value(), _weight(call), call.integer("group", 1)
+    bias = _bias(call, weight.shape[0])
+    if groups < 1 or weight.shape[0] % groups or x.extents[1].known != weight.shape[1] * groups:
+        raise Unrepresentable("groups that do not fit the channels")
+    y = _convolution(x, weight, groups, _geometry(call, weight.shape[2:], x))
     return y if bias is None else nf.shifted(y, bias, 1)
+
+
+def _bias(call: Call, channels: int) -> Array | None:
+    bias = call.optional_parameter(2)
+    if bias is not None and bias.shape != (channels,):
+        raise Unrepresentable("a bias that does not fit the channels")
+    return bias
 
 
 def is_convolution(node: NodeProto) -> bool:
@@ -143,9 +215,12 @@ def is_convolution(node: NodeProto) -> bool:
 
 def weighted(call: Call, gathered: Value) -> Value:
     """What a convolution makes of what it gathers: for each channel that it reads, all taps, one after the other."""
-    weight, bias, groups = _weight(call), call.optional(2), call.integer("group", 1)
+    weight, groups = _weight(call), call.integer("group", 1)
     rows = _turned(weight, groups) if call.node.op_type == "ConvTranspose" else weight
     rows = rows.reshape(len(rows), -1)
+    bias = _bias(call, len(rows))
+    if groups < 1 or len(rows) % groups or gathered.extents[1].known != rows.shape[1] * groups:
+        raise Unrepresentable("groups that do not fit the channels")
     first = nk.grouped_first(len(rows), rows.shape[1], groups)
     y = nk.convolved(gathered, Kernel(rows[:, :, None], first, ((),), (), (), ()), 1)
     return y if bias is None else nf.shifted(y, bias, 1)
@@ -159,14 +234,20 @@ def _turned(weight: Array, groups: int) -> Array:
 
 
 def _read_conv_transpose(call: Call) -> Value:
-    x, weight, bias = call.value(), _weight(call), call.optional(2)
+    x, weight, groups = call.value(), _weight(call), call.integer("group", 1)
     kernel = weight.shape[2:]
-    n, groups = len(kernel), call.integer("group", 1)
+    n = len(kernel)
+    bias = _bias(call, weight.shape[1] * groups)
+    if groups < 1 or weight.shape[0] % groups or x.extents[1].known != weight.shape[0] or x.rank != n + 2:
+        raise Unrepresentable("groups that do not fit the channels")
     if attribute(call.node, "output_shape") or call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise Unrepresentable("the padding follows from a wanted output shape")
     stride, dilation = call.integers("strides", [1] * n), call.integers("dilations", [1] * n)
     pads, extra = call.integers("pads", [0] * 2 * n), call.integers("output_padding", [0] * n)
     axes = tuple(range(2, 2 + n))
+    _checked(call, n, pads, stride, dilation)
+    if len(extra) != n or any(not 0 <= e < max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
+        raise Unrepresentable("an output_padding that does not fit the kernel")
     if any(s > 1 for s in stride):
         x = nk.spread(x, axes, stride)
     # What is written at offset o of an input position is read at offset -o of an output position.
@@ -182,10 +263,14 @@ def _read_conv_transpose(call: Call) -> Value:
 
 def _read_average_pool(call: Call) -> Value:
     x, kernel = call.value(), call.integers("kernel_shape", [])
+    if not kernel or min(kernel) < 1:
+        raise Unrepresentable("a pooling without a window")
     geometry = _geometry(call, kernel, x)
-    if call.integer("ceil_mode"):
+    if any(p >= k for pads in geometry[2:] for p, k in zip(pads, kernel, strict=True)):
+        raise Unrepresentable("pads as large as the window of a pooling")
+    if call.flag("ceil_mode"):
         raise Unrepresentable("the last window of a pooling may hang over")
-    if any(geometry[2] + geometry[3]) and not call.integer("count_include_pad"):
+    if any(geometry[2] + geometry[3]) and not call.flag("count_include_pad"):
         raise Unrepresentable("a pooling divides by fewer elements at the border")
     stride, dilation, begin, end = geometry
     for axis, k, s, d, b, e in zip(range(2, x.rank), kernel, stride, dilation, begin, end, strict=True):
@@ -202,11 +287,13 @@ def _read_pad(call: Call) -> Value:
     x = call.value()
     if call.text("mode", "constant") != "constant":
         raise Unrepresentable("a padding repeats what stands at the border")
-    amounts = call.optional(1)
-    fill, given = call.optional(2), call.optional(3)
-    pads = call.integers("pads", []) if amounts is None else [int(n) for n in amounts]
+    amounts = call.optional_vector(1)
+    fill, given = call.optional_parameter(2), call.optional_vector(3)
+    pads = call.integers("pads", []) if amounts is None else amounts
     value = cast(float, attribute(call.node, "value", 0.0)) if fill is None else float(fill.reshape(-1)[0])
-    over = list(range(x.rank)) if given is None else [int(a) % x.rank for a in given]
+    over = list(range(x.rank)) if given is None else _axes_within(given, x.rank)
+    if len(pads) != 2 * len(over):
+        raise Unrepresentable("pads that do not fit the axes")
     begin, end = pads[: len(pads) // 2], pads[len(pads) // 2 :]
     wanted = [(a, b, e) for a, b, e in zip(over, begin, end, strict=True) if (b, e) != (0, 0)]
     if any(a < 2 for a, _, _ in wanted):
@@ -230,7 +317,7 @@ def _slab(written: Array) -> tuple[int, int, bool]:
 
 def _read_scatter(call: Call) -> Value:
     """Constants written over the first or the last positions along one axis: how exporters spell an assignment."""
-    x, where, what = call.value(), call.constant(1), call.constant(2)
+    x, where, what = call.value(), call.constant(1), call.parameter(2)
     shape = tuple(e.known for e in x.extents)
     if call.text("reduction", "none") != "none" or None in shape or where.ndim < 1 or x.rank < 3:
         raise Unrepresentable("elements are written one by one")
@@ -259,16 +346,18 @@ def _read_scatter(call: Call) -> Value:
 
 
 def _read_gemm(call: Call) -> Value:
-    if call.integer("transA"):
+    if call.flag("transA"):
         raise Unrepresentable("Gemm with transA mixes the batch")
-    x, weight, bias = call.value(), call.constant(1), call.optional(2)
+    x, weight, bias = call.value(), call.parameter(1), call.optional_parameter(2)
+    if x.rank != 2 or weight.ndim != 2:
+        raise Unrepresentable("Gemm of what is no matrix")
     alpha, beta = (cast(float, attribute(call.node, key, 1.0)) for key in ("alpha", "beta"))
-    y = nk.mixed(x, weight if call.integer("transB") else weight.T, 1)
+    y = nk.mixed(x, weight if call.flag("transB") else weight.T, 1)
     if alpha != 1:
         y = nf.scaled(y, alpha)
     if bias is None:
         return y
-    if bias.ndim == 2 and bias.shape[0] != 1:
+    if bias.ndim > 2 or (bias.ndim == 2 and bias.shape[0] != 1) or bias.size not in (1, y.extents[1].known):
         raise Unrepresentable("a bias that varies along the batch")
     bias = bias.astype(np.float64).reshape(-1) * beta
     return nf.shifted(y, bias[0]) if bias.size == 1 else nf.shifted(y, bias, 1)
@@ -276,10 +365,10 @@ def _read_gemm(call: Call) -> Value:
 
 def _read_matmul(call: Call) -> Value:
     if call.is_constant(1):
-        x, weight = call.value(0), call.constant(1)
+        x, weight = call.value(0), call.parameter(1)
         axis, weight = x.rank - 1, weight.T
     else:
-        x, weight = call.value(1), call.constant(0)
+        x, weight = call.value(1), call.parameter(0)
         axis = x.rank - 2
     if weight.ndim != 2 or axis < 0:
         raise Unrepresentable("a stack of matrices")
@@ -295,7 +384,10 @@ def _read_batchnorm(call: Call) -> Value:
     if call.side.opset < 9 and call.integer("spatial", 1) != 1:
         raise Unrepresentable("BatchNormalization over positions")
     x = call.value()
-    gamma, beta, mean, var = (call.constant(i).astype(np.float64) for i in range(1, 5))
+    parameters = [call.parameter(i).astype(np.float64) for i in range(1, 5)]
+    if x.rank < 2 or any(p.shape != (x.extents[1].known,) for p in parameters):
+        raise Unrepresentable("statistics that do not fit the channels")
+    gamma, beta, mean, var = parameters
     eps = float(np.float32(cast(float, attribute(call.node, "epsilon", 1e-5))))
     with np.errstate(all="ignore"):
         factor = gamma / np.sqrt(var + eps)
@@ -312,7 +404,7 @@ def _read_arithmetic(call: Call) -> Value:
         second = call.value(1)
         return nf.added([call.value(0), nf.scaled(second, -1.0) if op == "Sub" else second])
     side = 1 if fixed[1] else 0
-    x, constant = call.value(1 - side), call.constant(side).astype(np.float64)
+    x, constant = call.value(1 - side), call.parameter(side).astype(np.float64)
     axis = _along(constant, x)
     if op == "Div" and side == 0:
         raise Unrepresentable("a division by a value")
@@ -365,22 +457,22 @@ def _read_dropout(call: Call) -> Value:
 
 def _read_concat(call: Call) -> Value:
     terms = [call.value(i) for i in range(len(call.node.input))]
-    return nf.stacked(terms, call.integer("axis", 1) % terms[0].rank)
+    return nf.stacked(terms, call.axis(terms[0].rank, 1))
 
 
 def _read_split(call: Call) -> Value:
     x = call.value()
-    axis = call.integer("axis", 0) % x.rank
+    axis = call.axis(x.rank)
     width = x.extents[axis].known
-    given = call.optional(1)
-    sizes = call.integers("split", []) if given is None else [int(n) for n in given]
+    given = call.optional_vector(1)
+    sizes = call.integers("split", []) if given is None else given
     if width is None:
         raise Unrepresentable("the extent that is split is unknown")
     if not sizes:
         parts = len(call.node.output)
         each = -(-width // parts)
         sizes = [min(each, width - each * i) for i in range(parts)]
-    if min(sizes) < 0 or sum(sizes) != width:
+    if min(sizes) < 0 or sum(sizes) != width or len(sizes) != len(call.node.output):
         raise Unrepresentable("a split into parts that do not add up")
     start = sum(sizes[: call.at])
     return nl.selected(x, range(start, start + sizes[call.at]), axis)
@@ -392,23 +484,25 @@ def _read_slice(call: Call) -> Value:
         starts, ends = call.integers("starts", []), call.integers("ends", [])
         axes, steps = call.integers("axes", range(len(starts))), [1] * len(starts)
     else:
-        starts, ends = ([int(n) for n in call.constant(i)] for i in (1, 2))
-        given = [call.optional(i) for i in (3, 4)]
-        axes = list(range(len(starts))) if given[0] is None else [int(n) for n in given[0]]
-        steps = [1] * len(starts) if given[1] is None else [int(n) for n in given[1]]
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        width = x.extents[axis % x.rank].known
+        starts, ends = (call.vector(i) for i in (1, 2))
+        axes, steps = (call.optional_vector(i) for i in (3, 4))
+        axes = list(range(len(starts))) if axes is None else axes
+        steps = [1] * len(starts) if steps is None else steps
+    for axis, start, end, step in zip(_axes_within(axes, x.rank), starts, ends, steps, strict=True):
+        width = x.extents[axis].known
         if step < 0 and width is not None and (start < -width or end >= width):
             # The standard, its reference implementation and ONNX Runtime do not agree on what is clamped to what.
             raise Unrepresentable("a slice in reverse, of which an end is out of range")
-        x = nk.sliced(x, axis % x.rank, start, end, step)
+        x = nk.sliced(x, axis, start, end, step)
     return x
 
 
 def _read_gather(call: Call) -> Value:
     x, index = call.value(), call.constant(1)
-    axis = call.integer("axis", 0) % x.rank
+    axis = call.axis(x.rank)
     width = x.extents[axis].known
+    if width is not None and index.size and not -width <= int(index.min()) <= int(index.max()) < width:
+        raise Unrepresentable("a gather of what is not there")
     if width is None or index.ndim > 1:
         raise Unrepresentable("a gather by a table, or along an unknown extent")
     places = [int(i) % width for i in index.reshape(-1)]
@@ -420,18 +514,25 @@ def _read_gather(call: Call) -> Value:
 
 def _read_transpose(call: Call) -> Value:
     x = call.value()
-    return nl.permuted(x, call.integers("perm", range(x.rank)[::-1]))
+    perm = call.integers("perm", range(x.rank)[::-1])
+    if sorted(perm) != list(range(x.rank)):
+        raise Unrepresentable("a transpose by what is no permutation")
+    return nl.permuted(x, perm)
 
 
 def _read_reshape(call: Call) -> Value:
     x = call.value()
     if call.is_constant(1) or call.side.opset < 5:
-        given = [int(n) for n in call.constant(1)] if call.side.opset >= 5 else call.integers("shape", [])
-        zero_is_zero = call.integer("allowzero")
+        given = call.vector(1) if call.side.opset >= 5 else call.integers("shape", [])
+        zero_is_zero = call.flag("allowzero")
+        if any(n < -1 or (n == 0 and not zero_is_zero and i >= x.rank) for i, n in enumerate(given)):
+            raise Unrepresentable("a reshape to extents that are not there")
         target = [
             None if n == -1 else x.extents[i] if n == 0 and not zero_is_zero else Extent(n) for i, n in enumerate(given)
         ]
-        return nl.regrouped(x, target)
+        y = nl.regrouped(x, target)
+        # What is left of no elements cannot be told, and is refused.
+        return replace(y, filled=True) if None in target and any(e is not None and e.symbols for e in target) else y
     return nl.regrouped(x, _inferred(call, x))
 
 
@@ -447,6 +548,8 @@ def _inferred(call: Call, x: Value) -> list[Extent | None]:
 def _read_flatten(call: Call) -> Value:
     x = call.value()
     axis = call.integer("axis", 1)
+    if not -x.rank <= axis <= x.rank:
+        raise Unrepresentable("an axis that is not there")
     axis = axis + x.rank if axis < 0 else axis
     front, back = Extent(), Extent()
     for i, e in enumerate(x.extents):
@@ -455,9 +558,9 @@ def _read_flatten(call: Call) -> Value:
 
 
 def _axes(call: Call) -> list[int] | None:
-    given = call.optional(1)
+    given = call.optional_vector(1)
     if given is not None:
-        return [int(n) for n in given.reshape(-1)]
+        return given
     return cast("list[int] | None", attribute(call.node, "axes"))
 
 
@@ -465,7 +568,7 @@ def _read_squeeze(call: Call) -> Value:
     x, axes = call.value(), _axes(call)
     if axes is None:
         raise Unrepresentable("a squeeze of all axes of extent 1")
-    gone = {a % x.rank for a in axes}
+    gone = set(_axes_within(axes, x.rank))
     if any(x.extents[a] != Extent() for a in gone):
         raise Unrepresentable("a squeeze of an unknown extent")
     return nl.regrouped(x, [e for i, e in enumerate(x.extents) if i not in gone])
@@ -476,7 +579,7 @@ def _read_unsqueeze(call: Call) -> Value:
     if axes is None:
         raise Unrepresentable("Unsqueeze without axes")
     rank = x.rank + len(axes)
-    new, rest = {a % rank for a in axes}, iter(x.extents)
+    new, rest = set(_axes_within(axes, rank)), iter(x.extents)
     return nl.regrouped(x, [Extent() if i in new else next(rest) for i in range(rank)])
 
 
@@ -486,10 +589,10 @@ def _read_mean(call: Call) -> Value:
         return nl.averaged(x, range(2, x.rank), keep=True)
     axes = _axes(call)
     if not axes:
-        if call.integer("noop_with_empty_axes"):
+        if call.flag("noop_with_empty_axes"):
             return x
         raise Unrepresentable("a mean over all axes")
-    return nl.averaged(x, [a % x.rank for a in axes], bool(call.integer("keepdims", 1)))
+    return nl.averaged(x, _axes_within(axes, x.rank), call.flag("keepdims", 1))
 
 
 READERS: dict[str, Callable[[Call], Value]] = {

@@ -74,14 +74,14 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
     return found
 
 
-def _inferred(light: ModelProto) -> ModelProto:
-    """``light`` with what inference tells; without that where it finds a contradiction."""
+def _inferred(light: ModelProto) -> tuple[ModelProto, bool]:
+    """``light`` with what inference tells, and whether it has no objection; as it is where it finds a contradiction."""
     for options in ({"strict_mode": True, "data_prop": True}, {}):
         try:
-            return onnx.shape_inference.infer_shapes(light, **options)
+            return onnx.shape_inference.infer_shapes(light, **options), bool(options)
         except onnx.shape_inference.InferenceError:
             continue
-    return light
+    return light, False
 
 
 def _tell_ranks(light: ModelProto) -> bool:
@@ -128,9 +128,10 @@ class Shapes:
         typed: Mapping[str, Typed] | None = None,
     ) -> None:
         light = outline(model, stored or {}, typed or {})
-        light = _inferred(light)
+        light, self.is_strict = _inferred(light)
+        """Also, whether inference has no objection."""
         if _tell_ranks(light):
-            light = _inferred(light)
+            light, self.is_strict = _inferred(light)
         self._types: dict[str, TypeProto.Tensor] = {}
         for values in (declared, light.graph.value_info, light.graph.output, light.graph.input):
             self._types.update((v.name, v.type.tensor_type) for v in values if v.type.HasField("tensor_type"))

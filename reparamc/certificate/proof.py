@@ -21,7 +21,7 @@ import numpy as np
 from reparamc.certificate.agreement import Agreement, Precision, agree
 from reparamc.certificate.axes import Unrepresentable
 from reparamc.certificate.budget import BLOCK, LEAST, PER_PARAMETER, TAP, Exceeded, Meter
-from reparamc.certificate.normal_form import Array, Value, Vector, promoted
+from reparamc.certificate.normal_form import Array, Value, Vector, promoted, span
 from reparamc.errors import VerificationError
 
 Keep = Callable[[set[str]], "Certificate"]
@@ -109,6 +109,10 @@ class Side(Protocol):
 
     def opened(self, name: str) -> Opened | None:
         """The operator of ``name``, which is none that is known, as one that ends in a known matrix of channels."""
+        ...
+
+    def unread(self, met: Collection[str]) -> Sequence[str]:
+        """The results of operators that give none of ``met``, and might refuse to run."""
         ...
 
     def mixes(self, name: str) -> bool:
@@ -223,8 +227,15 @@ def certify(
     for before, after in outputs:
         if stands_for.get(after) != before and not proof.same_constant(before, after):
             windows.append(proof.window(before, after, precision(after)))
+    windows += proof.unread()
     return Certificate(tuple(windows), congruent, perf_counter() - start)
 
+
+WIDE, NARROW, FEW_DIGITS = 2.0**30, 2.0**4, 2.0**-11
+"""How far numbers on the way may leave the range of the original's: by a lot, or by little where there are few bits."""
+
+ADDED = 2.0**8
+"""And how much larger may be what is added, which takes as many digits from all the rest."""
 
 MOST_TRIES = 16
 """How often the leaves of a window are expanded further until both graphs have the same."""
@@ -324,6 +335,15 @@ class _Proof:
             dict(stands_for),
         )
         self.position = {name: at for at, name in enumerate(original.order)}
+        self.last: list[list[Value]] = [[], []]
+        """What the latest expansion of each graph went through, the result at the end."""
+        self.met: set[str] = set()
+        """The tensors of the emitted graph that some proof is about."""
+
+    def unread(self) -> list[Window]:
+        """Operators of the emitted graph that no proof is about: nothing depends on them, but they may not run."""
+        left = self.sides[1].unread(self.met)
+        return [Window(name, "undecided", reason="nothing depends on it, but it may not run") for name in left]
 
     def same_constant(self, before: str, after: str) -> bool:
         try:
@@ -342,6 +362,7 @@ class _Proof:
         """What is found of two tensors; None where they are congruent."""
         try:
             if self.is_congruent(before, after):
+                self.met.add(after)
                 return None
         except Exception as error:
             return _stopped(before, error)
@@ -349,6 +370,7 @@ class _Proof:
 
     def window(self, before: str, after: str, precision: Precision) -> Window:
         """Compare two tensors: joint by joint if that succeeds, else as functions of cuts alone."""
+        self.met.update(self._reached(1, after, set()))
         try:
             self.meter.start()
             return self._jointed(before, after, precision) or self._whole(before, after, precision)
@@ -366,7 +388,7 @@ class _Proof:
             found = [*joints.found, agree(mine, other, precision)]
         except (Unrepresentable, _NoJoint):
             return None
-        if any(f.verdict != "equal" for f in found):
+        if any(f.verdict != "equal" for f in found) or self._doubt(atoms, precision):
             return None
         return Window(before, "equal", max(f.units for f in found), sum(f.bound for f in found), "", m, n)
 
@@ -386,7 +408,8 @@ class _Proof:
                 break
             seen = Window(before, found.verdict, found.units, found.bound, found.reason, m, n)
             if found.verdict == "equal":
-                return seen
+                reason = self._doubt(atoms, precision)
+                return replace(seen, verdict="undecided", reason=reason) if reason else seen
             apart = {s.leaf for s in mine.grids} ^ {s.leaf for s in other.grids}
             first, second = (_cuts_under(value, apart, atoms) for value in (mine, other))
             leaves, union = first ^ second, first | second
@@ -427,7 +450,10 @@ class _Proof:
         side, cuts = self.sides[which], self.cuts[which]
         values: dict[str, Value] = {}
         order: list[str] = []
-        for name in self._reached(which, root, through):
+        reached = self._reached(which, root, through)
+        if which == 1:
+            self.met.update(reached)
+        for name in reached:
             known_as = cuts.get(name)
             if not side.is_input(name) and (known_as is None or name == root or known_as in through):
                 order.append(name)
@@ -457,7 +483,30 @@ class _Proof:
                     joints.enter_as(whole[name], value)
             self.meter.spend(BLOCK * (len(value.blocks) + len(value.vectors)))
             values[name] = value
+        self.last[which] = [values[name] for name in order]
         return values[root], len(order)
+
+    def _doubt(self, atoms: Sequence[_Atom], precision: Precision) -> str:
+        """Why two that are one function may differ when they run: empty where they do not."""
+        if any(atom.name.startswith(_own(1, "")) for atom in atoms):
+            return "the result runs an operator that cancels, and that the original does not run"
+        return "numbers on the way are larger or smaller than before" if self._leaves_range(precision) else ""
+
+    def _leaves_range(self, precision: Precision) -> bool:
+        """Whether the emitted graph goes through numbers out of the range of those that the original goes through."""
+        after = [span(v) for v in self.last[1][:-1]]
+        if all(s.is_ordinary for s in after):
+            return False
+        before = [span(v) for v in self.last[0]]
+        few = precision.unit >= FEW_DIGITS  # so are exponents
+        largest = max(1.0, *(s.largest for s in before))
+        least = min(1.0, *(s.least for s in before))
+        return any(
+            s.largest > largest * (NARROW if few else WIDE)
+            or s.least < least / (NARROW if few else WIDE)
+            or s.added > ADDED * max(1.0, *(b.added for b in before), *(b.largest for b in before))
+            for s in after
+        )
 
     def _ends(self, which: int, order: Sequence[str]) -> dict[str, bool]:
         """Where joints may be: what kernels read (True), and what that is made of without another operand (False)."""
