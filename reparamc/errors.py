@@ -37,6 +37,10 @@ class VerificationError(ReparamcError, RuntimeError):
         return _verification_error, (str(self), self.where, self.before, self.after)
 
 
+class RecipeError(ReparamcError, ValueError):
+    """Rewrites that were found for one set of parameters do not hold for another."""
+
+
 class RewriteLimitError(ReparamcError, RuntimeError):
     """A set of rules does not terminate: a fault in a rewrite, not in the model."""
 

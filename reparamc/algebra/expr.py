@@ -416,14 +416,19 @@ def is_negation(e: Expr) -> bool:
     return isinstance(e, Scale) and not e.scale.ndim and e.scale == -1 and not np.any(e.shift)
 
 
-def arrays(e: Expr) -> tuple[Array, ...]:
-    """The parameters that ``e`` itself holds."""
+def array_fields(e: Expr) -> dict[str, Array]:
+    """The parameters that ``e`` itself holds, by the names of its fields."""
     match e:
         case Conv():
-            return (e.weight,) if e.bias is None else (e.weight, e.bias)
+            return {"weight": e.weight} | ({} if e.bias is None else {"bias": e.bias})
         case Scale():
-            return (e.scale, e.shift)
+            return {"scale": e.scale, "shift": e.shift}
         case BatchNorm():
-            return (e.gamma, e.beta, e.mean, e.var)
+            return {"gamma": e.gamma, "beta": e.beta, "mean": e.mean, "var": e.var}
         case _:
-            return ()
+            return {}
+
+
+def arrays(e: Expr) -> tuple[Array, ...]:
+    """The parameters that ``e`` itself holds."""
+    return tuple(array_fields(e).values())
