@@ -151,7 +151,7 @@ PIECES: list[Fault] = [
         "a piece that another selection reads as well", f"{PIECES_OF}_piece", result(only_scaled), onnx=overlapping,
         fx=projection(lambda x, c, n: (n((y := c(x))[:, :4]), y[:, 2:7].relu())),
     ),
-    fault("pieces along different axes", f"{ROUTE}Route._select", cut_to_nothing, onnx=rows),
+    fault("pieces along different axes", f"{ROUTE}ChannelMap._select", cut_to_nothing, onnx=rows),
     fault(
         "shift of a piece lost", f"{PIECES_OF}_in_front",
         scales_as(lambda scales: [(e, (s, 0 * t)) for e, (s, t) in scales]),
@@ -185,11 +185,11 @@ PIECES: list[Fault] = [
         onnx=halves(norm_of("q"), RELU), fx=projection(halved),
     ),
     fault(
-        "a factor of each channel of a head for one of each head", f"{ROUTE}Route.along", along_the_first,
+        "a factor of each channel of a head for one of each head", f"{ROUTE}ChannelMap.along", along_the_first,
         onnx=heads("k", f=numbers(4)),
     ),
     fault(
-        "heads in the order of the axes", f"{ROUTE}Route.through", in_order,
+        "heads in the order of the axes", f"{ROUTE}ChannelMap.through", in_order,
         onnx=lambda: onnx_model(
             [
                 node("MatMul", "x w", "c"), node("Reshape", "c s", "r"), node("Transpose", "r", "t", perm=[0, 1, 3, 2]),

@@ -1,7 +1,7 @@
 """Where the channels of a value are after it has been moved: reshaped into heads, transposed, cut into q, k and v.
 
 An index of a channel is a number with several digits once its axis is split: channel ``(3 h + i) d + j`` stands at
-``[..., h, i, j, ...]``. A `Route` holds for each combination of positions along these axes the channel that is there.
+``[..., h, i, j, ...]``. A `ChannelMap` holds for each combination of positions along these axes the channel that is there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from reparamc.algebra.shape import Dim, Shape, size
 
 
 @dataclass(frozen=True)
-class Route:
+class ChannelMap:
     """In a value of ``rank`` stands the channel ``channels[i, j, ...]`` at the positions i, j, ... along ``axes``."""
 
     channels: npt.NDArray[np.int64]
@@ -25,12 +25,12 @@ class Route:
     rank: int
 
     @staticmethod
-    def of(rank: int, axis: int, width: int) -> Route:
+    def of(rank: int, axis: int, width: int) -> ChannelMap:
         """That of a value which has not been moved yet."""
-        return Route(np.arange(width), (rank + axis,), rank)
+        return ChannelMap(np.arange(width), (rank + axis,), rank)
 
-    def through(self, e: Expr) -> Route | None:
-        """The route behind ``e``, a `Layout` or a `Select`; None where it mixes channels with something else."""
+    def through(self, e: Expr) -> ChannelMap | None:
+        """What it is after ``e``, a `Layout` or a `Select`; None where it mixes channels with something else."""
         match e:
             case Select():
                 return self._select(self.rank + e.axis, e.index)
@@ -61,19 +61,19 @@ class Route:
         ones[self.axes.index(axis)] = vector.size
         return np.broadcast_to(vector.reshape(ones), self.channels.shape)
 
-    def _select(self, axis: int, index: Ints) -> Route:
+    def _select(self, axis: int, index: Ints) -> ChannelMap:
         if axis not in self.axes:
             return self
         return replace(self, channels=self.channels.take(index, self.axes.index(axis)))
 
-    def _without(self, gone: Ints) -> Route:
+    def _without(self, gone: Ints) -> ChannelMap:
         """After axes ``gone``, of one position, have been dropped."""
         kept = [n for n, axis in enumerate(self.axes) if axis not in gone]
         channels = self.channels.reshape([self.channels.shape[n] for n in kept])
         axes = tuple(self.axes[n] - sum(a < self.axes[n] for a in gone) for n in kept)
-        return Route(channels, axes, self.rank - len(gone))
+        return ChannelMap(channels, axes, self.rank - len(gone))
 
-    def _reshape(self, before: Shape, after: Shape) -> Route | None:
+    def _reshape(self, before: Shape, after: Shape) -> ChannelMap | None:
         channels, axes = self.channels.transpose(np.argsort(self.axes)), sorted(self.axes)
         if len(before) != self.rank or any(before[a].known != n for a, n in zip(axes, channels.shape, strict=True)):
             return None
@@ -90,7 +90,7 @@ class Route:
                 return None
             found += new
             extents += known
-        return Route(channels.reshape(extents), tuple(found), len(after))
+        return ChannelMap(channels.reshape(extents), tuple(found), len(after))
 
 
 def regrouped(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reparamc.algebra.channel_map import Route
+from reparamc.algebra.channel_map import ChannelMap
 from reparamc.algebra.cost import cost
 from reparamc.algebra.evaluate import channel_axes, channels
 from reparamc.algebra.expr import (
@@ -249,8 +249,8 @@ class _Piece:
     scales: dict[Scale | BatchNorm, tuple[Array, Array]]
 
 
-def _start(expr: Expr, shape: Shape | None) -> Route | None:
-    """The route behind ``expr``, a value of ``shape``, from what it is before it is moved; None if that is unknown."""
+def _start(expr: Expr, shape: Shape | None) -> ChannelMap | None:
+    """Where the channels of ``expr``, a value of ``shape``, are: from what it is before it is moved; None if that is unknown."""
     core, moves = _core(expr)
     axis, width = channel_axes(expr)[core], channels(expr)[core]
     if axis is None or width is None:
@@ -259,26 +259,26 @@ def _start(expr: Expr, shape: Shape | None) -> Route | None:
         rank, _ = ranks(moves[0].op)
     else:
         rank = -axis if shape is None else len(shape)
-    route: Route | None = Route.of(rank, axis, width)
+    where: ChannelMap | None = ChannelMap.of(rank, axis, width)
     for e in moves:
-        route = route.through(e) if route is not None else None
-    return route
+        where = where.through(e) if where is not None else None
+    return where
 
 
-def _piece(branch: _Branch, route: Route) -> _Piece:
-    """What ``branch`` does behind ``route``; one that cannot be followed to its end reads more, and scales nothing."""
+def _piece(branch: _Branch, where: ChannelMap) -> _Piece:
+    """What ``branch`` does to channels that are ``where``; one that cannot be followed to its end reads more, and scales nothing."""
     for e in branch.moves:
-        behind = route.through(e)
+        behind = where.through(e)
         if behind is None:
-            return _Piece(route.channels.ravel().tolist(), {})
-        route = behind
+            return _Piece(where.channels.ravel().tolist(), {})
+        where = behind
     scales: dict[Scale | BatchNorm, tuple[Array, Array]] = {}
     for e in branch.scales:
-        scale, shift = (route.along(v, e.axis) for v in coefficients(e))
+        scale, shift = (where.along(v, e.axis) for v in coefficients(e))
         if scale is None or shift is None:
             break
         scales[e] = scale.ravel(), shift.ravel()
-    return _Piece(route.channels.ravel().tolist(), scales)
+    return _Piece(where.channels.ravel().tolist(), scales)
 
 
 def _in_front(e: Expr, pieces: Sequence[_Piece]) -> Expr:

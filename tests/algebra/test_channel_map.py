@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reparamc.algebra.channel_map import Route, regrouped
+from reparamc.algebra.channel_map import ChannelMap, regrouped
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Expr, Layout, Mean, Permute, Reshape, Select, Source, Take, ranks
 from reparamc.algebra.shape import shape_of
 
 
-def labels(route: Route, shape: tuple[int, ...]) -> np.ndarray:
+def labels(route: ChannelMap, shape: tuple[int, ...]) -> np.ndarray:
     """The channel of every element of a value of ``shape``, as ``route`` has it."""
     ordered = np.moveaxis(route.channels, np.argsort(route.axes), range(len(route.axes)))
     ones = [n if axis in route.axes else 1 for axis, n in enumerate(shape)]
@@ -74,7 +74,7 @@ def test_every_element(case: tuple[Source, int, list[Expr]]) -> None:
     width = extents[channel]
     ones = [width if axis == len(extents) + channel else 1 for axis in range(len(extents))]
     x = np.broadcast_to(np.arange(width, dtype=float).reshape(ones), extents)
-    route: Route | None = Route.of(len(extents), channel, width)
+    route: ChannelMap | None = ChannelMap.of(len(extents), channel, width)
     for e in steps[1:]:
         expected = evaluate(e, {source: x})[0]
         route = route.through(e) if route is not None else None
@@ -114,7 +114,7 @@ def _dim(text: Any) -> Any:
 
 
 def test_channels_mixed_with_positions() -> None:
-    route = Route.of(3, -1, 8)
+    route = ChannelMap.of(3, -1, 8)
     merged = Layout(Source("x"), Reshape(shape_of([2, 5, 8]), shape_of([2, 40])), -1)
     assert route.through(merged) is None
     assert route.through(Layout(Source("x"), Mean(3, (2,), False), -1)) is None
@@ -122,11 +122,11 @@ def test_channels_mixed_with_positions() -> None:
 
 def test_another_shape_than_the_value_has() -> None:
     wrong = Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 2, 3])), -1)
-    assert Route.of(3, -1, 8).through(wrong) is None
+    assert ChannelMap.of(3, -1, 8).through(wrong) is None
 
 
 def test_a_factor_for_every_head() -> None:
-    heads = Route.of(3, -1, 6).through(Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 3, 2])), -1))
+    heads = ChannelMap.of(3, -1, 6).through(Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 3, 2])), -1))
     assert heads is not None
     found = heads.along(np.array([1.0, 2.0, 3.0]), -2)
     assert found is not None
