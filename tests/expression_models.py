@@ -16,7 +16,6 @@ import numpy as np
 import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from reparamc.algebra.evaluate import channel_axes, channels
 from reparamc.algebra.expr import (
     BatchNorm,
     Concat,
@@ -34,6 +33,7 @@ from reparamc.algebra.expr import (
     ranks,
     walk,
 )
+from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import regroup
 
 Shapes = dict[Source, tuple[int, ...]]

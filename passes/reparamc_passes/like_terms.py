@@ -19,7 +19,8 @@ from collections import Counter
 import numpy as np
 
 from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum, total
-from reparamc.algebra.kernels import coefficients, grid, shape_of_value
+from reparamc.algebra.infer import shape_of_value
+from reparamc.algebra.kernels import coefficients, grid
 from reparamc.algebra.rewrite import Declined, Pass
 
 

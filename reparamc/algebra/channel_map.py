@@ -1,7 +1,8 @@
 """Where the channels of a value are after it has been moved: reshaped into heads, transposed, cut into q, k and v.
 
 An index of a channel is a number with several digits once its axis is split: channel ``(3 h + i) d + j`` stands at
-``[..., h, i, j, ...]``. A `ChannelMap` holds for each combination of positions along these axes the channel that is there.
+``[..., h, i, j, ...]``. A `ChannelMap` holds the channel at each combination of positions along
+these axes.
 """
 
 from __future__ import annotations

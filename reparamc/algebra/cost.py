@@ -19,8 +19,8 @@ from math import prod
 
 import numpy as np
 
-from reparamc.algebra.evaluate import channels
 from reparamc.algebra.expr import BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Source, Sum, is_negation, walk
+from reparamc.algebra.infer import channels
 from reparamc.errors import InputError
 
 POSITIONS = 196.0

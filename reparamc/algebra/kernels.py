@@ -13,8 +13,8 @@ from math import gcd, prod
 
 import numpy as np
 
-from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale, Select, Source, Sum, walk
-from reparamc.algebra.shape import Dim, Shape
+from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale
+from reparamc.algebra.infer import extents
 
 OF_AN_OPERATOR = "it is the weight of an operator into which only a matrix of channels can be multiplied"
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the next convolution"
@@ -214,53 +214,6 @@ def grid(conv: Conv) -> Hashable:
         for h, d, s in zip(known, conv.delta, conv.stride, strict=True)
     ]
     return conv.stride, tuple(rows), conv.axis, conv.transposed
-
-
-def extents(e: Expr, spatial: int) -> tuple[int | None, ...]:
-    """The extents of ``e`` along the last ``spatial`` axes, as far as what it is computed from tells."""
-    while isinstance(e, Scale | BatchNorm) or (isinstance(e, Select) and e.axis == -1 - spatial):
-        e = e.x
-    shape = e.shape if isinstance(e, Source) else None
-    return tuple(dim.known for dim in shape[len(shape) - spatial :]) if shape is not None else (None,) * spatial
-
-
-def shape_of_value(root: Expr) -> Shape | None:
-    """The shape of ``root``, where what it is computed from tells it in full."""
-    found: dict[Expr, Shape | None] = {}
-    for e in walk(root):
-        inner = found[e.children[0]] if e.children else None
-        match e:
-            case Source():
-                found[e] = e.shape
-            case Scale() | BatchNorm():
-                found[e] = inner
-            case Sum():
-                found[e] = next((shape for t in e.terms if (shape := found[t]) is not None), None)
-            case Select() if inner is not None and -e.axis <= len(inner):
-                found[e] = _with_channels(inner, len(e.index), inner[len(inner) + e.axis + 1 :])
-            case Conv() if inner is not None and e.spatial < len(inner):
-                spatial = [_extent(e, axis, dim) for axis, dim in enumerate(inner[len(inner) - e.spatial :])]
-                known = [dim for dim in spatial if dim is not None]
-                found[e] = _with_channels(inner, e.out_channels, known) if len(known) == e.spatial else None
-            case _:
-                found[e] = None
-    return found[root]
-
-
-def _with_channels(shape: Shape, channels: int, behind: Sequence[Dim]) -> Shape:
-    """``shape`` with other channels, and other extents ``behind`` them."""
-    return (*shape[: len(shape) - len(behind) - 1], Dim(channels), *behind)
-
-
-def _extent(conv: Conv, axis: int, dim: Dim) -> Dim | None:
-    """What ``conv`` makes of the extent ``dim``."""
-    if conv.stride[axis] == 1 and conv.delta[axis] == 0:
-        return dim
-    if dim.known is None:
-        return None
-    if conv.transposed:
-        return Dim(conv.stride[axis] * (dim.known - 1) + 1 + conv.delta[axis])
-    return Dim((dim.known - 1 - conv.delta[axis]) // conv.stride[axis] + 1)
 
 
 def merged_shape(convs: Sequence[Conv]) -> Conv:

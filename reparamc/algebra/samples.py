@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reparamc.algebra.evaluate import channel_axes, channels, evaluate, has_layout
+from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Expr, Ints, Layout, Reshape, Scale, Source, Sum, walk
+from reparamc.algebra.infer import channel_axes, channels, has_layout
 from reparamc.algebra.places import Places, places
 
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from reparamc.algebra.cost import cost
 from reparamc.algebra.equal import REGION_TOLERANCE
-from reparamc.algebra.evaluate import misfit
 from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
+from reparamc.algebra.infer import misfit
 from reparamc.algebra.rewrite import Declined, Pass, Refusal, Step, simplify
 from reparamc.algebra.text import show
 from reparamc.compiler.graph import Graph, Reading, Splice, Value, not_native, values_in

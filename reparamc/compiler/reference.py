@@ -15,8 +15,9 @@ from itertools import islice
 import numpy as np
 
 from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions, relative, structure
-from reparamc.algebra.evaluate import absolute, evaluate, has_layout
+from reparamc.algebra.evaluate import absolute, evaluate
 from reparamc.algebra.expr import Array, Expr, Source, walk
+from reparamc.algebra.infer import has_layout
 from reparamc.algebra.samples import TooLargeError, samples
 from reparamc.compiler.graph import Graph, Reading, Taps, Value
 from reparamc.errors import one_line

@@ -11,8 +11,9 @@ from time import perf_counter
 
 import numpy as np
 
-from reparamc.algebra.evaluate import channel_axes, evaluate
+from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Expr, Source, walk
+from reparamc.algebra.infer import channel_axes
 from reparamc.certificate.proof import Certificate, roll_back
 from reparamc.compiler.graph import Graph, Splice, Value
 from reparamc.equivalence.difference import Outputs

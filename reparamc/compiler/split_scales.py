@@ -19,7 +19,6 @@ import numpy as np
 
 from reparamc.algebra.channel_map import ChannelMap
 from reparamc.algebra.cost import cost
-from reparamc.algebra.evaluate import channel_axes, channels
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -36,6 +35,7 @@ from reparamc.algebra.expr import (
     replaced,
     walk,
 )
+from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import coefficients
 from reparamc.algebra.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.algebra.shape import Shape
@@ -250,7 +250,7 @@ class _Piece:
 
 
 def _start(expr: Expr, shape: Shape | None) -> ChannelMap | None:
-    """Where the channels of ``expr``, a value of ``shape``, are: from what it is before it is moved; None if that is unknown."""
+    """Where the channels of ``expr``, a value of ``shape``, are; None if it is unknown what is moved."""
     core, moves = _core(expr)
     axis, width = channel_axes(expr)[core], channels(expr)[core]
     if axis is None or width is None:
@@ -266,7 +266,7 @@ def _start(expr: Expr, shape: Shape | None) -> ChannelMap | None:
 
 
 def _piece(branch: _Branch, where: ChannelMap) -> _Piece:
-    """What ``branch`` does to channels that are ``where``; one that cannot be followed to its end reads more, and scales nothing."""
+    """What ``branch`` does to the channels; one that cannot be followed to its end reads more, and scales nothing."""
     for e in branch.moves:
         behind = where.through(e)
         if behind is None:

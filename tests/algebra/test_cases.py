@@ -37,8 +37,9 @@ from expression_models import (
     to_onnx,
 )
 
-from reparamc.algebra.evaluate import channel_axes, channels, evaluate
+from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import BatchNorm, Conv, Expr, Layout, Scale, Source, flatten, rebuild, walk
+from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.rewrite import Pass, simplify
 from reparamc.algebra.shape import shape_of
 from reparamc.algebra.text import parse, show

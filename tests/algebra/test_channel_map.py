@@ -126,7 +126,9 @@ def test_another_shape_than_the_value_has() -> None:
 
 
 def test_a_factor_for_every_head() -> None:
-    heads = ChannelMap.of(3, -1, 6).through(Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 3, 2])), -1))
+    heads = ChannelMap.of(3, -1, 6).through(
+        Layout(Source("x"), Reshape(shape_of([2, 5, 6]), shape_of([2, 5, 3, 2])), -1)
+    )
     assert heads is not None
     found = heads.along(np.array([1.0, 2.0, 3.0]), -2)
     assert found is not None
