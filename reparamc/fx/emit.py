@@ -91,6 +91,10 @@ class Emitter:
         self.modules = [str(m.target) for m in members if m.op == "call_module"]
         self.modules = self.modules or [name.rpartition(".")[0] for name in splice.parameters if "." in name]
         self.values: dict[Expr, fx.Node] = {e: target.current(v) for e, v in native.items()}
+        facts = readings.facts
+        shifts = any(((call := facts.calls[m]) and call.op == "batch_norm") or facts.is_normalised(m) for m in members)
+        self._biased = _last_conv(splice) if shifts else None
+        """What takes the shift of a BatchNorm: it has a bias, be it of zeros, so that all values give one structure."""
 
     @property
     def like(self) -> Tensor:
@@ -181,7 +185,8 @@ class Emitter:
                 e.in_channels // prod(weight.shape[2:]), e.out_channels, tuple(weight.shape[2:]), groups=e.groups,
                 **given, **self._options(e),
             )  # fmt: skip
-        self._fill(holder, swap_sides(matrix, e.groups) if call.op == "conv_transpose" else matrix, e.bias)
+        bias = self._bias(e)
+        self._fill(holder, swap_sides(matrix, e.groups) if call.op == "conv_transpose" else matrix, bias)
         path = self._add(holder)
         if native.op == "call_module":
             copy = self.target.graph.node_copy(native, self.target.current)
@@ -189,7 +194,7 @@ class Emitter:
             return copy
         named: dict[str, Any] = {"weight": self.target.graph.get_attr(f"{path}.weight")}
         named |= {"groups": e.groups} if e.groups != call.get("groups", 1) else {}
-        named["bias"] = self.target.graph.get_attr(f"{path}.bias") if e.bias is not None else None
+        named["bias"] = self.target.graph.get_attr(f"{path}.bias") if bias is not None else None
         copy = self.target.graph.node_copy(native, self.target.current)
         copy.args, copy.kwargs = with_arguments(copy, call.op, named)
         return copy
@@ -223,15 +228,18 @@ class Emitter:
             e.in_channels, e.out_channels, weight.shape[2:], stride=e.stride, padding=tuple(begin),
             output_padding=tuple(grown), dilation=e.dilation, groups=e.groups, **self._options(e),
         )  # fmt: skip
-        self._fill(module, swap_sides(weight, e.groups), e.bias)
+        self._fill(module, swap_sides(weight, e.groups), self._bias(e))
         y = self.target.graph.call_module(self._add(module), (self._value(e.x),))
         cut = [f - b + g for b, f, g in zip(begin, end, grown, strict=True)]
         if any(cut):
             y = self._call(F.pad, y, [n for c in reversed(cut) for n in (0, -c)])
         return y
 
+    def _bias(self, e: Conv) -> Array | None:
+        return e.bias_or_zero if e is self._biased else e.bias
+
     def _options(self, e: Conv) -> dict[str, Any]:
-        return {"bias": e.bias is not None, "device": "meta", "dtype": self.like.dtype}
+        return {"bias": self._bias(e) is not None, "device": "meta", "dtype": self.like.dtype}
 
     def _fill(self, module: Any, weight: Array, bias: Array | None) -> None:
         tensor = self._tensor(weight)
@@ -254,7 +262,7 @@ class Emitter:
                 e.in_channels, e.out_channels, e.kernel,
                 stride=e.stride, padding=padding, dilation=e.dilation, groups=e.groups, **self._options(e),
             )  # fmt: skip
-        self._fill(module, e.weight if e.spatial else regroup(e, 1), e.bias)
+        self._fill(module, e.weight if e.spatial else regroup(e, 1), self._bias(e))
         return self.target.graph.call_module(self._add(module), (x,))
 
     def _batchnorm(self, e: BatchNorm) -> fx.Node:
@@ -317,6 +325,20 @@ class Emitter:
         module.eval()
         self.target.module.add_submodule(path, module)
         return path
+
+
+def _last_conv(splice: Splice) -> Conv | None:
+    """The convolution or linear layer that a replacement ends in, if it is one alone."""
+    found: dict[Expr, None] = {}
+    stack = [splice.expr]
+    while stack:
+        e = stack.pop()
+        if isinstance(e, Conv) and e.token is None:
+            found[e] = None
+        elif e not in splice.native:
+            stack += e.children
+    only = next(iter(found), None) if len(found) == 1 else None
+    return only if isinstance(only, Conv) and only not in splice.native else None
 
 
 def _exists(module: nn.Module, path: str) -> bool:

@@ -261,3 +261,14 @@ def test_what_is_added_in_place_folds(kind: str) -> None:
     fused = check(Net(run, body=conv_bn()))
     assert counts(fused) == (1, 0)
     assert any(n.target is operator.iadd for n in fused.graph.nodes) == (kind != "private")
+
+
+def test_the_structure_of_the_copy_does_not_depend_on_a_shift_of_zero() -> None:
+    for body in (conv_bn(bias=False), conv_bn(padding_mode="reflect", bias=False)):
+        fresh = nn.Sequential(body, nn.ReLU()).eval()
+        empty = fuse_fx(fresh)
+        trained = fuse_fx(ready(fresh))
+        empty.load_state_dict(trained.state_dict())
+        x = torch.randn(2, CHANNELS, 7, 6)
+        with torch.no_grad():
+            assert torch.equal(empty(x), trained(x))
