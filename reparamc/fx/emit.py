@@ -333,7 +333,7 @@ def _last_conv(splice: Splice) -> Conv | None:
     stack = [splice.expr]
     while stack:
         e = stack.pop()
-        if isinstance(e, Conv) and e.token is None:
+        if isinstance(e, Conv) and not e.is_weightless:
             found[e] = None
         elif e not in splice.native:
             stack += e.children
