@@ -286,10 +286,10 @@ def _end_to_end_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
 def _certificate_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
     from reparamc.certificate.fx import certify_fx
     from reparamc.certificate.fx_shapes import shapes_of
-    from reparamc.fx.trace import followed
+    from reparamc.fx.trace import trace
 
-    original = followed(model, (inputs, {}))[0]
-    return certify_fx(original, wrong, shapes_of(followed(model, (inputs, {}))[0], inputs)).different > 0
+    original = trace(model)
+    return certify_fx(original, wrong, shapes_of(trace(model), inputs)).different > 0
 
 
 FX_LAYERS: dict[str, Callable[[Any, Any, tuple[Any, ...]], bool]] = {

@@ -1,52 +1,59 @@
-"""Example inputs as the arguments of forward."""
+"""Example inputs as the arguments of forward, fewer of them, and others of the same kind."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from reparamc.errors import InputError, one_line
-from reparamc.fx.runnable import run
-from reparamc.fx.trace import fixed_arguments
+from reparamc.errors import InputError
+from reparamc.fx.watch import Call
+
+FEW = 2
+"""So many examples of a batch say as much as all of them."""
 
 
-def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if example_inputs is None:
-        return (), {}
+def call_of(model: nn.Module, example_inputs: Any) -> Call:
+    """``example_inputs`` as arguments of ``model``.
+
+    Raises:
+        InputError: its forward does not take them.
+    """
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
-def bound_to(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs as forward's own arguments, in order."""
+        call: Call = (), dict(example_inputs)
+    elif isinstance(example_inputs, tuple | list):
+        call = tuple(example_inputs), {}
+    else:
+        call = (example_inputs,), {}
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        inspect.signature(model.forward).bind(*call[0], **call[1])
     except TypeError as error:
         raise InputError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
-    bound.apply_defaults()
-    for name, default in fixed_arguments(model).items():
-        value = bound.arguments[name]
-        if value is not default and (isinstance(value, Tensor) or value != default):
-            raise InputError(
-                f"example_inputs give {name!r} another value than its default {default!r}, to which tracing fixes it"
-            )
-    return bound.args, bound.kwargs
+    return call
 
 
-def tried(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
-    try:
-        return run(model, args, kwargs)
-    except InputError:
-        raise
-    except Exception as error:  # whatever the user's forward raises
-        raise InputError(f"the model does not run on example_inputs: {one_line(error)}") from error
+def few(call: Call) -> Call | None:
+    """``call`` with the first examples only of what seems to be a batch; None where none does."""
+    found = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.ndim]
+    batches = {t.shape[0] for t in found}
+    if len(batches) != 1 or min(batches) <= FEW or all(t.ndim == 1 for t in found):
+        return None
+    return pytree.tree_map_only(Tensor, lambda t: t[:FEW] if t.ndim else t, call)
+
+
+def others(call: Call) -> Iterator[Call]:
+    """Arguments of other sizes, and then of other values, most of which a model may refuse."""
+    from reparamc.fx.end_to_end import resized
+
+    tensors = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
+    if any(t.ndim > 1 for t in tensors):
+        for channels in (2, 1) if any(t.ndim == 3 for t in tensors) else (1,):
+            yield resized(call, channels)
+    if tensors:
+        yield pytree.tree_map_only(Tensor, lambda t: t.flip(tuple(range(t.ndim))) if t.ndim else t, call)
 
 
 def examples_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:

@@ -68,15 +68,20 @@ def _other_sizes(original: nn.Module, given: Given) -> tuple[Given, Outputs] | N
     if not any(isinstance(t, Tensor) and t.ndim > 1 for t in leaves):
         return None
     for channels in (2, 1) if any(isinstance(t, Tensor) and t.ndim == 3 for t in leaves) else (1,):
-        generator = torch.Generator().manual_seed(channels)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                resized = pytree.tree_map_only(Tensor, lambda t: _resized(t, channels, generator), given)  # noqa: B023
-                return resized, run(original, *resized)
+                other = resized(given, channels)
+                return other, run(original, *other)
             except Exception:  # whatever a module raises that does not know a size
                 continue
     return None
+
+
+def resized(given: Given, channels: int) -> Given:
+    """Arguments of another batch, all other axes of another parity but for axis ``channels`` of those with three."""
+    generator = torch.Generator().manual_seed(channels)
+    return pytree.tree_map_only(Tensor, lambda t: _resized(t, channels, generator), given)
 
 
 def _resized(t: Tensor, channels: int, generator: torch.Generator) -> Tensor:

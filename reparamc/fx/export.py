@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, cast
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-NOTE = "traced by torch.export for these example inputs: only {} may differ, other inputs are refused"
+from reparamc.errors import InputError, one_line
+from reparamc.fx.watch import Call
 
 
 def can_be_exported(model: nn.Module) -> bool:
@@ -22,30 +23,33 @@ def can_be_exported(model: nn.Module) -> bool:
     return not any(getattr(m, name, None) for m in model.modules() for name in names)
 
 
-def holds_linear(module: nn.Module) -> bool:
-    """Whether there is anything to fold inside ``module``."""
-    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
-    return any(isinstance(m, kinds) for m in module.modules())
+def exported(model: nn.Module, call: Call) -> fx.GraphModule:
+    """``model`` as a graph of ATen operators, over its own tensors; sizes stay open where the model allows it.
 
-
-def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, str] | None:
-    """``model`` as a graph of ATen operators and a note on the inputs it takes; None where it cannot be exported.
-
-    The number of images stays open where the model allows it; all other extents are fixed. The result
-    shares storage with ``model``.
+    Raises:
+        InputError: torch.export does not follow it.
     """
-    for attempt, varies in ((_open_batch, "the size of the batch"), (_as_it_is, "values")):
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence():
-            warnings.simplefilter("ignore")
-            try:
-                module = cast(fx.GraphModule, attempt(model, args, kwargs).module())
-            except Exception:  # whatever the model's forward or the exporter raises
-                continue
-        for node in module.graph.find_nodes(op="get_attr"):
-            if not node.users:
-                module.graph.erase_node(node)
-        return fx.GraphModule(module, module.graph, type(model).__name__), NOTE.format(varies)
-    return None
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), call)  # it leaves marks on them
+    shapes = torch.export.ShapesCollection()
+    for t in pytree.tree_leaves((args, kwargs)):
+        if isinstance(t, Tensor):
+            shapes[t] = dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
+            module = cast(fx.GraphModule, program.module())
+        except Exception as error:  # whatever the model's forward or the exporter raises
+            raise InputError(f"torch.export does not follow {type(model).__name__}: {one_line(error)}") from error
+    return plain_graph(module, type(model).__name__)
+
+
+def plain_graph(module: fx.GraphModule, name: str) -> fx.GraphModule:
+    """The module of an exported program as an ordinary one, without what only its own class needs."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        if not node.users:
+            module.graph.erase_node(node)
+    return fx.GraphModule(module, module.graph, name)
 
 
 @contextmanager
@@ -83,23 +87,3 @@ def live_in_training(module: fx.GraphModule) -> str | None:
         if any(given.get(name) is True for name in ("train", "training")) and not without_statistics:
             return str(node.target)
     return None
-
-
-def _open_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """With the first axis of all tensors left open; one image is doubled, for an extent of one is never open."""
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 1]
-    sizes = {t.shape[0] for t in tensors}
-    if len(sizes) != 1:
-        raise ValueError("no axis is the batch")
-    if sizes == {1}:
-        double: Callable[[Tensor], Tensor] = lambda t: torch.cat([t, t]) if t.ndim > 1 else t  # noqa: E731
-        args, kwargs = pytree.tree_map_only(Tensor, double, (args, kwargs))
-    shapes = torch.export.ShapesCollection()
-    for t in pytree.tree_leaves((args, kwargs)):
-        if isinstance(t, Tensor) and t.ndim > 1:
-            shapes[t] = {0: torch.export.Dim.DYNAMIC}
-    return torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
-
-
-def _as_it_is(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    return torch.export.export(model, args, kwargs, strict=False)

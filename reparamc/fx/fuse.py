@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from time import perf_counter
 from typing import Any, cast
 
 import torch
@@ -12,9 +15,22 @@ from torch import fx, nn
 
 from reparamc.algebra.rewrite import Pass, select
 from reparamc.compiler.pipeline import level_of
-from reparamc.errors import InputError, InputTypeError
+from reparamc.errors import InputError, InputTypeError, one_line
+from reparamc.fx.arguments import call_of, few, others
+from reparamc.fx.copying import State, copied
+from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.export import is_exported, live_in_training
-from reparamc.fx.host import fuse_module
+from reparamc.fx.host import Options
+from reparamc.fx.outcome import difference, ran
+from reparamc.fx.parts import Parts, Taken, Way, has_options
+from reparamc.fx.runnable import perturbed, plain
+from reparamc.fx.watch import LOCK, Call, Watched, watching
+from reparamc.fx.wrappers import unwrapped
+from reparamc.report.data import Origin, Part
+from reparamc.report.merge import merged
+
+TOOLS = ("generate", "predict", "predict_step", "training_step", "validation_step", "test_step", "save_pretrained")
+"""Methods by which other tools run a model: where there is one, the copy is of the same class."""
 
 
 def fuse_fx(
@@ -26,86 +42,251 @@ def fuse_fx(
     verify: bool | str = True,
     objective: str = "latency",
     pass_table: tuple[Pass, ...] | None = None,
-) -> fx.GraphModule:
+) -> Any:
     """A fused copy of ``model``: every linear structure between two non-linearities collapsed.
 
     ``model`` stays bitwise as it is and shares no storage with the copy. Dtype, device, memory format
     and ``requires_grad`` of parameters carry over. The `Report` is at ``result.meta["reparamc"]``.
 
+    A model that torch.fx can follow comes back as a `torch.fx.GraphModule`. Any other one, and one whose forward has
+    arguments that can be left out, comes back as a module of its own class: the parts in it that torch.fx can follow
+    are replaced by fused graphs, the Python around them stays.
+
     Args:
-        model: a module in eval mode, its BatchNorms included. Arguments of its ``forward`` whose default is
-            no tensor (None, a number) are fixed to that default. What torch.fx cannot trace is followed
-            by torch.export, which needs ``example_inputs`` and fixes their sizes but for the batch; the
-            report then says so.
+        model: a module in eval mode, its BatchNorms included.
         example_inputs: one tensor, a tuple of positional arguments, or a mapping of keyword
-            arguments. With them the original and the copy are run and compared, and ranks are known,
-            which BatchNorm1d behind a linear layer and functional batch_norm may need.
+            arguments. With them the original and the copy are run and compared, and no model is refused that runs.
         passes, skip: names of the passes to apply (default: all), and to leave out.
         verify: True or "full": every replacement in float64, the certificate of the whole result, and both modules
-            on ``example_inputs``, and at another size if the model was not exported and takes one; "region": all but
-            the last; False or "off": nothing.
+            on ``example_inputs``, and at another size if the model takes one; "region": all but the last; False or
+            "off": nothing but that each graph computes what its module does before it is rewritten.
         objective: what shall become small: "latency", "macs" (multiply-adds) or "params" (parameters).
         pass_table: the passes to choose from, instead of the built-in ones.
 
     Raises:
-        InputTypeError: ``model`` is no traceable kind of module.
-        InputError: it is in training mode, cannot be traced or run, or an option is unknown.
+        InputTypeError: ``model`` is no kind of module that can be fused.
+        InputError: it is in training mode, does not run on the example, or cannot be traced without one, or an option
+            is unknown.
         VerificationError: the copy computes something else.
     """
     level = level_of(verify)
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
-    selected = select(pass_table, passes, skip)
-    model = _checked(model)
-    with _plain_modes():
-        fused = fuse_module(model, example_inputs, selected, level, objective)
+    options = Options(select(pass_table, passes, skip), level, objective)
+    inner, wrapped = unwrapped(model)
+    _check(inner)
+    with LOCK, _plain_modes():
+        fused = _Fusion(inner, options).run(example_inputs)
     if (warning := fused.meta["reparamc"].warning) is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)
-    return fused
+    return wrapped(fused)
+
+
+class _Fusion:
+    """One model on its way."""
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model, self.options = model, options
+        self.start = perf_counter()
+        self.shared: list[str] = []
+        self.own = copied(model, self.shared)
+        self.runs: list[tuple[Call, Any]] = []
+
+    def run(self, example_inputs: Any) -> nn.Module:
+        """The fused copy, with its report."""
+        as_graph = not has_options(self.model) and not any(hasattr(self.model, name) for name in TOOLS)
+        if example_inputs is None:
+            parts = Parts(self.model, self.own, self.options)
+            if isinstance(why := parts.whole(""), str):
+                raise InputError(why)
+            return self.reported(parts.take("", as_graph), "not run end to end: no example_inputs")
+        state = State(self.model, self.own)
+        try:
+            parts = self.watched(call_of(self.model, example_inputs), state)
+            taken = parts.take("", as_graph)
+            self.check(parts, taken)
+        finally:
+            state.restore()
+        return self.reported(taken, "")
+
+    def watched(self, call: Call, state: State) -> Parts:
+        """The parts of the model, after it was run on the example and on other arguments, if it takes some."""
+        changed: set[str] = set()
+        smaller = few(call)
+        for given in ([smaller] if smaller is not None else []) + [call]:
+            try:
+                self.runs = [(given, ran(self.model, given))]
+                break
+            except Exception as error:  # whatever the user's forward raises
+                if given is call:
+                    raise InputError(f"the model does not run on example_inputs: {one_line(error)}") from error
+            finally:
+                changed.update(state.changed())
+                state.restore()
+        for other in others(self.runs[0][0]):
+            try:
+                self.runs.append((other, ran(self.model, other)))
+                break
+            except Exception:  # whatever a module raises that does not take a size
+                continue
+            finally:
+                changed.update(state.changed())
+                state.restore()
+        blocked = {place: "forward changes what it holds" for path in changed for place in _around(path)}
+        seen: list[Watched] = []
+
+        def watched() -> Watched:
+            if not seen:
+                seen.append(Watched(self.model))
+                for call, _ in self.runs:
+                    with watching(seen[0]):
+                        ran(self.model, call)
+                    state.restore()
+            return seen[0]
+
+        return Parts(
+            self.model, self.own, self.options, lambda: watched().calls, self.runs, blocked, lambda: watched().touched
+        )
+
+    def check(self, parts: Parts, taken: Taken) -> None:
+        """Compare the whole copy with the model; parts that it is not the same with are put back."""
+        if not self.differs(taken.module):
+            return
+        placed = list(parts.placed)
+        for home, name, old, _ in reversed(placed):
+            home._modules[name] = old
+        if why := self.differs(self.own):
+            raise InputError(
+                f"a copy of this {type(self.model).__name__} does not compute the same: {why}; "
+                "other code may know the original by its identity"
+            )
+        for home, name, old, new in placed:
+            home._modules[name] = new
+            if self.differs(self.own):
+                home._modules[name] = old
+        taken.module = self.own
+
+    def differs(self, copy: nn.Module) -> str:
+        state = State(copy)
+        for call, expected in self.runs:
+            try:
+                actual = ran(copy, call)
+            except Exception as error:  # whatever a wrong copy raises
+                return one_line(error)
+            finally:
+                state.restore()
+            if why := difference(actual, expected, lambda call=call: ran(self.model, perturbed(call, 0))):
+                return why
+        return ""
+
+    def reported(self, taken: Taken, note: str) -> nn.Module:
+        """The result with its report, after it was compared end to end."""
+        result = taken.module
+        report = merged(
+            [(w.where, w.report) for w in taken.ways if w.report is not None],
+            [w.size for w in taken.ways if w.size is not None],
+        )
+        report.seconds = {"tracing": perf_counter() - self.start - sum(report.seconds.values()), **report.seconds}
+        if self.options.level == "full" and self.runs and not report.end_to_end:
+            start = perf_counter()
+            call, expected = self.runs[0]
+            report.end_to_end = verify_end_to_end(self.model, result, *call, plain(expected))
+            report.seconds["verification"] = perf_counter() - start
+        report.before = replace(report.before, parameters=_parameters(self.model))
+        report.after = replace(report.after, parameters=_parameters(result))
+        report.passes = {p.name: report.passes.get(p.name, 0) for p in self.options.passes}
+        report.objective, report.level, report.note = self.options.objective, self.options.level, note
+        report.origin, report.history = _origin(self.model), _history(self.model)
+        report.parts = _parts(taken.ways)
+        if self.shared:
+            report.note = "; ".join(filter(None, [note, f"shared with the original: {', '.join(self.shared)}"]))
+        if not isinstance(getattr(result, "meta", None), dict):
+            vars(result)["meta"] = {}
+        cast(Any, result).meta["reparamc"] = report
+        return result
+
+
+def _around(path: str) -> list[str]:
+    """``path``, and those of all modules that it is in."""
+    names = path.split(".") if path else []
+    return [".".join(names[:n]) for n in range(len(names) + 1)]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _parts(ways: list[Way]) -> list[Part]:
+    """The ways that the parts took; none where there is one graph only."""
+    sizes = [(w, w.size or (w.report.after if w.report is not None else None)) for w in ways]
+    if len(ways) == 1 and ways[0].how == "torch.fx" and not ways[0].where:
+        return []
+    return [Part(w.where, w.how, w.why, s.conv, s.batchnorm) for w, s in sizes if s is not None]
 
 
 @contextmanager
 def _plain_modes() -> Iterator[None]:
-    """Autocast and inference mode switched off: they would round what is compared, and hide writes."""
+    """Autocast and inference mode switched off: they would round what is compared, and hide writes.
+
+    What torch.compile was applied to runs as it was written.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
-def _checked(model: Any) -> nn.Module:
-    """``model`` without the wrapper of torch.compile, if it can be fused."""
+def _check(model: Any) -> None:
+    """Raise an error that says what to do where ``model`` cannot be fused."""
     if isinstance(model, torch.jit.ScriptModule):
         raise InputTypeError("fuse_fx cannot see into a ScriptModule; pass the module it was made from")
     if isinstance(model, torch.export.ExportedProgram):
-        raise InputTypeError("fuse_fx takes a torch.nn.Module, not an ExportedProgram; pass its .module()")
+        raise InputTypeError("fuse_fx takes a torch.nn.Module, not an ExportedProgram; pass it to fuse_exported")
     if not isinstance(model, nn.Module):
         raise InputTypeError(
             f"fuse_fx takes a torch.nn.Module, not {type(model).__name__}; an ONNX model goes to fuse_onnx"
         )
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise InputTypeError(f"fuse_fx takes the module inside {type(model).__name__}; pass model.module")
-    model = getattr(model, "_orig_mod", model)
-    if "forward" in vars(model):
-        raise InputError(
-            f"the forward of this {type(model).__name__} was replaced on the instance; tracing would miss it"
-        )
-    if any(nn.parameter.is_lazy(p) for p in (*model.parameters(), *model.buffers())):
-        raise InputError("the model has parameters that are not initialised yet; run it once first")
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(t):
+            raise InputError(f"{name!r} is a parameter that is not initialised yet; run the model once first")
+        if t.is_meta:
+            raise InputError(f"{name!r} is on the meta device and has no value; load the weights first")
     if is_exported(model):
         if (live := live_in_training(cast(fx.GraphModule, model))) is not None:
             raise InputError(
                 f"the model was exported in training mode, for {live} computes as in training; "
                 "call .eval() on what it was exported from, and export that again"
             )
-        return model
-    if model.training:
+    elif model.training:
         raise InputError(
             "the model is in training mode, where BatchNorm and Dropout are live; call .eval() on it first"
         )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise InputError(f"BatchNorm {name!r} is in training mode inside a model in eval mode; call .eval() first")
-    return model
+    else:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise InputError(
+                    f"BatchNorm {name!r} is in training mode inside a model in eval mode; call .eval() first"
+                )
+
+
+def _origin(model: nn.Module) -> Origin | None:
+    """SHA-256 of all parameters and buffers, names and types included; None where one has no data of its own."""
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            return None
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        try:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        except Exception:  # whatever a subclass raises that holds something else
+            return None
+    return Origin(digest.hexdigest(), "parameters and buffers")
+
+
+def _history(model: nn.Module) -> list[dict[str, Any]]:
+    """The records of ``model``, if it was fused before; one that comes from a file has them as plain data."""
+    meta = getattr(model, "meta", None)
+    return list(getattr(meta.get("reparamc"), "records", [])) if isinstance(meta, dict) else []

@@ -2,75 +2,28 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import inspect
 import keyword
 import operator
-import warnings
-from typing import Any
+import threading
+import types
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
-from reparamc.fx.export import can_be_exported, exported, holds_linear, is_exported
 from reparamc.fx.memory import IN_PLACE_DUNDERS
-
-
-def followed(model: nn.Module, given: tuple[Any, Any] | None) -> tuple[fx.GraphModule, str]:
-    """``model`` as a graph, and how it was made where not by torch.fx.
-
-    torch.export is asked where torch.fx fails, or leaves something to fold inside a submodule that it
-    cannot follow; it needs the example inputs.
-
-    Raises:
-        InputError: neither can follow it, or it cannot be copied.
-    """
-    own = copied(model)
-    traced = failure = None
-    try:
-        traced, opaque = _traced(own)
-        hidden = [path for path in opaque if holds_linear(own.get_submodule(path))]
-        if not hidden or given is None:
-            return traced, ""
-    except _Reserved as error:
-        raise InputError(str(error)) from None  # torch.export would meet the same
-    except InputError as error:
-        failure = error
-    if given is not None and can_be_exported(model):
-        found = exported(copied(model), *given)
-        if found is not None:
-            return found
-    if traced is None:
-        raise failure or AssertionError
-    return traced, ""
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A copy that shares no storage with ``model``, tensors that were computed and kept as attributes included.
-
-    Raises:
-        InputError: an attribute cannot be copied.
-    """
-    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch, about its own exported programs
-            made = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
-    except Exception as error:  # whatever the attributes of the user's module raise
-        raise InputError(
-            f"{type(model).__name__} cannot be copied: {one_line(error)}; remove weight_norm and the like"
-        ) from error
-    if is_exported(model):
-        for module in made.modules():
-            module.training = False
-    return made
+from reparamc.fx.watch import LOCK, Call
 
 
 class _Proxy(fx.Proxy):
     """A proxy that records ``a += b`` and ``a[i] = b`` as what they are; torch.fx would read ``a + b``, or fail.
 
-    ``a.shape`` is read where it stands: torch.fx would read it where it is used, which may be behind a write.
+    ``a.shape`` is read where it is written: torch.fx would read it where it is used, which may be after a write.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -82,6 +35,9 @@ class _Proxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __len__(self) -> int:
+        return cast(_Tracer, self.tracer).length(self)
+
 
 def _recorder(function: Any) -> Any:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -92,21 +48,59 @@ for _name, _function in IN_PLACE_DUNDERS.items():
 
 
 class _Tracer(fx.Tracer):
-    """Steps into everything but torch's own modules and those whose hooks tracing would drop."""
+    """Steps into everything but torch's own modules and those whose hooks tracing would drop.
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+    Args:
+        opaque: paths of submodules that are called as they are.
+        examples: arguments of the outermost forward; those that are lists, tuples and dicts keep their lengths.
+    """
 
-    def __init__(self, opaque: set[str] | None = None) -> None:
+    def __init__(self, opaque: set[str] | None = None, examples: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.opaque = opaque or set()
         self.failed: str | None = None
         self.precision = _precision()
+        self.thread = threading.get_ident()
+        self.examples = examples or {}
+        self._containers: dict[fx.Node, Any] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if kind.startswith("call"):
             self._refuse_autocast()
-        return super().create_node(kind, *args, **kwargs)
+        node = super().create_node(kind, *args, **kwargs)
+        if isinstance(given := self._example(node), Sized) and isinstance(given, list | tuple | dict):
+            self._containers[node] = given
+        return node
+
+    def _example(self, node: fx.Node) -> Any:
+        """What ``node`` is in the example, if it is an argument, or a part of one."""
+        if node.op == "placeholder":
+            return self.examples.get(str(node.target).lstrip("*"))
+        if node.target is operator.getitem and node.args[0] in self._containers:
+            try:
+                return self._containers[cast(fx.Node, node.args[0])][node.args[1]]
+            except (LookupError, TypeError):
+                return None
+        return None
+
+    def length(self, proxy: fx.Proxy) -> int:
+        """The length of an argument, which every later call must have as well."""
+        if proxy.node not in self._containers:
+            raise fx.proxy.TraceError("the length of a value is not known")
+        found = len(self._containers[proxy.node])
+        length = self.create_proxy("call_function", len, (proxy,), {})
+        message = f"an argument must have {found} elements, as the example had"
+        self.create_proxy("call_function", torch._assert, (length == found, message), {})
+        return found
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        given = self._containers.get(obj.node)
+        if given is None or isinstance(given, dict):
+            return super().iter(obj)
+        return iter([obj[i] for i in range(self.length(obj))])
 
     def _refuse_autocast(self) -> None:
         if _precision() != self.precision:
@@ -120,12 +114,19 @@ class _Tracer(fx.Tracer):
         return special or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         self._refuse_autocast()  # here it is the fault of the module around ``m``
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             self.failed = self.failed or self.path_of_module(m)
             raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def _precision() -> list[torch.dtype | None]:
@@ -134,40 +135,135 @@ def _precision() -> list[torch.dtype | None]:
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
-    """``model`` as a graph; submodules that torch.fx cannot follow are called as they are.
+    """``model`` as a graph; submodules that torch.fx cannot follow are called as they are. Its own hooks are left out.
 
     Raises:
-        InputError: the outermost forward cannot be followed, or ``model`` has hooks of its own.
+        InputError: the outermost forward cannot be followed.
     """
-    return _traced(model)[0]
+    return traced(model)[0]
 
 
-def _traced(model: nn.Module) -> tuple[fx.GraphModule, set[str]]:
-    """As `trace`, with the paths of the submodules that torch.fx cannot follow."""
-    if model._forward_hooks or model._forward_pre_hooks:
-        raise InputError(f"{type(model).__name__} has forward hooks, which tracing would drop; remove them first")
-    fixed = fixed_arguments(model)
-    opaque: set[str] = set()
+def traced(
+    model: nn.Module, call: Call | None = None, opaque: Mapping[str, str] = types.MappingProxyType({})
+) -> tuple[fx.GraphModule, dict[str, str]]:
+    """``model`` as a graph over its own submodules, and those that are called as they are, each with the reason.
+
+    Functions that torch.fx cannot follow are called as they are, too, where they can be found by their names.
+
+    Args:
+        model: a module; its own hooks are left out.
+        call: arguments that forward takes; without them, arguments are taken for their defaults.
+        opaque: paths of submodules that are to be called as they are, with the reasons.
+
+    Raises:
+        InputError: the outermost forward cannot be followed.
+    """
+    if "forward" in vars(model):
+        raise InputError(f"the forward of this {type(model).__name__} was replaced on the instance")
+    examples = {} if call is None else inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
+    fixed = fixed_arguments(model, call)
+    found, functions = dict(opaque), _Functions()
     while True:
-        tracer = _Tracer(opaque)
+        tracer = _Tracer(set(found), examples)
         try:
-            graph = tracer.trace(model, fixed or None)
+            with LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracer):
+                torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
+                graph = tracer.trace(model, fixed or None)
             _plain_assertions(graph)
             _restore_names(graph, model)
             _refuse_reserved(graph, model)
-            return fx.GraphModule(tracer.root, graph, type(model).__name__), opaque
-        except _Reserved:
+            graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
+            return fx.GraphModule(tracer.root, graph, type(model).__name__), found | _called_as_they_are(graph, model)
+        except Reserved:
             raise
         except Exception as error:  # a model's forward may raise anything when it meets a proxy
-            if tracer.failed is None or tracer.failed in opaque:
+            if functions.found(error):
+                continue
+            if tracer.failed is None or tracer.failed in found:
                 raise InputError(
-                    f"torch.fx cannot trace {type(model).__name__}: {one_line(error)}; fuse its submodules one by one, "
-                    "or export it to ONNX and use fuse_onnx"
+                    f"torch.fx cannot trace {type(model).__name__}: {one_line(error)}; with example_inputs its parts "
+                    "are fused, or export it to ONNX and use fuse_onnx"
                 ) from error
-            opaque.add(tracer.failed)
+            found[tracer.failed] = f"torch.fx cannot follow it: {one_line(error)}"
 
 
-class _Reserved(InputError):
+def _called_as_they_are(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
+    """Modules with parts that the graph calls: those whose hooks, or replaced forward, are to stay in force."""
+    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
+    return {
+        path: "it has hooks, or computes its weights" for path in called if any(model.get_submodule(path).children())
+    }
+
+
+class _Functions:
+    """Functions that torch.fx cannot follow: it records the calls of those, where they are found by name."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
+
+    def found(self, error: BaseException) -> bool:
+        """Whether a function that is not yet among these raised ``error``, having been called by its name."""
+        frames: list[types.FrameType] = []
+        at = error.__traceback__
+        while at is not None:
+            frames.append(at.tb_frame)
+            at = at.tb_next
+        while frames and _is_of_torch(frames[-1]):
+            frames.pop()
+        while len(frames) > 1 and not _is_method(frames[-1]):
+            frame, caller = frames.pop(), frames[-1]
+            for name, value in caller.f_globals.items():
+                place = id(caller.f_globals), name
+                plain = inspect.unwrap(value) if isinstance(value, types.FunctionType) else None
+                if plain is not None and plain.__code__ is frame.f_code and place not in self._places:
+                    self._places[place] = caller.f_globals, value
+                    return True
+        return False
+
+    def wrapped(self, tracer: fx.Tracer) -> Any:
+        return _Replaced({place: (home, _called(f, tracer)) for place, (home, f) in self._places.items()})
+
+
+class _Replaced:
+    """Globals that have other values for a while."""
+
+    def __init__(self, values: Mapping[tuple[int, str], tuple[dict[str, Any], Any]]) -> None:
+        self._values = values
+        self._kept: dict[tuple[int, str], Any] = {}
+
+    def __enter__(self) -> None:
+        for (_, name), (home, value) in self._values.items():
+            self._kept[id(home), name] = home[name]
+            home[name] = value
+
+    def __exit__(self, *_: object) -> None:
+        for (_, name), (home, _value) in self._values.items():
+            home[name] = self._kept[id(home), name]
+
+
+def _called(function: Any, tracer: fx.Tracer) -> Any:
+    """``function``, a call of which is recorded where a proxy is among its arguments."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(a, fx.Proxy) for a in pytree.tree_leaves((args, kwargs))):
+            return function(*args, **kwargs)
+        return tracer.create_proxy("call_function", function, args, kwargs)
+
+    return call
+
+
+def _is_of_torch(frame: types.FrameType) -> bool:
+    home = str(frame.f_globals.get("__name__", ""))
+    return home.startswith(("torch.", "reparamc.")) or home in ("torch", "contextlib", "functools", "inspect")
+
+
+def _is_method(frame: types.FrameType) -> bool:
+    names = frame.f_code.co_varnames[:1]
+    return bool(names) and isinstance(frame.f_locals.get(names[0]), nn.Module)
+
+
+class Reserved(InputError):
     """A part of the model has a name that no part of a GraphModule can have."""
 
 
@@ -182,13 +278,13 @@ def _refuse_reserved(graph: fx.Graph, model: nn.Module) -> None:
     for node in graph.nodes:
         names = str(node.target).split(".") if node.op in ("call_module", "get_attr") else [""]
         if names[0] in _RESERVED:
-            raise _Reserved(
+            raise Reserved(
                 f"{type(model).__name__} has a part called {names[0]!r}, which is the name of an attribute that every "
                 "torch.fx.GraphModule has; rename it, or fuse a module that holds the model, such as "
                 "torch.nn.Sequential(model)"
             )
         if any(map(keyword.iskeyword, names)):
-            raise _Reserved(
+            raise Reserved(
                 f"{type(model).__name__} has a part called {node.target!r}, and a keyword of Python is no name that "
                 "torch.fx can write; rename it"
             )
@@ -223,10 +319,25 @@ def _restore_names(graph: fx.Graph, model: nn.Module) -> None:
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def fixed_arguments(model: nn.Module) -> dict[str, Any]:
-    """Arguments of forward that tracing fixes to their defaults: None, numbers and strings steer control flow."""
+def fixed_arguments(model: nn.Module, call: Call | None = None) -> dict[str, Any]:
+    """Arguments of forward that tracing fixes: None, numbers and strings steer control flow.
+
+    Without a ``call``, to their defaults. With one, to what it gives for arguments that have such a default, or that
+    are None, a truth value or a string.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if call is None:
+        return {name: p.default for name, p in parameters.items() if _steers(p.default)}
+    bound = inspect.signature(model.forward).bind(*call[0], **call[1])
+    bound.apply_defaults()
     return {
-        name: p.default
-        for name, p in inspect.signature(model.forward).parameters.items()
-        if p.default is None or isinstance(p.default, bool | int | float | str)
+        name: value
+        for name, p in parameters.items()
+        if p.kind not in _VARIADIC
+        and _steers(value := bound.arguments[name])
+        and (_steers(p.default) or not isinstance(value, int | float) or isinstance(value, bool))
     }
+
+
+def _steers(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)

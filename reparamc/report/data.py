@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from reparamc import __version__
@@ -186,9 +188,26 @@ class Origin:
         return {"sha256": self.sha256, "of": self.of} | ({"data": self.data} if self.data else {})
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a module: where, how it was fused ("torch.fx", "torch.export", or "as it is"), and why that way.
+
+    Attributes:
+        conv, batchnorm: how many are in it now.
+    """
+
+    where: str
+    how: str
+    why: str
+    conv: int
+    batchnorm: int
+
+
 @dataclass
 class Report:
     """The outcome of one fusion.
+
+    In a file it is plain data with the same attributes, for which reparamc is not needed.
 
     Attributes:
         passes: applications of each selected pass, in pass order.
@@ -207,6 +226,7 @@ class Report:
         origin: what was fused; None where that is not known.
         result: SHA-256 of the fused graph; None where that is not known.
         history: records of earlier fusions of the same module; an ONNX model carries its own.
+        parts: the parts of a module that was not fused as one graph.
     """
 
     before: Counts
@@ -227,6 +247,32 @@ class Report:
     result: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     certificate: Certified | None = None
+    parts: list[Part] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Report:
+        made = copy.copy(self)
+        memo[id(self)] = made
+        for f in fields(self):
+            setattr(made, f.name, copy.deepcopy(getattr(self, f.name), memo))
+        return made
+
+    def __copy__(self) -> Report:
+        return Report(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (
+            SimpleNamespace,
+            (),
+            {f.name: _plain(getattr(self, f.name)) for f in fields(self)} | {"records": self.records},
+        )
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What a model with this report has to carry: the records that it had, and that of this fusion."""
+        return [*self.history, *([self.record()] if self.changed and not self.original_kept else [])]
 
     @property
     def changed(self) -> bool:
@@ -317,21 +363,52 @@ class Report:
             agree = f"{self.host.kinds} kinds of region re-run with the framework's own operators: all agree"
             unable = f"; {len(self.host.unable)} more could not be run" if self.host.unable else ""
             lines.append(line("reference", agree + unable))
-        lines += [line("FAILED", f"{f.where}: {f.reason}; it stays as it was") for f in self.failed]
+        lines += [line("FAILED", f"{f.where}: {f.reason}; it stays as it was") for f in self.failed[:SHOWN]]
+        if len(self.failed) > SHOWN:
+            lines.append(line("", f"and {len(self.failed) - SHOWN} more"))
+        lines += self._ways()
         if (c := self.certificate) is not None:
             undone = f", {c.rolled_back} rolled back" if c.rolled_back else ""
             undecided = f", {len(c.undecided)} undecided" if c.undecided else ""
             proven = f"{c.equal} of {c.equal + len(c.undecided)} tensors proven equal for every input size"
             lines.append(line("certified", f"{proven}{undecided}{undone}, {c.seconds:.2f} s"))
-        for e in (e for e in self.end_to_end if not e.alone):
+        outputs = sorted((e for e in self.end_to_end if not e.alone), key=lambda e: -e.closeness)
+        for e in outputs[:SHOWN]:
             allowed = "which rounding alone explains" if e.tolerance is None else f"{e.tolerance:.1e} allowed"
             lines.append(line("output", f"{e.output}: largest error {e.max_rel:.1e} relative, {allowed}"))
+        if len(outputs) > SHOWN:
+            lines.append(line("", f"and {len(outputs) - SHOWN} more outputs that are closer"))
         alone = [e for e in self.end_to_end if e.alone and e.tolerance]
         if alone:
             e = max(alone, key=lambda e: e.closeness)
             error = f"largest error {e.max_rel:.1e} relative to a channel, {e.tolerance:.1e} allowed, at {e.output}"
             lines.append(line("one by one", f"{len(alone)} regions run alone on the original's values: {error}"))
         return lines
+
+    def _ways(self) -> list[str]:
+        """The parts of a module that was not fused as one graph."""
+        if not self.parts:
+            return []
+        fused = sum(p.how != "as it is" for p in self.parts)
+        left = sorted((p for p in self.parts if p.how == "as it is"), key=lambda p: -p.batchnorm)
+        lines = [line("parts", f"{fused} followed as graphs, {len(left)} left as they are")]
+        for p in left[:SHOWN]:
+            what = f"{p.conv} Conv and {p.batchnorm} BatchNorm stay in it"
+            lines.append(line("", f"{p.where or 'the model itself'}: {what}" + (f"; {p.why}" if p.why else "")))
+        return lines
+
+
+SHOWN = 5
+"""Outputs, failures and parts that a table shows."""
+
+
+def _plain(value: Any) -> Any:
+    """``value`` in types that Python itself has."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return SimpleNamespace(**{f.name: _plain(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _short(error: float | None) -> float | None:

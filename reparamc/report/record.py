@@ -166,4 +166,4 @@ def printable(text: str) -> str:
 
 def records_of(report: Report) -> list[Record]:
     """The records that a model with this report has to carry: those it had, and that of this fusion."""
-    return [*report.history, *([report.record()] if report.changed and not report.original_kept else [])]
+    return report.records

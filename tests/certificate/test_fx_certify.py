@@ -23,9 +23,10 @@ from reparamc.certificate.proof import Certificate, roll_back
 from reparamc.compiler.plan import make_plan
 from reparamc.errors import VerificationError
 from reparamc.fx.emit import Emitter
+from reparamc.fx.export import exported
 from reparamc.fx.graph import FxGraph
 from reparamc.fx.host import _rewrite
-from reparamc.fx.trace import followed, trace
+from reparamc.fx.trace import trace
 from reparamc.testing import randomize_batchnorm
 from reparamc_passes import PASSES
 
@@ -590,10 +591,9 @@ def test_a_graph_that_an_operator_calls(name: str) -> None:
     what, quiet = QUIET[name]
     model, x = randomize_batchnorm(Region(what).eval(), 0), torch.randn(2, 4, 5, 5)
     report = fuse_fx(model, x).meta["reparamc"]
-    assert report.note
     assert report.after.batchnorm == 0
     assert report.certificate.undecided == ()
-    module = followed(model, ((x,), {}))[0]
+    module = exported(model, ((x,), {}))
     assert [n for n in module.graph.nodes if isinstance(n.target, HigherOrderOperator)]
     assert (not Memory(module).writes) == quiet
 
@@ -652,7 +652,7 @@ def test_an_extent_of_some(name: str) -> None:
     report = fused.meta["reparamc"]
     assert report.passes["scale-folding"] == 1
     assert report.certificate.undecided == ()
-    kept = followed(turned, ((x,), {}))[0]
+    kept = exported(turned, ((x,), {}))
     assert not certify_fx(kept, fused, shapes_of(kept, [x])).holds
 
 

@@ -102,7 +102,8 @@ def counts(fused: fx.GraphModule) -> tuple[int, int]:
     kinds = [type(module) for module in fused.modules()]
     linear = sum(issubclass(k, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) for k in kinds)
     norms = sum(issubclass(k, nn.modules.batchnorm._BatchNorm) for k in kinds)
-    functions = [n.target for n in fused.graph.nodes if n.op == "call_function"]
+    graphs = [module.graph for module in fused.modules() if isinstance(module, fx.GraphModule)]
+    functions = [n.target for graph in graphs for n in graph.nodes if n.op == "call_function"]
     linear += sum(t in (F.conv1d, F.conv2d, F.conv3d, F.linear) for t in functions)
     return linear, norms + functions.count(F.batch_norm)
 

@@ -75,8 +75,8 @@ class HalvesEven(Halves):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(("make", "left"), [(Halves, 2), (HalvesEven, 1)])
-def test_extents_that_agree_because_an_export_fixes_them(make: Callable[[], nn.Module], left: int) -> None:
+@pytest.mark.parametrize(("make", "left"), [(Halves, 2), (HalvesEven, 2)])
+def test_extents_that_agree_for_some_sizes_only(make: Callable[[], nn.Module], left: int) -> None:
     torch.manual_seed(0)
     model = make().eval()
     x = torch.randn(2, C, 8, 6)
@@ -99,7 +99,7 @@ def test_what_torch_fx_cannot_follow(make: Callable[[], nn.Module], inside: bool
         fused = fuse_fx(original, x)
         assert counts(fused) == (1 + inside, 0)
         assert report(fused).after.batchnorm == 0
-        assert "torch.export" in report(fused).note
+        assert [p.how for p in report(fused).parts].count("torch.export") == 1
         assert report(fused).end_to_end
         assert not fused.training
         assert all(torch.equal(state[k], v) for k, v in original.state_dict().items())
@@ -109,8 +109,8 @@ def test_what_torch_fx_cannot_follow(make: Callable[[], nn.Module], inside: bool
         for batch in images((1, C, 8, 7), (2, C, 8, 7), (5, C, 8, 7), dtype=dtype):
             assert relative_error(run(fused, batch), run(original, batch)) < tolerance
             assert relative_error(run(copy.deepcopy(fused), batch), run(original, batch)) < tolerance
-        with pytest.raises(Exception, match=r"size|shape"):
-            run(fused, images((1, C, 9, 9), dtype=dtype)[0])
+        for other in images((1, C, 9, 9), (3, C, 6, 12), dtype=dtype):
+            assert relative_error(run(fused, other), run(original, other)) < tolerance
 
 
 def test_structures_and_keywords_of_an_exported_model() -> None:
@@ -226,8 +226,7 @@ def test_arguments_keep_their_names() -> None:
         expected = model(x, shift=shift)
         assert relative_error(fused(x, mask=None, scale=2.0, shift=shift), expected) < 1e-5
         assert relative_error(fused(x=x, shift=shift), expected) < 1e-5
-        with pytest.raises(AssertionError):
-            fused(x, scale=3.0, shift=shift)
+        assert relative_error(fused(x, scale=3.0, shift=shift), model(x, scale=3.0, shift=shift)) < 1e-5
 
 
 # Ranks and extents
@@ -389,8 +388,7 @@ def test_what_widens_a_dtype_stays(f: Callable[..., Tensor], dtype: torch.dtype)
     """A factor of one and a term of zeros may be what the dtype of a result comes from."""
     model = ready(Steered(f))
     x = torch.arange(6 * C).reshape(2, C, 1, 3).to(dtype)
-    fused = fuse_fx(model, x)
-    assert report(fused).note
+    fused = fuse_fx(exported(model, x).module(), x)
     assert fused(x).dtype == model(x).dtype
     assert torch.equal(fused(x), model(x))
 
@@ -450,7 +448,7 @@ def test_a_norm_without_statistics_has_those_of_the_batch_in_any_mode() -> None:
 
 def test_an_exported_program_itself() -> None:
     (x,) = images((2, C, 6, 5), dtype=torch.float32)
-    with pytest.raises(InputTypeError, match=r"not an ExportedProgram; pass its \.module\(\)"):
+    with pytest.raises(InputTypeError, match="not an ExportedProgram; pass it to fuse_exported"):
         fuse_fx(exported(ready(conv_bn()), x), x)
 
 
@@ -470,9 +468,8 @@ def test_the_exporter_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing but the one line; and what torch logs otherwise is logged as before."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     filters = [list(h.filters) for h in logger.handlers]
-    with pytest.raises(InputError, match="cannot trace Deciding") as raised:
-        fuse_fx(ready(Deciding()), *images((2, C, 6, 5), dtype=torch.float32))
-    assert "\n" not in str(raised.value)
+    fused = fuse_fx(ready(Deciding()), *images((2, C, 6, 5), dtype=torch.float32))
+    assert (type(fused), counts(fused)) == (Deciding, (1, 0))
     assert capfd.readouterr() == ("", "")
     assert [list(h.filters) for h in logger.handlers] == filters
 
@@ -481,9 +478,8 @@ def test_the_exporter_says_nothing_in_a_process_of_its_own() -> None:
     """Where nothing captures the streams that torch took hold of when it was imported."""
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]; import torch, reparamc, test_fx_export as t\n"
-        "try: reparamc.fuse_fx(t.ready(t.Deciding()), torch.ones(2, t.C, 6, 5))\n"
-        "except reparamc.InputError: print('refused')"
+        "reparamc.fuse_fx(t.ready(t.Deciding()), torch.ones(2, t.C, 6, 5)); print('fused')"
     )
     paths = [str(Path(__file__).parent), *sys.path]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr, done.returncode) == ("refused\n", "", 0)
+    assert (done.stdout, done.stderr, done.returncode) == ("fused\n", "", 0)

@@ -1,0 +1,242 @@
+"""Copies of modules, and the state of a module put back as it was."""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reparamc.errors import InputError, one_line
+from reparamc.fx.export import is_exported
+
+Memo = dict[int, Any]
+"""What stands for an object in a copy, by its id; as `copy.deepcopy` keeps it."""
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
+    """A copy that shares no storage with ``model``, tensors that were computed and kept as attributes included.
+
+    Functions that it holds (hooks, a replaced forward) refer to the copy where those of ``model`` refer to ``model``
+    or to what it holds. What cannot be copied (a lock, a generator) is the same object in both; ``shared`` is given
+    the names of those.
+
+    Raises:
+        InputError: a parameter or buffer cannot be copied.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, about its own exported programs
+        memo = _computed(model)
+        try:
+            made = copy.deepcopy(model, memo)
+        except Exception:  # whatever the attributes of the user's module raise
+            memo = _computed(model)
+            for name, value in _uncopyable(model):
+                memo[id(value)] = value
+                if shared is not None:
+                    shared.append(name)
+            try:
+                made = copy.deepcopy(model, memo)
+            except Exception as error:
+                raise InputError(f"{type(model).__name__} cannot be copied: {one_line(error)}") from error
+    for module in made.modules():
+        for name, value in list(vars(module).items()):
+            if (moved := _moved(value, memo)) is not value:
+                vars(module)[name] = moved
+    if is_exported(model):
+        for module in made.modules():
+            module.training = False
+    return made
+
+
+def _computed(model: nn.Module) -> Memo:
+    """Copies of the tensors among the attributes of ``model`` that come out of a computation."""
+    held = (v for m in model.modules() for value in vars(m).values() for v in _inside(value))
+    return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
+
+
+def _inside(value: Any, depth: int = 3) -> Iterator[Any]:
+    """``value``, and what the containers in it hold."""
+    yield value
+    if depth and isinstance(value, dict | list | tuple | set | deque):
+        for inner in list(value.values() if isinstance(value, dict) else value):
+            yield from _inside(inner, depth - 1)
+
+
+def _uncopyable(model: nn.Module) -> list[tuple[str, Any]]:
+    """The attributes of all modules that cannot be copied, by name.
+
+    Raises:
+        InputError: one is a parameter or buffer.
+    """
+    found: list[tuple[str, Any]] = []
+    known = _computed(model) | {id(m): m for m in model.modules()}
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            named = value.items() if key in _REGISTRIES else [(key, value)]
+            for name, held in named:
+                where = f"{path}.{name}".strip(".")
+                found += [(where, v) for v in _failing(held, known)]
+                if key != "_modules" and isinstance(held, Tensor) and found and found[-1][1] is held:
+                    raise InputError(f"{where!r} cannot be copied: it is a {type(held).__name__}; take it out first")
+    return found
+
+
+def _failing(value: Any, known: Memo) -> list[Any]:
+    try:
+        copy.deepcopy(value, dict(known))
+    except Exception:  # whatever it raises
+        if isinstance(value, dict | list | tuple):
+            inner = [v for x in (value.values() if isinstance(value, dict) else value) for v in _failing(x, known)]
+            return inner or [value]
+        return [value]
+    return []
+
+
+def _moved(value: Any, memo: Memo) -> Any:
+    """``value``, or a function that refers to copies where it refers to originals."""
+    match value:
+        case types.FunctionType() if value.__closure__:
+            return _function(value, memo)
+        case types.MethodType():
+            owner, function = memo.get(id(value.__self__), value.__self__), _moved(value.__func__, memo)
+            same = owner is value.__self__ and function is value.__func__
+            return value if same else types.MethodType(function, owner)
+        case partial():
+            function, *args = (_reference(v, memo) for v in (value.func, *value.args))
+            given = {k: _reference(v, memo) for k, v in value.keywords.items()}
+            same = function is value.func and all(map(lambda a, b: a is b, args, value.args))
+            same = same and all(given[k] is v for k, v in value.keywords.items())
+            return value if same else partial(function, *args, **given)
+        case dict():
+            for key, inner in list(value.items()):
+                if (moved := _moved(inner, memo)) is not inner:
+                    value[key] = moved
+        case list():
+            value[:] = [_moved(inner, memo) for inner in value]
+        case _:
+            pass
+    return value
+
+
+def _reference(value: Any, memo: Memo) -> Any:
+    return memo[id(value)] if id(value) in memo else _moved(value, memo) if callable(value) else value
+
+
+def _function(function: types.FunctionType, memo: Memo) -> Any:
+    """``function`` over cells that hold copies; itself where all cells stay as they are."""
+    if id(function) in memo:
+        return memo[id(function)]
+    memo[id(function)] = function  # where it refers to itself
+    cells: list[Any] = []
+    for cell in function.__closure__ or ():
+        try:
+            held = cell.cell_contents
+        except ValueError:  # it is empty
+            cells.append(cell)
+            continue
+        moved = _reference(held, memo)
+        cells.append(cell if moved is held else types.CellType(moved))
+    if all(map(lambda a, b: a is b, cells, function.__closure__ or ())):
+        return function
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    vars(made).update(vars(function))
+    memo[id(function)] = made
+    return made
+
+
+class State:
+    """All that a module holds, as it is now: to tell what forward changes, and to put it back.
+
+    Args:
+        model: the module.
+        backup: a copy of it, which has the values of its parameters; without one they are not looked at.
+    """
+
+    def __init__(self, model: nn.Module, backup: nn.Module | None = None) -> None:
+        self._modules = dict(model.named_modules())
+        self._attributes = {path: dict(vars(m)) for path, m in self._modules.items()}
+        self._contents: dict[str, list[tuple[Any, Any]]] = {}
+        self._tensors: dict[str, list[tuple[Tensor, Any]]] = {}
+        copies = {} if backup is None else dict(backup.named_modules())
+        for path, module in self._modules.items():
+            held = [v for value in vars(module).values() for v in _inside(value)]
+            self._contents[path] = [(v, copy.copy(v)) for v in held if isinstance(v, dict | list | set | deque)]
+            parameters = {id(p): name for name, p in module._parameters.items()}
+            self._tensors[path] = []
+            for t in {id(v): v for v in held if isinstance(v, Tensor)}.values():
+                if id(t) not in parameters:
+                    self._tensors[path].append((t, _values(t)))
+                elif path in copies:
+                    self._tensors[path].append((t, copies[path]._parameters[parameters[id(t)]]))
+
+    def changed(self) -> list[str]:
+        """The paths of all modules that hold something else than before."""
+        return [path for path in self._modules if self._is_changed(path)]
+
+    def _is_changed(self, path: str) -> bool:
+        before, now = self._attributes[path], vars(self._modules[path])
+        if before.keys() != now.keys() or any(now[k] is not v for k, v in before.items()):
+            return True
+        if any(not _same_items(a, b) for a, b in self._contents[path]):
+            return True
+        return any(not same_values(a, b) for a, b in self._tensors[path])
+
+    def restore(self) -> None:
+        for path, module in self._modules.items():
+            if not self._is_changed(path):
+                continue
+            vars(module).clear()
+            vars(module).update(self._attributes[path])
+            for container, content in self._contents[path]:
+                if not _same_items(container, content):
+                    container.clear()
+                    container.extend(content) if isinstance(container, list | deque) else container.update(content)
+            for tensor, value in self._tensors[path]:
+                if not same_values(tensor, value):
+                    _put_back(tensor, value)
+
+
+def _put_back(tensor: Tensor, value: Tensor) -> None:
+    if tensor.shape == value.shape and tensor.dtype == value.dtype:
+        tensor.detach().copy_(value.detach())
+    else:
+        tensor.data = value.detach().clone()
+
+
+def _values(t: Tensor) -> Tensor:
+    try:
+        return t.detach().clone()
+    except Exception:  # a subclass that does not say how
+        return t
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    if isinstance(a, set):
+        return a == b
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[k] is v for k, v in b.items())
+    return len(a) == len(b) and all(map(lambda x, y: x is y, a, b))
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN included; true where they cannot say."""
+    if a is b:
+        return True
+    try:
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        return a.is_meta or torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    except Exception:  # a subclass that has no comparison
+        return True

@@ -1,0 +1,140 @@
+"""What a module makes of its arguments, taken apart and compared: tensors, and all that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from reparamc.fx.watch import Call
+
+DEPTH = 12
+"""How deep results are taken apart; what holds itself has no end."""
+
+ROUNDING = 100
+"""Units of rounding, relative to the largest value, by which a traced graph may differ without a second look."""
+
+
+def leaves(result: Any, path: str = "", depth: int = DEPTH) -> Iterator[tuple[str, Any]]:
+    """Every value in ``result`` by its place, and the type of everything that holds others."""
+    inner = _inner(result) if depth else None
+    if inner is None:
+        yield path, result
+        return
+    yield path, type(result)
+    for step, value in inner:
+        yield from leaves(value, path + step, depth - 1)
+
+
+def _inner(value: Any) -> list[tuple[str, Any]] | None:
+    match value:
+        case Tensor() | str() | bytes() | int() | float() | complex() | None | type() | nn.Module():
+            return None
+        case Mapping():
+            return [(f"[{k!r}]", v) for k, v in value.items()]
+        case tuple() if hasattr(value, "_fields"):
+            return [(f".{k}", v) for k, v in zip(value._fields, value, strict=True)]
+        case list() | tuple() | deque():
+            return [(f"[{i}]", v) for i, v in enumerate(value)]
+        case _ if dataclasses.is_dataclass(value) or any(isinstance(v, Tensor) for v in _held(value)):
+            return [(f".{k}", v) for k, v in vars(value).items()] if hasattr(value, "__dict__") else None
+        case _:
+            return None
+
+
+def _held(value: Any) -> Iterator[Any]:
+    for inner in vars(value).values() if hasattr(value, "__dict__") else ():
+        yield inner
+        if isinstance(inner, list | tuple | dict):
+            yield from inner.values() if isinstance(inner, dict) else inner
+
+
+def tensors(result: Any) -> dict[str, Tensor]:
+    """Every tensor in ``result`` by its place."""
+    return {f"output{path}": leaf for path, leaf in leaves(result) if isinstance(leaf, Tensor)}
+
+
+def ran(module: Callable[..., Any], call: Call) -> Any:
+    """What ``module`` makes of copies of the arguments; random operators draw the same numbers each time.
+
+    Raises:
+        Exception: whatever it raises.
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, call)
+    with torch.no_grad(), torch.random.fork_rng(devices=_devices(call)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        return module(*args, **kwargs)
+
+
+def _devices(call: Call) -> list[int]:
+    found = (t.device for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
+    return sorted({d.index or 0 for d in found if d.type == "cuda"})
+
+
+def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = None) -> str:
+    """How two results differ in more than rounding; empty where they do not.
+
+    ``wavering`` gives what becomes of ``expected`` where inputs change at rounding level; it is asked when values
+    differ by more than a few units of rounding.
+    """
+    found, wanted = list(leaves(actual)), list(leaves(expected))
+    if [p for p, _ in found] != [p for p, _ in wanted]:
+        return "it returns another structure"
+    noise: dict[str, Any] | None = None
+    for (path, a), (_, e) in zip(found, wanted, strict=True):
+        if not isinstance(e, Tensor) or not isinstance(a, Tensor):
+            if not _equal(a, e):
+                return f"output{path} is {_shown(a)} instead of {_shown(e)}"
+            continue
+        if (a.shape, a.dtype) != (e.shape, e.dtype):
+            return f"output{path} is of another shape or dtype"
+        error, epsilon = _error(a, e)
+        if error > ROUNDING * epsilon and wavering is not None:
+            noise = dict(leaves(wavering())) if noise is None else noise
+            other = noise.get(path)
+            known = isinstance(other, Tensor) and other.shape == e.shape
+            epsilon = max(epsilon, _error(other, e)[0] / 10) if known else epsilon
+        if error > ROUNDING * epsilon:
+            return f"output{path} differs by {error:.1e} of its largest value"
+    return ""
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, int | float | str | bytes | complex | type(None) | type):
+        return a == b or a != a
+    return True
+
+
+def _shown(value: Any) -> str:
+    return (
+        value.__name__
+        if isinstance(value, type)
+        else type(value).__name__
+        if isinstance(value, Tensor)
+        else repr(value)[:40]
+    )
+
+
+def _error(a: Tensor, e: Tensor) -> tuple[float, float]:
+    """The largest difference relative to the largest value, and the unit of rounding."""
+    if not e.is_floating_point() and not e.is_complex():
+        return (0.0 if torch.equal(a, e) else float("inf")), 0.0
+    if torch.equal(a, e) or not e.numel():
+        return 0.0, 0.0
+    epsilon = torch.finfo(e.dtype).eps
+    a, e = (t.detach().to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, e))
+    both = (a == e) | ((a != a) & (e != e))
+    off = torch.where(both, torch.zeros_like(e.abs()), (a - e).abs())
+    size = e.abs()[e.abs().isfinite()]
+    largest = size.max().item() if size.numel() else 0.0
+    worst = off.max().item()
+    return (worst / largest if largest else float("inf") if worst else 0.0) if worst == worst else float("inf"), epsilon

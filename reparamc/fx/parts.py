@@ -1,0 +1,312 @@
+"""A module fused part by part: the largest parts that can be followed are replaced, the Python around them stays."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from reparamc.errors import InputError, one_line
+from reparamc.fx.copying import State, copied
+from reparamc.fx.export import can_be_exported, exported
+from reparamc.fx.host import Options, fuse_traced
+from reparamc.fx.outcome import difference, ran
+from reparamc.fx.result import in_place_of
+from reparamc.fx.runnable import perturbed, plain
+from reparamc.fx.trace import traced
+from reparamc.fx.watch import Call
+from reparamc.report.data import Counts, Report
+
+NORM = nn.modules.batchnorm._BatchNorm
+LINEAR = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Way:
+    """The way that one part took: fused as a graph, with the report of that, or left as it is, with its size."""
+
+    where: str
+    how: str
+    why: str
+    size: Counts | None = None
+    report: Report | None = None
+
+
+@dataclass
+class Taken:
+    """What takes the place of a module, and the ways of all parts of it."""
+
+    module: nn.Module
+    ways: list[Way] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A module as a graph that was seen to compute the same; ``opaque``: what it calls as it is, and why."""
+
+    graph: fx.GraphModule
+    opaque: dict[str, str]
+
+
+class Parts:
+    """The parts of one model on their way.
+
+    Args:
+        model: the caller's module, which parts are compared with.
+        own: a copy of it, in which parts are replaced.
+        options: what to do.
+        calls: gives recorded calls of each submodule, by its id; None where the model was not run.
+        outermost: calls of the model itself, and what comes of them.
+        blocked: submodules that no graph may take the place of, by path, with the reason.
+        touched: gives the ids of submodules that other code reaches into, which are not to be replaced.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        own: nn.Module,
+        options: Options,
+        calls: Callable[[], Mapping[int, list[Call]]] | None = None,
+        outermost: list[tuple[Call, Any]] | None = None,
+        blocked: Mapping[str, str] | None = None,
+        touched: Callable[[], set[int]] = set,
+    ) -> None:
+        self.options = options
+        self.originals = dict(model.named_modules(remove_duplicate=False))
+        self.own = dict(own.named_modules(remove_duplicate=False))
+        self.blocked, self.outermost = dict(blocked or {}), outermost or []
+        self.placed: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self._calls, self._touched = calls, touched
+        self._taken: dict[int, Taken] = {}
+        self._wholes: dict[str, Whole | str] = {}
+
+    # What can be followed
+
+    def recorded(self, path: str) -> list[Call] | None:
+        """The calls of the module at ``path``; None where they are not known."""
+        if self._calls is None:
+            return None
+        return self._calls().get(id(self.originals[path]), []) if path else [call for call, _ in self.outermost]
+
+    def whole(self, path: str) -> Whole | str:
+        """The module at ``path`` as a graph that agrees with it; or why there is none."""
+        if path not in self._wholes:
+            self._wholes[path] = self._whole(path)
+        return self._wholes[path]
+
+    def _whole(self, path: str) -> Whole | str:
+        if path in self.blocked:
+            return self.blocked[path]
+        calls = self.recorded(path)
+        if calls is not None and not calls:
+            return "the example does not run it"
+        opaque = {inner: why for place, why in self.blocked.items() if (inner := _below(path, place))}
+        for _ in range(4):
+            found = self._traced(path, calls, opaque)
+            if isinstance(found, str) or not (why := self._disagreement(path, found, calls or [])):
+                return found
+            more = self._suspects(path, found.opaque)
+            if not more:
+                break
+            opaque = found.opaque | more
+        return f"what torch.fx makes of it computes something else: {why}"
+
+    def _traced(self, path: str, calls: list[Call] | None, opaque: Mapping[str, str]) -> Whole | str:
+        module = self.own[path]
+        state = State(module)
+        try:
+            found = Whole(*traced(module, calls[0] if calls else None, opaque))
+            if not calls and (changed := state.changed()):
+                return f"forward changes {changed[0]!r}: a state that every call updates is not fused"
+            return found
+        except InputError as error:
+            return str(error)
+        finally:
+            state.restore()
+
+    def _disagreement(self, path: str, found: Whole, calls: list[Call]) -> str:
+        """How the graph differs from the module, on every recorded call."""
+        original = self.originals[path]
+        graph = in_place_of(original, found.graph)
+        known = {id(call): result for call, result in self.outermost}
+        for call in calls:
+            try:
+                expected = known[id(call)] if id(call) in known else ran(original, call)
+            except Exception as error:  # whatever it raises outside of the model around it
+                return f"by itself it does not run: {one_line(error)}"
+            try:
+                actual = ran(graph, call)
+            except Exception as error:  # whatever a wrong graph raises
+                return one_line(error)
+            if why := difference(actual, expected, lambda call=call: ran(original, perturbed(call, 0))):
+                return why
+        return ""
+
+    def _suspects(self, path: str, opaque: Mapping[str, str]) -> dict[str, str]:
+        """Submodules of ``path`` that cannot be followed, although they were."""
+        found: dict[str, str] = {}
+        for name, child in self.own[path].named_children():
+            inner = _joined(path, name)
+            if name in opaque or is_leaf(child) or self._calls is None:
+                continue
+            if not self.recorded(inner):
+                more = self._suspects(inner, {o: "" for place in opaque if (o := _below(name, place))})
+                found |= {_joined(name, place): why for place, why in more.items()}
+            elif isinstance(whole := self.whole(inner), str):
+                found[name] = whole
+            else:
+                found |= {_joined(name, place): why for place, why in whole.opaque.items()}
+        return {place: why for place, why in found.items() if place not in opaque}
+
+    # What is put in its place
+
+    def take(self, path: str, as_graph: bool | None = None) -> Taken:
+        """What takes the place of the module at ``path``.
+
+        ``as_graph``: whether its graph may, where the parts in it could be replaced instead. By default where its
+        forward takes no argument that can be left out, for only Python leaves the choice.
+        """
+        module = self.own[path]
+        if id(module) in self._taken:  # it has several names
+            return Taken(self._taken[id(module)].module)
+        if is_leaf(module) or not any(True for _ in module.parameters()):
+            return Taken(module)
+        self._taken[id(module)] = Taken(module)
+        whole = self.whole(path)
+        if isinstance(whole, Whole) and path and id(self.originals[path]) in self._touched():
+            whole = "other code reaches into it"
+        if as_graph is None:
+            as_graph = not has_options(module)
+        if isinstance(whole, Whole) and as_graph:
+            taken = self._as_graph(path, whole)
+        else:
+            taken = self._entered(path, whole if isinstance(whole, str) else "")
+            if isinstance(whole, Whole) and any(map(is_leaf, module.children())):
+                other = self._as_graph(path, whole)
+                taken = other if size(other.module) < size(taken.module) else taken
+            elif not has_options(module) and (as_graph or path):
+                taken = self._by_export(path, taken)
+        self._taken[id(module)] = taken
+        return taken
+
+    def _as_graph(self, path: str, whole: Whole) -> Taken:
+        """The fused graph, what it calls as it is being taken in turn; the module itself where nothing folds."""
+        module = self.own[path]
+        calls = self.recorded(path) or [None]
+        expected = plain(self.outermost[0][1]) if self.outermost and not path and not whole.opaque else None
+        graph = fuse_traced(whole.graph, self.originals[path], calls[0], expected, self.options)
+        report: Report = graph.meta.pop("reparamc")
+        result: nn.Module = in_place_of(module, graph) if report.changed else module
+        ways = [Way(path, "torch.fx", "", report=report)]
+        for inner, why in whole.opaque.items():
+            place = _joined(path, inner)
+            if not _holds(result, inner):
+                continue
+            taken = self.take(place)
+            ways += [Way(w.where, w.how, w.why or why, w.size, w.report) if w.where == place else w for w in taken.ways]
+            self._put(result, inner, taken.module)
+        return Taken(result, ways)
+
+    def _by_export(self, path: str, taken: Taken) -> Taken:
+        """As a graph by torch.export, where that folds a BatchNorm that would stay; else what was ``taken``."""
+        module, original, calls = self.own[path], self.originals[path], self.recorded(path)
+        stays = any(isinstance(m, NORM) for m in taken.module.children())
+        if not (stays and calls) or path in self.blocked or not can_be_exported(original):
+            return taken
+        state = State(original)
+        try:
+            graph = exported(copied(original), max(calls, key=_smallest))
+        except InputError:
+            return taken
+        finally:
+            state.restore()
+        if self._disagreement(path, Whole(graph, {}), calls):
+            return taken
+        fused = fuse_traced(graph, original, calls[0], None, self.options, exported=True)
+        report: Report = fused.meta.pop("reparamc")
+        result = in_place_of(module, fused)
+        if size(result) >= size(taken.module):
+            return taken
+        return Taken(result, [Way(path, "torch.export", taken.ways[-1].why, report=report)])
+
+    def _entered(self, path: str, why: str) -> Taken:
+        """The module itself, with its parts replaced."""
+        module, ways = self.own[path], list[Way]()
+        for name, child in list(module._modules.items()):
+            if child is not None:
+                taken = self.take(_joined(path, name))
+                ways += taken.ways
+                self._put(module, name, taken.module)
+        leaves = [m for m in module.children() if is_leaf(m)]
+        if any(isinstance(m, (NORM, *LINEAR)) for m in leaves) or not path:
+            ways.append(Way(path, "as it is", why, counts_of(leaves)))
+        return Taken(module, ways)
+
+    def _put(self, holder: nn.Module, path: str, new: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        home = holder.get_submodule(parent)
+        old = home._modules[name]
+        if old is not None and old is not new:
+            home._modules[name] = new
+            self.placed.append((home, name, old, new))
+
+
+def _holds(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether there is nothing to enter: an operator of torch's own, or a ScriptModule."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    kind = type(module)
+    if nn.utils.parametrize.is_parametrized(module):
+        kind = kind.__mro__[1]
+    containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
+    return kind.__module__.startswith("torch.nn.modules") and not issubclass(kind, containers) and kind is not nn.Module
+
+
+def has_options(module: nn.Module) -> bool:
+    """Whether forward takes arguments that can be left out, or any number of them."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def size(module: nn.Module) -> tuple[int, int]:
+    """How many BatchNorms there are, and how many modules that hold tensors."""
+    inner = list(module.modules())
+    return sum(isinstance(m, NORM) for m in inner), sum(bool(m._parameters or m._buffers) for m in inner)
+
+
+def counts_of(modules: list[nn.Module]) -> Counts:
+    return Counts(
+        len(modules),
+        sum(isinstance(m, LINEAR) for m in modules),
+        sum(isinstance(m, NORM) for m in modules),
+        sum(p.numel() for m in modules for p in m.parameters()),
+    )
+
+
+def _smallest(call: Call) -> int:
+    """The smallest extent of any tensor in ``call``; torch.export takes an extent of one for a fixed one."""
+    return min((n for t in pytree.tree_leaves(call) if isinstance(t, Tensor) for n in t.shape), default=0)
+
+
+def _below(path: str, other: str) -> str:
+    """``other`` as seen from ``path``; empty where it is not inside it."""
+    if not path:
+        return other
+    return other[len(path) + 1 :] if other.startswith(f"{path}.") else ""
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,74 @@
+"""What takes the place of a module: its fused graph, with what else others may ask of it."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from reparamc.fx.export import is_exported
+from reparamc.fx.memory import IN_PLACE_DUNDERS
+
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
+_OWN = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+_AS_METHODS = {function: name for name, function in IN_PLACE_DUNDERS.items()} | {operator.setitem: "__setitem__"}
+
+
+class FusedModule(fx.GraphModule):
+    """A graph module that keeps its hooks and its report, in copies and in files; to read a file takes torch alone."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        made = super().__deepcopy__(memo)
+        give(made, {name: copy.deepcopy(vars(self)[name], memo) for name in HOOKS if name in vars(self)})
+        give(made, copy.deepcopy(attributes(self), memo))
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the one of torch, and its meta. torch traces the code anew, so writes in place become calls of methods."""
+        plain = fx.GraphModule(self, _in_words(self.graph), type(self).__name__)
+        vars(plain).update({k: v for k, v in vars(self).items() if k not in vars(plain)} | {"_tracer_cls": None})
+        kept = {name: vars(self)[name] for name in HOOKS if vars(self).get(name)}
+        return (*fx.GraphModule.__reduce__(plain), {"meta": self.meta, "training": self.training, **kept})
+
+
+def _in_words(graph: fx.Graph) -> fx.Graph:
+    made = copy.deepcopy(graph)
+    made._codegen = copy.deepcopy(graph._codegen)
+    for node in made.nodes:
+        if node.op == "call_function" and (name := _AS_METHODS.get(node.target)) and isinstance(node.args[0], fx.Node):
+            node.op, node.target = "call_method", name
+    return made
+
+
+def give(module: nn.Module, values: dict[str, Any]) -> None:
+    vars(module).update(values)
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """What ``module`` holds beside tensors, submodules and what torch keeps in it."""
+    if is_exported(module):  # these are about the program that it comes from
+        return {}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in _OWN and not isinstance(value, Tensor | nn.Module)
+    }
+
+
+def in_place_of(module: nn.Module, graph: fx.GraphModule) -> FusedModule:
+    """``graph`` with the hooks and the plain attributes of ``module``, whose forward it computes."""
+    hooks = () if is_exported(module) else HOOKS  # those check the inputs of the program
+    made = FusedModule(graph, copy.deepcopy(graph.graph), type(module).__name__)
+    made.meta.update(graph.meta)
+    give(made, {name: vars(module)[name] for name in hooks if name in vars(module)})
+    give(made, attributes(module))
+    for part in made.modules():
+        if part is made or type(part) is nn.Module:  # a container that tracing made; others keep their modes
+            part.training = False
+    return made

@@ -1,0 +1,63 @@
+"""One report of several: of the parts of a model that were fused one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+
+from reparamc.report.data import Certified, Counts, HostCheck, Report
+
+
+def merged(reports: Sequence[tuple[str, Report]], left: Sequence[Counts]) -> Report:
+    """The report of a whole; places in those of its parts are prefixed by where the part is.
+
+    Args:
+        reports: of the parts, by the path of each.
+        left: the sizes of what was not fused.
+    """
+    if len(reports) == 1 and not left and not reports[0][0]:
+        return reports[0][1]
+    every = [r for _, r in reports]
+    certificates = [r.certificate for r in every if r.certificate is not None]
+    hosts = [r.host for r in every if r.host is not None]
+    first = every[0] if every else None
+    return Report(
+        before=total([*(r.before for r in every), *left]),
+        after=total([*(r.after for r in every), *left]),
+        passes=dict(_summed(r.passes for r in every)) if first is not None else {},
+        rewrites=[replace(w, where=inside(at, w.where)) for at, r in reports for w in r.rewrites],
+        kept=[replace(k, where=inside(at, k.where)) for at, r in reports for k in r.kept],
+        failed=[replace(f, where=inside(at, f.where)) for at, r in reports for f in r.failed],
+        host=HostCheck(sum(h.kinds for h in hosts), [u for h in hosts for u in h.unable]) if hosts else None,
+        certificate=_certified(certificates) if certificates else None,
+        seconds=dict(_summed(r.seconds for r in every)),
+    )
+
+
+def inside(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+    every = list(counts)
+    return Counts(*(sum(getattr(c, f.name) for c in every) for f in fields(Counts)))
+
+
+def _summed(counts: Iterable[dict[str, float]]) -> dict[str, float]:
+    found = Counter[str]()
+    for each in counts:
+        for name, n in each.items():
+            found[name] += n  # type: ignore[assignment]
+    return dict(found)
+
+
+def _certified(every: Sequence[Certified]) -> Certified:
+    return Certified(
+        sum(c.equal for c in every),
+        tuple(u for c in every for u in c.undecided),
+        sum(c.rolled_back for c in every),
+        max(c.units for c in every),
+        max(c.bound for c in every),
+        sum(c.seconds for c in every),
+    )
