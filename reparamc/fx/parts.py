@@ -195,13 +195,13 @@ class Parts:
         return taken
 
     def _as_graph(self, path: str, whole: Whole) -> Taken:
-        """The fused graph, what it calls as it is being taken in turn; the module itself where nothing folds."""
+        """The fused graph, what it calls as it is being taken in turn; a part in which nothing folds stays."""
         module = self.own[path]
         calls = self.recorded(path) or [None]
         expected = plain(self.outermost[0][1]) if self.outermost and not path and not whole.opaque else None
         graph = fuse_traced(whole.graph, self.originals[path], calls[0], expected, self.options)
         report: Report = graph.meta.pop("reparamc")
-        result: nn.Module = in_place_of(module, graph) if report.changed else module
+        result: nn.Module = in_place_of(module, graph) if report.changed or not path else module
         ways = [Way(path, "torch.fx", "", report=report)]
         for inner, why in whole.opaque.items():
             place = _joined(path, inner)
