@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from reparamc.report.data import Report
 
-DONE, DIFFERS, BAD_INPUT = 0, 1, 2
-"""Exit codes: done; verification failed, nothing written; bad usage or bad input."""
+DONE, DIFFERS, BAD_INPUT, UNCERTAIN = 0, 1, 2, 3
+"""Exit codes: done; verification failed, nothing written; bad usage or bad input; verify has doubts."""
 
 EPILOGUE = (
     "exit codes: 0 written (also when there was nothing to fuse); 1 verification failed; 2 bad usage or bad input"
@@ -29,7 +29,10 @@ AUDIT_EPILOGUE = (
     "exit codes: 0 all that was checked holds; 1 the graph was changed since, was made from another original, "
     "or differs from it; 2 no record, bad usage or bad input"
 )
-VERIFY_EPILOGUE = "exit codes: 0 equal within rounding; 1 the models differ; 2 bad usage or bad input, nothing compared"
+VERIFY_EPILOGUE = (
+    "exit codes: 0 no difference found; 1 the models differ; 2 bad usage or bad input, nothing compared; "
+    "3 not certain: no input shows a difference, but the proof or the size of the errors speaks for one"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -300,7 +303,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         save=arguments.save or arguments.fused.with_suffix(".failing.npz"),
     )
     print(result.to_json() if arguments.json else result.verdict if arguments.quiet else result.table())
-    return DONE if result.equal else DIFFERS
+    return DIFFERS if not result.equal else UNCERTAIN if result.doubt else DONE
 
 
 def _audit(arguments: argparse.Namespace) -> int:

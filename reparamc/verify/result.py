@@ -121,6 +121,7 @@ class Verification:
         failure: why the models are not equal; None where they are.
         windows: how many windows of the graph are proven "equal" for every input size, "different" or "undecided";
             None where that was not tried.
+        doubt: why they may differ all the same, although no input shows it; empty where nothing speaks for that.
         notes: what a reader should know besides.
         seconds: wall time in all.
     """
@@ -134,6 +135,7 @@ class Verification:
     set_aside: int = 0
     failure: Disagreement | None = None
     windows: dict[str, int] | None = None
+    doubt: str = ""
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     version: str = __version__
@@ -146,7 +148,12 @@ class Verification:
     def verdict(self) -> str:
         """One line."""
         if self.failure is None:
-            return f"equal within rounding, on {self.compared} input{'s' * (self.compared != 1)}"
+            inputs = f"on {self.compared} input{'s' * (self.compared != 1)}"
+            if self.doubt:
+                return f"not certain: no difference found {inputs}, but {self.doubt}"
+            if self.windows is not None and (proven := self.windows["equal"]) < (of := sum(self.windows.values())):
+                return f"no difference found {inputs}; {proven} of {of} tensors proven"
+            return f"equal within rounding, {inputs}"
         text = f"differs: {self.failure.reason}"
         if self.failure.inputs:
             text += f"; at input {self.failure.inputs}"

@@ -54,6 +54,15 @@ EVIDENCE = Budget(2.5, 3.0)
 SECOND_OPINION = Budget(1.5, 1.0)
 """Where all is proven equal. The proof goes on beside the first runs, which makes these longer than they are alone."""
 
+BEYOND = 64
+"""A coefficient that is off by more than so many roundings is another one."""
+
+NOTICED = 16
+"""An error of so many roundings is seen, even if it is allowed."""
+
+SUSPECT = 32
+"""An error of so many roundings is no equality without a word, unless all is proven."""
+
 SHOWN = 5
 """Windows of another form that are named."""
 FLOOR = 16
@@ -340,7 +349,8 @@ class _Search:
     def made_up(self, examples: int, non_finite: bool, proof: Future[Certificate | str], is_plain: bool) -> None:
         """Search; ``is_plain`` says that no more is asked than what a proof is about."""
         base = self._base()
-        is_settled = self._heed(proof.result()) and is_plain and self.smallest is None
+        proven = proof.result()
+        is_settled = self._heed(proven) and is_plain and self.smallest is None
         self.clock.calibrate(SECOND_OPINION if is_settled else EVIDENCE)
         slots = self.pair.interface.inputs
         limits = trials.LIMITS[:1]
@@ -371,6 +381,21 @@ class _Search:
                 "rounding alone changes the original's outputs beyond recognition, on every input that was tried; "
                 "give inputs with --inputs, or tolerances with --rtol and --atol"
             )
+        elif is_plain and not isinstance(proven, str):
+            self._weigh(proven)
+
+    def _weigh(self, proven: Certificate) -> None:
+        """No input shows a difference: does the proof, or the size of the errors, speak for one all the same?"""
+        other = [w for w in proven.windows if w.verdict == "different" and w.before and w.units > BEYOND]
+        worst = max((c.in_noise for c in self.result.outputs), default=0.0)
+        if other:
+            said = f"tensor {other[0].where!r} computes another function: {other[0].reason}"
+            if not proven.undecided and worst > NOTICED:  # nothing else differs, so nothing makes up for it
+                self.result.failure = Disagreement(f"{said}; all others are proven equal")
+            else:
+                self.result.doubt = said
+        elif worst > SUSPECT and not proven.holds:
+            self.result.doubt = f"the largest error is {worst:.0f} times what rounding is expected to do"
 
     def _heed(self, found: Certificate | str) -> bool:
         """Enter what is proven; whether that is all."""

@@ -15,13 +15,14 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import reparamc
 from reparamc import cli
-from reparamc.certificate.proof import Certificate
+from reparamc.certificate.proof import Certificate, Window
 from reparamc.equivalence import trials as trial
 from reparamc.equivalence.difference import difference, ulps
 from reparamc.onnx.fuse import fuse_model
 from reparamc.verify import search as onnx_verify
 from reparamc.verify.arrays import read_inputs, slots, write_inputs
-from reparamc.verify.result import check_output
+from reparamc.verify.result import OutputCheck, Verification, check_output
+from reparamc.verify.search import _Search
 
 # Models
 
@@ -910,3 +911,31 @@ def test_a_failing_input_that_cannot_be_saved_is_still_told(
     assert outcome.code == 1
     assert "note       the failing input could not be saved: no space" in outcome.lines
     assert "saved to" not in outcome.lines[-1]
+
+
+def _searched(windows: list[Window], noise: float) -> Verification:
+    """The verdict on a proof with these windows, and an error of ``noise`` roundings that is allowed."""
+    result = Verification("a", "b", compared=3, outputs=[OutputCheck("y", 1.0, noise * 1e-6, 1, 1e-6, 1.0, "")])
+    proof = Certificate(tuple(windows), 0, 0.0)
+    result.windows = {verdict: proof.count(verdict) for verdict in ("equal", "different", "undecided")}
+    _Search(None, result, None, 0, None)._weigh(proof)  # pyright: ignore
+    return result
+
+
+EQUAL, OTHER = Window("a", "equal", before=2), Window("b", "different", 1000.0, 1.0, "channel 0 adds 1", 2, 1)
+OPEN = Window("c", "undecided")
+
+
+def test_a_window_that_differs_is_a_difference_or_a_doubt() -> None:
+    found = _searched([EQUAL, OTHER], 60)
+    assert not found.equal
+    assert "tensor 'b' computes another function: channel 0 adds 1" in found.verdict
+    for windows, noise in (([EQUAL, OTHER], 1), ([EQUAL, OTHER, OPEN], 60), ([EQUAL, OPEN], 60)):
+        found = _searched(windows, noise)
+        assert found.equal
+        assert found.verdict.startswith("not certain: no difference found on 3 inputs, but ")
+
+
+def test_a_verdict_says_how_much_is_proven() -> None:
+    assert _searched([EQUAL, OPEN], 2).verdict == "no difference found on 3 inputs; 1 of 2 tensors proven"
+    assert _searched([EQUAL], 60).verdict == "equal within rounding, on 3 inputs"
