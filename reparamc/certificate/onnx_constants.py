@@ -185,7 +185,9 @@ def _run(node: NodeProto, feeds: Mapping[str, Array], outputs: Sequence[str], mo
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    session = ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        made.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
+    )
     return [np.asarray(found) for found in session.run(list(outputs), dict(feeds))]
 
 

@@ -19,7 +19,7 @@ from reparamc.certificate.kernels import Kernel
 from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.onnx_shapes import attribute, is_plain_fused
 
-MIXING = {"AveragePool", "Conv", "ConvTranspose", "Gemm", "MatMul"}
+MIXING = {"AveragePool", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"}
 """Operators with a kernel or a matrix."""
 
 
@@ -375,6 +375,26 @@ def _read_matmul(call: Call) -> Value:
     return nk.mixed(x, weight, axis)
 
 
+def _read_einsum(call: Call) -> Value:
+    """A matrix along one axis, which the equation leaves where it is."""
+    terms, _, result = call.text("equation", "").replace(" ", "").partition("->")
+    parts = terms.split(",")
+    if len(parts) != 2 or not result or call.is_constant(0) == call.is_constant(1):
+        raise Unrepresentable("an Einsum of other operands than a value and a constant")
+    at = 0 if call.is_constant(1) else 1
+    x, weight, (of_x, of_weight) = call.value(at), call.constant(1 - at), (parts[at], parts[1 - at])
+    inside = [label for label in of_weight if label in of_x]
+    outside = [label for label in of_weight if label not in of_x]
+    if len(of_weight) != 2 or len(inside) != 1 or len(outside) != 1 or "." in of_weight:
+        raise Unrepresentable("an Einsum with another constant than a matrix")
+    labels = of_x.replace("...", ".")
+    if of_x.replace(inside[0], outside[0]) != result or len(set(labels)) < len(labels) or inside[0] in result:
+        raise Unrepresentable("an Einsum that moves axes, or sums over several")
+    before = labels.index(inside[0])
+    axis = before if "." not in labels[:before] else x.rank - (len(labels) - before)
+    return nk.mixed(x, weight.T if of_weight[0] == inside[0] else weight, axis)
+
+
 # Each channel by itself
 
 
@@ -435,6 +455,10 @@ def _along(constant: Array, x: Value) -> int | None:
 
 def _read_sum(call: Call) -> Value:
     return nf.added([call.value(i) for i in range(len(call.node.input))])
+
+
+def _read_average(call: Call) -> Value:
+    return nf.scaled(_read_sum(call), 1 / len(call.node.input))
 
 
 def _read_neg(call: Call) -> Value:
@@ -607,6 +631,8 @@ READERS: dict[str, Callable[[Call], Value]] = {
     "BatchNormalization": _read_batchnorm,
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _read_arithmetic),
     "Sum": _read_sum,
+    "Mean": _read_average,
+    "Einsum": _read_einsum,
     "Neg": _read_neg,
     "Identity": _read_identity,
     "Dropout": _read_dropout,

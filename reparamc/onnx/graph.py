@@ -1,7 +1,7 @@
 """The ONNX adapter: a main graph as regions of linear operators, and expressions as operators.
 
 Nodes that no rewrite touches are never rebuilt: they keep their names, doc strings and metadata.
-Bodies of If, Loop and Scan and local functions are left alone; what they capture counts as read.
+What bodies of If, Loop and Scan capture counts as read; they are graphs of their own (see `bodies`).
 """
 
 from __future__ import annotations

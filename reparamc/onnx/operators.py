@@ -7,6 +7,7 @@ is. To add one, write it here and enter it in `READERS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -307,6 +308,15 @@ def _read_sum(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decli
     return Reading(tuple(names), build, (), axis)
 
 
+def _read_average(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    """The mean of several values."""
+    found = _read_sum(graph, node, output)
+    if not isinstance(found, Reading):
+        return found
+    share = np.array(1 / len(node.input))
+    return replace(found, build=lambda operands: Scale(found.build(operands), share, ZERO))
+
+
 def _read_neg(graph: OnnxGraph, node: NodeProto, output: str) -> Reading:
     return Reading((node.input[0],), lambda operands: Scale(operands[0], -ONE, ZERO), (), graph.axis(node.input[0]))
 
@@ -367,6 +377,35 @@ def _read_matmul(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
         return Conv(operands[0], graph.array(weight)[..., None], None, (1,), (1,), (0,), (0,))
 
     return Reading((node.input[1],), rows, (weight,), -2)
+
+
+def _read_einsum(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+    """A matrix along one axis: "blc,cd->bld", "oc,bcp->bop". One that moves axes, or sums over several, is none."""
+    equation = cast(bytes, attribute(node, "equation", b"")).decode(errors="replace").replace(" ", "")
+    terms, _, result = equation.partition("->")
+    parts = terms.split(",")
+    fixed = [graph.constant(node, i) for i in range(len(node.input))]
+    if len(parts) != 2 or len(fixed) != 2 or not result or (fixed[0] is None) == (fixed[1] is None):
+        return None
+    at = 1 if fixed[0] else 0
+    x, weight, labels, matrix = node.input[at], cast(str, fixed[1 - at]), parts[at].replace("...", "."), parts[1 - at]
+    inside, outside = [c for c in matrix if c in labels], [c for c in matrix if c not in labels]
+    if len(matrix) != 2 or len(inside) != 1 or len(outside) != 1 or "." in matrix:
+        return None
+    (inner,), (outer,) = inside, outside
+    if labels.replace(inner, outer) != result.replace("...", ".") or len(set(labels)) < len(labels):
+        return None
+    spatial = len(labels) - 1 - labels.index(inner)
+    rank = graph.types.rank(x)
+    if "." in labels[-spatial:] * bool(spatial) or rank is None or (spatial > 1 and rank != spatial + 2):
+        return None
+    ones, zeros = (1,) * spatial, (0,) * spatial
+
+    def build(operands: Sequence[Expr]) -> Expr:
+        rows = graph.array(weight) if matrix[0] == outer else graph.array(weight).T
+        return Conv(operands[0], rows.reshape(*rows.shape, *ones), None, ones, ones, zeros, zeros)
+
+    return Reading((x,), build, (weight,), -1 - spatial)
 
 
 def _read_concat(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -543,6 +582,8 @@ READERS: dict[str, Reader] = {
     "MatMul": _read_matmul,
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _read_arithmetic),
     "Sum": _read_sum,
+    "Mean": _read_average,
+    "Einsum": _read_einsum,
     "Concat": _read_concat,
     "Split": _read_split,
     "Slice": _read_slice,

@@ -78,7 +78,9 @@ def _optimized(model: ModelProto) -> ModelProto | None:
     try:
         with tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
             options.optimized_model_filepath = os.path.join(folder, "model.onnx")
-            ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
             return onnx.load(options.optimized_model_filepath)
     except Exception:  # ONNX Runtime's exceptions share no base class; a full disk is no error either
         return None
