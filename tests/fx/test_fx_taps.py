@@ -130,7 +130,7 @@ COMPUTED = {
 
 @pytest.mark.parametrize("kind", COMPUTED)
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
-def test_batchnorm_after_a_computed_weight(kind: str, mode: str) -> None:
+def test_batchnorm_after_a_computed_weight(kind: str, mode: Any) -> None:
     conv = COMPUTED[kind](nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode))
     fused = proven(nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU()), torch.randn(3, 4, 7, 6))
     assert all(p.requires_grad for p in fused.parameters())
