@@ -153,7 +153,8 @@ def _convolve(e: Conv, x: Array, places: Places | None) -> Array:
     for g, c in product(range(0, e.groups, groups), range(0, per_group, channels)):
         rows = weight[g : g + groups, :, c : c + channels]
         columns = x[:, g : g + groups, c : c + channels].take(index, axis=-1)
-        rows, columns = rows.reshape(*rows.shape[:2], -1), columns.reshape(*columns.shape[:2], -1, positions)
+        summed = rows.shape[2] * taps
+        rows, columns = rows.reshape(*rows.shape[:2], summed), columns.reshape(*columns.shape[:2], summed, positions)
         y[:, g : g + groups] += np.matmul(rows, columns)
     y = y.reshape(*batch, e.out_channels, *outs)
     return y if e.bias is None else y + e.bias.reshape(-1, *[1] * n)

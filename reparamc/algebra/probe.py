@@ -101,7 +101,7 @@ def _largest(y: Array) -> Array:
 def _sizes(extents: Sequence[int | None], reach: int) -> Iterator[Ints]:
     """Extents to try, the first of them for impulses: beyond the reach, odd and even, unequal; and small ones."""
     least = max(13, reach + 5)
-    for start in (least, least + 1, 8, 5, 3):
+    for start in (least, least + 1, 8, 5, 3, 2, 1):
         yield tuple(start + (0, 2, 1)[axis] if e is None else e for axis, e in enumerate(extents))
         if None not in extents:
             return

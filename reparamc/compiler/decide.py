@@ -29,18 +29,23 @@ from reparamc.algebra.text import show
 from reparamc.compiler.graph import Graph, Reading, Splice, Value, not_native, values_in
 from reparamc.compiler.reference import Host
 from reparamc.compiler.regions import LIFT, find_regions, lifted, linear_readers
+from reparamc.compiler.smallest import REASON, refuses_more
 from reparamc.report.data import FailedRegion
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one region: its final form, the splice that makes it so, what was declined, what went wrong."""
+    """What becomes of one region: its final form, the splice that makes it so, what was declined, what went wrong.
+
+    ``apart`` are members without which the rest may be rewritten: they take maps that a convolution refuses.
+    """
 
     expr: Expr
     splice: Splice | None
     refusals: Sequence[Refusal]
     members: tuple[Value, ...]
     failed: bool = False
+    apart: frozenset[Value] = frozenset()
 
 
 def decide(
@@ -56,9 +61,9 @@ def decide(
     a second try.
     """
     results: dict[tuple[Value, tuple[Value, ...]], Decision] = {}
-    stuck: set[Value] = set()
+    stuck, ends = set[Value](), set[Value]()
     while True:
-        regions = find_regions(graph, readings, stuck)
+        regions = find_regions(graph, readings, stuck, ends)
         for done, (root, members) in enumerate(regions.items()):
             if (root, members) not in results:
                 results[root, members] = _consider(graph, (members,), readings, passes, host)
@@ -81,10 +86,12 @@ def decide(
                         repeats[v] += 1
         still = {v for v in shared if v in reads or len(copies.get(v, ())) > 1}
         still |= {v for v in shared - still if repeats[v] < times[v] and _is_pooling(graph, readings[v])}
-        if not still:
+        alone = {v for root, members in regions.items() for v in results[root, members].apart}
+        if not still and not alone:
             decisions = {root: results[root, members] for root, members in regions.items()}
             return _copied_once(_joined(graph, readings, decisions, passes, host), shared)
         stuck |= still
+        ends |= alone
 
 
 def _is_pooling(graph: Graph, reading: Reading) -> bool:
@@ -208,7 +215,10 @@ def _consider(
         return Decision(after, splice, refusals, members)
     reason = splice.reason if isinstance(splice, Declined) else f"it failed its check: {splice.reason}"
     refusals = [*refusals, Refusal(steps[-1].name, before, reason)]
-    return Decision(before, None, refusals, members, failed=isinstance(splice, FailedRegion))
+    apart = frozenset[Value]()
+    if isinstance(splice, Declined) and splice.reason == REASON:
+        apart = frozenset(v for v in members[:-1] if isinstance(e := found.exprs[v], Conv) and e.is_weightless)
+    return Decision(before, None, refusals, members, isinstance(splice, FailedRegion), apart)
 
 
 @dataclass(frozen=True)
@@ -319,6 +329,8 @@ def _obstacle(
         for a in arrays(e):
             if (reason := rounding_obstacle(a, dtype)) is not None:
                 return reason
+    if refuses_more(before, after, made, graph.pools_clamp):
+        return REASON
     return graph.obstacle(root, members, sources, made)
 
 

@@ -92,6 +92,11 @@ class Reading:
 class Graph(Protocol):
     """What reparamc needs of a host graph; values are whatever handles the adapter likes."""
 
+    @property
+    def pools_clamp(self) -> bool:
+        """Whether a pooling whose window is larger than the map makes one element of it; others refuse it."""
+        ...
+
     def values(self) -> Sequence[Value]:
         """The results of all operators, in execution order."""
         ...

@@ -64,9 +64,15 @@ def linear_readers(graph: Graph, readings: Mapping[Value, Reading], value: Value
 
 
 def find_regions(
-    graph: Graph, readings: dict[Value, Reading], apart: Container[Value] = ()
+    graph: Graph,
+    readings: dict[Value, Reading],
+    apart: Container[Value] = (),
+    ends: Container[Value] = (),
 ) -> dict[Value, tuple[Value, ...]]:
-    """The members of each region by its root, both in execution order; values in ``apart`` are shared by none."""
+    """The members of each region by its root, both in execution order; values in ``apart`` are shared by none.
+
+    Each of ``ends`` is the root of a region.
+    """
     folds_down: dict[Value, bool] = {}  # behind a linear operator that nothing else reads: it goes there
     for value, reading in readings.items():
         x = reading.operands[0]
@@ -81,7 +87,7 @@ def find_regions(
         alone = len(readers) == 1 and len(roots) == 1
         free = readings[value].commutes and value not in apart and not (readings[value].scales and folds_down[value])
         shared = free and 0 < len(roots) <= MOST_SHARED
-        roots_of[value] = roots = roots if known and (alone or shared) else (value,)
+        roots_of[value] = roots = roots if known and value not in ends and (alone or shared) else (value,)
         for root in roots:
             members.setdefault(root, []).append(value)
     return {root: tuple(reversed(members[root])) for root in readings if root in members}

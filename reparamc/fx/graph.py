@@ -32,6 +32,8 @@ class FxGraph(Readings):
         examples, ranks, exported: as for `Readings`.
     """
 
+    pools_clamp = False
+
     def __init__(
         self,
         module: fx.GraphModule,

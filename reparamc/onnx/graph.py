@@ -76,6 +76,8 @@ MOST_ELEMENTS = 2**24
 class OnnxGraph:
     """`reparamc.compiler.graph.Graph` over the main graph of a model. Values are tensor names."""
 
+    pools_clamp = True
+
     def __init__(self, model: ModelProto) -> None:
         self.model = model
         self.nodes = list(model.graph.node)

@@ -131,6 +131,8 @@ def test_nothing_is_left_to_do(case: Case) -> None:
 class Expressions:
     """`reparamc.compiler.graph.Graph` over an expression: the smallest host there is. Values are its operators."""
 
+    pools_clamp = False
+
     def __init__(self, root: Expr) -> None:
         self.order = [e for e in walk(root) if not isinstance(e, Source)]
         self.found: dict[Expr, list[Expr | None]] = {root: [None]}
