@@ -55,7 +55,7 @@ SECOND_OPINION = Budget(1.5, 1.0)
 """Where all is proven equal. The proof goes on beside the first runs, which makes these longer than they are alone."""
 
 BEYOND = 64
-"""A coefficient that is off by more than so many roundings is another one."""
+"""A coefficient that is off by more than so many roundings, of itself and of all that is added, is another one."""
 
 NOTICED = 16
 """An error of so many roundings is seen, even if it is allowed."""
@@ -386,7 +386,8 @@ class _Search:
 
     def _weigh(self, proven: Certificate) -> None:
         """No input shows a difference: does the proof, or the size of the errors, speak for one all the same?"""
-        other = [w for w in proven.windows if w.verdict == "different" and w.before and w.units > BEYOND]
+        other = [w for w in proven.windows if w.verdict == "different" and w.before]
+        other = [w for w in other if w.units > BEYOND and w.bound > BEYOND * 2.0**-24]
         worst = max((c.in_noise for c in self.result.outputs), default=0.0)
         if other:
             said = f"tensor {other[0].where!r} computes another function: {other[0].reason}"
