@@ -225,12 +225,12 @@ def _fuse(arguments: argparse.Namespace) -> int:
         if arguments.report.resolve() == output.resolve():
             raise InputError("the report and the output are the same file")
     start = perf_counter()
+    source: Path | bytes = arguments.model
     if arguments.model == STANDARD:
-        source: Path | bytes = sys.stdin.buffer.read()
-        model, origin = parsed(source, "standard input"), stream_origin(source)
+        source = data = sys.stdin.buffer.read()
+        model, origin = parsed(data, "standard input"), stream_origin(data)
     else:
-        source = arguments.model
-        model, origin = load(source), file_origin(source)
+        model, origin = load(arguments.model), file_origin(arguments.model)
     loaded = perf_counter()
     with _progress(arguments.quiet) as progress:
         result, report = fuse_model(

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
+torch: Any
+nn: Any
+F: Any
 try:
     import torch
     from torch import nn
@@ -26,7 +29,7 @@ def node(op: str, inputs: str, output: str, **attributes: Any) -> NodeProto:
 
 def onnx_model(
     nodes: Sequence[NodeProto],
-    parameters: Mapping[str, np.ndarray],
+    parameters: Mapping[str, Any],
     shape: Sequence[int | str] = ("N", 4, "H", "W"),
     *,
     outputs: str = "y",
@@ -56,7 +59,7 @@ def statistics(channels: int = 4, variance: float = 1.0, seed: int = 0) -> dict[
     return {**drawn, "v": np.float32(variance) * (np.abs(numbers(channels, seed=seed + 3)) + np.float32(0.3))}
 
 
-def with_norm(node_in_front: NodeProto, parameters: Mapping[str, np.ndarray], **options: Any) -> ModelProto:
+def with_norm(node_in_front: NodeProto, parameters: Mapping[str, Any], **options: Any) -> ModelProto:
     """An operator and a BatchNormalization behind it."""
     channels = options.pop("channels", 4)
     norm = node("BatchNormalization", f"{node_in_front.output[0]} g b m v", "y")

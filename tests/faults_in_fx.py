@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from fault_makers import UNCHECKED_PROBE, call_with, geometry, reading
@@ -22,7 +22,10 @@ def exchanged_arguments(graph: Any, node: Any, call: Any) -> tuple[Any, ...]:
 
 def turned(e: Any) -> Any:
     """``a - b`` as ``b - a``."""
-    return Sum((Scale(e.terms[0], e.terms[1].scale, e.terms[1].shift), e.terms[1].x)) if isinstance(e, Sum) else e
+    if not isinstance(e, Sum):
+        return e
+    a, b = cast("tuple[Any, Scale]", e.terms)
+    return Sum((Scale(a, b.scale, b.shift), b.x))
 
 
 def swapped_axes(e: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from fault_makers import (
@@ -34,7 +34,10 @@ def pairs_per_axis(e: Conv) -> Conv:
 
 def turned(e: Any) -> Any:
     """``a - b`` as ``b - a``."""
-    return Sum((replace(e.terms[1], x=e.terms[0]), e.terms[1].x)) if isinstance(e, Sum) else e
+    if not isinstance(e, Sum):
+        return e
+    a, b = cast("tuple[Any, Any]", e.terms)
+    return Sum((replace(b, x=a), b.x))
 
 
 def in_other_order(e: Concat) -> Concat:

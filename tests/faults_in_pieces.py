@@ -29,7 +29,7 @@ def halves(*nodes: NodeProto, **parameters: Any) -> Callable[[], ModelProto]:
     return lambda: pieces(HALVES, *nodes, **parameters)
 
 
-def cut(name: str, first: int, last: int) -> tuple[NodeProto, dict[str, np.ndarray]]:
+def cut(name: str, first: int, last: int) -> tuple[NodeProto, dict[str, Any]]:
     bounds = {f"{name}{n}": np.array([value]) for n, value in zip("fea", (first, last, 1), strict=True)}
     return node("Slice", f"c {name}f {name}e {name}a", name), bounds
 
@@ -132,8 +132,9 @@ def in_order(original: Any) -> Any:
 
     def through(self: Any, e: Any) -> Any:
         found = original(self, e)
-        permuted = found is not None and isinstance(getattr(e, "op", None), Permute)
-        return replace(found, axes=tuple(sorted(found.axes))) if permuted else found
+        if found is None or not isinstance(getattr(e, "op", None), Permute):
+            return found
+        return replace(found, axes=tuple(sorted(found.axes)))
 
     return through
 

@@ -74,7 +74,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
             code = cli.main([str(a) for a in arguments])
         except SystemExit as exit_:
             code = exit_.code if isinstance(exit_.code, int) else 1
-        return Outcome(code, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return Outcome(code, out, err)
 
     return call
 

@@ -59,7 +59,7 @@ def test_variant(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     model = create_model(name, num_classes=100)
     randomize_batchnorm(randomize_layer_scales(model), example_inputs=torch.randn(2, 3, 64, 64))
-    torch.nn.init.normal_(model.head.weight, std=0.1)
+    torch.nn.init.normal_(model.get_submodule("head").get_parameter("weight"), std=0.1)
     files = {"original": tmp_path / "original.onnx", "fused": tmp_path / "fused.onnx"}
     export_onnx(model, files["original"], size=64)
     original = onnx.load(files["original"])

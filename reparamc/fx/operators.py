@@ -279,7 +279,6 @@ Spelled = Mapping[Any, tuple[Operator, int | None]]
 
 def _spelled(names: tuple[str, ...]) -> list[tuple[str, int | None]]:
     """Names with the number of spatial axes written out."""
-    ranked: list[tuple[str, int | None]]
     ranked = [(name.replace("#", str(n)), n) for name in names if "#" in name for n in (1, 2, 3)]
     return [*ranked, *((name, None) for name in names if "#" not in name)]
 

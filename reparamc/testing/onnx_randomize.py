@@ -31,7 +31,7 @@ def randomize_model(model: ModelProto, seed: int = 0, example_inputs: Any = None
         key = tuple(norm.input[1:5])
         if key not in layers:
             layers[key] = [f"{norm.output[0]}.random_{role}" for role in _ROLES]
-            before = [numpy_helper.to_array(constants.tensors[name]) for name in key]
+            before = [constants.array(name) for name in key]
             for name, old, array in zip(layers[key], before, _drawn(len(before[0]), rng, x), strict=True):
                 _store(copy, name, array.astype(old.dtype))
         del norm.input[1:]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -143,8 +144,8 @@ class Expressions:
         self.becomes: dict[Expr, Expr] = {}
         self.made: dict[Expr, Expr] = {}
 
-    def values(self) -> list[Expr]:
-        return self.order
+    def values(self) -> list[Any]:
+        return [*self.order]
 
     def read(self, e: Expr) -> Reading:
         scales = isinstance(e, BatchNorm | Scale)
@@ -187,7 +188,7 @@ class Expressions:
         return type(e).__name__
 
     def splice(self, splice: Splice) -> None:
-        done = {e: self.current(v) for e, v in splice.native.items()}
+        done = {e: self.current(cast(Expr, v)) for e, v in splice.native.items()}
         for e in new_nodes(splice):
             done[e] = self.made.setdefault(e, rebuild(e, [done[c] for c in e.children]))
         self.becomes[splice.root] = done[splice.expr]
@@ -203,7 +204,7 @@ class Expressions:
 def planned(root: Expr) -> Expr:
     """What becomes of ``root`` as a graph, where only regions of it are rewritten."""
     graph = Expressions(root)
-    for splice in make_plan(graph, PASSES).splices:
+    for splice in make_plan(cast(Any, graph), PASSES).splices:
         graph.splice(splice)
     return graph.current(root)
 

@@ -56,7 +56,7 @@ def test_they_are_those_of_the_whole_map(name: str) -> None:
     (source,) = sample.inputs
     assert isinstance(source, Source)
     whole = drawn(3, 4, *at.sizes[source])
-    rows = np.ix_(range(3), range(4), *at.at[source])
+    rows = np.ix_(range(3), range(4), *map(np.asarray, at.at[source]))
     found = replace(sample, inputs={source: whole[rows]}).value(e)
     expected, _ = evaluate(e, {source: whole})
     assert expected.shape[2:] == at.sizes[e]

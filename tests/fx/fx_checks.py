@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 def conv_bn(kernel: int = 3, out: int = CHANNELS, **options: Any) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(CHANNELS, out, kernel, **{"padding": kernel // 2} | options),
+        nn.Conv2d(CHANNELS, out, kernel, **({"padding": kernel // 2} | options)),
         nn.BatchNorm2d(out),
     )
 

@@ -1,5 +1,7 @@
 """The original stays as it is; the copy is an ordinary module of the same kind."""
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("torch")
@@ -67,7 +69,8 @@ def test_original_stays_bitwise_the_same(model: Residual, x: torch.Tensor) -> No
     for name, p in model.named_parameters():
         required, grad = grads[name]
         assert p.requires_grad == required
-        assert (p.grad is None) if grad is None else torch.equal(p.grad, grad)
+        assert (p.grad is None) == (grad is None)
+        assert p.grad is None or torch.equal(p.grad, grad)
     assert not storages(model) & storages(fused)
     with torch.no_grad():
         for p in fused.parameters():
@@ -258,7 +261,8 @@ def test_channels_last(kernels: tuple[int, int], x: torch.Tensor) -> None:
 
 
 def test_channels_last_in_three_dimensions() -> None:
-    model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4)).eval().to(memory_format=torch.channels_last_3d)
+    model: Any = nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4)).eval()
+    model = model.to(memory_format=torch.channels_last_3d)
     (weight,) = [p for p in fuse_fx(ready(model)).parameters() if p.ndim == 5]
     assert weight.is_contiguous(memory_format=torch.channels_last_3d)
 

@@ -1,5 +1,7 @@
 """Operators that write into memory: a fused graph must neither lose a write nor read too late."""
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("torch")
@@ -15,10 +17,10 @@ from reparamc import fuse_fx
 from reparamc.errors import InputError
 
 
-def _between(write: Callable[[Tensor], object]) -> Callable[[nn.Module, Tensor], Tensor]:
+def _between(write: Callable[[Tensor], object]) -> Callable[[Any, Tensor], Tensor]:
     """Two branches of one value that is written to between them."""
 
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         y = torch.sigmoid(x) - 0.5
         first = m.a(y)
         write(y)
@@ -66,97 +68,97 @@ def test_write_between_two_branches(name: str) -> None:
     assert counts(check(Net(_between(WRITES[name]), a=conv_bn(), b=conv_bn())))[0] == 2
 
 
-def _statement(m: nn.Module, x: Tensor) -> Tensor:
+def _statement(m: Any, x: Tensor) -> Tensor:
     y = torch.sigmoid(x)
     y.add_(m.a(x))
     return torch.relu(y)
 
 
-def _slice_statement(m: nn.Module, x: Tensor) -> Tensor:
+def _slice_statement(m: Any, x: Tensor) -> Tensor:
     y = torch.sigmoid(x)
     y[:, :].add_(m.a(x))
     return torch.relu(y)
 
 
-def _result_and_operand(m: nn.Module, x: Tensor) -> Tensor:
+def _result_and_operand(m: Any, x: Tensor) -> Tensor:
     y = torch.sigmoid(x)
     z = y.add_(m.a(y))
     return torch.cat([y, z], 1)
 
 
-def _two_statements(m: nn.Module, x: Tensor) -> Tensor:
+def _two_statements(m: Any, x: Tensor) -> Tensor:
     y = torch.sigmoid(x)
     y.sub_(m.a(y))
     y.sub_(m.b(y))
     return y
 
 
-def _inner_member(m: nn.Module, x: Tensor) -> Tensor:
+def _inner_member(m: Any, x: Tensor) -> Tensor:
     y = torch.sigmoid(x)
     return torch.cat([m.a(m.n(x) + y.mul_(m.g)), y], 1)
 
 
-def _scaled_operand(m: nn.Module, x: Tensor) -> Tensor:
+def _scaled_operand(m: Any, x: Tensor) -> Tensor:
     y = m.n(x)
     z = torch.sigmoid(y)
     return torch.cat([m.c(y.mul_(2.0)), y, z], 1)
 
 
-def _out_operand(m: nn.Module, x: Tensor) -> Tensor:
+def _out_operand(m: Any, x: Tensor) -> Tensor:
     y = torch.sigmoid(x)
     z = torch.add(m.a(y), m.b(y), out=y)
     return z + y
 
 
-def _unused_write(m: nn.Module, x: Tensor) -> Tensor:
+def _unused_write(m: Any, x: Tensor) -> Tensor:
     y = torch.sigmoid(x)
     m.a(y).add_(1)
     return y
 
 
-def _relu_on_input_of_norm(m: nn.Module, x: Tensor) -> Tensor:
+def _relu_on_input_of_norm(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     m.r(y)
     return m.a[1](y)
 
 
-def _relu_on_result(m: nn.Module, x: Tensor) -> Tensor:
+def _relu_on_result(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     z = m.a[1](y)
     m.r(y)
     return z
 
 
-def _relu_on_conv_after_norm(m: nn.Module, x: Tensor) -> Tensor:
+def _relu_on_conv_after_norm(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     z = m.a[1](y)
     m.r(z)
     return y + z
 
 
-def _old_name(m: nn.Module, x: Tensor) -> Tensor:
+def _old_name(m: Any, x: Tensor) -> Tensor:
     y = m.a(x)
     z = m.r(y)
     return m.b(y) + z
 
 
-def _shortcut_then_relu(m: nn.Module, x: Tensor) -> Tensor:
+def _shortcut_then_relu(m: Any, x: Tensor) -> Tensor:
     y = torch.sigmoid(x) - 0.5
     shortcut = m.b(y)
     return m.a(m.r(y)) + shortcut
 
 
-def _relu_then_shortcut(m: nn.Module, x: Tensor) -> Tensor:
+def _relu_then_shortcut(m: Any, x: Tensor) -> Tensor:
     y = torch.sigmoid(x) - 0.5
     z = m.r(y)
     return m.a(z) + m.b(y)
 
 
-def _chained(m: nn.Module, x: Tensor) -> Tensor:
+def _chained(m: Any, x: Tensor) -> Tensor:
     return m.a(x).add_(m.b(x)).mul_(2).sub_(x)
 
 
-def _grown(m: nn.Module, x: Tensor) -> Tensor:
+def _grown(m: Any, x: Tensor) -> Tensor:
     """Branches added one by one to a value that nothing else reads, as in MobileOne."""
     y = m.n(x)
     y += m.a(x)
@@ -188,7 +190,7 @@ def test_harmless_writes_do_not_hinder(name: str) -> None:
 
 @pytest.mark.parametrize("shortcut", ["identity", "conv"])
 def test_residual_blocks_with_relu_in_place(shortcut: str) -> None:
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         y = m.r(m.stem(x))
         return m.r(m.b(m.r(m.a(y))) + m.s(y))
 
@@ -214,7 +216,7 @@ def _hooked() -> nn.Module:
 
 @pytest.mark.parametrize("make", [Opaque, _hooked])
 def test_module_that_is_called_as_it_is_may_write(make: Callable[[], nn.Module]) -> None:
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         y = x * torch.sigmoid(x)
         shortcut = m.a(y)
         return m.opaque(y) + shortcut
@@ -223,7 +225,7 @@ def test_module_that_is_called_as_it_is_may_write(make: Callable[[], nn.Module])
 
 
 def test_state_that_every_call_updates_is_refused() -> None:
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         m.factor.mul_(2)
         return m.a(x) * m.factor
 
@@ -234,7 +236,7 @@ def test_state_that_every_call_updates_is_refused() -> None:
 
 
 def test_verification_leaves_buffers_of_the_original_alone() -> None:
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         m.calls.add_(1)
         return m.a(x)
 

@@ -1,5 +1,7 @@
 """Each operator that is read means what its expression says, and what is emitted for it computes the same."""
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("torch")
@@ -56,7 +58,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "unflatten": (lambda: nn.Unflatten(2, (3, 3)), MAP),
     "mean": (lambda: nn.AdaptiveAvgPool2d(1), MAP),
 }
-FUNCTIONS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] = {
+FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
     "conv": (lambda m, x: F.conv2d(x, m.w, None, 2, (1, 0), groups=2), MAP),
     "transposed": (lambda m, x: F.conv_transpose2d(x, m.w, m.b, 2, 1, 1, 2, 1), MAP),
     "transposed by keyword": (lambda m, x: F.conv_transpose2d(x, weight=m.w, stride=2, dilation=2), MAP),
@@ -205,7 +207,7 @@ def test_function(name: str) -> None:
     _check(net, shape)
 
 
-LEFT_ALONE: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+LEFT_ALONE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "pool, ceil": lambda m, x: F.avg_pool2d(x, 2, ceil_mode=True),
     "pool, divisor": lambda m, x: F.avg_pool2d(x, 2, divisor_override=3),
     "pool, padding not counted": lambda m, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
@@ -244,7 +246,7 @@ def test_norm_behind_a_transposed_convolution() -> None:
 def test_writes_into_pieces_and_joined_maps() -> None:
     """A piece shares memory with what it was cut from, a joined map with nothing."""
 
-    def pieces(m: nn.Module, x: Tensor) -> Tensor:
+    def pieces(m: Any, x: Tensor) -> Tensor:
         y = m.n(torch.sigmoid(x))
         a, b = y.chunk(2, 1)
         z = m.c(a)
@@ -252,7 +254,7 @@ def test_writes_into_pieces_and_joined_maps() -> None:
         a.add_(1)
         return torch.cat([z, m.c(a), y[:, 1:3]], 1)
 
-    def joined(m: nn.Module, x: Tensor) -> Tensor:
+    def joined(m: Any, x: Tensor) -> Tensor:
         y = torch.sigmoid(x)
         z = torch.cat([y, m.n(y)], 1)[:, :C]
         z.mul_(2)
@@ -265,10 +267,10 @@ def test_writes_into_pieces_and_joined_maps() -> None:
 def test_constants_that_are_none() -> None:
     """Random numbers, and a buffer that forward itself writes into."""
 
-    def drawn(m: nn.Module, x: Tensor) -> Tensor:
+    def drawn(m: Any, x: Tensor) -> Tensor:
         return m.n(F.conv2d(x, m.c.weight * torch.rand_like(m.c.weight)))
 
-    def updated(m: nn.Module, x: Tensor) -> Tensor:
+    def updated(m: Any, x: Tensor) -> Tensor:
         weight = m.c.weight * 1
         weight.mul_(2)
         return m.n(F.conv2d(x, weight))

@@ -16,7 +16,7 @@ from reparamc import fuse_fx
 
 C = CHANNELS
 SHAPES = ((2, C, 7, 6), (1, C, 8, 9), (3, C, 12, 5))
-Forward = Callable[[nn.Module, Tensor], Any]
+Forward = Callable[[Any, Tensor], Any]
 
 
 def parts(**options: int) -> dict[str, nn.Module]:
@@ -29,53 +29,53 @@ def parts(**options: int) -> dict[str, nn.Module]:
     }
 
 
-def unpacked(m: nn.Module, x: Tensor) -> Tensor:
+def unpacked(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     b, c, h, w = y.shape
     return m.a[1](y).reshape(b, c, h * w).transpose(1, 2).relu()
 
 
-def size_before(m: nn.Module, x: Tensor) -> Tensor:
+def size_before(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     b = y.shape[0]
     return m.a[1](y).relu().view(b, -1)
 
 
-def size_behind(m: nn.Module, x: Tensor) -> Tensor:
+def size_behind(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     z = m.a[1](y).relu()
     return z.view(y.size(0), -1, y.size(-1))
 
 
-def whole_size(m: nn.Module, x: Tensor) -> Tensor:
+def whole_size(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     sizes = y.size()
     z = m.a[1](y)
     return z.flatten(2).relu().view(sizes[0], sizes[1], sizes[2], -1)
 
 
-def whole_shape(m: nn.Module, x: Tensor) -> Tensor:
+def whole_shape(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     return m.a[1](y).relu().flatten().view(y.shape)
 
 
-def keyword(m: nn.Module, x: Tensor) -> Tensor:
+def keyword(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     return m.a[1](y).relu().view(y.size(dim=0), y.size(dim=1), -1)
 
 
-def resized(m: nn.Module, x: Tensor) -> Tensor:
+def resized(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     z = m.a[1](y).relu()
     return F.interpolate(x.sigmoid(), size=y.shape[2:], mode="nearest") + z
 
 
-def like(m: nn.Module, x: Tensor) -> Tensor:
+def like(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     return m.a[1](y).relu().flatten(1).reshape_as(y)
 
 
-def attention(m: nn.Module, x: Tensor) -> Tensor:
+def attention(m: Any, x: Tensor) -> Tensor:
     y = m.n(x.relu())
     b, c, h, w = y.shape
     t = y.flatten(2).transpose(1, 2)
@@ -84,13 +84,13 @@ def attention(m: nn.Module, x: Tensor) -> Tensor:
     return (scores @ x.flatten(2).transpose(1, 2)).reshape(batch, n, width).transpose(1, 2).view(b, c, h, w)
 
 
-def returned(m: nn.Module, x: Tensor) -> tuple[Tensor, int, int]:
+def returned(m: Any, x: Tensor) -> tuple[Tensor, int, int]:
     y = m.a[0](x)
     z = m.a[1](y).relu()
     return z, y.shape[0], y.shape[1]
 
 
-def computed(m: nn.Module, x: Tensor) -> Tensor:
+def computed(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     z = m.a[1](y).relu()
     return z.sum((2, 3)) / (y.shape[2] * y.shape[3] + 1)
@@ -148,7 +148,7 @@ def test_what_nobody_else_tells_is_still_asked() -> None:
 
 
 def test_a_number_that_is_needed_before_anybody_tells_it() -> None:
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         y = m.a[0](x)
         z = x.relu().mean((2, 3), keepdim=True).expand(-1, -1, y.shape[2], -1)
         return m.a[1](y).relu() + z
@@ -159,7 +159,7 @@ def test_a_number_that_is_needed_before_anybody_tells_it() -> None:
 def test_who_tells_a_size_is_held_to_the_rank_of_the_example() -> None:
     """An image without a batch has its channels where the batch was: 6 behind the convolution, and 4 before."""
 
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         y = m.one(x)
         return m.two(y).relu().flatten().view(y.shape[0], -1)
 
@@ -202,7 +202,7 @@ def test_a_tensor_that_is_reshaped_in_place(name: str) -> None:
 
 
 def test_in_place_operators_keep_a_shape() -> None:
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         y = m.a[0](x)
         z = m.r(m.a[1](y))
         return z.view(y.shape[0], y.shape[1], y.shape[2] * y.shape[3])

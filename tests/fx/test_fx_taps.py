@@ -109,7 +109,7 @@ def pruned(conv: nn.Module) -> nn.Module:
     return prune.random_unstructured(conv, "weight", 0.5)
 
 
-def old(norm: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+def old(norm: Callable[[Any], nn.Module]) -> Callable[[Any], nn.Module]:
     def applied(conv: nn.Module) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

@@ -8,7 +8,7 @@ import copy
 import math
 import pickle
 import types
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, report, run, vector
@@ -90,7 +90,7 @@ def test_control_flow_in_a_submodule_stays_live() -> None:
 
 
 class Looping(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return sum(row for row in x)
 
 
@@ -169,8 +169,8 @@ def test_defaults_that_are_containers() -> None:
 
 
 class Reversed(Branching):
-    def forward(self, mask: Tensor | None = None, x: Tensor | None = None) -> Tensor:
-        return self.block(x if mask is None else x * mask)  # pyright: ignore[reportOptionalOperand]
+    def forward(self, mask: Any = None, x: Any = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.block(x if mask is None else x * mask)
 
 
 def test_every_argument_is_optional() -> None:
@@ -291,11 +291,11 @@ def test_graph_module() -> None:
 
 
 def test_compiled_module_stays_compiled() -> None:
-    assert counts(fuse_fx(torch.compile(ready(conv_bn())), torch.ones(1, CHANNELS, 5, 6))) == (1, 0)
+    assert counts(fuse_fx(cast(Any, torch.compile(ready(conv_bn()))), torch.ones(1, CHANNELS, 5, 6))) == (1, 0)
 
 
 def test_compiled_child_stays_compiled() -> None:
-    fused = fuse_fx(ready(nn.Sequential(conv_bn(), torch.compile(conv_bn()))))
+    fused = fuse_fx(ready(nn.Sequential(conv_bn(), cast(Any, torch.compile(conv_bn())))))
     assert counts(fused) == (2, 0)
     assert isinstance(fused.get_submodule("1"), torch._dynamo.OptimizedModule)
 
@@ -307,7 +307,7 @@ def test_modules_that_are_refused() -> None:
     assert counts(parallel) == (1, 0)
     for scripted in (torch.jit.script(model), torch.jit.trace(model, torch.ones(1, CHANNELS, 5, 6))):
         with pytest.raises(InputTypeError, match="ScriptModule"):
-            fuse_fx(scripted)
+            fuse_fx(cast(Any, scripted))
 
 
 def test_scripted_child_is_called_as_it_is() -> None:
@@ -371,7 +371,7 @@ def test_backward_hooks_are_kept() -> None:
     ids=["weight_norm", "spectral_norm", "orthogonal", "old weight_norm", "old spectral_norm", "prune"],
 )
 def test_weights_that_are_computed(attach: Any) -> None:
-    model = nn.Sequential(conv_bn(), conv_bn())
+    model: Any = nn.Sequential(conv_bn(), conv_bn())
     attach(model[0][0])
     model(torch.ones(2, CHANNELS, 5, 6))
     model = ready(model)
@@ -422,7 +422,8 @@ class Container(nn.Module):
         self._modules[f"{name}_2"] = conv_bn(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._modules[self.name](x) + self._modules[f"{self.name}_2"](x)
+        parts: Any = self._modules
+        return parts[self.name](x) + parts[f"{self.name}_2"](x)
 
 
 @pytest.mark.parametrize("name", ["0", "1a", "fused", "self", "x", "torch", "forward_", "with space", "émis"])
@@ -466,7 +467,7 @@ def test_values_of_a_name_that_a_graph_module_needs(kind: str) -> None:
 
 
 def test_a_name_that_only_the_model_itself_reads() -> None:
-    model = Net(lambda m, x: m.a(x) * len(m.graph), a=conv_bn())
+    model: Any = Net(lambda m, x: m.a(x) * len(m.graph), a=conv_bn())
     model.graph = "ab"
     assert counts(check(model)) == (1, 0)
 

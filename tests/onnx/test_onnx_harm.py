@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from io import BytesIO
 from itertools import combinations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -184,7 +186,7 @@ def test_a_model_that_cannot_be_optimised_is_no_error(monkeypatch: pytest.Monkey
 
 
 def test_a_torch_block() -> None:
-    torch = pytest.importorskip("torch")
+    torch: Any = pytest.importorskip("torch")
     nn = torch.nn
     torch.manual_seed(0)
 
@@ -195,7 +197,7 @@ def test_a_torch_block() -> None:
             self.layer_norm, self.wide, self.narrow = nn.LayerNorm(6), nn.Linear(6, 12), nn.Linear(12, 6)
             self.gamma = nn.Parameter(torch.randn(6))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Any) -> Any:
             y = self.norm(self.depthwise(x)).permute(0, 2, 3, 1)
             y = self.narrow(nn.functional.gelu(self.wide(self.layer_norm(y))))
             return x + (self.gamma * y).permute(0, 3, 1, 2)

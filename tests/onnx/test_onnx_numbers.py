@@ -383,6 +383,7 @@ def test_the_report_counts_what_happened() -> None:
     assert rewrite.error < 1e-12
     (output,) = report.end_to_end
     assert output.output == "y"
+    assert output.tolerance is not None
     assert output.max_rel <= output.tolerance < 1e-3
     x = {"x": rand(1, 6, 9, 9)}
     assert run(model(nodes, {"w": W3, "k": W1, **N}), x)[0].shape == (1, 6, 9, 9)

@@ -25,7 +25,7 @@ BLOCKS = 4
 def chain(steepness: float, last: tuple[NodeProto, ...] = (), outputs: str = "y") -> ModelProto:
     """Convolutions and BatchNorms between sines; steep ones make another result of each rounding."""
     nodes: list[NodeProto] = []
-    weights: dict[str, np.ndarray] = {"s": np.float32(steepness)[None]}
+    weights: dict[str, np.ndarray] = {"s": np.array([steepness], np.float32)}
     x = "x"
     for i in range(BLOCKS):
         nodes += [node("Conv", f"{x} w{i}", f"c{i}", **PAD), batchnorm(f"c{i}", f"n{i}", f"b{i}", name=f"norm{i}")]

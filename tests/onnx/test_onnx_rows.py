@@ -37,6 +37,7 @@ def test_padding_that_follows_from_the_size(name: str) -> None:
     made = behind([first], {k: a for k, a in WEIGHTS.items() if k in first.input})
     fused, report = fuse(made)
     assert operators(fused) == {first.op_type: 1}
+    assert report.certificate is not None
     assert report.certificate.equal == 1
     (left,) = fused.graph.node
     kept = {a.name: a for a in left.attribute}

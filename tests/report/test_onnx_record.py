@@ -174,7 +174,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         code = cli.main(["audit", *map(str, arguments)])
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, err
 
     return call
 

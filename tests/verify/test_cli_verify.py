@@ -3,7 +3,7 @@
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ WEIGHTS = {
 }
 
 
-def node(op: str, inputs: str, outputs: str, **attributes: object) -> NodeProto:
+def node(op: str, inputs: str, outputs: str, **attributes: Any) -> NodeProto:
     return helper.make_node(op, inputs.split(), outputs.split(), **attributes)
 
 
-Declared = dict[str, tuple[list[int | str], int]]
+Declared = Mapping[str, tuple[Sequence[int | str], int]]
 
 
 def model(
@@ -160,7 +160,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
             code = cli.main(["verify", *QUICK, *map(str, arguments)])
         except SystemExit as exit_:
             code = exit_.code if isinstance(exit_.code, int) else 1
-        return Outcome(code, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return Outcome(code, out, err)
 
     return call
 

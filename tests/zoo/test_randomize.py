@@ -20,7 +20,7 @@ from torch import nn
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
 
 
-def network() -> nn.Sequential:
+def network() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 64, 3),
@@ -41,7 +41,7 @@ def test_import_needs_no_torch() -> None:
 
 
 def test_statistics_fit_in_execution_order() -> None:
-    model = randomize_batchnorm(network(), example_inputs=IMAGES).eval()
+    model: Any = randomize_batchnorm(network(), example_inputs=IMAGES).eval()
     seen: list[torch.Tensor] = []
     for norm in (model[1], model[5]):
         norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -57,7 +57,7 @@ def test_statistics_fit_in_execution_order() -> None:
 
 
 def test_parameters_have_spread() -> None:
-    norm = randomize_batchnorm(nn.BatchNorm2d(1000))
+    norm: Any = randomize_batchnorm(nn.BatchNorm2d(1000))
     assert norm.weight.abs().min() >= 0.5
     assert norm.weight.abs().max() <= 1.5
     assert 0.1 < (norm.weight < 0).float().mean() < 0.3
@@ -108,7 +108,7 @@ def test_constant_channels_keep_a_finite_gain() -> None:
 
 
 def test_one_norm_used_twice_is_set_once() -> None:
-    norm = nn.BatchNorm2d(3)
+    norm: Any = nn.BatchNorm2d(3)
     model = nn.Sequential(norm, nn.Conv2d(3, 3, 1), norm)
     randomize_batchnorm(model, example_inputs=IMAGES)
     assert (norm.running_mean - 5).abs().max() < 0.5
@@ -117,7 +117,7 @@ def test_one_norm_used_twice_is_set_once() -> None:
 def test_batchnorm_subclasses(timm: object) -> None:
     from timm.layers.norm_act import BatchNormAct2d
 
-    model = nn.Sequential(BatchNormAct2d(3))
+    model: Any = nn.Sequential(BatchNormAct2d(3))
     randomize_batchnorm(model, example_inputs=IMAGES)
     assert (model[0].running_mean - 5).abs().max() < 0.5
 
