@@ -232,8 +232,8 @@ def turned_back(original: Any) -> Any:
     """A permutation is written as its inverse."""
 
     def emit(self: Any, e: Any) -> Any:
-        permutes = isinstance(e, Layout) and isinstance(e.op, Permute)
-        return original(self, replace(e, op=Permute(tuple(np.argsort(e.op.axes)))) if permutes else e)
+        op = e.op if isinstance(e, Layout) else None
+        return original(self, replace(e, op=Permute(tuple(np.argsort(op.axes)))) if isinstance(op, Permute) else e)
 
     return emit
 

@@ -362,8 +362,10 @@ def turned_back(original: Any) -> Any:
     """A permutation is written as its inverse."""
 
     def emit(self: Any, e: Any, output: str | None) -> str:
-        permutes = isinstance(e, Layout) and isinstance(e.op, Permute)
-        return original(self, replace(e, op=Permute(tuple(np.argsort(e.op.axes)))) if permutes else e, output)
+        op = e.op if isinstance(e, Layout) else None
+        return original(
+            self, replace(e, op=Permute(tuple(np.argsort(op.axes)))) if isinstance(op, Permute) else e, output
+        )
 
     return emit
 

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import fault_models
 import pytest
-from fault_models import CONV_NORM, net, nn
+from fault_models import CONV_NORM, net
 from faults import ALL, ONNX_READERS
 from planting import (
     ENOUGH,
@@ -31,6 +32,7 @@ from planting import (
 from reparamc.algebra.kernels import merge
 from reparamc.certificate.proof import Certificate
 
+nn: Any = fault_models.nn
 WAYS = ("onnx", "fx") if nn is not None else ("onnx",)
 PLANTED = [(f, way) for f in ALL for way in WAYS if f.text or getattr(f, way)]
 EXPECTED = (

@@ -16,7 +16,7 @@ from reparamc.certificate.normal_form import Array
 WEIGHT = 1024
 """A stored tensor of more elements is a weight: shape inference gets its type alone."""
 
-FLOATS = {
+FLOATS: dict[int, np.dtype] = {
     kind: np.dtype(helper.tensor_dtype_to_np_dtype(kind))
     for kind in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 }

@@ -127,7 +127,7 @@ def run(model: nn.Module, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> O
         return plain(called(model, args, kwargs, next(iter(devices), "cpu")))
 
 
-def plain(result: Any) -> Outputs:
+def plain(result: Any) -> dict[str, Any]:
     """Every value in ``result`` by its place, as something that can be compared with another."""
     return {place: _plain(leaf) for place, leaf in leaves(result)}
 

@@ -135,7 +135,7 @@ def page(record: Record, everything: bool) -> list[str]:
     if source is not None:
         lines.append(line("made from", f"{source['sha256']} (SHA-256 of the {source['of']})"))
         lines += [line("", f"{digest} (SHA-256 of {name})") for name, digest in (source.get("data") or {}).items()]
-    lines.append(line("verified", _LEVELS.get(record["verified"], record["verified"])))
+    lines.append(line("verified", _LEVELS.get(record["verified"], str(record["verified"]))))
     for output in record["outputs"]:
         allowed = output["allowed"]
         explained = "which rounding alone explains" if allowed is None else f"{allowed:.1e} allowed"

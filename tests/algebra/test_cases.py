@@ -188,10 +188,10 @@ class Expressions:
         return type(e).__name__
 
     def splice(self, splice: Splice) -> None:
-        done = {e: self.current(cast(Expr, v)) for e, v in splice.native.items()}
+        done: dict[Expr, Expr] = {e: self.current(cast(Expr, v)) for e, v in splice.native.items()}
         for e in new_nodes(splice):
             done[e] = self.made.setdefault(e, rebuild(e, [done[c] for c in e.children]))
-        self.becomes[splice.root] = done[splice.expr]
+        self.becomes[cast(Expr, splice.root)] = done[splice.expr]
 
     def current(self, value: Expr) -> Expr:
         """``value``, all splices that were made so far carried out."""

@@ -51,7 +51,7 @@ LAW = settings(
     max_examples=100,
     database=None,
     phases=(Phase.explicit, Phase.generate),
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
 )
 WIDTHS = (1, 2, 4, 6)
 RULED = [p for p in PASSES if p.rules]

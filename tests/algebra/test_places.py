@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,12 @@ EXPRESSIONS: dict[str, Expr] = {
 }
 
 
+def taken(places: Sequence[Any]) -> Any:
+    """Some positions along the axes of a map of 3 images with 4 channels."""
+    positions: list[Any] = [range(3), range(4), *places]
+    return np.ix_(*positions)
+
+
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_they_are_those_of_the_whole_map(name: str) -> None:
     e = EXPRESSIONS[name]
@@ -56,11 +63,11 @@ def test_they_are_those_of_the_whole_map(name: str) -> None:
     (source,) = sample.inputs
     assert isinstance(source, Source)
     whole = drawn(3, 4, *at.sizes[source])
-    rows = np.ix_(range(3), range(4), *map(np.asarray, at.at[source]))
+    rows = taken(at.at[source])
     found = replace(sample, inputs={source: whole[rows]}).value(e)
     expected, _ = evaluate(e, {source: whole})
     assert expected.shape[2:] == at.sizes[e]
-    np.testing.assert_allclose(found, expected[np.ix_(range(3), range(4), *at.at[e])], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found, expected[taken(at.at[e])], rtol=1e-12, atol=1e-12)
 
 
 def test_ends_are_among_them() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from reparamc.equivalence.trials import NON_FINITE, PATTERNS, SCALES, Slot, Space, Trial, make_inputs, scales, strategy
+
+UNHURRIED: Any = list(HealthCheck)
 
 
 def made(slot: Slot, **settings: object) -> np.ndarray:
@@ -60,7 +64,7 @@ def test_narrow_dtypes_keep_to_scales_that_leave_them_digits() -> None:
 def test_a_strategy_draws_from_its_space() -> None:
     space = Space({"N": (2, 1), "H": range(1, 4)}, ("ones", "border"), (1.0, 10.0), (2,), 7)
 
-    @settings(max_examples=30, database=None, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=30, database=None, derandomize=True, deadline=None, suppress_health_check=UNHURRIED)
     @given(strategy(space))
     def fits(trial: Trial) -> None:
         assert set(trial.extents) == {"N", "H"}

@@ -33,8 +33,9 @@ class Net(nn.Module):
 
 
 def conv_bn(kernel: int = 3, out: int = CHANNELS, **options: Any) -> nn.Sequential:
+    geometry: dict[str, Any] = {"padding": kernel // 2} | options
     return nn.Sequential(
-        nn.Conv2d(CHANNELS, out, kernel, **({"padding": kernel // 2} | options)),
+        nn.Conv2d(CHANNELS, out, kernel, **geometry),
         nn.BatchNorm2d(out),
     )
 

@@ -93,13 +93,13 @@ def test_weight_computed_at_run_time_stays() -> None:
 
 
 class WeightStandardized(nn.Conv2d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         return self._conv_forward(x, weight, self.bias)
 
 
 class NormAndActivation(nn.BatchNorm2d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return torch.relu(super().forward(x))
 
 
@@ -205,8 +205,8 @@ class Frozen(nn.Module):
             self.register_buffer(name, torch.rand(CHANNELS, generator=torch.Generator().manual_seed(i)) + 0.3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
-        variance, mean = self.running_var.reshape(1, -1, 1, 1), self.running_mean.reshape(1, -1, 1, 1)
+        names = ("weight", "bias", "running_var", "running_mean")
+        weight, bias, variance, mean = (self.get_buffer(name).reshape(1, -1, 1, 1) for name in names)
         scale = weight * (variance + 1e-5).rsqrt()
         return x * scale + (bias - mean * scale)
 
@@ -222,7 +222,7 @@ def test_frozen_batchnorm() -> None:
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"momentum": None}, {"eps": 0.1}, {"eps": 10.0}])
-def test_options_of_batchnorm(options: dict[str, object]) -> None:
+def test_options_of_batchnorm(options: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Conv2d(CHANNELS, 6, 3), nn.BatchNorm2d(6, **options))
     assert counts(check(model)) == (1, 0)
 
@@ -240,7 +240,7 @@ def test_sync_batchnorm() -> None:
 
 @pytest.mark.parametrize("which", ["whole", "norm", "container"])
 def test_training_mode_is_refused(which: str) -> None:
-    model = nn.Sequential(conv_bn(), nn.ReLU()).eval()
+    model: Any = nn.Sequential(conv_bn(), nn.ReLU()).eval()
     {"whole": model, "norm": model[0][1], "container": model[0]}[which].train()
     modes = [m.training for m in model.modules()]
     with pytest.raises(InputError, match=r"\.eval\(\)"):
@@ -249,7 +249,7 @@ def test_training_mode_is_refused(which: str) -> None:
 
 
 def test_gamma_zero_and_tiny_variance() -> None:
-    model = conv_bn().eval()
+    model: Any = conv_bn().eval()
     model[1].weight.data[0] = 0
     model[1].running_var[1] = 0
     x = images((2, CHANNELS, 5, 6), dtype=torch.float32)[0]
@@ -260,7 +260,7 @@ def test_gamma_zero_and_tiny_variance() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_stay(value: float) -> None:
-    model = conv_bn().eval()
+    model: Any = conv_bn().eval()
     model[0].weight.data[0, 0, 0, 0] = value
     x = torch.ones(1, CHANNELS, 5, 6)
     fused = fuse_fx(model, x)
@@ -373,7 +373,8 @@ def test_passes_can_be_chosen() -> None:
     assert counts(fuse_fx(model, skip=["bn-folding"])) == (2, 2)
     assert counts(fuse_fx(model, passes=[])) == (2, 2)
     assert not report(fuse_fx(model, passes=[])).changed
-    for wrong in ({"passes": ["bn"]}, {"skip": ["bn"]}):
+    wrongs: list[dict[str, Any]] = [{"passes": ["bn"]}, {"skip": ["bn"]}]
+    for wrong in wrongs:
         with pytest.raises(InputError, match="unknown pass 'bn'; the passes are constant-folding"):
             fuse_fx(model, **wrong)
     with pytest.raises(InputError, match="unknown verification level"):

@@ -176,8 +176,9 @@ def _check(model: Net, shape: tuple[int, ...]) -> None:
         root = next(n for n in graph.graph.nodes if n.op == "output").all_input_nodes[0]
         reading = graph.read(root)
         assert isinstance(reading, FxReading), reading
-        values = _values(traced, x)
-        sources = {v: Source(v, shape=graph.facts.shapes[v]) for v in dict.fromkeys(reading.operands)}
+        values: dict[Any, Any] = _values(traced, x)
+        operands: dict[Any, None] = dict.fromkeys(reading.operands)
+        sources = {v: Source(v, shape=graph.facts.shapes[v]) for v in operands}
         expr = reading.build([sources[v] for v in reading.operands])
         wanted = run(model, x)
         found, _ = evaluate(expr, {source: values[v].numpy() for v, source in sources.items()})
@@ -185,8 +186,9 @@ def _check(model: Net, shape: tuple[int, ...]) -> None:
         if reading.channels is not None and reading.axis is not None:
             assert reading.channels == wanted.shape[reading.axis]
         dtype = graph.dtype([root])
+        assert dtype is not None
         assert dtype == np.float64
-        native = {source: v for v, source in sources.items()}
+        native: dict[Any, Any] = {source: v for v, source in sources.items()}
         splice = Splice(root, (root,), expr, native, dtype, Counter(), (), "", "", None)
         graph.splice(splice)
         assert relative_error(run(graph.finish(), x), wanted) < 1e-12
@@ -237,7 +239,9 @@ def test_left_alone(name: str) -> None:
 
 
 def test_norm_behind_a_transposed_convolution() -> None:
-    for options in ({}, {"stride": 2}, {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}):
+    strided: dict[str, Any] = {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}
+    geometries: tuple[dict[str, Any], ...] = ({}, {"stride": 2}, strided)
+    for options in geometries:
         model = nn.Sequential(nn.ConvTranspose2d(C, 6, 3, **options), nn.BatchNorm2d(6), nn.ReLU())
         fused = check(model)
         assert counts(fused)[1] == 0

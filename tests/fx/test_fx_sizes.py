@@ -196,7 +196,7 @@ def _then(y: Tensor, write: Callable[[Tensor], object], read: Callable[[Tensor],
 
 @pytest.mark.parametrize("name", RESHAPED)
 def test_a_tensor_that_is_reshaped_in_place(name: str) -> None:
-    model = Net(RESHAPED[name], **parts())
+    model: Any = Net(RESHAPED[name], **parts())
     model.keep = []
     check(model, *SHAPES)
 

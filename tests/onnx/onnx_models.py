@@ -30,7 +30,7 @@ def node(op: str, inputs: str, outputs: str, **attributes: Any) -> NodeProto:
 
 def model(
     nodes: Sequence[NodeProto],
-    parameters: Mapping[str, np.ndarray],
+    parameters: Mapping[str, Any],
     shape: Extents = ("N", 6, "H", "W"),
     *,
     outputs: str = "y",
@@ -78,7 +78,7 @@ def batchnorm(x: str, prefix: str, y: str, **attributes: Any) -> NodeProto:
 
 W3, W1 = rand(6, 6, 3, 3), rand(6, 6, 1, 1)
 N = norm("n", 6)
-PAD = {"pads": [1, 1, 1, 1]}
+PAD: dict[str, Any] = {"pads": [1, 1, 1, 1]}
 CONV = node("Conv", "x w", "c", name="conv", **PAD)
 BN = batchnorm("c", "n", "y", name="bn")
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
 from itertools import combinations
-
 from typing import Any
 
 import numpy as np

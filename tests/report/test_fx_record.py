@@ -1,9 +1,8 @@
 """The record of a fused torch module."""
 
-from typing import Any
-
 import copy
 import json
+from typing import Any
 
 import torch
 from torch import nn

@@ -37,7 +37,7 @@ QUICK = settings(
     deadline=None,
     database=None,
     phases=(Phase.explicit, Phase.generate),
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
 )
 ALL_AXES = (2, 1, 3, 0, -1)
 
