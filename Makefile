@@ -50,6 +50,7 @@ check: lint test
 
 docs: setup
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/operators.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: setup
