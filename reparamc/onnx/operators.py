@@ -33,6 +33,7 @@ from reparamc.algebra.kernels import arithmetic, averaged, equal_taps, swap_side
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
+from reparamc.errors import InputError
 from reparamc.onnx.taps import Stored, read_stored, read_taps, stored
 from reparamc.onnx.values import attribute, is_standard, operand
 
@@ -59,6 +60,19 @@ def _weight_and_bias(graph: OnnxGraph, node: NodeProto) -> tuple[str | None, str
     return weight, bias
 
 
+def _integers(node: NodeProto, name: str, count: int, default: int = 1) -> tuple[int, ...]:
+    """An attribute of that many whole numbers.
+
+    Raises:
+        InputError: it has another length, which the checker overlooks.
+    """
+    found = tuple(cast(list[int], attribute(node, name)) or [default] * count)
+    if len(found) != count:
+        where = node.name or node.output[0]
+        raise InputError(f"{node.op_type} {where!r} has {len(found)} {name}, where {count} are needed")
+    return found
+
+
 def _read_conv(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
     found = _weight_and_bias(graph, node)
     if isinstance(found, Declined):
@@ -69,8 +83,7 @@ def _read_conv(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
     shape = graph.constants.shape(weight)
     kernel = shape[2:]
     n = len(kernel)
-    stride = tuple(cast(list[int], attribute(node, "strides", [1] * n)))
-    dilation = tuple(cast(list[int], attribute(node, "dilations", [1] * n)))
+    stride, dilation = _integers(node, "strides", n), _integers(node, "dilations", n)
     groups = cast(int, attribute(node, "group", 1))
     pads = _pads(graph, node, kernel, stride, dilation)
     if bias is not None and graph.constants.shape(bias) != shape[:1]:
@@ -99,10 +112,8 @@ def _read_conv_transpose(graph: OnnxGraph, node: NodeProto, output: str) -> Read
     n = len(graph.constants.shape(weight)) - 2
     if attribute(node, "output_shape") or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
         return read_taps(graph, node, weight, bias)
-    stride = tuple(cast(list[int], attribute(node, "strides", [1] * n)))
-    dilation = tuple(cast(list[int], attribute(node, "dilations", [1] * n)))
-    pads = cast(list[int], attribute(node, "pads", [0] * 2 * n))
-    extra = cast(list[int], attribute(node, "output_padding", [0] * n))
+    stride, dilation = _integers(node, "strides", n), _integers(node, "dilations", n)
+    pads, extra = _integers(node, "pads", 2 * n, 0), _integers(node, "output_padding", n, 0)
     groups = cast(int, attribute(node, "group", 1))
     begin, end = tuple(pads[:n]), tuple(p - e for p, e in zip(pads[n:], extra, strict=True))
 
@@ -116,8 +127,7 @@ def _read_conv_transpose(graph: OnnxGraph, node: NodeProto, output: str) -> Read
 def _read_average_pool(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
     kernel = tuple(cast(list[int], attribute(node, "kernel_shape", [])))
     n = len(kernel)
-    stride = tuple(cast(list[int], attribute(node, "strides", [1] * n)))
-    dilation = tuple(cast(list[int], attribute(node, "dilations", [1] * n)))
+    stride, dilation = _integers(node, "strides", n), _integers(node, "dilations", n)
     channels = _channels(graph, node.input[0], -1 - n)
     pads = _pads(graph, node, kernel, stride, dilation)
     if isinstance(pads, Declined) or channels is None:
@@ -180,7 +190,7 @@ def _pads(
     n = len(kernel)
     auto = cast(bytes, attribute(node, "auto_pad", b"NOTSET")).decode(errors="replace")
     if auto == "NOTSET":
-        return tuple(cast(list[int], attribute(node, "pads", [0] * 2 * n)))
+        return _integers(node, "pads", 2 * n, 0)
     if auto == "VALID":
         return (0,) * 2 * n
     shape = graph.types.shape(node.input[0])
@@ -343,6 +353,8 @@ def _read_gemm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
     weight, bias = found
     transposed = cast(int, attribute(node, "transB", 0))
     whole = stored(graph, node) if weight is None else None
+    if weight is not None and len(graph.constants.shape(weight)) != 2:
+        return Declined("its constant is not a matrix")
     out = whole.out if isinstance(whole, Stored) else graph.constants.shape(weight or "")[0 if transposed else 1]
     if bias is not None and graph.constants.shape(bias) not in ((), (1,), (1, 1), (out,), (1, out)):
         return Declined("the bias of Gemm varies along the batch")
