@@ -250,13 +250,11 @@ def exchanged(original: Any) -> Any:
 
 
 def without_sign(original: Any) -> Any:
-    def fold_constants(self: Any) -> int:
-        for node, value in self.readings.facts.known.items():
-            if node.op.startswith("call"):
-                self.readings.facts.known[node] = value.abs()
-        return original(self)
+    def fold(self: Any, node: Any) -> None:
+        self.facts.known[node] = self.facts.known[node].abs()
+        original(self, node)
 
-    return fold_constants
+    return fold
 
 
 FX_WRITERS = [
@@ -345,24 +343,28 @@ FX_WRITERS = [
         ),
     ),
     fault(
-        "a size asked along another axis", "reparamc.fx.sizes:_Sizes._read",
+        "a size asked along another axis", "reparamc.fx.sizes:Mover._read",
         given(lambda self, x, axis: (self, x, axis - 1)),
         fx=lambda: net(lambda x, c, n: like(n(y := c(x)).relu(), y), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
     ),
     fault(
-        "factors of a size forgotten", "reparamc.fx.sizes:_Sizes._product",
+        "factors of a size forgotten", "reparamc.fx.sizes:Mover._product",
         given(lambda self, dim, user: (self, Dim.of(dim.symbols[0]), user)),
-        fx=lambda: net(lambda x, c: tokens(x.relu().flatten(2).transpose(1, 2), c), nn.Linear(4, 4)),
+        fx=lambda: net(
+            lambda x, c, n: tokens(n(x.relu()).flatten(2).transpose(1, 2), c), nn.Linear(4, 4), nn.BatchNorm2d(4)
+        ),
     ),
     fault(
         "a tensor that is reshaped in place keeps its shape", "reparamc.fx.memory:Memory.keeps_shape",
         instead(lambda *_: True),
         fx=lambda: net(
-            lambda x, n: (y := n(x.relu()), y.unsqueeze_(0), y.reshape(y.shape[1], -1))[2], nn.BatchNorm2d(4)
+            lambda x, n, c: (
+                u := x.relu(), y := n(u), z := c(y), u.unsqueeze_(0), z.reshape(-1, y.shape[1]).relu(),
+            )[4], nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3),
         ),
     ),
     fault(
-        "folded constants without their sign", "reparamc.fx.editor:Editor.fold_constants", without_sign,
+        "folded constants without their sign", "reparamc.fx.editor:Editor._fold", without_sign,
         fx=lambda: net(lambda x, w: x * (w - 3).tanh(), nn.Parameter(vector(4, 1, 1))),
     ),
 ]  # fmt: skip
@@ -379,5 +381,5 @@ def like(z: Any, y: Any) -> Any:
 
 
 def tokens(t: Any, c: Any) -> Any:
-    """A linear layer over tokens, in front of which their number is told."""
-    return c(t.reshape(-1, t.shape[1], 4)).relu()
+    """A linear layer over tokens, after which their number is told."""
+    return c(t).reshape(-1, t.shape[1], 2, 2).relu()

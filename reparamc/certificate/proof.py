@@ -22,36 +22,6 @@ from reparamc.certificate.agreement import Agreement, Precision, agree
 from reparamc.certificate.axes import Unrepresentable
 from reparamc.certificate.budget import BLOCK, LEAST, PER_PARAMETER, TAP, Exceeded, Meter
 from reparamc.certificate.normal_form import Array, Value, Vector, promoted, span
-from reparamc.errors import VerificationError
-
-Keep = Callable[[set[str]], "Certificate"]
-"""Undo the rewrites that end in some tensors, and prove what is left."""
-
-
-def roll_back(found: Certificate, roots: Collection[str], redo: Keep) -> tuple[Certificate, dict[str, str]]:
-    """The certificate of what is left once wrong rewrites are undone, and these, each with the reason.
-
-    Args:
-        found: of all rewrites.
-        roots: the tensors in which rewrites end.
-        redo: undo those that end in some of them; called as often as new ones turn out to be wrong.
-
-    Raises:
-        VerificationError: something differs that no single rewrite is to blame for.
-    """
-    undone: dict[str, str] = {}
-    while found.different:
-        wrong = {w.where: w.reason for w in found.windows if w.verdict == "different"}
-        fresh = {name: reason for name, reason in wrong.items() if name in roots and name not in undone}
-        if not fresh:
-            where, reason = next(iter(wrong.items()))
-            raise VerificationError(
-                f"{where!r} differs from the original: {reason}; nothing was changed. Report this as a bug",
-                where=where,
-            )
-        undone.update(fresh)
-        found = redo(set(undone))
-    return found, undone
 
 
 class Opened(NamedTuple):

@@ -150,14 +150,14 @@ class Graph(Protocol):
         """The operator behind ``value`` with its attributes; without weights, and numbers of channels if possible."""
         ...
 
-    def splice(self, splice: Splice) -> None:
-        """Compute ``splice.expr`` in place of ``splice.root`` and drop what nothing reads any more."""
+    def folded(self) -> tuple[Graph, Sequence[Fold]]:
+        """The graph in which operators over constants count as constants where that takes no more room, and these."""
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Splice:
-    """One replacement: ``root`` shall be computed by ``expr``.
+    """One replacement: ``root`` is to be computed by ``expr``.
 
     Attributes:
         members: the operators of the region, in execution order.
@@ -195,6 +195,18 @@ class Splice:
     def unit(self) -> Value:
         """What splices have in common of which all are made, or none."""
         return self.root if self.shared is None else self.shared
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """One value that is computed from constants alone, and kept as a constant instead; ``unit`` as in `Splice`."""
+
+    root: Value
+    unit: Value
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+Edit: TypeAlias = "Splice | Fold"
 
 
 def new_nodes(splice: Splice) -> Iterator[Expr]:

@@ -1,14 +1,22 @@
-"""What every fusion has in common, whatever the host."""
+"""The way of every fusion, whatever the host: plan, carry out, prove, undo, compare, report."""
 
 from __future__ import annotations
 
-from reparamc.errors import InputError
+from collections import Counter
+from time import perf_counter
+
+from reparamc.algebra.cost import objective as priced_by
+from reparamc.compiler.host import Host, Options, ResultT
+from reparamc.compiler.plan import make_plan
+from reparamc.compiler.rollback import Attempt, prove, rewritten
+from reparamc.errors import InputError, one_line
+from reparamc.report.data import Report
 
 LEVELS = ("off", "region", "full")
 
 
 def level_of(verify: bool | str) -> str:
-    """The level that an argument ``verify`` asks for: True stands for "full", and False for "off".
+    """The level that an argument ``verify`` asks for: True means "full", and False "off".
 
     Raises:
         InputError: there is no such level.
@@ -17,3 +25,52 @@ def level_of(verify: bool | str) -> str:
     if level not in LEVELS:
         raise InputError(f"unknown verification level {level!r}; the levels are {', '.join(LEVELS)}")
     return level
+
+
+def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
+    """A fused copy of the model of ``host``, and the report.
+
+    Raises:
+        InputError: the model cannot be read, or the framework does not accept the result.
+        VerificationError: the result differs, and no edit is to blame for it.
+    """
+    level = options.level
+    clock = [perf_counter()]
+    with priced_by(options.objective):
+        plan = make_plan(host.graph, options.passes, verify=level != "off", progress=options.progress)
+    attempt = Attempt(host, plan)
+    clock.append(perf_counter())
+    kept, failed, certificate = [*plan.kept], [*plan.failed], None
+    if level == "full":
+        kept += attempt.without_objections()
+    if level != "off" and attempt.edits:
+        proven = prove(attempt, is_compared=level == "full" and host.can_compare(changed=True))
+        certificate = proven.certificate
+        kept += proven.kept
+        failed += proven.failed
+    counts = sum((edit.counts for edit in attempt.edits), Counter[str]())
+    report = Report(
+        before=host.size(None),
+        after=host.size(attempt.result),
+        passes={p.name: counts[p.name] for p in options.passes},
+        rewrites=[rewritten(plan.graph, s) for s in attempt.splices],
+        kept=kept,
+        failed=failed,
+        host=plan.host,
+        certificate=certificate,
+        seconds={"rewriting": clock[1] - clock[0]},
+        objective=options.objective,
+        level=level,
+    )
+    if report.changed:
+        host.check(attempt.result)
+    if level == "full" and host.can_compare(report.changed):
+        try:
+            report.end_to_end = host.compare(attempt.result, attempt.regions())
+        except MemoryError as error:
+            raise InputError(
+                f"the comparison of the whole models does not fit into memory ({one_line(error)}); try --verify region"
+            ) from error
+    if level != "off" and report.changed:
+        report.seconds["verification"] = perf_counter() - clock[1]
+    return attempt.result, report

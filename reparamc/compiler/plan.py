@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Scale, Select, Sou
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.compiler.decide import Decision, decide
 from reparamc.compiler.duplicates import DUPLICATES, find_duplicates
-from reparamc.compiler.graph import Graph, Reading, Splice, Value
+from reparamc.compiler.graph import Fold, Graph, Reading, Splice, Value
 from reparamc.compiler.impulse import IMPULSE, find_kernels
 from reparamc.compiler.reference import Host
 from reparamc.compiler.regions import LIFT, lifted, without_idle
@@ -23,8 +24,10 @@ from reparamc.report.data import FailedRegion, HostCheck, Refusal
 
 @dataclass
 class Plan:
-    """What shall be done to a graph; nothing has been changed yet."""
+    """What is to be done to a graph; nothing has been changed yet."""
 
+    graph: Graph
+    folds: list[Fold] = field(default_factory=list)
     splices: list[Splice] = field(default_factory=list)
     kept: list[Refusal] = field(default_factory=list)
     failed: list[FailedRegion] = field(default_factory=list)
@@ -42,7 +45,10 @@ def make_plan(
 
     A region whose replacement fails its check stays, and is among those that `Plan.failed` names.
     """
-    plan = Plan()
+    plan = Plan(graph)
+    if any(p.name == "constant-folding" for p in passes):
+        graph, folds = graph.folded()
+        plan = Plan(graph, [replace(f, counts=Counter({"constant-folding": 1})) for f in folds])
     readings: dict[Value, Reading] = {}
     for value in graph.values():
         reading = graph.read(value)

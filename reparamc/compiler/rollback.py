@@ -1,79 +1,90 @@
-"""From a plan to a report, for any host: which splices are proven wrong and undone, and what is said of the others.
+"""A plan carried out, and undone where it is wrong or not proven.
 
 Of some splices all are made, or none; what these have in common is their unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
+from typing import Generic
 
 import numpy as np
 
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Expr, Source, walk
-from reparamc.algebra.infer import channel_axes
-from reparamc.certificate.proof import Certificate, roll_back
-from reparamc.compiler.graph import Graph, Splice, Value
+from reparamc.certificate.proof import Certificate, Window
+from reparamc.compiler.graph import Edit, Graph, Splice, Value
+from reparamc.compiler.host import Host, ResultT, Trial
+from reparamc.compiler.plan import Plan
 from reparamc.equivalence.difference import Outputs
-from reparamc.equivalence.end_to_end import Region
+from reparamc.equivalence.end_to_end import Region, region_error
+from reparamc.errors import VerificationError, one_line
 from reparamc.report.data import Certified, FailedRegion, Refusal, Rewrite
 
 
-def proven(
-    units: Mapping[str, str], certificate: Callable[[set[str]], Certificate]
-) -> tuple[Certified, dict[str, str]]:
-    """What is proven of the result, and the splices that are wrong, by the tensors they end in, each with the reason.
+class Attempt(Generic[ResultT]):
+    """A plan carried out, but for some units.
 
-    Args:
-        units: by the tensor that each splice ends in.
-        certificate: of the result without these units; called without any, and then as often as new ones turn out to
-            be wrong. The last call is about what is left.
-
-    Raises:
-        VerificationError: something differs that no splice is to blame for.
+    Attributes:
+        without: the units that are left out.
+        result: the outcome.
     """
-    start = perf_counter()
-    found, wrong = roll_back(certificate(set()), units, lambda roots: certificate({units[root] for root in roots}))
-    return certified(found, len(wrong), perf_counter() - start), wrong
 
+    def __init__(self, host: Host[ResultT], plan: Plan) -> None:
+        self.host, self.plan = host, plan
+        self.without: frozenset[str] = frozenset()
+        self.result = self.made(self.without)
 
-def undone(
-    graph: Graph, splices: Iterable[Splice], wrong: Mapping[str, str], name: Callable[[Value], str] = str
-) -> tuple[list[FailedRegion], list[Refusal]]:
-    """What the report says of the splices that are undone: those that are ``wrong``, and those of the same units.
+    def unit(self, edit: Edit) -> str:
+        return self.host.tensor(edit.unit)
 
-    ``name`` is what tensors go by.
-    """
-    failed: list[FailedRegion] = []
-    kept: list[Refusal] = []
-    splices = list(splices)
-    blamed = {name(s.unit): graph.name(s.root) for s in splices if name(s.root) in wrong}
-    for s in splices:
-        where = graph.name(s.root)
-        if (why := wrong.get(name(s.root))) is not None:
-            failed.append(FailedRegion(where, "certificate", None, 0.0, (*s.counts,), s.before, s.after, why))
-            kept.append(Refusal(where, "certificate", why))
-        elif other := blamed.get(name(s.unit)):
-            kept.append(Refusal(where, "certificate", f"it pays only together with {other!r}, which is undone"))
-    return failed, kept
+    @property
+    def edits(self) -> list[Edit]:
+        """What is carried out."""
+        return self._edits(self.without)
 
+    @property
+    def splices(self) -> list[Splice]:
+        return [edit for edit in self.edits if isinstance(edit, Splice)]
 
-def regions_of(graph: Graph, splices: Iterable[Splice], name: Callable[[Value], str] = str) -> list[Region]:
-    """What was rewritten, for the comparison of whole models; ``name`` is what tensors go by."""
-    return [
-        Region(
-            name(s.root),
-            (*map(name, s.operands),),
-            graph.name(s.root),
-            s.before,
-            s.after,
-            channel_axes(s.expr)[s.expr],
-            None if s.original is None else partial(_exactly, s.original, name),
-        )
-        for s in splices
-    ]
+    def _edits(self, without: Collection[str]) -> list[Edit]:
+        return [e for e in (*self.plan.splices, *self.plan.folds) if self.unit(e) not in without]
+
+    def made(self, without: Collection[str]) -> ResultT:
+        """The result without some units; a copy of the model where nothing is left to do."""
+        edits = self._edits(without)
+        return self.host.carry_out(self.plan.graph if edits else self.host.graph, edits)
+
+    def leave_out(self, units: Collection[str]) -> None:
+        """Make the result anew, without ``units`` as well."""
+        if not self.without.issuperset(units):
+            self.without = self.without.union(units)
+            self.result = self.made(self.without)
+
+    def regions(self) -> list[Region]:
+        """What was rewritten, for those who compare the two models."""
+        tensor = self.host.tensor
+        return [
+            Region(
+                tensor(s.root), (*map(tensor, s.operands),), self.plan.graph.name(s.root), s.before, s.after,
+                channel_axes(s.expr)[s.expr], None if s.original is None else partial(_exactly, s.original, tensor),
+            )
+            for s in self.splices
+        ]  # fmt: skip
+
+    def without_objections(self) -> list[Refusal]:
+        """Leave out what the framework does better without; what the report says of that."""
+
+        def without(units: Collection[str]) -> ResultT:
+            return self.made(self.without.union(units))
+
+        harm = self.host.objections(self.splices, self.result, without)
+        harmful = [s for s in self.splices if self.unit(s) in harm]
+        self.leave_out(harm)
+        return [Refusal(self.plan.graph.name(s.root), [*s.counts][-1], harm[self.unit(s)]) for s in harmful]
 
 
 def _exactly(original: Expr, name: Callable[[Value], str], values: Outputs) -> Array:
@@ -83,20 +94,175 @@ def _exactly(original: Expr, name: Callable[[Value], str], values: Outputs) -> A
 
 
 def rewritten(graph: Graph, splice: Splice) -> Rewrite:
-    """The entry of ``splice``; ask before it is carried out, while its operators are there to be named."""
+    """The entry of ``splice``."""
     operators = tuple(graph.name(v) for v in splice.members)
-    return Rewrite(
-        graph.name(splice.root),
-        operators,
-        dict(splice.counts),
-        splice.parameters,
-        splice.before,
-        splice.after,
-        splice.error,
-    )
+    where, counts = graph.name(splice.root), dict(splice.counts)
+    return Rewrite(where, operators, counts, splice.parameters, splice.before, splice.after, splice.error)
 
 
-def certified(found: Certificate, rolled_back: int, seconds: float) -> Certified:
-    """The entry of a certificate."""
+UNPROVEN = "the result could not be proven equal to the original"
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """Why an edit is undone; ``check`` says which check found it wrong, and is empty where none did."""
+
+    reason: str
+    check: str = ""
+
+
+@dataclass
+class Proven:
+    """What is proven of what is left, and what the report says of what was undone."""
+
+    certificate: Certified
+    failed: list[FailedRegion] = field(default_factory=list)
+    kept: list[Refusal] = field(default_factory=list)
+
+
+def prove(attempt: Attempt[ResultT], *, is_compared: bool) -> Proven:
+    """Prove what was carried out, and undo what is wrong.
+
+    Unless both models are compared afterwards, what is neither proven nor confirmed by a run of it alone is undone,
+    too: nothing else would look at it.
+
+    Raises:
+        VerificationError: something differs that no edit is to blame for.
+    """
+    start = perf_counter()
+    findings: dict[Edit, _Finding] = {}
+    while True:
+        found = _certificate(attempt)
+        if not attempt.edits:
+            break
+        fresh = _disproved(attempt, found)
+        if not fresh and not is_compared:
+            fresh = _doubted(attempt, found)
+        if not fresh:
+            break
+        findings.update(fresh)
+        attempt.leave_out({attempt.unit(edit) for edit in fresh})
+    return _told(attempt, findings, found, perf_counter() - start)
+
+
+def _certificate(attempt: Attempt[ResultT]) -> Certificate:
+    """What can be proven; where the proof fails as a whole, all that was rewritten is undecided."""
+    if not attempt.edits:
+        return Certificate((), 0, 0.0)
+    try:
+        return attempt.host.certify(attempt.result)
+    except VerificationError:
+        raise
+    except Exception as error:  # whatever a graph raises that no reader has thought of
+        reason = f"the proof stopped at {type(error).__name__}: {one_line(error)}"
+        where = dict.fromkeys(name for names in _shown(attempt).values() for name in names)
+        return Certificate(tuple(Window(name, "undecided", reason=reason) for name in where), 0, 0.0)
+
+
+def _shown(attempt: Attempt[ResultT]) -> dict[Edit, Collection[str]]:
+    return {edit: attempt.host.shown(edit, attempt.result) for edit in attempt.edits}
+
+
+def _reasons(found: Certificate, verdict: str) -> dict[str, str]:
+    return {w.where: w.reason for w in found.windows if w.verdict == verdict}
+
+
+def _disproved(attempt: Attempt[ResultT], found: Certificate) -> dict[Edit, _Finding]:
+    """The edits that are proven wrong."""
+    wrong = _reasons(found, "different")
+    if not wrong:
+        return {}
+    blamed = {
+        edit: _Finding(wrong[name], "certificate")
+        for edit, names in _shown(attempt).items()
+        for name in names
+        if name in wrong
+    }
+    if not blamed:
+        where, reason = next(iter(wrong.items()))
+        raise VerificationError(
+            f"{where!r} differs from the original: {reason}; nothing was changed. Report this as a bug", where=where
+        )
+    return blamed
+
+
+def _doubted(attempt: Attempt[ResultT], found: Certificate) -> dict[Edit, _Finding]:
+    """The edits that are not proven, but for those that a run of them alone confirms; all if none is to blame."""
+    undecided = _reasons(found, "undecided")
+    if not undecided:
+        return {}
+    shown = _shown(attempt)
+    ends = {
+        name: [attempt.host.tensor(edit.root) for edit, names in shown.items() if name in names] for name in undecided
+    }
+    alone = _run_alone(attempt, dict.fromkeys(n for name, roots in ends.items() for n in (name, *roots)))
+    verdicts = {name: alone[name] for name in undecided if name in alone}
+    verdicts |= {name: alone[r] for name, roots in ends.items() for r in roots if alone.get(r)}
+    doubts = {
+        name: _Finding(verdicts.get(name) or f"{UNPROVEN}: {reason}", "run" if name in verdicts else "")
+        for name, reason in undecided.items()
+        if verdicts.get(name) != ""
+    }
+    if not doubts:
+        return {}
+    blamed = {edit: doubts[name] for edit, names in shown.items() for name in names if name in doubts}
+    if blamed:
+        return blamed
+    where = next(iter(doubts))
+    return dict.fromkeys(shown, _Finding(f"{UNPROVEN}, because {where!r} is not: {undecided[where]}"))
+
+
+def _run_alone(attempt: Attempt[ResultT], names: Iterable[str]) -> dict[str, str]:
+    """For each tensor that can be run alone on both sides "" where it agrees within rounding, or how it differs."""
+    regions = {region.root: region for region in attempt.regions()}
+    asked: dict[str, Region | None] = {}
+    for name in names:
+        if name not in regions and (operands := attempt.host.operands(name)) is not None:
+            regions[name] = Region(name, tuple(operands), name, "", "")
+        asked[name] = regions.get(name)
+    verdicts: dict[str, str] = {}
+    for trial in attempt.host.trials(attempt.result, list(regions.values())):
+        for name, region in asked.items():
+            verdict = _outputs_agree(trial, regions) if region is None else _agrees(trial, region)
+            if verdict is not None:
+                verdicts[name] = verdicts.get(name) or verdict
+    return verdicts
+
+
+def _agrees(trial: Trial, region: Region) -> str | None:
+    """ "" if ``region`` agrees, else how it differs; None where it was not run."""
+    seen, epsilon = trial
+    if region.root not in seen.actual or region.root not in seen.expected:
+        return None
+    _, error, allowed = region_error(seen, region, epsilon)
+    if error <= allowed:
+        return ""
+    size = f"by {error:.2g} relative to the largest value of a channel" if np.isfinite(error) else "in kind"
+    return f"run alone on the values of the original, it differs {size}, where {allowed:.1g} is rounding"
+
+
+def _outputs_agree(trial: Trial, regions: Mapping[str, Region]) -> str | None:
+    """As `_agrees`, for what concerns the model as a whole: its outputs from where the last regions end."""
+    outputs = [name for name in trial[0].expected if name not in regions]
+    verdicts = [_agrees(trial, Region(name, (), name, "", "")) for name in outputs]
+    return next((v for v in verdicts if v != ""), "" if verdicts else None)
+
+
+def _told(attempt: Attempt[ResultT], findings: Mapping[Edit, _Finding], found: Certificate, seconds: float) -> Proven:
     undecided = tuple(Refusal(w.where, "certificate", w.reason) for w in found.windows if w.verdict == "undecided")
-    return Certified(found.equal, undecided, rolled_back, found.units, found.bound, seconds)
+    told = Proven(Certified(found.equal, undecided, len(findings), found.units, found.bound, seconds))
+    graph = attempt.plan.graph
+    blamed = {attempt.unit(edit): graph.name(edit.root) for edit in findings}
+    for edit in (*attempt.plan.splices, *attempt.plan.folds):
+        where, finding = graph.name(edit.root), findings.get(edit)
+        if finding is None:
+            if (other := blamed.get(attempt.unit(edit))) is not None:
+                why = f"it pays only together with {other!r}, which is undone"
+                told.kept.append(Refusal(where, "certificate", why))
+            continue
+        told.kept.append(Refusal(where, "certificate", finding.reason))
+        if finding.check and isinstance(edit, Splice):
+            told.failed.append(
+                FailedRegion(where, finding.check, None, 0.0, (*edit.counts,), edit.before, edit.after, finding.reason)
+            )
+    return told

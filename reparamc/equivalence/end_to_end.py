@@ -194,12 +194,7 @@ def compare_regions(
     for region in regions:
         if region.root not in seen.actual:
             continue
-        reference, other = seen.expected[region.root], seen.actual[region.root]
-        noises = [n[region.root] for n in seen.noises]
-        eps = epsilon(reference)
-        gap, error, allowed = by_channel(reference, other, noises, eps, region.axis)
-        if not error <= allowed and (truth := _truth(region, seen)) is not None:
-            gap, error, allowed = by_channel(truth, other, [reference], eps, region.axis, often=AS_NEAR)
+        gap, error, allowed = region_error(seen, region, epsilon)
         entries.append(OutputError(region.where, gap, error, allowed, alone=True))
         if not error <= allowed:
             raise VerificationError(
@@ -211,6 +206,17 @@ def compare_regions(
                 after=region.after,
             )
     return entries
+
+
+def region_error(seen: Alone, region: Region, epsilon: Callable[[npt.NDArray], float]) -> tuple[float, float, float]:
+    """How far a region that was run is from the original, as `by_channel` says it."""
+    reference, other = seen.expected[region.root], seen.actual[region.root]
+    noises = [n[region.root] for n in seen.noises]
+    eps = epsilon(reference)
+    gap, error, allowed = by_channel(reference, other, noises, eps, region.axis)
+    if not error <= allowed and (truth := _truth(region, seen)) is not None:
+        gap, error, allowed = by_channel(truth, other, [reference], eps, region.axis, often=AS_NEAR)
+    return gap, error, allowed
 
 
 AS_NEAR = 4

@@ -1,54 +1,154 @@
-"""The edits of a traced module: splices, folded constants, assertions, and what is dead after them."""
+"""The torch.fx adapter, editing: splices carried out on a copy of a traced graph."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from reparamc.algebra.expr import Layout, Select
-from reparamc.compiler.graph import Splice
+from reparamc.compiler.graph import Fold, Splice, Value
 from reparamc.fx.emit import Emitter, Target
 from reparamc.fx.memory import Memory, only_asserted, reads_size_only
 from reparamc.fx.operators import OPERATORS
 from reparamc.fx.readings import Readings
 from reparamc.fx.shapes import Values
+from reparamc.fx.sizes import Mover
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A module with splices carried out; ``places``: the node that computes what each of their roots computed."""
+
+    module: fx.GraphModule
+    places: dict[Value, str]
+
+    @cached_property
+    def names(self) -> set[str]:
+        """What it computes under the name of the original, or in the place of that."""
+        nodes = self.module.graph.nodes
+        return {str(n.meta.get("stands_for", n.name)) for n in nodes} | {n.name for n in nodes}
 
 
 class Editor:
-    """Carries out splices on the module that was read."""
+    """A copy of a traced module in which splices are carried out. The graph that it is made of stays as it is.
 
-    def __init__(self, readings: Readings) -> None:
-        self.readings, self.target = readings, Target(readings.module)
-        self.suspects: list[fx.Node] = []
-        self._ranked = list(readings.ranked)
+    Attributes:
+        source: the graph as it was read; all values in splices are its nodes.
+        copies: the node of the copy for each of its nodes.
+        module, graph: the copy.
+    """
 
-    def splice(self, splice: Splice) -> None:
-        """Compute ``splice.expr`` in place of ``splice.root``."""
+    def __init__(self, source: Readings) -> None:
+        self.source, self.facts, self.target = source, source.facts, Target(source.module)
+        self.graph, self.module, self.copies = self.target.graph, self.target.module, self.target.copies
+        self._mover = Mover(source.sizes, self.graph, self.copies)
+        self._known = {self.copies[n] for n in self.facts.known}
+        self._suspects: list[fx.Node] = []
+        self._ranked: list[fx.Node] = []
+
+    def carry_out(self, edits: Sequence[Splice | Fold]) -> Edited:
+        """The copy with ``edits`` in it, and without what is dead then."""
+        splices = [edit for edit in edits if isinstance(edit, Splice)]
+        self._mover.free(dict.fromkeys(cast(fx.Node, m) for s in splices for m in s.members if m != s.root))
+        for splice in splices:
+            self._splice(splice)
+        for edit in edits:
+            if isinstance(edit, Fold):
+                self._fold(cast(fx.Node, edit.root))
+        places = {s.root: self.target.current(s.root).name for s in splices}
+        return Edited(self._finished(), places)
+
+    def _splice(self, splice: Splice) -> None:
         root = cast(fx.Node, splice.root)
-        emitter = Emitter(self.readings, self.target, splice, root)
-        with self.target.graph.inserting_before(root):
+        old = self.copies[root]
+        emitter = Emitter(self.source, self.target, splice, root)
+        with self.graph.inserting_before(old):
             result = emitter.run()
             if self._would_share(splice, root):
-                result = self.target.graph.call_function(torch.clone, (result,))
-        root.replace_all_uses_with(result, propagate_meta=False)
+                result = self.graph.call_function(torch.clone, (result,))
+        old.replace_all_uses_with(result, propagate_meta=False)
         if not result.meta:
             result.meta.update({k: v for k, v in root.meta.items() if k in ("tensor_meta", "val")})
         result.meta["reparamc"] = dict(splice.counts)
         if splice.expr not in splice.native:
             result.meta.setdefault("stands_for", root.name)
-        self.target.spliced[root] = result
-        for member in cast(Sequence[fx.Node], splice.members):
-            self.suspects += [member, *self.readings.written.get(member, ())]
+        self.target.spliced[old] = result
         members = cast(Sequence[fx.Node], splice.members)
-        self._ranked += [m for m in members if self.readings.exported or self._depends_on_rank(m)]
+        for member in members:
+            self._suspects += [self.copies[m] for m in (member, *self.source.written.get(member, ()))]
+        self._ranked += [m for m in members if self.source.exported or self._depends_on_rank(m)]
+
+    def _fold(self, node: fx.Node) -> None:
+        """Keep what forward computes from parameters alone, instead of computing it."""
+        value = self.facts.known[node]
+        assert isinstance(value, Tensor)
+        given = [v for n in node.all_input_nodes if isinstance(v := self.facts.known.get(n), Tensor)]
+        holder = nn.Module()
+        is_trained = value.is_floating_point() and any(t.requires_grad for t in given)
+        holder.value = nn.Parameter(value.detach().clone(), requires_grad=is_trained)
+        path = self.target.fresh_path("folded")
+        self.module.add_submodule(path, holder)
+        old = self.copies[node]
+        with self.graph.inserting_before(old):
+            kept = self.graph.get_attr(f"{path}.value")
+        for user in [u for u in old.users if u not in self._known]:
+            user.replace_input_with(old, kept)
+        self._suspects.append(old)
+
+    def _finished(self) -> fx.GraphModule:
+        """The module without what is dead, and what only that used."""
+        self._assert_ranks()
+        source = self.source
+        quiet = {self.copies[n] for n in (*source.through, *source.inner)}.union(self._known, self._suspects)
+        suspects = list(self._suspects)
+        while suspects:
+            node = suspects.pop()
+            if node.graph is not self.graph or getattr(node, "_erased", False):
+                continue
+            for user in list(node.users):
+                if (reads_size_only(user) and only_asserted(user)) or _is_unread(user):
+                    _erase_tree(self.graph, user)
+            if not node.users and node.op not in ("placeholder", "output"):
+                given = [n for n in node.all_input_nodes if n.op != "placeholder"]
+                suspects += [n for n in given if n in quiet or n.op == "get_attr" or reads_size_only(n)]
+                self.graph.erase_node(node)
+        self._mover.drop_unused()
+        self.graph.lint()
+        fused = fx.GraphModule(self.module, self.graph, type(self.module).__name__)
+        fused.training = False
+        for module in fused.modules():
+            if type(module) is nn.Module:  # a container that tracing made; the modules in it keep their modes
+                module.training = False
+        return fused
+
+    def _would_share(self, splice: Splice, root: fx.Node) -> bool:
+        """Whether the replacement is a view of a value of which ``root`` was none, and someone writes into either."""
+        e = splice.expr
+        while e not in splice.native and isinstance(e, Layout | Select):
+            e = e.x
+        if e not in splice.native:
+            return False
+        base = cast(fx.Node, splice.native[e])
+        memory, order = self.source.memory, self.source.order
+        late = any(order[w] > order[root] for w in (*memory.writers(base), *memory.writers(root)))
+        return late and base not in memory.aliases(root)
+
+    # Ranks
+
+    def _given_rank(self, x: fx.Node) -> int | None:
+        """The rank that the argument ``x`` has in the example."""
+        value = x.meta.get("val") if self.source.exported else self.source.examples.get(str(x.target))
+        return value.ndim if isinstance(value, Tensor) else None
 
     def _depends_on_rank(self, node: fx.Node) -> bool:
         """Whether ``node`` may do something else to a value of another rank that it takes as well."""
-        call = self.readings.facts.calls[node]
+        call = self.facts.calls[node]
         if call is None:
             return True
         if call.op == "batch_norm":
@@ -57,18 +157,19 @@ class Editor:
             return call.get("dim", 0) >= 0
         if call.op in ("add", "sub", "mul", "div"):
             held = [v for name in ("input", "other") if isinstance(v := self._constant(call.args.get(name)), Tensor)]
-            axis = self.readings.axis(node)
+            axis = self.source.axis(node)
             return any(t.ndim > (0 if axis is None else -axis) for t in held)
         return not OPERATORS[call.op].any_rank
 
     def _constant(self, arg: Any) -> Any:
-        return self.readings.facts.known.get(arg) if isinstance(arg, fx.Node) else arg
+        return self.facts.known.get(arg) if isinstance(arg, fx.Node) else arg
 
     def _assert_ranks(self) -> None:
         """Refuse inputs of another rank than the examples', where something that was rewritten depends on it."""
-        seen = set(self._ranked)
-        if not self.readings.exported and seen:
-            alone = Values(self.target.module, {}, Memory(self.target.graph, self.target.module))
+        source = self.source
+        seen = {*self._ranked, *self._mover.ranked}
+        if not source.exported and seen:
+            alone = Values(source.module, {}, Memory(source.graph, source.module))
 
             def is_open(n: fx.Node) -> bool:
                 return n not in alone.known and n not in alone.pieces and alone.rank(n) is None
@@ -79,106 +180,28 @@ class Editor:
             fresh = [n for n in stack.pop().all_input_nodes if n not in seen]
             seen.update(fresh)
             stack += fresh
-        placeholders = self.target.graph.find_nodes(op="placeholder")
+        placeholders = source.graph.find_nodes(op="placeholder")
         asked = [(placeholders[-1], x, rank) for x in placeholders if x in seen and (rank := self._given_rank(x))]
         asked += [
             (placeholders[-1] if x in placeholders else x, x, rank)
-            for x, rank in self.readings.facts.assumed.items()
+            for x, rank in self.facts.assumed.items()
             if x in seen and not self._given_rank(x)
         ]
         for node in seen:  # how many axes of extent one there are, other inputs may tell otherwise
-            call, rank = self.readings.facts.calls.get(node), self.readings.facts.rank(node)
+            call, rank = self.facts.calls.get(node), self.facts.rank(node)
             if call is not None and call.op == "squeeze" and call.args.get("dim") is None and rank is not None:
                 asked.append((node, node, rank))
         for place, x, rank in asked:
-            with self.target.graph.inserting_after(place):
-                read = self.target.graph.call_method("dim", (x,))
-            with self.target.graph.inserting_after(read):
-                equal = self.target.graph.call_function(operator.eq, (read, rank))
-            with self.target.graph.inserting_after(equal):
+            with self.graph.inserting_after(self.copies[place]):
+                read = self.graph.call_method("dim", (self.copies[x],))
+            with self.graph.inserting_after(read):
+                equal = self.graph.call_function(operator.eq, (read, rank))
+            with self.graph.inserting_after(equal):
                 why = "as it was fused for, without example_inputs"
-                if x not in self.readings.facts.assumed:
+                if x not in self.facts.assumed:
                     why = "as the example had with which this was fused"
                 message = f"{x.target if x.op == 'placeholder' else x.name} must have {rank} axes, {why}"
-                self.target.graph.call_function(torch._assert, (equal, message))
-
-    def _given_rank(self, x: fx.Node) -> int | None:
-        """The rank that the argument ``x`` has in the example."""
-        value = x.meta.get("val") if self.readings.exported else self.readings.examples.get(str(x.target))
-        return value.ndim if isinstance(value, Tensor) else None
-
-    def _would_share(self, splice: Splice, root: fx.Node) -> bool:
-        """Whether the replacement is a view of a value of which ``root`` was none, and someone writes into either."""
-        e = splice.expr
-        while e not in splice.native and isinstance(e, Layout | Select):
-            e = e.x
-        if e not in splice.native:
-            return False
-        base = cast(fx.Node, splice.native[e])
-        writers = [*self.readings.memory.writers(base), *self.readings.memory.writers(root)]
-        late = any(self.readings.order[w] > self.readings.order[root] for w in writers)
-        return late and base not in self.readings.memory.aliases(root)
-
-    def fold_constants(self) -> int:
-        """Keep what forward computes from parameters alone, instead of computing it; how many results are kept.
-
-        A result that takes more room than its operands is left.
-        """
-        folded = 0
-        for node in list(self.target.graph.nodes):
-            value = self.readings.facts.known.get(node)
-            users = [u for u in node.users if u not in self.readings.facts.known]
-            if not isinstance(value, Tensor) or not node.op.startswith("call") or not users:
-                continue
-            given = [v for n in node.all_input_nodes if isinstance(v := self.readings.facts.known.get(n), Tensor)]
-            if value.numel() > max(sum(t.numel() for t in given), 1024):
-                continue
-            holder = nn.Module()
-            is_trained = value.is_floating_point() and any(t.requires_grad for t in given)
-            holder.value = nn.Parameter(value.detach().clone(), requires_grad=is_trained)
-            path = self.target.fresh_path("folded")
-            self.target.module.add_submodule(path, holder)
-            with self.target.graph.inserting_before(node):
-                kept = self.target.graph.get_attr(f"{path}.value")
-            for user in users:
-                user.replace_input_with(node, kept)
-            self.suspects.append(node)
-            folded += 1
-        return folded
-
-    def finish(self) -> fx.GraphModule:
-        """Drop what is dead, and what only it used."""
-        self._assert_ranks()
-        suspects = list(self.suspects)
-        while suspects:
-            node = suspects.pop()
-            if node.graph is not self.target.graph or getattr(node, "_erased", False):
-                continue
-            for user in list(node.users):
-                if (reads_size_only(user) and only_asserted(user)) or _is_unread(user):
-                    _erase_tree(self.target.graph, user)
-            if not node.users and node.op not in ("placeholder", "output"):
-                suspects.extend(n for n in node.all_input_nodes if n.op != "placeholder" and _is_quiet(n, self))
-                self.target.graph.erase_node(node)
-        self.target.graph.lint()
-        fused = fx.GraphModule(self.target.module, self.target.graph, type(self.target.module).__name__)
-        fused.training = False
-        for module in fused.modules():
-            if type(module) is nn.Module:  # a container that tracing made; the modules in it keep their modes
-                module.training = False
-        return fused
-
-
-def _is_quiet(node: fx.Node, editor: Editor) -> bool:
-    """Whether ``node`` may be erased once nothing reads it."""
-    return (
-        node.op == "get_attr"
-        or node in editor.readings.facts.known
-        or node in editor.readings.through
-        or node in editor.readings.inner
-        or node in editor.suspects
-        or reads_size_only(node)
-    )
+                self.graph.call_function(torch._assert, (equal, message))
 
 
 def _is_unread(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -48,10 +49,19 @@ NORM_MODULES = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.B
 
 
 class Target:
-    """The module that is written into, and what has been written."""
+    """A copy of a traced module, and what has been written into it.
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module, self.graph = module, module.graph
+    Attributes:
+        copies: the node of the copy for each node of the module.
+    """
+
+    def __init__(self, source: fx.GraphModule) -> None:
+        self.source = source
+        self.copies: dict[Any, Any] = {None: None}  # not empty, or else it would not be filled
+        self.graph: fx.Graph = copy.deepcopy(source.graph, self.copies)
+        (end,), (copied_end,) = (g.find_nodes(op="output") for g in (source.graph, self.graph))
+        self.copies[end] = copied_end
+        self.module = fx.GraphModule(source, self.graph, type(source).__name__)
         self.emitted: dict[Expr, fx.Node] = {}
         self.spliced: dict[fx.Node, fx.Node] = {}
         """What has taken the place of a node."""
@@ -60,14 +70,14 @@ class Target:
     def fresh_path(self, wanted: str) -> str:
         """``wanted``, or that with a number behind it: a path that names nothing yet."""
         path, n = wanted, self._next.get(wanted, 1)
-        while _exists(self.module, path):
+        while _exists(self.module, path) or _exists(self.source, path):
             path, n = f"{wanted}_{n}", n + 1
         self._next[wanted] = n
         return path
 
     def current(self, value: Value) -> fx.Node:
-        """The node that now stands for ``value``."""
-        node = cast(fx.Node, value)
+        """The node of the copy that now computes ``value``."""
+        node = self.copies[value]
         while node in self.spliced:
             node = self.spliced[node]
         return node
@@ -145,8 +155,9 @@ class Emitter:
     def _reshape(self, x: fx.Node, op: Reshape) -> fx.Node:
         native = cast("fx.Node | None", op.native)
         if native is not None and self.readings.facts.layout(native) == (op.before, op.after, None):
-            moved = first_operand(native)
-            return self.target.graph.node_copy(native, lambda n: x if n is moved else self.target.current(n))
+            old = self.target.copies[native]
+            moved = first_operand(old)
+            return self.target.graph.node_copy(old, lambda n: x if n is moved else n)
         sizes = sizes_after(op.before, op.after)
         assert sizes is not None, f"the sizes of {op} are not told by its operand"
         kept = {at: self.target.graph.call_method("size", (x, at)) for at, n in enumerate(sizes) if n == 0}
@@ -189,15 +200,15 @@ class Emitter:
         self._fill(holder, swap_sides(matrix, e.groups) if call.op == "conv_transpose" else matrix, bias)
         path = self._add(holder)
         if native.op == "call_module":
-            copy = self.target.graph.node_copy(native, self.target.current)
-            copy.target = path
-            return copy
+            made = self.target.graph.node_copy(self.target.copies[native])
+            made.target = path
+            return made
         named: dict[str, Any] = {"weight": self.target.graph.get_attr(f"{path}.weight")}
         named |= {"groups": e.groups} if e.groups != call.get("groups", 1) else {}
         named["bias"] = self.target.graph.get_attr(f"{path}.bias") if bias is not None else None
-        copy = self.target.graph.node_copy(native, self.target.current)
-        copy.args, copy.kwargs = with_arguments(copy, call.op, named)
-        return copy
+        made = self.target.graph.node_copy(self.target.copies[native])
+        made.args, made.kwargs = with_arguments(made, call.op, named)
+        return made
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.target.graph.call_function(function, args)

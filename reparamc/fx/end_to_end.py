@@ -49,17 +49,22 @@ def verify_end_to_end(
     pair = Pair(lambda given: run(original, *given), lambda given: run(fused, *given), perturb=perturbed)
     given = args, kwargs
     trials = [(given, pair.original(given) if expected is None else expected)]
-    if resize and (other := _other_sizes(original, given)) is not None:
+    if resize and (other := other_sizes(original, given)) is not None:
         trials.append(other)
-    coarsest = max((torch.finfo(t.dtype).eps for t in (*floats(original), *_floats(given))), default=0.0)
+    coarsest = epsilon_of(original, given)
     return compare_models(pair, trials, lambda *_: coarsest, regions, lambda given: alone(*given))
+
+
+def epsilon_of(model: nn.Module, given: Given) -> float:
+    """The machine epsilon to judge results by: the coarsest of the parameters' and the inputs'."""
+    return max((torch.finfo(t.dtype).eps for t in (*floats(model), *_floats(given))), default=0.0)
 
 
 def _floats(given: Given) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _other_sizes(original: nn.Module, given: Given) -> tuple[Given, Outputs] | None:
+def other_sizes(original: nn.Module, given: Given) -> tuple[Given, Outputs] | None:
     """Arguments of another batch, of which all other open axes have the other parity, and what is made of them.
 
     None where there are none that ``original`` takes. Of three axes, the middle one or the last are the channels.

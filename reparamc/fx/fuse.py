@@ -14,13 +14,13 @@ import torch
 from torch import fx, nn
 
 from reparamc.algebra.rewrite import Pass, select
+from reparamc.compiler.host import Options
 from reparamc.compiler.pipeline import level_of
 from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.fx.arguments import call_of, few, others
 from reparamc.fx.copying import State, copied
 from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.export import is_exported, live_in_training
-from reparamc.fx.host import Options
 from reparamc.fx.outcome import difference, ran
 from reparamc.fx.parts import Parts, Taken, Way, has_options
 from reparamc.fx.runnable import perturbed, plain
@@ -69,10 +69,9 @@ def fuse_fx(
             is unknown.
         VerificationError: the copy computes something else.
     """
-    level = level_of(verify)
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
-    options = Options(select(pass_table, passes, skip), level, objective)
+    options = Options(select(pass_table, passes, skip), level_of(verify), objective)
     inner, wrapped = unwrapped(model)
     _check(inner)
     with LOCK, _plain_modes():

@@ -16,9 +16,8 @@ from torch.fx.node import map_arg
 
 from reparamc.algebra.expr import Array, Expr
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Splice, Value
+from reparamc.compiler.graph import Fold, Value
 from reparamc.fx.calls import Held
-from reparamc.fx.editor import Editor
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.readers import READERS
 from reparamc.fx.readings import Readings
@@ -43,7 +42,10 @@ class FxGraph(Readings):
         exported: bool = False,
     ) -> None:
         super().__init__(module, READERS, examples, ranks, exported=exported)
-        self.editor = Editor(self)
+        self._asked: dict[fx.Node, list[fx.Node]] = {}  # who may come to ask a value for its shape
+        for freed in self.sizes.freed.values():
+            if freed.asked is not None:
+                self._asked.setdefault(freed.asked, []).extend(freed.reads)
 
     def values(self) -> Sequence[fx.Node]:
         return [
@@ -57,14 +59,17 @@ class FxGraph(Readings):
         return str(node.target) if node.op == "call_module" else node.name
 
     def readers(self, value: Value) -> Sequence[Value | None]:
+        node = cast(fx.Node, value)
         found: list[Value | None] = []
-        for user in cast(fx.Node, value).users:
-            if user in self.written.get(cast(fx.Node, value), ()):
+        freed = self.sizes.freed.get(node)
+        skipped = {*self.written.get(node, ()), *(freed.reads if freed is not None else ())}
+        for user in (*node.users, *self._asked.get(node, ())):
+            if user in skipped:
                 continue
             if user.op == "output":
                 found.append(None)
             elif not (reads_size_only(user) and only_asserted(user)):
-                found += self.through.get(user) or [user] * _mentions(user, value)
+                found += self.through.get(user) or [user] * max(_mentions(user, value), 1)
         return found
 
     def obstacle(
@@ -161,20 +166,18 @@ class FxGraph(Readings):
             return node.op, str(node.target), plain(node.args), plain(node.kwargs)
         return node.op, call.op, call.axes, plain(call.args)
 
-    def splice(self, splice: Splice) -> None:
-        self.editor.splice(splice)
-
-    def current(self, value: Value) -> fx.Node:
-        """The node that now stands for ``value``."""
-        return self.editor.target.current(value)
-
-    def fold_constants(self) -> int:
-        """As `Editor.fold_constants`."""
-        return self.editor.fold_constants()
-
-    def finish(self) -> fx.GraphModule:
-        """As `Editor.finish`."""
-        return self.editor.finish()
+    def folded(self) -> tuple[FxGraph, list[Fold]]:
+        """As `Graph.folded`. A result that takes more room than its operands is left."""
+        found: list[Fold] = []
+        for node in self.graph.nodes:
+            value = self.facts.known.get(node)
+            users = [u for u in node.users if u not in self.facts.known]
+            if not isinstance(value, Tensor) or not node.op.startswith("call") or not users:
+                continue
+            given = [v for n in node.all_input_nodes if isinstance(v := self.facts.known.get(n), Tensor)]
+            if value.numel() <= max(sum(t.numel() for t in given), 1024):
+                found.append(Fold(node, node))
+        return self, found
 
 
 def _mentions(user: fx.Node, value: Value) -> int:

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from time import perf_counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
 
-from reparamc.algebra.cost import objective as priced_by
-from reparamc.algebra.rewrite import Pass
 from reparamc.certificate.fx import certify_fx
 from reparamc.certificate.fx_shapes import shapes_of, sizes_of
 from reparamc.certificate.proof import Certificate
-from reparamc.compiler.graph import Splice, Value
-from reparamc.compiler.plan import Plan, make_plan
-from reparamc.compiler.rollback import proven, regions_of, rewritten, undone
+from reparamc.compiler.graph import Edit, Splice, Value
+from reparamc.compiler.host import Options, Trial
+from reparamc.compiler.pipeline import fuse
 from reparamc.equivalence.difference import Outputs
-from reparamc.equivalence.end_to_end import Alone
+from reparamc.equivalence.end_to_end import Alone, Region
 from reparamc.fx.arguments import examples_of
 from reparamc.fx.calls import operation
-from reparamc.fx.end_to_end import Given, verify_end_to_end
+from reparamc.fx.editor import Edited, Editor
+from reparamc.fx.end_to_end import Given, epsilon_of, other_sizes, verify_end_to_end
 from reparamc.fx.graph import FxGraph
 from reparamc.fx.regions_alone import by_position, run_alone
 from reparamc.fx.runnable import own_randomness, unchanged
-from reparamc.report.data import Counts, Report, Rewrite
+from reparamc.report.data import Counts, OutputError
 
 ShapeT = TypeVar("ShapeT")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user asks for: the passes, how much to verify, and what to minimise."""
-
-    passes: tuple[Pass, ...]
-    level: str
-    objective: str
 
 
 def fuse_traced(
@@ -55,7 +41,7 @@ def fuse_traced(
     """A fused form of ``traced``, which shares its other modules with it; the report is in its ``meta``.
 
     Args:
-        traced: ``model`` as a graph. Its parts are not changed.
+        traced: ``model`` as a graph. It is not changed.
         model: what the result is compared with.
         given: arguments of ``model`` and of ``traced``; None where there are none.
         expected: what ``model`` makes of them; None where the result is not compared end to end.
@@ -64,100 +50,108 @@ def fuse_traced(
     Raises:
         VerificationError: the result computes something else.
     """
-    selected, level = options.passes, options.level
-    args, kwargs = given or ((), {})
-    start = perf_counter()
-    before = count(traced)
-    kept = _again(traced)
-    examples = examples_of(model, args, kwargs)
-    positional = None
-    if given is not None:
-        positional = (*args, *kwargs.values()) if exported else by_position(traced, args, kwargs)
-    sizes = _of_runs(sizes_of, model, traced, positional)
-    ranks = {name: len(shape) for name, shape in sizes.items()}
-
-    def rewrite(traced: fx.GraphModule, without: set[str]) -> _Rewritten:
-        graph = FxGraph(traced, examples, ranks, exported=exported)
-        with priced_by(options.objective):
-            return _rewrite(graph, make_plan(graph, selected, verify=level != "off"), selected, without)
-
-    made = rewrite(traced, set())
-    certificate, wrong = None, dict[str, str]()
-    if level != "off" and (any(made.counts.values()) or made.graph.sizes_moved):
-        shapes = _of_runs(partial(shapes_of, first=sizes or None), model, kept, positional)
-
-        def certificate_without(units: set[str]) -> Certificate:
-            nonlocal made
-            if units:
-                made = rewrite(_again(kept), units)
-            return certify_fx(kept, made.fused, shapes)
-
-        certificate, wrong = proven(made.units, certificate_without)
-    graph, plan, fused, counts = made.graph, made.plan, made.fused, made.counts
-    failed, left = undone(graph, plan.splices, wrong, _node_name)
-    done = perf_counter()
-    report = Report(
-        before=before,
-        after=count(fused),
-        passes={p.name: counts[p.name] for p in selected},
-        rewrites=made.rewrites,
-        kept=[*plan.kept, *left],
-        failed=[*plan.failed, *failed],
-        host=plan.host,
-        certificate=certificate,
-        seconds={"rewriting": done - start},
-        objective=options.objective,
-        level=level,
-    )
-    if level == "full" and given is not None and expected is not None:
-        regions = regions_of(graph, made.splices, _node_name)
-        places = {_node_name(s.root): graph.current(s.root).name for s in made.splices}
-
-        def alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Alone | None:
-            positional = by_position(kept, args, kwargs)
-            if positional is None:
-                return None
-            return run_alone(kept, fused, regions, places, positional)
-
-        report.end_to_end = verify_end_to_end(model, fused, *given, expected, regions, alone, resize=not exported)
-        report.seconds["verification"] = perf_counter() - done
-    fused.meta["reparamc"] = report
-    return fused
+    result, report = fuse(FxHost(traced, model, given, expected, exported), options)
+    result.module.meta["reparamc"] = report
+    return result.module
 
 
-def _again(traced: fx.GraphModule) -> fx.GraphModule:
-    """A graph of its own, over the same modules."""
-    return fx.GraphModule(traced, copy.deepcopy(traced.graph), type(traced).__name__)
+class FxHost:
+    """`reparamc.compiler.host.Host` over a traced module."""
 
+    def __init__(
+        self, traced: fx.GraphModule, original: nn.Module, given: Given | None, expected: Outputs | None, exported: bool
+    ) -> None:
+        self.traced, self.original, self.given, self.expected = traced, original, given, expected
+        self.exported = exported
+        self._positional = None if given is None else self._by_position(given)
+        self._sizes = _of_runs(sizes_of, self.original, traced, self._positional)
+        ranks = {name: len(shape) for name, shape in self._sizes.items()}
+        examples = {} if given is None else examples_of(original, *given)
+        self.graph = FxGraph(traced, examples, ranks, exported=exported)
+        self._nodes = {node.name: node for node in traced.graph.nodes}
 
-@dataclass(frozen=True)
-class _Rewritten:
-    """A module with its splices carried out, and what was done; ``units``: those of the splices by their last node."""
+    def _by_position(self, call: Given) -> Sequence[Any] | None:
+        if self.exported:
+            return (*call[0], *call[1].values())
+        return by_position(self.traced, *call)
 
-    fused: fx.GraphModule
-    graph: FxGraph
-    plan: Plan
-    splices: list[Splice]
-    counts: Counter[str]
-    rewrites: list[Rewrite]
-    units: dict[str, str]
+    def carry_out(self, graph: FxGraph, edits: Sequence[Edit]) -> Edited:
+        return Editor(graph).carry_out(edits)
 
+    def size(self, result: Edited | None) -> Counts:
+        return count(self.traced if result is None else result.module)
 
-def _rewrite(graph: FxGraph, plan: Plan, selected: tuple[Pass, ...], without: set[str]) -> _Rewritten:
-    """Carry out ``plan``, but for the splices of the units ``without``."""
-    splices = [s for s in plan.splices if _node_name(s.unit) not in without]
-    rewrites = [rewritten(graph, s) for s in splices]
-    units = {_node_name(s.root): _node_name(s.unit) for s in splices}
-    for splice in splices:
-        graph.splice(splice)
-    counts = sum((s.counts for s in splices), Counter[str]())
-    if any(p.name == "constant-folding" for p in selected):
-        counts["constant-folding"] = graph.fold_constants()
-    return _Rewritten(graph.finish(), graph, plan, splices, counts, rewrites, units)
+    def tensor(self, value: Value) -> str:
+        return cast(fx.Node, value).name
 
+    def shown(self, edit: Edit, result: Edited) -> Collection[str]:
+        """The last node of a splice; where that has become another one, and for what is told a shape, who uses it."""
+        root = cast(fx.Node, edit.root)
+        found = {root.name}
+        if isinstance(edit, Splice):
+            freed = [f for m in edit.members if (f := self.graph.sizes.freed.get(cast(fx.Node, m))) is not None]
+            stack = [user for f in freed for user in f.users]
+            stack += root.users if edit.expr in edit.native else ()
+        else:
+            stack = list(root.users)
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            found.add(node.name)
+            if node.name not in result.names:
+                fresh = [user for user in node.users if user not in seen]
+                seen.update(fresh)
+                stack += fresh
+        return found
 
-def _node_name(value: Value) -> str:
-    return cast(fx.Node, value).name
+    def operands(self, tensor: str) -> Sequence[str] | None:
+        node = self._nodes.get(tensor)
+        return None if node is None or node.op == "placeholder" else [n.name for n in node.all_input_nodes]
+
+    @cached_property
+    def _shapes(self) -> Any:
+        return _of_runs(partial(shapes_of, first=self._sizes or None), self.original, self.traced, self._positional)
+
+    def certify(self, result: Edited) -> Certificate:
+        return certify_fx(self.traced, result.module, self._shapes)
+
+    def trials(self, result: Edited, regions: Sequence[Region]) -> Iterator[Trial]:
+        if self.given is None:
+            return
+        calls = [self.given]
+        if not self.exported and (other := other_sizes(self.original, self.given)) is not None:
+            calls.append(other[0])
+        for call in calls:
+            seen = self._alone(result, regions, *call)
+            if seen is not None:
+                epsilon = epsilon_of(self.original, call)
+                yield seen, lambda _, epsilon=epsilon: epsilon
+
+    def _alone(
+        self, result: Edited, regions: Sequence[Region], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Alone | None:
+        positional = self._by_position((args, kwargs))
+        if positional is None:
+            return None
+        places = {region.root: region.root for region in regions}
+        places |= {self.tensor(root): name for root, name in result.places.items()}
+        return run_alone(self.traced, result.module, regions, places, positional)
+
+    def objections(self, splices: Sequence[Splice], result: Edited, without: Callable[..., Any]) -> Mapping[str, str]:
+        return {}
+
+    def check(self, result: Edited) -> None:
+        result.module.graph.lint()
+
+    def can_compare(self, changed: bool) -> bool:
+        return self.given is not None and self.expected is not None
+
+    def compare(self, result: Edited, regions: Sequence[Region]) -> list[OutputError]:
+        assert self.given is not None
+        return verify_end_to_end(
+            self.original, result.module, *self.given, self.expected, regions,
+            partial(self._alone, result, regions), resize=not self.exported,
+        )  # fmt: skip
 
 
 def _of_runs(

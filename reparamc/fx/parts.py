@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from reparamc.compiler.host import Options
 from reparamc.errors import InputError, one_line
 from reparamc.fx.copying import State, copied
 from reparamc.fx.export import can_be_exported, exported
-from reparamc.fx.host import Options, fuse_traced
+from reparamc.fx.host import fuse_traced
 from reparamc.fx.outcome import difference, ran
 from reparamc.fx.result import in_place_of
 from reparamc.fx.runnable import perturbed, plain

@@ -17,10 +17,10 @@ from reparamc.algebra.expr import Source
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Reading, Taps, Value, values_in
 from reparamc.fx.calls import Call, spelled
-from reparamc.fx.memory import Memory
+from reparamc.fx.memory import Memory, reads_size_only
 from reparamc.fx.operators import OPERATORS, Operator
 from reparamc.fx.shapes import Values
-from reparamc.fx.sizes import free_sizes
+from reparamc.fx.sizes import Sizes
 
 DTYPES: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype(np.float32),
@@ -52,7 +52,7 @@ class Readings:
         exported: whether torch.export made the graph and recorded its shapes.
 
     Attributes:
-        ranked: the nodes whose rank has to be that of the example in what is made of the graph.
+        sizes: which reads of shapes can ask other values.
         written: values with the slice assignments that complete them.
         through: for a node that is looked through, what stands for it as a reader of its operand.
         shuffles: of the last node of a channel shuffle, its operand, its groups and the nodes between.
@@ -75,12 +75,9 @@ class Readings:
             rank = given.get(str(node.target)) if node.op == "placeholder" else ranks.get(node.name)
             if rank is not None:
                 self.ranks[node] = rank
-        self._learn()
-        self.ranked = free_sizes(self.facts, self._may_go)
-        self.sizes_moved = bool(self.ranked)
-        """Whether the shapes of some values are asked of others than before."""
-        if self.sizes_moved:
-            self._learn()
+        self.memory = Memory(self.graph, self.module)
+        self.facts = Values(self.module, self.ranks, self.memory, exported=exported, batched=True)
+        self.sizes = Sizes(self.facts, self._may_go)
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.through: dict[fx.Node, list[fx.Node]] = {}
         self.shuffles: dict[fx.Node, tuple[fx.Node, int, list[fx.Node]]] = {}
@@ -90,10 +87,6 @@ class Readings:
         self.written = self._find_written()
         for node in self.graph.nodes:
             self._look_through(node)
-
-    def _learn(self) -> None:
-        self.memory = Memory(self.graph, self.module)
-        self.facts = Values(self.module, self.ranks, self.memory, exported=self.exported, batched=True)
 
     def _may_go(self, node: fx.Node) -> bool:
         """Whether an operator is linear by its kind, so that it may become part of another one."""
@@ -227,7 +220,7 @@ class Readings:
         """Whether nothing but the result of ``writer`` shows that it writes into the memory of ``value``."""
         aliases = self.memory.aliases(value)
         older = [a for a in aliases if self.order[a] < self.order[writer]]
-        late = any(self.order[u] > self.order[writer] for a in older for u in a.users)
+        late = any(self.order[u] > self.order[writer] for a in older for u in a.users if not reads_size_only(u))
         return aliases[0].op not in ("placeholder", "get_attr") and not late
 
 

@@ -49,7 +49,7 @@ def run_alone(
         actual = plain(result) | _arrays(found)
         noises = []
         for seed in range(2):
-            given = perturbed({v: values[v] for v in operands}, seed)
+            given = perturbed({v: values[v] for v in operands if v in values}, seed)
             result, found = _interpreted(original, here, given, args)
             noises.append(plain(result) | _arrays(found))
     except Exception:  # whatever a graph raises in which values are replaced

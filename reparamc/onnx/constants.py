@@ -47,9 +47,9 @@ SPELLED = {"ConstantOfShape": 0, "Expand": 1}
 SMALL_BYTES = 4 * SMALL
 
 
-def fold_constants(model: ModelProto) -> int:
-    """Fold the constant operators of the main graph in place; the number of operators folded."""
-    total = 0
+def fold_constants(model: ModelProto) -> list[str]:
+    """Fold the constant operators of the main graph in place; what those that were folded computed."""
+    total: list[str] = []
     while folded := _sweep(model):
         total += folded
         if not any(node.op_type in ("Shape", *SPELLED) for node in model.graph.node):
@@ -57,7 +57,7 @@ def fold_constants(model: ModelProto) -> int:
     return total
 
 
-def _sweep(model: ModelProto) -> int:
+def _sweep(model: ModelProto) -> list[str]:
     uses, found = readers(model.graph), _Foldable(model)
     while True:
         found.collect()
@@ -84,7 +84,7 @@ def _sweep(model: ModelProto) -> int:
         fed = {name for node in folded for name in node.input}
         fresh = [numpy_helper.from_array(np.asarray(a, order="C"), name) for name, a in values.items() if name in read]
         commit(model, kept, fresh, fed)
-    return len(folded)
+    return [next(filter(None, node.output)) for node in folded]
 
 
 class _Foldable:

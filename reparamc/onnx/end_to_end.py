@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import onnx
 from onnx import ModelProto
 
-from reparamc.equivalence.end_to_end import Region, compare_models
+from reparamc.equivalence.end_to_end import Alone, Region, compare_models
 from reparamc.equivalence.pair import Pair
 from reparamc.equivalence.trials import GUESSES
+from reparamc.errors import InputError
 from reparamc.onnx.regions_alone import run_alone
 from reparamc.onnx.session import Run, epsilon, has_open_extents, random_inputs, session, working
 from reparamc.onnx.values import FLOATS
@@ -42,6 +43,23 @@ def verify_end_to_end(
         trials = _trials(original, run_original, seed)
         alone = partial(run_alone, original, result, regions, seed=seed)
         return compare_models(pair, trials, epsilon, regions, alone)
+
+
+def run_regions(
+    original: ModelProto, result: ModelProto, regions: Sequence[Region], seed: int = 0
+) -> Iterator[tuple[Alone, Callable[[np.ndarray], float]]]:
+    """Each of ``regions`` alone on both sides, on several inputs, and the machine epsilon to judge an array by.
+
+    Nothing where no random inputs can be made that the original takes.
+    """
+    try:
+        with session(original, "the model") as run:
+            given = [inputs for inputs, _ in _trials(original, run, seed)]
+    except InputError:
+        return
+    for inputs in given:
+        if (seen := run_alone(original, result, regions, inputs, seed)) is not None:
+            yield seen, partial(epsilon, inputs=inputs)
 
 
 def _trials(model: ModelProto, run: Run, seed: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:

@@ -6,7 +6,8 @@ What bodies of If, Loop and Scan capture counts as read; they are graphs of thei
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import zip_longest
 from math import prod
 from typing import Any
@@ -38,9 +39,10 @@ from reparamc.algebra.expr import (
 from reparamc.algebra.kernels import regroup, swap_sides
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import sizes_after
-from reparamc.compiler.graph import Reading, Splice, Taps, Value, new_nodes
+from reparamc.compiler.graph import Fold, Reading, Splice, Taps, Value, new_nodes
 from reparamc.errors import InputError
 from reparamc.onnx import taps
+from reparamc.onnx.constants import fold_constants
 from reparamc.onnx.operators import LAST, READERS
 from reparamc.onnx.reference import Operator, in_float64
 from reparamc.onnx.values import (
@@ -82,7 +84,6 @@ class OnnxGraph:
         self.model = model
         self.nodes = list(model.graph.node)
         self.constants = Constants(model)
-        self.types = Types(model)
         self.opset = opset_of(model)
         self.producers = {name: node for node in self.nodes for name in node.output if name}
         self.uses = readers(model.graph)
@@ -90,14 +91,11 @@ class OnnxGraph:
             self.uses.setdefault(name, []).append(None)
         """The nodes that read each value, once per operand; None for a graph output or a body that captures it."""
         self._readings: dict[str, Reading | Declined | None] = {}
-        self.names = Names(defined_names(model.graph))
-        self._inserted: dict[str, list[NodeProto]] = {}
-        self.emitted: dict[Expr, str] = {}
-        self._initializers: list[TensorProto] = []
-        self.slices: dict[tuple[str, int], list[tuple[Ints, NodeProto]]] = {}
-        self._replaced: set[str] = set()
-        self._suspects: set[str] = set()
         self._functions: dict[str, Operator] = {}
+
+    @cached_property
+    def types(self) -> Types:
+        return Types(self.model)
 
     # Reading
 
@@ -246,12 +244,46 @@ class OnnxGraph:
             inputs.append((tuple(n == 1 for n in shape[:2]), shape[2:], whole and self.constants.array(name).tobytes()))
         return node.op_type, frozenset(attributes), tuple(inputs)
 
-    # Writing
+    def folded(self) -> tuple[OnnxGraph, list[Fold]]:
+        """As `Graph.folded`: the graph of a copy in which it is done already, for all or none."""
+        copy = ModelProto()
+        copy.CopyFrom(self.model)
+        names = fold_constants(copy)
+        return (OnnxGraph(copy), [Fold(name, names[0]) for name in names]) if names else (self, [])
 
-    def splice(self, splice: Splice) -> None:
+
+class OnnxEdit:
+    """A copy of a model in which splices are carried out. The graph that it is made of stays as it is.
+
+    Attributes:
+        names: all that are taken.
+        emitted: what has been emitted so far, for other splices that share it.
+        slices: those that were emitted, by operand and axis: bounds, and the node that lacks them.
+    """
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.model = ModelProto()
+        self.model.CopyFrom(graph.model)
+        self.producers, self.types, self.opset = graph.producers, graph.types, graph.opset
+        self.constants, self.array, self.reshapes = graph.constants, graph.array, graph.reshapes
+        self.names = Names(defined_names(self.model.graph))
+        self.emitted: dict[Expr, str] = {}
+        self.slices: dict[tuple[str, int], list[tuple[Ints, NodeProto]]] = {}
+        self._inserted: dict[str, list[NodeProto]] = {}
+        self._initializers: list[TensorProto] = []
+        self._replaced: set[str] = set()
+        self._suspects: set[str] = set()
+
+    def carry_out(self, splices: Iterable[Splice]) -> ModelProto:
+        """The copy with ``splices`` in it, in one edit, and without what is dead then."""
+        for splice in splices:
+            self._splice(splice)
+        self._finish()
+        return self.model
+
+    def _splice(self, splice: Splice) -> None:
         root = str(splice.root)
-        emitter = _Emitter(self, splice, root)
-        self._inserted[root] = emitter.run()
+        self._inserted[root] = _Emitter(self, splice, root).run()
         self._replaced.add(root)
         self._suspects.update(str(v) for v in splice.members)
 
@@ -269,13 +301,12 @@ class OnnxGraph:
     def add_integers(self, wanted: str, values: Sequence[int]) -> str:
         return self.add_initializer(wanted, np.array(values), np.dtype(np.int64))
 
-    def finish(self) -> None:
-        """Carry out all splices in one edit of the model."""
+    def _finish(self) -> None:
         if not self._replaced:
             return
         self._complete_slices()
         nodes: list[NodeProto] = []
-        for node in self.nodes:
+        for node in self.model.graph.node:
             roots = [name for name in node.output if name in self._replaced]
             if not roots or any(name not in self._replaced for name in _results(node)):
                 nodes.append(self._without(node, roots))
@@ -329,7 +360,7 @@ def _is_rows(e: Conv) -> bool:
 class _Emitter:
     """The nodes that compute one splice."""
 
-    def __init__(self, graph: OnnxGraph, splice: Splice, root: str) -> None:
+    def __init__(self, graph: OnnxEdit, splice: Splice, root: str) -> None:
         self.graph, self.splice, self.root, self.base = graph, splice, root, str(splice.unit)
         self.nodes: list[NodeProto] = []
         self.names: dict[Expr, str] = {e: str(v) for e, v in splice.native.items()}

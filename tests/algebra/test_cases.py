@@ -44,7 +44,7 @@ from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.rewrite import Pass, simplify
 from reparamc.algebra.shape import shape_of
 from reparamc.algebra.text import parse, show
-from reparamc.compiler.graph import Reading, Splice, new_nodes
+from reparamc.compiler.graph import Fold, Reading, Splice, new_nodes
 from reparamc.compiler.plan import make_plan
 from reparamc.onnx.fuse import fuse_model
 from reparamc_passes import PASSES
@@ -186,6 +186,9 @@ class Expressions:
 
     def kind(self, e: Expr) -> str:
         return type(e).__name__
+
+    def folded(self) -> tuple[Expressions, list[Fold]]:
+        return self, []
 
     def splice(self, splice: Splice) -> None:
         done: dict[Expr, Expr] = {e: self.current(cast(Expr, v)) for e, v in splice.native.items()}

@@ -111,7 +111,7 @@ def test_a_position_that_a_shape_does_not_have() -> None:
     """That is for the runtime to say."""
     nodes = [node("Shape", "x", "s"), node("Gather", "s i", "p"), node("Cast", "p", "f", to=1), node("Mul", "x f", "y")]
     made = model(nodes, {"i": np.array([7])})
-    assert fold_constants(made) == 0
+    assert fold_constants(made) == []
 
 
 def test_shape_that_a_wrong_value_info_tells() -> None:
@@ -283,13 +283,13 @@ def test_what_only_one_source_computes_stays() -> None:
     weight, image = rand(2, 1, 3, 3).astype(np.float64), rand(1, 1, 5, 5).astype(np.float64)
     nodes = [node("Conv", "i w", "d"), node("Cast", "d", "c", to=1), node("Mul", "x c", "y")]
     made = model(nodes, {"i": image, "w": weight}, (1, 2, 3, 3))
-    assert fold_constants(made) == 0
+    assert fold_constants(made) == []
 
 
 def test_a_cast_like_that_is_not_folded_stays_one() -> None:
     made = model([node("Relu", "x", "r"), node("CastLike", "r x", "c"), node("Relu", "c", "y")], {})
     before = made.SerializeToString()
-    assert fold_constants(made) == 0
+    assert fold_constants(made) == []
     assert made.SerializeToString() == before
 
 
@@ -315,6 +315,6 @@ def test_ir_version_3() -> None:
 def test_in_place_count() -> None:
     made = model([node("Neg", "t", "g"), node("Mul", "x g", "y")], {"t": rand(6, 1, 1)})
     expected = run(made, {"x": np.ones((1, 6, 2, 2), np.float32)})[0]
-    assert fold_constants(made) == 1
-    assert fold_constants(made) == 0
+    assert len(fold_constants(made)) == 1
+    assert fold_constants(made) == []
     np.testing.assert_array_equal(run(made, {"x": np.ones((1, 6, 2, 2), np.float32)})[0], expected)

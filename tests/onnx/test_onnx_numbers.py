@@ -33,7 +33,7 @@ from reparamc.algebra.rewrite import Pass
 from reparamc.certificate.proof import Certificate
 from reparamc.errors import InputError, VerificationError
 from reparamc.onnx.fuse import fuse_model
-from reparamc.onnx.graph import OnnxGraph
+from reparamc.onnx.graph import OnnxEdit
 from reparamc_passes import PASSES
 
 
@@ -308,12 +308,12 @@ def test_a_wrong_rule_without_the_region_check_goes_through() -> None:
 
 @pytest.mark.parametrize("factor", [1 + 1e-2, -1.0, np.nan])
 def test_a_wrong_splice_is_caught_end_to_end(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    add = OnnxGraph.add_initializer
+    add = OnnxEdit.add_initializer
 
-    def perturbed(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+    def perturbed(self: OnnxEdit, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
         return add(self, wanted, array * factor, dtype)
 
-    monkeypatch.setattr(OnnxGraph, "add_initializer", perturbed)
+    monkeypatch.setattr(OnnxEdit, "add_initializer", perturbed)
     kept, report = fuse_model(conv_bn())
     assert kept == conv_bn()  # the certificate sees it
     assert [k.name for k in report.kept] == ["certificate"]
@@ -330,14 +330,14 @@ def test_a_wrong_splice_is_caught_end_to_end(factor: float, monkeypatch: pytest.
 
 
 def test_one_wrong_weight_of_many_is_caught_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    add = OnnxGraph.add_initializer
+    add = OnnxEdit.add_initializer
 
-    def perturbed(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+    def perturbed(self: OnnxEdit, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
         array = array.copy()
         array.flat[-1] += 0.01 * np.abs(array).max()
         return add(self, wanted, array, dtype)
 
-    monkeypatch.setattr(OnnxGraph, "add_initializer", perturbed)
+    monkeypatch.setattr(OnnxEdit, "add_initializer", perturbed)
     monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda original, result: Certificate((), 0, 0.0))
     with pytest.raises(VerificationError):
         fuse_model(conv_bn())

@@ -15,7 +15,7 @@ from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import VerificationError
 from reparamc.onnx.end_to_end import verify_end_to_end
 from reparamc.onnx.fuse import fuse_model
-from reparamc.onnx.graph import OnnxGraph
+from reparamc.onnx.graph import OnnxEdit
 from reparamc.onnx.regions_alone import run_alone
 from reparamc.onnx.session import random_inputs
 
@@ -37,12 +37,12 @@ def chain(steepness: float, last: tuple[NodeProto, ...] = (), outputs: str = "y"
 
 def faulty(monkeypatch: pytest.MonkeyPatch, block: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Let the bias emitted for one block be another one."""
-    add = OnnxGraph.add_initializer
+    add = OnnxEdit.add_initializer
 
-    def wrong(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+    def wrong(self: OnnxEdit, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
         return add(self, wanted, change(array) if wanted == f"b{block}.bias" else array, dtype)
 
-    monkeypatch.setattr(OnnxGraph, "add_initializer", wrong)
+    monkeypatch.setattr(OnnxEdit, "add_initializer", wrong)
 
 
 def one_channel(a: np.ndarray) -> np.ndarray:
@@ -117,9 +117,9 @@ def near_tie(weight: np.ndarray) -> ModelProto:
 def test_the_place_of_a_maximum_may_flip_between_equals(monkeypatch: pytest.MonkeyPatch) -> None:
     made = near_tie(rand(1, 6, 1, 1))
     faulty_bias = lambda a: a * np.array([1, 1 + 1e-7])  # noqa: E731  what rounding may do
-    add = OnnxGraph.add_initializer
+    add = OnnxEdit.add_initializer
     monkeypatch.setattr(
-        OnnxGraph,
+        OnnxEdit,
         "add_initializer",
         lambda self, wanted, array, dtype: add(self, wanted, faulty_bias(array) if "bias" in wanted else array, dtype),
     )
@@ -131,9 +131,9 @@ def test_the_place_of_a_maximum_may_flip_between_equals(monkeypatch: pytest.Monk
 
 def test_another_place_for_no_reason_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     made = near_tie(rand(1, 6, 1, 1))
-    add = OnnxGraph.add_initializer
+    add = OnnxEdit.add_initializer
     monkeypatch.setattr(
-        OnnxGraph,
+        OnnxEdit,
         "add_initializer",
         lambda self, wanted, array, dtype: (
             add(self, wanted, array + 0.01 * ("bias" in wanted) * np.arange(2), dtype)
@@ -218,12 +218,12 @@ def stepped(kind: str) -> ModelProto:
 
 def rounded_otherwise(monkeypatch: pytest.MonkeyPatch, factor: float = 4.0) -> None:
     """Let every emitted parameter be off by a few roundings."""
-    add, rng = OnnxGraph.add_initializer, np.random.default_rng(0)
+    add, rng = OnnxEdit.add_initializer, np.random.default_rng(0)
 
-    def other(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+    def other(self: OnnxEdit, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
         return add(self, wanted, array * (1 + factor * 2.0**-24 * rng.uniform(-1, 1, array.shape)), dtype)
 
-    monkeypatch.setattr(OnnxGraph, "add_initializer", other)
+    monkeypatch.setattr(OnnxEdit, "add_initializer", other)
 
 
 @pytest.mark.parametrize("kind", DISCRETE)
@@ -241,14 +241,14 @@ def test_a_tie_that_is_broken_otherwise_is_no_difference(kind: str, monkeypatch:
 def test_a_wrong_region_is_found_beside_a_step(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if (kind, block) == ("NonZero", 1):
         return  # nothing is folded there
-    add = OnnxGraph.add_initializer
+    add = OnnxEdit.add_initializer
 
-    def wrong(self: OnnxGraph, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
+    def wrong(self: OnnxEdit, wanted: str, array: np.ndarray, dtype: np.dtype) -> str:
         if wanted == ("b0.weight", "y.weight")[block]:
             array = array * (1 + 1e-3 * (np.arange(6) == 4)).reshape(6, 1, 1, 1)
         return add(self, wanted, array, dtype)
 
-    monkeypatch.setattr(OnnxGraph, "add_initializer", wrong)
+    monkeypatch.setattr(OnnxEdit, "add_initializer", wrong)
     with pytest.raises(VerificationError, match=f"region 'norm{block}'"):
         fuse_model(stepped(kind))
 
@@ -261,9 +261,9 @@ def test_an_original_that_cancels_is_worse_than_the_result(large: float, monkeyp
     made = model([node("Conv", "x w bias", "c", **PAD), batchnorm("c", "n", "y", name="norm")], weights, (1, 6, 24, 24))
     _, report = fuse_model(made)
     assert report.after.batchnorm == 0
-    add = OnnxGraph.add_initializer
+    add = OnnxEdit.add_initializer
     monkeypatch.setattr(
-        OnnxGraph,
+        OnnxEdit,
         "add_initializer",
         lambda self, name, a, dtype: add(self, name, a * (1.1 if a.ndim > 1 else 1), dtype),
     )

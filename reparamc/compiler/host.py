@@ -1,0 +1,103 @@
+"""What a fusion asks of a framework, and what a user asks of a fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy.typing as npt
+
+from reparamc.algebra.rewrite import Pass
+from reparamc.certificate.proof import Certificate
+from reparamc.compiler.graph import Edit, Graph, Splice, Value
+from reparamc.equivalence.end_to_end import Alone, Region
+from reparamc.report.data import Counts, OutputError
+
+ResultT = TypeVar("ResultT")
+
+Trial = tuple[Alone, Callable[[npt.NDArray], float]]
+"""What regions give when they are run alone, and the machine epsilon that an array is judged by."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks for.
+
+    Attributes:
+        passes: those to apply.
+        level: how much to verify: "off", "region" or "full".
+        objective: what to minimise.
+        progress: called with (regions done, regions in all).
+    """
+
+    passes: tuple[Pass, ...]
+    level: str = "full"
+    objective: str = "latency"
+    progress: Callable[[int, int], None] = lambda done, of: None
+
+
+class Host(Protocol[ResultT]):
+    """One model in its framework. Nothing here changes the model. Tensors go by the names that certificates use."""
+
+    @property
+    def graph(self) -> Graph:
+        """The model as a graph."""
+        ...
+
+    def carry_out(self, graph: Graph, edits: Sequence[Edit]) -> ResultT:
+        """A copy of ``graph`` (`graph`, or what it became when its constants were folded) with ``edits`` in it."""
+        ...
+
+    def size(self, result: ResultT | None) -> Counts:
+        """The size of a result; of the model where that is None."""
+        ...
+
+    def tensor(self, value: Value) -> str:
+        """The name of ``value``."""
+        ...
+
+    def shown(self, edit: Edit, result: ResultT) -> Collection[str]:
+        """The tensors in both graphs in which it shows whether ``edit`` is right."""
+        ...
+
+    def operands(self, tensor: str) -> Sequence[str] | None:
+        """What the operator of ``tensor`` reads in the model; None where nothing computes it."""
+        ...
+
+    def certify(self, result: ResultT) -> Certificate:
+        """What can be proven of ``result``."""
+        ...
+
+    def trials(self, result: ResultT, regions: Sequence[Region]) -> Iterator[Trial]:
+        """Runs of both sides, in which each of ``regions`` is fed with the values of the model itself.
+
+        There are none without inputs, or where the model does not run on them.
+        """
+        ...
+
+    def objections(
+        self, splices: Sequence[Splice], result: ResultT, without: Callable[[Collection[str]], ResultT]
+    ) -> Mapping[str, str]:
+        """Units to leave out because the framework does better without them, each with the reason.
+
+        Args:
+            without: makes the result without some units.
+        """
+        ...
+
+    def check(self, result: ResultT) -> None:
+        """Raise InputError if the framework does not accept ``result``."""
+        ...
+
+    def can_compare(self, changed: bool) -> bool:
+        """Whether both models are to be run on the same inputs: there are some, and they may differ."""
+        ...
+
+    def compare(self, result: ResultT, regions: Sequence[Region]) -> list[OutputError]:
+        """Run both models on the same inputs.
+
+        Raises:
+            VerificationError: they differ by more than rounding explains.
+        """
+        ...
