@@ -332,20 +332,52 @@ class Row:
 
 def judge(fault: Fault, ways: Sequence[str] = ("onnx", "fx")) -> Row:
     """The verdicts on ``fault`` through the adapters ``ways``."""
-    from expression_models import draw, source_shapes, to_module, to_onnx
+    found: dict[str, Verdict] = {}
+    if "onnx" in ways and (fault.onnx or fault.text):
+        found["onnx"] = judge_onnx(fault, _onnx_model(fault))
+    if "fx" in ways and (fault.fx or fault.text):
+        found["fx"] = judge_fx(fault, *_fx_model(fault))
+    return Row(fault, found)
+
+
+def escapes(fault: Fault, way: str) -> list[str]:
+    """The levels at which a wrong model comes back although a level below "full", or no inputs, were given."""
+    if way == "onnx":
+        model = _onnx_model(fault)
+        fusions = {"region": lambda: fuse_model(model, verify="region")[0]}
+        return _escaped(fault, fusions, lambda result: _onnx_error(model, result))
+    from reparamc.fx.fuse import fuse_fx
+
+    module, inputs = _fx_model(fault)
+    fusions = {
+        "region": lambda: fuse_fx(module, inputs, verify="region"),
+        "region, no inputs": lambda: fuse_fx(module, verify="region"),
+        "full, no inputs": lambda: fuse_fx(module),
+    }
+    return _escaped(fault, fusions, lambda result: _fx_error(module, result, inputs))
+
+
+def _escaped(fault: Fault, fusions: Mapping[str, Callable[[], Any]], error: Callable[[Any], float]) -> list[str]:
+    with planted(fault.changes):
+        results = {level: _fused(fusion)[1] for level, fusion in fusions.items()}
+    return [level for level, found in results.items() if found is not None and error(found) > fault.least / 10]
+
+
+def _onnx_model(fault: Fault) -> ModelProto:
+    from expression_models import to_onnx
 
     from reparamc.algebra.text import parse
 
-    found: dict[str, Verdict] = {}
-    if "onnx" in ways and (fault.onnx or fault.text):
-        found["onnx"] = judge_onnx(fault, fault.onnx() if fault.onnx else to_onnx(parse(fault.text or "")))
-    if "fx" in ways and (fault.fx or fault.text):
-        if fault.fx:
-            model, inputs = fault.fx()
-        else:
-            import torch
+    return fault.onnx() if fault.onnx else to_onnx(parse(fault.text or ""))
 
-            e = parse(fault.text or "")
-            model, inputs = to_module(e), tuple(torch.from_numpy(x) for x in draw(source_shapes(e)).values())
-        found["fx"] = judge_fx(fault, model, inputs)
-    return Row(fault, found)
+
+def _fx_model(fault: Fault) -> tuple[Any, tuple[Any, ...]]:
+    if fault.fx:
+        return fault.fx()
+    import torch
+    from expression_models import draw, source_shapes, to_module
+
+    from reparamc.algebra.text import parse
+
+    e = parse(fault.text or "")
+    return to_module(e), tuple(torch.from_numpy(x) for x in draw(source_shapes(e)).values())

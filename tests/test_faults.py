@@ -20,6 +20,7 @@ from planting import (
     Fault,
     Replace,
     Verdict,
+    escapes,
     fault,
     given,
     judge,
@@ -64,6 +65,13 @@ def test_no_fault_gets_through(fault: Fault, way: str, verdict: Callable[[Fault,
     assert found.error >= fault.least, "it changes nothing, so it is no fault"
     assert found.outcome != "escaped"
     assert found.seen_by
+
+
+@pytest.mark.filterwarnings(*EXPECTED)
+@pytest.mark.parametrize(("fault", "way"), PLANTED, ids=IDS)
+def test_no_fault_gets_through_at_any_level(fault: Fault, way: str) -> None:
+    """Below the comparison of whole models, and without inputs for it, what is not proven is undone."""
+    assert escapes(fault, way) == []
 
 
 def test_the_table_is_large_and_names_are_unique() -> None:
