@@ -68,6 +68,7 @@ def test_images(name: str) -> None:
     nodes = IMAGES[name]
     fused, report = fuse(model(nodes, {k: a for k, a in CONSTANTS.items() if any(k in n.input for n in nodes)}))
     assert operators(fused) == {"Conv": 1}
+    assert report.certificate is not None
     assert report.certificate.equal == 1
 
 
@@ -122,6 +123,7 @@ def test_einsum_as_a_linear_layer(equation: str, shape: Sequence[int | str], lef
     weight = rand(4, 6) if matrix == "dc" else rand(6, 4)
     fused, report = fuse(model(nodes, {"w": weight, "k": rand(4, *ones), "h": rand(4, *ones, seed=1)}, shape))
     assert operators(fused) == left
+    assert report.certificate is not None
     assert report.certificate.equal == 1
 
 

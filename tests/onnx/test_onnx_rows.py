@@ -38,6 +38,7 @@ def test_padding_that_follows_from_the_size(name: str) -> None:
     fused, report = fuse(made)
     assert operators(fused) == {first.op_type: 1}
     assert report.certificate is not None
+    assert report.certificate is not None
     assert report.certificate.equal == 1
     (left,) = fused.graph.node
     kept = {a.name: a for a in left.attribute}
