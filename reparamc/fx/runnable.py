@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -145,11 +145,15 @@ def _plain(leaf: Any) -> Any:
         return f"{type(leaf).__name__} {leaf.dtype}"
 
 
+CONTAINERS = (list, dict, OrderedDict, set, deque)
+"""What a module may keep things in; torch keeps hooks in ordered dictionaries."""
+
+
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Buffers and attributes of all submodules are as before when it ends, and so are lists and mappings in them."""
     kept = [(m, dict(vars(m))) for m in module.modules()]
-    containers = [(c, copy.copy(c)) for _, held in kept for c in held.values() if type(c) in (list, dict, set, deque)]
+    containers = [(c, copy.copy(c)) for _, held in kept for c in held.values() if type(c) in CONTAINERS]
     buffers = [(b, b.detach().clone()) for b in module.buffers() if not b.is_meta]
     try:
         yield

@@ -1,0 +1,176 @@
+"""Models that come back as modules of their own class: their parts are fused, the Python around them stays."""
+
+import pytest
+
+pytest.importorskip("torch")
+
+import copy
+import pickle
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from fx_checks import CHANNELS, conv_bn, counts, images, ready, relative_error, report, run
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparamc import fuse_fx
+
+
+class Output(OrderedDict):
+    """As libraries return it: a mapping with attributes, which pytree does not know."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class Classifier(nn.Module):
+    """A class with more than forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = conv_bn(), nn.Linear(CHANNELS, 3)
+        self.config = {"labels": 3}
+
+    def forward(self, pixels: Tensor | None = None, mask: Tensor | None = None, flip: bool = False) -> Output:
+        assert pixels is not None
+        y = self.body(-pixels if flip else pixels)
+        y = y if mask is None else y * mask
+        return Output(logits=self.head(y.mean((2, 3))))
+
+    def predict(self, pixels: Tensor) -> Tensor:
+        return self(pixels).logits.argmax(1)
+
+
+class Stateful(Classifier):
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.seen = getattr(self, "seen", 0) + 1
+        return self.head(self.body(pixels).mean((2, 3))) * self.seen
+
+
+class Asks(Classifier):
+    def forward(self, pixels: Tensor) -> Tensor:
+        if isinstance(pixels, Tensor):
+            pixels = pixels * 0.5
+        return self.head(self.body(pixels).mean((2, 3)))
+
+
+class Captures(Classifier):
+    """Puts hooks on its parts when it first runs, and collects what they see."""
+
+    def forward(self, pixels: Tensor) -> Any:
+        if not hasattr(self, "installed"):
+            self.installed = True
+            self.body.register_forward_hook(lambda m, given, y: self.found.append(y))
+        self.found: list[Tensor] = []
+        return self.head(self.body(pixels).mean((2, 3))), tuple(self.found)
+
+
+class Reaches(Classifier):
+    """Reads inside a part that it also calls."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.body(pixels.to(self.body[0].weight.dtype)).mean((2, 3))) if len(pixels) else pixels
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return images((2, CHANNELS, 7, 6), dtype=torch.float32)[0]
+
+
+def test_class_signature_methods_and_outputs_stay(x: Tensor) -> None:
+    model = ready(Classifier())
+    fused = fuse_fx(model, {"pixels": x})
+    assert (type(fused), counts(fused)) == (Classifier, (2, 0))
+    assert fused.config == model.config
+    assert fused.config is not model.config
+    with torch.no_grad():
+        for given in ({}, {"mask": x[:, :1]}, {"flip": True}):
+            found, wanted = fused(x, **given), model(x, **given)
+            assert type(found) is Output
+            assert relative_error(found.logits, wanted.logits) < 1e-5
+        assert torch.equal(fused.predict(x), model.predict(x))
+        other = images((3, CHANNELS, 9, 5), dtype=torch.float32)[0]
+        assert relative_error(fused(other).logits, model(other).logits) < 1e-5
+    assert (report(fused).before.batchnorm, report(fused).after.batchnorm) == (1, 0)
+    assert [e.output for e in report(fused).end_to_end]
+
+
+@pytest.mark.parametrize("kind", [Stateful, Asks, Captures, Reaches])
+@pytest.mark.parametrize("verify", ["full", "off"])
+def test_what_a_trace_would_get_wrong(kind: type[nn.Module], verify: str, x: Tensor) -> None:
+    model = ready(kind())
+    before = {name: (dict(vars(m)), len(m._forward_hooks)) for name, m in model.named_modules()}
+    fused = fuse_fx(model, x, verify=verify)
+    assert {name: (dict(vars(m)), len(m._forward_hooks)) for name, m in model.named_modules()} == before
+    for given in (x, *images((1, CHANNELS, 5, 8), dtype=torch.float32)):
+        assert relative_error(run(fused, given), run(model, given)) < 1e-5
+    assert report(fused).before.batchnorm == 1
+
+
+def test_part_that_others_reach_into_stays(x: Tensor) -> None:
+    fused = fuse_fx(ready(Reaches()), x)
+    assert isinstance(fused.body, nn.Sequential)
+    assert counts(fused) == (2, 1)
+    assert "reaches" in next(p for p in report(fused).parts if p.where == "body").why
+
+
+def pad_as_needed(x: Tensor) -> Tensor:
+    """A function with control flow: it is called as it is."""
+    return F.pad(x, (0, 1, 0, 1)) if x.shape[-1] % 2 else x
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n = nn.Conv2d(CHANNELS, CHANNELS, 2), nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.n(self.a(pad_as_needed(x)))
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_functions_that_cannot_be_followed_are_called_as_they_are(example: bool, x: Tensor) -> None:
+    model = ready(Padded())
+    fused = fuse_fx(model, x if example else None)
+    assert counts(fused) == (1, 0)
+    for given in (x, x[..., :5]):
+        assert relative_error(run(fused, given), run(model, given)) < 1e-5
+    assert pad_as_needed.__module__ == __name__
+
+
+def test_what_cannot_be_copied_is_shared(x: Tensor) -> None:
+    model = ready(Classifier())
+    model.lock = threading.Lock()
+    fused = fuse_fx(model, x)
+    assert fused.lock is model.lock
+    assert "lock" in report(fused).note
+
+
+def test_files_hold_plain_reports(x: Tensor) -> None:
+    fused = fuse_fx(ready(Classifier()), x)
+    again = pickle.loads(pickle.dumps(fused))
+    assert torch.equal(run(again, x).logits, run(fused, x).logits)
+    assert again.meta["reparamc"].after.batchnorm == 0
+    assert copy.deepcopy(fused).meta["reparamc"] == fused.meta["reparamc"]
+    assert len(fuse_fx(again, x).meta["reparamc"].history) == 1
+
+
+def test_threads() -> None:
+    models = [ready(nn.Sequential(*(nn.Sequential(conv_bn(), nn.ReLU()) for _ in range(4)))) for _ in range(2)]
+    x, wrong = images((2, CHANNELS, 8, 8), dtype=torch.float32)[0], list[str]()
+
+    def fuse(model: nn.Module) -> None:
+        try:
+            assert relative_error(run(fuse_fx(model, x), x), run(model, x)) < 1e-4
+        except Exception as error:
+            wrong.append(str(error))
+
+    threads = [threading.Thread(target=fuse, args=(m,)) for m in models]
+    trained = nn.Sequential(conv_bn(), conv_bn()).train()
+    for t in threads:
+        t.start()
+    while any(t.is_alive() for t in threads):
+        trained(x).sum().backward()
+    assert not wrong
