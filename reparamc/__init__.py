@@ -1,6 +1,7 @@
 """reparamc: structural reparameterization for any model, from the graph alone, verified.
 
     reparamc.fuse_fx(module)        a torch module in eval mode
+    reparamc.fuse_exported(program) what torch.export makes
     reparamc.fuse_onnx(model)       an ONNX ModelProto, path, or onnx-graphsurgeon Graph
     reparamc.verify_onnx(a, b)      two ONNX models on many inputs, whoever made the second
     reparamc fuse in.onnx -o out    the same from a shell; also reparamc verify a.onnx b.onnx
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from reparamc.fx.fuse import fuse_fx
+    from reparamc.fx.programs import fuse_exported
     from reparamc.onnx.fuse import fuse_onnx
     from reparamc.report.data import Report
     from reparamc.verify.audit import audit
@@ -33,6 +35,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "audit",
+    "fuse_exported",
     "fuse_fx",
     "fuse_onnx",
     "verify_onnx",
@@ -42,6 +45,7 @@ _HOMES = {
     "Report": "reparamc.report.data",
     "Verification": "reparamc.verify.result",
     "audit": "reparamc.verify.audit",
+    "fuse_exported": "reparamc.fx.programs",
     "fuse_fx": "reparamc.fx.fuse",
     "fuse_onnx": "reparamc.onnx.fuse",
     "verify_onnx": "reparamc.verify.search",
