@@ -80,7 +80,9 @@ def _taken(node: NodeProto, constants: Constants) -> GraphProto | None:
         return None
     condition = constants.array(node.input[0])
     wanted = "then_branch" if condition.size == 1 and condition.any() else "else_branch"
-    return next((a.g for a in node.attribute if a.name == wanted), None) if condition.size == 1 else None
+    branch = next((a.g for a in node.attribute if a.name == wanted), None)
+    fits = condition.size == 1 and branch is not None and len(branch.output) == len(node.output)
+    return branch if fits else None
 
 
 def _opened(model: ModelProto, node: NodeProto, branch: GraphProto) -> list[NodeProto]:
