@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
+from reparamc.algebra.arrays import concatenated, is_all, taken, together
 from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, rebuild
-from reparamc.algebra.kernels import VARYING, coefficients, scale_inputs, scale_outputs
+from reparamc.algebra.kernels import VARYING, coefficients, scale_inputs, scale_outputs, scaled_again
 from reparamc.algebra.rewrite import Declined
 
 OTHER_AXIS = "it acts on another axis than the convolution"
@@ -30,7 +29,7 @@ def into_producer(e: Scale | BatchNorm) -> Expr | Declined | None:
 
 
 def _absorb(e: Expr, scale: Array, shift: Array, axis: int | None, depth: int = 0) -> Expr | Declined | None:
-    layouts, e, below = through_layouts(e, axis, shifted=bool(np.any(shift)))
+    layouts, e, below = through_layouts(e, axis, shifted=not is_all(shift, 0))
     if axis is not None and below is None:
         return Declined(OTHER_AXIS) if isinstance(e, Conv) else None
     axis = below
@@ -72,8 +71,10 @@ def _share_out(e: Sum | Concat, scale: Array, shift: Array, axis: int | None, de
 
 def _scaled(e: Scale | BatchNorm, scale: Array, shift: Array) -> Scale | BatchNorm:
     if isinstance(e, Scale):
-        return replace(e, scale=scale * e.scale, shift=scale * e.shift + shift)
-    return replace(e, gamma=scale * e.gamma, beta=scale * e.beta + shift)
+        s, t = scaled_again(scale, shift, (e.scale, e.shift))
+        return replace(e, scale=s, shift=t)
+    s, t = scaled_again(scale, shift, (e.gamma, e.beta))
+    return replace(e, gamma=s, beta=t)
 
 
 def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Declined | None:
@@ -83,19 +84,19 @@ def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Dec
     layouts, e, axis = through_layouts(conv.x, conv.axis, shifted=True)
     if isinstance(e, Concat):
         return _columns(conv, layouts, e, kind) if axis == e.axis else None
-    outer, index = e, None
+    outer, index = e, ()
     if isinstance(e, Select):
-        e, index = e.x, list(e.index)
+        e, index = e.x, e.index
     if not isinstance(e, kind):
         return None
     if any(f not in (None, axis) for f in (e.axis, outer.axis if isinstance(outer, Select) else None)):
         return Declined(OTHER_AXIS)
     scale, shift = coefficients(e)
     if isinstance(outer, Select):
-        scale, shift = (v[index] if v.ndim else v for v in (scale, shift))
+        scale, shift = (taken(v, index) if v.ndim else v for v in (scale, shift))
     if not _fits(scale, shift, conv.in_channels):
         return Declined("it would broadcast a single channel")
-    if np.any(shift) and conv.reads_padding:
+    if not is_all(shift, 0) and conv.reads_padding:
         return Declined(_border(conv), at_border=True)
     x = rebuild(outer, [e.x]) if isinstance(outer, Select) else e.x
     return scale_inputs(conv, under(layouts, x), scale, shift)
@@ -111,17 +112,17 @@ def _columns(
         s, t = ONE, ZERO
         if isinstance(term, kind) and term.axis in (None, e.axis):
             found = coefficients(term)
-            if np.any(found[1]) and conv.reads_padding:
+            if not is_all(found[1], 0) and conv.reads_padding:
                 refusal = Declined(_border(conv), at_border=True)
             else:
                 (s, t), term = found, term.x
         terms.append(term)
-        scales.append(np.broadcast_to(s, (size,)))
-        shifts.append(np.broadcast_to(t, (size,)))
+        for vectors, v in ((scales, s), (shifts, t)):
+            vectors.append(together(v)[0].broadcast_to(v, (size,)))
     if all(a is b for a, b in zip(terms, e.terms, strict=True)):
         return refusal
     x = under(layouts, rebuild(e, terms))
-    return scale_inputs(conv, x, np.concatenate(scales), np.concatenate(shifts))
+    return scale_inputs(conv, x, concatenated(scales), concatenated(shifts))
 
 
 def _border(conv: Conv) -> str:
@@ -157,5 +158,5 @@ def under(layouts: list[Layout | Conv], e: Expr) -> Expr:
     return e
 
 
-def _fits(scale: np.ndarray, shift: np.ndarray, channels: int) -> bool:
+def _fits(scale: Array, shift: Array, channels: int) -> bool:
     return all(v.ndim == 0 or v.shape[0] == channels for v in (scale, shift))

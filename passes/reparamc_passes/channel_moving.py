@@ -24,11 +24,9 @@ from collections.abc import Hashable
 from dataclasses import replace
 from itertools import groupby
 
-import numpy as np
-
 from reparamc.algebra.cost import price
 from reparamc.algebra.expr import Concat, Conv, Expr, Select
-from reparamc.algebra.kernels import grid, select_outputs, stack, stacked_shape
+from reparamc.algebra.kernels import grid, permute_inputs, select_outputs, stack, stacked_shape
 from reparamc.algebra.rewrite import Declined, Pass
 
 
@@ -121,10 +119,10 @@ def shuffled(e: Expr) -> Expr | None:
     """A dense convolution of permuted channels permutes its columns instead."""
     if not (isinstance(e, Conv) and e.groups == 1 and isinstance(e.x, Select) and e.x.axis == e.axis):
         return None
-    index = np.array(e.x.index)
-    if len(index) != e.x.width or len(set(e.x.index)) != len(index):
+    index = e.x.index
+    if len(index) != e.x.width or len(set(index)) != len(index):
         return None
-    return replace(e, x=e.x.x, weight=e.weight[:, np.argsort(index)])
+    return permute_inputs(e, e.x.x, index)
 
 
 CHANNEL_MOVING = Pass(

@@ -9,9 +9,8 @@ many channels out as in. A tap at offset 0 that the kernel does not span would e
 
 from __future__ import annotations
 
-import numpy as np
-
-from reparamc.algebra.expr import BatchNorm, Conv, Expr, Scale, Sum, total
+from reparamc.algebra.arrays import Array, count
+from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum, total
 from reparamc.algebra.kernels import coefficients, pointwise
 from reparamc.algebra.rewrite import Declined, Pass
 
@@ -35,7 +34,7 @@ def beside_conv(e: Expr) -> Expr | Declined | None:
 
 def _as_conv(term: Expr, convs: dict[Expr, list[Conv]]) -> Conv | Declined | None:
     if term in convs:
-        x, axis, (s, t) = term, None, (np.ones(()), np.zeros(()))
+        x, axis, (s, t) = term, None, (ONE, ZERO)
     elif isinstance(term, Scale | BatchNorm) and term.x in convs:
         x, axis, (s, t) = term.x, term.axis, coefficients(term)
     else:
@@ -47,9 +46,9 @@ def _as_conv(term: Expr, convs: dict[Expr, list[Conv]]) -> Conv | Declined | Non
     return pointwise(x, s, t, conv.in_channels, conv.spatial)
 
 
-def _obstacle(conv: Conv, s: np.ndarray, t: np.ndarray, axis: int | None) -> str | None:
+def _obstacle(conv: Conv, s: Array, t: Array, axis: int | None) -> str | None:
     """Why ``s x + t`` cannot be a tap of ``conv``; None when it can."""
-    if conv.in_channels != conv.out_channels or any(v.ndim and v.size != conv.in_channels for v in (s, t)):
+    if conv.in_channels != conv.out_channels or any(v.ndim and count(v) != conv.in_channels for v in (s, t)):
         return "the convolution beside the skip connection changes the number of channels"
     if axis is not None and axis != conv.axis:
         return "the branches act on different axes"

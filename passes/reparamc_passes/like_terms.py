@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
-
+from reparamc.algebra.arrays import added, is_all
 from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum, total
 from reparamc.algebra.infer import shape_of_value
 from reparamc.algebra.kernels import coefficients, grid
@@ -44,7 +43,7 @@ def collected(e: Expr) -> Expr | Declined | None:
         if len(axes) > 1:
             return Declined("its like terms are scaled along different axes")
         pairs = [coefficients(t) for t in scaled] + [(ONE, ZERO)] * (len(group) - len(scaled))
-        scale, shift = (np.asarray(sum(v[1:], v[0])) for v in zip(*pairs, strict=True))
+        scale, shift = (added(v) for v in zip(*pairs, strict=True))
         terms.append(Scale(x, scale, shift, next(iter(axes), None)))
     return total(terms)
 
@@ -60,10 +59,10 @@ def dropped(e: Expr) -> Expr | None:
     for place, term in enumerate(e.terms):
         if not isinstance(term, Conv | Scale | BatchNorm):
             continue
-        factor, added = (term.weight, term.bias_or_zero) if isinstance(term, Conv) else coefficients(term)
-        if not np.any(factor) and _shown_equal(term, e):
+        factor, shift = (term.weight, term.bias_or_zero) if isinstance(term, Conv) else coefficients(term)
+        if is_all(factor, 0) and _shown_equal(term, e):
             rest = total([t for other, t in enumerate(e.terms) if other != place])
-            return Scale(rest, ONE, added, term.axis if added.ndim else None) if np.any(added) else rest
+            return rest if is_all(shift, 0) else Scale(rest, ONE, shift, term.axis if shift.ndim else None)
     return None
 
 

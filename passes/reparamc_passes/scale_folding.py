@@ -21,10 +21,9 @@ applies it inside that product for free.
 
 from __future__ import annotations
 
-import numpy as np
-
+from reparamc.algebra.arrays import is_all
 from reparamc.algebra.expr import BatchNorm, Conv, Expr, Scale
-from reparamc.algebra.kernels import coefficients
+from reparamc.algebra.kernels import coefficients, scaled_again
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc_passes.absorb import into_consumer, into_producer
 
@@ -41,7 +40,7 @@ def in_front(e: Expr) -> Expr | Declined | None:
 
 def by_one(e: Expr) -> Expr | None:
     """1 x + 0 = x."""
-    return e.x if isinstance(e, Scale) and np.all(e.scale == 1) and not np.any(e.shift) else None
+    return e.x if isinstance(e, Scale) and is_all(e.scale, 1) and is_all(e.shift, 0) else None
 
 
 def of_scale(e: Expr) -> Expr | Declined | None:
@@ -50,8 +49,8 @@ def of_scale(e: Expr) -> Expr | Declined | None:
         case Scale(x=(Scale() | BatchNorm()) as inner) | BatchNorm(x=Scale() as inner):
             if None not in (e.axis, inner.axis) and e.axis != inner.axis:
                 return Declined("the two scales act on different axes")
-            (s, t), (s0, t0) = coefficients(e), coefficients(inner)
-            return Scale(inner.x, s * s0, s * t0 + t, inner.axis if e.axis is None else e.axis)
+            scale, shift = scaled_again(*coefficients(e), coefficients(inner))
+            return Scale(inner.x, scale, shift, inner.axis if e.axis is None else e.axis)
         case _:
             return None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from reparamc.algebra.arrays import count, together
 from reparamc.algebra.expr import Array, Expr, Ints, Layout, Mean, Permute, Reshape, Select, Take
 from reparamc.algebra.shape import Dim, Shape, size
 
@@ -54,13 +55,14 @@ class ChannelMap:
         None where that is no axis of channels.
         """
         if axis is None or not vector.ndim:
-            return np.full(self.channels.shape, vector)
+            return together(vector)[0].broadcast_to(vector, self.channels.shape)
         axis += self.rank
-        if axis not in self.axes or self.channels.shape[self.axes.index(axis)] != vector.size:
+        if axis not in self.axes or self.channels.shape[self.axes.index(axis)] != count(vector):
             return None
         ones = [1] * self.channels.ndim
-        ones[self.axes.index(axis)] = vector.size
-        return np.broadcast_to(vector.reshape(ones), self.channels.shape)
+        ones[self.axes.index(axis)] = count(vector)
+        xp, vector = together(vector)
+        return xp.broadcast_to(xp.reshape(vector, tuple(ones)), self.channels.shape)
 
     def _select(self, axis: int, index: Ints) -> ChannelMap:
         if axis not in self.axes:

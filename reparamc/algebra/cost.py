@@ -17,8 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 
-import numpy as np
-
+from reparamc.algebra.arrays import count, is_all
 from reparamc.algebra.expr import BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Source, Sum, is_negation, walk
 from reparamc.algebra.infer import channels
 from reparamc.errors import InputError
@@ -80,7 +79,7 @@ def objective(name: str) -> Iterator[Objective]:
 
 def cost(root: Expr) -> float:
     """The price of computing ``root`` from its sources; under `LATENCY` in multiply-adds."""
-    count = channels(root)
+    known = channels(root)
     positions: dict[Expr, float] = {}
     widths: dict[Expr, int] = {}
     cut: set[Expr] = set()  # what has other channels or none, and is priced as if it kept those of its operand
@@ -90,7 +89,7 @@ def cost(root: Expr) -> float:
         positions[e] = behind(e, read) if isinstance(e, Conv) else read
         if isinstance(e, Layout | Scale | BatchNorm) and (e.axis is None or e.x in cut):
             cut.add(e)
-        widths[e] = widths[e.children[0]] if e in cut else count[e] or CHANNELS
+        widths[e] = widths[e.children[0]] if e in cut else known[e] or CHANNELS
         total += _price(e, widths[e], read)
     return total
 
@@ -106,13 +105,13 @@ def price(conv: Conv, positions: float = POSITIONS) -> float:
     moved = positions * (conv.in_channels + conv.out_channels * growth)
     if conv.is_weightless:  # it reads no weights, and its sums are no matter
         return _operator(0, moved)
-    bias = 0 if conv.bias is None else conv.bias.size
-    return _operator(multiply_adds(conv, positions), moved + conv.weight.size, conv.weight.size + bias)
+    bias = 0 if conv.bias is None else count(conv.bias)
+    return _operator(multiply_adds(conv, positions), moved + count(conv.weight), count(conv.weight) + bias)
 
 
 def multiply_adds(conv: Conv, positions: float = POSITIONS) -> float:
     """The multiply-adds of one convolution over a map of ``positions``."""
-    return positions / (1 if conv.transposed else prod(conv.stride)) * conv.weight.size
+    return positions / (1 if conv.transposed else prod(conv.stride)) * count(conv.weight)
 
 
 def moving(channels: int, positions: float = POSITIONS) -> float:
@@ -140,10 +139,10 @@ def _price(e: Expr, width: int, positions: float) -> float:
         case Conv():
             return price(e, positions)
         case BatchNorm():
-            return _elementwise(width, 2, positions, 4 * e.gamma.size)
+            return _elementwise(width, 2, positions, 4 * count(e.gamma))
         case Scale():
-            multiplied = _elementwise(width, 2, positions, e.scale.size) if is_multiplied(e) else 0.0
-            return multiplied + (_elementwise(width, 2, positions, e.shift.size) if is_shifted(e) else _held_bias(e))
+            multiplied = _elementwise(width, 2, positions, count(e.scale)) if is_multiplied(e) else 0.0
+            return multiplied + (_elementwise(width, 2, positions, count(e.shift)) if is_shifted(e) else _held_bias(e))
         case Sum():
             return (len(e.terms) - 1) * addition(width, positions)
         case Layout() | Concat() | Select():
@@ -154,15 +153,15 @@ def _price(e: Expr, width: int, positions: float) -> float:
 
 def _held_bias(e: Scale) -> float:
     """The price of a shift that needs no addition: its parameters alone."""
-    return _current.get().parameter * e.shift.size if np.any(e.shift) else 0.0
+    return _current.get().parameter * count(e.shift) if not is_all(e.shift, 0) else 0.0
 
 
 def is_multiplied(e: Scale) -> bool:
     """Whether ``e`` needs a multiplication. A factor of -1 does not: sums subtract instead."""
-    return bool(np.any(e.scale != 1)) and not is_negation(e)
+    return not is_all(e.scale, 1) and not is_negation(e)
 
 
 def is_shifted(e: Scale) -> bool:
     """Whether ``e`` needs an addition. The bias of a linear layer does not: it is part of the product."""
-    is_bias = isinstance(e.x, Conv) and e.x.spatial == 0 and e.x.bias is None and not np.any(e.scale != 1)
-    return bool(np.any(e.shift)) and not is_bias
+    is_bias = isinstance(e.x, Conv) and e.x.spatial == 0 and e.x.bias is None and is_all(e.scale, 1)
+    return not is_all(e.shift, 0) and not is_bias

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 import numpy as np
 import numpy.typing as npt
 
+from reparamc.algebra.arrays import values
 from reparamc.algebra.evaluate import absolute
 from reparamc.algebra.expr import (
     Array,
@@ -47,14 +48,14 @@ def compare_expressions(before: Expr, after: Expr, seed: int = 0, *, every_size:
     for sample in samples([before, after, terms], seed, SIZES if every_size else SIZES[:1]):
         with np.errstate(over="ignore", invalid="ignore"):
             try:
-                a = sample.value(before)
+                a = values(sample.value(before))
             except (ValueError, IndexError) as error:
                 raise ValueError("its shapes do not fit together on sample inputs") from error
             try:
-                b = sample.value(after)
+                b = values(sample.value(after))
             except (ValueError, IndexError):
                 return float("inf")
-            scale = sample.magnitudes().value(terms)
+            scale = values(sample.magnitudes().value(terms))
         if not np.isfinite(scale).all():
             raise ValueError("its values overflow float64")
         worst = max(worst, relative(a, b, scale), key=lambda e: (np.isnan(e), e))

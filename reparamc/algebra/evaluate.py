@@ -9,6 +9,7 @@ from math import prod
 
 import numpy as np
 
+from reparamc.algebra.arrays import added, concatenated, largest, taken, together, zeros_of
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -51,35 +52,38 @@ def evaluate(
     sizes = dict(extents or {})
     magnitude = 0.0
     for e in walk(root):
-        if places is None or isinstance(e, Conv):
-            x = [values[c] for c in e.children]
+        if isinstance(e, Source):
+            y = inputs[e]
+            if e.shape is not None and places is None:
+                _bind(e.shape, y, sizes)
+        elif isinstance(e, Conv):
+            y = _convolve(e, values[e.x], places)
         else:
-            x = [places.of(values[c], c, e) for c in e.children]
-        match e:
-            case Source():
-                y = inputs[e]
-                if e.shape is not None and places is None:
-                    _bind(e.shape, y, sizes)
-            case Conv():
-                y = _convolve(e, x[0], places)
-            case Scale():
-                y = x[0] * _along(e.scale, e.axis) + _along(e.shift, e.axis)
-            case BatchNorm():
-                scale, shift = coefficients(e)
-                y = x[0] * _along(scale, e.axis) + _along(shift, e.axis)
-            case Sum():
-                y = x[0]
-                for term in x[1:]:
-                    y = y + term
-            case Concat():
-                y = np.concatenate(x, axis=e.axis)
-            case Select():
-                y = np.take(x[0], e.index, axis=e.axis)
-            case Layout():
-                y = _move(e, x[0], sizes)
+            operands = [values[c] if places is None else places.of(values[c], c, e) for c in e.children]
+            y = _computed(e, operands, sizes)
         values[e] = y
-        magnitude = max(magnitude, float(np.abs(y).max(initial=0.0)))
+        magnitude = max(magnitude, largest(y))
     return values[root], magnitude
+
+
+def _computed(
+    e: Scale | BatchNorm | Sum | Concat | Select | Layout, operands: Sequence[Array], sizes: dict[str, int]
+) -> Array:
+    """``e`` of ``operands``; ``sizes`` are the extents that symbols stand for."""
+    x = operands[0]
+    match e:
+        case Scale() | BatchNorm():
+            _, x, *factors = together(x, *coefficients(e))
+            scale, shift = (_along(v, e.axis) for v in factors)
+            return x * scale + shift
+        case Sum():
+            return added(operands)
+        case Concat():
+            return concatenated(operands, e.axis)
+        case Select():
+            return taken(x, e.index, e.axis)
+        case Layout():
+            return _move(e, x, sizes)
 
 
 def absolute(root: Expr) -> Expr:
@@ -93,20 +97,20 @@ def absolute(root: Expr) -> Expr:
         x = [done[c] for c in e.children]
         match e:
             case Conv():
-                bias = None if e.bias is None else np.abs(e.bias)
-                done[e] = replace(e, x=x[0], weight=np.abs(e.weight), bias=bias)
+                bias = None if e.bias is None else abs(e.bias)
+                done[e] = replace(e, x=x[0], weight=abs(e.weight), bias=bias)
             case Scale():
-                done[e] = Scale(x[0], np.abs(e.scale), np.abs(e.shift), e.axis)
+                done[e] = Scale(x[0], abs(e.scale), abs(e.shift), e.axis)
             case BatchNorm():
-                scale, _ = coefficients(e)
-                done[e] = Scale(x[0], np.abs(scale), np.abs(e.beta) + np.abs(e.mean * scale), e.axis)
+                _, beta, mean, scale = together(e.beta, e.mean, coefficients(e)[0])
+                done[e] = Scale(x[0], abs(scale), abs(beta) + abs(mean * scale), e.axis)
             case _:
                 done[e] = rebuild(e, x)
     return done[root]
 
 
 def _along(v: Array, axis: int | None) -> Array:
-    return v.reshape(-1, *[1] * (-1 - (axis or -1))) if v.ndim else v
+    return together(v)[0].reshape(v, (-1, *[1] * (-1 - (axis or -1)))) if v.ndim else v
 
 
 def _bind(shape: Shape, x: Array, sizes: dict[str, int]) -> None:
@@ -117,17 +121,18 @@ def _bind(shape: Shape, x: Array, sizes: dict[str, int]) -> None:
 
 
 def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
+    xp, x = together(x)
     if isinstance(e.op, Permute):
-        return x.transpose(e.op.axes)
+        return xp.permute_dims(x, e.op.axes)
     if isinstance(e.op, Mean):
-        return x.mean(axis=e.op.axes, keepdims=e.op.keep)
+        return xp.mean(x, axis=e.op.axes, keepdims=e.op.keep)
     if isinstance(e.op, Take):
-        return np.take(x, e.op.at, axis=e.op.axis)
+        return x[(*[slice(None)] * e.op.axis, e.op.at)]
     _bind(e.op.before, x, sizes)
     unknown = [s for dim in e.op.after for s in dim.symbols if s not in sizes]
     if unknown:
         raise ValueError(f"the extent {unknown[0]!r} of a reshape is unknown")
-    return x.reshape([dim.at(sizes) for dim in e.op.after])
+    return xp.reshape(x, tuple(dim.at(sizes) for dim in e.op.after))
 
 
 COPIED = 2**22
@@ -145,23 +150,26 @@ def _convolve(e: Conv, x: Array, places: Places | None) -> Array:
         tables = [np.where(t < 0, t, np.searchsorted(has, t)) for t, has in zip(tables, places.at[e.x], strict=True)]
     index, outs = _flat(tables, held), tuple(map(len, at))
     per_group, (taps, positions) = e.weight.shape[1], index.shape
-    x = np.pad(x.reshape(prod(batch), e.groups, per_group, prod(held)), [(0, 0)] * 3 + [(0, 1)])
-    weight = e.weight.reshape(e.groups, -1, per_group, taps)
-    y = np.zeros((len(x), e.groups, weight.shape[1], positions))
-    most = max(1, COPIED // max(1, len(x) * taps * positions))  # channels that are read at once
+    xp, x, weight, bias = together(x, e.weight, e.bias_or_zero)
+    images = (prod(batch), e.groups, per_group)
+    x = xp.concat([xp.reshape(x, (*images, prod(held))), zeros_of(x, (*images, 1))], axis=-1)
+    weight = xp.reshape(weight, (e.groups, e.out_channels // e.groups, per_group, taps))
+    y = zeros_of(x, (images[0], e.groups, weight.shape[1], positions))
+    most = max(1, COPIED // max(1, images[0] * taps * positions))  # channels that are read at once
     groups, channels = max(1, most // per_group), min(per_group, most)
     for g, c in product(range(0, e.groups, groups), range(0, per_group, channels)):
         rows = weight[g : g + groups, :, c : c + channels]
-        columns = x[:, g : g + groups, c : c + channels].take(index, axis=-1)
+        columns = taken(x[:, g : g + groups, c : c + channels], index.reshape(-1), axis=-1)
         summed = rows.shape[2] * taps
-        rows, columns = rows.reshape(*rows.shape[:2], summed), columns.reshape(*columns.shape[:2], summed, positions)
-        y[:, g : g + groups] += np.matmul(rows, columns)
-    y = y.reshape(*batch, e.out_channels, *outs)
-    return y if e.bias is None else y + e.bias.reshape(-1, *[1] * n)
+        rows = xp.reshape(rows, (*rows.shape[:2], summed))
+        columns = xp.reshape(columns, (*columns.shape[:2], summed, positions))
+        y[:, g : g + groups] += xp.matmul(rows, columns)
+    y = xp.reshape(y, (*batch, e.out_channels, *outs))
+    return y if e.bias is None else y + xp.reshape(bias, (-1, *[1] * n))
 
 
 def _flat(tables: Sequence[Positions], sizes: Sequence[int]) -> Positions:
-    """``tables`` of all axes as one, of elements in row-major order: [tap, position]; -1 as there."""
+    """``tables`` of all axes as one, of elements in row-major order: [tap, position]; outside: the next after all."""
     n = len(tables)
     index = np.zeros((1,) * 2 * n, np.intp)
     outside = np.zeros(index.shape, bool)
@@ -170,4 +178,4 @@ def _flat(tables: Sequence[Positions], sizes: Sequence[int]) -> Positions:
             [len(table) if d == axis else table.shape[1] if d == n + axis else 1 for d in range(2 * n)]
         )
         index, outside = index * size + place, outside | (place < 0)
-    return np.where(outside, -1, index).reshape(prod(map(len, tables)), -1)
+    return np.where(outside, prod(sizes), index).reshape(prod(map(len, tables)), -1)

@@ -1,7 +1,7 @@
 """Affine expressions: the tiny language in which every rewrite is written.
 
-An expression is an immutable graph of a few kinds of node over arrays of float64. It knows neither
-torch nor ONNX. Nodes are compared by identity, so "the same object" means "the same value".
+An expression is an immutable graph of a few kinds of node over arrays of float64, of any library (`arrays`).
+It knows neither torch nor ONNX. Nodes are compared by identity, so "the same object" means "the same value".
 
 A value's *channel axis* is counted from the right, as NumPy does: -3 for images [N, C, H, W], -1 for
 tokens [N, L, C]. That makes batched and unbatched values one case, and keeps axes apart whose sizes
@@ -18,11 +18,10 @@ from math import prod
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from reparamc.algebra.arrays import Array, is_all, values
 from reparamc.algebra.shape import Shape, axis_through_reshape
 
-Array: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = tuple[int, ...]
 
 ONE, ZERO = np.ones(()), np.zeros(())
@@ -97,7 +96,7 @@ class Conv:
 
     @property
     def kernel(self) -> Ints:
-        return self.weight.shape[2:]
+        return tuple(self.weight.shape[2:])
 
     @property
     def spatial(self) -> int:
@@ -166,9 +165,10 @@ class Conv:
         if self.transposed or self.bias is not None or not depthwise or self.is_pointwise or self.reads_taps:
             return False
         share = 1 / prod(self.kernel)
-        if abs(self.weight[(0,) * self.weight.ndim] - share) > EQUAL * share:
+        taps = values(self.weight)
+        if getattr(self.weight, "requires_grad", False) or abs(taps[(0,) * taps.ndim] - share) > EQUAL * share:
             return False
-        return bool(np.all(np.abs(self.weight - share) <= EQUAL * share))
+        return bool(np.all(np.abs(taps - share) <= EQUAL * share))
 
     @property
     def keeps_grid(self) -> bool:
@@ -413,7 +413,7 @@ def total(addends: Sequence[Expr]) -> Expr:
 
 def is_negation(e: Expr) -> bool:
     """Whether ``e`` is ``-x``. Sums subtract, so that it needs no operator of its own there."""
-    return isinstance(e, Scale) and not e.scale.ndim and e.scale == -1 and not np.any(e.shift)
+    return isinstance(e, Scale) and not e.scale.ndim and is_all(e.scale, -1) and is_all(e.shift, 0)
 
 
 def array_fields(e: Expr) -> dict[str, Array]:

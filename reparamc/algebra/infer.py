@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from reparamc.algebra.arrays import count
 from reparamc.algebra.expr import BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Source, Sum, walk
 from reparamc.algebra.shape import Dim, Shape
 
@@ -33,10 +34,10 @@ def _told(e: Expr) -> tuple[int | None, Sequence[int], int] | None:
         case Conv():
             return e.axis, (e.in_channels,), e.out_channels
         case BatchNorm():
-            return e.axis, (e.gamma.size,), e.gamma.size
+            return e.axis, (count(e.gamma),), count(e.gamma)
         case Scale() if e.scale.ndim or e.shift.ndim:
-            count = e.scale.size if e.scale.ndim else e.shift.size
-            return e.axis, (count,), count
+            width = count(e.scale if e.scale.ndim else e.shift)
+            return e.axis, (width,), width
         case Concat():
             return e.axis, e.sizes, sum(e.sizes)
         case Select():
@@ -76,8 +77,8 @@ def misfit(root: Expr) -> str | None:
         told = _told(e)
         wanted: Sequence[tuple[int | None, int] | None] = [None] * len(e.children)
         if told is not None:
-            axis, read, count = told
-            made[e], wanted = (axis, count), [(axis, n) for n in read]
+            axis, read, width = told
+            made[e], wanted = (axis, width), [(axis, n) for n in read]
         elif isinstance(e, Source):
             made[e] = None if e.axis is None or e.channels is None else (e.axis, e.channels)
         elif isinstance(e, Layout):

@@ -1,7 +1,7 @@
 """The algebra of kernels: what may be done to one convolution, or to several, without any graph.
 
 All of it is exact in real arithmetic; whether it is also *allowed* (borders, grids) is what the
-rewrites decide before they call. Arrays are float64.
+rewrites decide before they call. Arrays are float64, of any library (`arrays`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from math import gcd, prod
 
 import numpy as np
 
+from reparamc.algebra.arrays import added, array_of, concatenated, is_all, taken, together, zeros_of
 from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale
 from reparamc.algebra.infer import extents
 
@@ -26,9 +27,16 @@ def coefficients(e: Scale | BatchNorm) -> tuple[Array, Array]:
     """(scale, shift) of ``y = scale * x + shift``; for BatchNorm scale = gamma / sqrt(var + eps)."""
     if isinstance(e, Scale):
         return e.scale, e.shift
+    xp, gamma, beta, mean, var = together(e.gamma, e.beta, e.mean, e.var)
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = e.gamma / np.sqrt(e.var + e.eps)
-        return scale, e.beta - e.mean * scale
+        scale = gamma / xp.sqrt(var + e.eps)
+        return scale, beta - mean * scale
+
+
+def scaled_again(scale: Array, shift: Array, inner: tuple[Array, Array]) -> tuple[Array, Array]:
+    """(scale, shift) of ``scale * (s x + t) + shift``, where ``inner`` is (s, t)."""
+    _, scale, shift, s, t = together(scale, shift, *inner)
+    return scale * s, scale * t + shift
 
 
 def arithmetic(op: str, c: Array, constant_first: bool, factor: float = 1.0) -> tuple[Array, Array]:
@@ -36,25 +44,26 @@ def arithmetic(op: str, c: Array, constant_first: bool, factor: float = 1.0) -> 
 
     ``factor`` multiplies the second operand of a sum or difference.
     """
-    sign = np.float64(-factor if op == "sub" else factor)
+    sign = -factor if op == "sub" else factor
     with np.errstate(divide="ignore"):
         match op:
             case "add" | "sub":
-                scale, shift = (sign, c) if constant_first else (ONE, sign * c)
+                scale, shift = (np.asarray(sign), c) if constant_first else (ONE, sign * c)
             case "mul":
                 scale, shift = c, ZERO
             case _:
                 scale, shift = 1 / c, ZERO
-    return np.asarray(scale), np.asarray(shift)
+    return array_of(scale), array_of(shift)
 
 
 def scale_outputs(conv: Conv, scale: Array, shift: Array) -> Conv:
     """``scale * conv(x) + shift``: W' = scale[o] W, b' = scale b + shift."""
-    rows = np.broadcast_to(scale, (conv.out_channels,))
-    weight = conv.weight * rows.reshape(-1, *[1] * (conv.weight.ndim - 1))
-    if conv.bias is None and not np.any(shift):
+    xp, weight, bias, scale, shift = together(conv.weight, conv.bias_or_zero, scale, shift)
+    rows = xp.broadcast_to(scale, (conv.out_channels,))
+    weight = weight * xp.reshape(rows, (-1, *[1] * (weight.ndim - 1)))
+    if conv.bias is None and is_all(shift, 0):
         return replace(conv, weight=weight)
-    return replace(conv, weight=weight, bias=rows * conv.bias_or_zero + shift)
+    return replace(conv, weight=weight, bias=rows * bias + shift)
 
 
 def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
@@ -65,24 +74,29 @@ def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
     """
     per_group = conv.in_channels // conv.groups
     rows = conv.out_channels // conv.groups
-    grouped = conv.weight.reshape(conv.groups, rows, per_group, *conv.kernel)
+    xp, weight, bias, scale, shift = together(conv.weight, conv.bias_or_zero, scale, shift)
+    grouped = xp.reshape(weight, (conv.groups, rows, per_group, *conv.kernel))
 
     def columns(v: Array) -> Array:
-        per_channel = np.broadcast_to(v, (conv.in_channels,))
-        return per_channel.reshape(conv.groups, 1, per_group, *[1] * conv.spatial)
+        per_channel = xp.broadcast_to(v, (conv.in_channels,))
+        return xp.reshape(per_channel, (conv.groups, 1, per_group, *[1] * conv.spatial))
 
-    weight = (grouped * columns(scale)).reshape(conv.weight.shape)
-    if not np.any(shift):
+    weight = xp.reshape(grouped * columns(scale), conv.weight.shape)
+    if is_all(shift, 0):
         return replace(conv, x=x, weight=weight)
-    read = (grouped * columns(shift)).reshape(conv.out_channels, -1).sum(axis=1)
-    return replace(conv, x=x, weight=weight, bias=conv.bias_or_zero + read)
+    read = xp.sum(xp.reshape(grouped * columns(shift), (conv.out_channels, -1)), axis=1)
+    return replace(conv, x=x, weight=weight, bias=bias + read)
 
 
 def select_outputs(conv: Conv, index: Ints) -> Conv:
     """Some of the outputs of ``conv``, in the order of ``index``: rows of W and b. For one group only."""
-    rows = list(index)
-    bias = None if conv.bias is None else conv.bias[rows]
-    return replace(conv, weight=conv.weight[rows], bias=bias)
+    bias = None if conv.bias is None else taken(conv.bias, index)
+    return replace(conv, weight=taken(conv.weight, index), bias=bias)
+
+
+def permute_inputs(conv: Conv, x: Expr, index: Ints) -> Conv:
+    """``conv`` of all channels of ``x``, in the order of ``index``, as a convolution of x. For one group only."""
+    return replace(conv, x=x, weight=taken(conv.weight, np.argsort(index), axis=1))
 
 
 def stacked_shape(convs: Sequence[Conv]) -> Conv:
@@ -95,8 +109,8 @@ def stacked_shape(convs: Sequence[Conv]) -> Conv:
 def stack(convs: Sequence[Conv]) -> Conv:
     """The outputs of dense convolutions of one input and one grid, one after the other: rows put below rows."""
     spread = [merge([c, *_silent(convs, c)]) for c in convs]  # all on the hull of their taps
-    weight = np.concatenate([c.weight for c in spread])
-    bias = np.concatenate([c.bias_or_zero for c in convs]) if any(c.bias is not None for c in convs) else None
+    weight = concatenated([c.weight for c in spread])
+    bias = concatenated([c.bias_or_zero for c in convs]) if any(c.bias is not None for c in convs) else None
     return replace(spread[0], weight=weight, bias=bias)
 
 
@@ -138,12 +152,13 @@ def compose(outer: Conv, inner: Conv) -> Conv:
     """
     shape = composed_shape(outer, inner)
     groups = shape.groups
+    xp, *weights = together(*(regroup(c, groups) for c in (outer, inner)))
     blocks = [
-        regroup(c, groups).reshape(groups, c.out_channels // groups, c.in_channels // groups, *c.kernel)
-        for c in (outer, inner)
+        xp.reshape(w, (groups, c.out_channels // groups, c.in_channels // groups, *c.kernel))
+        for c, w in zip((outer, inner), weights, strict=True)
     ]
     steps = (1,) * inner.spatial if shape.transposed else inner.stride
-    weight = np.zeros((groups, shape.out_channels // groups, shape.in_channels // groups, *shape.kernel))
+    weight = zeros_of(blocks[0], (groups, shape.out_channels // groups, shape.in_channels // groups, *shape.kernel))
     for u in product(*map(range, outer.kernel)):
         rows = blocks[0][(..., *u)]
         for t in product(*map(range, inner.kernel)):
@@ -151,13 +166,14 @@ def compose(outer: Conv, inner: Conv) -> Conv:
                 (da * a + s * db * b) // d
                 for da, a, s, db, b, d in zip(inner.dilation, t, steps, outer.dilation, u, shape.dilation, strict=True)
             )
-            weight[(..., *at)] += np.matmul(rows, blocks[1][(..., *t)])
+            weight[(..., *at)] += xp.matmul(rows, blocks[1][(..., *t)])
     bias = outer.bias
     if inner.bias is not None:
-        taps = blocks[0].sum(axis=tuple(range(3, blocks[0].ndim)))
-        read = np.matmul(taps, inner.bias.reshape(groups, -1, 1)).reshape(-1)
-        bias = read if bias is None else bias + read
-    return replace(shape, weight=weight.reshape(shape.weight.shape), bias=bias)
+        taps = xp.sum(blocks[0], axis=tuple(range(3, blocks[0].ndim)))
+        _, taps, added_before = together(taps, inner.bias)
+        read = xp.reshape(xp.matmul(taps, xp.reshape(added_before, (groups, -1, 1))), (-1,))
+        bias = read if bias is None else added([bias, read])
+    return replace(shape, weight=xp.reshape(weight, shape.weight.shape), bias=bias)
 
 
 def cannot_compose(outer: Conv, inner: Conv) -> str | None:
@@ -179,15 +195,17 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
         return None
     one_tap = all(k == 1 for k in inner.kernel) and all(p >= 0 for side in inner.padding for p in side)
     if one_tap:
-        return None if inner.bias is None or not np.any(inner.bias) else BIAS_MEETS_PADDING
+        return None if inner.bias is None or is_all(inner.bias, 0) else BIAS_MEETS_PADDING
     return "the next convolution pads this result with zeros, which a composed kernel would not read"
 
 
 def pointwise(x: Expr, scale: Array, shift: Array, channels: int, spatial: int) -> Conv:
     """``scale * x + shift`` as a kernel of one tap at offset 0 along ``spatial`` axes, one group per channel."""
     ones, zeros = (1,) * spatial, (0,) * spatial
-    weight = np.broadcast_to(scale, (channels,)).reshape(channels, 1, *ones).astype(np.float64)
-    bias = np.broadcast_to(shift, (channels,)).astype(np.float64) if np.any(shift) else None
+    xp, scale, shift = together(scale, shift)
+    empty = zeros_of(scale, (channels,))
+    weight = xp.reshape(empty + scale, (channels, 1, *ones))
+    bias = None if is_all(shift, 0) else empty + shift
     return Conv(x, weight, bias, stride=ones, dilation=ones, offset=zeros, delta=zeros, groups=channels)
 
 
@@ -238,17 +256,18 @@ def merge(convs: Sequence[Conv]) -> Conv:
     on the coarsest grid that holds every tap. Its groups are the greatest common divisor of theirs.
     """
     shape = merged_shape(convs)
-    weight = np.zeros(shape.weight.shape)
-    for conv in convs:
+    _, *weights = together(*(regroup(c, shape.groups) for c in convs))
+    merged = zeros_of(weights[0], shape.weight.shape)
+    for conv, weight in zip(convs, weights, strict=True):
         at = tuple(
             slice((a - a0) // d0, (r - a0) // d0 + 1, max(1, d // d0))  # one tap may have any dilation
             for a, r, d, a0, d0 in zip(
                 conv.offset, conv.reach, conv.dilation, shape.offset, shape.dilation, strict=True
             )
         )
-        weight[(slice(None), slice(None), *at)] += regroup(conv, shape.groups)
+        merged[(slice(None), slice(None), *at)] += weight
     biased = [c.bias for c in convs if c.bias is not None]
-    return replace(shape, weight=weight, bias=sum(biased[1:], biased[0]) if biased else None)
+    return replace(shape, weight=merged, bias=added(biased) if biased else None)
 
 
 def regroup(conv: Conv, groups: int) -> Array:
@@ -257,11 +276,12 @@ def regroup(conv: Conv, groups: int) -> Array:
     if ratio == 1:
         return conv.weight
     rows, columns = conv.out_channels // conv.groups, conv.in_channels // conv.groups
-    blocks = conv.weight.reshape(groups, ratio, rows, columns, *conv.kernel)
-    weight = np.zeros((groups, ratio, rows, ratio, columns, *conv.kernel))
+    xp, weight = together(conv.weight)
+    blocks = xp.reshape(weight, (groups, ratio, rows, columns, *conv.kernel))
+    weight = zeros_of(weight, (groups, ratio, rows, ratio, columns, *conv.kernel))
     for r in range(ratio):
         weight[:, r, :, r] = blocks[:, r]
-    return weight.reshape(conv.out_channels, ratio * columns, *conv.kernel)
+    return xp.reshape(weight, (conv.out_channels, ratio * columns, *conv.kernel))
 
 
 def _span(convs: Sequence[Conv], axis: int) -> Ints:
@@ -275,8 +295,12 @@ def _span(convs: Sequence[Conv], axis: int) -> Ints:
 def swap_sides(weight: Array, groups: int) -> Array:
     """(out, in / groups, *kernel) as (in, out / groups, *kernel), the layout of transposed convolutions; and back."""
     first, second, *kernel = weight.shape
-    blocks = weight.reshape(groups, first // groups, second, *kernel)
-    return np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(groups * second, first // groups, *kernel)
+    xp, weight = together(weight)
+    blocks = xp.reshape(weight, (groups, first // groups, second, *kernel))
+    swapped = xp.permute_dims(blocks, (0, 2, 1, *range(3, blocks.ndim)))
+    weight = zeros_of(weight, swapped.shape)
+    weight[...] = swapped  # in row-major order, which a view is not
+    return xp.reshape(weight, (groups * second, first // groups, *kernel))
 
 
 def transposed(
@@ -291,7 +315,8 @@ def transposed(
     reach = tuple(d * (k - 1) - b for d, k, b in zip(dilation, weight.shape[2:], begin, strict=True))
     delta = tuple(r - e for r, e in zip(reach, end, strict=True))
     if all(s == 1 for s in stride):
-        reversed_taps = weight[(..., *(slice(None, None, -1),) * len(stride))]
+        xp, weight = together(weight)
+        reversed_taps = xp.flip(weight, axis=tuple(range(2, weight.ndim)))
         kept = tuple(-d for d in delta)
         return Conv(x, reversed_taps, bias, stride, dilation, tuple(-r for r in reach), kept, groups)
     return Conv(x, weight, bias, stride, dilation, offset, delta, groups, transposed=True)

@@ -14,6 +14,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from reparamc.algebra.arrays import taken
 from reparamc.algebra.expr import Array, BatchNorm, Conv, Expr, Ints, Scale, Source, Sum, walk
 
 Positions = npt.NDArray[np.intp]
@@ -42,7 +43,7 @@ class Places:
         axes = len(self.at[held])
         for axis, (has, wants) in enumerate(zip(self.at[held], self.at[wanted], strict=True)):
             if len(has) != len(wants):
-                x = x.take(np.searchsorted(has, wants), axis=x.ndim - axes + axis)
+                x = taken(x, np.searchsorted(has, wants), axis=x.ndim - axes + axis)
         return x
 
     def work(self) -> int:

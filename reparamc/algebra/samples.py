@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from reparamc.algebra.arrays import count
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Expr, Ints, Layout, Reshape, Scale, Source, Sum, walk
 from reparamc.algebra.infer import channel_axes, channels, has_layout
@@ -173,7 +174,7 @@ def _just_larger(root: Expr, whole: Expr, size: Size) -> dict[Source, Ints]:
     wanted = [_tiny(size, least, axis) for axis in range(spatial)]
     for e in walk(whole):
         if isinstance(e, Scale) and e.axis is not None and -e.axis <= spatial:
-            wanted[e.axis] = max(e.scale.size, e.shift.size)  # it acts on a spatial axis
+            wanted[e.axis] = max(count(e.scale), count(e.shift))  # it acts on a spatial axis
     extents = _extents(root, wanted)
     batch = 3 if size == ORDINARY else 1
     return {

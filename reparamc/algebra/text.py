@@ -28,14 +28,14 @@ numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
+from reparamc.algebra.arrays import Array, count, is_all, values
 from reparamc.algebra.expr import (
-    Array,
     BatchNorm,
     Concat,
     Conv,
@@ -87,24 +87,13 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
             facts = [("c", e.channels), ("axis", e.axis), ("shape", e.shape and _shape(e.shape))]
             return " ".join(["source", *(f"{k}={v}" for k, v in facts if v is not None), *["taps"] * e.taps])
         case Conv():
-            words = ["conv", names[e.x], f"{e.in_channels}->{e.out_channels}"]
-            if e.spatial:
-                begin, end = e.padding
-                pads = [f"{b}" if b == n else f"{b}:{n}" for b, n in zip(begin, end, strict=True)]
-                words += [f"k={'x'.join(map(str, e.kernel))}", f"s={_each(e.stride)}"]
-                words += [f"d={_each(e.dilation)}"] if any(d != 1 for d in e.dilation) else []
-                words += [f"p={pads[0] if len(set(pads)) == 1 else ','.join(pads)}"]
-            words += [f"g={e.groups}"] if e.groups != 1 else []
-            words += ["transposed"] if e.transposed else []
-            words += ["average"] if e.is_weightless else []
-            return " ".join(words + (["bias"] if e.bias is not None else []))
+            return _describe_conv(e, names[e.x])
         case Scale():
-            count = e.scale.size if e.scale.ndim else e.shift.size
-            number = f"={e.scale:g}" if not e.scale.ndim else ""
-            channels = f" c={count} axis={e.axis}" if e.axis is not None else ""
-            return f"scale{number} {names[e.x]}{channels}" + (" shift" if np.any(e.shift) else "")
+            number = "" if e.scale.ndim else f"={float(values(e.scale)):g}"
+            channels = "" if e.axis is None else f" c={count(e.scale if e.scale.ndim else e.shift)} axis={e.axis}"
+            return f"scale{number} {names[e.x]}{channels}" + ("" if is_all(e.shift, 0) else " shift")
         case BatchNorm():
-            return f"batchnorm {names[e.x]} c={e.gamma.size} axis={e.axis}"
+            return f"batchnorm {names[e.x]} c={count(e.gamma)} axis={e.axis}"
         case Sum():
             return "sum " + ", ".join(names[t] for t in e.terms)
         case Concat():
@@ -113,15 +102,33 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
         case Select():
             return f"select {names[e.x]} {_runs(e.index)} of {e.width} axis={e.axis}"
         case Layout():
-            axes = "axis={}->{}".format(*("?" if a is None else a for a in (e.axis_in, e.axis)))
-            if isinstance(e.op, Permute):
-                return f"permute {names[e.x]} axes={','.join(map(str, e.op.axes))} {axes}"
-            if isinstance(e.op, Mean):
-                kept = " keep" if e.op.keep else ""
-                return f"mean {names[e.x]} axes={','.join(map(str, e.op.axes))} of {e.op.rank} {axes}{kept}"
-            if isinstance(e.op, Take):
-                return f"take {names[e.x]} {e.op.at} along {e.op.axis} of {e.op.rank} {axes}"
-            return f"reshape {names[e.x]} {_shape(e.op.before)}->{_shape(e.op.after)} {axes}"
+            return _describe_layout(e, names[e.x])
+
+
+def _describe_conv(e: Conv, x: str) -> str:
+    words = ["conv", x, f"{e.in_channels}->{e.out_channels}"]
+    if e.spatial:
+        begin, end = e.padding
+        pads = [f"{b}" if b == n else f"{b}:{n}" for b, n in zip(begin, end, strict=True)]
+        words += [f"k={'x'.join(map(str, e.kernel))}", f"s={_each(e.stride)}"]
+        words += [f"d={_each(e.dilation)}"] if any(d != 1 for d in e.dilation) else []
+        words += [f"p={pads[0] if len(set(pads)) == 1 else ','.join(pads)}"]
+    words += [f"g={e.groups}"] if e.groups != 1 else []
+    flags = {"transposed": e.transposed, "average": e.is_weightless, "bias": e.bias is not None}
+    return " ".join(words + [word for word, holds in flags.items() if holds])
+
+
+def _describe_layout(e: Layout, x: str) -> str:
+    axes = "axis={}->{}".format(*("?" if a is None else a for a in (e.axis_in, e.axis)))
+    match e.op:
+        case Permute(axes=order):
+            return f"permute {x} axes={','.join(map(str, order))} {axes}"
+        case Mean() as op:
+            return f"mean {x} axes={','.join(map(str, op.axes))} of {op.rank} {axes}" + (" keep" if op.keep else "")
+        case Take() as op:
+            return f"take {x} {op.at} along {op.axis} of {op.rank} {axes}"
+        case Reshape() as op:
+            return f"reshape {x} {_shape(op.before)}->{_shape(op.after)} {axes}"
 
 
 def _runs(index: Ints) -> str:
@@ -150,7 +157,7 @@ def parse(text: str, seed: int = 0) -> Expr:
         InputError: a line that is not of the form that `show` writes.
     """
     rng = np.random.default_rng(seed)
-    values: dict[str, Expr] = {}
+    named: dict[str, Expr] = {}
     last: Expr | None = None
     for line in text.strip().splitlines():
         line = line.split("#")[0].strip()
@@ -158,7 +165,7 @@ def parse(text: str, seed: int = 0) -> Expr:
             continue
         try:
             name, rest = (part.strip() for part in line.split("=", 1))
-            last = values[name] = _read(name, rest.replace(",  ", ", ").split(" ", 1), values, rng)
+            last = named[name] = _read(name, rest.replace(",  ", ", ").split(" ", 1), named, rng)
         except (KeyError, ValueError, AttributeError, IndexError) as error:
             raise InputError(f"cannot read the expression line {line!r}: {error}") from error
     if last is None:
@@ -166,63 +173,67 @@ def parse(text: str, seed: int = 0) -> Expr:
     return last
 
 
-def _read(name: str, words: list[str], values: dict[str, Expr], rng: np.random.Generator) -> Expr:
+@dataclass(frozen=True)
+class _Line:
+    """A line of the text, taken apart.
+
+    Attributes:
+        number: what follows the kind, as in ``scale=-1``.
+        rest: what follows that.
+    """
+
+    name: str
+    number: str
+    rest: str
+    operands: tuple[Expr, ...]
+    options: dict[str, str]
+    rng: np.random.Generator
+
+    @property
+    def x(self) -> Expr:
+        return self.operands[0]
+
+    @property
+    def axis(self) -> int | None:
+        """The channel axis, that of the operand where there are two."""
+        given = self.options.get("axis", "?").partition("->")[0]
+        return None if given == "?" else int(given)
+
+    @property
+    def channels(self) -> int:
+        return int(self.options.get("c", "0").split(",")[0])
+
+    def ints(self, key: str) -> Ints:
+        return tuple(map(int, self.options[key].split(",")))
+
+    def draw(self, *shape: int) -> Array:
+        return self.rng.standard_normal(shape)
+
+
+def _read(name: str, words: list[str], named: dict[str, Expr], rng: np.random.Generator) -> Expr:
     kind, _, number = words[0].partition("=")
     rest = words[1] if len(words) > 1 else ""
-    options = dict(re.findall(r"(\w+)=(\S+)", rest))
-    count, given = int(options.get("c", "0").split(",")[0]), options.get("axis", "?").partition("->")[0]
-    axis = None if given == "?" else int(given)
+    operands = tuple(named[n] for n in re.findall(r"%[^\s,]+", rest))
+    if kind not in READERS:
+        raise ValueError(f"unknown kind {kind!r}")
+    return READERS[kind](_Line(name, number, rest, operands, dict(re.findall(r"(\w+)=(\S+)", rest)), rng))
 
-    def draw(*shape: int) -> Array:
-        return rng.standard_normal(shape)
 
-    if kind == "source":
-        shape = shape_of([_dim(d) for d in options["shape"][1:-1].split(",")]) if "shape" in options else None
-        return Source(name[1:], count or None, axis, shape, "taps" in rest.split())
-    operands = [values[n] for n in re.findall(r"%[^\s,]+", rest)]
-    x = operands[0]
-    match kind:
-        case "conv":
-            return _read_conv(x, rest, options, rng)
-        case "scale":
-            shift = draw(*[count] * bool(count)) if rest.endswith(" shift") else np.zeros(())
-            scale = np.array(float(number)) if number else draw(count)
-            return Scale(x, scale, shift, axis)
-        case "batchnorm":
-            return BatchNorm(
-                x, draw(count), draw(count), draw(count), rng.uniform(0.5, 2, count), 1e-5, int(options["axis"])
-            )
-        case "sum":
-            return Sum(tuple(operands))
-        case "concat":
-            sizes = tuple(map(int, options["c"].split(",")))
-            return Concat(tuple(operands), sizes, int(options["axis"]))
-        case "select":
-            _, index, _, width, _ = rest.split()
-            runs = [[int(n) for n in run.split(":")] for run in index.split(",")]
-            channels = [i for run in runs for i in range(run[0], run[-1] + (len(run) == 1))]
-            return Select(x, tuple(channels), int(width), int(options["axis"]))
-        case "permute":
-            return Layout(x, Permute(tuple(map(int, options["axes"].split(",")))), axis)
-        case "take":
-            _, at, _, along, _, rank, _ = rest.split()
-            return Layout(x, Take(int(rank), int(along), int(at)), axis)
-        case "mean":
-            rank = int(re.findall(r" of (\d+)", rest)[0])
-            op = Mean(rank, tuple(map(int, options["axes"].split(","))), rest.endswith(" keep"))
-            return Layout(x, op, axis)
-        case "reshape":
-            old, new = (shape_of([_dim(d) for d in s.split(",")]) for s in re.findall(r"\[([^]]*)\]", rest))
-            return Layout(x, Reshape(old, new), axis)
-        case _:
-            raise ValueError(f"unknown kind {kind!r}")
+def _dims(text: str) -> Shape:
+    return shape_of([_dim(d) for d in text.split(",")])
 
 
 def _dim(text: str) -> Dim:
     return size([Dim.of(int(part) if part.isdigit() else part) for part in text.split("*")])
 
 
-def _read_conv(x: Expr, rest: str, options: dict[str, str], rng: np.random.Generator) -> Conv:
+def _read_source(line: _Line) -> Source:
+    shape = _dims(line.options["shape"][1:-1]) if "shape" in line.options else None
+    return Source(line.name[1:], line.channels or None, line.axis, shape, "taps" in line.rest.split())
+
+
+def _read_conv(line: _Line) -> Conv:
+    rest, options = line.rest, line.options
     inputs, outputs = map(int, re.findall(r"(\d+)->(\d+)", rest)[0])
     kernel = tuple(map(int, options["k"].split("x"))) if "k" in options else ()
     groups = int(options.get("g", 1))
@@ -234,8 +245,58 @@ def _read_conv(x: Expr, rest: str, options: dict[str, str], rng: np.random.Gener
     stride, dilation = (tuple(map(int, each(key)))[: len(kernel)] for key in "sd")
     pads = [tuple(map(int, p.split(":"))) for p in each("p")][: len(kernel)]
     dims = (outputs, inputs // groups, *kernel)
-    weight = np.full(dims, 1 / prod(kernel)) if rest.endswith(" average") else rng.standard_normal(dims)
-    bias = rng.standard_normal(outputs) if rest.endswith(" bias") else None
+    weight = np.full(dims, 1 / prod(kernel)) if rest.endswith(" average") else line.draw(*dims)
+    bias = line.draw(outputs) if rest.endswith(" bias") else None
     begin, end = tuple(p[0] for p in pads), tuple(p[-1] for p in pads)
-    conv = Conv.padded(x, weight, bias, stride, dilation, begin, end, groups)
+    conv = Conv.padded(line.x, weight, bias, stride, dilation, begin, end, groups)
     return replace(conv, transposed=True) if "transposed" in rest.split() else conv
+
+
+def _read_scale(line: _Line) -> Scale:
+    shift = line.draw(*[line.channels] * bool(line.channels)) if line.rest.endswith(" shift") else np.zeros(())
+    scale = np.array(float(line.number)) if line.number else line.draw(line.channels)
+    return Scale(line.x, scale, shift, line.axis)
+
+
+def _read_batchnorm(line: _Line) -> BatchNorm:
+    n = line.channels
+    gamma, beta, mean = line.draw(n), line.draw(n), line.draw(n)
+    return BatchNorm(line.x, gamma, beta, mean, line.rng.uniform(0.5, 2, n), 1e-5, int(line.options["axis"]))
+
+
+def _read_select(line: _Line) -> Select:
+    _, index, _, width, _ = line.rest.split()
+    runs = [[int(n) for n in run.split(":")] for run in index.split(",")]
+    channels = [i for run in runs for i in range(run[0], run[-1] + (len(run) == 1))]
+    return Select(line.x, tuple(channels), int(width), int(line.options["axis"]))
+
+
+def _read_take(line: _Line) -> Layout:
+    _, at, _, along, _, rank, _ = line.rest.split()
+    return Layout(line.x, Take(int(rank), int(along), int(at)), line.axis)
+
+
+def _read_mean(line: _Line) -> Layout:
+    rank = int(re.findall(r" of (\d+)", line.rest)[0])
+    return Layout(line.x, Mean(rank, line.ints("axes"), line.rest.endswith(" keep")), line.axis)
+
+
+def _read_reshape(line: _Line) -> Layout:
+    before, after = map(_dims, re.findall(r"\[([^]]*)\]", line.rest))
+    return Layout(line.x, Reshape(before, after), line.axis)
+
+
+READERS: dict[str, Callable[[_Line], Expr]] = {
+    "source": _read_source,
+    "conv": _read_conv,
+    "scale": _read_scale,
+    "batchnorm": _read_batchnorm,
+    "sum": lambda line: Sum(line.operands),
+    "concat": lambda line: Concat(line.operands, line.ints("c"), int(line.options["axis"])),
+    "select": _read_select,
+    "permute": lambda line: Layout(line.x, Permute(line.ints("axes")), line.axis),
+    "take": _read_take,
+    "mean": _read_mean,
+    "reshape": _read_reshape,
+}
+"""What reads a line of each kind."""

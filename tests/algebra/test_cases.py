@@ -379,4 +379,4 @@ def test_every_folder_is_a_pass() -> None:
 def test_every_case_says_what_it_is_about() -> None:
     for case in ALL:
         comments = [line for line in case.head.splitlines() if line.startswith("# ")]
-        assert any(not re.match("# (sizes|algebra only)", line) for line in comments), case.path
+        assert any(not re.match("# (sizes|algebra only):", line) for line in comments), case.path

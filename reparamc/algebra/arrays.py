@@ -1,0 +1,86 @@
+"""Arrays of any library that follows the array API standard, and the questions that are asked of their values.
+
+The algebra computes with the arrays that it is given: those of NumPy, or tensors of torch, on their device and with
+their gradients. Its own constants, such as one and zero, are NumPy's, and become what they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+from array_api_compat import array_namespace, device, is_torch_array
+from array_api_compat import numpy as numpy_namespace
+
+Array: TypeAlias = npt.NDArray[np.float64]
+"""An array of float64. For type checkers it is NumPy's; kernels and rules use what all libraries have."""
+
+
+def _is_numpy(array: Any) -> bool:
+    return isinstance(array, np.ndarray | np.generic)
+
+
+def together(*arrays: Array) -> tuple[Any, ...]:
+    """The namespace of ``arrays``, and the arrays in it: those of NumPy become ones of the other library, if any."""
+    other: Any = next((a for a in arrays if not _is_numpy(a)), None)
+    if other is None:
+        return (numpy_namespace, *arrays)
+    xp: Any = array_namespace(other)
+    how = {"dtype": other.dtype, "device": device(other)}
+    return (xp, *(xp.asarray(np.array(a), **how) if _is_numpy(a) else a for a in arrays))
+
+
+def zeros_of(like: Array, shape: Sequence[int]) -> Array:
+    """Zeros of the library, dtype and device of ``like``."""
+    xp, like = together(like)
+    return xp.zeros(tuple(shape), dtype=like.dtype, device=device(like))
+
+
+def taken(array: Array, index: Sequence[int] | npt.NDArray[np.intp], axis: int = 0) -> Array:
+    """``array`` at the positions ``index`` along ``axis``."""
+    if _is_numpy(array):
+        return array.take(index, axis)
+    xp = together(array)[0]
+    return xp.take(array, xp.asarray(np.array(index, np.int64), device=device(cast(Any, array))), axis=axis)
+
+
+def concatenated(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """``arrays`` one after the other along ``axis``."""
+    xp, *alike = together(*arrays)
+    return xp.concat(alike, axis=axis)
+
+
+def added(arrays: Sequence[Array]) -> Array:
+    """The sum of one or more arrays."""
+    _, first, *others = together(*arrays)
+    return array_of(sum(others, first))
+
+
+def array_of(result: Any) -> Array:
+    """``result``, as an array: of arrays without axes NumPy makes numbers."""
+    return np.asarray(result) if _is_numpy(result) else result
+
+
+def values(array: Array) -> Array:
+    """What ``array`` holds, as an array of NumPy, without gradients."""
+    if is_torch_array(array):
+        array = cast(Any, array).detach().cpu()
+    return np.asarray(array)
+
+
+def count(array: Array) -> int:
+    """The number of elements."""
+    return prod(array.shape)
+
+
+def is_all(array: Array, number: float) -> bool:
+    """Whether every element is ``number`` and stays so: one that has gradients may become another."""
+    return not getattr(array, "requires_grad", False) and bool(np.all(values(array) == number))
+
+
+def largest(array: Array) -> float:
+    """The largest magnitude, 0 of no elements."""
+    return float(np.abs(values(array)).max(initial=0.0))
