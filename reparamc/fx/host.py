@@ -17,6 +17,7 @@ from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse
 from reparamc.equivalence.difference import Outputs
 from reparamc.equivalence.end_to_end import Alone, Region
+from reparamc.errors import VerificationError
 from reparamc.fx.arguments import examples_of
 from reparamc.fx.calls import operation
 from reparamc.fx.editor import Edited, Editor
@@ -68,6 +69,7 @@ class FxHost:
         ranks = {name: len(shape) for name, shape in self._sizes.items()}
         examples = {} if given is None else examples_of(original, *given)
         self.graph = FxGraph(traced, examples, ranks, exported=exported)
+        self._before = _sums(traced)
         self._nodes = {node.name: node for node in traced.graph.nodes}
 
     def _by_position(self, call: Given) -> Sequence[Any] | None:
@@ -113,6 +115,8 @@ class FxHost:
         return _of_runs(partial(shapes_of, first=self._sizes or None), self.original, self.traced, self._positional)
 
     def certify(self, result: Edited) -> Certificate:
+        if _sums(self.traced) != self._before:  # both graphs hold it, so no proof would see it
+            raise VerificationError("a parameter of the original was overwritten. Report this as a bug", where="")
         return certify_fx(self.traced, result.module, self._shapes)
 
     def trials(self, result: Edited, regions: Sequence[Region]) -> Iterator[Trial]:
@@ -152,6 +156,13 @@ class FxHost:
             self.original, result.module, *self.given, self.expected, regions,
             partial(self._alone, result, regions), resize=not self.exported,
         )  # fmt: skip
+
+
+def _sums(module: nn.Module) -> list[str]:
+    """What tells that a parameter or buffer has been written into."""
+    tensors = [*module.parameters(), *module.buffers()]
+    plain = [t for t in tensors if t.layout == torch.strided and not (t.is_meta or t.is_quantized or t.is_complex())]
+    return [repr(t.detach().sum(dtype=torch.float64).item()) for t in plain]
 
 
 def _of_runs(
