@@ -23,7 +23,7 @@ from planting import Make, fault, given, instead, result
 from reparamc.algebra.expr import Concat, Conv, Layout, Permute, Source, Sum
 from reparamc.algebra.shape import Dim
 
-READ, EMIT = "reparamc.onnx.operators:_read_", "reparamc.onnx.graph:_Emitter."
+READ, EMIT = "reparamc.onnx.operators:_read_", "reparamc.onnx.emit:_Emitter."
 
 
 def pairs_per_axis(e: Conv) -> Conv:
@@ -467,7 +467,7 @@ ONNX_WRITERS = [
         onnx=lambda: with_norm(conv("x", "c", pads=[1] * 4), square()),
     ),
     fault(
-        "another dtype", "reparamc.onnx.graph:OnnxEdit.add_initializer",
+        "another dtype", "reparamc.onnx.emit:OnnxEdit.add_initializer",
         given(lambda self, wanted, array, dtype: (self, wanted, array, np.dtype(np.float64))),
         onnx=lambda: with_norm(conv("x", "c", pads=[1] * 4), square()),
     ),
@@ -528,7 +528,7 @@ ONNX_WRITERS = [
         ),
     ),
     fault(
-        "results under one another's names", "reparamc.onnx.graph:OnnxEdit._finish", under_other_names,
+        "results under one another's names", "reparamc.onnx.emit:OnnxEdit._finish", under_other_names,
         onnx=lambda: onnx_model(
             [conv("x", "a"), norm_of("a", "y"), conv("x", "c", "w2"), norm_of("c", "z")],
             {**square(), "w2": numbers(4, 4, 3, 3, seed=1), **statistics()}, outputs="y z",

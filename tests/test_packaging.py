@@ -218,7 +218,6 @@ def test_the_table_of_edges_has_no_circle() -> None:
         assert EDGES[name] <= set(list(EDGES)[:at]), f"{name} imports something below it in the table"
 
 
-@pytest.mark.xfail(reason="readers and graphs of both adapters", strict=True)
 def test_no_circle_of_files() -> None:
     """Imports for types included."""
     by_name = {_module(p): p for p in OURS}

@@ -25,9 +25,10 @@ from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import InputError, InputTypeError
 from reparamc.onnx.bodies import fuse_bodies, has_bodies, inlined, merged, resolve
 from reparamc.onnx.check import check
+from reparamc.onnx.emit import OnnxEdit
 from reparamc.onnx.end_to_end import run_regions, verify_end_to_end
 from reparamc.onnx.files import check_target, load, save_outcome
-from reparamc.onnx.graph import OnnxEdit, OnnxGraph
+from reparamc.onnx.graph import OnnxGraph
 from reparamc.onnx.latency import compare_latency
 from reparamc.onnx.record import file_origin, inscribe, model_origin
 from reparamc.onnx.runtime_fusions import fused_by_runtime, harmful, reason

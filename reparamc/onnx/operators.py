@@ -6,9 +6,9 @@ is. To add one, write it here and enter it in `READERS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 from onnx import NodeProto
@@ -34,22 +34,17 @@ from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
 from reparamc.errors import InputError
+from reparamc.onnx.facts import Facts, Reader
 from reparamc.onnx.taps import Stored, read_stored, read_taps, stored
 from reparamc.onnx.values import attribute, is_standard, operand
-
-if TYPE_CHECKING:
-    from reparamc.onnx.graph import OnnxGraph
 
 NORMALISATION = "it belongs to a normalisation that runtimes fuse"
 
 LAST = 2**30
 """An end of a slice from here on means the end of the axis: exporters write the largest integers."""
 
-Reader = Callable[["OnnxGraph", NodeProto, str], "Reading | Declined | None"]
-"""From a graph, a node of it and one output of that node to the reading of that output."""
 
-
-def _weight_and_bias(graph: OnnxGraph, node: NodeProto) -> tuple[str | None, str | None] | Declined:
+def _weight_and_bias(graph: Facts, node: NodeProto) -> tuple[str | None, str | None] | Declined:
     """The names of the constant weight (None where it is stored as whole numbers) and bias of a linear operator."""
     weight, bias = graph.constant(node, 1), graph.constant(node, 2)
     if weight is None and not isinstance(stored(graph, node), Stored):
@@ -73,7 +68,7 @@ def _integers(node: NodeProto, name: str, count: int, default: int = 1) -> tuple
     return found
 
 
-def _read_conv(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_conv(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     found = _weight_and_bias(graph, node)
     if isinstance(found, Declined):
         return found
@@ -102,7 +97,7 @@ def _read_conv(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
     return Reading((node.input[0],), build, _names(weight, bias), -1 - n)
 
 
-def _read_conv_transpose(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_conv_transpose(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     found = _weight_and_bias(graph, node)
     if isinstance(found, Declined):
         return found
@@ -124,7 +119,7 @@ def _read_conv_transpose(graph: OnnxGraph, node: NodeProto, output: str) -> Read
     return Reading((node.input[0],), build, _names(weight, bias), -1 - n)
 
 
-def _read_average_pool(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_average_pool(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     kernel = tuple(cast(list[int], attribute(node, "kernel_shape", [])))
     n = len(kernel)
     stride, dilation = _integers(node, "strides", n), _integers(node, "dilations", n)
@@ -145,7 +140,7 @@ def _read_average_pool(graph: OnnxGraph, node: NodeProto, output: str) -> Readin
     return Reading((node.input[0],), build, (), -1 - n, commutes=not any(pads))
 
 
-def _read_pad(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_pad(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     shape = graph.types.shape(node.input[0])
     if shape is None or len(shape) < 3 or (channels := shape[1].known) is None:
         return None
@@ -181,7 +176,7 @@ def _read_pad(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decli
 
 
 def _pads(
-    graph: OnnxGraph,
+    graph: Facts,
     node: NodeProto,
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
@@ -206,7 +201,7 @@ def _pads(
     return (*begin, *(t - b for t, b in zip(totals, begin, strict=True)))
 
 
-def _read_batchnorm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_batchnorm(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     if cast(int, attribute(node, "training_mode", 0)) or any(node.output[1:]):
         return Declined("BatchNormalization is in training mode")
     if graph.opset < 9 and cast(int, attribute(node, "spatial", 1)) != 1:
@@ -233,7 +228,7 @@ def _read_batchnorm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading |
     return Reading((node.input[0],), build, tuple(parameters), axis, commutes=True, scales=True)
 
 
-def _read_arithmetic(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_arithmetic(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     """Add, Sub, Mul, Div of two values or of a value and a constant that varies along one axis."""
     fixed = [graph.constant(node, 0), graph.constant(node, 1)]
     if all(fixed):
@@ -260,7 +255,7 @@ def _read_arithmetic(graph: OnnxGraph, node: NodeProto, output: str) -> Reading 
     )
 
 
-def _along_one_axis(graph: OnnxGraph, constant: str, value: str) -> int | Declined | None:
+def _along_one_axis(graph: Facts, constant: str, value: str) -> int | Declined | None:
     """The axis along which ``constant`` varies; None for a scalar; Declined if it may broadcast."""
     dims, shape = graph.constants.shape(constant), graph.types.shape(value)
     if shape is None:
@@ -270,7 +265,7 @@ def _along_one_axis(graph: OnnxGraph, constant: str, value: str) -> int | Declin
     return axis_of_constant(dims, lambda axis: shape[axis].known)
 
 
-def _protected(graph: OnnxGraph, node: NodeProto, value: str, *, scalar: bool) -> str | None:
+def _protected(graph: Facts, node: NodeProto, value: str, *, scalar: bool) -> str | None:
     """Why the constant of ``node`` belongs to a pattern that runtimes fuse by themselves; None when it does not.
 
     GELU, SiLU, HardSwish and the scale inside attention end in a scalar behind something non-linear;
@@ -298,7 +293,7 @@ def _protected(graph: OnnxGraph, node: NodeProto, value: str, *, scalar: bool) -
     return None
 
 
-def _read_sum(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_sum(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     names = list(node.input)
     if not names or any(name in graph.constants for name in names):
         return None
@@ -318,7 +313,7 @@ def _read_sum(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decli
     return Reading(tuple(names), build, (), axis)
 
 
-def _read_average(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_average(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     """The mean of several values."""
     found = _read_sum(graph, node, output)
     if not isinstance(found, Reading):
@@ -327,15 +322,15 @@ def _read_average(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | D
     return replace(found, build=lambda operands: Scale(found.build(operands), share, ZERO))
 
 
-def _read_neg(graph: OnnxGraph, node: NodeProto, output: str) -> Reading:
+def _read_neg(graph: Facts, node: NodeProto, output: str) -> Reading:
     return Reading((node.input[0],), lambda operands: Scale(operands[0], -ONE, ZERO), (), graph.axis(node.input[0]))
 
 
-def _read_identity(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_identity(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     return Reading((node.input[0],), lambda operands: operands[0], (), graph.axis(node.input[0]))
 
 
-def _read_dropout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_dropout(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     mask_read = len(node.output) > 1 and graph.uses.get(node.output[1])
     training = operand(node, 2)
     live = training is not None and (training not in graph.constants or bool(graph.constants.array(training).any()))
@@ -344,7 +339,7 @@ def _read_dropout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | D
     return _read_identity(graph, node, output)
 
 
-def _read_gemm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_gemm(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     if cast(int, attribute(node, "transA", 0)):
         return Declined("Gemm with transA mixes the batch")
     found = _weight_and_bias(graph, node)
@@ -370,7 +365,7 @@ def _read_gemm(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
     return Reading((node.input[0],), build, _names(weight, bias), -1)
 
 
-def _read_matmul(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_matmul(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     fixed = [graph.constant(node, 0), graph.constant(node, 1)]
     weight = fixed[0] or fixed[1]
     if weight is None:
@@ -391,7 +386,7 @@ def _read_matmul(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     return Reading((node.input[1],), rows, (weight,), -2)
 
 
-def _read_einsum(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_einsum(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     """A matrix along one axis: "blc,cd->bld", "oc,bcp->bop". One that moves axes, or sums over several, is none."""
     equation = cast(bytes, attribute(node, "equation", b"")).decode(errors="replace").replace(" ", "")
     terms, _, result = equation.partition("->")
@@ -420,7 +415,7 @@ def _read_einsum(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     return Reading((x,), build, (weight,), -1 - spatial)
 
 
-def _read_concat(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_concat(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     shapes = [graph.types.shape(name) for name in node.input]
     if any(name in graph.constants for name in node.input) or any(shape is None for shape in shapes):
         return None
@@ -433,7 +428,7 @@ def _read_concat(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     return Reading(tuple(node.input), lambda operands: Concat(tuple(operands), sizes, axis), (), axis)
 
 
-def _selection(graph: OnnxGraph, x: str, axis: int, index: Sequence[int]) -> Reading | None:
+def _selection(graph: Facts, x: str, axis: int, index: Sequence[int]) -> Reading | None:
     """Elements ``index`` of ``x`` along ``axis``; None where the extent there is unknown."""
     shape = graph.types.shape(x)
     width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
@@ -443,7 +438,7 @@ def _selection(graph: OnnxGraph, x: str, axis: int, index: Sequence[int]) -> Rea
     return Reading((x,), lambda operands: Select(operands[0], tuple(index), width, axis), (), axis)
 
 
-def _read_split(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_split(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     axis, at = cast(int, attribute(node, "axis", 0)), 0
     for name in node.output:
         shape = graph.types.shape(name)
@@ -456,7 +451,7 @@ def _read_split(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Dec
     return None
 
 
-def _read_slice(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_slice(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     """A slice of channels, or of a map: every s-th position from a to the last but b."""
     shape = graph.types.shape(node.input[0])
     given = [graph.constant(node, i) for i in range(1, 5)]
@@ -498,7 +493,7 @@ def _crop(node: NodeProto, shape: Shape, channels: int, cuts: dict[int, tuple[in
     return Reading((node.input[0],), build, (), -1 - n)
 
 
-def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_gather(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     x = node.input[0]
     index, shape = graph.constant(node, 1), graph.types.shape(x)
     axis = cast(int, attribute(node, "axis", 0))
@@ -516,7 +511,7 @@ def _read_gather(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     )
 
 
-def _shuffle(graph: OnnxGraph, node: NodeProto) -> Reading | None:
+def _shuffle(graph: Facts, node: NodeProto) -> Reading | None:
     """Reshape, Transpose, Reshape that only permute channels: [N, g c, *] to [N, g, c, *], [N, c, g, *], back."""
     turn = graph.producers.get(node.input[0])
     split = graph.producers.get(turn.input[0]) if turn is not None and turn.op_type == "Transpose" else None
@@ -539,7 +534,7 @@ def _shuffle(graph: OnnxGraph, node: NodeProto) -> Reading | None:
     return _selection(graph, x, axis, np.arange(groups * per_group).reshape(groups, per_group).T.ravel().tolist())
 
 
-def _read_mean(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_mean(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     x = node.input[0]
     rank, axis = graph.types.rank(x), graph.axis(x)
     if rank is None:
@@ -554,7 +549,7 @@ def _read_mean(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Decl
     return layout_reading(x, Mean(rank, tuple(sorted(a % rank for a in axes)), keep), axis)
 
 
-def _read_layout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | Declined | None:
+def _read_layout(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     before, after = graph.types.shape(node.input[0]), graph.types.shape(node.output[0])
     if before is None or after is None:
         return None
@@ -568,12 +563,12 @@ def _read_layout(graph: OnnxGraph, node: NodeProto, output: str) -> Reading | De
     return shuffled or layout_reading(x, op, graph.axis(x), linear=graph.is_linear(x))
 
 
-def _channels(graph: OnnxGraph, name: str, axis: int) -> int | None:
+def _channels(graph: Facts, name: str, axis: int) -> int | None:
     shape = graph.types.shape(name)
     return shape[axis].known if shape is not None and len(shape) >= -axis else None
 
 
-def _not_constant(graph: OnnxGraph, node: NodeProto, position: int) -> str:
+def _not_constant(graph: Facts, node: NodeProto, position: int) -> str:
     name = operand(node, position)
     if name in graph.constants.overridable:
         return f"its parameter {name!r} is a graph input that a caller may override"

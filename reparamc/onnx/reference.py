@@ -9,22 +9,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from reparamc.algebra.expr import Array
+from reparamc.onnx.facts import Facts
 from reparamc.onnx.values import FLOATS, attribute
-
-if TYPE_CHECKING:
-    from reparamc.onnx.graph import OnnxGraph
 
 Operator = Callable[[Mapping[str, Array]], Array]
 
 
-def in_float64(graph: OnnxGraph, node: NodeProto, output: str) -> Operator:
+def in_float64(graph: Facts, node: NodeProto, output: str) -> Operator:
     """``output`` of one operator as a function of its operands by name, all floating values being float64."""
     constants = {name: _float64(graph.constants.array(name)) for name in node.input if name and name in graph.constants}
     copy = NodeProto.FromString(node.SerializeToString())
@@ -52,9 +49,7 @@ def _drop(node: NodeProto, name: str) -> None:
             return
 
 
-def _evaluator(
-    graph: OnnxGraph, node: NodeProto, constants: Mapping[str, np.ndarray], output: str, opset: int
-) -> Operator:
+def _evaluator(graph: Facts, node: NodeProto, constants: Mapping[str, np.ndarray], output: str, opset: int) -> Operator:
     operands = [n for n in dict.fromkeys(node.input) if n and n not in constants]
     inputs = [helper.make_tensor_value_info(name, TensorProto.DOUBLE, None) for name in operands]
     result = helper.make_tensor_value_info(output, TensorProto.DOUBLE, None)
@@ -67,9 +62,7 @@ def _evaluator(
     return lambda values: np.asarray(next(iter(evaluator.run(None, {name: values[name] for name in operands}))))
 
 
-def _by_group(
-    graph: OnnxGraph, node: NodeProto, constants: Mapping[str, np.ndarray], groups: int, opset: int
-) -> Operator:
+def _by_group(graph: Facts, node: NodeProto, constants: Mapping[str, np.ndarray], groups: int, opset: int) -> Operator:
     """A transposed convolution as one of a single group for each, side by side, and the bias."""
     x, weight, *rest = node.input
     bias = constants[rest[0]] if rest and rest[0] else None

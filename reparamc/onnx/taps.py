@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from onnx import NodeProto, helper
@@ -19,16 +19,14 @@ from reparamc.algebra.expr import Array, Conv, Source
 from reparamc.algebra.kernels import swap_sides
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Reading, Taps
+from reparamc.onnx.facts import Facts
 from reparamc.onnx.values import FLOATS, attribute, is_standard
-
-if TYPE_CHECKING:
-    from reparamc.onnx.graph import OnnxGraph
 
 OF_THE_WEIGHT = ("group", "alpha", "beta")
 """Attributes that decide what is done with what is gathered, or with the bias."""
 
 
-def read_taps(graph: OnnxGraph, node: NodeProto, weight: str, bias: str | None) -> Reading:
+def read_taps(graph: Facts, node: NodeProto, weight: str, bias: str | None) -> Reading:
     """A convolution with a constant weight as a matrix over what it gathers."""
     shape, groups = graph.constants.shape(weight), cast(int, attribute(node, "group", 1))
     transposed = node.op_type == "ConvTranspose"
@@ -47,7 +45,7 @@ def _attributes(node: NodeProto) -> Sequence[bytes]:
     return tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute if a.name not in OF_THE_WEIGHT))
 
 
-def _bias(graph: OnnxGraph, bias: str | None, factor: float = 1.0) -> Callable[[], Array] | None:
+def _bias(graph: Facts, bias: str | None, factor: float = 1.0) -> Callable[[], Array] | None:
     return None if bias is None else lambda: graph.array(bias).ravel() * factor
 
 
@@ -68,7 +66,7 @@ class Stored:
     out: int
 
 
-def stored(graph: OnnxGraph, node: NodeProto) -> Stored | Declined | None:
+def stored(graph: Facts, node: NodeProto) -> Stored | Declined | None:
     """The weight of ``node`` as it is stored; None where that is no DequantizeLinear of constants."""
     name = node.input[1] if len(node.input) > 1 else ""
     made = graph.producers.get(name)
@@ -104,7 +102,7 @@ def _output_axis(node: NodeProto, rank: int) -> int | Declined:
     return Declined("its stored weight has no axis of output channels")
 
 
-def read_stored(graph: OnnxGraph, node: NodeProto, bias: str | None) -> Reading | Declined | None:
+def read_stored(graph: Facts, node: NodeProto, bias: str | None) -> Reading | Declined | None:
     """A linear operator whose weight is stored as whole numbers, as a scale of each channel of what these give."""
     found = stored(graph, node)
     if found is None or isinstance(found, Declined):
@@ -129,7 +127,7 @@ def read_stored(graph: OnnxGraph, node: NodeProto, bias: str | None) -> Reading 
     return taps.reading(scales, None if bias is None else shift, found.out, names)
 
 
-def obstacle(graph: OnnxGraph, e: Conv) -> str | None:
+def obstacle(graph: Facts, e: Conv) -> str | None:
     """Why the operator whose taps ``e`` reads cannot have the weight of ``e``; None when it can."""
     found = stored(graph, graph.producers[_operator(e)])
     if isinstance(found, Stored) and not (e.groups == found.out == e.out_channels):
@@ -142,12 +140,18 @@ def _operator(e: Conv) -> str:
 
 
 def with_weight(
-    graph: OnnxGraph, e: Conv, parameter: Callable[[str, Array], str], add: Callable[..., str], output: str | None
+    graph: Facts,
+    e: Conv,
+    parameter: Callable[[str, Array], str],
+    copies: Callable[[str, str, int], str],
+    add: Callable[..., str],
+    output: str | None,
 ) -> str:
     """Add the operator whose taps ``e`` reads, with the weight and bias of ``e``; the name of its result.
 
     Args:
         parameter: stores an array under a name of that kind.
+        copies: stores a vector of that many copies of a constant number, given a name for it and that of the number.
         add: adds a node, given the operator, its operands, the name of its result and its attributes.
         output: the name of the result; None for a new one.
     """
@@ -155,7 +159,7 @@ def with_weight(
     found = stored(graph, node)
     attributes: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if isinstance(found, Stored):
-        weight = _rescaled(graph, found, e.weight.ravel(), parameter, add)
+        weight = _rescaled(graph, found, e.weight.ravel(), parameter, copies, add)
         attributes.pop("beta", None)
     else:
         kernel = graph.constants.shape(node.input[1])[2:]
@@ -170,7 +174,12 @@ def with_weight(
 
 
 def _rescaled(
-    graph: OnnxGraph, found: Stored, scales: Array, parameter: Callable[[str, Array], str], add: Callable[..., str]
+    graph: Facts,
+    found: Stored,
+    scales: Array,
+    parameter: Callable[[str, Array], str],
+    copies: Callable[[str, str, int], str],
+    add: Callable[..., str],
 ) -> str:
     """Add the stored weight times other scales; its name."""
     whole, _, *zero = found.node.input
@@ -179,7 +188,7 @@ def _rescaled(
     attributes = {a.name: helper.get_attribute_value(a) for a in found.node.attribute}
     if zero and zero[0]:
         each = not one and graph.constants.shape(zero[0]) != (found.out,)
-        given.append(graph.add_copies(f"{zero[0]}.each", zero[0], found.out) if each else zero[0])
+        given.append(copies(f"{zero[0]}.each", zero[0], found.out) if each else zero[0])
     if not one:
         attributes["axis"] = found.axis
     return add("DequantizeLinear", given, None, **attributes)

@@ -316,7 +316,7 @@ def test_the_shape_of_a_constant_that_shape_inference_does_not_know() -> None:
 
 
 def test_a_wrong_rewrite_is_undone_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from reparamc.onnx.graph import OnnxEdit
+    from reparamc.onnx.emit import OnnxEdit
 
     add = OnnxEdit.add_initializer
 

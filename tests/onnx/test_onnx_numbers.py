@@ -32,8 +32,8 @@ from reparamc.algebra.kernels import coefficients, scale_outputs
 from reparamc.algebra.rewrite import Pass
 from reparamc.certificate.proof import Certificate
 from reparamc.errors import InputError, VerificationError
+from reparamc.onnx.emit import OnnxEdit
 from reparamc.onnx.fuse import fuse_model
-from reparamc.onnx.graph import OnnxEdit
 from reparamc_passes import PASSES
 
 

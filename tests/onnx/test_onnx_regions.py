@@ -13,9 +13,9 @@ from onnx_models import PAD, batchnorm, model, node, norm, rand
 from reparamc.certificate.proof import Certificate
 from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import VerificationError
+from reparamc.onnx.emit import OnnxEdit
 from reparamc.onnx.end_to_end import verify_end_to_end
 from reparamc.onnx.fuse import fuse_model
-from reparamc.onnx.graph import OnnxEdit
 from reparamc.onnx.regions_alone import run_alone
 from reparamc.onnx.session import random_inputs
 

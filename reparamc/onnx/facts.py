@@ -1,0 +1,106 @@
+"""What readers ask about an ONNX graph: constants, types, who makes and who reads a value, readings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto
+
+from reparamc.algebra.expr import Array, Reshape
+from reparamc.algebra.rewrite import Declined
+from reparamc.compiler.graph import Reading, Value
+from reparamc.errors import InputError
+from reparamc.onnx.values import (
+    FLOATS,
+    Constants,
+    Types,
+    is_fused_conv,
+    is_placed,
+    is_standard,
+    operand,
+    opset_of,
+    read_elsewhere,
+    readers,
+)
+
+Reader = Callable[["Facts", NodeProto, str], "Reading | Declined | None"]
+"""From a graph, a node of it and one output of that node to the reading of that output."""
+
+
+class Facts:
+    """The main graph of a model, and the readings of its values by a table of readers."""
+
+    def __init__(self, model: ModelProto, table: Mapping[str, Reader]) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self.constants = Constants(model)
+        self.opset = opset_of(model)
+        self.producers = {name: node for node in self.nodes for name in node.output if name}
+        self.uses = readers(model.graph)
+        for name in read_elsewhere(model):
+            self.uses.setdefault(name, []).append(None)
+        """The nodes that read each value, once per operand; None for a graph output or a body that captures it."""
+        self._table = table
+        self._readings: dict[str, Reading | Declined | None] = {}
+
+    @cached_property
+    def types(self) -> Types:
+        return Types(self.model)
+
+    def read(self, value: Value) -> Reading | Declined | None:
+        name = str(value)
+        if name not in self._readings:
+            node = self.producers[name]
+            reader = self._table.get(node.op_type) if is_standard(node) or is_fused_conv(node) else None
+            readable = (
+                name in results_of(node)
+                and not is_placed(node)
+                and self.types.dtype(name) is not None
+                and not self.is_empty(node)
+            )
+            self._readings[name] = reader(self, node, name) if reader is not None and readable else None
+        return self._readings[name]
+
+    def is_empty(self, node: NodeProto) -> bool:
+        """Whether an operand or a result of ``node`` has no elements, for every input: there is nothing to gain."""
+        shapes = (self.types.shape(name) for name in (*node.input, *node.output) if name)
+        return any(dim.factor == 0 for shape in shapes for dim in shape or ())
+
+    def axis(self, name: str) -> int | None:
+        """The channel axis of ``name``, where a linear operator fixes it."""
+        reading = self.read(name) if name in self.producers else None
+        return reading.axis if isinstance(reading, Reading) else None
+
+    def is_linear(self, name: str) -> bool:
+        """Whether ``name`` is computed by an operator that has a reading."""
+        return name in self.producers and isinstance(self.read(name), Reading)
+
+    def constant(self, node: NodeProto, position: int) -> str | None:
+        """The name of the constant operand at ``position``; None when it is absent or no constant."""
+        name = operand(node, position)
+        return name if name is not None and name in self.constants else None
+
+    def array(self, name: str) -> Array:
+        """The parameter ``name`` in float64.
+
+        Raises:
+            InputError: it is no tensor of floating numbers, which the checker overlooks.
+        """
+        kind = self.constants.element_type(name)
+        if kind not in FLOATS:
+            stored = TensorProto.DataType.Name(kind).lower()
+            raise InputError(f"the parameter {name!r} is of type {stored}, where a floating type is needed")
+        return self.constants.array(name).astype(np.float64)
+
+    def reshapes(self, node: NodeProto) -> Reshape | None:
+        """What ``node`` does to the shape of its operand, where both shapes are known."""
+        before, after = self.types.shape(node.input[0]), self.types.shape(node.output[0])
+        return None if before is None or after is None else Reshape(before, after, node.output[0])
+
+
+def results_of(node: NodeProto) -> list[str]:
+    """The outputs of ``node`` that values are read from: one, but for Split."""
+    outputs = list(node.output) if node.op_type == "Split" else node.output[:1]
+    return [name for name in outputs if name]
