@@ -24,6 +24,7 @@ from reparamc.algebra.cost import cost
 from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
 from reparamc.algebra.infer import misfit
+from reparamc.algebra.provenance import names_through
 from reparamc.algebra.rewrite import Declined, Pass, Refusal, Step, simplify
 from reparamc.algebra.text import show
 from reparamc.compiler.graph import Graph, Reading, Splice, Value, not_native, values_in
@@ -212,7 +213,7 @@ def _consider(
         counts = Counter(step.name for step in steps)
         splice = checked(graph, members, readings, before, after, native, counts, host)
     if isinstance(splice, Splice):
-        return Decision(after, splice, refusals, members)
+        return Decision(after, replace(splice, origins=_origins(found, members, readings)), refusals, members)
     reason = splice.reason if isinstance(splice, Declined) else f"it failed its check: {splice.reason}"
     refusals = [*refusals, Refusal(steps[-1].name, before, reason)]
     apart = frozenset[Value]()
@@ -257,6 +258,18 @@ def _simplified(
         after, refusals = outcome.expr, outcome.refusals
         steps += outcome.steps
     return _Simplified(before, after, exprs, steps, refusals)
+
+
+def _origins(found: _Simplified, members: Sequence[Value], readings: dict[Value, Reading]) -> dict[int, frozenset[str]]:
+    """Which parameters each array of the final form is made from, by its id."""
+    named: dict[int, frozenset[str]] = {}
+    for v in members:
+        below = {found.exprs[o] for o in readings[v].operands}
+        for e in walk(found.exprs[v], stop=below.__contains__):
+            if e not in below:
+                named.update((id(a), frozenset(readings[v].parameters)) for a in arrays(e))
+    names = names_through(named, found.steps)
+    return {id(a): names[id(a)] for e in walk(found.after) for a in arrays(e) if id(a) in names}
 
 
 def _in_order(parts: Sequence[tuple[Value, ...]], readings: dict[Value, Reading]) -> tuple[Value, ...]:

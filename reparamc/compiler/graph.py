@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from reparamc.algebra.expr import Array, Conv, Expr, Layout, LayoutOp, Mean, Reshape, Source, Take, ranks, walk
+from reparamc.algebra.expr import Array, Conv, Expr, Layout, LayoutOp, Mean, Reshape, Source, Take, arrays, ranks, walk
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Dim, Shape, size
 
@@ -170,6 +170,9 @@ class Splice:
         shared: the value that this and other splices compute anew together: all are made, or none, because one
             alone would not pay.
         original: the region as an expression; None where it is none.
+        origins: which of ``parameters`` an array of ``expr`` is made from, by its id; of any other, all.
+        tensors: what the host made of ``expr`` when it was last carried out: new tensors, by name, and the parameters
+            that each is made from.
     """
 
     root: Value
@@ -184,6 +187,13 @@ class Splice:
     error: float | None
     shared: Value | None = None
     original: Expr | None = None
+    origins: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def parameters_of(self, e: Expr) -> tuple[str, ...]:
+        """The parameters that those of ``e``, a node of the replacement, are made from."""
+        names = frozenset[str]().union(*(self.origins.get(id(a), self.parameters) for a in arrays(e)))
+        return tuple(p for p in self.parameters if p in names)
 
     @property
     def operands(self) -> tuple[Value, ...]:

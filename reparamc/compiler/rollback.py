@@ -34,12 +34,17 @@ class Attempt(Generic[ResultT]):
     Attributes:
         without: the units that are left out.
         result: the outcome.
+        tensors: what is new in it, of each of ``splices``, and which parameters it is made from.
     """
 
     def __init__(self, host: Host[ResultT], plan: Plan) -> None:
         self.host, self.plan = host, plan
         self.without: frozenset[str] = frozenset()
+        self._carry_out()
+
+    def _carry_out(self) -> None:
         self.result = self.made(self.without)
+        self.tensors = [dict(s.tensors) for s in self.splices]
 
     def unit(self, edit: Edit) -> str:
         return self.host.tensor(edit.unit)
@@ -65,7 +70,7 @@ class Attempt(Generic[ResultT]):
         """Make the result anew, without ``units`` as well."""
         if not self.without.issuperset(units):
             self.without = self.without.union(units)
-            self.result = self.made(self.without)
+            self._carry_out()
 
     def regions(self) -> list[Region]:
         """What was rewritten, for those who compare the two models."""
@@ -107,11 +112,13 @@ def _exactly(splice: Splice, name: Callable[[Value], str], values: Outputs) -> A
     return exact
 
 
-def rewritten(graph: Graph, splice: Splice) -> Rewrite:
+def rewritten(graph: Graph, splice: Splice, tensors: Iterable[str]) -> Rewrite:
     """The entry of ``splice``."""
     operators = tuple(graph.name(v) for v in splice.members)
     where, counts = graph.name(splice.root), dict(splice.counts)
-    return Rewrite(where, operators, counts, splice.parameters, splice.before, splice.after, splice.error)
+    return Rewrite(
+        where, operators, counts, splice.parameters, splice.before, splice.after, splice.error, tuple(tensors)
+    )
 
 
 UNPROVEN = "the result could not be proven equal to the original"

@@ -100,6 +100,7 @@ class Emitter:
         self.trainable = any(t.requires_grad for t in tensors)
         self.modules = [str(m.target) for m in members if m.op == "call_module"]
         self.modules = self.modules or [name.rpartition(".")[0] for name in splice.parameters if "." in name]
+        self.emitting = splice.expr
         self.values: dict[Expr, fx.Node] = {e: target.current(v) for e, v in native.items()}
         facts = readings.facts
         shifts = any(((call := facts.calls[m]) and call.op == "batch_norm") or facts.is_normalised(m) for m in members)
@@ -114,6 +115,7 @@ class Emitter:
 
     def run(self) -> fx.Node:
         top = self.splice.expr
+        self.splice.tensors.clear()
         for e in new_nodes(self.splice):
             if e in self.target.emitted:  # in another region, that shares it
                 self.values[e] = self.target.emitted[e]
@@ -122,6 +124,12 @@ class Emitter:
         return self.values[top]
 
     def _emit(self, e: Expr) -> fx.Node:
+        outer, self.emitting = self.emitting, e
+        node = self._emit_one(e)
+        self.emitting = outer
+        return node
+
+    def _emit_one(self, e: Expr) -> fx.Node:
         match e:
             case Conv() if e.reads_taps:
                 return self._with_weight(e)
@@ -335,6 +343,9 @@ class Emitter:
         path = self.target.fresh_path(wanted)
         module.eval()
         self.target.module.add_submodule(path, module)
+        for name, t in (*module.named_parameters(), *module.named_buffers()):
+            if t.is_floating_point():
+                self.splice.tensors[f"{path}.{name}"] = self.splice.parameters_of(self.emitting)
         return path
 
 

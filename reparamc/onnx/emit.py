@@ -144,9 +144,11 @@ class _Emitter:
         self.nodes: list[NodeProto] = []
         self.names: dict[Expr, str] = {e: str(v) for e, v in splice.native.items()}
         self.note = f"reparamc: {', '.join(splice.counts)}"
+        self.emitting = splice.expr
 
     def run(self) -> list[NodeProto]:
         top = self.splice.expr
+        self.splice.tensors.clear()
         for e in new_nodes(self.splice):
             if e in self.graph.emitted:  # in another region, that shares it
                 self.names[e] = self.graph.emitted[e]
@@ -157,6 +159,12 @@ class _Emitter:
         return self.nodes
 
     def _emit(self, e: Expr, output: str | None) -> str:
+        outer, self.emitting = self.emitting, e
+        name = self._emit_one(e, output)
+        self.emitting = outer
+        return name
+
+    def _emit_one(self, e: Expr, output: str | None) -> str:
         match e:
             case Conv() if e.reads_taps:
                 return taps.with_weight(self.graph.facts, e, self._parameter, self.graph.add_copies, self._node, output)
@@ -344,7 +352,9 @@ class _Emitter:
         return self.names[e]
 
     def _parameter(self, kind: str, array: Array) -> str:
-        return self.graph.add_initializer(f"{self.base}.{kind}", array, self.splice.dtype)
+        name = self.graph.add_initializer(f"{self.base}.{kind}", array, self.splice.dtype)
+        self.splice.tensors[name] = self.splice.parameters_of(self.emitting)
+        return name
 
     def _node(self, op: str, inputs: list[str], output: str | None, **attributes: Any) -> str:
         output = output or self.graph.names.fresh(f"{self.base}_{op.lower()}")

@@ -33,6 +33,7 @@ class Rewrite:
         parameters: names of the parameters that went into the new ones.
         before, after: both forms as text.
         error: largest difference in float64, relative; None when not verified.
+        tensors: names of the new parameters.
     """
 
     where: str
@@ -42,6 +43,7 @@ class Rewrite:
     before: str
     after: str
     error: float | None
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,9 @@ class Report:
         result: SHA-256 of the fused graph; None where that is not known.
         history: records of earlier fusions of the same module; an ONNX model carries its own.
         parts: the parts of a module that was not fused as one graph.
+        provenance: for every new parameter the names of the original ones that it is made from: those of the operators
+            that went into its own. An operator that is found by its impulse response, or that is split, names those
+            of its whole region.
     """
 
     before: Counts
@@ -248,6 +253,7 @@ class Report:
     history: list[dict[str, Any]] = field(default_factory=list)
     certificate: Certified | None = None
     parts: list[Part] = field(default_factory=list)
+    provenance: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.table()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 
-from reparamc.report.data import Certified, Counts, HostCheck, Report
+from reparamc.report.data import Certified, Counts, HostCheck, Report, Rewrite
 
 
 def merged(reports: Sequence[tuple[str, Report]], left: Sequence[Counts]) -> Report:
@@ -26,7 +26,10 @@ def merged(reports: Sequence[tuple[str, Report]], left: Sequence[Counts]) -> Rep
         before=total([*(r.before for r in every), *left]),
         after=total([*(r.after for r in every), *left]),
         passes=dict(_summed(r.passes for r in every)) if first is not None else {},
-        rewrites=[replace(w, where=inside(at, w.where)) for at, r in reports for w in r.rewrites],
+        rewrites=[_rewrite_inside(at, w) for at, r in reports for w in r.rewrites],
+        provenance={
+            inside(at, name): tuple(inside(at, p) for p in of) for at, r in reports for name, of in r.provenance.items()
+        },
         kept=[replace(k, where=inside(at, k.where)) for at, r in reports for k in r.kept],
         failed=[replace(f, where=inside(at, f.where)) for at, r in reports for f in r.failed],
         host=HostCheck(sum(h.kinds for h in hosts), [u for h in hosts for u in h.unable]) if hosts else None,
@@ -37,6 +40,11 @@ def merged(reports: Sequence[tuple[str, Report]], left: Sequence[Counts]) -> Rep
 
 def inside(place: str, name: str) -> str:
     return f"{place}.{name}" if place else name
+
+
+def _rewrite_inside(place: str, rewrite: Rewrite) -> Rewrite:
+    parameters, tensors = (tuple(inside(place, n) for n in names) for names in (rewrite.parameters, rewrite.tensors))
+    return replace(rewrite, where=inside(place, rewrite.where), parameters=parameters, tensors=tensors)
 
 
 def total(counts: Iterable[Counts]) -> Counts:
