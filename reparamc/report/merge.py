@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from typing import TypeVar
 
 from reparamc.report.data import Certified, Counts, HostCheck, Report, Rewrite
+
+NumberT = TypeVar("NumberT", int, float)
 
 
 def merged(reports: Sequence[tuple[str, Report]], left: Sequence[Counts]) -> Report:
@@ -25,7 +27,7 @@ def merged(reports: Sequence[tuple[str, Report]], left: Sequence[Counts]) -> Rep
     return Report(
         before=total([*(r.before for r in every), *left]),
         after=total([*(r.after for r in every), *left]),
-        passes=dict(_summed(r.passes for r in every)) if first is not None else {},
+        passes=_summed(r.passes for r in every) if first is not None else {},
         rewrites=[_rewrite_inside(at, w) for at, r in reports for w in r.rewrites],
         provenance={
             inside(at, name): tuple(inside(at, p) for p in of) for at, r in reports for name, of in r.provenance.items()
@@ -34,7 +36,7 @@ def merged(reports: Sequence[tuple[str, Report]], left: Sequence[Counts]) -> Rep
         failed=[replace(f, where=inside(at, f.where)) for at, r in reports for f in r.failed],
         host=HostCheck(sum(h.kinds for h in hosts), [u for h in hosts for u in h.unable]) if hosts else None,
         certificate=_certified(certificates) if certificates else None,
-        seconds=dict(_summed(r.seconds for r in every)),
+        seconds=_summed(r.seconds for r in every),
     )
 
 
@@ -52,12 +54,12 @@ def total(counts: Iterable[Counts]) -> Counts:
     return Counts(*(sum(getattr(c, f.name) for c in every) for f in fields(Counts)))
 
 
-def _summed(counts: Iterable[dict[str, float]]) -> dict[str, float]:
-    found = Counter[str]()
+def _summed(counts: Iterable[dict[str, NumberT]]) -> dict[str, NumberT]:
+    found: dict[str, NumberT] = {}
     for each in counts:
         for name, n in each.items():
-            found[name] += n  # type: ignore[assignment]
-    return dict(found)
+            found[name] = found[name] + n if name in found else n
+    return found
 
 
 def _certified(every: Sequence[Certified]) -> Certified:
