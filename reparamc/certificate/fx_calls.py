@@ -117,6 +117,7 @@ def described(node: fx.Node, module: fx.GraphModule) -> Described | None:
     if node.op == "call_method":
         name = str(node.target)
         name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+        name = name[2:-2] if name.startswith("__i") else name  # ``a.__iadd__(b)`` is ``a += b``
         plain = _SPELLINGS.get(name)
         return None if plain is None else _bound(node, *plain)
     if node.op != "call_function":

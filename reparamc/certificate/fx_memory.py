@@ -34,6 +34,8 @@ IN_PLACE = {
     operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.ilshift, operator.irshift,
 }  # fmt: skip
 
+_AS_METHODS = {f"__{function.__name__}__" for function in IN_PLACE}
+
 RESHAPING = {
     "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_",
     "as_strided_", "detach_",
@@ -80,6 +82,7 @@ def _writes(node: fx.Node, module: fx.GraphModule) -> bool:
     name = name_of(node)
     return (
         node.target in IN_PLACE
+        or (node.op == "call_method" and name in _AS_METHODS)
         or (name.endswith("_") and not name.endswith("__"))
         or bool(node.kwargs.get("inplace"))
         or (

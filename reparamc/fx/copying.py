@@ -185,6 +185,18 @@ class State:
         """The paths of all modules that hold something else than before."""
         return [path for path in self._modules if self._is_changed(path)]
 
+    def first_change(self) -> str:
+        """The first attribute that holds something else than before, by its path."""
+        for path in self.changed():
+            module, before = self._modules[path], self._attributes[path]
+            moved = [t for t, value in self._tensors[path] if not same_values(t, value)]
+            held = {**vars(module), **module._parameters, **module._buffers}
+            for name, value in held.items():
+                if any(value is t for t in moved) or (name in vars(module) and before.get(name) is not value):
+                    return f"{path}.{name}".lstrip(".")
+            return path
+        return ""
+
     def _is_changed(self, path: str) -> bool:
         before, now = self._attributes[path], vars(self._modules[path])
         if before.keys() != now.keys() or any(now[k] is not v for k, v in before.items()):

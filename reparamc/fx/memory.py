@@ -15,14 +15,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
 
 from reparamc.fx.calls import allocates, aten_name, first_operand, is_plain, lookup, spelled
-
-IN_PLACE_DUNDERS = {
-    f"__{name}__": getattr(operator, name)
-    for name in (
-        "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "imatmul",
-        "ilshift", "irshift",
-    )
-}  # fmt: skip
+from reparamc.fx.operators import IN_PLACE
 
 SIZE_READS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
 
@@ -150,7 +143,7 @@ def written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
     found = [out] if isinstance(out, fx.Node) else []
     if node.op == "call_method":
         name = str(node.target)
-        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        writes = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         flag = node.kwargs.get("inplace") or (node.target in _INPLACE_SECOND and node.args[1:2] == (True,))
@@ -160,6 +153,8 @@ def written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
             return list(node.all_input_nodes)
     else:
         return found
+    if writes and first is None:  # it is given many at once, as those of torch._foreach_add_
+        return list(node.all_input_nodes)
     return [*found, first] if writes and first is not None else found
 
 
@@ -179,5 +174,5 @@ def is_known(function: Any) -> bool:
     return home.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "")
 
 
-_IN_PLACE = {*IN_PLACE_DUNDERS.values(), operator.setitem}
+_IN_PLACE = set(IN_PLACE.values())
 _INPLACE_SECOND = {F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.mish}

@@ -55,6 +55,15 @@ class Operator:
     takes_sizes: bool = False
 
 
+IN_PLACE: Mapping[str, Callable[..., Any]] = {
+    f"__{name}__": getattr(operator, name)
+    for name in (
+        "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "imatmul",
+        "ilshift", "irshift", "setitem",
+    )
+}  # fmt: skip
+"""What Python writes as ``a += b`` and ``a[i] = b``, as methods and as functions."""
+
 ALL = ("shape", "rank", "dtype")
 """What an elementwise operator keeps."""
 

@@ -122,8 +122,8 @@ class Parts:
         state = State(module)
         try:
             found = Whole(*traced(module, calls[0] if calls else None, opaque))
-            if not calls and (changed := state.changed()):
-                return f"forward changes {changed[0]!r}: a state that every call updates is not fused"
+            if not calls and state.changed():
+                return f"forward changes {state.first_change()!r}: a state that every call updates is not fused"
             return found
         except InputError as error:
             return str(error)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import operator
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from reparamc.fx.export import is_exported
-from reparamc.fx.memory import IN_PLACE_DUNDERS
+from reparamc.fx.operators import IN_PLACE
 
 HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -17,7 +16,7 @@ HOOKS = (
     *("_backward_hooks", "_backward_pre_hooks"),
 )
 _OWN = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
-_AS_METHODS = {function: name for name, function in IN_PLACE_DUNDERS.items()} | {operator.setitem: "__setitem__"}
+_AS_METHODS = {function: name for name, function in IN_PLACE.items()}
 
 
 class FusedModule(fx.GraphModule):
@@ -41,6 +40,8 @@ def _in_words(graph: fx.Graph) -> fx.Graph:
     made = copy.deepcopy(graph)
     made._codegen = copy.deepcopy(graph._codegen)
     for node in made.nodes:
+        if isinstance(node.type, str):  # an annotation in quotes, which is no class that can be imported
+            node.type = None
         if node.op == "call_function" and (name := _AS_METHODS.get(node.target)) and isinstance(node.args[0], fx.Node):
             node.op, node.target = "call_method", name
     return made

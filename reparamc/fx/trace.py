@@ -16,7 +16,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
-from reparamc.fx.memory import IN_PLACE_DUNDERS
+from reparamc.fx.memory import reads_size_only
+from reparamc.fx.operators import IN_PLACE
 from reparamc.fx.watch import LOCK, Call
 
 
@@ -32,19 +33,20 @@ class _Proxy(fx.Proxy):
             _ = found.node
         return found
 
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
     def __len__(self) -> int:
         return cast(_Tracer, self.tracer).length(self)
 
 
-def _recorder(function: Any) -> Any:
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+def _recorder(function: Any, of_numbers: Any) -> Any:
+    def record(self: _Proxy, *given: Any) -> fx.Proxy:
+        is_number = of_numbers is not None and cast(_Tracer, self.tracer).is_number(self.node)
+        return self.tracer.create_proxy("call_function", of_numbers if is_number else function, (self, *given), {})
+
+    return record
 
 
-for _name, _function in IN_PLACE_DUNDERS.items():
-    setattr(_Proxy, _name, _recorder(_function))
+for _name, _function in IN_PLACE.items():
+    setattr(_Proxy, _name, _recorder(_function, getattr(operator, f"__{_name[3:]}", None)))
 
 
 class _Tracer(fx.Tracer):
@@ -85,6 +87,16 @@ class _Tracer(fx.Tracer):
             except (LookupError, TypeError):
                 return None
         return None
+
+    def is_number(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a size or a number, or computed from those, which nothing writes into."""
+        if node.op == "placeholder":
+            return isinstance(self._example(node), int | float | complex | tuple)
+        if reads_size_only(node) or (node.op == "call_method" and node.target == "item"):
+            return True
+        given = node.all_input_nodes
+        plain = getattr(node.target, "__module__", None) in ("_operator", "builtins", "math")
+        return node.op == "call_function" and plain and bool(given) and all(map(self.is_number, given))
 
     def length(self, proxy: fx.Proxy) -> int:
         """The length of an argument, which every later call must have as well."""
@@ -170,6 +182,7 @@ def traced(
                 torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
                 graph = tracer.trace(model, fixed or None)
             _plain_assertions(graph)
+            _plain_writes(graph)
             _restore_names(graph, model)
             _refuse_reserved(graph, model)
             graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
@@ -298,6 +311,13 @@ def _plain_assertions(graph: fx.Graph) -> None:
                 is_none = graph.call_function(operator.eq, (node.args[0], None))
                 graph.call_function(torch._assert, (is_none, str(node.args[1])))
             graph.erase_node(node)
+
+
+def _plain_writes(graph: fx.Graph) -> None:
+    """Say ``a.__iadd__(b)``, as a graph has it that was read from a file, as ``a += b``."""
+    for node in graph.find_nodes(op="call_method"):
+        if str(node.target) in IN_PLACE:
+            node.op, node.target = "call_function", IN_PLACE[str(node.target)]
 
 
 def _restore_names(graph: fx.Graph, model: nn.Module) -> None:

@@ -6,10 +6,12 @@ import pytest
 
 pytest.importorskip("torch")
 
+import operator
+import pickle
 from collections.abc import Callable
 
 import torch
-from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, run, vector
+from fx_checks import CHANNELS, SHAPES, Net, check, conv_bn, counts, images, ready, relative_error, run, vector
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,12 +62,69 @@ WRITES = {
     "aten": lambda y: torch.ops.aten.mul_.Tensor(y, y),
     "setitem": lambda y: y.__setitem__((slice(None), 0), 0.0),
     "zero_": lambda y: y.zero_(),
+    "foreach": lambda y: torch._foreach_mul_([y], 2.0),
+    "iadd": lambda y: y.__iadd__(1),
+    "isub": lambda y: y.__isub__(y.mean()),
+    "imul": lambda y: y.__imul__(2),
+    "itruediv": lambda y: y.__itruediv__(2),
+    "ifloordiv": lambda y: y.__ifloordiv__(0.25),
+    "ipow": lambda y: y.__ipow__(2),
+    "imod": lambda y: y.__imod__(0.25),
 }
 
 
 @pytest.mark.parametrize("name", WRITES)
 def test_write_between_two_branches(name: str) -> None:
     assert counts(check(Net(_between(WRITES[name]), a=conv_bn(), b=conv_bn())))[0] == 2
+
+
+WRITTEN = {
+    "+=": operator.iadd, "-=": operator.isub, "*=": operator.imul, "/=": operator.itruediv, "%=": operator.imod,
+    "[]=": lambda y, n: operator.setitem(y, (slice(None), 0), n),
+}  # fmt: skip
+
+
+class Written(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.a, self.b = name, conv_bn(), conv_bn()
+
+    def forward(self, x: "Tensor") -> Tensor:
+        return _between(lambda y: WRITTEN[self.name](y, 0.75))(self, x)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = conv_bn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = first = x.shape[0]
+        n += 1
+        n *= 2
+        shape = x.shape
+        shape += (1,)
+        size = x.size(2)
+        size //= 2
+        return self.a(x).reshape(shape)[..., 0] * n / first + size
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_write_of_a_copy_that_was_read_from_a_file(name: str) -> None:
+    model = ready(Written(name))
+    read = pickle.loads(pickle.dumps(fuse_fx(model, skip=["bn-folding"])))
+    inputs = images(*SHAPES, dtype=torch.float32)
+    for fused in (read, fuse_fx(read), fuse_fx(read, inputs[0])):
+        for x in inputs:
+            assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
+def test_numbers_that_are_counted_up_are_no_memory() -> None:
+    fused = check(Counting())
+    read = pickle.loads(pickle.dumps(fused))
+    assert counts(fused) == (1, 0)
+    for x in images(*SHAPES):
+        assert torch.equal(run(read, x), run(fused, x))
 
 
 def _statement(m: Any, x: Tensor) -> Tensor:
