@@ -26,7 +26,7 @@ from reparamc.fx.parts import Parts, Taken, Way, has_options
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.watch import LOCK, Call, Watched, watching
 from reparamc.fx.wrappers import unwrapped
-from reparamc.report.data import Origin, Part
+from reparamc.report.data import FailedRegion, Origin, Part
 from reparamc.report.merge import merged
 
 TOOLS = ("generate", "predict", "predict_step", "training_step", "validation_step", "test_step", "save_pretrained")
@@ -90,6 +90,7 @@ class _Fusion:
         self.shared: list[str] = []
         self.own = copied(model, self.shared)
         self.runs: list[tuple[Call, Any]] = []
+        self.failed: list[FailedRegion] = []
 
     def run(self, example_inputs: Any) -> nn.Module:
         """The fused copy, with its report."""
@@ -102,8 +103,7 @@ class _Fusion:
         state = State(self.model, self.own)
         try:
             parts = self.watched(call_of(self.model, example_inputs), state)
-            taken = parts.take("", as_graph)
-            self.check(parts, taken)
+            taken = self.checked(parts, parts.take("", as_graph))
         finally:
             state.restore()
         return self.reported(taken, "")
@@ -147,23 +147,28 @@ class _Fusion:
             self.model, self.own, self.options, lambda: watched().calls, self.runs, blocked, lambda: watched().touched
         )
 
-    def check(self, parts: Parts, taken: Taken) -> None:
-        """Compare the whole copy with the model; parts that it is not the same with are put back."""
-        if not self.differs(taken.module):
-            return
+    def checked(self, parts: Parts, taken: Taken) -> Taken:
+        """``taken``, compared with the model as a whole; parts that it is not the same with are put back."""
+        if not (why := self.differs(taken.module)):
+            return taken
         placed = list(parts.placed)
-        for home, name, old, _ in reversed(placed):
-            home._modules[name] = old
-        if why := self.differs(self.own):
+        for part in reversed(placed):
+            part.put(part.old)
+        if other := self.differs(self.own):
             raise InputError(
-                f"a copy of this {type(self.model).__name__} does not compute the same: {why}; "
+                f"a copy of this {type(self.model).__name__} does not compute the same: {other}; "
                 "other code may know the original by its identity"
             )
-        for home, name, old, new in placed:
-            home._modules[name] = new
-            if self.differs(self.own):
-                home._modules[name] = old
-        taken.module = self.own
+        if taken.module is not self.own:
+            self.failed.append(FailedRegion("the whole model", "run", None, 0.0, (), "", "", why))
+            return parts.undone(taken, self.own, {"": why})
+        wrong: dict[str, str] = {}
+        for part in placed:
+            part.put(part.new)
+            if why := self.differs(self.own):
+                part.put(part.old)
+                wrong[part.where] = why
+        return parts.undone(taken, self.own, wrong)
 
     def differs(self, copy: nn.Module) -> str:
         state = State(copy)
@@ -197,6 +202,7 @@ class _Fusion:
         report.objective, report.level, report.note = self.options.objective, self.options.level, note
         report.origin, report.history = _origin(self.model), _history(self.model)
         report.parts = _parts(taken.ways)
+        report.failed += self.failed
         if self.shared:
             report.note = "; ".join(filter(None, [note, f"shared with the original: {', '.join(self.shared)}"]))
         if not isinstance(getattr(result, "meta", None), dict):

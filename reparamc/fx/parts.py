@@ -54,6 +54,20 @@ class Whole:
     opaque: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A module ``new`` that took the place of ``old``, which is ``name`` in ``home`` and at ``where`` in the model."""
+
+    where: str
+    home: nn.Module
+    name: str
+    old: nn.Module
+    new: nn.Module
+
+    def put(self, module: nn.Module) -> None:
+        self.home._modules[self.name] = module
+
+
 class Parts:
     """The parts of one model on their way.
 
@@ -81,7 +95,7 @@ class Parts:
         self.originals = dict(model.named_modules(remove_duplicate=False))
         self.own = dict(own.named_modules(remove_duplicate=False))
         self.blocked, self.outermost = dict(blocked or {}), outermost or []
-        self.placed: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self.placed: list[Placed] = []
         self._calls, self._touched = calls, touched
         self._taken: dict[int, Taken] = {}
         self._wholes: dict[str, Whole | str] = {}
@@ -175,7 +189,7 @@ class Parts:
         module = self.own[path]
         if id(module) in self._taken:  # it has several names
             return Taken(self._taken[id(module)].module)
-        if is_leaf(module) or not any(True for _ in module.parameters()):
+        if path and (is_leaf(module) or not any(module.state_dict(keep_vars=True))):
             return Taken(module)
         self._taken[id(module)] = Taken(module)
         whole = self.whole(path)
@@ -210,7 +224,7 @@ class Parts:
                 continue
             taken = self.take(place)
             ways += [Way(w.where, w.how, w.why or why, w.size, w.report) if w.where == place else w for w in taken.ways]
-            self._put(result, inner, taken.module)
+            self._put(place, result, inner, taken.module)
         return Taken(result, ways)
 
     def _by_export(self, path: str, taken: Taken) -> Taken:
@@ -242,19 +256,27 @@ class Parts:
             if child is not None:
                 taken = self.take(_joined(path, name))
                 ways += taken.ways
-                self._put(module, name, taken.module)
+                self._put(_joined(path, name), module, name, taken.module)
         leaves = [m for m in module.children() if is_leaf(m)]
         if any(isinstance(m, (NORM, *LINEAR)) for m in leaves) or not path:
             ways.append(Way(path, "as it is", why, counts_of(leaves)))
         return Taken(module, ways)
 
-    def _put(self, holder: nn.Module, path: str, new: nn.Module) -> None:
+    def _put(self, where: str, holder: nn.Module, path: str, new: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         home = holder.get_submodule(parent)
         old = home._modules[name]
         if old is not None and old is not new:
-            home._modules[name] = new
-            self.placed.append((home, name, old, new))
+            self.placed.append(Placed(where, home, name, old, new))
+            self.placed[-1].put(new)
+
+    def undone(self, taken: Taken, module: nn.Module, wrong: Mapping[str, str]) -> Taken:
+        """``module`` in place of what was ``taken``, with what was put back and why by its path."""
+        ways = [w for w in taken.ways if not any(_below(place, w.where) or w.where == place for place in wrong)]
+        for place, why in wrong.items():
+            leaves = [m for m in self.originals[place].modules() if is_leaf(m)]
+            ways.append(Way(place, "as it is", f"the fused graph does not compute the same: {why}", counts_of(leaves)))
+        return Taken(module, ways)
 
 
 def _holds(module: nn.Module, path: str) -> bool:

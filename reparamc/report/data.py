@@ -63,11 +63,11 @@ class FailedRegion:
         where: the operator that the region ends in.
         check: "rewrite" where the two forms differ on samples; "reading" where the framework's own operators give
             something else than what reparamc takes the region for; "certificate" where what was emitted is proven
-            to differ, which ``detail`` describes.
+            to differ, "run" where it differed when it ran, as ``detail`` describes.
         error: of the worst element, relative to the terms it is the sum of; None where shapes or NaN patterns differ.
         passes: what was applied to it.
         before, after: both forms as text.
-        detail: what the certificate says.
+        detail: what the certificate, or the run, found.
     """
 
     where: str
@@ -84,6 +84,8 @@ class FailedRegion:
         """What is wrong, in words."""
         if self.check == "certificate":
             return f"it is proven to differ from the original: {self.detail}"
+        if self.check == "run":
+            return f"it was run beside the original: {self.detail}"
         size = "in kind" if self.error is None else f"by {self.error:.2g} (relative, in float64)"
         if self.check == "reading":
             return f"the framework's own operators differ {size} from what they are read as"
