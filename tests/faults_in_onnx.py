@@ -22,6 +22,7 @@ from planting import Make, fault, given, instead, result
 
 from reparamc.algebra.expr import Concat, Conv, Layout, Permute, Source, Sum
 from reparamc.algebra.shape import Dim
+from reparamc.onnx.values import Constant
 
 READ, EMIT = "reparamc.onnx.operators:_read_", "reparamc.onnx.emit:_Emitter."
 
@@ -49,7 +50,7 @@ def of_everything(original: Any) -> Any:
 
     def init(self: Any, model: ModelProto) -> None:
         original(self, model)
-        self.tensors.update((t.name, t) for t in model.graph.initializer)
+        self.known.update((t.name, Constant.of(t)) for t in model.graph.initializer)
 
     return init
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reparamc.algebra.equal import largest_by_channel
+from reparamc.algebra.equal import REGION_TOLERANCE, largest_by_channel, relative
 from reparamc.algebra.expr import Array
 from reparamc.equivalence.difference import Difference, Outputs, difference, tolerance
 from reparamc.equivalence.pair import BrokenError, Comparison, Pair
@@ -33,7 +33,8 @@ class Region:
         where: what the user calls it.
         before, after: both forms as text.
         axis: the channel axis of its result; None where that is unknown.
-        exactly: what it computes in float64, from values by name (KeyError or ValueError where that is not known).
+        reading: from values by name, what its expression is in float64, and the magnitudes of the terms that it is the
+            sum of. May raise anything.
     """
 
     root: str
@@ -42,7 +43,7 @@ class Region:
     before: str
     after: str
     axis: int | None = None
-    exactly: Callable[[Outputs], Array] | None = None
+    reading: Callable[[Outputs], tuple[Array, Array]] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,14 @@ class Alone:
     Attributes:
         expected, actual: values of roots and outputs in the original and in the result.
         noises: those of the original, the operands of each region perturbed at rounding level.
+        exact: what the framework's own operators make of a region in float64, from the values of the original. May
+            raise anything.
     """
 
     expected: Outputs
     actual: Outputs
     noises: Sequence[Outputs]
+    exact: Callable[[Region], Array] | None = None
 
 
 def compare_models(
@@ -214,7 +218,7 @@ def region_error(seen: Alone, region: Region, epsilon: Callable[[npt.NDArray], f
     noises = [n[region.root] for n in seen.noises]
     eps = epsilon(reference)
     gap, error, allowed = by_channel(reference, other, noises, eps, region.axis)
-    if not error <= allowed and (truth := _truth(region, seen)) is not None:
+    if not error <= allowed and (truth := _truth(seen, region, eps)) is not None:
         gap, error, allowed = by_channel(truth, other, [reference], eps, region.axis, often=AS_NEAR)
     return gap, error, allowed
 
@@ -223,15 +227,24 @@ AS_NEAR = 4
 """A result may lie so many times as far from the truth as the original does."""
 
 
-def _truth(region: Region, seen: Alone) -> Array | None:
-    """What a region computes in float64 from the values that the original has; None where that is unknown.
+def _truth(seen: Alone, region: Region, epsilon: float) -> Array | None:
+    """What the original computes of a region in float64; None where that is unknown.
 
-    An original that rounds where large constants cancel is no measure of a result that does not.
+    An original that rounds where large constants cancel is no measure of a result that does not. The truth comes from
+    the operators of the original, so that no wrong reading of them is its own measure. It counts where the rounding of
+    the terms explains how far the original lies from it; the reading that tells the terms has to give the same.
     """
-    try:
-        return None if region.exactly is None else region.exactly(seen.expected)
-    except (KeyError, ValueError, IndexError, AttributeError):
+    if region.reading is None or seen.exact is None:
         return None
+    try:
+        truth = seen.exact(region)
+        value, terms = region.reading(seen.expected)
+    except Exception:  # whatever the operators of a framework raise
+        return None
+    rounding = (64 if epsilon < 1e-4 else 8) * epsilon
+    original = seen.expected[region.root].astype(np.float64)
+    explained = relative(truth, value, terms) <= REGION_TOLERANCE and relative(truth, original, terms) <= rounding
+    return truth if explained else None
 
 
 def by_channel(

@@ -148,8 +148,8 @@ class _Fusion:
         )
 
     def checked(self, parts: Parts, taken: Taken) -> Taken:
-        """``taken``, compared with the model as a whole; parts that it is not the same with are put back."""
-        if not (why := self.differs(taken.module)):
+        """``taken``, where parts were replaced compared with the model; those that it differs with are put back."""
+        if not parts.placed or not (why := self.differs(taken.module)):
             return taken
         placed = list(parts.placed)
         for part in reversed(placed):

@@ -7,12 +7,14 @@ from one to the next, however the model amplifies rounding.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from reparamc.equivalence.end_to_end import Alone, Region
@@ -54,7 +56,8 @@ def run_alone(
             noises.append(plain(result) | _arrays(found))
     except Exception:  # whatever a graph raises in which values are replaced
         return None
-    return Alone(expected, actual, noises)
+    exact = cache(lambda: _interpreted(original, here, {v: values[v] for v in operands}, args, _InFloat64)[1])
+    return Alone(expected, actual, noises, lambda region: array(exact()[region.root]))
 
 
 def _arrays(values: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -62,12 +65,16 @@ def _arrays(values: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _interpreted(
-    module: fx.GraphModule, roots: Mapping[str, Sequence[str]], given: Mapping[str, Tensor], args: Sequence[Any]
+    module: fx.GraphModule,
+    roots: Mapping[str, Sequence[str]],
+    given: Mapping[str, Tensor],
+    args: Sequence[Any],
+    kind: type[_Interpreter] | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
     """The result of ``module``, and what it computes at ``roots`` before that is replaced by what is ``given``."""
     args = pytree.tree_map_only(Tensor, Tensor.clone, list(args))
     with unchanged(module), torch.no_grad(), own_randomness(module):
-        run = _Interpreter(module, roots, given)
+        run = (kind or _Interpreter)(module, roots, given)
         return run.run(*args), run.found
 
 
@@ -78,7 +85,7 @@ class _Interpreter(fx.Interpreter):
         self.found: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        result = self.computed(n)
         if not isinstance(result, Tensor):
             return result
         for root in self.roots.get(n.name, ()):
@@ -91,6 +98,24 @@ class _Interpreter(fx.Interpreter):
                 except RuntimeError:  # its elements share memory among themselves
                     result = value.clone()
         return result
+
+    def computed(self, n: fx.Node) -> Any:
+        return super().run_node(n)
+
+
+class _InFloat64(_Interpreter):
+    """The same with all floating values in float64."""
+
+    def computed(self, n: fx.Node) -> Any:
+        return _float64(super().computed(n))
+
+    def fetch_attr(self, target: str) -> Any:
+        found = super().fetch_attr(target)
+        return copy.deepcopy(found).double() if isinstance(found, nn.Module) else _float64(found)
+
+
+def _float64(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
 
 
 def by_position(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any] | None:

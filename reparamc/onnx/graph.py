@@ -122,7 +122,9 @@ class OnnxGraph(Facts):
     def run(self, value: Value, operands: Mapping[Value, Array], extents: Mapping[str, int] = {}) -> Array:
         name = str(value)
         if name not in self._functions:
-            self._functions[name] = in_float64(self, self.producers[name], name)
+            node = self.producers[name]
+            constants = {n: self.constants.array(n) for n in node.input if n in self.constants}
+            self._functions[name] = in_float64(node, name, constants, self.opset, self.model.ir_version)
         return self._functions[name]({str(v): x for v, x in operands.items()})
 
     def kind(self, value: Value) -> Hashable:

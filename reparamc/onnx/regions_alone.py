@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from onnx import ModelProto, ValueInfoProto, helper
+from onnx import ModelProto, ValueInfoProto, helper, numpy_helper
 
 from reparamc.equivalence.end_to_end import Alone, Region
 from reparamc.equivalence.pair import perturbed
+from reparamc.onnx.reference import float64, in_float64
 from reparamc.onnx.session import session
-from reparamc.onnx.values import defined_names
+from reparamc.onnx.values import constant_tensor, defined_names, opset_of
 
 
 def run_alone(
@@ -46,7 +47,31 @@ def run_alone(
     except Exception:  # ONNX Runtime's exceptions share no base class
         return None
     assert set(actual) >= {*roots, *outputs}
-    return Alone({**inputs, **expected}, actual, noises)
+    values = {**inputs, **expected}
+    return Alone(values, actual, noises, lambda region: _exact(original, region, values))
+
+
+def _exact(original: ModelProto, region: Region, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What the nodes of a region give in float64, from ``values``; may raise anything."""
+    nodes = list(original.graph.node)
+    places = {name: place for place, node in enumerate(nodes) for name in node.output}
+    stored = {t.name: t for t in original.graph.initializer}
+    stored |= {n.output[0]: t for n in nodes if n.op_type == "Constant" and (t := constant_tensor(n)) is not None}
+    given = {name for name in values if name not in places} | {*region.operands}
+    needed: set[int] = set()
+    stack = [region.root]
+    while stack:
+        name = stack.pop()
+        if name and name not in given and name not in stored and (place := places[name]) not in needed:
+            needed.add(place)
+            stack += nodes[place].input
+    found = {name: float64(values[name]) for name in given}
+    for node in (nodes[place] for place in sorted(needed)):
+        constants = {n: numpy_helper.to_array(stored[n]) for n in node.input if n in stored and n not in found}
+        for output in filter(None, node.output):
+            run = in_float64(node, output, constants, opset_of(original), original.ir_version)
+            found[output] = run(found)
+    return found[region.root]
 
 
 def _named(values: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:

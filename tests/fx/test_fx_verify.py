@@ -17,9 +17,11 @@ from reparamc import fuse_fx
 from reparamc.algebra.expr import BatchNorm, Conv, Expr
 from reparamc.algebra.rewrite import Pass
 from reparamc.certificate.proof import Certificate
+from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import VerificationError
 from reparamc.fx.emit import Emitter
 from reparamc.fx.end_to_end import verify_end_to_end
+from reparamc.fx.regions_alone import run_alone
 
 
 def forgets_the_mean(e: Expr) -> Expr | None:
@@ -186,3 +188,43 @@ def test_a_model_that_takes_no_other_size_is_compared_at_its_own() -> None:
     for model in (Picky(2, 3, 8, 8), Picky()):
         (found,) = verify_end_to_end(model.eval(), model, (x, index), {})
         assert found.max_abs == 0
+
+
+class Cancelling(nn.Module):
+    """A bias that a BatchNorm takes away again: float32 keeps little of what is between them."""
+
+    def __init__(self, large: float) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
+        nn.init.constant_(self.conv.bias, large)  # type: ignore[arg-type]
+        nn.init.constant_(self.norm.running_mean, large)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.float())).relu()
+
+
+@pytest.mark.parametrize("large", [1e4, 1e6])
+def test_an_original_that_cancels_is_worse_than_the_result(large: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Cancelling(large).eval(), torch.randn(2, CHANNELS, 24, 24)
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (1, 0)
+    torch.testing.assert_close(
+        fused(x), model.double().conv(x.double()).sub(large).relu().float(), rtol=1e-3, atol=1e-4
+    )
+    monkeypatch.setattr("reparamc.fx.host.certify_fx", lambda *_: Certificate((), 0, 0.0))
+    tensor = Emitter._tensor
+    monkeypatch.setattr(Emitter, "_tensor", lambda self, a: tensor(self, a * (20 if a.ndim > 1 else 1)))
+    with pytest.raises(VerificationError, match="region 'norm'"):
+        fuse_fx(model.float(), x)
+
+
+def test_regions_in_float64_are_run_by_the_operators_of_the_original() -> None:
+    model, x = Cancelling(1e6).eval(), torch.randn(2, CHANNELS, 9, 8)
+    traced, region = torch.fx.symbolic_trace(model), Region("norm", ("float_1",), "norm", "", "")
+    seen = run_alone(traced, traced, [region], {"norm": "norm"}, [x])
+    assert seen is not None
+    assert seen.exact is not None
+    found = seen.exact(region)
+    assert traced.norm.running_mean.dtype == torch.float32
+    wide = model.double()
+    np.testing.assert_allclose(found, wide.norm(wide.conv(x.double())).detach().numpy(), rtol=1e-9, atol=1e-9)

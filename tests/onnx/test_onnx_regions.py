@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from expression_models import operators
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx_models import PAD, batchnorm, model, node, norm, rand
 
 from reparamc.certificate.proof import Certificate
@@ -269,3 +269,27 @@ def test_an_original_that_cancels_is_worse_than_the_result(large: float, monkeyp
     )
     with pytest.raises(VerificationError, match="region 'norm'"):
         fuse_model(made)
+
+
+def test_regions_in_float64_are_run_by_the_operators_of_the_original() -> None:
+    """Weights and shapes stored as initializers or as nodes; a default of an input is what the caller gives."""
+    w, v, bias = rand(6, 6, 3, 3), rand(6, 2, 2, 2), rand(6, seed=3)
+    stored = node("Constant", "", "v", value=numpy_helper.from_array(v))
+    made = model(
+        [
+            stored, node("Conv", "x w bias", "c", **PAD), batchnorm("c", "n", "b", name="norm"),
+            node("Relu", "b", "r"), node("ConvTranspose", "r v", "t", group=3, strides=[2, 2]),
+            node("Mul", "t two", "y"),
+        ],
+        {"w": w, "bias": bias, "two": np.full((1, 1, 1, 1), 2, np.float32), **norm("n", 6)}, (1, 6, 9, 8),
+    )  # fmt: skip
+    first, second = Region("b", ("x",), "norm", "", ""), Region("y", ("r",), "y", "", "")
+    inputs = random_inputs(made)
+    seen = run_alone(made, made, [first, second], inputs)
+    assert seen is not None
+    assert seen.exact is not None
+    for region in (first, second):
+        found = seen.exact(region)
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, seen.expected[region.root], rtol=1e-4, atol=1e-5)
+        assert np.abs(found - seen.expected[region.root]).max() > 1e-9  # not the value in float32
