@@ -19,7 +19,7 @@ from reparamc.fx.host import fuse_traced
 from reparamc.fx.outcome import difference, ran
 from reparamc.fx.result import in_place_of
 from reparamc.fx.runnable import perturbed, plain
-from reparamc.fx.trace import traced
+from reparamc.fx.trace import fixed_arguments, traced
 from reparamc.fx.watch import Call
 from reparamc.report.data import Counts, Report
 
@@ -195,6 +195,9 @@ class Parts:
         whole = self.whole(path)
         if isinstance(whole, Whole) and path and id(self.originals[path]) in self._touched():
             whole = "other code reaches into it"
+        fixed = fixed_argument(module, whole.graph, self.recorded(path)) if isinstance(whole, Whole) else ""
+        if fixed:
+            whole = f"a graph would fix its argument {fixed!r}, of which callers may give another value"
         if as_graph is None:
             as_graph = not has_options(module)
         if isinstance(whole, Whole) and as_graph:
@@ -204,7 +207,7 @@ class Parts:
             if isinstance(whole, Whole) and any(map(is_leaf, module.children())):
                 other = self._as_graph(path, whole)
                 taken = other if size(other.module) < size(taken.module) else taken
-            elif not has_options(module) and (as_graph or path):
+            elif not fixed and not has_options(module) and (as_graph or path):
                 taken = self._by_export(path, taken)
         self._taken[id(module)] = taken
         return taken
@@ -302,6 +305,13 @@ def has_options(module: nn.Module) -> bool:
     """Whether forward takes arguments that can be left out, or any number of them."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def fixed_argument(module: nn.Module, graph: fx.GraphModule, calls: list[Call] | None) -> str:
+    """An argument that has one value in ``graph``, or of which there is one number; empty where there is none."""
+    given = [str(node.target) for node in graph.graph.find_nodes(op="placeholder") if node.users]
+    variadic = (name.lstrip("*") for name in given if name.startswith("*"))
+    return next(iter([*fixed_arguments(module, calls[0] if calls else None), *variadic]), "")
 
 
 def size(module: nn.Module) -> tuple[int, int]:

@@ -97,6 +97,41 @@ def test_class_signature_methods_and_outputs_stay(x: Tensor) -> None:
     assert [e.output for e in report(fused).end_to_end]
 
 
+class Block(nn.Module):
+    """Operators of its own, what it does with them being steered by arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
+        self.body = conv_bn()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, mode: str = "both", return_features: bool = False) -> Any:
+        y = self.conv(x)
+        y = self.body(self.norm(y) if mode == "both" else y)
+        y = y if mask is None else y * mask
+        return (y.mean((2, 3)), y) if return_features else y.mean((2, 3))
+
+
+class Steered(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Block()
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        return self.body(x, **options)
+
+
+@pytest.mark.parametrize("kind", [Block, Steered])
+@pytest.mark.parametrize("example", [{}, {"mode": "one"}, {"return_features": True}])
+def test_arguments_may_have_other_values_later(kind: type[nn.Module], example: dict[str, Any], x: Tensor) -> None:
+    model = ready(kind())
+    fused = fuse_fx(model, {"x": x, **example})
+    assert report(fused).after.batchnorm < report(fused).before.batchnorm
+    with torch.no_grad():
+        for given in ({}, {"mode": "one"}, {"return_features": True}, {"mask": x[:, :1]}):
+            assert relative_error(fused(x, **given), model(x, **given)) < 1e-5
+
+
 @pytest.mark.parametrize("kind", [Stateful, Asks, Captures, Reaches])
 @pytest.mark.parametrize("verify", ["full", "off"])
 def test_what_a_trace_would_get_wrong(kind: type[nn.Module], verify: str, x: Tensor) -> None:
