@@ -97,8 +97,11 @@ def misfit(root: Expr) -> str | None:
 
 def has_layout(root: Expr) -> bool:
     """Whether the axes of its values change on the way, so that their shapes must be known to evaluate it."""
-    acting = {e.axis for e in walk(root) if isinstance(e, Conv | Concat | Select)} | {channel_axes(root)[root] or -1}
-    return len(acting) > 1 or any(isinstance(e, Layout) for e in walk(root))
+    order = list(walk(root))
+    acting = {e.axis for e in order if isinstance(e, Conv | Concat | Select)} | {channel_axes(root)[root] or -1}
+    if any(isinstance(e, Concat | Select) for e in order):
+        acting |= {e.axis for e in order if isinstance(e, BatchNorm | Scale) and e.axis is not None}
+    return len(acting) > 1 or any(isinstance(e, Layout) for e in order)
 
 
 def extents(e: Expr, spatial: int) -> tuple[int | None, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 from reparamc.algebra.arrays import count
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Expr, Ints, Layout, Reshape, Scale, Source, Sum, walk
+from reparamc.algebra.fitting import Sizes
 from reparamc.algebra.infer import channel_axes, channels, has_layout
 from reparamc.algebra.places import Places, places
 
@@ -162,8 +163,8 @@ def _declared(root: Expr, whole: Expr, size: Size) -> tuple[dict[Source, Ints], 
     least = 2 + _span(whole) + size.extra
     reshapes = [e.op for e in order if isinstance(e, Layout) and isinstance(e.op, Reshape)]
     shapes = [s.shape or () for s in sources] + [s for op in reshapes for s in (op.before, op.after)]
-    for symbol in (s for shape in shapes for dim in shape for s in dim.symbols):
-        symbols.setdefault(symbol, _tiny(size, least, len(symbols)))
+    named = dict.fromkeys(s for shape in shapes for dim in shape for s in dim.symbols)
+    symbols = Sizes(order, symbols).bind([*named], lambda _, place: _tiny(size, least, place))
     return {e: tuple(dim.at(symbols) for dim in e.shape or ()) for e in sources}, symbols
 
 
