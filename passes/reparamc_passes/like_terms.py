@@ -3,9 +3,9 @@
     (s x + t) + (s' x + t')  =  (s + s') x + (t + t')
     x + (0 * x + b)  =  x + b
 
-A skip connection taken twice, a BatchNorm beside a skip connection without any convolution, x - x: what is left
-of a block of branches when those with kernels were pruned, or are not trained yet. Collecting is exact if all
-scales act on the same axis.
+A skip connection taken twice, a BatchNorm beside a skip connection without any convolution: what is left of a
+block of branches when those with kernels were pruned, or are not trained yet. Collecting is exact if all scales act
+on the same axis. x - x alone stays: it is +0, where 0 * x has the sign of x, which a division shows.
 
 A branch whose weights are all zero (a last BatchNorm that was initialised to zero) is dropped if another branch
 shows that its result has the same size: a convolution of the same value on the same grid, x itself, or any
@@ -15,9 +15,12 @@ value of the same shape. Alone it stays: its result is constant, but its size de
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from reparamc.algebra.arrays import added, is_all
-from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum, total
+import numpy as np
+
+from reparamc.algebra.arrays import added, is_all, values
+from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Scale, Sum, total
 from reparamc.algebra.infer import shape_of_value
 from reparamc.algebra.kernels import coefficients, grid
 from reparamc.algebra.rewrite import Declined, Pass
@@ -44,8 +47,16 @@ def collected(e: Expr) -> Expr | Declined | None:
             return Declined("its like terms are scaled along different axes")
         pairs = [coefficients(t) for t in scaled] + [(ONE, ZERO)] * (len(group) - len(scaled))
         scale, shift = (added(v) for v in zip(*pairs, strict=True))
+        if len(alike) == 1 and _cancel(scale, shift, [s for s, _ in pairs]):
+            return Declined("its like terms cancel: zeros times their operand would have its signs")
         terms.append(Scale(x, scale, shift, next(iter(axes), None)))
     return total(terms)
+
+
+def _cancel(scale: Array, shift: Array, scales: Sequence[Array]) -> bool:
+    """Whether terms that are no zeros add up to zeros, in some channel: positive ones, whatever their operand is."""
+    nothing = (values(scale) == 0) & (values(shift) == 0)
+    return bool(np.any(nothing & np.any(np.broadcast_arrays(*(values(s) != 0 for s in scales)), axis=0)))
 
 
 def _base(e: Expr) -> Expr:
@@ -82,6 +93,6 @@ def _shown_equal(zero: Conv | Scale | BatchNorm, e: Sum) -> bool:
 LIKE_TERMS = Pass(
     name="like-terms",
     equation="(s x + t) + (s' x + t') = (s + s') x + (t + t');  x + (0*x + b) = x + b",
-    exact_when="the scales act on one axis; a branch of zeros has the size of another branch",
+    exact_when="the scales act on one axis and do not cancel; a branch of zeros has the size of another branch",
     rules=(collected, dropped),
 )
