@@ -160,8 +160,14 @@ ONNX_READERS = [
     fault(
         "pooling with ceil_mode", f"{READ}average_pool", node_with(ceil_mode=None),
         onnx=lambda: onnx_model(
-            [node("AveragePool", "x", "p", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1), conv("p", "y")],
-            {"w": numbers(4, 4, 1, 1)},
+            [
+                node(
+                    "AveragePool", "x", "p", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4, count_include_pad=1,
+                    ceil_mode=1,
+                ),
+                conv("p", "y", group=4),
+            ],
+            {"w": numbers(4, 1, 1, 1)},
         ),
     ),
     fault(
@@ -354,7 +360,7 @@ def exchanged(original: Any) -> Any:
 
 def of_old_operand(original: Any) -> Any:
     def reshape(self: Any, x: str, op: Any, output: str | None) -> str:
-        return original(self, self.graph.producers[str(op.native)].input[0], op, output)
+        return original(self, self.graph.facts.producers[str(op.native)].input[0], op, output)
 
     return reshape
 
@@ -555,9 +561,9 @@ def neighbours(first: Sequence[int], second: Sequence[int]) -> ModelProto:
 
 
 def branching() -> ModelProto:
-    """A convolution and BatchNormalization; a body of an If reads the weight and the statistics, too."""
+    """A convolution and BatchNormalization; a body of an If, in which nothing folds, reads the weight, too."""
     result = helper.make_tensor_value_info("r", TensorProto.FLOAT, None)
-    body = helper.make_graph([conv("x", "t"), norm_of("t", "r")], "body", [], [result])
+    body = helper.make_graph([conv("x", "t"), node("Relu", "t", "r")], "body", [], [result])
     chosen = helper.make_node("If", ["yes"], ["z"], then_branch=body, else_branch=body)
     parameters = {**square(), **statistics(), "yes": np.array(True)}
-    return onnx_model([conv("x", "c"), norm_of("c"), chosen], parameters, outputs="y z")
+    return onnx_model([conv("x", "c"), norm_of("c"), chosen], parameters, outputs="y z", overridable=["yes"])
