@@ -193,7 +193,7 @@ def _target(e: Layout, shape: Sequence[int]) -> list[int]:
     assert isinstance(e.op, Reshape)
     kept = [at < len(e.op.before) and dim == e.op.before[at] for at, dim in enumerate(e.op.after)]
     known = [dim.known if dim.known is not None else shape[at] if kept[at] else -1 for at, dim in enumerate(e.op.after)]
-    assert known.count(-1) <= 1, "a reshape with two unknown extents"
+    assert sum(isinstance(n, int) and n == -1 for n in known) <= 1, "a reshape with two unknown extents"
     return known
 
 

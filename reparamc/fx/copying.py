@@ -185,6 +185,14 @@ class State:
         """The paths of all modules that hold something else than before."""
         return [path for path in self._modules if self._is_changed(path)]
 
+    def has_written_parameters(self) -> bool:
+        """Whether a parameter has another value than before."""
+        return any(
+            isinstance(t, nn.Parameter) and not same_values(t, value)
+            for path in self._modules
+            for t, value in self._tensors[path]
+        )
+
     def first_change(self) -> str:
         """The first attribute that holds something else than before, by its path."""
         for path in self.changed():

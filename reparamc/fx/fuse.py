@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -91,6 +93,8 @@ class _Fusion:
         self.own = copied(model, self.shared)
         self.runs: list[tuple[Call, Any]] = []
         self.failed: list[FailedRegion] = []
+        self.writes_parameters = False
+        self.unlike = ""
 
     def run(self, example_inputs: Any) -> nn.Module:
         """The fused copy, with its report."""
@@ -120,6 +124,7 @@ class _Fusion:
                 if given is call:
                     raise InputError(f"the model does not run on example_inputs: {one_line(error)}") from error
             finally:
+                self.writes_parameters |= state.has_written_parameters()
                 changed.update(state.changed())
                 state.restore()
         for other in others(self.runs[0][0]):
@@ -131,7 +136,10 @@ class _Fusion:
             finally:
                 changed.update(state.changed())
                 state.restore()
-        blocked = {place: "forward changes what it holds" for path in changed for place in _around(path)}
+        self.unlike = self._unlike_itself(state)
+        by_class = "transformers records its outputs by its class"
+        blocked = {place: by_class for path in recorded(self.model) for place in _around(path)}
+        blocked |= {place: "forward changes what it holds" for path in changed for place in _around(path)}
         seen: list[Watched] = []
 
         def watched() -> Watched:
@@ -146,6 +154,16 @@ class _Fusion:
         return Parts(
             self.model, self.own, self.options, lambda: watched().calls, self.runs, blocked, lambda: watched().touched
         )
+
+    def _unlike_itself(self, state: State) -> str:
+        """Why the model cannot be run again for a comparison; empty where it can."""
+        if self.writes_parameters:
+            return "forward writes parameters"
+        call, expected = self.runs[0]
+        try:
+            return "it computes something else each time" if difference(ran(self.model, call), expected) else ""
+        finally:
+            state.restore()
 
     def checked(self, parts: Parts, taken: Taken) -> Taken:
         """``taken``, where parts were replaced compared with the model; those that it differs with are put back."""
@@ -171,7 +189,7 @@ class _Fusion:
         return parts.undone(taken, self.own, wrong)
 
     def differs(self, copy: nn.Module) -> str:
-        state = State(copy)
+        state = State(copy, copied(copy) if self.writes_parameters else None)
         for call, expected in self.runs:
             try:
                 actual = ran(copy, call)
@@ -191,7 +209,9 @@ class _Fusion:
             [w.size for w in taken.ways if w.size is not None],
         )
         report.seconds = {"tracing": perf_counter() - self.start - sum(report.seconds.values()), **report.seconds}
-        if self.options.level == "full" and self.runs and not report.end_to_end:
+        if self.unlike:
+            note = f"not run end to end: {self.unlike}"
+        elif self.options.level == "full" and self.runs and not report.end_to_end:
             start = perf_counter()
             call, expected = self.runs[0]
             report.end_to_end = verify_end_to_end(self.model, result, *call, plain(expected))
@@ -209,6 +229,18 @@ class _Fusion:
             vars(result)["meta"] = {}
         cast(Any, result).meta["reparamc"] = report
         return result
+
+
+def recorded(model: nn.Module) -> list[str]:
+    """The paths of modules that transformers finds by their class when it is asked for hidden states or attentions."""
+    kinds: list[Any] = []
+    for module in model.modules():
+        given = getattr(type(module), "_can_record_outputs", None)
+        for held in given.values() if isinstance(given, dict) else ():
+            for one in held if isinstance(held, list | tuple) else [held]:
+                kinds.append(getattr(one, "target_class", one))
+    classes = tuple(k for k in kinds if isinstance(k, type))
+    return [path for path, module in model.named_modules() if path and isinstance(module, classes)]
 
 
 def _around(path: str) -> list[str]:
@@ -230,6 +262,18 @@ def _parts(ways: list[Way]) -> list[Part]:
 
 
 @contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """The generators of torch, NumPy and Python are as before when it ends."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
 def _plain_modes() -> Iterator[None]:
     """Autocast and inference mode switched off: they would round what is compared, and hide writes.
 
@@ -237,6 +281,7 @@ def _plain_modes() -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(_own_random_numbers())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):

@@ -1,0 +1,56 @@
+"""What forward does beside computing: the copy does it too, and the caller's model and generators stay as they are."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reparamc import fuse_fx
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self, step: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(self, self.block(x))
+
+
+@pytest.mark.parametrize("verify", ["off", "region", "full"])
+@pytest.mark.parametrize("factor", [random.random, lambda: float(np.random.rand())], ids=["python", "numpy"])
+def test_numbers_that_torch_does_not_draw_stay_live(factor: Callable[[], float], verify: str) -> None:
+    fused = fuse_fx(Net(lambda _, y: y * factor()).eval(), X, verify=verify)
+    assert not torch.equal(fused(X), fused(X))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+
+
+@pytest.mark.parametrize("verify", ["off", "region", "full"])
+def test_a_forward_that_writes_parameters(verify: str) -> None:
+    def grow(net: Net, y: Tensor) -> Tensor:
+        net.block[0].weight.data.mul_(1.5)
+        return y
+
+    model = Net(grow).eval()
+    before = model.block[0].weight.detach().clone()
+    fused = fuse_fx(model, X, verify=verify)
+    assert torch.equal(model.block[0].weight, before)
+    for _ in range(2):
+        torch.testing.assert_close(fused(X), model(X))
+
+
+def test_generators_are_as_before() -> None:
+    model = Net(lambda _, y: nn.functional.dropout(y, 0.5) * random.random() * np.random.rand()).eval()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    fuse_fx(model, X, verify=False)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]  # type: ignore[union-attr]
