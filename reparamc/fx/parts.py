@@ -136,6 +136,8 @@ class Parts:
         state = State(module, self.originals[path])
         try:
             found = Whole(*traced(module, calls[0] if calls else None, opaque))
+            for name in [n for n in vars(module) if n.startswith("_tensor_constant")]:
+                delattr(module, name)  # torch.fx puts them there; the graph has its own
             if not calls and state.changed():
                 return f"forward changes {state.first_change()!r}: a state that every call updates is not fused"
             return found
@@ -236,7 +238,8 @@ class Parts:
         """As a graph by torch.export, where that folds a BatchNorm that would stay; else what was ``taken``."""
         module, original, calls = self.own[path], self.originals[path], self.recorded(path)
         stays = any(isinstance(m, NORM) for m in taken.module.children())
-        if not (stays and calls) or path in self.blocked or not can_be_exported(original):
+        kept = path in self.blocked or (path and id(self.originals[path]) in self._touched())
+        if not (stays and calls) or kept or not can_be_exported(original):
             return taken
         state = State(original)
         try:

@@ -225,5 +225,5 @@ class Mover:
     def drop_unused(self) -> None:
         """Erase what was put into the graph and nobody uses."""
         for node in reversed(self._made):
-            if not node.users:
+            if not node.users and not node._erased:  # the editor may have erased it with what used it
                 self.graph.erase_node(node)
