@@ -470,7 +470,7 @@ def test_where_the_memory_is_gone_nothing_is_written(run: Run, model: Path, monk
     for place, message in (
         ("reparamc.onnx.fuse.verify_end_to_end", "the comparison of the whole models does not fit into memory"),
         (
-            "reparamc.onnx.fuse.make_plan",
+            "reparamc.compiler.pipeline.make_plan",
             "the memory does not suffice (Unable to allocate 3 TiB for an array); nothing",
         ),
     ):
