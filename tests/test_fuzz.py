@@ -48,10 +48,10 @@ def test_an_objection_to_a_right_result_is_a_false_alarm(fuzz: ModuleType, monke
 
 def test_what_the_certificate_undoes_is_one_objection(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parameter that is spoilt on its way into the graph: the rewrite is undone, and is to be found but once."""
-    from reparamc.onnx.graph import OnnxGraph
+    from reparamc.onnx.emit import OnnxEdit
 
-    add, subject = OnnxGraph.add_initializer, fuzz.Onnx(fuzz.draw(SEEDS[0], "onnx"))
-    monkeypatch.setattr(OnnxGraph, "add_initializer", lambda self, name, a, dtype: add(self, name, a * 1.001, dtype))
+    add, subject = OnnxEdit.add_initializer, fuzz.Onnx(fuzz.draw(SEEDS[0], "onnx"))
+    monkeypatch.setattr(OnnxEdit, "add_initializer", lambda self, name, a, dtype: add(self, name, a * 1.001, dtype))
     report = subject.fuse("region")[1]
     assert report.certificate.rolled_back
     assert len(fuzz.objections(report)) == len(report.failed) == report.certificate.rolled_back

@@ -78,7 +78,7 @@ def fuse_fx(
     _check(inner)
     with LOCK, _plain_modes():
         fused = _Fusion(inner, options).run(example_inputs)
-    if (warning := fused.meta["reparamc"].warning) is not None:
+    if (warning := cast(Any, fused).meta["reparamc"].warning) is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)
     return wrapped(fused)
 

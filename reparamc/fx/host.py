@@ -12,7 +12,7 @@ from torch import fx, nn
 from reparamc.certificate.fx import certify_fx
 from reparamc.certificate.fx_shapes import shapes_of, sizes_of
 from reparamc.certificate.proof import Certificate
-from reparamc.compiler.graph import Edit, Splice, Value
+from reparamc.compiler.graph import Edit, Graph, Splice, Value
 from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse
 from reparamc.equivalence.difference import Outputs
@@ -77,8 +77,8 @@ class FxHost:
             return (*call[0], *call[1].values())
         return by_position(self.traced, *call)
 
-    def carry_out(self, graph: FxGraph, edits: Sequence[Edit]) -> Edited:
-        return Editor(graph).carry_out(edits)
+    def carry_out(self, graph: Graph, edits: Sequence[Edit]) -> Edited:
+        return Editor(cast(FxGraph, graph)).carry_out(edits)
 
     def size(self, result: Edited | None) -> Counts:
         return count(self.traced if result is None else result.module)

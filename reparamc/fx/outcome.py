@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def _inner(value: Any) -> list[tuple[str, Any]] | None:
         case Mapping():
             return [(f"[{k!r}]", v) for k, v in value.items()]
         case tuple() if hasattr(value, "_fields"):
-            return [(f".{k}", v) for k, v in zip(value._fields, value, strict=True)]
+            return [(f".{k}", v) for k, v in zip(cast(Any, value)._fields, value, strict=True)]
         case list() | tuple() | deque():
             return [(f"[{i}]", v) for i, v in enumerate(value)]
         case _ if dataclasses.is_dataclass(value) or any(isinstance(v, Tensor) for v in _held(value)):
@@ -99,8 +99,8 @@ def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = 
         if error > ROUNDING * epsilon and wavering is not None:
             noise = dict(leaves(wavering())) if noise is None else noise
             other = noise.get(path)
-            known = isinstance(other, Tensor) and other.shape == e.shape
-            epsilon = max(epsilon, _error(other, e)[0] / 10) if known else epsilon
+            if isinstance(other, Tensor) and other.shape == e.shape:
+                epsilon = max(epsilon, _error(other, e)[0] / 10)
         if error > ROUNDING * epsilon:
             return f"output{path} differs by {error:.1e} of its largest value"
     return ""

@@ -121,6 +121,7 @@ class Parts:
         if calls is not None and not calls:
             return "the example does not run it"
         opaque = {inner: why for place, why in self.blocked.items() if (inner := _below(path, place))}
+        why = ""
         for _ in range(4):
             found = self._traced(path, calls, opaque)
             if isinstance(found, str) or not (why := self._disagreement(path, found, calls or [])):

@@ -177,7 +177,7 @@ class Mover:
         copy = self.copies[user]
         if call is not None and call.op == "reshape_as":
             copy.op, copy.target = "call_function", torch.reshape
-            copy.args, copy.kwargs = (self.copies[call.input], numbers), {}
+            copy.args, copy.kwargs = (self.copies[cast(fx.Node, call.input)], numbers), {}
         else:
             old = self.copies[leaf]
             args = map_arg((copy.args, copy.kwargs), lambda n: cast(fx.Node, numbers) if n is old else n)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
@@ -40,7 +41,8 @@ class _Proxy(fx.Proxy):
 def _recorder(function: Any, of_numbers: Any) -> Any:
     def record(self: _Proxy, *given: Any) -> fx.Proxy:
         is_number = of_numbers is not None and cast(_Tracer, self.tracer).is_number(self.node)
-        return self.tracer.create_proxy("call_function", of_numbers if is_number else function, (self, *given), {})
+        chosen: Any = of_numbers if is_number else function
+        return self.tracer.create_proxy("call_function", chosen, (self, *given), {})
 
     return record
 
@@ -101,7 +103,7 @@ class _Tracer(fx.Tracer):
     def length(self, proxy: fx.Proxy) -> int:
         """The length of an argument, which every later call must have as well."""
         if proxy.node not in self._containers:
-            raise fx.proxy.TraceError("the length of a value is not known")
+            raise TraceError("the length of a value is not known")
         found = len(self._containers[proxy.node])
         length = self.create_proxy("call_function", len, (proxy,), {})
         message = f"an argument must have {found} elements, as the example had"
@@ -112,7 +114,7 @@ class _Tracer(fx.Tracer):
         given = self._containers.get(obj.node)
         if given is None or isinstance(given, dict):
             return super().iter(obj)
-        return iter([obj[i] for i in range(self.length(obj))])
+        return iter([cast(Any, obj)[i] for i in range(self.length(obj))])
 
     def _refuse_autocast(self) -> None:
         if _precision() != self.precision:
@@ -249,7 +251,7 @@ class _Replaced:
             self._kept[id(home), name] = home[name]
             home[name] = value
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_raised: object) -> None:
         for (_, name), (home, _value) in self._values.items():
             home[name] = self._kept[id(home), name]
 

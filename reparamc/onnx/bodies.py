@@ -7,8 +7,9 @@ compute where that lets more fold and the file does not grow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, inliner, numpy_helper
 from onnx.shape_inference import InferenceError, infer_shapes
@@ -205,12 +206,13 @@ def _put_back(model: ModelProto, body: GraphProto, alone: ModelProto, fused: Mod
     own = {t.name for t in body.initializer}
     outside = {t.name for t in alone.graph.initializer} - own
     kept = [t for t in fused.graph.initializer if t.name not in outside]
-    for group, new in (
+    groups: list[tuple[Any, Iterable[Any]]] = [
         (body.node, fused.graph.node), (body.initializer, kept), (body.value_info, fused.graph.value_info),
-    ):  # fmt: skip
-        new = list(new)
+    ]  # fmt: skip
+    for group, new in groups:
+        taken = list(new)
         del group[:]
-        group.extend(new)
+        group.extend(taken)
 
 
 def merged(report: Report, inner: list[tuple[str, Report]]) -> Report:

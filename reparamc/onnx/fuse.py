@@ -11,14 +11,14 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from onnx import ModelProto
 
 from reparamc.algebra.rewrite import Pass, select
 from reparamc.certificate.onnx import certify_onnx
 from reparamc.certificate.proof import Certificate
-from reparamc.compiler.graph import Edit, Splice, Value
+from reparamc.compiler.graph import Edit, Graph, Splice, Value
 from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse, level_of
 from reparamc.equivalence.end_to_end import Region
@@ -133,8 +133,8 @@ class OnnxHost:
     def __init__(self, model: ModelProto) -> None:
         self.model, self.graph = model, OnnxGraph(model)
 
-    def carry_out(self, graph: OnnxGraph, edits: Sequence[Edit]) -> ModelProto:
-        return OnnxEdit(graph).carry_out(edit for edit in edits if isinstance(edit, Splice))
+    def carry_out(self, graph: Graph, edits: Sequence[Edit]) -> ModelProto:
+        return OnnxEdit(cast(OnnxGraph, graph)).carry_out(edit for edit in edits if isinstance(edit, Splice))
 
     def size(self, result: ModelProto | None) -> Counts:
         return count(self.model if result is None else result)

@@ -44,7 +44,8 @@ def test_nothing_that_a_parameter_depends_on_is_left_out(e: Expr) -> None:
 def normed(x: Expr, seed: int) -> tuple[Expr, Conv]:
     rng = np.random.default_rng(seed)
     conv = Conv(x, rng.standard_normal((4, 4, 3, 3)), None, (1, 1), (1, 1), (-1, -1), (0, 0))
-    return BatchNorm(conv, *rng.uniform(0.5, 2, (4, 4)), 1e-5, -3), conv
+    gamma, beta, mean, var = rng.uniform(0.5, 2, (4, 4))
+    return BatchNorm(conv, gamma, beta, mean, var, 1e-5, -3), conv
 
 
 def test_names_of_other_operators_are_left_out() -> None:

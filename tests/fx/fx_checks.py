@@ -98,7 +98,7 @@ def check(model: nn.Module, *shapes: tuple[int, ...], examples: bool | None = No
     return result
 
 
-def counts(fused: fx.GraphModule) -> tuple[int, int]:
+def counts(fused: nn.Module) -> tuple[int, int]:
     """Convolutions (and linear layers) and BatchNorms that are left."""
     kinds = [type(module) for module in fused.modules()]
     linear = sum(issubclass(k, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) for k in kinds)

@@ -62,7 +62,7 @@ WRITES = {
     "aten": lambda y: torch.ops.aten.mul_.Tensor(y, y),
     "setitem": lambda y: y.__setitem__((slice(None), 0), 0.0),
     "zero_": lambda y: y.zero_(),
-    "foreach": lambda y: torch._foreach_mul_([y], 2.0),
+    "foreach": lambda y: torch._foreach_mul_([y], 2.0),  # pyright: ignore[reportPrivateImportUsage]
     "iadd": lambda y: y.__iadd__(1),
     "isub": lambda y: y.__isub__(y.mean()),
     "imul": lambda y: y.__imul__(2),

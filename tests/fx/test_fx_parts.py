@@ -44,13 +44,13 @@ class Classifier(nn.Module):
 
 
 class Stateful(Classifier):
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.seen = getattr(self, "seen", 0) + 1
         return self.head(self.body(pixels).mean((2, 3))) * self.seen
 
 
 class Asks(Classifier):
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if isinstance(pixels, Tensor):
             pixels = pixels * 0.5
         return self.head(self.body(pixels).mean((2, 3)))
@@ -59,19 +59,22 @@ class Asks(Classifier):
 class Captures(Classifier):
     """Puts hooks on its parts when it first runs, and collects what they see."""
 
-    def forward(self, pixels: Tensor) -> Any:
+    def forward(self, pixels: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not hasattr(self, "installed"):
             self.installed = True
             self.body.register_forward_hook(lambda m, given, y: self.found.append(y))
-        self.found: list[Tensor] = []
+        self.found: list[Any] = []
         return self.head(self.body(pixels).mean((2, 3))), tuple(self.found)
 
 
 class Reaches(Classifier):
     """Reads inside a part that it also calls."""
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.head(self.body(pixels.to(self.body[0].weight.dtype)).mean((2, 3))) if len(pixels) else pixels
+    def forward(self, pixels: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not len(pixels):
+            return pixels
+        dtype: Any = self.body[0].weight.dtype
+        return self.head(self.body(pixels.to(dtype)).mean((2, 3)))
 
 
 @pytest.fixture
@@ -117,7 +120,7 @@ class Steered(Classifier):
         super().__init__()
         self.body = Block()
 
-    def forward(self, x: Tensor, **options: Any) -> Any:
+    def forward(self, x: Tensor, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.body(x, **options)
 
 

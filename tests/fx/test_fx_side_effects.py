@@ -36,13 +36,13 @@ def test_numbers_that_torch_does_not_draw_stay_live(factor: Callable[[], float],
 @pytest.mark.parametrize("verify", ["off", "region", "full"])
 def test_a_forward_that_writes_parameters(verify: str) -> None:
     def grow(net: Net, y: Tensor) -> Tensor:
-        net.block[0].weight.data.mul_(1.5)
+        net.block.get_parameter("0.weight").data.mul_(1.5)
         return y
 
     model = Net(grow).eval()
-    before = model.block[0].weight.detach().clone()
+    before = model.block.get_parameter("0.weight").detach().clone()
     fused = fuse_fx(model, X, verify=verify)
-    assert torch.equal(model.block[0].weight, before)
+    assert torch.equal(model.block.get_parameter("0.weight"), before)
     for _ in range(2):
         torch.testing.assert_close(fused(X), model(X))
 

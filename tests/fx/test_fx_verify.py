@@ -225,6 +225,6 @@ def test_regions_in_float64_are_run_by_the_operators_of_the_original() -> None:
     assert seen is not None
     assert seen.exact is not None
     found = seen.exact(region)
-    assert traced.norm.running_mean.dtype == torch.float32
+    assert traced.get_buffer("norm.running_mean").dtype == torch.float32
     wide = model.double()
     np.testing.assert_allclose(found, wide.norm(wide.conv(x.double())).detach().numpy(), rtol=1e-9, atol=1e-9)

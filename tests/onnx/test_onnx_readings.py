@@ -160,7 +160,7 @@ def test_the_reference_operators_are_those_of_the_runtime(case: str) -> None:
     operator, parameters, opset = OPERATORS[case]
     made = model([operator], parameters, (2, 6, 7, 8), opset=opset)
     x = rand(2, 6, 7, 8)
-    found = in_float64(OnnxGraph(made), made.graph.node[0], "y")({"x": x.astype(np.float64)})
+    found = in_float64(made.graph.node[0], "y", parameters, opset, made.ir_version)({"x": x.astype(np.float64)})
     (expected,) = run(made, {"x": x})
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
