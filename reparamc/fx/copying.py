@@ -171,7 +171,8 @@ class State:
         self._tensors: dict[str, list[tuple[Tensor, Any]]] = {}
         copies = {} if backup is None else dict(backup.named_modules())
         for path, module in self._modules.items():
-            held = [v for value in vars(module).values() for v in _inside(value)]
+            again = _computed_again(module)
+            held = [v for name, value in vars(module).items() if name not in again for v in _inside(value)]
             self._contents[path] = [(v, copy.copy(v)) for v in held if isinstance(v, dict | list | set | deque)]
             parameters = {id(p): name for name, p in module._parameters.items()}
             self._tensors[path] = []
@@ -207,7 +208,10 @@ class State:
 
     def _is_changed(self, path: str) -> bool:
         before, now = self._attributes[path], vars(self._modules[path])
-        if before.keys() != now.keys() or any(now[k] is not v for k, v in before.items()):
+        if before.keys() != now.keys():
+            return True
+        again = _computed_again(self._modules[path])
+        if any(now[k] is not v and k not in again for k, v in before.items()):
             return True
         if any(not _same_items(a, b) for a, b in self._contents[path]):
             return True
@@ -226,6 +230,12 @@ class State:
             for tensor, value in self._tensors[path]:
                 if not same_values(tensor, value):
                     _put_back(tensor, value)
+
+
+def _computed_again(module: nn.Module) -> set[str]:
+    """The tensors that hooks of torch's own (weight_norm, spectral_norm, pruning) compute before each call."""
+    hooks = [h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils")]
+    return {str(getattr(h, "name", getattr(h, "_tensor_name", ""))) for h in hooks}
 
 
 def _put_back(tensor: Tensor, value: Tensor) -> None:

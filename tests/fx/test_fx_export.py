@@ -151,7 +151,8 @@ def test_hooks_are_not_lost_in_an_export() -> None:
     assert calls == [1]
 
 
-TIMM = {"efficientvit_b0": 50, "tf_efficientnet_lite0": 49, "levit_128s": 4}
+TIMM = {"efficientvit_b0": (50, 0), "tf_efficientnet_lite0": (49, 0), "levit_128s": (4, 2)}
+"""Convolutions, and BatchNorms that stay: two of LeViT, in parts that torch.fx cannot follow."""
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -161,7 +162,7 @@ def test_timm(timm: Any, name: str) -> None:
     size = model.pretrained_cfg["input_size"][-1]
     x = torch.randn(1, 3, size, size)
     fused = fuse_fx(ready(model).double(), x.double(), verify="region")
-    assert (report(fused).after.conv, report(fused).after.batchnorm) == (TIMM[name], 0)
+    assert (report(fused).after.conv, report(fused).after.batchnorm) == TIMM[name]
     both = torch.cat([x, x.flip(3)]).double()
     assert relative_error(run(fused, both), run(model, both)) < 1e-8
 
