@@ -66,7 +66,7 @@ def array_of(result: Any) -> Array:
 
 def values(array: Array) -> Array:
     """What ``array`` holds, as an array of NumPy, without gradients."""
-    if is_torch_array(array):
+    if not _is_numpy(array) and is_torch_array(array):
         array = cast(Any, array).detach().cpu()
     return np.asarray(array)
 

@@ -93,7 +93,8 @@ def test_a_pooling_that_reads_padding_keeps_the_norm_in_front() -> None:
 def test_a_pooling_is_not_composed_with_each_of_its_readers() -> None:
     nodes = [node("AveragePool", "x", "p", kernel_shape=[2, 2]), *pointwise("p", "q", "k", "v")]
     assert counted(nodes, WEIGHTS, "q k v") == {"AveragePool": 1, "Conv": 3}
-    assert counted([*nodes[:1], *pointwise("p", "q")], WEIGHTS, "q") == {"Conv": 1}
+    # Nor with one: ONNX Runtime takes a map that is smaller than the window, a convolution does not.
+    assert counted([*nodes[:1], *pointwise("p", "q")], WEIGHTS, "q") == {"AveragePool": 1, "Conv": 1}
 
 
 def test_layouts_over_different_values_are_no_copies() -> None:

@@ -259,9 +259,7 @@ def test_a_layer_called_twice_and_folded_once_is_noticed() -> None:
     assert "2 convolutions or linear layers left, 1 allowed" in failure(Twice(), IMAGE, fused=["block"])
 
 
-def test_layers_that_cannot_be_followed_are_counted() -> None:
-    """Hooks keep both torch.fx and torch.export out; what lies inside stays as it is, and may not pass for fused."""
+def test_layers_below_a_hook_fuse() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), Block(3))
     model[2].register_forward_hook(lambda module, inputs, output: output)
-    text = failure(model, IMAGE, fused=["0", "2"])
-    assert "2 no longer fuses: BatchNorm left: 2.large.1, 2.small.1; 2 convolutions or linear layers left" in text
+    fuse_guard(model, IMAGE, fused=["0", "2"])
