@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from fuzz_graphs import Program, Step
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -25,14 +25,12 @@ def to_module(p: Program, seed: int = 0) -> Network:
 class Network(nn.Module):
     """A program; the method named like an operator computes the step ``s`` on ``x``.
 
-    Attributes:
-        largest: the largest magnitude met in the last call outside of tracing.
+    A call keeps nothing: `fuse_fx` leaves a module alone whose forward changes what it holds.
     """
 
     def __init__(self, p: Program, rng: np.random.Generator) -> None:
         super().__init__()
         self.p = p
-        self.largest = 0.0
         self.layers = nn.ModuleDict()
         for key, values in p.params.items():
             self.register_parameter(_name(key), nn.Parameter(torch.from_numpy(values)))
@@ -42,19 +40,29 @@ class Network(nn.Module):
                 self.layers[str(at)] = layer
 
     def compute(self, *inputs: Any) -> Any:
-        v = list(inputs)
-        record = not isinstance(inputs[0], fx.Proxy)
-        sizes = [x.abs().max() for x in v] if record else []
+        v = self.values(inputs)
+        found = [v[n] for n in dict.fromkeys(self.p.outputs)]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def values(self, inputs: Sequence[Any], seen: Callable[[Any], object] = lambda value: None) -> list[Any]:
+        """The inputs and the results of all steps; ``seen`` is called with each before a later step writes into it."""
+        v: list[Any] = []
+        for x in inputs:
+            seen(x)
+            v.append(x)
         for at, s in enumerate(self.p.steps):
             operands = [v[i] for i in s.inputs]
             made = str(at) in self.layers
             v.append(self.layers[str(at)](*operands) if made else getattr(self, f"_{s.op}")(s, *operands))
-            if record:
-                sizes.append(v[-1].abs().max())
-        if record:
-            self.largest = float(max(sizes))
-        found = [v[n] for n in dict.fromkeys(self.p.outputs)]
-        return found[0] if len(found) == 1 else tuple(found)
+            seen(v[-1])
+        return v
+
+    def largest(self, inputs: Sequence[Tensor]) -> float:
+        """The largest magnitude met on the way from ``inputs``."""
+        sizes: list[float] = []
+        with torch.no_grad():
+            self.values([x.clone() for x in inputs], lambda value: sizes.append(float(value.abs().max())))
+        return max(sizes)
 
     def held(self, s: Step, *roles: str) -> list[Any]:
         """The parameters of these roles; None where the step does without."""

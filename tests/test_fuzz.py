@@ -31,8 +31,7 @@ def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("fuzz")
 
 
-# A torch copy is compared with its model at every level, so a wrong rule escapes through ONNX alone.
-@pytest.mark.parametrize("way", ["onnx"])
+@pytest.mark.parametrize("way", ["onnx", "fx"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
 def test_a_wrong_rule_escapes_without_verification_and_is_caught_with_it(fuzz: ModuleType, way: str) -> None:
     assert {fuzz.try_one(seed, way, "region")[0] for seed in SEEDS} <= {"right", "unusable"}
