@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from reparamc.fx.runnable import same_random_numbers
 from reparamc.fx.watch import Call
 
 DEPTH = 12
@@ -67,15 +68,10 @@ def ran(module: Callable[..., Any], call: Call) -> Any:
         Exception: whatever it raises.
     """
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, call)
-    with torch.no_grad(), torch.random.fork_rng(devices=_devices(call)), warnings.catch_warnings():
+    devices = [t.device for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
+    with torch.no_grad(), same_random_numbers(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
         return module(*args, **kwargs)
-
-
-def _devices(call: Call) -> list[int]:
-    found = (t.device for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
-    return sorted({d.index or 0 for d in found if d.type == "cuda"})
 
 
 def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = None) -> str:
