@@ -231,9 +231,9 @@ def of_old_operand(original: Any) -> Any:
 def turned_back(original: Any) -> Any:
     """A permutation is written as its inverse."""
 
-    def emit(self: Any, e: Any) -> Any:
+    def emit(self: Any, e: Any, top: bool) -> Any:
         op = e.op if isinstance(e, Layout) else None
-        return original(self, replace(e, op=Permute(tuple(np.argsort(op.axes)))) if isinstance(op, Permute) else e)
+        return original(self, replace(e, op=Permute(tuple(np.argsort(op.axes)))) if isinstance(op, Permute) else e, top)
 
     return emit
 

@@ -352,8 +352,8 @@ def exchanged(original: Any) -> Any:
 
     def init(self: Any, *args: Any) -> None:
         original(self, *args)
-        two = [e for e in self.names if isinstance(e, Source)][:2]
-        self.names.update(zip(two, [self.names[e] for e in reversed(two)], strict=True))
+        two = [e for e in self.values if isinstance(e, Source)][:2]
+        self.values.update(zip(two, [self.values[e] for e in reversed(two)], strict=True))
 
     return init
 
@@ -368,11 +368,9 @@ def of_old_operand(original: Any) -> Any:
 def turned_back(original: Any) -> Any:
     """A permutation is written as its inverse."""
 
-    def emit(self: Any, e: Any, output: str | None) -> str:
+    def emit(self: Any, e: Any, top: bool) -> str:
         op = e.op if isinstance(e, Layout) else None
-        return original(
-            self, replace(e, op=Permute(tuple(np.argsort(op.axes)))) if isinstance(op, Permute) else e, output
-        )
+        return original(self, replace(e, op=Permute(tuple(np.argsort(op.axes)))) if isinstance(op, Permute) else e, top)
 
     return emit
 

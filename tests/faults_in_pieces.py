@@ -143,8 +143,8 @@ def first_position(x: Any, op: Any, *more: Any) -> tuple[Any, ...]:
     return (x, replace(op, at=0) if isinstance(op, Take) else op, *more)
 
 
-def first_written(emitter: Any, e: Any) -> tuple[Any, Any]:
-    return emitter, replace(e, op=replace(e.op, at=0)) if isinstance(getattr(e, "op", None), Take) else e
+def first_written(emitter: Any, e: Any, top: bool) -> tuple[Any, Any, bool]:
+    return emitter, replace(e, op=replace(e.op, at=0)) if isinstance(getattr(e, "op", None), Take) else e, top
 
 
 PIECES: list[Fault] = [

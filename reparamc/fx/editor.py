@@ -69,7 +69,7 @@ class Editor:
         old = self.copies[root]
         emitter = Emitter(self.source, self.target, splice, root)
         with self.graph.inserting_before(old):
-            result = emitter.run()
+            result = emitter.computed()
             if self._would_share(splice, root):
                 result = self.graph.call_function(torch.clone, (result,))
         old.replace_all_uses_with(result, propagate_meta=False)

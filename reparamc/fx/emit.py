@@ -34,7 +34,8 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.kernels import regroup, swap_sides
 from reparamc.algebra.shape import sizes_after
-from reparamc.compiler.graph import Splice, Taps, Value, new_nodes
+from reparamc.compiler.emit import Emission
+from reparamc.compiler.graph import Splice, Taps, Value
 from reparamc.fx.calls import Call, first_operand, lookup, with_arguments
 from reparamc.fx.readings import Readings
 
@@ -83,11 +84,11 @@ class Target:
         return node
 
 
-class Emitter:
+class Emitter(Emission[fx.Node]):
     """The nodes that compute one splice, inserted at the graph's current point."""
 
     def __init__(self, readings: Readings, target: Target, splice: Splice, root: fx.Node) -> None:
-        self.readings, self.target, self.splice, self.root = readings, target, splice, root
+        self.readings, self.target, self.root = readings, target, root
         members = cast(Sequence[fx.Node], splice.members)
         tensors = readings.tensors(members)
         native = {e: cast(fx.Node, v) for e, v in splice.native.items() if not isinstance(v, Taps)}
@@ -100,8 +101,7 @@ class Emitter:
         self.trainable = any(t.requires_grad for t in tensors)
         self.modules = [str(m.target) for m in members if m.op == "call_module"]
         self.modules = self.modules or [name.rpartition(".")[0] for name in splice.parameters if "." in name]
-        self.emitting = splice.expr
-        self.values: dict[Expr, fx.Node] = {e: target.current(v) for e, v in native.items()}
+        super().__init__(splice, {e: target.current(v) for e, v in native.items()}, target.emitted)
         facts = readings.facts
         shifts = any(((call := facts.calls[m]) and call.op == "batch_norm") or facts.is_normalised(m) for m in members)
         self._biased = _last_conv(splice) if shifts else None
@@ -113,23 +113,7 @@ class Emitter:
         assert self._like is not None
         return self._like
 
-    def run(self) -> fx.Node:
-        top = self.splice.expr
-        self.splice.tensors.clear()
-        for e in new_nodes(self.splice):
-            if e in self.target.emitted:  # in another region, that shares it
-                self.values[e] = self.target.emitted[e]
-            elif e is top or not is_negation(e):
-                self.values[e] = self.target.emitted[e] = self._emit(e)
-        return self.values[top]
-
-    def _emit(self, e: Expr) -> fx.Node:
-        outer, self.emitting = self.emitting, e
-        node = self._emit_one(e)
-        self.emitting = outer
-        return node
-
-    def _emit_one(self, e: Expr) -> fx.Node:
+    def _emit(self, e: Expr, top: bool) -> fx.Node:
         match e:
             case Conv() if e.reads_taps:
                 return self._with_weight(e)
@@ -146,15 +130,15 @@ class Emitter:
             case Sum():
                 return self._sum(e)
             case Layout(op=Take(axis=axis, at=at)):
-                return self._call(torch.select, self._value(e.x), axis, at)
+                return self._call(torch.select, self.value(e.x), axis, at)
             case Layout(op=Permute(axes=axes)):
-                return self._call(torch.permute, self._value(e.x), axes)
+                return self._call(torch.permute, self.value(e.x), axes)
             case Layout(op=Mean() as op):
-                return self._call(torch.mean, self._value(e.x), op.axes, op.keep)
+                return self._call(torch.mean, self.value(e.x), op.axes, op.keep)
             case Layout(op=Reshape() as op):
-                return self._reshape(self._value(e.x), op)
+                return self._reshape(self.value(e.x), op)
             case Concat():
-                return self._call(torch.cat, tuple(self._value(t) for t in e.terms), e.axis)
+                return self._call(torch.cat, tuple(self.value(t) for t in e.terms), e.axis)
             case Select():
                 return self._select(e)
             case _:
@@ -173,7 +157,7 @@ class Emitter:
 
     def _weightless(self, e: Conv) -> fx.Node:
         """A padding, a strided slice, or a pooling."""
-        x, (begin, end) = self._value(e.x), e.padding
+        x, (begin, end) = self.value(e.x), e.padding
         pools = any(k > 1 for k in e.kernel)
         fits = begin == end and all(0 <= 2 * p <= k for p, k in zip(begin, e.kernel, strict=True))
         if any((*begin, *end)) and not (pools and fits):
@@ -222,7 +206,7 @@ class Emitter:
         return self.target.graph.call_function(function, args)
 
     def _select(self, e: Select) -> fx.Node:
-        x, axis, first = self._value(e.x), e.axis, e.index[0]
+        x, axis, first = self.value(e.x), e.axis, e.index[0]
         if list(e.index) == list(range(first, first + len(e.index))):
             return self._call(torch.narrow, x, axis, first, len(e.index))
         holder = nn.Module()
@@ -248,7 +232,7 @@ class Emitter:
             output_padding=tuple(grown), dilation=e.dilation, groups=e.groups, **self._options(e),
         )  # fmt: skip
         self._fill(module, swap_sides(weight, e.groups), self._bias(e))
-        y = self.target.graph.call_module(self._add(module), (self._value(e.x),))
+        y = self.target.graph.call_module(self._add(module), (self.value(e.x),))
         cut = [f - b + g for b, f, g in zip(begin, end, grown, strict=True)]
         if any(cut):
             y = self._call(F.pad, y, [n for c in reversed(cut) for n in (0, -c)])
@@ -269,7 +253,7 @@ class Emitter:
             module.bias = self._parameter(self._tensor(bias))
 
     def _conv(self, e: Conv) -> fx.Node:
-        x = self._value(e.x)
+        x = self.value(e.x)
         if e.spatial == 0:
             module: nn.Module = nn.Linear(e.in_channels, e.out_channels, **self._options(e))
         else:
@@ -289,10 +273,10 @@ class Emitter:
         module.weight, module.bias = (self._parameter(self._tensor(a)) for a in (e.gamma, e.beta))
         module.running_mean, module.running_var = self._tensor(e.mean), self._tensor(e.var)
         module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=self.like.device)
-        return self.target.graph.call_module(self._add(module), (self._value(e.x),))
+        return self.target.graph.call_module(self._add(module), (self.value(e.x),))
 
     def _scale(self, e: Scale) -> fx.Node:
-        y = self._value(e.x)
+        y = self.value(e.x)
         if is_negation(e):
             return self.target.graph.call_function(operator.neg, (y,))
         for op, vector, neutral in ((operator.mul, e.scale, 1), (operator.add, e.shift, 0)):
@@ -308,19 +292,12 @@ class Emitter:
         return self.target.graph.get_attr(f"{self._add(holder)}.value")
 
     def _sum(self, e: Sum) -> fx.Node:
-        ordered = sorted(e.terms, key=lambda t: t not in self.values and is_negation(t))
-        y = self._value(ordered[0])
-        for t in ordered[1:]:
-            if t not in self.values and isinstance(t, Scale) and is_negation(t):
-                y = self.target.graph.call_function(operator.sub, (y, self._value(t.x)))
-            else:
-                y = self.target.graph.call_function(operator.add, (y, self._value(t)))
+        (first, _), *others = self.addends(e)
+        y = self.value(first)
+        for t, subtracted in others:
+            function = operator.sub if subtracted else operator.add
+            y = self.target.graph.call_function(function, (y, self.value(t)))
         return y
-
-    def _value(self, e: Expr) -> fx.Node:
-        if e not in self.values:
-            self.values[e] = self._emit(e)  # a negation that no sum absorbs
-        return self.values[e]
 
     def _tensor(self, a: Array) -> Tensor:
         return torch.from_numpy(np.array(a, dtype=np.float64, copy=True)).to(self.like.device, self.like.dtype)
@@ -345,7 +322,7 @@ class Emitter:
         self.target.module.add_submodule(path, module)
         for name, t in (*module.named_parameters(), *module.named_buffers()):
             if t.is_floating_point():
-                self.splice.tensors[f"{path}.{name}"] = self.splice.parameters_of(self.emitting)
+                self.record(f"{path}.{name}")
         return path
 
 

@@ -32,7 +32,8 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.kernels import regroup, swap_sides
 from reparamc.algebra.shape import sizes_after
-from reparamc.compiler.graph import Splice, new_nodes
+from reparamc.compiler.emit import Emission
+from reparamc.compiler.graph import Splice
 from reparamc.onnx import taps
 from reparamc.onnx.facts import Facts, results_of
 from reparamc.onnx.values import Names, commit, defined_names
@@ -136,35 +137,25 @@ def is_rows(e: Conv) -> bool:
     return e.spatial == 1 and e.is_pointwise
 
 
-class _Emitter:
+class _Emitter(Emission[str]):
     """The nodes that compute one splice."""
 
     def __init__(self, graph: OnnxEdit, splice: Splice, root: str) -> None:
-        self.graph, self.splice, self.root, self.base = graph, splice, root, str(splice.unit)
+        super().__init__(splice, {e: str(v) for e, v in splice.native.items()}, graph.emitted)
+        self.graph, self.root, self.base = graph, root, str(splice.unit)
         self.nodes: list[NodeProto] = []
-        self.names: dict[Expr, str] = {e: str(v) for e, v in splice.native.items()}
         self.note = f"reparamc: {', '.join(splice.counts)}"
-        self.emitting = splice.expr
 
     def run(self) -> list[NodeProto]:
-        top = self.splice.expr
-        self.splice.tensors.clear()
-        for e in new_nodes(self.splice):
-            if e in self.graph.emitted:  # in another region, that shares it
-                self.names[e] = self.graph.emitted[e]
-            elif e is top or not is_negation(e):  # sums subtract instead
-                self.names[e] = self.graph.emitted[e] = self._emit(e, self.root if e is top else None)
-        if top in self.splice.native:
-            self._node("Identity", [self.names[top]], self.root)
+        name = self.computed()
+        if self.splice.expr in self.splice.native:
+            self._node("Identity", [name], self.root)
         return self.nodes
 
-    def _emit(self, e: Expr, output: str | None) -> str:
-        outer, self.emitting = self.emitting, e
-        name = self._emit_one(e, output)
-        self.emitting = outer
-        return name
+    def _emit(self, e: Expr, top: bool) -> str:
+        return self._emit_as(e, self.root if top else None)
 
-    def _emit_one(self, e: Expr, output: str | None) -> str:
+    def _emit_as(self, e: Expr, output: str | None) -> str:
         match e:
             case Conv() if e.reads_taps:
                 return taps.with_weight(self.graph.facts, e, self._parameter, self.graph.add_copies, self._node, output)
@@ -175,7 +166,7 @@ class _Emitter:
             case Conv() if e.spatial:
                 begin, end = e.padding
                 weight = swap_sides(e.weight, e.groups) if e.transposed else e.weight
-                inputs = [self._value(e.x), self._parameter("weight", weight)]
+                inputs = [self.value(e.x), self._parameter("weight", weight)]
                 inputs += [self._parameter("bias", e.bias)] if e.bias is not None else []
                 attributes: dict[str, Any] = {
                     "kernel_shape": e.kernel, "strides": e.stride, "dilations": e.dilation,
@@ -191,16 +182,16 @@ class _Emitter:
                 return self._scale(e, output)
             case BatchNorm():
                 arrays = {"scale": e.gamma, "bias": e.beta, "mean": e.mean, "var": e.var}
-                inputs = [self._value(e.x), *(self._parameter(kind, a) for kind, a in arrays.items())]
+                inputs = [self.value(e.x), *(self._parameter(kind, a) for kind, a in arrays.items())]
                 return self._node("BatchNormalization", inputs, output, epsilon=e.eps)
             case Sum():
                 return self._sum(e, output)
             case Concat():
-                return self._node("Concat", [self._value(t) for t in e.terms], output, axis=self._axis(e))
+                return self._node("Concat", [self.value(t) for t in e.terms], output, axis=self._axis(e))
             case Select():
                 return self._select(e, output)
             case Layout():
-                return self._layout(self._value(e.x), e.op, output)
+                return self._layout(self.value(e.x), e.op, output)
             case _:
                 raise AssertionError(f"{type(e).__name__} is never emitted")
 
@@ -219,7 +210,7 @@ class _Emitter:
     def _weightless(self, e: Conv, output: str | None) -> str | None:
         """A padding and a slice, or a pooling; None where this opset, or ONNX Runtime, has none like it."""
         begin, end = e.padding
-        x, opset = self._value(e.x), self.graph.facts.opset
+        x, opset = self.value(e.x), self.graph.facts.opset
         if any(k != 1 for k in e.kernel):
             too_wide = any(p >= k for p, k in zip((*begin, *end), (*e.kernel, *e.kernel), strict=True))
             padded, spread = any((*begin, *end)), any(d != 1 for d in e.dilation)
@@ -281,7 +272,7 @@ class _Emitter:
         return (self._rank(e) or 0) + e.axis
 
     def _select(self, e: Select, output: str | None) -> str:
-        x, axis, first, end = self._value(e.x), self._axis(e), e.index[0], e.index[-1] + 1
+        x, axis, first, end = self.value(e.x), self._axis(e), e.index[0], e.index[-1] + 1
         if e.index != tuple(range(first, end)) or self.graph.facts.opset < 10:
             index = self.graph.add_integers(f"{self.base}.index", e.index)
             return self._node("Gather", [x, index], output, axis=axis)
@@ -290,13 +281,13 @@ class _Emitter:
         return name
 
     def _rows(self, e: Conv, output: str | None) -> str:
-        inputs = [self._parameter("weight", regroup(e, 1)[..., 0]), self._value(e.x)]
+        inputs = [self._parameter("weight", regroup(e, 1)[..., 0]), self.value(e.x)]
         if e.bias is None:
             return self._node("MatMul", inputs, output)
         return self._node("Add", [self._node("MatMul", inputs, None), self._parameter("bias", e.bias[:, None])], output)
 
     def _linear(self, e: Conv, output: str | None) -> str:
-        x = self._value(e.x)
+        x = self.value(e.x)
         weight = regroup(e, 1)
         if self._rank(e.x) == 2 and (e.bias is not None or self.graph.facts.opset >= 11):
             inputs = [x, self._parameter("weight", weight)]
@@ -309,7 +300,7 @@ class _Emitter:
 
     def _scale(self, e: Scale, output: str | None) -> str:
         if is_negation(e):
-            return self._node("Neg", [self._value(e.x)], output)
+            return self._node("Neg", [self.value(e.x)], output)
         ones = (1,) * (-1 - (e.axis or -1))
         factor = (
             self._parameter("scale", e.scale.reshape(-1, *ones) if e.scale.ndim else e.scale)
@@ -321,19 +312,16 @@ class _Emitter:
             if np.any(e.shift)
             else None
         )
-        y = self._value(e.x)
+        y = self.value(e.x)
         if factor or not term:
             y = self._node("Mul", [y, factor or self._parameter("scale", ONE)], None if term else output)
         return self._node("Add", [y, term], output) if term else y
 
     def _sum(self, e: Sum, output: str | None) -> str:
-        ordered = sorted(e.terms, key=lambda t: t not in self.names and is_negation(t))
-        y = self._value(ordered[0])
-        for t, after in zip_longest(ordered[1:], ordered[2:]):
-            op, addend = "Add", t
-            if t not in self.names and isinstance(t, Scale) and is_negation(t):
-                op, addend = "Sub", t.x
-            y = self._node(op, [y, self._value(addend)], None if after else output)
+        (first, _), *others = self.addends(e)
+        y = self.value(first)
+        for (t, subtracted), after in zip_longest(others, others[1:]):
+            y = self._node("Sub" if subtracted else "Add", [y, self.value(t)], None if after else output)
         return y
 
     def _rank(self, e: Expr) -> int | None:
@@ -346,14 +334,9 @@ class _Emitter:
                 case _:
                     e = e.children[0]
 
-    def _value(self, e: Expr) -> str:
-        if e not in self.names:
-            self.names[e] = self._emit(e, None)  # a negation that no sum absorbs
-        return self.names[e]
-
     def _parameter(self, kind: str, array: Array) -> str:
         name = self.graph.add_initializer(f"{self.base}.{kind}", array, self.splice.dtype)
-        self.splice.tensors[name] = self.splice.parameters_of(self.emitting)
+        self.record(name)
         return name
 
     def _node(self, op: str, inputs: list[str], output: str | None, **attributes: Any) -> str:
