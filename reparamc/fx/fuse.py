@@ -94,7 +94,7 @@ class _Fusion:
         self.runs: list[tuple[Call, Any]] = []
         self.failed: list[FailedRegion] = []
         self.writes_parameters = False
-        self.unlike = ""
+        self.wavers = False
 
     def run(self, example_inputs: Any) -> nn.Module:
         """The fused copy, with its report."""
@@ -115,28 +115,30 @@ class _Fusion:
     def watched(self, call: Call, state: State) -> Parts:
         """The parts of the model, after it was run on the example and on other arguments, if it takes some."""
         changed: set[str] = set()
-        smaller = few(call)
-        for given in ([smaller] if smaller is not None else []) + [call]:
+
+        def run(given: Call) -> Any:
             try:
-                self.runs = [(given, ran(self.model, given))]
-                break
-            except Exception as error:  # whatever the user's forward raises
-                if given is call:
-                    raise InputError(f"the model does not run on example_inputs: {one_line(error)}") from error
+                return ran(self.model, given)
             finally:
                 self.writes_parameters |= state.has_written_parameters()
                 changed.update(state.changed())
                 state.restore()
+
+        smaller = few(call)
+        for given in ([smaller] if smaller is not None else []) + [call]:
+            try:
+                self.runs = [(given, run(given))]
+                break
+            except Exception as error:  # whatever the user's forward raises
+                if given is call:
+                    raise InputError(f"the model does not run on example_inputs: {one_line(error)}") from error
         for other in others(self.runs[0][0]):
             try:
-                self.runs.append((other, ran(self.model, other)))
+                self.runs.append((other, run(other)))
                 break
             except Exception:  # whatever a module raises that does not take a size
                 continue
-            finally:
-                changed.update(state.changed())
-                state.restore()
-        self.unlike = self._unlike_itself(state)
+        self.wavers = bool(difference(run(self.runs[0][0]), self.runs[0][1]))
         by_class = "transformers records its outputs by its class"
         blocked = {place: by_class for path in recorded(self.model) for place in _around(path)}
         blocked |= {place: "forward changes what it holds" for path in changed for place in _around(path)}
@@ -155,19 +157,9 @@ class _Fusion:
             self.model, self.own, self.options, lambda: watched().calls, self.runs, blocked, lambda: watched().touched
         )
 
-    def _unlike_itself(self, state: State) -> str:
-        """Why the model cannot be run again for a comparison; empty where it can."""
-        if self.writes_parameters:
-            return "forward writes parameters"
-        call, expected = self.runs[0]
-        try:
-            return "it computes something else each time" if difference(ran(self.model, call), expected) else ""
-        finally:
-            state.restore()
-
     def checked(self, parts: Parts, taken: Taken) -> Taken:
         """``taken``, where parts were replaced compared with the model; those that it differs with are put back."""
-        if not parts.placed or not (why := self.differs(taken.module)):
+        if self.wavers or not parts.placed or not (why := self.differs(taken.module)):
             return taken
         placed = list(parts.placed)
         for part in reversed(placed):
@@ -209,8 +201,9 @@ class _Fusion:
             [w.size for w in taken.ways if w.size is not None],
         )
         report.seconds = {"tracing": perf_counter() - self.start - sum(report.seconds.values()), **report.seconds}
-        if self.unlike:
-            note = f"not run end to end: {self.unlike}"
+        if self.wavers or self.writes_parameters:
+            why = "forward writes parameters" if self.writes_parameters else "it computes something else each time"
+            note = f"not run end to end: {why}"
         elif self.options.level == "full" and self.runs and not report.end_to_end:
             start = perf_counter()
             call, expected = self.runs[0]

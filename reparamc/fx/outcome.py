@@ -56,11 +56,6 @@ def _held(value: Any) -> Iterator[Any]:
             yield from inner.values() if isinstance(inner, dict) else inner
 
 
-def tensors(result: Any) -> dict[str, Tensor]:
-    """Every tensor in ``result`` by its place."""
-    return {f"output{path}": leaf for path, leaf in leaves(result) if isinstance(leaf, Tensor)}
-
-
 def ran(module: Callable[..., Any], call: Call) -> Any:
     """What ``module`` makes of copies of the arguments; random operators draw the same numbers each time.
 

@@ -204,7 +204,7 @@ def test_the_original_runs_few_times_on_the_examples_as_they_are() -> None:
 
 def test_a_copy_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Emitter, e: Any) -> Any:
-        return self._call(torch.reshape, self._value(e.x), (3, 3))
+        return self._call(torch.reshape, self.value(e.x), (3, 3))
 
     monkeypatch.setattr(Emitter, "_conv", broken)
     with pytest.raises(VerificationError, match="does not run") as raised:
