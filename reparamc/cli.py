@@ -17,6 +17,8 @@ from reparamc.errors import InputError, ReparamcError, VerificationError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from onnx import ModelProto
+
     from reparamc.report.data import Report
 
 DONE, DIFFERS, BAD_INPUT, UNCERTAIN = 0, 1, 2, 3
@@ -146,8 +148,8 @@ def _add_verify(verify: argparse.ArgumentParser) -> None:
         "Compare an ONNX model with a rewritten one, whoever rewrote it: inputs and outputs first, then both models in "
         "ONNX Runtime on many inputs. The smallest input for which they differ is saved."
     )
-    verify.add_argument("original", type=Path, metavar="ORIGINAL", help="the ONNX file to trust")
-    verify.add_argument("fused", type=Path, metavar="FUSED", help="the ONNX file to check")
+    verify.add_argument("original", type=Path, metavar="ORIGINAL", help="the ONNX file to trust; - for stdin")
+    verify.add_argument("fused", type=Path, metavar="FUSED", help="the ONNX file to check; - for stdin")
     verify.add_argument(
         "--inputs",
         type=Path,
@@ -266,12 +268,11 @@ def _explain(arguments: argparse.Namespace) -> int:
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
-    from reparamc.onnx.files import STANDARD, load, parsed
+    from reparamc.onnx.files import STANDARD, load
     from reparamc.onnx.fuse import fuse_model
     from reparamc.report.explain import explain_json, explain_text
 
-    stream = arguments.model == STANDARD
-    model = parsed(sys.stdin.buffer.read(), "standard input") if stream else load(arguments.model)
+    model = _standard_input() if arguments.model == STANDARD else load(arguments.model)
     with _progress(arguments.json) as progress:
         _, report = fuse_model(
             model,
@@ -286,12 +287,22 @@ def _explain(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _standard_input() -> ModelProto:
+    from reparamc.onnx.files import parsed
+
+    return parsed(sys.stdin.buffer.read(), "standard input")
+
+
 def _verify(arguments: argparse.Namespace) -> int:
+    from reparamc.onnx.files import STANDARD
     from reparamc.verify.search import verify_onnx
 
+    models = [arguments.original, arguments.fused]
+    if models == [STANDARD, STANDARD]:
+        raise InputError("only one of the two models can come from standard input")
+    default = Path("fused.onnx") if arguments.fused == STANDARD else arguments.fused
     result = verify_onnx(
-        arguments.original,
-        arguments.fused,
+        *(_standard_input() if model == STANDARD else model for model in models),
         inputs=arguments.inputs,
         examples=arguments.examples,
         seconds=arguments.seconds,
@@ -300,7 +311,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         atol=arguments.atol,
         non_finite=arguments.non_finite,
         optimize=arguments.optimize,
-        save=arguments.save or arguments.fused.with_suffix(".failing.npz"),
+        save=arguments.save or default.with_suffix(".failing.npz"),
     )
     print(result.to_json() if arguments.json else result.verdict if arguments.quiet else result.table())
     return DIFFERS if not result.equal else UNCERTAIN if result.doubt else DONE

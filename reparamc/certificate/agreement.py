@@ -58,12 +58,19 @@ class Agreement:
         units: the largest difference of coefficients, in units of its bound; equal means at most 1.
         bound: how far the results can lie apart, relative to the sum of the magnitudes of all products: the worst row.
         reason: what differs, or why that cannot be said.
+        excess: the largest difference in roundings of all that a coefficient was added up from, in either value: how
+            far it is off for those who fold in the dtype of the parameters.
     """
 
     verdict: str = "equal"
     units: float = 0.0
     bound: float = 0.0
     reason: str = ""
+    excess: float = 0.0
+
+
+def _apart(reason: str) -> Agreement:
+    return _apart(reason, np.inf)
 
 
 @dataclass
@@ -74,11 +81,13 @@ class _Sums:
     total: Array
     units: float = 0.0
     reason: str = ""
+    excess: float = 0.0
     guards_only: bool = True
 
-    def enter(self, ratio: float, reason: str, is_guarded_vector: bool = False) -> None:
+    def enter(self, ratio: float, reason: str, excess: float = 0.0, is_guarded_vector: bool = False) -> None:
         if ratio > 1 and not is_guarded_vector:
             self.guards_only = False
+        self.excess = max(self.excess, excess)
         if not ratio <= self.units:
             self.units, self.reason = ratio, reason
 
@@ -92,11 +101,11 @@ def agree(original: Value, emitted: Value, precision: Precision) -> Agreement:
     except Unrepresentable as error:
         return Agreement("undecided", reason=str(error))
     if reason := _shape_difference(original.extents, emitted.extents):
-        return Agreement("different", np.inf, np.inf, reason)
+        return _apart(reason)
     if original.channel != emitted.channel or not same_layout(original, emitted):
         return Agreement("undecided", reason="the two are laid out differently")
     if original.channels != emitted.channels:
-        return Agreement("different", np.inf, np.inf, f"{original.channels} channels against {emitted.channels}")
+        return _apart(f"{original.channels} channels against {emitted.channels}")
     if original.loose - emitted.loose:
         return Agreement("undecided", reason="a term may be repeated along an axis, in one of the two alone")
     found = _agree(original, emitted, precision, fixed=False)
@@ -139,10 +148,10 @@ def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -
             if any(m.stride != n.stride and _is_single(e, m, n) for e, m, n in zip(source.extents, *both, strict=True)):
                 return Agreement("undecided", reason="strides differ along an axis with one position")
             if strides[0] != strides[1]:
-                return Agreement("different", np.inf, np.inf, f"strides {strides[0]} against {strides[1]}")
+                return _apart(f"strides {strides[0]} against {strides[1]}")
             deltas = [[g.delta for g in grid] for grid in both]
             if any(abs(m.delta - n.delta) >= m.stride for m, n in zip(*both, strict=True)):
-                return Agreement("different", np.inf, np.inf, f"extents smaller by {deltas[0]} against {deltas[1]}")
+                return _apart(f"extents smaller by {deltas[0]} against {deltas[1]}")
             return Agreement("undecided", reason="the extents of the two agree for some input sizes only")
         grids[source] = both[0]
     names = [source.leaf for source in sources]
@@ -172,7 +181,7 @@ def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -
         return Agreement("undecided", sums.units, spread, "a strided kernel or a mean reads a transposed convolution")
     if averaged and (sums.guards_only or _splits(original)):
         return Agreement("undecided", sums.units, spread, "a mean hides the border: " + sums.reason)
-    return Agreement("different", sums.units, spread, sums.reason)
+    return Agreement("different", sums.units, spread, sums.reason, sums.excess)
 
 
 class _Frame(NamedTuple):
@@ -318,8 +327,8 @@ def _compare_blocks(
         shape = gap.shape
         a, e = _total(mine, np.empty(shape), start), _total(other, np.empty(shape), start)
         gap = np.abs(a - e)
-        allowed = _total(other, np.empty(shape), start, True) * (precision.unit * rounded)
-        allowed += _total(mine, np.empty(shape), start, True) * LOSS
+        sizes = [_total(parts, np.empty(shape), start, True) for parts in (mine, other)]
+        allowed = sizes[1] * (precision.unit * rounded) + sizes[0] * LOSS
         # A kernel that was asked for is the difference of two results, which hold the vectors of the row as well.
         allowed += 16 * DOUBLE * added[start : start + rows, None, None]
         if doubts:
@@ -337,7 +346,13 @@ def _compare_blocks(
             channel = int(low[start + row]) + int(column)
             place = _place(taps[tap], value, frame.grids)
             said = f"channel {start + row} reads channel {channel} of {frame.source.leaf!r} {place}"
-            sums.enter(worst, f"{said} with weight {a[at]:.8g}, and {e[at]:.8g} in the result")
+            said += f" with weight {a[at]:.8g}, and {e[at]:.8g} in the result"
+            sums.enter(worst, said, _excess(gap, ratio, sizes, precision))
+
+
+def _excess(gap: Array, ratio: Array, sizes: Sequence[Array], precision: Precision) -> float:
+    beyond = np.where(ratio > 1, np.nan_to_num(gap, nan=np.inf), 0.0)
+    return float(np.nanmax(beyond / (precision.unit * (sizes[0] + sizes[1])), initial=0.0))
 
 
 def _magnitudes_if_nearest(exact: Array, stored: Array) -> Array | None:
@@ -499,5 +514,6 @@ def _compare_vectors(
             sums.enter(
                 worst,
                 f"channel {row} adds{where} {a.value[row]:.8g}, and {e.value[row]:.8g} in the result",
+                _excess(gap, ratio, (a.size, e.size), precision),
                 key is not None,
             )

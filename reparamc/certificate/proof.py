@@ -106,6 +106,7 @@ class Window:
             because parameters were rounded.
         reason: what differs, or why that cannot be said.
         before, after: how many operators it takes in each graph.
+        excess: of a difference, how far it is off if all parameters were combined in their own dtype, in roundings.
     """
 
     where: str
@@ -115,6 +116,7 @@ class Window:
     reason: str = ""
     before: int = 0
     after: int = 0
+    excess: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -376,7 +378,7 @@ class _Proof:
             except Unrepresentable as error:
                 last = Window(before, "undecided", reason=str(error))
                 break
-            seen = Window(before, found.verdict, found.units, found.bound, found.reason, m, n)
+            seen = Window(before, found.verdict, found.units, found.bound, found.reason, m, n, found.excess)
             if found.verdict == "equal":
                 reason = self._doubt(atoms, precision)
                 return replace(seen, verdict="undecided", reason=reason) if reason else seen

@@ -34,14 +34,14 @@ def run_alone(
         return None
     operands = [v for v in dict.fromkeys(o for r in regions for o in r.operands) if v in computed]
     try:
-        with session(_showing(original, [*roots, *operands]), "the model") as run:
+        with session(showing(original, [*roots, *operands]), "the model") as run:
             expected = run(inputs)
         given = {operand: expected[operand] for operand in operands}
-        cut, names = _cut(_showing(original, roots), given)
+        cut, names = cut_at(showing(original, roots), given)
         with session(cut, "the model, cut in front of its regions") as run:
             noises = [_named(run(perturbed({**inputs, **given}, seed + n)), names) for n in range(2)]
         given = {root: expected[root] for root in roots}
-        cut, names = _cut(result, given)
+        cut, names = cut_at(result, given)
         with session(cut, "the rewritten model, cut behind its regions") as run:
             actual = _named(run({**inputs, **given}), names)
     except Exception:  # ONNX Runtime's exceptions share no base class
@@ -78,7 +78,7 @@ def _named(values: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[s
     return {name: values[names.get(name, name)] for name in {*values, *names} if names.get(name, name) in values}
 
 
-def _showing(model: ModelProto, roots: Sequence[str]) -> ModelProto:
+def showing(model: ModelProto, roots: Sequence[str]) -> ModelProto:
     """``model`` with ``roots`` as outputs besides its own."""
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -87,7 +87,7 @@ def _showing(model: ModelProto, roots: Sequence[str]) -> ModelProto:
     return copy
 
 
-def _cut(model: ModelProto, given: Mapping[str, np.ndarray]) -> tuple[ModelProto, dict[str, str]]:
+def cut_at(model: ModelProto, given: Mapping[str, np.ndarray]) -> tuple[ModelProto, dict[str, str]]:
     """``model`` with the values ``given`` as inputs, and what it computes there itself as outputs, by their names."""
     copy = ModelProto()
     copy.CopyFrom(model)

@@ -8,7 +8,7 @@ fails is shrunk, and the smallest failing input is kept.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,6 +32,7 @@ from reparamc.onnx.session import Run, epsilon, session
 from reparamc.verify.arrays import read_inputs, write_inputs
 from reparamc.verify.interface import Interface, compare_interfaces
 from reparamc.verify.result import Disagreement, OutputCheck, Verification, check_output
+from reparamc.verify.witness import Witness, witness
 
 EXAMPLES = 100
 """Random inputs that are tried after the fixed ones, if time allows."""
@@ -55,10 +56,10 @@ SECOND_OPINION = Budget(1.5, 1.0)
 """Where all is proven equal. The proof goes on beside the first runs, which makes these longer than they are alone."""
 
 BEYOND = 64
-"""A coefficient that is off by more than so many roundings, of itself and of all that is added, is another one."""
+"""A coefficient that is off by more than so many roundings of all that it is added up from is another one."""
 
-NOTICED = 16
-"""An error of so many roundings is seen, even if it is allowed."""
+ALONE = ("channels", "uniform")
+"""Inputs on which a tensor is run alone, after ordinary ones."""
 
 SUSPECT = 32
 """An error of so many roundings is no equality without a word, unless all is proven."""
@@ -136,6 +137,7 @@ def verify_onnx(
         )
         clock = _Clock(start, seconds, perf_counter() - loading)
         search = _Search(_Pair(interface, first, second, given), result, clock, seed, target)
+        search.alone = lambda where, arrays: witness(_loaded(original), _loaded(fused), where, arrays)
         try:
             if proof is not None:
                 is_plain = given is None and not (non_finite or optimize)
@@ -216,8 +218,8 @@ class _Comparison:
     """The models differ, and the original's output holds NaN or infinities."""
     sensitive: bool = False
     """The original's response to one rounding is so large that no difference would say anything."""
-    empty: bool = False
-    """No output of the original holds an element: nothing was compared."""
+    told: frozenset[str] = frozenset()
+    """The outputs of the original that hold an element that is no NaN: the others tell nothing."""
 
 
 class _Pair:
@@ -270,9 +272,9 @@ class _Pair:
             checks = [replace(c, noise=max(c.noise, self._typical.get(c.output, 0.0))) for c in checks]
         bad = next((c for c in checks if c.problem), None)
         sensitive = any(c.allowed is not None and c.allowed >= CEILING for c in checks)
+        told = frozenset(name for name, value in compared.expected.items() if _tells(value))
         if bad is None:
-            empty = not any(value.size for value in compared.expected.values())
-            return _Comparison(checks, "", sensitive=sensitive, empty=empty)
+            return _Comparison(checks, "", sensitive=sensitive, told=told)
         again = self.original(inputs)
         for name, value in compared.expected.items():
             if not difference(value, again[name]).equal:
@@ -282,7 +284,7 @@ class _Pair:
                 )
         overflow = any(not np.isfinite(d.expected).all() for d in found.values() if d.rounds)
         finite = all(np.isfinite(c.max_rel) for c in checks)
-        return _Comparison(checks, f"output {bad.output!r} {bad.problem}", overflow, sensitive and finite)
+        return _Comparison(checks, f"output {bad.output!r} {bad.problem}", overflow, sensitive and finite, told)
 
     def _checks(
         self, inputs: Inputs, compared: Mapping[str, Difference], noise: Mapping[str, float]
@@ -293,6 +295,10 @@ class _Pair:
             floor = FLOOR * eps * self._sizes.get(name, 0.0)
             checks.append(check_output(name, found, noise.get(name, 0.0), eps, floor, self._given))
         return checks
+
+
+def _tells(value: np.ndarray) -> bool:
+    return bool(value.size) and not (value.dtype.kind in "fcV" and np.isnan(value.astype(complex)).all())
 
 
 def _flat(names: list[str], values: Sequence[Any]) -> dict[str, np.ndarray]:
@@ -319,8 +325,12 @@ class _Search:
     worst: dict[str, OutputCheck] = field(default_factory=dict)
     known: dict[object, bool] = field(default_factory=dict)
     smallest: tuple[tuple[object, ...], Trial, _Comparison] | None = None
-    filled: bool = False
-    """Whether any output ever held an element."""
+    told: set[str] = field(default_factory=set)
+    """The outputs that ever held an element that is no NaN."""
+    telling: Trial | None = None
+    """The trial with the largest error in units of rounding."""
+    alone: Callable[[str, Inputs], Witness | None] = lambda where, arrays: None
+    """Runs one tensor alone on both sides."""
 
     def given(self, inputs: Mapping[str, Any] | str | os.PathLike[str]) -> None:
         slots = self.pair.interface.inputs
@@ -336,10 +346,10 @@ class _Search:
                 comparison, _ = self.pair.compare(arrays)
             except RefusedError as error:
                 raise InputError(f"the original does not run on {label}: {_cause(error)}") from error
-            if comparison.empty:
+            if not (comparison.told or comparison.problem):
                 raise InputError(
-                    f"no output holds an element on {label}, so nothing is compared: the inputs are {_shapes(arrays)}; "
-                    "give others"
+                    f"no output holds an element that is no NaN on {label}, so nothing is compared: the inputs are "
+                    f"{_shapes(arrays)}; give others"
                 )
             self._take(comparison)
             if comparison.problem:
@@ -371,9 +381,9 @@ class _Search:
             _, found, comparison = self.smallest
             arrays = trials.make_inputs(slots, found)
             self._fail(comparison, f"{_shapes(arrays)} ({_words(found)})", arrays)
-        elif self.result.compared and not self.filled:
+        elif self.result.compared and not self.told:
             raise InputError(
-                "no output holds an element on any input that was tried, so nothing is compared; "
+                "no output holds an element that is no NaN on any input that was tried, so nothing is compared; "
                 "give inputs with --inputs"
             )
         elif not self.result.compared:
@@ -381,20 +391,28 @@ class _Search:
                 "rounding alone changes the original's outputs beyond recognition, on every input that was tried; "
                 "give inputs with --inputs, or tolerances with --rtol and --atol"
             )
+        elif silent := [c.output for c in self.result.outputs if c.output not in self.told]:
+            if isinstance(proven, str) or not proven.holds:
+                self.result.doubt = f"output {silent[0]!r} is empty or all NaN on every input that was tried"
         elif is_plain and not isinstance(proven, str):
-            self._weigh(proven)
+            self._weigh(proven, [self.telling or base, base, *(replace(base, pattern=p) for p in ALONE)])
 
-    def _weigh(self, proven: Certificate) -> None:
+    def _weigh(self, proven: Certificate, tried: Sequence[Trial]) -> None:
         """No input shows a difference: does the proof, or the size of the errors, speak for one all the same?"""
-        other = [w for w in proven.windows if w.verdict == "different" and w.before]
-        other = [w for w in other if w.units > BEYOND and w.bound > BEYOND * 2.0**-24]
+        other = [w for w in proven.windows if w.verdict == "different" and w.before and w.excess > BEYOND]
         worst = max((c.in_noise for c in self.result.outputs), default=0.0)
         if other:
             said = f"tensor {other[0].where!r} computes another function: {other[0].reason}"
-            if not proven.undecided and worst > NOTICED:  # nothing else differs, so nothing makes up for it
-                self.result.failure = Disagreement(f"{said}; all others are proven equal")
-            else:
-                self.result.doubt = said
+            self.result.doubt = said
+            if len(proven.windows) > proven.equal + 1:
+                return
+            # Nothing makes up for it where all others are proven.
+            for inputs in (trials.make_inputs(self.pair.interface.inputs, trial) for trial in tried):
+                seen = self.alone(other[0].where, inputs)
+                if seen is not None and seen.shows and seen.reaches:
+                    alone = f"run alone, it is off by {seen.error:.1g} of its largest value"
+                    self.result.failure = Disagreement(f"{said}; {alone}, and all others are proven equal")
+                    return
         elif worst > SUSPECT and not proven.holds:
             self.result.doubt = f"the largest error is {worst:.0f} times what rounding is expected to do"
 
@@ -467,7 +485,10 @@ class _Search:
         if (comparison.overflow and trial.scale > 1) or comparison.sensitive:
             self.result.set_aside += 1
             return False
+        largest = max((c.in_noise for c in self.result.outputs), default=0.0)
         self._take(comparison)
+        if any(c.in_noise > largest for c in comparison.checks):
+            self.telling = trial
         if not comparison.problem:
             return False
         self.known[trial.key] = True
@@ -478,7 +499,7 @@ class _Search:
 
     def _take(self, comparison: _Comparison) -> None:
         self.result.compared += 1
-        self.filled |= not comparison.empty
+        self.told |= comparison.told
         for check in comparison.checks:
             if check.output not in self.worst or check.badness > self.worst[check.output].badness:
                 self.worst[check.output] = check

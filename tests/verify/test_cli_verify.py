@@ -493,6 +493,11 @@ def empty() -> ModelProto:
     return model(RELU, {}, {"x": (["N", 0], TensorProto.FLOAT)}, {"y": 2})
 
 
+def not_a_number() -> ModelProto:
+    return model([node("Add", "x k", "y")], {"k": np.full((1, 3, 1, 1), np.nan, np.float32)})
+
+
+NOTHING = "no output holds an element that is no NaN on any input that was tried, so nothing is compared"
 GOOD = model(RELU, {})
 UNCOMPARABLE: dict[str, tuple[ModelProto | bytes | None, ModelProto | bytes | None, str]] = {
     "no original": (None, GOOD, "a.onnx: no such file"),
@@ -509,7 +514,8 @@ UNCOMPARABLE: dict[str, tuple[ModelProto | bytes | None, ModelProto | bytes | No
     "no element type": (typed("0"), typed("0"), "'x' declares no element type; such models"),
     "an unknown element type": (typed("99"), typed("99"), "'x' declares the unknown element type 99; such models"),
     "an unknown rank": (unranked(), unranked(), "input 'x' declares no number of axes, so no values can be made up; "),
-    "outputs without elements": (empty(), empty(), "no output holds an element on any input that was tried"),
+    "outputs without elements": (empty(), empty(), NOTHING),
+    "outputs of NaN": (not_a_number(), not_a_number(), NOTHING),
     "unknown operator": (GOOD, no_kernel(), "ONNX Runtime cannot load"),
     "an original that does not run": (impossible(), impossible(), "cannot run the original"),
     "random": (random(), random(), "another output 'y' each time"),
@@ -681,7 +687,10 @@ def test_given_inputs_without_elements_prove_nothing(run: Run, tmp_path: Path, s
     where = given("npz", tmp_path, np.zeros(shape, np.float32))
     outcome = run(*files(tmp_path, WIDE, IDENTITY), "--inputs", where)
     assert (outcome.code, outcome.out) == (2, "")
-    assert f"no output holds an element on {where}, so nothing is compared: the inputs are x {[*shape]}" in outcome.err
+    assert (
+        f"no output holds an element that is no NaN on {where}, so nothing is compared: the inputs are x {[*shape]}"
+        in outcome.err
+    )
 
 
 def test_an_empty_input_of_an_output_with_elements_is_compared() -> None:
@@ -914,27 +923,85 @@ def test_a_failing_input_that_cannot_be_saved_is_still_told(
     assert "saved to" not in outcome.lines[-1]
 
 
+def branch(*end: NodeProto, **biases: np.ndarray) -> ModelProto:
+    """A bottleneck that adds little to its input, or ends otherwise."""
+    weights = {k: WEIGHTS[k] for k in ("v", "b")} | {"u": np.full((3, 4, 1, 1), 1e-3, np.float32)} | biases
+    end = end or (node("Relu", "c", "r"), node("Conv", "r u", "s"), node("Add", "s x", "y"))
+    return model([node("Conv", "x v b", "c"), *end], weights)
+
+
+MOVED = WEIGHTS["b"] * np.array([1, 1, 1.02, 1], np.float32)
+
+
+def test_a_tensor_that_alone_differs_is_a_difference(run: Run, tmp_path: Path) -> None:
+    original, fused = branch(), branch(b=MOVED)
+    assert all(not c.problem for c in verify(original, fused).outputs)  # the inputs do not tell
+    outcome = run(*files(tmp_path, original, fused))
+    assert outcome.code == 1
+    assert outcome.lines[-1].startswith("verdict    differs: tensor 'c' computes another function: channel 2 adds ")
+    assert outcome.lines[-1].endswith(" of its largest value, and all others are proven equal")
+
+
+def test_a_tensor_that_differs_without_reaching_an_output_is_a_doubt(run: Run, tmp_path: Path) -> None:
+    softmax = node("Softmax", "c", "y", axis=1)  # which takes away what is added to all channels
+    outcome = run(*files(tmp_path, branch(softmax), branch(softmax, b=WEIGHTS["b"] + np.float32(0.5))))
+    assert outcome.code == 3
+    assert "not certain: no difference found on " in outcome.lines[-1]
+    assert "but tensor 'c' computes another function: channel " in outcome.lines[-1]
+
+
+def test_a_tensor_that_another_makes_up_for_is_a_doubt() -> None:
+    original, fused = (
+        branch(),
+        branch(v=2 * WEIGHTS["v"], b=2 * WEIGHTS["b"], u=np.full((3, 4, 1, 1), 5e-4, np.float32)),
+    )
+    found = verify(original, fused)
+    assert found.equal
+    assert found.verdict.startswith("not certain: no difference found on ")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_model_from_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [str(path) for path in files(tmp_path, *FAULTS["one weight"])]
+    data = io.BytesIO(Path(paths[place]).read_bytes())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(data))
+    paths[place] = "-"
+    outcome = run(*paths)
+    assert outcome.code == 1
+    assert outcome.lines[-1].endswith("fused.failing.npz" if place else "b.failing.npz")
+    outcome = run("-", "-")
+    assert (outcome.code, outcome.err) == (2, "reparamc: only one of the two models can come from standard input\n")
+
+
+def test_an_output_of_nan_is_not_compared(run: Run, tmp_path: Path) -> None:
+    def silent(op: str) -> ModelProto:
+        nodes = [node("Relu", "x", "y"), node("Add", "x k", "a"), node(op, "a", "z")]
+        return model(nodes, {"k": np.full((1, 3, 1, 1), np.nan, np.float32)}, outputs={"y": 4, "z": 4})
+
+    outcome = run(*files(tmp_path, silent("Abs"), silent("Sigmoid")))
+    assert outcome.code == 3
+    assert outcome.lines[-1].endswith("but output 'z' is empty or all NaN on every input that was tried")
+
+
 def _searched(windows: list[Window], noise: float) -> Verification:
     """The verdict on a proof with these windows, and an error of ``noise`` roundings that is allowed."""
     result = Verification("a", "b", compared=3, outputs=[OutputCheck("y", 1.0, noise * 1e-6, 1, 1e-6, 1.0, "")])
     proof = Certificate(tuple(windows), 0, 0.0)
     result.windows = {verdict: proof.count(verdict) for verdict in ("equal", "different", "undecided")}
-    _Search(None, result, None, 0, None)._weigh(proof)  # pyright: ignore
+    _Search(None, result, None, 0, None)._weigh(proof, [])  # pyright: ignore
     return result
 
 
-EQUAL, OTHER = Window("a", "equal", before=2), Window("b", "different", 1000.0, 1.0, "channel 0 adds 1", 2, 1)
-OPEN = Window("c", "undecided")
+EQUAL, OPEN = Window("a", "equal", before=2), Window("c", "undecided")
+OTHER = Window("b", "different", 1000.0, 1.0, "channel 0 adds 1", 2, 1, 1000.0)
 
 
-def test_a_window_that_differs_is_a_difference_or_a_doubt() -> None:
-    found = _searched([EQUAL, OTHER], 60)
-    assert not found.equal
-    assert "tensor 'b' computes another function: channel 0 adds 1" in found.verdict
-    for windows, noise in (([EQUAL, OTHER], 1), ([EQUAL, OTHER, OPEN], 60), ([EQUAL, OPEN], 60)):
-        found = _searched(windows, noise)
-        assert found.equal
-        assert found.verdict.startswith("not certain: no difference found on 3 inputs, but ")
+@pytest.mark.parametrize(("window", "noise"), [(OTHER, 1), (OPEN, 60)])
+def test_a_proof_that_is_not_whole_leaves_a_doubt(window: Window, noise: float) -> None:
+    found = _searched([EQUAL, window, OPEN], noise)
+    assert found.equal
+    assert found.verdict.startswith("not certain: no difference found on 3 inputs, but ")
 
 
 def test_a_verdict_says_how_much_is_proven() -> None:
