@@ -444,6 +444,9 @@ class _Side:
         around = self.memory.events.get(name, ())
         return (node.op, target if isinstance(target, int | str) else id(target), key, random, around)
 
+    def sizes(self, name: str) -> None:
+        """Reads of sizes are compared by `kind`."""
+
     def unread(self, met: Collection[str]) -> Sequence[str]:
         return ()
 

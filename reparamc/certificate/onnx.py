@@ -17,7 +17,7 @@ import reparamc.certificate.normal_form as nf
 from reparamc.certificate.agreement import Precision
 from reparamc.certificate.axes import Extent, Unrepresentable
 from reparamc.certificate.normal_form import Value
-from reparamc.certificate.onnx_constants import RANDOM, Constants, bodies
+from reparamc.certificate.onnx_constants import MOST_EXTENTS, RANDOM, Constants, bodies, bounds, is_standard
 from reparamc.certificate.onnx_operators import MIXING, READERS, Call, is_convolution, weighted
 from reparamc.certificate.onnx_shapes import Shapes, Typed
 from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
@@ -28,6 +28,9 @@ PRECISIONS = {
     "float16": Precision(2.0**-11, 2.0**-25),
     "bfloat16": Precision(2.0**-8, 2.0**-134),
 }
+
+MOST_STEPS = 4
+"""Operators in a row that are followed to the sizes which a tensor tells."""
 
 OLDEST = 7
 """The operator set from which on the readings here hold; before it, an attribute names the axis of a broadcast."""
@@ -48,6 +51,7 @@ def certify_onnx(original: ModelProto, result: ModelProto) -> Certificate:
     computed = set(before.order)
     stands_for = {name: name for name in after.order if name in computed}
     stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
+    after.shape_of = {name: before.shapes.shape(meant) for name, meant in stands_for.items()}
     outputs = [(o.name, o.name) for o in result.graph.output]
     parameters = sum(prod(t.dims) for t in original.graph.initializer)
     outside = [*_outside(original, result), *after.stored.idle()]
@@ -118,6 +122,9 @@ class _Side:
         self.shapes, self.constants, self.constant = self.stored.shapes, self.stored.names, self.stored.array
         self._by_itself = self.shapes if not typed else None
         self._kinds: dict[str, Hashable] = {}
+        self._sizes: dict[str, Sequence[Extent] | None] = {}
+        self.shape_of: dict[str, tuple[Extent, ...] | None] | None = None
+        """The shapes of tensors as the original has them, if this is not the original."""
         self._operands: dict[str, Sequence[str]] = {}
         sparse = (t.values.name for t in graph.sparse_initializer)
         self.known = {*self.inputs, *self.producers, *self.stored.tensors, *sparse}
@@ -190,6 +197,33 @@ class _Side:
 
         kind = ("gathered", node.op_type, weight.shape[2:], tuple(sorted(attributes)))
         return Opened(kind, [node.input[0]], leaf, finish)
+
+    def sizes(self, name: str) -> Sequence[Extent] | None:
+        if name not in self._sizes:
+            self._sizes[name] = self._told(name, MOST_STEPS)
+        return self._sizes[name]
+
+    def _told(self, name: str, steps: int) -> tuple[Extent, ...] | None:
+        if name in self.constants:
+            array = self.constant(name)
+            told = array is not None and array.dtype == np.int64 and array.ndim == 1 and array.size <= MOST_EXTENTS
+            return tuple(map(Extent, array.tolist())) if told else None
+        node = self.producers[name][0] if name in self.producers else None
+        if node is None or not is_standard(node) or not steps:
+            return None
+        if node.op_type == "Shape":
+            x = node.input[0]
+            shape = self.shapes.shape(x) if self.shape_of is None else self.shape_of.get(x)
+            return None if shape is None else shape[bounds(node)]
+        if node.op_type not in ("Concat", "Gather", "Identity"):
+            return None
+        parts = [part for n in node.input if (part := self._told(n, steps - 1)) is not None]
+        if len(parts) < len(node.input):
+            return None
+        if node.op_type != "Gather":
+            return sum(parts, ())
+        sizes, places = parts[0], [e.factor for e in parts[1]]
+        return tuple(sizes[i] for i in places) if all(-len(sizes) <= i < len(sizes) for i in places) else None
 
     def unread(self, met: Collection[str]) -> Sequence[str]:
         met = set(met)

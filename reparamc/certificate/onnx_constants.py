@@ -86,7 +86,7 @@ class Constants:
         """What a node reads of extents that are known, whatever its operand is; None for all others."""
         if node.op_type == "Shape":
             extents = self.shapes.extents(node.input[0])
-            return None if extents is None else np.array(extents[_bounds(node)], np.int64)
+            return None if extents is None else np.array(extents[bounds(node)], np.int64)
         return self._picked(node) if node.op_type in ("Gather", "Slice") and len(node.input) > 1 else None
 
     def _picked(self, node: NodeProto) -> Array | None:
@@ -98,7 +98,7 @@ class Constants:
         given = [self._stored(name) for name in node.input[1:]]
         if shape is None or any(g is None for g, name in zip(given, node.input[1:], strict=True) if name):
             return None
-        extents = [e.known for e in shape[_bounds(made)]]
+        extents = [e.known for e in shape[bounds(made)]]
         index = given[0] if node.op_type == "Gather" else _range(given, len(extents))
         if index is None:
             return None
@@ -216,7 +216,7 @@ def constant_array(node: NodeProto) -> Array | None:
     return None
 
 
-def _bounds(shape: NodeProto) -> slice:
+def bounds(shape: NodeProto) -> slice:
     """The axes that a Shape reads."""
     return slice(cast(int, attribute(shape, "start", 0)), cast("int | None", attribute(shape, "end")))
 

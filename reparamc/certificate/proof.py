@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from reparamc.certificate.agreement import Agreement, Precision, agree
-from reparamc.certificate.axes import Unrepresentable
+from reparamc.certificate.axes import Extent, Unrepresentable
 from reparamc.certificate.budget import BLOCK, LEAST, PER_PARAMETER, TAP, Exceeded, Meter
 from reparamc.certificate.normal_form import Array, Value, Vector, promoted, span
 
@@ -79,6 +79,10 @@ class Side(Protocol):
 
     def opened(self, name: str) -> Opened | None:
         """The operator of ``name``, which is none that is known, as one that ends in a known matrix of channels."""
+        ...
+
+    def sizes(self, name: str) -> Sequence[Extent] | None:
+        """The sizes of which ``name`` is the vector, as extents of the original; None if it is none, or unknown."""
         ...
 
     def unread(self, met: Collection[str]) -> Sequence[str]:
@@ -335,6 +339,10 @@ class _Proof:
         try:
             if self.is_congruent(before, after):
                 self.met.add(after)
+                return None
+            mine, other = self.sides[0].sizes(before), self.sides[1].sizes(after)
+            if mine is not None and mine == other:
+                self.met.update(self._reached(1, after, set()))
                 return None
         except Exception as error:
             return _stopped(before, error)

@@ -16,7 +16,17 @@ from onnx.shape_inference import InferenceError, infer_shapes
 
 from reparamc.errors import InputError
 from reparamc.onnx.constants import fold_constants
-from reparamc.onnx.values import Constants, Names, Types, captured, commit, defined_names, is_standard, subgraphs
+from reparamc.onnx.values import (
+    Constants,
+    Names,
+    Types,
+    captured,
+    commit,
+    defined,
+    defined_names,
+    is_standard,
+    subgraphs,
+)
 from reparamc.report.data import Report
 
 Fuse = Callable[[ModelProto], tuple[ModelProto, Report]]
@@ -89,7 +99,7 @@ def _taken(node: NodeProto, constants: Constants) -> GraphProto | None:
 def _opened(model: ModelProto, node: NodeProto, branch: GraphProto) -> list[NodeProto]:
     """The nodes of ``branch`` under names that are free in the main graph of ``model``, which gets its constants."""
     names = Names(defined_names(model.graph))
-    renamed = {name: names.fresh(name) for name in _defined(branch)}
+    renamed = {name: names.fresh(name) for name in defined(branch)}
     computed = {name for inner in branch.node for name in inner.output}
     for inner, outer in zip(branch.output, node.output, strict=True):
         if outer and inner.name in computed and renamed[inner.name] not in node.output:
@@ -106,12 +116,6 @@ def _opened(model: ModelProto, node: NodeProto, branch: GraphProto) -> list[Node
         if outer and inner.name != outer:
             nodes.append(helper.make_node("Identity", [inner.name], [outer]))
     return nodes
-
-
-def _defined(graph: GraphProto) -> list[str]:
-    """The values that ``graph`` itself defines."""
-    stored = [*(t.name for t in graph.initializer), *(t.values.name for t in graph.sparse_initializer)]
-    return list(dict.fromkeys([*stored, *(name for node in graph.node for name in node.output if name)]))
 
 
 def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
@@ -160,9 +164,9 @@ def fuse_bodies(model: ModelProto, fuse: Fuse) -> list[tuple[str, Report]]:
 
 def _alone(model: ModelProto, body: GraphProto, constants: Constants, types: Types) -> ModelProto | None:
     """``body`` as a model; None where a type is unknown that it has to declare."""
-    own = {*_defined(body), *(v.name for v in body.input)}
+    own = set(defined(body))
     names = [*(name for node in body.node for name in (*node.input, *captured(node))), *(o.name for o in body.output)]
-    given = [name for name in dict.fromkeys(names) if name and name not in own and name not in _within(body)]
+    given = [name for name in dict.fromkeys(names) if name and name not in own]
     made = ModelProto(ir_version=max(model.ir_version, 4), opset_import=model.opset_import, functions=model.functions)
     made.graph.CopyFrom(body)
     made.graph.name = body.name or "body"
@@ -184,21 +188,10 @@ def _alone(model: ModelProto, body: GraphProto, constants: Constants, types: Typ
     return made if known else None
 
 
-def _within(body: GraphProto) -> set[str]:
-    """The values that bodies within ``body`` define."""
-    found: set[str] = set()
-    stack = [inner for node in body.node for inner in subgraphs(node)]
-    while stack:
-        graph = stack.pop()
-        found.update(_defined(graph), (v.name for v in graph.input))
-        stack.extend(inner for node in graph.node for inner in subgraphs(node))
-    return found
-
-
 def _put_back(model: ModelProto, body: GraphProto, alone: ModelProto, fused: ModelProto) -> None:
     """Make ``fused`` the body, its new names free in every scope of ``model``."""
     before, names = set(defined_names(alone.graph)), Names(defined_names(model.graph))
-    fresh = {name: names.fresh(name) for name in _defined(fused.graph) if name not in before}
+    fresh = {name: names.fresh(name) for name in defined(fused.graph) if name not in before}
     _rename(fused.graph, fresh)
     for node in fused.graph.node:
         if node.name and node.name not in before:

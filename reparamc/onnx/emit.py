@@ -36,6 +36,7 @@ from reparamc.compiler.emit import Emission
 from reparamc.compiler.graph import Splice
 from reparamc.onnx import taps
 from reparamc.onnx.facts import Facts, results_of
+from reparamc.onnx.sizes import Sizes, answered
 from reparamc.onnx.values import Names, commit, defined_names
 
 
@@ -48,10 +49,10 @@ class OnnxEdit:
         slices: those that were emitted, by operand and axis: bounds, and the node that lacks them.
     """
 
-    def __init__(self, graph: Facts) -> None:
+    def __init__(self, graph: Facts, sizes: Sizes) -> None:
         self.model = ModelProto()
         self.model.CopyFrom(graph.model)
-        self.facts = graph
+        self.facts, self.sizes = graph, sizes
         self.names = Names(defined_names(self.model.graph))
         self.emitted: dict[Expr, str] = {}
         self.slices: dict[tuple[str, int], list[tuple[Ints, NodeProto]]] = {}
@@ -100,7 +101,10 @@ class OnnxEdit:
                 self._suspects.update(name for name in node.input if name)
             for root in roots:
                 nodes.extend(node for node in self._inserted[root] if node.output)
-        commit(self.model, nodes, self._initializers, self._suspects)
+        used = {name for made in self._inserted.values() for node in made for name in node.input}
+        gone = self._suspects - self._replaced - used
+        nodes, asked = answered(self.sizes, gone, nodes, self.names, self.add_integers)
+        commit(self.model, nodes, self._initializers, self._suspects | asked)
 
     def _complete_slices(self) -> None:
         """Give slices their bounds; those that cut a value into all its parts become one Split, the first of them."""

@@ -134,7 +134,8 @@ class OnnxHost:
         self.model, self.graph = model, OnnxGraph(model)
 
     def carry_out(self, graph: Graph, edits: Sequence[Edit]) -> ModelProto:
-        return OnnxEdit(cast(OnnxGraph, graph)).carry_out(edit for edit in edits if isinstance(edit, Splice))
+        read = cast(OnnxGraph, graph)
+        return OnnxEdit(read, read.sizes).carry_out(edit for edit in edits if isinstance(edit, Splice))
 
     def size(self, result: ModelProto | None) -> Counts:
         return count(self.model if result is None else result)

@@ -7,6 +7,7 @@ What bodies of If, Loop and Scan capture counts as read; they are graphs of thei
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -21,6 +22,7 @@ from reparamc.onnx.emit import is_rows
 from reparamc.onnx.facts import Facts, results_of
 from reparamc.onnx.operators import LAST, READERS
 from reparamc.onnx.reference import Operator, in_float64
+from reparamc.onnx.sizes import Sizes, reads_size_only
 from reparamc.onnx.values import FLOATS, attribute, is_standard
 
 LINEAR_KINDS = {
@@ -45,6 +47,10 @@ class OnnxGraph(Facts):
         super().__init__(model, READERS)
         self._functions: dict[str, Operator] = {}
 
+    @cached_property
+    def sizes(self) -> Sizes:
+        return Sizes(self, lambda name: self.is_linear(name) or self.moves(name) is not None)
+
     # Reading
 
     def values(self) -> Sequence[str]:
@@ -56,7 +62,10 @@ class OnnxGraph(Facts):
 
     def readers(self, value: Value) -> Sequence[Value | None]:
         found: list[str | None] = []
+        freed = str(value) in self.sizes.freed
         for node in self.uses.get(str(value), []):
+            if freed and reads_size_only(node):
+                continue
             found += [None] if node is None else [name for name in results_of(node) if name in self.uses] or [None]
         return found
 

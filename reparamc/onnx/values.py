@@ -95,15 +95,25 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
             yield from a.graphs
 
 
-def captured(node: NodeProto) -> Iterator[str]:
-    """Names that the bodies of ``node`` read, at any depth (those they define themselves included)."""
-    stack = list(subgraphs(node))
+def captured(node: NodeProto) -> list[str]:
+    """Names that the bodies of ``node`` read from outside, at any depth."""
+    found: dict[str, None] = {}
+    stack = [(graph, frozenset[str]()) for graph in subgraphs(node)]
     while stack:
-        graph = stack.pop()
-        yield from (output.name for output in graph.output)
+        graph, outside = stack.pop()
+        own = outside.union(defined(graph))
         for inner in graph.node:
-            yield from inner.input
-            stack.extend(subgraphs(inner))
+            found.update(dict.fromkeys(name for name in inner.input if name and name not in own))
+            stack.extend((body, own) for body in subgraphs(inner))
+        found.update(dict.fromkeys(o.name for o in graph.output if o.name not in own))
+    return list(found)
+
+
+def defined(graph: GraphProto) -> list[str]:
+    """The values that ``graph`` itself is given, stores or computes."""
+    given = [*(v.name for v in graph.input), *(t.name for t in graph.initializer)]
+    given += [t.values.name for t in graph.sparse_initializer]
+    return list(dict.fromkeys([*given, *(name for node in graph.node for name in node.output if name)]))
 
 
 def defined_names(graph: GraphProto) -> Iterator[str]:
@@ -488,6 +498,7 @@ def commit(
         orphans -= {v.name for v in graph.input}  # a caller may pass them
     _drop(graph.initializer, orphans)
     _forget_annotations(model, gone | orphans)
+    fresh = [t for t in fresh if t.name in read]
     graph.initializer.extend(fresh)
     if model.ir_version < 4:  # every initializer is listed as an input, too
         _drop(graph.input, orphans)
