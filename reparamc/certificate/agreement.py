@@ -70,7 +70,7 @@ class Agreement:
 
 
 def _apart(reason: str) -> Agreement:
-    return _apart(reason, np.inf)
+    return Agreement("different", np.inf, np.inf, reason, np.inf)
 
 
 @dataclass
