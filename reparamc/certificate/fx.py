@@ -444,7 +444,7 @@ class _Side:
         around = self.memory.events.get(name, ())
         return (node.op, target if isinstance(target, int | str) else id(target), key, random, around)
 
-    def sizes(self, name: str) -> None:
+    def sizes_told(self, name: str) -> None:
         """Reads of sizes are compared by `kind`."""
 
     def unread(self, met: Collection[str]) -> Sequence[str]:

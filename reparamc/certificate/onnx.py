@@ -198,7 +198,7 @@ class _Side:
         kind = ("gathered", node.op_type, weight.shape[2:], tuple(sorted(attributes)))
         return Opened(kind, [node.input[0]], leaf, finish)
 
-    def sizes(self, name: str) -> Sequence[Extent] | None:
+    def sizes_told(self, name: str) -> Sequence[Extent] | None:
         if name not in self._sizes:
             self._sizes[name] = self._told(name, MOST_STEPS)
         return self._sizes[name]
@@ -206,8 +206,9 @@ class _Side:
     def _told(self, name: str, steps: int) -> tuple[Extent, ...] | None:
         if name in self.constants:
             array = self.constant(name)
-            told = array is not None and array.dtype == np.int64 and array.ndim == 1 and array.size <= MOST_EXTENTS
-            return tuple(map(Extent, array.tolist())) if told else None
+            if array is None or array.dtype != np.int64 or array.ndim != 1 or array.size > MOST_EXTENTS:
+                return None
+            return tuple(map(Extent, array.tolist()))
         node = self.producers[name][0] if name in self.producers else None
         if node is None or not is_standard(node) or not steps:
             return None

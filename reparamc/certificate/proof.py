@@ -81,7 +81,7 @@ class Side(Protocol):
         """The operator of ``name``, which is none that is known, as one that ends in a known matrix of channels."""
         ...
 
-    def sizes(self, name: str) -> Sequence[Extent] | None:
+    def sizes_told(self, name: str) -> Sequence[Extent] | None:
         """The sizes of which ``name`` is the vector, as extents of the original; None if it is none, or unknown."""
         ...
 
@@ -340,7 +340,7 @@ class _Proof:
             if self.is_congruent(before, after):
                 self.met.add(after)
                 return None
-            mine, other = self.sides[0].sizes(before), self.sides[1].sizes(after)
+            mine, other = self.sides[0].sizes_told(before), self.sides[1].sizes_told(after)
             if mine is not None and mine == other:
                 self.met.update(self._reached(1, after, set()))
                 return None
