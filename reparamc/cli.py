@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,8 +17,6 @@ from reparamc.errors import InputError, ReparamcError, VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from onnx import ModelProto
 
     from reparamc.report.data import Report
 
@@ -39,8 +38,11 @@ VERIFY_EPILOGUE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    arguments = parser().parse_args(argv)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+    if argv is None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go
     try:
+        arguments = parser().parse_args(argv)
         return arguments.run(arguments)
     except VerificationError as error:
         print(f"reparamc: {error}", file=sys.stderr)
@@ -55,9 +57,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("reparamc: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    finally:
+        _give_up_what_cannot_be_written()
+
+
+def _show(page: str, but: str = "") -> None:
+    """Print ``page``; ``but`` goes with the message if that fails.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        if sys.stdout is None:
+            raise OSError("it is closed")
+        print(page, flush=True)
+    except OSError as error:
+        raise InputError(f"standard output cannot be written: {error.strerror or error}{but}") from error
+
+
+def _give_up_what_cannot_be_written() -> None:
+    """Have nothing left for the end of the process to write, which would fail with a message of its own."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -217,7 +242,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
-    from reparamc.onnx.files import STANDARD, check_target, load, parsed, save_outcome, write_atomically
+    from reparamc.onnx.files import STANDARD, check_target, from_standard_input, load, save_outcome, write_atomically
     from reparamc.onnx.fuse import fuse_model
     from reparamc.onnx.record import file_origin, stream_origin
 
@@ -229,8 +254,8 @@ def _fuse(arguments: argparse.Namespace) -> int:
     start = perf_counter()
     source: Path | bytes = arguments.model
     if arguments.model == STANDARD:
-        source = data = sys.stdin.buffer.read()
-        model, origin = parsed(data, "standard input"), stream_origin(data)
+        model, source = from_standard_input()
+        origin = stream_origin(source)
     else:
         model, origin = load(arguments.model), file_origin(arguments.model)
     loaded = perf_counter()
@@ -256,9 +281,11 @@ def _fuse(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         write_atomically(arguments.report, report.to_json().encode())
     if not arguments.quiet:
-        page = sys.stderr if output == STANDARD else sys.stdout
-        print(report.table(), file=page)
-        print(f"written    {'to standard output' if output == STANDARD else output}", file=page)
+        page = f"{report.table()}\nwritten    {'to standard output' if output == STANDARD else output}"
+        if output == STANDARD:
+            print(page, file=sys.stderr)
+        else:
+            _show(page, but=f"; {output} is written")
     _warn(report)
     return DONE
 
@@ -268,11 +295,11 @@ def _explain(arguments: argparse.Namespace) -> int:
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
-    from reparamc.onnx.files import STANDARD, load
+    from reparamc.onnx.files import STANDARD, from_standard_input, load
     from reparamc.onnx.fuse import fuse_model
     from reparamc.report.explain import explain_json, explain_text
 
-    model = _standard_input() if arguments.model == STANDARD else load(arguments.model)
+    model = from_standard_input()[0] if arguments.model == STANDARD else load(arguments.model)
     with _progress(arguments.json) as progress:
         _, report = fuse_model(
             model,
@@ -282,19 +309,13 @@ def _explain(arguments: argparse.Namespace) -> int:
             objective=arguments.objective,
             progress=progress,
         )
-    print(explain_json(report) if arguments.json else explain_text(report, everything=arguments.all))
+    _show(explain_json(report) if arguments.json else explain_text(report, everything=arguments.all))
     _warn(report)
     return DONE
 
 
-def _standard_input() -> ModelProto:
-    from reparamc.onnx.files import parsed
-
-    return parsed(sys.stdin.buffer.read(), "standard input")
-
-
 def _verify(arguments: argparse.Namespace) -> int:
-    from reparamc.onnx.files import STANDARD
+    from reparamc.onnx.files import STANDARD, from_standard_input
     from reparamc.verify.search import verify_onnx
 
     models = [arguments.original, arguments.fused]
@@ -302,7 +323,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise InputError("only one of the two models can come from standard input")
     default = Path("fused.onnx") if arguments.fused == STANDARD else arguments.fused
     result = verify_onnx(
-        *(_standard_input() if model == STANDARD else model for model in models),
+        *(from_standard_input()[0] if model == STANDARD else model for model in models),
         inputs=arguments.inputs,
         examples=arguments.examples,
         seconds=arguments.seconds,
@@ -313,7 +334,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         optimize=arguments.optimize,
         save=arguments.save or default.with_suffix(".failing.npz"),
     )
-    print(result.to_json() if arguments.json else result.verdict if arguments.quiet else result.table())
+    _show(result.to_json() if arguments.json else result.verdict if arguments.quiet else result.table())
     return DIFFERS if not result.equal else UNCERTAIN if result.doubt else DONE
 
 
@@ -321,7 +342,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     from reparamc.verify.audit import audit
 
     result = audit(arguments.model, arguments.against)
-    print(result.to_json() if arguments.json else result.page(everything=arguments.all))
+    _show(result.to_json() if arguments.json else result.page(everything=arguments.all))
     return DONE if result.holds else DIFFERS
 
 
@@ -365,8 +386,7 @@ def _progress(quiet: bool) -> AbstractContextManager[Callable[[int, int], None]]
 def _passes(arguments: argparse.Namespace) -> int:
     from reparamc_passes import PASSES
 
-    for p in PASSES:
-        print(f"{p.name}\n    {p.equation}\n    exact when: {p.exact_when}")
+    _show("\n".join(f"{p.name}\n    {p.equation}\n    exact when: {p.exact_when}" for p in PASSES))
     return DONE
 
 

@@ -177,7 +177,6 @@ def test_report(run: Run, model: Path) -> None:
         (["--passes", "branch-merging"], ["Conv", "BatchNormalization", "Relu"]),
         (["--skip", "bn-folding"], ["Conv", "BatchNormalization", "Relu"]),
         (["--skip", "repmixer,branch-merging"], ["Conv", "Relu"]),
-        (["--passes", "bn-folding", "--skip", "bn-folding"], ["Conv", "BatchNormalization", "Relu"]),
     ],
 )
 def test_passes_are_selected(run: Run, model: Path, options: list[str], left: list[str]) -> None:
@@ -328,6 +327,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     ),
     "report in no folder": (lambda m: ["fuse", m, m.with_name(OUT), "--report", m.with_name("no") / "r"], "not exist"),
     "unknown pass": (lambda m: ["fuse", m, m.with_name(OUT), "--passes", "bn-folding,nope"], "unknown pass 'nope'"),
+    "a pass in both": (
+        lambda m: ["fuse", m, m.with_name(OUT), "--passes", "bn-folding", "--skip", "bn-folding"],
+        "the pass 'bn-folding' is both to be applied and to be left out",
+    ),
     "unknown pass skipped": (lambda m: ["fuse", m, m.with_name(OUT), "--skip", "nope"], "unknown pass 'nope'"),
     "unknown option": (lambda m: ["fuse", m, m.with_name(OUT), "--frobnicate"], "--frobnicate"),
     "unknown level": (lambda m: ["fuse", m, m.with_name(OUT), "--verify", "perhaps"], "'perhaps'"),
@@ -591,15 +594,52 @@ def test_an_interrupt_leaves_nothing_behind(run: Run, model: Path, monkeypatch: 
     assert contents(model.parent) == before
 
 
-def test_a_closed_pipe_is_no_error() -> None:
+STREAMS: dict[str, tuple[Callable[[str], list[str]], str]] = {
+    "model": (lambda m: ["fuse", m, "-o", "-"], ""),
+    "model that is left alone": (lambda m: ["fuse", m, "-q", "--passes", "repmixer", "-o", "-"], ""),
+    "table": (lambda m: ["fuse", m, f"{m}.out"], "; {m}.out is written"),
+    "reasons": (lambda m: ["explain", m], ""),
+    "passes": (lambda m: ["passes"], ""),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+@pytest.mark.parametrize("where", ["full", "pipe", "none"])
+def test_what_cannot_be_shown(model: Path, where: str, case: str) -> None:
+    arguments, more = STREAMS[case]
+    command = [sys.executable, "-m", "reparamc", *arguments(str(model))]
     reader, writer = os.pipe()
     os.close(reader)
-    try:
-        command = [sys.executable, "-m", "reparamc", "passes"]
-        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
-    finally:
-        os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
+    with open("/dev/full", "wb") as full, os.fdopen(writer, "wb") as pipe:
+        stream = {"full": full, "pipe": pipe, "none": None}[where]
+        if stream is None:
+            command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, text=True, check=False)
+    why = {"full": "No space left on device", "pipe": "Broken pipe", "none": "it is closed"}[where]
+    assert done.returncode == 2
+    line = f"reparamc: standard output cannot be written: {why}{more.format(m=model)}"
+    assert done.stderr.splitlines()[-1] == line
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [["fuse", "-", "-o", "-"], ["explain", "-"]])
+def test_standard_input_that_is_closed(command: list[str]) -> None:
+    shell = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "reparamc", *command]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "reparamc: standard input cannot be read: it is closed\n"
+
+
+def test_a_signal_leaves_nothing_behind(model: Path) -> None:
+    """What a task manager sends while the file is written, and its temporary folder is there."""
+    code = (
+        "import os, signal, sys; from reparamc import cli\n"
+        "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.argv[1:] = ['fuse', {str(model)!r}, {str(model.with_name(OUT))!r}]; sys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "reparamc: interrupted; nothing was written\n")
+    assert [path.name for path in model.parent.iterdir()] == [model.name]
 
 
 def test_through_standard_input_and_output(model: Path) -> None:

@@ -209,7 +209,7 @@ def select(passes: Sequence[Pass], only: Iterable[str] | None = None, skip: Iter
     """The passes named in ``only`` (all, when None) but for those in ``skip``, in their own order.
 
     Raises:
-        InputError: a name that no pass has, or something else than names.
+        InputError: a name that no pass has or that is in both, or something else than names.
     """
     known = [p.name for p in passes]
     wanted = known if only is None else _names("passes", only)
@@ -217,6 +217,8 @@ def select(passes: Sequence[Pass], only: Iterable[str] | None = None, skip: Iter
     for name in [*wanted, *skipped]:
         if name not in known:
             raise InputError(f"unknown pass {name!r}; the passes are {', '.join(known)}")
+    if only is not None and (both := set(wanted).intersection(skipped)):
+        raise InputError(f"the pass {min(both)!r} is both to be applied and to be left out; name it once")
     return tuple(p for p in passes if p.name in wanted and p.name not in skipped)
 
 

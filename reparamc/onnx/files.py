@@ -158,15 +158,33 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    if path == STANDARD:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-        return
     try:
+        if path == STANDARD:
+            if sys.stdout is None:
+                raise OSError("it is closed")
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            return
         path = path.resolve()  # a link keeps pointing where it does
         with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             temporary.write_bytes(data)
             os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+        name = "standard output" if path == STANDARD else path
+        raise InputError(f"{name} cannot be written: {error.strerror or error}") from error
+
+
+def from_standard_input() -> tuple[ModelProto, bytes]:
+    """The model on standard input, and its bytes.
+
+    Raises:
+        InputError: they cannot be read, or are no ONNX model.
+    """
+    try:
+        if sys.stdin is None:
+            raise OSError("it is closed")
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        raise InputError(f"standard input cannot be read: {error.strerror or error}") from error
+    return parsed(data, "standard input"), data
