@@ -10,7 +10,7 @@ from onnx import NodeProto, helper
 from planting import Make, Replace, given, instead, result
 
 from reparamc.algebra.expr import Conv, Expr
-from reparamc.compiler.graph import Reading
+from reparamc.compiler.readings import Reading
 
 
 def reading(change: Callable[[Any], Expr]) -> Make:
@@ -19,7 +19,7 @@ def reading(change: Callable[[Any], Expr]) -> Make:
     def changed(found: Any) -> Any:
         if not isinstance(found, Reading):
             return found
-        return replace(found, build=lambda operands: change(found.build(operands)))
+        return Reading(change(found.template))
 
     return result(changed)
 

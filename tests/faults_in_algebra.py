@@ -476,7 +476,7 @@ ALGEBRA = [
         fx=lambda: net(lambda x, c, v: c(x) / v, nn.Conv2d(4, 4, 3), vector(4, 1, 1)),
     ),
     fault(
-        "a constant along W taken for one per channel", "reparamc.compiler.graph:axis_of_constant",
+        "a constant along W taken for one per channel", "reparamc.compiler.readings:axis_of_constant",
         instead(lambda dims, size: -3 if any(d != 1 for d in dims) else None),
         onnx=lambda: onnx_model(
             [conv("x", "c", pads=[1] * 4), node("Mul", "c s", "y")],

@@ -205,7 +205,7 @@ PIECES: list[Fault] = [
         ),
     ),
     fault(
-        "always the first of q and k, as read", "reparamc.compiler.graph:layout_reading", given(first_position),
+        "always the first of q and k, as read", "reparamc.compiler.readings:moved", given(first_position),
         onnx=lambda: onnx_model(
             [
                 node("MatMul", "x w", "c"), node("Reshape", "c s", "r"), node("Gather", "r one", "q", axis=2),

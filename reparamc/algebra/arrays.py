@@ -6,7 +6,7 @@ their gradients. Its own constants, such as one and zero, are NumPy's, and becom
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, TypeAlias, cast
 
@@ -19,12 +19,76 @@ Array: TypeAlias = npt.NDArray[np.float64]
 """An array of float64. For type checkers it is NumPy's; kernels and rules use what all libraries have."""
 
 
+class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
+    """A parameter of a host graph, as an array that is loaded when its values are asked for.
+
+    Attributes:
+        names: those that the host graph gives to what it is made of.
+        shape: known without loading.
+        origin: what the host graph holds, if the adapter needs it.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], shape: tuple[int, ...], load: Callable[[], Array], origin: Any = None
+    ) -> None:
+        self.names, self.shape, self.origin = names, shape, origin
+        self.load = load
+        self._value: Array | None = None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._value is not None
+
+    @property
+    def value(self) -> Array:
+        """What it holds: loaded once, and kept until it is released."""
+        if self._value is None:
+            self._value = self.load()
+        return self._value
+
+    def release(self) -> None:
+        """Forget the values; they are loaded again when they are asked for."""
+        self._value = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(values(self.value), dtype, copy=True) if copy else np.asarray(values(self.value), dtype)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        return getattr(ufunc, method)(*map(loaded, inputs), **options)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.value[at]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.value, name)
+
+
+def loaded(array: Any) -> Any:
+    """``array`` itself; what a `Parameter` holds."""
+    return array.value if isinstance(array, Parameter) else array
+
+
+def derived(array: Array, shape: tuple[int, ...], function: Callable[[Array], Array]) -> Array:
+    """``function`` of ``array``, which has that shape; of a `Parameter` it is computed when it is loaded."""
+    if not isinstance(array, Parameter):
+        return function(array)
+    load = array.load
+    return cast(Array, Parameter(array.names, shape, lambda: function(load()), array.origin))
+
+
 def _is_numpy(array: Any) -> bool:
     return isinstance(array, np.ndarray | np.generic)
 
 
 def together(*arrays: Array) -> tuple[Any, ...]:
     """The namespace of ``arrays``, and the arrays in it: those of NumPy become ones of the other library, if any."""
+    arrays = tuple(map(loaded, arrays))
     other: Any = next((a for a in arrays if not _is_numpy(a)), None)
     if other is None:
         return (numpy_namespace, *arrays)
@@ -41,6 +105,7 @@ def zeros_of(like: Array, shape: Sequence[int]) -> Array:
 
 def taken(array: Array, index: Sequence[int] | npt.NDArray[np.intp], axis: int = 0) -> Array:
     """``array`` at the positions ``index`` along ``axis``."""
+    array = loaded(array)
     if _is_numpy(array):
         return array.take(index, axis)
     xp = together(array)[0]
@@ -66,6 +131,7 @@ def array_of(result: Any) -> Array:
 
 def values(array: Array) -> Array:
     """What ``array`` holds, as an array of NumPy, without gradients."""
+    array = loaded(array)
     if not _is_numpy(array) and is_torch_array(array):
         array = cast(Any, array).detach().cpu()
     return np.asarray(array)
@@ -78,7 +144,7 @@ def count(array: Array) -> int:
 
 def is_all(array: Array, number: float) -> bool:
     """Whether every element is ``number`` and stays so: one that has gradients may become another."""
-    return not getattr(array, "requires_grad", False) and bool(np.all(values(array) == number))
+    return not getattr(loaded(array), "requires_grad", False) and bool(np.all(values(array) == number))
 
 
 def largest(array: Array) -> float:

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from reparamc.algebra.arrays import Array, is_all, values
+from reparamc.algebra.arrays import Array, Parameter, is_all, loaded, values
 from reparamc.algebra.shape import Shape, axis_through_reshape
 
 Ints: TypeAlias = tuple[int, ...]
@@ -166,7 +166,7 @@ class Conv:
             return False
         share = 1 / prod(self.kernel)
         taps = values(self.weight)
-        if getattr(self.weight, "requires_grad", False) or abs(taps[(0,) * taps.ndim] - share) > EQUAL * share:
+        if getattr(loaded(self.weight), "requires_grad", False) or abs(taps[(0,) * taps.ndim] - share) > EQUAL * share:
             return False
         return bool(np.all(np.abs(taps - share) <= EQUAL * share))
 
@@ -427,6 +427,14 @@ def array_fields(e: Expr) -> dict[str, Array]:
             return {"gamma": e.gamma, "beta": e.beta, "mean": e.mean, "var": e.var}
         case _:
             return {}
+
+
+def release(root: Expr) -> None:
+    """Forget the values of the parameters under ``root`` that can be loaded again."""
+    for e in walk(root):
+        for a in arrays(e):
+            if isinstance(a, Parameter):
+                a.release()
 
 
 def arrays(e: Expr) -> tuple[Array, ...]:

@@ -13,7 +13,7 @@ from math import gcd, prod
 
 import numpy as np
 
-from reparamc.algebra.arrays import added, array_of, concatenated, is_all, taken, together, zeros_of
+from reparamc.algebra.arrays import added, array_of, concatenated, derived, is_all, taken, together, zeros_of
 from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale
 from reparamc.algebra.infer import extents
 
@@ -45,15 +45,20 @@ def arithmetic(op: str, c: Array, constant_first: bool, factor: float = 1.0) -> 
     ``factor`` multiplies the second operand of a sum or difference.
     """
     sign = -factor if op == "sub" else factor
+    match op:
+        case "add" | "sub" if constant_first:
+            return np.asarray(sign), c
+        case "add" | "sub":
+            return ONE, derived(c, c.shape, lambda c: array_of(sign * c))
+        case "mul":
+            return c, ZERO
+        case _:
+            return derived(c, c.shape, _inverse), ZERO
+
+
+def _inverse(c: Array) -> Array:
     with np.errstate(divide="ignore"):
-        match op:
-            case "add" | "sub":
-                scale, shift = (np.asarray(sign), c) if constant_first else (ONE, sign * c)
-            case "mul":
-                scale, shift = c, ZERO
-            case _:
-                scale, shift = 1 / c, ZERO
-    return array_of(scale), array_of(shift)
+        return array_of(1 / c)
 
 
 def scale_outputs(conv: Conv, scale: Array, shift: Array) -> Conv:
@@ -295,12 +300,17 @@ def _span(convs: Sequence[Conv], axis: int) -> Ints:
 def swap_sides(weight: Array, groups: int) -> Array:
     """(out, in / groups, *kernel) as (in, out / groups, *kernel), the layout of transposed convolutions; and back."""
     first, second, *kernel = weight.shape
-    xp, weight = together(weight)
-    blocks = xp.reshape(weight, (groups, first // groups, second, *kernel))
-    swapped = xp.permute_dims(blocks, (0, 2, 1, *range(3, blocks.ndim)))
-    weight = zeros_of(weight, swapped.shape)
-    weight[...] = swapped  # in row-major order, which a view is not
-    return xp.reshape(weight, (groups * second, first // groups, *kernel))
+    shape = (groups * second, first // groups, *kernel)
+
+    def swap(weight: Array) -> Array:
+        xp, weight = together(weight)
+        blocks = xp.reshape(weight, (groups, first // groups, second, *kernel))
+        swapped = xp.permute_dims(blocks, (0, 2, 1, *range(3, blocks.ndim)))
+        weight = zeros_of(weight, swapped.shape)
+        weight[...] = swapped  # in row-major order, which a view is not
+        return xp.reshape(weight, shape)
+
+    return derived(weight, shape, swap)
 
 
 def transposed(
@@ -315,8 +325,8 @@ def transposed(
     reach = tuple(d * (k - 1) - b for d, k, b in zip(dilation, weight.shape[2:], begin, strict=True))
     delta = tuple(r - e for r, e in zip(reach, end, strict=True))
     if all(s == 1 for s in stride):
-        xp, weight = together(weight)
-        reversed_taps = xp.flip(weight, axis=tuple(range(2, weight.ndim)))
+        axes = tuple(range(2, weight.ndim))
+        reversed_taps = derived(weight, weight.shape, lambda w: together(w)[0].flip(w, axis=axes))
         kept = tuple(-d for d in delta)
         return Conv(x, reversed_taps, bias, stride, dilation, tuple(-r for r in reach), kept, groups)
     return Conv(x, weight, bias, stride, dilation, offset, delta, groups, transposed=True)

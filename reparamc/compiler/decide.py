@@ -20,14 +20,29 @@ from math import isclose
 import ml_dtypes
 import numpy as np
 
+from reparamc.algebra.arrays import Parameter
 from reparamc.algebra.cost import cost
 from reparamc.algebra.equal import REGION_TOLERANCE
-from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, flatten, rebuild, replaced, walk
+from reparamc.algebra.expr import (
+    Array,
+    Conv,
+    Expr,
+    Layout,
+    Source,
+    Sum,
+    arrays,
+    flatten,
+    rebuild,
+    release,
+    replaced,
+    walk,
+)
 from reparamc.algebra.infer import misfit
 from reparamc.algebra.provenance import names_through
 from reparamc.algebra.rewrite import Declined, Pass, Refusal, Step, simplify
 from reparamc.algebra.text import show
-from reparamc.compiler.graph import Graph, Reading, Splice, Value, not_native, values_in
+from reparamc.compiler.graph import Graph, Splice, not_native
+from reparamc.compiler.readings import Reading, Value, values_in
 from reparamc.compiler.reference import Host
 from reparamc.compiler.regions import LIFT, find_regions, lifted, linear_readers
 from reparamc.compiler.smallest import REASON, refuses_more
@@ -71,7 +86,7 @@ def decide(
                 progress(done + 1, len(regions))
         times = Counter(v for members in regions.values() for v in members)
         shared = {v for v, n in times.items() if n > 1}
-        origin = {_moved(e): v for v in shared if (e := _template(graph, readings[v])) is not None}
+        origin = {_moved(readings[v].template): v for v in shared if not readings[v].scales}
         known: dict[tuple[Hashable, Hashable], object] = {}
         reads, copies, repeats = set[Value](), dict[Value, set[Hashable]](), Counter[Value]()
         for root, members in regions.items():
@@ -86,7 +101,7 @@ def decide(
                         copies.setdefault(v, set()).add(key)
                         repeats[v] += 1
         still = {v for v in shared if v in reads or len(copies.get(v, ())) > 1}
-        still |= {v for v in shared - still if repeats[v] < times[v] and _is_pooling(graph, readings[v])}
+        still |= {v for v in shared - still if repeats[v] < times[v] and _is_pooling(readings[v])}
         alone = {v for root, members in regions.items() for v in results[root, members].apart}
         if not still and not alone:
             decisions = {root: results[root, members] for root, members in regions.items()}
@@ -95,14 +110,9 @@ def decide(
         ends |= alone
 
 
-def _is_pooling(graph: Graph, reading: Reading) -> bool:
+def _is_pooling(reading: Reading) -> bool:
     """Whether it computes: such an operator is shared if it stays in all regions, and not composed with each reader."""
-    return isinstance(_template(graph, reading), Conv)
-
-
-def _template(graph: Graph, reading: Reading) -> Expr | None:
-    """The operator that ``reading`` is, if it moves its operand."""
-    return None if reading.scales else reading.build([graph.source(v) for v in reading.operands])
+    return isinstance(reading.template, Conv)
 
 
 def _moved(e: Expr) -> Hashable:
@@ -202,18 +212,25 @@ def _consider(
 ) -> Decision:
     """What becomes of a region: ``parts`` are its members, and those of the regions joined to it."""
     found = _simplified(graph, parts, readings, passes)
-    members, root = _in_order(parts, readings), parts[0][-1]
+    decision = _decided(graph, found, _in_order(parts, readings), readings, host)
+    release(found.before)
+    return decision
+
+
+def _decided(
+    graph: Graph, found: _Simplified, members: tuple[Value, ...], readings: dict[Value, Reading], host: Host | None
+) -> Decision:
     before, after, steps, refusals = found.before, found.after, found.steps, found.refusals
     if not steps or isclose(cost(after), cost(before), rel_tol=1e-12):
         return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
-    native = {e: v for v, e in found.exprs.items() if v != root}
+    native = {e: v for v, e in found.exprs.items() if v != members[-1]}
     native.update((found.exprs[v], v) for v in found.exprs if v not in members)  # not what passes them on
     splice: Splice | Declined | FailedRegion = Declined("the rewritten form would cost more than it saves")
     if cost(after) < cost(before) or not _is_finite(before):
         counts = Counter(step.name for step in steps)
         splice = checked(graph, members, readings, before, after, native, counts, host)
     if isinstance(splice, Splice):
-        return Decision(after, replace(splice, origins=_origins(found, members, readings)), refusals, members)
+        return Decision(after, replace(splice, origins=_origins(found)), refusals, members)
     reason = splice.reason if isinstance(splice, Declined) else f"it failed its check: {splice.reason}"
     refusals = [*refusals, Refusal(steps[-1].name, before, reason)]
     apart = frozenset[Value]()
@@ -260,14 +277,10 @@ def _simplified(
     return _Simplified(before, after, exprs, steps, refusals)
 
 
-def _origins(found: _Simplified, members: Sequence[Value], readings: dict[Value, Reading]) -> dict[int, frozenset[str]]:
+def _origins(found: _Simplified) -> dict[int, frozenset[str]]:
     """Which parameters each array of the final form is made from, by its id."""
-    named: dict[int, frozenset[str]] = {}
-    for v in members:
-        below = {found.exprs[o] for o in readings[v].operands}
-        for e in walk(found.exprs[v], stop=below.__contains__):
-            if e not in below:
-                named.update((id(a), frozenset(readings[v].parameters)) for a in arrays(e))
+    before = (a for e in walk(found.before) for a in arrays(e))
+    named = {id(a): frozenset(a.names if isinstance(a, Parameter) else ()) for a in before}
     names = names_through(named, found.steps)
     return {id(a): names[id(a)] for e in walk(found.after) for a in arrays(e) if id(a) in names}
 

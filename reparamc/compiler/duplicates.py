@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 
 import numpy as np
 
-from reparamc.algebra.expr import Conv, Expr, Source, walk
+from reparamc.algebra.arrays import values
+from reparamc.algebra.expr import Conv, Expr, Source, array_fields, arrays, walk
 from reparamc.algebra.text import show
 from reparamc.compiler.decide import Decision
-from reparamc.compiler.graph import Graph, Splice, Value, values_in
+from reparamc.compiler.graph import Graph, Splice
+from reparamc.compiler.readings import Value, values_in
 
 DUPLICATES = "duplicate-removal"
 
@@ -44,10 +47,10 @@ def find_duplicates(graph: Graph, decisions: dict[Value, Decision]) -> Iterator[
 def _equal(a: Expr, b: Expr) -> bool:
     """Whether two expressions of one text hold the same numbers, over the same values."""
     for x, y in zip(walk(a), walk(b), strict=True):
-        for name, mine in vars(x).items():
-            other = getattr(y, name)
-            if name in ("x", "terms"):
-                continue
-            if not (np.array_equal(mine, other) if isinstance(mine, np.ndarray) else mine == other):
-                return False
+        held = array_fields(x)
+        beside = [f.name for f in fields(x) if f.name not in ("x", "terms", *held)]
+        if any(getattr(x, name) != getattr(y, name) for name in beside):
+            return False
+        if not all(np.array_equal(values(a), values(b)) for a, b in zip(held.values(), arrays(y), strict=True)):
+            return False
     return True

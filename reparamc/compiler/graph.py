@@ -3,90 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from reparamc.algebra.expr import Array, Conv, Expr, Layout, LayoutOp, Mean, Reshape, Source, Take, arrays, ranks, walk
+from reparamc.algebra.expr import Array, Expr, Source, arrays, walk
 from reparamc.algebra.rewrite import Declined
-from reparamc.algebra.shape import Dim, Shape, size
-
-Value: TypeAlias = Hashable
-
-
-@dataclass(frozen=True)
-class Taps:
-    """What the operator ``of`` multiplies by its weight, at each position of its result; it exists only in there.
-
-    A convolution that pads by reflection, or one whose padding is computed at run time, is no kernel over its operand.
-    But it is a matrix over what it gathers there, so that its weight can take in what is done to its result.
-
-    Attributes:
-        kind: what decides, together with ``operands``, what is gathered: equal for operators that gather alike.
-        operands: the values that the operator reads, parameters left out.
-        channels: how many numbers it gathers.
-        spatial: how many axes are to the right of the channel axis, in its result.
-    """
-
-    kind: Hashable
-    operands: tuple[Value, ...]
-    channels: int
-    spatial: int
-    of: Value = field(compare=False)
-
-    def __str__(self) -> str:
-        return f"{self.of}.taps"
-
-    def source(self, shape: Shape | None) -> Source:
-        """The taps as an operand, where the result of the operator has this shape."""
-        if shape is not None:
-            axis = len(shape) - 1 - self.spatial
-            shape = (*shape[:axis], Dim(self.channels), *shape[axis + 1 :])
-        return Source(self, self.channels, -1 - self.spatial, shape, taps=True)
-
-    def reading(
-        self, weight: Callable[[], Array], bias: Callable[[], Array] | None, groups: int, parameters: tuple[str, ...]
-    ) -> Reading:
-        """The operator as a matrix over its taps; ``weight`` is (out, in / groups, *kernel)."""
-        ones, zeros = (1,) * self.spatial, (0,) * self.spatial
-
-        def build(operands: Sequence[Expr]) -> Expr:
-            w = weight()
-            rows = w.reshape(len(w), -1, *ones)
-            return Conv(operands[0], rows, None if bias is None else bias(), ones, ones, zeros, zeros, groups)
-
-        return Reading((self,), build, parameters, -1 - self.spatial)
-
-
-def values_in(operands: Iterable[Value]) -> Iterator[Value]:
-    """The values of the host graph among the operands of readings; for taps, those that their operator reads."""
-    for value in operands:
-        yield from value.operands if isinstance(value, Taps) else (value,)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One linear operator of the host graph.
-
-    Attributes:
-        operands: the values it reads, parameters left out; or its `Taps` alone.
-        build: its expression over the expressions of its operands; loads the parameters.
-        parameters: names of the parameters it holds.
-        axis: the channel axis of its result, where it is known.
-        commutes: it scales or moves each channel by itself, so that readers may each take it in.
-        scales: it scales, so that a linear operator in front of it would rather take it in.
-        idle: why it ends a region where no scale is near: with most of what is linear it does not commute.
-    """
-
-    operands: tuple[Value, ...]
-    build: Callable[[Sequence[Expr]], Expr]
-    parameters: tuple[str, ...] = ()
-    axis: int | None = None
-    commutes: bool = field(default=False, kw_only=True)
-    scales: bool = field(default=False, kw_only=True)
-    idle: str | None = field(default=None, kw_only=True)
+from reparamc.compiler.readings import Reading, Value, values_in
 
 
 class Graph(Protocol):
@@ -227,47 +152,3 @@ def new_nodes(splice: Splice) -> Iterator[Expr]:
 def not_native(expr: Expr, native: Mapping[Expr, Value]) -> Iterator[Expr]:
     """The nodes of ``expr`` that no existing value computes, operands first."""
     return (e for e in walk(expr, stop=native.__contains__) if e not in native)
-
-
-ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"
-
-
-def axis_of_constant(dims: Sequence[int], extent: Callable[[int], int | None]) -> int | Declined | None:
-    """The axis, from the right, along which a constant of shape ``dims`` varies; None for a scalar.
-
-    Args:
-        extent: that of its operand along an axis, None where it is unknown. Unless the constant has as
-            many elements there, it may broadcast the operand, which is declined.
-    """
-    axes = [i - len(dims) for i, d in enumerate(dims) if d != 1]
-    if len(axes) > 1:
-        return Declined("its constant varies along several axes")
-    if axes and extent(axes[0]) != dims[axes[0]]:
-        return Declined("its constant may broadcast its operand")
-    return axes[0] if axes else None
-
-
-CUTS = "it splits or merges the channel axis"
-TAKES = "it takes one position of many"
-AVERAGES = "it averages over the channels"
-
-
-def layout_reading(x: Value, op: LayoutOp, axis: int | None, *, linear: bool = False) -> Reading | Declined | None:
-    """The reading of a layout operator over ``x``; Declined where it would be one but for the channel axis.
-
-    Args:
-        axis: that of the channels of ``x``; None where nothing tells it, or its channel axis has been split before.
-        linear: whether ``x`` has a reading. Then a scale behind the operator may have somewhere to go, even if the
-            channel axis is split here, or is unknown because it has been split before.
-    """
-    rank, _ = ranks(op)
-    if axis is not None and -axis > rank:
-        return None
-    moved = Layout(Source(x), op, axis).axis
-    idle = TAKES if isinstance(op, Take) else None
-    if moved is None:
-        idle = AVERAGES if isinstance(op, Mean) else idle or CUTS
-        unknown = isinstance(op, Reshape) and size(op.before) != size(op.after)  # so that it could not be evaluated
-        if isinstance(op, Mean) or unknown or not linear:
-            return None if axis is None else Declined(idle)
-    return Reading((x,), lambda x: Layout(x[0], op, axis), (), moved, commutes=True, idle=idle)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from reparamc.algebra.rewrite import Pass
 from reparamc.certificate.proof import Certificate
-from reparamc.compiler.graph import Edit, Graph, Splice, Value
+from reparamc.compiler.graph import Edit, Graph, Splice
+from reparamc.compiler.readings import Value
 from reparamc.equivalence.end_to_end import Alone, Region
 from reparamc.report.data import Counts, OutputError
 

@@ -12,12 +12,13 @@ from functools import partial
 
 from reparamc.algebra.cost import behind, cost, moving
 from reparamc.algebra.evaluate import evaluate
-from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, Sum, arrays, walk
+from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, arrays, total, walk
 from reparamc.algebra.probe import find_kernel, only_moves
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.text import show
 from reparamc.compiler.decide import Decision, rounding_obstacle
-from reparamc.compiler.graph import Graph, Reading, Splice, Taps, Value
+from reparamc.compiler.graph import Graph, Splice
+from reparamc.compiler.readings import Reading, Taps, Value
 from reparamc.compiler.regions import find_regions, lifted
 
 IMPULSE = "impulse-response"
@@ -32,7 +33,7 @@ def find_kernels(graph: Graph, readings: dict[Value, Reading], decisions: dict[V
     for value in graph.values():
         operands = readings[value].operands if value in readings else graph.moves(value)
         if operands is not None:
-            wide[value] = readings.get(value, Reading(operands, lambda _: Sum(())))
+            wide[value] = readings.get(value, Reading(total([*map(Source, operands)])))
     for members in find_regions(graph, wide, apart=wide).values():
         for tree in _trees_on_one_operand(members, wide):
             left = [decisions[v] for v in tree if v in decisions]
@@ -118,7 +119,7 @@ def _function(
 ) -> Callable[[Array], Array]:
     """A tree as a function of its operand: what has a reading by `evaluate`, the rest by the host's operators."""
     sources = {v: graph.source(v) for value in tree for v in wide[value].operands}
-    exprs = {v: wide[v].build([sources[o] for o in wide[v].operands]) for v in tree if v in readings}
+    exprs = {v: wide[v].over(sources) for v in tree if v in readings}
 
     def run(x: Array) -> Array:
         values = {operand: x}
@@ -143,7 +144,7 @@ def _reach(graph: Graph, tree: Sequence[Value], wide: dict[Value, Reading], read
             found[value] = reach + stride * graph.reach(value), stride
             continue
         own, step = 0, 1
-        for e in walk(wide[value].build([Source(v) for v in wide[value].operands])):
+        for e in walk(wide[value].template):
             if isinstance(e, Conv):
                 own += max((abs(n) for ends in (e.offset, e.reach) for n in ends), default=0)
                 step *= max(e.stride, default=1)

@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
+from reparamc.algebra.arrays import is_all
 from reparamc.algebra.cost import is_multiplied, is_shifted
 from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.compiler.decide import Decision, decide
 from reparamc.compiler.duplicates import DUPLICATES, find_duplicates
-from reparamc.compiler.graph import Fold, Graph, Reading, Splice, Value
+from reparamc.compiler.graph import Fold, Graph, Splice
 from reparamc.compiler.impulse import IMPULSE, find_kernels
+from reparamc.compiler.readings import Reading, Value
 from reparamc.compiler.reference import Host
-from reparamc.compiler.regions import LIFT, lifted, without_idle
+from reparamc.compiler.regions import LIFT, lifted
 from reparamc.compiler.split_scales import PIECES, fold_pieces
 from reparamc.report.data import FailedRegion, HostCheck, Refusal
 
@@ -56,8 +56,6 @@ def make_plan(
             readings[value] = reading
         elif isinstance(reading, Declined):
             plan.kept.append(Refusal(graph.name(value), LIFT, reading.reason))
-    readings, ends = without_idle(readings)
-    plan.kept.extend(Refusal(graph.name(value), LIFT, reason) for value, reason in ends.items())
     host = Host(graph, readings) if verify else None
     results = decide(graph, readings, passes, host, progress)
     failed = {root: r for root, r in results.items() if r.failed}
@@ -116,7 +114,7 @@ def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value])
         other = (nonlinear or [r for r in readers[1:] if r != readers[0]] or readers)[0]
         return f"second consumer at {'the output of the model' if other is None else graph.name(other)}"
     kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat) and not _is_bias(e)]
-    if any(isinstance(e, Conv) and not np.any(e.weight) for e in kinds):
+    if len(kinds) > 1 and any(isinstance(e, Conv) and is_all(e.weight, 0) for e in kinds):
         return "its weights are all zero, and the extents of its constant result follow those of its operand"
     if kinds and not any(isinstance(e, Conv) for e in kinds):
         return "no convolution or linear layer stands beside it"

@@ -19,7 +19,8 @@ from reparamc.algebra.evaluate import absolute, evaluate
 from reparamc.algebra.expr import Array, Expr, Source, walk
 from reparamc.algebra.infer import has_layout
 from reparamc.algebra.samples import TooLargeError, samples
-from reparamc.compiler.graph import Graph, Reading, Taps, Value
+from reparamc.compiler.graph import Graph
+from reparamc.compiler.readings import Reading, Taps, Value
 from reparamc.errors import one_line
 from reparamc.report.data import FailedRegion, Refusal
 

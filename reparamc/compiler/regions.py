@@ -15,45 +15,14 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 
 from reparamc.algebra.expr import Expr
-from reparamc.compiler.graph import Graph, Reading, Value
+from reparamc.compiler.graph import Graph
+from reparamc.compiler.readings import Reading, Value
 
 LIFT = "lift"
 """Stands for the name of a pass where an operator is not read as the linear one that it looks like."""
 
 MOST_SHARED = 8
 """Regions that one value may be a member of."""
-
-
-def without_idle(readings: dict[Value, Reading]) -> tuple[dict[Value, Reading], dict[Value, str]]:
-    """``readings`` without those that are `Reading.idle` and have no scale near, and why each of them ends a region.
-
-    A region that reached across all of them would gain nothing, and ask for more shapes to be known. They stay
-    between a scale and what is in front of it, with all that reads the same pieces, and behind a scale that is one
-    number and stands behind nothing that has channels.
-    """
-
-    def passes_on(value: Value) -> bool:
-        """Whether what is done behind ``value`` may be done in front of it as well, as far as its reading tells."""
-        reading = readings.get(value)
-        return reading is not None and len(reading.operands) == 1 and not (reading.scales or reading.parameters)
-
-    scaled: set[Value] = set()  # what a scale stands behind
-    for value, reading in reversed(readings.items()):
-        if reading.scales or value in scaled:
-            scaled.update(filter(passes_on, reading.operands))
-    busy: set[Value] = set()
-    for value, reading in readings.items():
-        x = reading.operands[0]
-        number = x in readings and readings[x].scales and readings[x].axis is None
-        if passes_on(value) and (x in busy or (reading.idle and (number or value in scaled))):
-            busy.add(value)
-    kept = {v: r for v, r in readings.items() if v in busy or not r.idle}
-    ends: dict[Value, str] = {}
-    for value, reading in readings.items():
-        before = readings.get(reading.operands[0], reading)
-        if value not in kept and reading.idle and before.axis is not None:  # or else one before it has ended it
-            ends[value] = reading.idle
-    return kept, ends
 
 
 def linear_readers(graph: Graph, readings: Mapping[Value, Reading], value: Value) -> list[Value | None]:
@@ -102,5 +71,5 @@ def lifted(
             if operand not in exprs:
                 exprs[operand] = graph.source(operand)
         if value not in exprs:
-            exprs[value] = readings[value].build([exprs[v] for v in readings[value].operands])
+            exprs[value] = readings[value].over(exprs)
     return exprs

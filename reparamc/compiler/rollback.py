@@ -14,12 +14,13 @@ from typing import Generic
 import numpy as np
 
 from reparamc.algebra.evaluate import absolute, evaluate
-from reparamc.algebra.expr import Array, Expr, Source, walk
+from reparamc.algebra.expr import Array, Expr, Source, release, walk
 from reparamc.algebra.infer import channel_axes
 from reparamc.certificate.proof import Certificate, Window
-from reparamc.compiler.graph import Edit, Graph, Splice, Value
+from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Host, ResultT, Trial
 from reparamc.compiler.plan import Plan
+from reparamc.compiler.readings import Value
 from reparamc.equivalence.difference import Outputs
 from reparamc.equivalence.end_to_end import Region, region_error
 from reparamc.errors import VerificationError, one_line
@@ -98,6 +99,7 @@ def _read(original: Expr, name: Callable[[Value], str], values: Outputs) -> tupl
     given = {e: values[name(e.key)].astype(np.float64) for e in walk(original) if isinstance(e, Source)}
     exact, _ = evaluate(original, given)
     terms, _ = evaluate(absolute(original), {e: np.abs(x) for e, x in given.items()})
+    release(original)
     return exact, terms
 
 

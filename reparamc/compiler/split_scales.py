@@ -40,7 +40,8 @@ from reparamc.algebra.kernels import coefficients
 from reparamc.algebra.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.decide import Decision, checked
-from reparamc.compiler.graph import Graph, Reading, Value
+from reparamc.compiler.graph import Graph
+from reparamc.compiler.readings import Reading, Value
 from reparamc.compiler.reference import Host
 from reparamc.compiler.regions import lifted, linear_readers
 from reparamc.report.data import FailedRegion

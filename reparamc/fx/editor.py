@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparamc.algebra.expr import Layout, Select
-from reparamc.compiler.graph import Fold, Splice, Value
+from reparamc.compiler.graph import Fold, Splice
+from reparamc.compiler.readings import Value
 from reparamc.fx.emit import Emitter, Target
 from reparamc.fx.memory import Memory, only_asserted, reads_size_only
 from reparamc.fx.operators import OPERATORS

@@ -35,7 +35,8 @@ from reparamc.algebra.expr import (
 from reparamc.algebra.kernels import regroup, swap_sides
 from reparamc.algebra.shape import sizes_after
 from reparamc.compiler.emit import Emission
-from reparamc.compiler.graph import Splice, Taps, Value
+from reparamc.compiler.graph import Splice
+from reparamc.compiler.readings import Taps, Value
 from reparamc.fx.calls import Call, first_operand, lookup, with_arguments
 from reparamc.fx.readings import Readings
 

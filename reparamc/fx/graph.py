@@ -16,7 +16,8 @@ from torch.fx.node import map_arg
 
 from reparamc.algebra.expr import Array, Expr
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Fold, Value
+from reparamc.compiler.graph import Fold
+from reparamc.compiler.readings import Value
 from reparamc.fx.calls import Held
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.readers import READERS

@@ -12,9 +12,10 @@ from torch import fx, nn
 from reparamc.certificate.fx import certify_fx
 from reparamc.certificate.fx_shapes import shapes_of, sizes_of
 from reparamc.certificate.proof import Certificate
-from reparamc.compiler.graph import Edit, Graph, Splice, Value
+from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse
+from reparamc.compiler.readings import Value
 from reparamc.equivalence.difference import Outputs
 from reparamc.equivalence.end_to_end import Alone, Region
 from reparamc.errors import VerificationError

@@ -8,7 +8,7 @@ documentation says of its operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from reparamc.algebra.arrays import Parameter, derived
 from reparamc.algebra.expr import (
     ONE,
     ZERO,
@@ -23,7 +24,6 @@ from reparamc.algebra.expr import (
     BatchNorm,
     Concat,
     Conv,
-    Expr,
     LayoutOp,
     Mean,
     Permute,
@@ -33,11 +33,11 @@ from reparamc.algebra.expr import (
     Sum,
     Take,
 )
-from reparamc.algebra.kernels import arithmetic, averaged, equal_taps, swap_sides, transposed
+from reparamc.algebra.kernels import averaged, equal_taps, swap_sides, transposed
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import ACTIVATION, Reading, Taps, axis_of_constant, layout_reading
+from reparamc.compiler.readings import ACTIVATION, Reading, Taps, axis_of_constant, moved, scaled
 from reparamc.fx.calls import Call, aten_name, integers, lookup
-from reparamc.fx.readings import HOOKED, FxReading, Reader, Readings
+from reparamc.fx.readings import HOOKED, Reader, Readings, array
 
 if TYPE_CHECKING:
     from reparamc.algebra.shape import Shape
@@ -47,12 +47,12 @@ ALL = 2**63 - 1
 CHANNELS_UNKNOWN = "the number of its channels is unknown: pass example_inputs"
 
 
-def _read_conv(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_conv(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A convolution; with its taps as channels where it pads other than with known numbers of zeros."""
     found = _parameters(graph, call)
     if found is None or isinstance(found, Declined):
         return found
-    weight, bias, names = found
+    weight, bias = found
     x = cast(fx.Node, call.input)
     n = weight.ndim - 2
     groups = call.get("groups", 1)
@@ -61,14 +61,8 @@ def _read_conv(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declin
     stride, dilation = (integers(call.get(key, 1), n) for key in ("stride", "dilation"))
     pads = None if dilation is None else _padding(call.get("padding", 0), dilation, tuple(weight.shape[2:]))
     if stride is None or dilation is None or pads is None or call.get("padding_mode", "zeros") != "zeros":
-        return _read_taps(graph, node, call, weight, bias, names)
-    begin, end = pads
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        b = None if bias is None else array(bias)
-        return Conv.padded(operands[0], array(weight), b, stride, dilation, begin, end, groups)
-
-    return FxReading((x,), build, names, -1 - n, tensors=_held(weight, bias), channels=weight.shape[0])
+        return _read_taps(graph, node, call, weight, bias)
+    return Reading(Conv.padded(graph.operand(x), weight, bias, stride, dilation, *pads, groups))
 
 
 def _padding(
@@ -83,12 +77,12 @@ def _padding(
     return None if pads is None else (pads, pads)
 
 
-def _read_conv_transpose(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_conv_transpose(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A transposed convolution; with its taps as channels where it is given an output size."""
     found = _parameters(graph, call)
     if found is None or isinstance(found, Declined):
         return found
-    weight, bias, names = found
+    weight, bias = found
     x = cast(fx.Node, call.input)
     n = weight.ndim - 2
     groups = call.get("groups", 1)
@@ -98,92 +92,62 @@ def _read_conv_transpose(graph: Readings, node: fx.Node, call: Call) -> FxReadin
         return Declined("the number of its groups is computed at run time")
     sized = node.op == "call_module" and (len(node.args) > 1 or "output_size" in node.kwargs)
     if None in geometry or sized:
-        return _read_taps(graph, node, call, weight, bias, names)
+        return _read_taps(graph, node, call, weight, bias)
     stride, begin, more, dilation = cast("list[tuple[int, ...]]", geometry)
     end = tuple(b - m for b, m in zip(begin, more, strict=True))
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        b = None if bias is None else array(bias)
-        return transposed(operands[0], swap_sides(array(weight), groups), b, stride, dilation, begin, end, groups)
-
-    return FxReading((x,), build, names, -1 - n, tensors=_held(weight, bias), channels=weight.shape[1] * groups)
+    rows = swap_sides(weight, groups)
+    return Reading(transposed(graph.operand(x), rows, bias, stride, dilation, begin, end, groups))
 
 
-def _read_taps(
-    graph: Readings, node: fx.Node, call: Call, weight: Tensor, bias: Tensor | None, names: tuple[str, ...]
-) -> FxReading:
+def _read_taps(graph: Readings, node: fx.Node, call: Call, weight: Array, bias: Array | None) -> Reading:
     """A convolution that is no kernel over its operand, as a matrix over what it reads at each position."""
     groups, transposed = call.get("groups", 1), call.op == "conv_transpose"
     geometry = {name: str(value) for name, value in call.args.items() if name not in ("weight", "bias", "groups")}
     beside = (str(node.args[1:]), str(node.kwargs)) if node.op == "call_module" else ()
     kind = (call.op, tuple(weight.shape[2:]), *sorted(geometry.items()), *beside)
     operands = tuple(n for n in node.all_input_nodes if n not in graph.facts.known)
-    inside, out = (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, len(weight))
+    inside = weight.shape[0] if transposed else weight.shape[1] * groups
     taps = Taps(kind, operands, inside * prod(weight.shape[2:]), weight.ndim - 2, node)
-    read = taps.reading(
-        lambda: swap_sides(array(weight), groups) if transposed else array(weight),
-        None if bias is None else lambda: array(bias),
-        groups,
-        names,
-    )
-    return FxReading((taps,), read.build, names, read.axis, tensors=_held(weight, bias), channels=out)
+    return taps.reading(swap_sides(weight, groups) if transposed else weight, bias, groups)
 
 
-def _read_linear(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_linear(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A matrix along the last axis."""
     found = _parameters(graph, call)
     if found is None or isinstance(found, Declined):
         return found
-    weight, bias, names = found
-    if weight.ndim != 2:
-        return None
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        return Conv(operands[0], array(weight), None if bias is None else array(bias))
-
-    x = cast(fx.Node, call.input)
-    return FxReading((x,), build, names, -1, tensors=_held(weight, bias), channels=weight.shape[0])
+    weight, bias = found
+    return None if weight.ndim != 2 else Reading(Conv(graph.operand(cast(fx.Node, call.input)), weight, bias))
 
 
-def _read_product(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_product(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """``x @ W`` and ``bias + x @ W`` with a constant matrix."""
     x = call.args.get("input")
-    found, bias = graph.facts.held(call.args.get("other")), graph.facts.held(call.args.get("bias"))
-    if found is None or not isinstance(x, fx.Node) or x in graph.facts.constants:
+    weight, bias = graph.leaf(call.args.get("other")), graph.leaf(call.args.get("bias"))
+    if weight is None or not isinstance(x, fx.Node) or x in graph.facts.constants:
         return None
-    weight, names = found
-    if weight.ndim != 2 or not weight.is_floating_point():
+    if weight.ndim != 2 or not weight.origin.is_floating_point():
         return Declined("its constant is not a matrix")
     plain = call.get("alpha", 1) == 1 and call.get("beta", 1) == 1
-    if call.op == "addmm" and (not plain or bias is None or bias[0].shape != weight.shape[1:]):
+    if call.op == "addmm" and (not plain or bias is None or bias.shape != weight.shape[1:]):
         return Declined("its bias is no constant vector, or it is scaled")
-    b = None if bias is None else bias[0]
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        return Conv(operands[0], np.ascontiguousarray(array(weight).T), None if b is None else array(b))
-
-    names = (*names, *(bias[1] if bias is not None else ()))
-    return FxReading((x,), build, names, -1, tensors=_held(weight, b), channels=weight.shape[1])
+    rows = derived(_array(weight), weight.shape[::-1], lambda w: np.ascontiguousarray(w.T))
+    return Reading(Conv(graph.operand(x), rows, _array(bias)))
 
 
-def _parameters(graph: Readings, call: Call) -> tuple[Tensor, Tensor | None, tuple[str, ...]] | Declined | None:
-    """(weight, bias, names) of a convolution or linear layer over a value that is no constant."""
-    weight, bias = call.args.get("weight"), call.args.get("bias")
-    found, added = graph.facts.held(weight), graph.facts.held(bias)
+def _parameters(graph: Readings, call: Call) -> tuple[Array, Array | None] | Declined | None:
+    """The weight and bias of a convolution or linear layer over a value that is no constant."""
+    weight, bias = graph.leaf(call.args.get("weight")), graph.leaf(call.args.get("bias"))
     if call.input is None or call.input in graph.facts.known:
         return None
-    if found is None or (bias is not None and added is None):
+    if weight is None or (call.args.get("bias") is not None and bias is None):
         return Declined("its weight or bias is computed at run time")
-    if not found[0].is_floating_point():
+    if not weight.origin.is_floating_point():
         return None
-    return found[0], None if added is None else added[0], (*found[1], *(added[1] if added is not None else ()))
+    return _array(weight), _array(bias)
 
 
-def _held(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(t for t in tensors if t is not None)
-
-
-def _read_batchnorm(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_batchnorm(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A BatchNorm that uses running statistics."""
     x = call.input
     if call.get("training", False) is not False or call.get("running_mean") is None:
@@ -193,53 +157,40 @@ def _read_batchnorm(graph: Readings, node: fx.Node, call: Call) -> FxReading | D
     if not call.plain:
         return Declined(HOOKED)
     given = [call.args.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
-    held = [graph.facts.held(value) for value in given]
+    held = [graph.leaf(value) for value in given]
     eps = call.get("eps", 1e-5)
     if any(v is not None and h is None for v, h in zip(given, held, strict=True)) or not isinstance(eps, int | float):
         return Declined("the parameters of batch_norm are computed at run time")
     rank = graph.facts.rank(node) or graph.facts.rank(x)
     if rank is None:
         return Declined("the rank of its input is unknown, and with it the axis it acts on: pass example_inputs")
-    axis = -1 - max(rank - 2, 0)
-    gamma, beta, mean, var = (None if h is None else h[0] for h in held)
+    gamma, beta, mean, var = map(_array, held)
     if mean is None or var is None:
         return None
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        m = array(mean)
-        g, b = np.ones_like(m) if gamma is None else array(gamma), np.zeros_like(m) if beta is None else array(beta)
-        return BatchNorm(operands[0], g, b, m, array(var), float(eps), axis)
-
-    names = tuple(name for h in held if h is not None for name in h[1])
-    tensors = _held(gamma, beta, mean, var)
-    return FxReading((x,), build, names, axis, tensors=tensors, channels=mean.numel(), commutes=True, scales=True)
+    gamma, beta = np.ones(mean.shape) if gamma is None else gamma, np.zeros(mean.shape) if beta is None else beta
+    return Reading(BatchNorm(graph.operand(x), gamma, beta, mean, var, float(eps), -1 - max(rank - 2, 0)))
 
 
-def _read_neg(graph: Readings, node: fx.Node, call: Call) -> FxReading | None:
+def _read_neg(graph: Readings, node: fx.Node, call: Call) -> Reading | None:
     """A factor of -1."""
     x = call.input
-    return None if x is None else _unary(graph, x, lambda operands: Scale(operands[0], -ONE, ZERO))
+    return None if x is None else Reading(Scale(graph.operand(x), -ONE, ZERO))
 
 
-def _unary(graph: Readings, x: fx.Node, build: Callable[[Sequence[Expr]], Expr]) -> FxReading:
-    axis = graph.axis(x)
-    return FxReading((x,), build, (), axis, channels=graph.channels(x, axis))
-
-
-def _read_identity(graph: Readings, node: fx.Node, call: Call) -> FxReading | None:
+def _read_identity(graph: Readings, node: fx.Node, call: Call) -> Reading | None:
     """Its operand."""
     x = call.input
-    return None if x is None or x in graph.facts.known else _unary(graph, x, lambda operands: operands[0])
+    return None if x is None or x in graph.facts.known else Reading(graph.operand(x))
 
 
-def _read_dropout(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_dropout(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """Its operand, in eval mode."""
     if call.args.get("training", True) is not False:
         return None
     return _read_identity(graph, node, call) if call.plain else Declined("it has hooks")
 
 
-def _read_arithmetic(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_arithmetic(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """Sums and differences of two values, and a value with a constant that varies along one axis."""
     op, factor = call.op, call.get("alpha", 1)
     left, right = call.args.get("input"), call.args.get("other")
@@ -257,7 +208,7 @@ def _read_arithmetic(graph: Readings, node: fx.Node, call: Call) -> FxReading | 
     if not isinstance(x, fx.Node) or x in graph.facts.dims or (op == "div" and side == 0):
         return None
     if op == "add" and constant.ndim == 0 and constant == 0 and factor == 1:
-        return _unary(graph, x, lambda operands: operands[0])  # sum() starts from zero
+        return Reading(graph.operand(x))  # sum() starts from zero
     axis = _along_one_axis(graph, constant, x)
     if isinstance(axis, Declined):
         return axis
@@ -268,24 +219,15 @@ def _read_arithmetic(graph: Readings, node: fx.Node, call: Call) -> FxReading | 
         return Declined(ACTIVATION)
     if axis is None and op in _SUMS and any(_clips(u, graph.module) for u in node.users):
         return Declined(ACTIVATION)
-    held = graph.facts.held((left, right)[side])
-    behind = graph.read(x)
-    tensors = (constant,) if held is not None else behind.tensors[:1] if isinstance(behind, FxReading) else ()
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        c = array(constant).reshape(() if axis is None else -1)
-        return Scale(operands[0], *arithmetic(op, c, constant_first=not side, factor=float(factor)), axis)
-
-    names = held[1] if held is not None else ()
-    kept = graph.axis(x) if axis is None else axis
-    channels = graph.channels(x, kept) if axis is None else constant.numel()
-    return FxReading((x,), build, names, kept, tensors=tensors, channels=channels, commutes=True, scales=True)
+    leaf = _array(graph.leaf((left, right)[side]))
+    c = array(constant) if leaf is None else leaf
+    return scaled(op, graph.operand(x), c, axis, first=not side, factor=float(factor))
 
 
 _SUMS = ("add", "sub")
 
 
-def _read_sum(graph: Readings, left: Any, right: Any, weight: float) -> FxReading | None:
+def _read_sum(graph: Readings, left: Any, right: Any, weight: float) -> Reading | None:
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
     if any(n in graph.facts.dims or n in graph.facts.known for n in (left, right)):
@@ -296,14 +238,8 @@ def _read_sum(graph: Readings, left: Any, right: Any, weight: float) -> FxReadin
     extents = [[d.known for d in shape or ()] for shape in shapes]
     if any(None not in pair and pair[0] != pair[1] for pair in zip(*extents, strict=False)):
         return None  # one operand is broadcast
-    axis = next((a for n in (left, right) if (a := graph.axis(n)) is not None), None)
-    counts = [graph.channels(n, axis) for n in (left, right)]
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        a, b = operands
-        return Sum((a, b if weight == 1 else Scale(b, np.asarray(weight), ZERO)))
-
-    return FxReading((left, right), build, (), axis, channels=next((c for c in counts if c is not None), None))
+    a, b = graph.operand(left), graph.operand(right)
+    return Reading(Sum((a, b if weight == 1 else Scale(b, np.asarray(weight), ZERO))))
 
 
 def _constant(graph: Readings, arg: Any) -> Tensor | None:
@@ -327,7 +263,7 @@ def _along_one_axis(graph: Readings, constant: Tensor, x: fx.Node) -> int | Decl
     return axis_of_constant(dims, extent)
 
 
-def _read_layout(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_layout(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """Axes in another order or other groups; a channel shuffle where reshapes and a transpose make one."""
     if node in graph.shuffles:
         x, groups, _ = graph.shuffles[node]
@@ -344,16 +280,11 @@ def _read_layout(graph: Readings, node: fx.Node, call: Call) -> FxReading | Decl
     return _moved(graph, x, Reshape(before, after, node) if axes is None else Permute(axes))
 
 
-def _moved(graph: Readings, x: fx.Node, op: LayoutOp) -> FxReading | Declined | None:
-    axis = graph.axis(x)
-    reading = layout_reading(x, op, axis, linear=isinstance(graph.read(x), Reading))
-    if not isinstance(reading, Reading):
-        return reading
-    channels = None if reading.axis is None else graph.channels(x, axis)
-    return FxReading((x,), reading.build, (), reading.axis, channels=channels, commutes=True, idle=reading.idle)
+def _moved(graph: Readings, x: fx.Node, op: LayoutOp) -> Reading | Declined | None:
+    return moved(graph.operand(x), op, linear=isinstance(graph.read(x), Reading))
 
 
-def _read_mean(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_mean(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A mean over some axes; over all spatial axes for an adaptive pooling to one element."""
     x = call.input
     rank = graph.facts.rank(x) if x is not None else None
@@ -382,17 +313,16 @@ def _image_axis(graph: Readings, x: fx.Node) -> int | None:
     return axis if axis is not None or rank is None or rank < 4 else 1 - rank
 
 
-def _select(graph: Readings, x: fx.Node, index: Sequence[int], axis: int) -> FxReading | Declined:
+def _select(graph: Readings, x: fx.Node, index: Sequence[int], axis: int) -> Reading | Declined:
     width = graph.channels(x, axis)
     if width is None:
         return Declined(CHANNELS_UNKNOWN)
     if not index:
         return Declined("it selects nothing")
-    picked = tuple(index)
-    return FxReading((x,), lambda o: Select(o[0], picked, width, axis), (), axis, channels=len(picked))
+    return Reading(Select(graph.operand(x), tuple(index), width, axis))
 
 
-def _read_getitem(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_getitem(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """An index; or one result of what has several."""
     made = graph.facts.calls.get(call.input) if call.input is not None else None
     if made is not None and graph.facts.is_normalised(node):
@@ -406,7 +336,7 @@ def _read_getitem(graph: Readings, node: fx.Node, call: Call) -> FxReading | Dec
     return _piece(graph, made.input, made, call.args.get("index"))
 
 
-def _read_slice(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_slice(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """Some positions along one axis, or one of them."""
     x = call.input
     if x is None or x in graph.facts.known:
@@ -423,7 +353,7 @@ def _read_slice(graph: Readings, node: fx.Node, call: Call) -> FxReading | Decli
     return _select(graph, x, list(found[1]), channel)
 
 
-def _position(graph: Readings, x: fx.Node, axis: Any, at: Any) -> FxReading | Declined | None:
+def _position(graph: Readings, x: fx.Node, axis: Any, at: Any) -> Reading | Declined | None:
     """One position along an axis, which goes; both may be counted from the end."""
     shape = graph.facts.shapes.get(x)
     if shape is None or x in graph.facts.known or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
@@ -435,7 +365,7 @@ def _position(graph: Readings, x: fx.Node, axis: Any, at: Any) -> FxReading | De
     return _moved(graph, x, Take(len(shape), axis, at % extent))
 
 
-def _piece(graph: Readings, x: fx.Node, made: Call, index: Any) -> FxReading | Declined | None:
+def _piece(graph: Readings, x: fx.Node, made: Call, index: Any) -> Reading | Declined | None:
     """One result of a split or chunk of ``x`` along the channels."""
     shape = graph.facts.shapes.get(x)
     if shape is None or not isinstance(index, int):
@@ -450,7 +380,7 @@ def _piece(graph: Readings, x: fx.Node, made: Call, index: Any) -> FxReading | D
     return _select(graph, x, range(start, start + parts[index]), channel)
 
 
-def _read_cat(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_cat(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A concatenation of channels."""
     terms, axis = call.get("tensors"), call.get("dim", 0)
     if not isinstance(terms, tuple | list) or len(terms) < 2 or not isinstance(axis, int):
@@ -468,7 +398,7 @@ def _read_cat(graph: Readings, node: fx.Node, call: Call) -> FxReading | Decline
     if None in sizes:
         return Declined(CHANNELS_UNKNOWN)
     counts = tuple(cast("list[int]", sizes))
-    return FxReading(operands, lambda o: Concat(tuple(o), counts, axis), (), axis, channels=sum(counts))
+    return Reading(Concat(tuple(map(graph.operand, operands)), counts, axis))
 
 
 def _shuffled(graph: Readings, x: fx.Node, groups: int) -> list[int]:
@@ -476,7 +406,7 @@ def _shuffled(graph: Readings, x: fx.Node, groups: int) -> list[int]:
     return np.arange(width).reshape(groups, -1).T.reshape(-1).tolist() if width % groups == 0 else []
 
 
-def _read_shuffle(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_shuffle(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A permutation of channels."""
     x, groups = call.input, call.get("groups")
     axis = _image_axis(graph, x) if x is not None else None
@@ -489,7 +419,7 @@ def _read_shuffle(graph: Readings, node: fx.Node, call: Call) -> FxReading | Dec
 # Poolings and paddings: convolutions under another name
 
 
-def _read_avg_pool(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_avg_pool(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A convolution with equal taps; no `ceil_mode`, no divisor of its own."""
     x, n = call.input, call.axes
     if x is None or n is None:
@@ -506,15 +436,10 @@ def _read_avg_pool(graph: Readings, node: fx.Node, call: Call) -> FxReading | De
     channels = graph.channels(x, -1 - n)
     if channels is None:
         return Declined(CHANNELS_UNKNOWN)
-    taps = equal_taps(channels, kernel)
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        return averaged(operands[0], taps, stride, (1,) * n, pads, pads)
-
-    return FxReading((x,), build, (), -1 - n, channels=channels, commutes=not any(pads))
+    return Reading(averaged(graph.operand(x), equal_taps(channels, kernel), stride, (1,) * n, pads, pads))
 
 
-def _read_pad(graph: Readings, node: fx.Node, call: Call) -> FxReading | Declined | None:
+def _read_pad(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A convolution with one tap; zeros only, and no other axes than those of a map."""
     x, pads = call.input, call.args.get("pad")
     if x is None or call.get("mode", "constant") != "constant" or call.get("value", 0) != 0:
@@ -532,12 +457,7 @@ def _read_pad(graph: Readings, node: fx.Node, call: Call) -> FxReading | Decline
     numbers = [*numbers, *[0] * (2 * spatial)][: 2 * spatial]
     begin, end = tuple(reversed(numbers[0::2])), tuple(reversed(numbers[1::2]))
     ones = (1,) * spatial
-    taps = equal_taps(channels, ones)
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        return averaged(operands[0], taps, ones, ones, begin, end)
-
-    return FxReading((x,), build, (), axis, channels=channels)
+    return Reading(averaged(graph.operand(x), equal_taps(channels, ones), ones, ones, begin, end))
 
 
 def _clips(node: fx.Node, module: nn.Module) -> bool:
@@ -547,9 +467,9 @@ def _clips(node: fx.Node, module: nn.Module) -> bool:
     return name.rstrip("_") in ("relu6", "hardtanh", "clamp", "clip")
 
 
-def array(tensor: Tensor) -> Array:
-    """A tensor as a float64 array of its own."""
-    return np.array(tensor.detach().to("cpu", torch.float64).numpy(), copy=True)
+def _array(leaf: Parameter | None) -> Any:
+    """A parameter as the array that it is for the algebra."""
+    return leaf
 
 
 READERS: dict[str, Reader] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -13,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from reparamc.algebra.arrays import Array, Parameter
 from reparamc.algebra.expr import Source
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Reading, Taps, Value, values_in
+from reparamc.compiler.readings import Reading, Taps, Value, values_in
 from reparamc.fx.calls import Call, spelled
 from reparamc.fx.memory import Memory, reads_size_only
 from reparamc.fx.operators import OPERATORS, Operator
@@ -31,15 +31,7 @@ DTYPES: dict[torch.dtype, np.dtype] = {
 HOOKED = "it has hooks or a forward of its own, which folding would drop"
 
 
-@dataclass(frozen=True)
-class FxReading(Reading):
-    """A `Reading`, with the tensors it holds and the number of channels of its result, where that is known."""
-
-    tensors: tuple[Tensor, ...] = field(default=(), kw_only=True)
-    channels: int | None = field(default=None, kw_only=True)
-
-
-Reader = Callable[["Readings", fx.Node, Call], "FxReading | Declined | None"]
+Reader = Callable[["Readings", fx.Node, Call], "Reading | Declined | None"]
 
 
 class Readings:
@@ -82,7 +74,7 @@ class Readings:
         self.through: dict[fx.Node, list[fx.Node]] = {}
         self.shuffles: dict[fx.Node, tuple[fx.Node, int, list[fx.Node]]] = {}
         self.inner: set[fx.Node] = set()
-        self._readings: dict[fx.Node, FxReading | Declined | None] = {}
+        self._readings: dict[fx.Node, Reading | Declined | None] = {}
         self._likes: dict[fx.Node, Tensor | None] = {}
         self.written = self._find_written()
         for node in self.graph.nodes:
@@ -141,10 +133,23 @@ class Readings:
             return value.source(self.facts.shapes.get(cast(fx.Node, value.of)))
         return Source(value, shape=self.facts.shapes.get(cast(fx.Node, value)))
 
+    def operand(self, node: fx.Node) -> Source:
+        """``node`` as an operand of a reading."""
+        axis = self.axis(node)
+        return Source(node, self.channels(node, axis), axis)
+
+    def leaf(self, value: Any) -> Parameter | None:
+        """A parameter or constant operand in float64, loaded when its values are asked for; None for anything else."""
+        held = self.facts.held(value)
+        if held is None:
+            return None
+        tensor, names = held
+        return Parameter(names, tuple(tensor.shape), lambda: array(tensor), tensor)
+
     def tensors(self, members: Sequence[Value]) -> list[Tensor]:
         """The parameters of ``members``, or else a tensor of the dtype and device of the last of them."""
         readings = [self.read(m) for m in members]
-        found = [t for r in readings if isinstance(r, FxReading) for t in r.tensors]
+        found: list[Tensor] = [leaf.origin for r in readings if isinstance(r, Reading) for leaf in r.leaves]
         if not found and (like := self.like(cast(fx.Node, members[-1]))) is not None:
             return [like]
         return found
@@ -164,9 +169,9 @@ class Readings:
             reading = self.read(at)
             if isinstance(value, Tensor) and (at.op == "placeholder" or self.exported):
                 found, at = value, None
-            elif isinstance(reading, FxReading) and reading.tensors:
-                found, at = reading.tensors[0], None
-            elif isinstance(reading, FxReading):
+            elif isinstance(reading, Reading) and reading.leaves:
+                found, at = reading.leaves[0].origin, None
+            elif isinstance(reading, Reading):
                 at = cast(fx.Node, reading.operands[0])
             else:
                 call = self.facts.calls.get(at)
@@ -184,11 +189,11 @@ class Readings:
     def channels(self, node: fx.Node, axis: int | None) -> int | None:
         """The number of channels of ``node`` along ``axis``, where it is known."""
         reading, shape = self.read(node), self.facts.shapes.get(node)
-        if isinstance(reading, FxReading) and reading.channels is not None and reading.axis in (axis, None):
+        if isinstance(reading, Reading) and reading.channels is not None and reading.axis in (axis, None):
             return reading.channels
         return shape[axis].known if shape is not None and axis is not None and -axis <= len(shape) else None
 
-    def read(self, value: Value) -> FxReading | Declined | None:
+    def read(self, value: Value) -> Reading | Declined | None:
         """As `Graph.read`. Operands are read first, by an explicit stack: readers ask for their axes."""
         stack = [cast(fx.Node, value)]
         while stack:
@@ -203,7 +208,7 @@ class Readings:
             self._readings[stack.pop()] = self._read(node)
         return self._readings[cast(fx.Node, value)]
 
-    def _read(self, node: fx.Node) -> FxReading | Declined | None:
+    def _read(self, node: fx.Node) -> Reading | Declined | None:
         call = self.facts.calls.get(node)
         if call is None or node in self.facts.known or node in self.facts.dims:
             return None
@@ -257,3 +262,8 @@ def find_shuffle(facts: Values, node: fx.Node) -> tuple[fx.Node, int, list[fx.No
     if list(axes) != swapped or not groups or not rest or groups * rest != width:
         return None
     return (x, groups, inner) if at_axis == 1 else None
+
+
+def array(tensor: Tensor) -> Array:
+    """A tensor as a float64 array of its own."""
+    return np.array(tensor.detach().to("cpu", torch.float64).numpy(), copy=True)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from reparamc.algebra.expr import Array
-from reparamc.compiler.graph import Value
+from reparamc.compiler.readings import Value
 from reparamc.fx.calls import as_plain, lookup
 from reparamc.fx.readings import Readings
 

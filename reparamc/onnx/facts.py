@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto
 
-from reparamc.algebra.expr import Array, Reshape
+from reparamc.algebra.arrays import Parameter
+from reparamc.algebra.expr import Array, Reshape, Source
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Reading, Value
+from reparamc.compiler.readings import Reading, Value
 from reparamc.errors import InputError
 from reparamc.onnx.values import (
     FLOATS,
@@ -82,8 +84,12 @@ class Facts:
         name = operand(node, position)
         return name if name is not None and name in self.constants else None
 
-    def array(self, name: str) -> Array:
-        """The parameter ``name`` in float64.
+    def operand(self, name: str) -> Source:
+        """``name`` as an operand of a reading."""
+        return Source(name, axis=self.axis(name))
+
+    def parameter(self, name: str) -> Array:
+        """The parameter ``name`` in float64, loaded when its values are asked for.
 
         Raises:
             InputError: it is no tensor of floating numbers, which the checker overlooks.
@@ -92,7 +98,11 @@ class Facts:
         if kind not in FLOATS:
             stored = TensorProto.DataType.Name(kind).lower()
             raise InputError(f"the parameter {name!r} is of type {stored}, where a floating type is needed")
-        return self.constants.array(name).astype(np.float64)
+
+        def load() -> Array:
+            return self.constants.array(name).astype(np.float64)
+
+        return cast(Array, Parameter((name,), self.constants.shape(name), load))
 
     def reshapes(self, node: NodeProto) -> Reshape | None:
         """What ``node`` does to the shape of its operand, where both shapes are known."""

@@ -18,9 +18,10 @@ from onnx import ModelProto
 from reparamc.algebra.rewrite import Pass, select
 from reparamc.certificate.onnx import certify_onnx
 from reparamc.certificate.proof import Certificate
-from reparamc.compiler.graph import Edit, Graph, Splice, Value
+from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse, level_of
+from reparamc.compiler.readings import Value
 from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import InputError, InputTypeError
 from reparamc.onnx.bodies import fuse_bodies, has_bodies, inlined, merged, resolve

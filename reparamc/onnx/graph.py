@@ -15,7 +15,8 @@ from onnx import ModelProto
 
 from reparamc.algebra.expr import Array, Conv, Expr, Source
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Fold, Taps, Value
+from reparamc.compiler.graph import Fold
+from reparamc.compiler.readings import Taps, Value
 from reparamc.onnx import taps
 from reparamc.onnx.constants import fold_constants
 from reparamc.onnx.emit import is_rows

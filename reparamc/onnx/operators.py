@@ -7,12 +7,12 @@ is. To add one, write it here and enter it in `READERS`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import numpy as np
 from onnx import NodeProto
 
+from reparamc.algebra.arrays import derived
 from reparamc.algebra.expr import (
     ONE,
     ZERO,
@@ -26,13 +26,13 @@ from reparamc.algebra.expr import (
     Reshape,
     Scale,
     Select,
-    Sum,
     Take,
+    total,
 )
-from reparamc.algebra.kernels import arithmetic, averaged, equal_taps, swap_sides, transposed
+from reparamc.algebra.kernels import averaged, equal_taps, swap_sides, transposed
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Shape
-from reparamc.compiler.graph import ACTIVATION, Reading, axis_of_constant, layout_reading
+from reparamc.compiler.readings import ACTIVATION, Reading, axis_of_constant, moved, scaled
 from reparamc.errors import InputError
 from reparamc.onnx.facts import Facts, Reader
 from reparamc.onnx.taps import Stored, read_stored, read_taps, stored
@@ -88,13 +88,8 @@ def _read_conv(graph: Facts, node: NodeProto, output: str) -> Reading | Declined
         return Declined("its weight does not fit the channels of its input")
     if isinstance(pads, Declined):
         return read_taps(graph, node, weight, bias)
-    begin, end = pads[:n], pads[n:]
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        b = graph.array(bias) if bias else None
-        return Conv.padded(operands[0], graph.array(weight), b, stride, dilation, begin, end, groups)
-
-    return Reading((node.input[0],), build, _names(weight, bias), -1 - n)
+    x, w, b = graph.operand(node.input[0]), graph.parameter(weight), graph.parameter(bias) if bias else None
+    return Reading(Conv.padded(x, w, b, stride, dilation, pads[:n], pads[n:], groups))
 
 
 def _read_conv_transpose(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -111,12 +106,9 @@ def _read_conv_transpose(graph: Facts, node: NodeProto, output: str) -> Reading 
     pads, extra = _integers(node, "pads", 2 * n, 0), _integers(node, "output_padding", n, 0)
     groups = cast(int, attribute(node, "group", 1))
     begin, end = tuple(pads[:n]), tuple(p - e for p, e in zip(pads[n:], extra, strict=True))
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        b = graph.array(bias) if bias else None
-        return transposed(operands[0], swap_sides(graph.array(weight), groups), b, stride, dilation, begin, end, groups)
-
-    return Reading((node.input[0],), build, _names(weight, bias), -1 - n)
+    x, b = graph.operand(node.input[0]), graph.parameter(bias) if bias else None
+    w = swap_sides(graph.parameter(weight), groups)
+    return Reading(transposed(x, w, b, stride, dilation, begin, end, groups))
 
 
 def _read_average_pool(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -131,13 +123,8 @@ def _read_average_pool(graph: Facts, node: NodeProto, output: str) -> Reading | 
         return Declined("with ceil_mode the last window of the pooling may hang over")
     if any(pads) and not cast(int, attribute(node, "count_include_pad", 0)):
         return Declined("the pooling divides by fewer elements at the border (count_include_pad=0)")
-
-    taps, begin, end = equal_taps(channels, kernel), pads[:n], pads[n:]
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        return averaged(operands[0], taps, stride, dilation, begin, end)
-
-    return Reading((node.input[0],), build, (), -1 - n, commutes=not any(pads))
+    x, taps = graph.operand(node.input[0]), equal_taps(channels, kernel)
+    return Reading(averaged(x, taps, stride, dilation, pads[:n], pads[n:]))
 
 
 def _read_pad(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -167,12 +154,7 @@ def _read_pad(graph: Facts, node: NodeProto, output: str) -> Reading | Declined 
         return Declined("it pads with another value than zero, crops, or pads the channels")
     begin, end = zip(*(pads.get(axis, (0, 0)) for axis in range(2, len(shape))), strict=True)
     ones = (1,) * len(begin)
-    taps = equal_taps(channels, ones)
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        return averaged(operands[0], taps, ones, ones, begin, end)
-
-    return Reading((node.input[0],), build, (), -1 - len(ones))
+    return Reading(averaged(graph.operand(node.input[0]), equal_taps(channels, ones), ones, ones, begin, end))
 
 
 def _pads(
@@ -220,12 +202,8 @@ def _read_batchnorm(graph: Facts, node: NodeProto, output: str) -> Reading | Dec
     if len(counts) != 1:
         return Declined("its parameters do not fit the channels of its input")
     eps = cast(float, attribute(node, "epsilon", np.float32(1e-5)))  # attributes are float32
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        gamma, beta, mean, var = (graph.array(name) for name in parameters)
-        return BatchNorm(operands[0], gamma, beta, mean, var, float(eps), axis)
-
-    return Reading((node.input[0],), build, tuple(parameters), axis, commutes=True, scales=True)
+    gamma, beta, mean, var = map(graph.parameter, parameters)
+    return Reading(BatchNorm(graph.operand(node.input[0]), gamma, beta, mean, var, float(eps), axis))
 
 
 def _read_arithmetic(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -244,15 +222,7 @@ def _read_arithmetic(graph: Facts, node: NodeProto, output: str) -> Reading | De
         return axis
     if reason := _protected(graph, node, value, scalar=axis is None):
         return Declined(reason)
-    op = node.op_type.lower()
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        c = graph.array(constant).reshape(() if axis is None else -1)
-        return Scale(operands[0], *arithmetic(op, c, constant_first=not side), axis)
-
-    return Reading(
-        (value,), build, (constant,), graph.axis(value) if axis is None else axis, commutes=True, scales=True
-    )
+    return scaled(node.op_type.lower(), graph.operand(value), graph.parameter(constant), axis, first=not side)
 
 
 def _along_one_axis(graph: Facts, constant: str, value: str) -> int | Declined | None:
@@ -302,15 +272,10 @@ def _read_sum(graph: Facts, node: NodeProto, output: str) -> Reading | Declined 
     shapes = [shape for name in names if (shape := graph.types.shape(name)) is not None]
     if any(len({d.known for d in dims} - {None}) > 1 for dims in zip(*shapes, strict=True)):
         return None  # the same
-    negative = node.op_type == "Sub"
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        if negative:
-            return Sum((operands[0], Scale(operands[1], -ONE, ZERO)))
-        return Sum(tuple(operands)) if len(operands) > 1 else operands[0]
-
-    axis = next((a for name in names if (a := graph.axis(name)) is not None), None)
-    return Reading(tuple(names), build, (), axis)
+    terms: list[Expr] = [graph.operand(name) for name in names]
+    if node.op_type == "Sub":
+        terms[1] = Scale(terms[1], -ONE, ZERO)
+    return Reading(total(terms))
 
 
 def _read_average(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -318,16 +283,15 @@ def _read_average(graph: Facts, node: NodeProto, output: str) -> Reading | Decli
     found = _read_sum(graph, node, output)
     if not isinstance(found, Reading):
         return found
-    share = np.array(1 / len(node.input))
-    return replace(found, build=lambda operands: Scale(found.build(operands), share, ZERO))
+    return Reading(Scale(found.template, np.array(1 / len(node.input)), ZERO))
 
 
 def _read_neg(graph: Facts, node: NodeProto, output: str) -> Reading:
-    return Reading((node.input[0],), lambda operands: Scale(operands[0], -ONE, ZERO), (), graph.axis(node.input[0]))
+    return Reading(Scale(graph.operand(node.input[0]), -ONE, ZERO))
 
 
 def _read_identity(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
-    return Reading((node.input[0],), lambda operands: operands[0], (), graph.axis(node.input[0]))
+    return Reading(graph.operand(node.input[0]))
 
 
 def _read_dropout(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -356,13 +320,12 @@ def _read_gemm(graph: Facts, node: NodeProto, output: str) -> Reading | Declined
     if weight is None:
         return read_stored(graph, node, bias)
     alpha, beta = (float(cast(float, attribute(node, key, 1.0))) for key in ("alpha", "beta"))
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        w = graph.array(weight) * alpha
-        b = np.broadcast_to(graph.array(bias).reshape(-1) * beta, (out,)).copy() if bias else None
-        return Conv(operands[0], w if transposed else w.T, b)
-
-    return Reading((node.input[0],), build, _names(weight, bias), -1)
+    rows = (out, graph.constants.shape(weight)[1 if transposed else 0])
+    w = derived(graph.parameter(weight), rows, lambda w: (w if transposed else w.T) * alpha)
+    b = None
+    if bias is not None:
+        b = derived(graph.parameter(bias), (out,), lambda b: np.broadcast_to(b.reshape(-1) * beta, (out,)).copy())
+    return Reading(Conv(graph.operand(node.input[0]), w, b))
 
 
 def _read_matmul(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -372,18 +335,17 @@ def _read_matmul(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
         return read_stored(graph, node, None)
     if all(fixed):
         return None
-    if len(graph.constants.shape(weight)) != 2:
+    shape = graph.constants.shape(weight)
+    if len(shape) != 2:
         return Declined("its constant is not a matrix")
     if fixed[1]:
-        return Reading((node.input[0],), lambda operands: Conv(operands[0], graph.array(weight).T, None), (weight,), -1)
+        rows = derived(graph.parameter(weight), shape[::-1], lambda w: w.T)
+        return Reading(Conv(graph.operand(node.input[0]), rows, None))
     if (graph.types.rank(node.input[1]) or 0) < 2:
         return None
-
-    def rows(operands: Sequence[Expr]) -> Expr:
-        """``W x`` multiplies the last axis but one: a convolution with one tap along the last."""
-        return Conv(operands[0], graph.array(weight)[..., None], None, (1,), (1,), (0,), (0,))
-
-    return Reading((node.input[1],), rows, (weight,), -2)
+    # ``W x`` multiplies the last axis but one: a convolution with one tap along the last
+    rows = derived(graph.parameter(weight), (*shape, 1), lambda w: w[..., None])
+    return Reading(Conv(graph.operand(node.input[1]), rows, None, (1,), (1,), (0,), (0,)))
 
 
 def _read_einsum(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -407,12 +369,9 @@ def _read_einsum(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
     if "." in labels[-spatial:] * bool(spatial) or rank is None or (spatial > 1 and rank != spatial + 2):
         return None
     ones, zeros = (1,) * spatial, (0,) * spatial
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        rows = graph.array(weight) if matrix[0] == outer else graph.array(weight).T
-        return Conv(operands[0], rows.reshape(*rows.shape, *ones), None, ones, ones, zeros, zeros)
-
-    return Reading((x,), build, (weight,), -1 - spatial)
+    shape = (*graph.constants.shape(weight)[:: 1 if matrix[0] == outer else -1], *ones)
+    rows = derived(graph.parameter(weight), shape, lambda w: (w if matrix[0] == outer else w.T).reshape(shape))
+    return Reading(Conv(graph.operand(x), rows, None, ones, ones, zeros, zeros))
 
 
 def _read_concat(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -425,7 +384,7 @@ def _read_concat(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
     if len(sizes) < len(shapes) or 0 in sizes:
         return None
     axis -= rank
-    return Reading(tuple(node.input), lambda operands: Concat(tuple(operands), sizes, axis), (), axis)
+    return Reading(Concat(tuple(map(graph.operand, node.input)), sizes, axis))
 
 
 def _selection(graph: Facts, x: str, axis: int, index: Sequence[int]) -> Reading | None:
@@ -434,8 +393,7 @@ def _selection(graph: Facts, x: str, axis: int, index: Sequence[int]) -> Reading
     width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
     if shape is None or width is None or not index or not all(0 <= i < width for i in index):
         return None
-    axis = axis % len(shape) - len(shape)
-    return Reading((x,), lambda operands: Select(operands[0], tuple(index), width, axis), (), axis)
+    return Reading(Select(graph.operand(x), tuple(index), width, axis % len(shape) - len(shape)))
 
 
 def _read_split(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -466,13 +424,15 @@ def _read_slice(graph: Facts, node: NodeProto, output: str) -> Reading | Decline
     steps = steps or [1] * len(starts)
     of_channels = [axis - len(shape) for axis in axes] == [graph.axis(node.input[0])]
     if not of_channels and min(axes) >= 2 and len(shape) > 2 and (channels := shape[1].known) is not None:
-        return _crop(node, shape, channels, dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True)))
+        return _crop(graph, node, shape, channels, dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True)))
     if len(axes) == 1 and (width := shape[axes[0]].known) is not None:
         return _selection(graph, node.input[0], axes[0], range(width)[starts[0] : ends[0] : steps[0]])
     return None
 
 
-def _crop(node: NodeProto, shape: Shape, channels: int, cuts: dict[int, tuple[int, int, int]]) -> Reading | None:
+def _crop(
+    graph: Facts, node: NodeProto, shape: Shape, channels: int, cuts: dict[int, tuple[int, int, int]]
+) -> Reading | None:
     """A slice of positions as a kernel of one tap: stride s, offset a, the last b positions left out."""
     n = len(shape) - 2
     begin, end, stride = [0] * n, [0] * n, [1] * n
@@ -484,13 +444,8 @@ def _crop(node: NodeProto, shape: Shape, channels: int, cuts: dict[int, tuple[in
         if start < 0 or step < 1 or (0 <= stop < LAST and stop != extent):
             return None
         begin[axis - 2], end[axis - 2], stride[axis - 2] = -start, min(stop, 0), step
-    ones = (1,) * n
-    taps = equal_taps(channels, ones)
-
-    def build(operands: Sequence[Expr]) -> Expr:
-        return averaged(operands[0], taps, tuple(stride), ones, tuple(begin), tuple(end))
-
-    return Reading((node.input[0],), build, (), -1 - n)
+    x, ones = graph.operand(node.input[0]), (1,) * n
+    return Reading(averaged(x, equal_taps(channels, ones), tuple(stride), ones, tuple(begin), tuple(end)))
 
 
 def _read_gather(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -506,9 +461,7 @@ def _read_gather(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
     positions = [i % width for i in positions]
     if graph.constants.shape(index):
         return _selection(graph, x, axis, positions)
-    return layout_reading(
-        x, Take(len(shape), axis % len(shape), positions[0]), graph.axis(x), linear=graph.is_linear(x)
-    )
+    return moved(graph.operand(x), Take(len(shape), axis % len(shape), positions[0]), linear=graph.is_linear(x))
 
 
 def _shuffle(graph: Facts, node: NodeProto) -> Reading | None:
@@ -522,10 +475,10 @@ def _shuffle(graph: Facts, node: NodeProto) -> Reading | None:
     if before is None or middle is None or before != after or len(middle) != len(before) + 1:
         return None
     order = list(cast(list[int], attribute(turn, "perm", [])))
-    moved = [i for i, axis in enumerate(order) if axis != i]
-    if len(moved) != 2 or moved[1] != moved[0] + 1:
+    turned = [i for i, axis in enumerate(order) if axis != i]
+    if len(turned) != 2 or turned[1] != turned[0] + 1:
         return None
-    axis = moved[0]
+    axis = turned[0]
     groups, per_group = middle[axis].known, middle[axis + 1].known
     if groups is None or per_group is None or before[axis].known != groups * per_group:
         return None
@@ -536,17 +489,17 @@ def _shuffle(graph: Facts, node: NodeProto) -> Reading | None:
 
 def _read_mean(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     x = node.input[0]
-    rank, axis = graph.types.rank(x), graph.axis(x)
+    rank = graph.types.rank(x)
     if rank is None:
         return None
     if node.op_type == "GlobalAveragePool":
-        return layout_reading(x, Mean(rank, tuple(range(2, rank)), keep=True), axis)
+        return moved(graph.operand(x), Mean(rank, tuple(range(2, rank)), keep=True))
     name = graph.constant(node, 1)
     axes = graph.constants.integers(name) if name else cast("list[int] | None", attribute(node, "axes"))
     if not axes or (operand(node, 1) and name is None):
         return None  # over all axes, or over axes computed at run time
     keep = bool(cast(int, attribute(node, "keepdims", 1)))
-    return layout_reading(x, Mean(rank, tuple(sorted(a % rank for a in axes)), keep), axis)
+    return moved(graph.operand(x), Mean(rank, tuple(sorted(a % rank for a in axes)), keep))
 
 
 def _read_layout(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -560,7 +513,7 @@ def _read_layout(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
         op = Reshape(before, after, output)
     x = node.input[0]
     shuffled = _shuffle(graph, node) if node.op_type == "Reshape" else None
-    return shuffled or layout_reading(x, op, graph.axis(x), linear=graph.is_linear(x))
+    return shuffled or moved(graph.operand(x), op, linear=graph.is_linear(x))
 
 
 def _channels(graph: Facts, name: str, axis: int) -> int | None:
@@ -573,10 +526,6 @@ def _not_constant(graph: Facts, node: NodeProto, position: int) -> str:
     if name in graph.constants.overridable:
         return f"its parameter {name!r} is a graph input that a caller may override"
     return f"its parameter {name!r} is computed at run time"
-
-
-def _names(*names: str | None) -> tuple[str, ...]:
-    return tuple(name for name in names if name)
 
 
 READERS: dict[str, Reader] = {

@@ -15,10 +15,11 @@ from typing import Any, cast
 import numpy as np
 from onnx import NodeProto, helper
 
-from reparamc.algebra.expr import Array, Conv, Source
+from reparamc.algebra.arrays import Array, derived
+from reparamc.algebra.expr import Conv, Source
 from reparamc.algebra.kernels import swap_sides
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Reading, Taps
+from reparamc.compiler.readings import Reading, Taps
 from reparamc.onnx.facts import Facts
 from reparamc.onnx.values import FLOATS, attribute, is_standard
 
@@ -33,20 +34,20 @@ def read_taps(graph: Facts, node: NodeProto, weight: str, bias: str | None) -> R
     inside = shape[0] if transposed else shape[1] * groups
     kind = (node.op_type, shape[2:], _attributes(node))
     taps = Taps(kind, (node.input[0],), inside * prod(shape[2:]), len(shape) - 2, node.output[0])
-    return taps.reading(
-        lambda: swap_sides(graph.array(weight), groups) if transposed else graph.array(weight),
-        _bias(graph, bias),
-        groups,
-        tuple(name for name in (weight, bias) if name),
-    )
+    rows = graph.parameter(weight)
+    return taps.reading(swap_sides(rows, groups) if transposed else rows, _vector(graph, bias), groups)
 
 
 def _attributes(node: NodeProto) -> Sequence[bytes]:
     return tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute if a.name not in OF_THE_WEIGHT))
 
 
-def _bias(graph: Facts, bias: str | None, factor: float = 1.0) -> Callable[[], Array] | None:
-    return None if bias is None else lambda: graph.array(bias).ravel() * factor
+def _vector(graph: Facts, name: str | None, out: int | None = None, factor: float = 1.0) -> Array | None:
+    """The entries of a parameter, each of them ``factor`` times; copied for ``out`` channels where there is but one."""
+    if name is None:
+        return None
+    shape = (prod(graph.constants.shape(name)) if out is None else out,)
+    return derived(graph.parameter(name), shape, lambda a: np.broadcast_to(a.ravel() * factor, shape).copy())
 
 
 @dataclass(frozen=True)
@@ -115,16 +116,10 @@ def read_stored(graph: Facts, node: NodeProto, bias: str | None) -> Reading | De
     spatial = len(graph.constants.shape(whole[0])) - 2
     taps = Taps(kind, operands, found.out, spatial, node.output[0])
 
-    def scales() -> Array:
-        scale = np.broadcast_to(graph.array(found.scale).ravel(), (found.out,))
-        return scale.reshape(-1, 1, *(1,) * spatial).copy()
-
-    def shift() -> Array:
-        assert bias is not None
-        return np.broadcast_to(graph.array(bias).ravel() * float(beta), (found.out,)).copy()
-
-    names = tuple(name for name in (found.scale, bias) if name)
-    return taps.reading(scales, None if bias is None else shift, found.out, names)
+    scale = _vector(graph, found.scale, found.out)
+    assert scale is not None
+    rows = derived(scale, (found.out, 1, *(1,) * spatial), lambda a: a.reshape(-1, 1, *(1,) * spatial))
+    return taps.reading(rows, _vector(graph, bias, found.out, float(beta)), found.out)
 
 
 def obstacle(graph: Facts, e: Conv) -> str | None:

@@ -39,13 +39,14 @@ from expression_models import (
 )
 
 from reparamc.algebra.evaluate import evaluate
-from reparamc.algebra.expr import BatchNorm, Conv, Expr, Layout, Scale, Source, flatten, rebuild, walk
+from reparamc.algebra.expr import BatchNorm, Conv, Expr, Layout, Source, flatten, rebuild, walk
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.rewrite import Pass, simplify
 from reparamc.algebra.shape import shape_of
 from reparamc.algebra.text import parse, show
-from reparamc.compiler.graph import Fold, Reading, Splice, new_nodes
+from reparamc.compiler.graph import Fold, Splice, new_nodes
 from reparamc.compiler.plan import make_plan
+from reparamc.compiler.readings import Reading
 from reparamc.onnx.fuse import fuse_model
 from reparamc_passes import PASSES
 
@@ -148,9 +149,7 @@ class Expressions:
         return [*self.order]
 
     def read(self, e: Expr) -> Reading:
-        scales = isinstance(e, BatchNorm | Scale)
-        moves = scales or isinstance(e, Layout)
-        return Reading(e.children, lambda xs: rebuild(e, xs), (), self.axes[e], commutes=moves, scales=scales)
+        return Reading(rebuild(e, [Source(c, self.widths[c], self.axes[c]) for c in e.children]))
 
     def readers(self, e: Expr) -> list[Expr | None]:
         return self.found[e]

@@ -19,9 +19,9 @@ from reparamc import fuse_fx
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Source
 from reparamc.compiler.graph import Splice
+from reparamc.compiler.readings import Reading
 from reparamc.fx.editor import Editor
 from reparamc.fx.graph import FxGraph
-from reparamc.fx.readings import FxReading
 from reparamc.fx.trace import trace
 
 C = CHANNELS
@@ -176,11 +176,11 @@ def _check(model: Net, shape: tuple[int, ...]) -> None:
         graph = FxGraph(traced, {"x": x}, exported=is_exported)
         root = next(n for n in graph.graph.nodes if n.op == "output").all_input_nodes[0]
         reading = graph.read(root)
-        assert isinstance(reading, FxReading), reading
+        assert isinstance(reading, Reading), reading
         values: dict[Any, Any] = _values(traced, x)
         operands: dict[Any, None] = dict.fromkeys(reading.operands)
         sources = {v: Source(v, shape=graph.facts.shapes[v]) for v in operands}
-        expr = reading.build([sources[v] for v in reading.operands])
+        expr = reading.over(sources)
         wanted = run(model, x)
         found, _ = evaluate(expr, {source: values[v].numpy() for v, source in sources.items()})
         assert relative_error(torch.from_numpy(found), wanted) < 1e-12
@@ -235,7 +235,7 @@ def test_left_alone(name: str) -> None:
     graph = FxGraph(trace(net), {"x": torch.ones(MAP)})
     root = next(n for n in graph.graph.nodes if n.op == "output").all_input_nodes[0]
     found = graph.read(root)
-    assert not isinstance(found, FxReading) or found.idle, "without a scale near it ends a region"
+    assert not isinstance(found, Reading) or found.axis is None
 
 
 def test_norm_behind_a_transposed_convolution() -> None:

@@ -257,9 +257,12 @@ def test_empty_model() -> None:
         fuse_model(ModelProto())
 
 
-def test_lone_convolution_of_zeros_stays_with_a_reason() -> None:
-    nodes = [node("Relu", "x", "a"), node("Conv", "a w", "b", **PAD), node("Relu", "b", "y")]
-    report = assert_left(model(nodes, {"w": np.zeros((6, 6, 3, 3), np.float32)}))
+def test_a_branch_of_zeros_stays_with_a_reason() -> None:
+    """The sizes of the other branch are not known to be the same."""
+    half = {"kernel_shape": [1, 1], "strides": [2, 2]}
+    nodes = [node("Relu", "x", "a"), node("Conv", "a w", "b", **half), node("MaxPool", "x", "p", **half)]
+    zeros = {"w": np.zeros((6, 6, 1, 1), np.float32)}
+    report = assert_left(model([*nodes, node("Add", "b p", "y")], zeros, ("N", 6, "H", "W")))
     assert any("its weights are all zero" in reason for reason in reasons(report))
 
 

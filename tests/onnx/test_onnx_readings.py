@@ -15,7 +15,7 @@ from onnx_models import PAD, N, assert_equal_outputs, batchnorm, model, node, ra
 from reparamc import fuse_onnx
 from reparamc.algebra.expr import BatchNorm, Conv, Expr
 from reparamc.certificate.proof import Certificate
-from reparamc.compiler.graph import Reading
+from reparamc.compiler.readings import Reading
 from reparamc.onnx import operators as onnx_readers
 from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.graph import OnnxGraph
@@ -39,7 +39,7 @@ def misread(op: str, change: Callable[[Expr], Expr], monkeypatch: pytest.MonkeyP
         reading = reader(graph, n, output)
         if not isinstance(reading, Reading):
             return reading
-        return replace(reading, build=lambda operands: change(reading.build(operands)))
+        return Reading(change(reading.template))
 
     monkeypatch.setitem(onnx_readers.READERS, op, wrong)
 

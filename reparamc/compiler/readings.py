@@ -1,0 +1,182 @@
+"""What an operator of a host graph is as a linear one: an expression over its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import TypeAlias
+
+from reparamc.algebra.arrays import Array, Parameter, derived
+from reparamc.algebra.expr import (
+    BatchNorm,
+    Conv,
+    Expr,
+    Layout,
+    LayoutOp,
+    Mean,
+    Reshape,
+    Scale,
+    Source,
+    arrays,
+    ranks,
+    rebuild,
+    walk,
+)
+from reparamc.algebra.infer import channel_axes, channels
+from reparamc.algebra.kernels import arithmetic
+from reparamc.algebra.rewrite import Declined
+from reparamc.algebra.shape import Dim, Shape, size
+
+Value: TypeAlias = Hashable
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What the operator ``of`` multiplies by its weight, at each position of its result; it exists only in there.
+
+    A convolution that pads by reflection, or one whose padding is computed at run time, is no kernel over its operand.
+    But it is a matrix over what it gathers there, so that its weight can take in what is done to its result.
+
+    Attributes:
+        kind: what decides, together with ``operands``, what is gathered: equal for operators that gather alike.
+        operands: the values that the operator reads, parameters left out.
+        channels: how many numbers it gathers.
+        spatial: how many axes are to the right of the channel axis, in its result.
+    """
+
+    kind: Hashable
+    operands: tuple[Value, ...]
+    channels: int
+    spatial: int
+    of: Value = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.of}.taps"
+
+    def source(self, shape: Shape | None) -> Source:
+        """The taps as an operand, where the result of the operator has this shape."""
+        if shape is not None:
+            axis = len(shape) - 1 - self.spatial
+            shape = (*shape[:axis], Dim(self.channels), *shape[axis + 1 :])
+        return Source(self, self.channels, -1 - self.spatial, shape, taps=True)
+
+    def reading(self, weight: Array, bias: Array | None, groups: int) -> Reading:
+        """The operator as a matrix over its taps; ``weight`` is (out, in / groups, *kernel)."""
+        ones, zeros = (1,) * self.spatial, (0,) * self.spatial
+        shape = (weight.shape[0], self.channels // groups, *ones)
+        rows = derived(weight, shape, lambda w: w.reshape(shape))
+        return Reading(Conv(self.source(None), rows, bias, ones, ones, zeros, zeros, groups))
+
+
+def values_in(operands: Iterable[Value]) -> Iterator[Value]:
+    """The values of the host graph among the operands of readings; for taps, those that their operator reads."""
+    for value in operands:
+        yield from value.operands if isinstance(value, Taps) else (value,)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One linear operator of the host graph: ``template`` is its expression over sources, one for each operand.
+
+    The sources say what is known of the channels of the operands; parameters are loaded when they are needed.
+    """
+
+    template: Expr
+
+    @cached_property
+    def operands(self) -> tuple[Value, ...]:
+        """The values it reads, parameters left out; or its `Taps` alone."""
+        return tuple(e.key for e in walk(self.template) if isinstance(e, Source))
+
+    @cached_property
+    def leaves(self) -> tuple[Parameter, ...]:
+        """The parameters it holds."""
+        found = (a for e in walk(self.template) for a in arrays(e))
+        return tuple(a for a in found if isinstance(a, Parameter))
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the parameters it holds."""
+        return tuple(dict.fromkeys(name for leaf in self.leaves for name in leaf.names))
+
+    @cached_property
+    def axis(self) -> int | None:
+        """The channel axis of its result, where it is known."""
+        return channel_axes(self.template)[self.template]
+
+    @cached_property
+    def channels(self) -> int | None:
+        """The number of channels of its result, where it is known."""
+        return channels(self.template)[self.template]
+
+    @cached_property
+    def scales(self) -> bool:
+        """Whether it scales, so that a linear operator before it would rather take it in."""
+        return isinstance(self.template, BatchNorm | Scale) and isinstance(self.template.x, Source)
+
+    @cached_property
+    def commutes(self) -> bool:
+        """Whether it scales or moves each channel by itself, so that each of its users may take it in."""
+        pools = isinstance(self.template, Conv) and not self.leaves and not self.template.reads_padding
+        return self.scales or isinstance(self.template, Layout) or pools
+
+    def over(self, operands: Mapping[Value, Expr]) -> Expr:
+        """Its expression over those of its operands."""
+        done: dict[Expr, Expr] = {}
+        for e in walk(self.template):
+            done[e] = operands[e.key] if isinstance(e, Source) else rebuild(e, [done[c] for c in e.children])
+        return done[self.template]
+
+
+def scaled(op: str, x: Source, constant: Array, axis: int | None, *, first: bool, factor: float = 1.0) -> Reading:
+    """``x`` and a constant that varies along ``axis``, or is a scalar where that is None; ``op`` as in `arithmetic`.
+
+    Args:
+        first: whether the constant is the first operand.
+        factor: multiplies the second operand of a sum or difference.
+    """
+    shape = () if axis is None else (prod(constant.shape),)
+    c = derived(constant, shape, lambda c: c.reshape(shape))
+    return Reading(Scale(x, *arithmetic(op, c, first, factor), axis))
+
+
+ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"
+
+
+def axis_of_constant(dims: Sequence[int], extent: Callable[[int], int | None]) -> int | Declined | None:
+    """The axis, from the right, along which a constant of shape ``dims`` varies; None for a scalar.
+
+    Args:
+        extent: that of its operand along an axis, None where it is unknown. Unless the constant has as
+            many elements there, it may broadcast the operand, which is declined.
+    """
+    axes = [i - len(dims) for i, d in enumerate(dims) if d != 1]
+    if len(axes) > 1:
+        return Declined("its constant varies along several axes")
+    if axes and extent(axes[0]) != dims[axes[0]]:
+        return Declined("its constant may broadcast its operand")
+    return axes[0] if axes else None
+
+
+CUTS = "it splits or merges the channel axis"
+AVERAGES = "it averages over the channels"
+
+
+def moved(x: Source, op: LayoutOp, *, linear: bool = False) -> Reading | Declined | None:
+    """The reading of a layout operator over ``x``; Declined where it would be one but for the channel axis.
+
+    Args:
+        linear: whether ``x`` has a reading. Then a scale after the operator may have somewhere to go, even if the
+            channel axis is split here, or is unknown because it has been split before.
+    """
+    rank, _ = ranks(op)
+    if x.axis is not None and -x.axis > rank:
+        return None
+    found = Layout(x, op, x.axis)
+    if found.axis is None:
+        unknown = isinstance(op, Reshape) and size(op.before) != size(op.after)  # so that it could not be evaluated
+        if isinstance(op, Mean) or unknown or not linear:
+            return None if x.axis is None else Declined(AVERAGES if isinstance(op, Mean) else CUTS)
+    return Reading(found)
