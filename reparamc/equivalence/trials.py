@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from math import prod
 from random import Random
 from typing import TYPE_CHECKING
@@ -30,7 +31,8 @@ class Slot:
     """One input that a caller must give: extents are numbers, or names of what may vary.
 
     Where even the number of axes is open, ``dims`` is empty and ``ranked`` False.
-    Whole numbers are drawn from the first of ``bounds`` to the last; without any, below the limit of a trial.
+    Whole numbers are drawn from the first of ``bounds`` to the last; without any, below the limit of a trial, and below
+    ``most``. ``values`` are numbers at which a model may branch.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Slot:
     dims: tuple[int | str, ...]
     ranked: bool = True
     bounds: tuple[int, int] | None = field(default=None, kw_only=True)
+    most: int = field(default=2**62, kw_only=True)
+    values: tuple[float, ...] = field(default=(), kw_only=True)
 
     @property
     def kind(self) -> str:
@@ -59,6 +63,7 @@ class Trial:
         scale: what floating values are multiplied by.
         limit: whole numbers are drawn below it.
         seed: of the random numbers.
+        alone: the one input that all this is about, the others being ordinary; empty for all inputs.
     """
 
     extents: Mapping[str, int] = field(default_factory=dict)
@@ -66,10 +71,15 @@ class Trial:
     scale: float = 1.0
     limit: int = 2
     seed: int = 0
+    alone: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:
-        return tuple(sorted(self.extents.items())), self.pattern, self.scale, self.limit, self.seed
+        return tuple(sorted(self.extents.items())), self.pattern, self.scale, self.limit, self.seed, self.alone
+
+    def of(self, slot: Slot) -> Trial:
+        """What it says of one input."""
+        return self if self.alone in ("", slot.name) else Trial(self.extents, seed=self.seed)
 
 
 def _ones(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
@@ -123,6 +133,16 @@ def _channels(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
     return x + 3 * rng.standard_normal((1, shape[1], *[1] * (len(shape) - 2)))
 
 
+def _halves(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
+    """Multiples of a half: ties of whatever rounds, takes the larger of two, or compares."""
+    return rng.integers(-9, 10, shape) / 2
+
+
+def _decades(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
+    """Every magnitude at once."""
+    return _normal(rng, shape) * 10.0 ** rng.integers(-6, 4, shape)
+
+
 PATTERNS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], npt.NDArray]] = {
     "ones": _ones,
     "zeros": _zeros,
@@ -134,17 +154,27 @@ PATTERNS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], npt.NDArray
     "border": _border,
     "checkerboard": _checkerboard,
     "channels": _channels,
+    "halves": _halves,
+    "decades": _decades,
 }
 """What floating values look like, the simplest first."""
+
+THRESHOLDS, BELOW_ZERO = "thresholds", "below zero"
+"""The values of a slot, their neighbours, and the ends of whole numbers; whole numbers that count rows from the end."""
 
 NON_FINITE = ("nan", "inf", "-inf")
 """Patterns of normal values with one entry that is no number; only where asked for."""
 
+ORDER = (*PATTERNS, THRESHOLDS, BELOW_ZERO, *NON_FINITE)
+"""All patterns, the simplest first."""
 SCALES = (1.0, 0.1, 10.0, 1e-3, 1e3, 1e-6)
 LIMITS = (2, 16, 256, 4096, 65536)
 """Whole numbers below 2 fit every table and every axis; the original says how far it goes."""
 SHORT_LIMIT = 16
 """For whole numbers without axes or with one: they may be extents."""
+
+MOST_ALONE = 8
+"""Inputs of which each is changed while the others are ordinary."""
 
 GUESSES = (32, 64, 224, 256, 128, 16, 8, 4, 3, 2, 1)
 """Extents tried for what may vary, until the original takes one."""
@@ -222,13 +252,18 @@ def _made(slots: Sequence[Slot], trial: Trial) -> Inputs:
         shape = tuple(d if isinstance(d, int) else trial.extents[d] for d in slot.dims)
         if slot.dtype.kind == "O":
             raise InputError(f"input {slot.name!r} holds strings, which cannot be made up; give values with --inputs")
+        own = trial.of(slot)
         if (largest := largest_of(slot.dtype)) is not None:
-            inputs[slot.name] = _whole(rng, shape, slot, largest, trial)
+            inputs[slot.name] = _whole(rng, shape, slot, largest, own)
             continue
-        special = trial.pattern in NON_FINITE
-        x = PATTERNS["normal" if special else trial.pattern](rng, shape) * trial.scale
+        special = own.pattern in NON_FINITE
+        if own.pattern == THRESHOLDS and slot.values:
+            eps = epsilon_of(slot.dtype)
+            x = rng.choice(slot.values, shape) * (1 + eps * rng.integers(-1, 2, shape))
+        else:
+            x = PATTERNS.get(own.pattern, _normal)(rng, shape) * own.scale
         if special and x.size:
-            x.reshape(-1)[rng.integers(x.size)] = float(trial.pattern)
+            x.reshape(-1)[rng.integers(x.size)] = float(own.pattern)
         inputs[slot.name] = x.astype(slot.dtype)
     return inputs
 
@@ -238,7 +273,12 @@ def _whole(rng: np.random.Generator, shape: tuple[int, ...], slot: Slot, largest
         return np.asarray(rng.integers(*slot.bounds, shape, endpoint=True)).astype(slot.dtype)
     if trial.pattern in ("ones", "zeros", "impulse"):
         return PATTERNS[trial.pattern](rng, shape).astype(slot.dtype)
-    limit = min(trial.limit, largest + 1, SHORT_LIMIT if len(shape) < 2 else trial.limit)
+    limit = min(trial.limit, largest + 1, slot.most, SHORT_LIMIT if len(shape) < 2 else trial.limit)
+    if trial.pattern == BELOW_ZERO and slot.dtype.kind == "i":
+        return np.asarray(rng.integers(-limit, 0, shape)).astype(slot.dtype)
+    if trial.pattern == THRESHOLDS:
+        ends = {0, 1, limit - 2, limit - 1, *(int(v) for v in slot.values if v == int(v))}
+        return np.asarray(rng.choice(sorted(n for n in ends if 0 <= n < limit), shape)).astype(slot.dtype)
     return np.asarray(rng.integers(0, limit, shape)).astype(slot.dtype)
 
 
@@ -285,38 +325,60 @@ def limits(accepts: Callable[[int], bool]) -> tuple[int, ...]:
 
 
 def further_trials(
-    slots: Sequence[Slot], base: Trial, seed: int, non_finite: bool, limits: Sequence[int]
+    slots: Sequence[Slot],
+    base: Trial,
+    non_finite: bool,
+    limits: Sequence[int],
+    factors: Sequence[float] = (),
+    sizes: Sequence[int] = (),
 ) -> Iterator[Trial]:
-    """Other sizes and other values than ``base``, in turns, the most telling first."""
+    """Other sizes and other values than ``base``, in turns, the most telling first.
+
+    Args:
+        factors: scales at which the model is known to branch.
+        sizes: extents from which it may do so.
+    """
     names = symbols(slots)
-    sizes = list(_sizes(names, base.extents)) if names else []
     floating = any(epsilon_of(s.dtype) for s in slots)
     whole = any(s.dtype.kind in "iu" for s in slots)
-    values: list[Trial] = []
-    if floating:
-        patterns = ("channels", "negative", "border", "impulse", "uniform", "checkerboard", "zeros", "ones", "positive")
-        values += [replace(base, pattern=p) for p in patterns]
-        values += [replace(base, scale=s) for s in scales(slots)[1:]]
-        values += [replace(base, pattern=p) for p in NON_FINITE * non_finite]
-    if whole:
-        values += [replace(base, limit=limit) for limit in limits[1:]]
-    if not floating:
-        values += [replace(base, pattern=p) for p in ("zeros", "ones", "impulse")]
-    values += [replace(base, seed=seed + n) for n in (1, 2, 3)]
-    for at in range(max(len(sizes), len(values))):
-        if at < len(sizes):
-            yield replace(base, extents=sizes[at], seed=seed + at)
-        if at < len(values):
-            yield values[at]
+    limit = max(limits)
+    branches = [replace(base, pattern=THRESHOLDS, limit=limit)] * (whole or any(s.values for s in slots))
+    branches += [replace(base, scale=f) for f in factors]
+    branches += [replace(base, pattern="negative", scale=f) for f in factors]
+    patterns = ("channels", "negative", "halves", "border", "decades", "impulse", "uniform", "checkerboard")
+    values = [replace(base, pattern=p) for p in (*patterns, "zeros", "ones", "positive") if floating]
+    values += [replace(base, pattern=p) for p in ("zeros", "ones", "impulse") if not floating]
+    values += [replace(base, pattern=p) for p in NON_FINITE * non_finite]
+    values += [replace(base, seed=base.seed + n) for n in (1, 2, 3)]
+    scaled = [replace(base, scale=s) for s in (scales(slots)[1:] if floating else ())]
+    scaled += [replace(base, limit=n) for n in limits[1:]]
+    alone: list[Trial] = []
+    for slot in slots[:MOST_ALONE] if len(slots) > 1 else ():
+        if epsilon_of(slot.dtype):
+            alone += [replace(base, alone=slot.name, scale=s) for s in (*factors, scales(slots)[-2], 1e-3)]
+        alone.append(replace(base, alone=slot.name, pattern="zeros"))
+    alone += [replace(base, alone=s.name, pattern=BELOW_ZERO, limit=limit) for s in slots if s.dtype.kind == "i"]
+    other = list(_sizes(names, base.extents, sizes)) if names else []
+    sized = [replace(base, extents=extents, seed=base.seed + at) for at, extents in enumerate(other)]
+    for several in zip_longest(branches, sized, values, scaled, alone):
+        yield from (trial for trial in several if trial is not None)
 
 
-def _sizes(names: Mapping[str, bool], base: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Odd, unequal and small extents."""
-    yield {name: 1 if is_batch else base[name] + 1 for name, is_batch in names.items()}
-    yield {name: 3 if is_batch else base[name] + at for at, (name, is_batch) in enumerate(names.items())}
+def _sizes(names: Mapping[str, bool], base: Mapping[str, int], sizes: Sequence[int]) -> Iterator[dict[str, int]]:
+    """Odd, unequal, larger and small extents, and those from which a model may branch."""
+
+    def of(batch: int, other: Callable[[str, int], int]) -> dict[str, int]:
+        return {name: batch if is_batch else other(name, at) for at, (name, is_batch) in enumerate(names.items())}
+
+    yield of(1, lambda name, at: base[name] + 1)
+    yield of(3, lambda name, at: base[name] + at)
+    for size in sizes:
+        yield of(1, lambda name, at, size=size: size + 1)
+        yield of(1, lambda name, at, size=size: size)
     for small in SMALL:
-        yield {name: 1 if is_batch else small for name, is_batch in names.items()}
-    yield {name: 2 if is_batch else SMALL[at % len(SMALL)] for at, (name, is_batch) in enumerate(names.items())}
+        yield of(1, lambda name, at, small=small: small)
+    yield of(2, lambda name, at: SMALL[at % len(SMALL)])
+    yield of(5, lambda name, at: 2 * base[name] + 1)
 
 
 def another_shape(shape: Sequence[int], channels: int) -> tuple[int, ...]:
@@ -337,7 +399,7 @@ class Space:
 
     Attributes:
         extents: what each of those that vary may be, the simplest first.
-        patterns, scales, limits: of which one is drawn, the simplest first.
+        patterns, scales, limits, alone: of which one is drawn, the simplest first.
         seeds: the seed is drawn from 0 to this.
     """
 
@@ -346,6 +408,7 @@ class Space:
     scales: Sequence[float]
     limits: Sequence[int]
     seeds: int
+    alone: Sequence[str] = ("",)
 
     @classmethod
     def below(cls, trial: Trial) -> Space:
@@ -353,7 +416,8 @@ class Space:
         patterns = dict.fromkeys([*list(PATTERNS)[:3], trial.pattern])
         scales, limits = dict.fromkeys([1.0, trial.scale]), dict.fromkeys([2, trial.limit])
         extents = {name: range(1, most + 1) for name, most in trial.extents.items()}
-        return cls(extents, tuple(patterns), tuple(scales), tuple(limits), trial.seed)
+        alone = dict.fromkeys(["", trial.alone])
+        return cls(extents, tuple(patterns), tuple(scales), tuple(limits), trial.seed, tuple(alone))
 
 
 def strategy(space: Space) -> SearchStrategy[Trial]:
@@ -373,6 +437,7 @@ def strategy(space: Space) -> SearchStrategy[Trial]:
         scale=st.sampled_from(space.scales),
         limit=st.sampled_from(space.limits),
         seed=st.integers(0, space.seeds),
+        alone=st.sampled_from(space.alone),
     )
 
 
@@ -383,11 +448,14 @@ def search(fails: Callable[[Trial], bool], space: Space, examples: int, seed: in
         NoHypothesis: it is not installed.
     """
     trials = strategy(space)
-    from hypothesis import HealthCheck, find, settings
+    from hypothesis import HealthCheck, Phase, find, settings
     from hypothesis.errors import HypothesisException, NoSuchExample
 
     slow = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
-    how = settings(max_examples=max(examples, 1), database=None, deadline=None, suppress_health_check=slow)
+    phases = (Phase.generate, Phase.shrink)  # explaining what was found takes as long, and nobody reads it
+    how = settings(
+        max_examples=max(examples, 1), database=None, deadline=None, suppress_health_check=slow, phases=phases
+    )
     try:
         find(trials, fails, settings=how, random=Random(seed))
     except (NoSuchExample, HypothesisException):

@@ -151,7 +151,9 @@ class Verification:
             inputs = f"on {self.compared} input{'s' * (self.compared != 1)}"
             if self.doubt:
                 return f"not certain: no difference found {inputs}, but {self.doubt}"
-            if self.windows is not None and (proven := self.windows["equal"]) < (of := sum(self.windows.values())):
+            if self.windows is None:
+                return f"no difference found {inputs}; nothing is proven"
+            if (proven := self.windows["equal"]) < (of := sum(self.windows.values())):
                 return f"no difference found {inputs}; {proven} of {of} tensors proven"
             return f"equal within rounding, {inputs}"
         text = f"differs: {self.failure.reason}"

@@ -24,12 +24,13 @@ from reparamc.certificate.proof import Certificate
 from reparamc.equivalence import trials
 from reparamc.equivalence.difference import CEILING, Difference, difference
 from reparamc.equivalence.pair import PERTURBATIONS, BrokenError, Comparison, Pair, RefusedError
-from reparamc.equivalence.trials import Inputs, Space, Trial
+from reparamc.equivalence.trials import Inputs, Slot, Space, Trial
 from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.onnx.check import check as check_model
 from reparamc.onnx.files import check_target, load
 from reparamc.onnx.session import Run, epsilon, session
 from reparamc.verify.arrays import read_inputs, write_inputs
+from reparamc.verify.branches import LARGEST, Branches, branches_of, factors
 from reparamc.verify.interface import Interface, compare_interfaces
 from reparamc.verify.result import Disagreement, OutputCheck, Verification, check_output
 from reparamc.verify.witness import Witness, witness
@@ -58,11 +59,25 @@ SECOND_OPINION = Budget(1.5, 1.0)
 BEYOND = 64
 """A coefficient that is off by more than so many roundings of all that it is added up from is another one."""
 
+TIES = "halves"
+"""Inputs that are exact, and lie between two results of what rounds or compares."""
+SEEN = 1e-2
+"""A step between two results is larger, relative to the largest."""
+
 ALONE = ("channels", "uniform")
 """Inputs on which a tensor is run alone, after ordinary ones."""
 
 SUSPECT = 32
 """An error of so many roundings is no equality without a word, unless all is proven."""
+
+FURTHER = 1.25
+"""How far beyond a threshold values go."""
+
+MOST_FACTORS, MOST_SIZES, MOST_VALUES = 8, 6, 64
+"""Thresholds, sizes and values of a graph that are tried."""
+
+SHRINKING = 200
+"""So many runs may make a failing input smaller."""
 
 SHOWN = 5
 """Windows of another form that are named."""
@@ -127,6 +142,7 @@ def verify_onnx(
         result.failure = Disagreement(interface.problem)
         result.seconds = perf_counter() - start
         return result
+    branches = [branches_of(m) for m in models]
     with ExitStack() as stack:
         background = stack.enter_context(ThreadPoolExecutor(1))
         proof = background.submit(_proven, *models) if inputs is None else None
@@ -137,6 +153,8 @@ def verify_onnx(
         )
         clock = _Clock(start, seconds, perf_counter() - loading)
         search = _Search(_Pair(interface, first, second, given), result, clock, seed, target)
+        search.branches = branches
+        search.factors = lambda arrays: _factors((original, fused), branches, interface, arrays)
         search.alone = lambda where, arrays: witness(_loaded(original), _loaded(fused), where, arrays)
         try:
             if proof is not None:
@@ -160,6 +178,19 @@ def _proven(original: ModelProto, fused: ModelProto) -> Certificate | str:
         return certify_onnx(original, fused)
     except Exception as error:  # a graph by an unknown hand may be anything; the models are compared all the same
         return one_line(error)
+
+
+def _factors(
+    models: Sequence[ModelOrPath], branches: Sequence[Branches], interface: Interface, inputs: Inputs
+) -> list[float]:
+    """The factors of ``inputs`` at which one of two models branches; a few, the smallest first."""
+    found: set[float] = set()
+    renamed = {interface.inputs_in_fused[name]: x for name, x in inputs.items()}
+    for model, known, arrays in zip(models, branches, (inputs, renamed), strict=True):
+        if known.compared:
+            found |= factors(_loaded(model), known, arrays)
+    steps = {round(4 * np.log2(f)): f for f in sorted(found) if 1e-9 < f < 1e9}  # those that are nearly alike are one
+    return [FURTHER * f for f in steps.values()][:MOST_FACTORS]
 
 
 @contextmanager
@@ -327,8 +358,18 @@ class _Search:
     smallest: tuple[tuple[object, ...], Trial, _Comparison] | None = None
     told: set[str] = field(default_factory=set)
     """The outputs that ever held an element that is no NaN."""
+    left: int = 2**62
+    """How many more trials a random search may make."""
+    tie: str = ""
+    """What differs on ties of exact inputs, where one rounding makes another result."""
+    wavers: bool = False
+    """Whether one rounding does so on other inputs as well, so that ties tell nothing."""
     telling: Trial | None = None
     """The trial with the largest error in units of rounding."""
+    branches: Sequence[Branches] = (Branches(), Branches())
+    """Those of the original and of the fused model."""
+    factors: Callable[[Inputs], list[float]] = lambda arrays: []
+    """The factors of inputs at which one of the models branches."""
     alone: Callable[[str, Inputs], Witness | None] = lambda where, arrays: None
     """Runs one tensor alone on both sides."""
 
@@ -362,21 +403,13 @@ class _Search:
         proven = proof.result()
         is_settled = self._heed(proven) and is_plain and self.smallest is None
         self.clock.calibrate(SECOND_OPINION if is_settled else EVIDENCE)
+        if self.smallest is None and self.pair.interface.inputs:
+            self._explore(base, examples, non_finite)
         slots = self.pair.interface.inputs
-        limits = trials.LIMITS[:1]
-        if self.smallest is None and any(s.dtype.kind in "iu" for s in slots):
-            limits = trials.limits(lambda limit: self._takes(replace(base, limit=limit)))
-        for trial in trials.further_trials(slots, base, self.seed, non_finite, limits) if slots else ():
-            if self.smallest is not None or not self.clock.allows_another():
-                break
-            self._fails(trial)
-        if self.smallest is None and slots:
-            extents = {name: range(1, n + n // 2 + 2) for name, n in base.extents.items()}
-            patterns = [*trials.PATTERNS, *trials.NON_FINITE * non_finite]
-            self._look(Space(extents, patterns, trials.scales(slots), limits, 2**16), examples)
         if self.smallest is not None:
             found = self.smallest[1]
             self.clock.extend()
+            self.left = SHRINKING
             self._look(Space.below(found), max(examples, 20))
             _, found, comparison = self.smallest
             arrays = trials.make_inputs(slots, found)
@@ -394,6 +427,8 @@ class _Search:
         elif silent := [c.output for c in self.result.outputs if c.output not in self.told]:
             if isinstance(proven, str) or not proven.holds:
                 self.result.doubt = f"output {silent[0]!r} is empty or all NaN on every input that was tried"
+        elif self.tie and not self.wavers and (isinstance(proven, str) or not proven.holds):
+            self.result.doubt = self.tie
         elif is_plain and not isinstance(proven, str):
             self._weigh(proven, [self.telling or base, base, *(replace(base, pattern=p) for p in ALONE)])
 
@@ -425,6 +460,41 @@ class _Search:
         different = [w for w in found.windows if w.verdict == "different"]
         self.result.notes += [f"window {w.where!r} is of another form: {w.reason}" for w in different[:SHOWN]]
         return found.holds
+
+    def _explore(self, base: Trial, examples: int, non_finite: bool) -> None:
+        """Look where the models branch, at the usual suspects, and at random, until a trial fails."""
+        slots = self.pair.interface.inputs
+        slots[:] = [self._informed(slot, base) for slot in slots]
+        limits = [*trials.limits(lambda limit: self._takes(replace(base, limit=limit)))]
+        scales = self.factors(trials.make_inputs(slots, base)) if self.clock.allows_another() else []
+        for trial in trials.further_trials(slots, base, non_finite, limits, scales, self._sizes(base)):
+            if self.smallest is not None or not self.clock.allows_another():
+                return
+            self._fails(trial)
+        extents = {name: range(1, n + n // 2 + 2) for name, n in base.extents.items()}
+        patterns = [*trials.PATTERNS, trials.THRESHOLDS, *trials.NON_FINITE * non_finite]
+        alone = ["", *(s.name for s in slots if len(slots) > 1)]
+        self._look(Space(extents, patterns, [*trials.scales(slots), *scales], limits, 2**16, alone), examples)
+
+    def _informed(self, slot: Slot, base: Trial) -> Slot:
+        """``slot`` with the numbers at which a model may branch, and the limit of its whole numbers."""
+        if slot.dtype.kind == "O":
+            return slot
+        ours, theirs = (b.values for b in self.branches)
+        values = tuple(sorted(ours ^ theirs) or sorted(ours))[:MOST_VALUES]
+        if slot.dtype.kind not in "iu":
+            return replace(slot, values=values)
+        most = self.branches[0].rows.get(slot.name)
+        if most is None:
+            alone = replace(base, alone=slot.name)
+            most = trials.limits(lambda limit: self._takes(replace(alone, limit=limit)))[-1]
+        return replace(slot, values=values, most=most)
+
+    def _sizes(self, base: Trial) -> list[int]:
+        """Extents from which a model may branch: those first that only one of the two names."""
+        ours, theirs = (b.sizes for b in self.branches)
+        most = min(LARGEST, 8 * max(base.extents.values(), default=0))
+        return [n for n in (*sorted(ours ^ theirs), *sorted(ours & theirs)) if n <= most][:MOST_SIZES]
 
     def _takes(self, trial: Trial) -> bool:
         """Whether the original runs at ``trial``; False when the time is up."""
@@ -469,7 +539,8 @@ class _Search:
             self.result.notes.append("no random search: install hypothesis for it (pip install 'reparamc[testing]')")
 
     def _allowed(self, trial: Trial) -> bool:
-        return self.clock.allows_another() and self._fails(trial)
+        self.left -= 1
+        return self.left >= 0 and self.clock.allows_another() and self._fails(trial)
 
     def _fails(self, trial: Trial, refuse: bool = False) -> bool:
         """Whether the models differ at ``trial``."""
@@ -484,6 +555,10 @@ class _Search:
             return False
         if (comparison.overflow and trial.scale > 1) or comparison.sensitive:
             self.result.set_aside += 1
+            self.wavers |= trial.pattern != TIES
+            step = max((c.max_rel for c in comparison.checks), default=0.0)
+            if trial.pattern == TIES and step > SEEN:
+                self.tie = f"ties are decided otherwise, at input {_shapes(arrays)} ({_words(trial)})"
             return False
         largest = max((c.in_noise for c in self.result.outputs), default=0.0)
         self._take(comparison)
@@ -522,8 +597,7 @@ def _cause(error: RefusedError) -> str:
 
 
 def _order(trial: Trial) -> tuple[object, ...]:
-    simple = [*trials.PATTERNS, *trials.NON_FINITE]
-    return simple.index(trial.pattern), trials.SCALES.index(trial.scale), trial.limit, trial.seed
+    return trials.ORDER.index(trial.pattern), abs(np.log(trial.scale)), trial.limit, trial.seed, trial.alone
 
 
 def _shapes(arrays: Mapping[str, np.ndarray]) -> str:
@@ -532,4 +606,5 @@ def _shapes(arrays: Mapping[str, np.ndarray]) -> str:
 
 def _words(trial: Trial) -> str:
     scale = "" if trial.scale == 1 else f" times {trial.scale:g}"
-    return f"{trial.pattern}{scale}, seed {trial.seed}"
+    alone = f" of {trial.alone!r} alone" if trial.alone else ""
+    return f"{trial.pattern}{scale}{alone}, seed {trial.seed}"
