@@ -14,30 +14,33 @@ looked at for false alarms only. Exit code 1 if anything is wrong, crashes or is
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import sys
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
-from fuzz_graphs import OPEN, STATIC, Program, draw, inputs_of
 
 from reparamc.errors import InputError, VerificationError
 from reparamc.report.data import Report
+from reparamc.testing.onnx_models import OPSETS, build_onnx
+from reparamc.testing.sketch import random_structure
+from reparamc.testing.structure import Structure
 
 FOLDER = Path("build/fuzz")
 ROUNDING = 5e-6
 """Largest difference that rounding to float32 explains, relative to the largest magnitude met in the network."""
 PLAIN = 1e-5
 """Below this, relative to the largest value of the output, a difference is rounding without further question."""
+DTYPES = {"onnx": ("float32",), "fx": ("float64", "float64", "float32", "float32", "float16", "bfloat16")}
 BAD = ("escaped", "caught", "crashed", "false alarm")
 
 
@@ -80,8 +83,8 @@ def unsampled(report: Report) -> int:
 
 def try_one(seed: Sequence[int], way: str, level: str) -> tuple[str, Report | None, str]:
     """(verdict, report, details) of the network of ``seed``."""
-    program = draw(seed, way)
-    subject: Any = Onnx(program) if way == "onnx" else Torch(program)
+    network = draw(seed, way)
+    subject: Any = Onnx(network) if way == "onnx" else Torch(network)
     if not subject.works:
         return "unusable", None, ""
     objection = ""
@@ -106,20 +109,48 @@ def try_one(seed: Sequence[int], way: str, level: str) -> tuple[str, Report | No
     return ("caught" if difference else "false alarm"), report, f"{objection}\n{difference}"
 
 
+@dataclass(frozen=True)
+class Network:
+    """A random structure, and how it is written.
+
+    Attributes:
+        open: whether the batch and the sizes of an ONNX model are names.
+        constants: whether some constants of an ONNX model are nodes.
+    """
+
+    structure: Structure
+    dtype: str
+    opset: int
+    open: bool
+    constants: bool
+
+    def inputs(self, grown: int) -> np.ndarray:
+        """Random float64 numbers that every dtype can hold, ``grown`` larger than the example, and so is the batch."""
+        shape, channel = self.structure.shape(), self.structure.values[0].axis
+        larger = [n + grown * (axis != channel) for axis, n in enumerate(shape)]
+        return np.random.default_rng(grown).standard_normal(larger).astype(np.float16).astype(np.float64)
+
+
+def draw(seed: Sequence[int], way: str) -> Network:
+    """The network of a seed."""
+    rng = np.random.default_rng([*seed, 0])
+    dtype, opset = str(rng.choice(DTYPES[way])), int(rng.choice(OPSETS))
+    return Network(random_structure(seed), dtype, opset, bool(rng.random() < 0.6), bool(rng.random() < 0.5))
+
+
 class Onnx:
-    """A program as an ONNX model, and its comparison with another in ONNX Runtime."""
+    """A network as an ONNX model, and its comparison with another in ONNX Runtime."""
 
-    def __init__(self, program: Program) -> None:
-        from fuzz_onnx import to_onnx
-
+    def __init__(self, network: Network) -> None:
         from reparamc.onnx.session import Run
 
-        self.program, self.model = program, to_onnx(program)
+        self.network = network
+        self.model = build_onnx(network.structure, network.dtype, network.opset, network.open, network.constants)
         self.outputs = [o.name for o in self.model.graph.output]
         self.cases: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
         run = Run(self.model.SerializeToString(), self.outputs, "the model", False)
-        for grown in (0, 1, 2) if program.openness == OPEN else (0, 1) if program.openness != STATIC else (0,):
-            feeds = {f"x{n}": x.astype(np.float32) for n, x in enumerate(inputs_of(program, grown, grown))}
+        for grown in (0, 1, 2) if network.open else (0,):
+            feeds = {"x": network.inputs(grown).astype(np.float32)}
             try:
                 self.cases.append((feeds, run(feeds)))
             except Exception:  # the network does not take this size
@@ -140,7 +171,7 @@ class Onnx:
         except InputError as error:
             return str(error)
         for feeds, expected in self.cases:
-            size = [x.shape for x in feeds.values()]
+            size = feeds["x"].shape
             try:
                 found = run(feeds)
             except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -150,21 +181,17 @@ class Onnx:
                 if y.shape != z.shape:
                     return f"{name} has shape {z.shape}, not {y.shape}, at {size}"
                 gap = float(np.abs(y.astype(np.float64) - z).max(initial=0.0))
-                if not gap <= PLAIN * float(np.abs(y).max(initial=0.0)) and self._is_wrong(feeds, name, y, z):
+                if not gap <= PLAIN * float(np.abs(y).max(initial=0.0)) and self._is_wrong(feeds["x"], name, y, z):
                     return f"{name} differs by {gap:.3g}, largest value {np.abs(y).max():.3g}, at {size}"
         return ""
 
-    def _is_wrong(self, feeds: dict[str, np.ndarray], name: str, y: np.ndarray, z: np.ndarray) -> bool:
+    def _is_wrong(self, x: np.ndarray, name: str, y: np.ndarray, z: np.ndarray) -> bool:
         """Whether ``z`` is farther from the value in double precision than ``y`` by more than rounding explains."""
         import torch
-        from fuzz_torch import to_module
 
-        module = to_module(self.program).double()
-        inputs = [torch.from_numpy(x).double() for x in feeds.values()]
-        largest = module.largest(inputs)
-        with torch.no_grad():
-            exact = module(*inputs)
-        exact = exact if isinstance(exact, tuple) else (exact,)
+        from reparamc.testing.fx_models import build_module
+
+        exact, largest = results(build_module(self.network.structure)[0].double(), torch.from_numpy(x).double())
         truth = exact[self.outputs.index(name)].numpy()
         error, own = np.abs(z - truth).max(initial=0.0), np.abs(y - truth).max(initial=0.0)
         return not error <= 10 * own + ROUNDING * largest
@@ -175,60 +202,60 @@ class Onnx:
             np.savez(path.with_suffix(".npz"), **self.cases[0][0])
 
 
+def results(module: Any, x: Any) -> tuple[list[Any], float]:
+    """The outputs of the module of a structure, and the largest magnitude met on the way."""
+    import torch
+
+    largest = 0.0
+    with torch.no_grad():
+        for value in module.values(x.clone()):
+            largest = max(largest, float(value.abs().max()) if value.numel() else 0.0)
+        found = module(x.clone())
+    return list(found) if isinstance(found, tuple) else [found], largest
+
+
 class Torch:
-    """A program as a torch module, and its comparison with another in double precision."""
+    """A network as a torch module, and its comparison with another in double precision."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, network: Network) -> None:
         import torch
-        from fuzz_torch import to_module
 
-        self.program = program
-        self.model = to_module(program, len(program.steps))
-        self.inputs = [torch.from_numpy(x) for x in inputs_of(program)]
-        self.examples: tuple[Any, ...] = tuple(x.to(getattr(torch, program.dtype)) for x in self.inputs)
-        self.exact = to_module(program, len(program.steps)).double()
-        self.cases: list[tuple[list[Any], list[Any]]] = []
-        for grown in (0, 1, 2) if program.openness == OPEN else (0,):
-            inputs = [torch.from_numpy(x) for x in inputs_of(program, grown, grown)]
+        from reparamc.testing.fx_models import build_module
+
+        self.network = network
+        self.dtype = getattr(torch, network.dtype)
+        self.model = build_module(network.structure, network.dtype)[0].requires_grad_(network.open)
+        self.cases: list[tuple[Any, list[Any], float]] = []
+        exact = copy.deepcopy(self.model).double()
+        for grown in (0, 1, 2):
+            x = torch.from_numpy(network.inputs(grown))
             try:
-                self._run(self.model, [x.to(self.examples[0].dtype) for x in inputs])
-                self.cases.append((inputs, self._run(self.exact, inputs)))
-            except Exception:  # the network does not take this size
+                with torch.no_grad():
+                    self.model(x.to(self.dtype))
+                self.cases.append((x, *results(exact, x)))
+            except Exception:  # the network does not take this size, or torch has no such operator in 16 bits
                 continue
         self.works = bool(self.cases)
-        if self.cases:  # the smallest size that it takes
-            self.examples = tuple(x.to(self.examples[0].dtype) for x in self.cases[0][0])
-
-    @staticmethod
-    def _run(module: Any, inputs: Sequence[Any]) -> list[Any]:
-        import torch
-
-        with torch.no_grad():
-            found = module(*(x.clone() for x in inputs))
-        return list(found) if isinstance(found, tuple) else [found]
 
     def fuse(self, level: str) -> tuple[Any, Report]:
         from reparamc import fuse_fx
 
-        fused = fuse_fx(self.model, tuple(x.clone() for x in self.examples), verify=level)
+        fused = fuse_fx(self.model, self.cases[0][0].to(self.dtype), verify=level)
         return fused, fused.meta["reparamc"]
 
     def difference(self, result: Any) -> str:
         import torch
 
-        epsilon = max(64 * torch.finfo(self.examples[0].dtype).eps, 1e-11)
-        self._run(result, self.examples)
-        result = result.double()
-        for inputs, expected in self.cases:
-            size = [tuple(x.shape) for x in inputs]
-            largest = self.exact.largest(inputs)
+        epsilon = max(64 * torch.finfo(self.dtype).eps, 1e-11)
+        result = copy.deepcopy(result).double()
+        for x, expected, largest in self.cases:
+            size = tuple(x.shape)
             try:
-                found = self._run(result, inputs)
+                with torch.no_grad():
+                    found = result(x.clone())
             except Exception as error:  # whatever a wrong graph raises
-                if "must have" in str(error):  # of another rank than the examples
-                    continue
                 return f"does not run at {size}: {error}"
-            for at, (y, z) in enumerate(zip(expected, found, strict=True)):
+            for at, (y, z) in enumerate(zip(expected, found if isinstance(found, tuple) else [found], strict=True)):
                 if y.shape != z.shape:
                     return f"output {at} has shape {tuple(z.shape)}, not {tuple(y.shape)}, at {size}"
                 gap = float((y - z).abs().max()) if y.numel() else 0.0
@@ -237,15 +264,8 @@ class Torch:
         return ""
 
     def save(self, path: Path) -> None:
-        np.savez(path.with_suffix(".npz"), *[x.numpy() for x in self.inputs])
-        steps = [asdict(s) for s in self.program.steps]
-        about = {
-            "inputs": self.program.inputs,
-            "dtype": self.program.dtype,
-            "outputs": self.program.outputs,
-            "steps": steps,
-        }
-        path.with_suffix(".json").write_text(json.dumps(about, indent=1))
+        if self.cases:
+            np.savez(path.with_suffix(".npz"), self.cases[0][0].numpy())
 
 
 # Many
@@ -271,9 +291,9 @@ def work(seed: int, first: int, count: int, way: str, level: str, jobs: int, unt
             FOLDER.mkdir(parents=True, exist_ok=True)
             path = FOLDER / f"{way}-{seed}-{index}"
             command = f"python benchmarks/fuzz.py --way {way} --seed {seed} --first {index} --count 1 --verify {level}"
-            subject = (Onnx if way == "onnx" else Torch)(draw((seed, index), way))
-            subject.save(path)
-            path.with_suffix(".txt").write_text(f"{verdict}\n{command}\n\n{details}\n")
+            network = draw((seed, index), way)
+            (Onnx if way == "onnx" else Torch)(network).save(path)
+            path.with_suffix(".txt").write_text(f"{verdict}\n{command}\n\n{network}\n\n{details}\n")
             last = details.strip().splitlines()[-1] if details.strip() else ""
             tally.failures.append(f"{verdict}: {command}\n    {last}")
     tally.counts["seconds"] += round(process_time() - start)

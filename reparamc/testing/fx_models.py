@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ class StructureModule(nn.Module):
             elif step.op == "identity":
                 self.layers[f"identity{number}"] = nn.Dropout(0.5) if step.variant(2) else nn.Identity()
             elif step.op == "pool" and step.variant(2):
-                self.layers[f"pool{number}"] = _POOL_MODULES[value.frame](step["kernel"], step["stride"], step["pad"])
+                self.layers[f"pool{number}"] = _POOL_MODULES[value.frame](
+                    step["kernel"], step["stride"], step["pad"], count_include_pad=step["counted"]
+                )
             elif step.op == "select":
                 self.register_buffer(f"index{number}", torch.tensor(step["index"]))
 
@@ -54,13 +57,19 @@ class StructureModule(nn.Module):
         return repr(self.structure)
 
     def forward(self, x: Tensor) -> Any:
+        values = list(self.values(x))
+        results = [values[n] for n in self.structure.outputs]
+        return tuple(results) if len(results) > 1 else results[0]
+
+    def values(self, x: Tensor) -> Iterator[Any]:
+        """The input and the result of every step; a later step may write into one."""
         values: list[Any] = [x]
         splits: dict[Any, Any] = {}
+        yield x
         for number, step in enumerate(self.structure.steps, 1):
             operands = [values[n] for n in step.inputs]
             values.append(self._run(number, step, operands, self.structure.values[step.inputs[0]], splits))
-        results = [values[n] for n in self.structure.outputs]
-        return tuple(results) if len(results) > 1 else results[0]
+            yield values[-1]
 
     def _run(self, number: int, step: Step, operands: list[Any], value: Value, splits: dict[Any, Any]) -> Any:
         x = operands[0]
@@ -72,6 +81,8 @@ class StructureModule(nn.Module):
                 return [lambda: x * factor, lambda: factor * x, lambda: torch.mul(x, factor)][step.variant(3)]()
             case "shift":
                 return x + getattr(self, f"shift{number}")
+            case "complement":
+                return getattr(self, f"complement{number}") - x
             case "number":
                 factor = getattr(self, f"number{number}")
                 return x * factor if step.variant(2) else x * float(self.structure.parameters[number]["number"])
@@ -93,13 +104,25 @@ class StructureModule(nn.Module):
             case "pool":
                 if step.variant(2):
                     return self.layers[f"pool{number}"](x)
-                return _POOLS[value.frame](x, step["kernel"], step["stride"], step["pad"])
+                return _POOLS[value.frame](
+                    x, step["kernel"], step["stride"], step["pad"], count_include_pad=step["counted"]
+                )
             case "pad":
-                return F.pad(x, _pads(step["begin"], step["end"]))
+                return F.pad(x, _pads(step["begin"], step["end"]), value=step["value"])
+            case "crop":
+                return _crop(step, x)
+            case "shuffle":
+                groups, width = step["groups"], value.channels
+                rows = x.reshape(x.shape[0], groups, width // groups, *x.shape[2:])
+                return rows.transpose(1, 2).reshape(x.shape)
             case "mean":
                 return _mean(step, x, value)
             case "tokens":
                 return x.flatten(2).transpose(1, 2) if step.variant(2) else x.flatten(2).permute(0, 2, 1)
+            case "heads":
+                return self._heads(step, x, value, splits)
+            case "merge":
+                return x.transpose(1, 2).flatten(2) if step.variant(2) else x.permute(0, 2, 1, 3).flatten(2)
             case "to_last":
                 return x.permute(0, *range(2, value.rank), 1)
             case "to_first":
@@ -107,14 +130,15 @@ class StructureModule(nn.Module):
             case "identity":
                 return self.layers[f"identity{number}"](x)
             case "activation":
-                return getattr(torch, step["kind"])(x)
+                in_place = step.variant(4) == 3 and self._is_fresh(step.inputs[0])
+                return getattr(torch, step["kind"] + "_" * in_place)(x)
         raise AssertionError(step.op)
 
     def _layered(self, number: int, step: Step, x: Tensor) -> Tensor:
         layer = self.layers[f"{step.op}{self.structure.owner(number)}"]
         if step.op == "conv" and _needs_pad(step):
             x = F.pad(x, _pads(step["begin"], step["end"]))
-        if step.variant(3) < 2:
+        if step.variant(3) < 2 and not step.at.get("computed"):
             return layer(x)
         match layer:  # the same as a function
             case nn.Linear():
@@ -122,13 +146,27 @@ class StructureModule(nn.Module):
             case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
                 function = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[type(layer)]
                 options: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
-                return function(x, layer.weight, layer.bias, *options)
+                weight = torch.neg(torch.neg(layer.weight)) if step["computed"] else layer.weight
+                return function(x, weight, layer.bias, *options)
             case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d():
                 norm: Any = layer
                 return F.batch_norm(
                     x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, norm.eps
                 )
         return layer(x)
+
+    def _is_fresh(self, number: int) -> bool:
+        """Whether value ``number`` is used once, and shares its memory with no other: a write in place is safe."""
+        made = number > 0 and self.structure.steps[number - 1].op in _MODULES
+        return made and self.structure.users(number) == 1
+
+    def _heads(self, step: Step, x: Any, value: Value, splits: dict[Any, Any]) -> Any:
+        key = (step.inputs, step["heads"], step["parts"])
+        if key not in splits:
+            each = value.channels // (step["heads"] * step["parts"])
+            rows = x.reshape(x.shape[0], x.shape[1], step["parts"], step["heads"], each)
+            splits[key] = rows.permute(2, 0, 3, 1, 4)
+        return splits[key].unbind(0)[step["which"]] if step.variant(2) else splits[key][step["which"]]
 
     def _part(self, step: Step, x: Any, value: Value, splits: dict[Any, Any]) -> Any:
         sizes, which = step["sizes"], step["which"]
@@ -173,6 +211,13 @@ def _layer(step: Step, value: Value) -> nn.Module:
 def _needs_pad(step: Step) -> bool:
     """Whether the padding must be an operator of its own."""
     return step["begin"] != step["end"]
+
+
+def _crop(step: Step, x: Any) -> Any:
+    if step.variant(2):
+        return F.pad(x, _pads(tuple(-n for n in step["begin"]), tuple(-n for n in step["end"])))
+    kept = [slice(b, -e if e else None) for b, e in zip(step["begin"], step["end"], strict=True)]
+    return x[(slice(None), slice(None), *kept)]
 
 
 def _pads(begin: tuple[int, ...], end: tuple[int, ...]) -> list[int]:

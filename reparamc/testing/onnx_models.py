@@ -31,12 +31,12 @@ def build_onnx(
         symbolic: whether the batch and the extents of the input are names instead of numbers.
         constants: whether some constants are nodes instead of initializers.
     """
-    return _Builder(structure, dtype, opset, constants).model(symbolic)
+    return _Builder(structure, dtype, opset, symbolic, constants).model()
 
 
 class _Builder:
-    def __init__(self, structure: Structure, dtype: str, opset: int, constants: bool) -> None:
-        self.structure, self.opset, self.constants = structure, opset, constants
+    def __init__(self, structure: Structure, dtype: str, opset: int, symbolic: bool, constants: bool) -> None:
+        self.structure, self.opset, self.symbolic, self.constants = structure, opset, symbolic, constants
         self.type, self.dtype = _TYPES[dtype], np.dtype(dtype)
         self.nodes: list[NodeProto] = []
         self.tensors: list[TensorProto] = []
@@ -48,9 +48,9 @@ class _Builder:
             operands = [self.names[n] for n in step.inputs]
             self._step(number, step, operands, structure.values[step.inputs[0]], self.names[number])
 
-    def model(self, symbolic: bool) -> ModelProto:
+    def model(self) -> ModelProto:
         shape: list[Any] = list(self.structure.shape())
-        if symbolic:
+        if self.symbolic:
             channel = self.structure.values[0].axis
             shape = [n if at == channel else "NHWD"[at - (at > channel)] for at, n in enumerate(shape)]
         x = helper.make_tensor_value_info("x", self.type, shape)
@@ -121,6 +121,8 @@ class _Builder:
                 self._node("Add", operands, out)
             case "subtract":
                 self._node("Sub", operands, out)
+            case "complement":
+                self._node("Sub", [self._parameter(number, "complement", value.column), x], out)
             case "concat":
                 self._node("Concat", operands, out, axis=value.axis - value.rank if step.variant(2) else value.axis)
             case "part" | "select":
@@ -128,15 +130,27 @@ class _Builder:
             case "pool":
                 self._node(
                     "AveragePool", [x], out, kernel_shape=step["kernel"], strides=step["stride"],
-                    pads=[*step["pad"], *step["pad"]], count_include_pad=1,
+                    pads=[*step["pad"], *step["pad"]], count_include_pad=int(step["counted"]),
                 )  # fmt: skip
             case "pad":
-                self._pad(number, step, x, out)
+                self._pad(number, step, x, out, step["value"])
+            case "crop":
+                ends = [-n or 2**62 for n in step["end"]]
+                bounds = {"starts": step["begin"], "ends": ends, "axes": range(2, value.rank)}
+                self._node("Slice", [x, *(self._integers(f"{k}{number}", *v) for k, v in bounds.items())], out)
+            case "shuffle":
+                self._shuffle(number, step, x, value, out)
             case "mean":
                 self._mean(number, step, x, value, out)
             case "tokens":
                 self._node("Reshape", [x, self._integers(f"rows{number}", 0, value.channels, -1)], f"{out}_rows")
                 self._node("Transpose", [f"{out}_rows"], out, perm=[0, 2, 1])
+            case "heads":
+                self._heads(number, step, x, value, out)
+            case "merge":
+                self._node("Transpose", [x], f"{out}_rows", perm=[0, 2, 1, 3])
+                target = self._integers(f"merged{number}", 0, 0, step["heads"] * value.channels)
+                self._node("Reshape", [f"{out}_rows", target], out)
             case "to_last":
                 self._node("Transpose", [x], out, perm=[0, *range(2, value.rank), 1])
             case "to_first":
@@ -151,6 +165,10 @@ class _Builder:
     def _convolution(self, number: int, step: Step, x: str, out: str) -> None:
         at = step.at
         names = [self._parameter(number, "weight")] + ([self._parameter(number, "bias")] if at["bias"] else [])
+        if at.get("computed"):
+            self._node("Neg", names[:1], f"{out}_negated")
+            self._node("Neg", [f"{out}_negated"], f"{out}_weight")
+            names[0] = f"{out}_weight"
         common = {"strides": at["stride"], "dilations": at["dilation"], "group": at["groups"]}
         if step.variant(2) == 0:
             common["kernel_shape"] = at["kernel"]  # it may be left out
@@ -165,9 +183,36 @@ class _Builder:
         else:
             self._node("Conv", [x, *names], out, pads=[*at["begin"], *at["end"]], **common)
 
-    def _pad(self, number: int, step: Step, x: str, out: str) -> None:
+    def _pad(self, number: int, step: Step, x: str, out: str, value: float = 0.0) -> None:
         pads = self._integers(f"pads{number}", 0, 0, *step["begin"], 0, 0, *step["end"])
-        self._node("Pad", [x, pads, self._floats(f"zero{number}", np.zeros(()))] if step.variant(2) else [x, pads], out)
+        given = [self._floats(f"border{number}", np.array(value))] if value or step.variant(2) else []
+        self._node("Pad", [x, pads, *given], out)
+
+    def _shuffle(self, number: int, step: Step, x: str, value: Value, out: str) -> None:
+        groups, width = step["groups"], value.channels
+        if self.symbolic and value.frame:  # a reshape would need the sizes
+            index = np.arange(width).reshape(groups, -1).T.ravel()
+            self._node("Gather", [x, self._integers(f"index{number}", *index.tolist())], out, axis=1)
+            return
+        batch, _, *given = self.structure.shape()
+        size = self.structure.sizes(given)[step.inputs[0]] or ()
+        first = 0 if self.symbolic else batch
+        rows = self._integers(f"rows{number}", first, groups, width // groups, *size)
+        self._node("Reshape", [x, rows], f"{out}_rows")
+        self._node("Transpose", [f"{out}_rows"], f"{out}_turned", perm=[0, 2, 1, *range(3, 3 + len(size))])
+        self._node("Reshape", [f"{out}_turned", self._integers(f"back{number}", first, width, *size)], out)
+
+    def _heads(self, number: int, step: Step, x: str, value: Value, out: str) -> None:
+        heads, parts = step["heads"], step["parts"]
+        every = f"{x}_heads{heads}_{parts}"
+        if every not in self.stored:
+            self.stored.add(every)
+            each = value.channels // (heads * parts)
+            rows = self._integers(f"{every}_target", 0, 0, parts, heads, each)
+            self._node("Reshape", [x, rows], f"{every}_rows")
+            self._node("Transpose", [f"{every}_rows"], every, perm=[2, 0, 3, 1, 4])
+        which = self._tensor(f"which{step['which']}", np.array(step["which"]))
+        self._node("Gather", [every, which], out, axis=0)
 
     def _linear(self, number: int, step: Step, x: str, value: Value, out: str) -> None:
         scaled = value.rank == 2 and step.variant(4) == 2  # by alpha and beta of Gemm

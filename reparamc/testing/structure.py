@@ -52,7 +52,7 @@ class Step:
 
 
 OPERATORS: Mapping[str, str] = {
-    "conv": "out, kernel, stride, dilation, begin, end, groups, bias",
+    "conv": "out, kernel, stride, dilation, begin, end, groups, bias, computed (its weight is an operator's result)",
     "transposed": "out, kernel, stride, dilation, pad, extra (output padding), groups, bias",
     "linear": "out, bias; over the last axis",
     "batchnorm": "state (one of `BATCHNORM_KINDS`), eps",
@@ -60,15 +60,20 @@ OPERATORS: Mapping[str, str] = {
     "shift": "a constant per channel",
     "number": "a factor for all channels",
     "negate": "",
+    "complement": "a constant per channel minus the value",
     "add": "of two values or more",
     "subtract": "of two values",
     "concat": "along the channels",
     "part": "sizes, which: one part of a split of the channels",
     "select": "index: these channels, in this order",
-    "pool": "kernel, stride, pad; average, zeros of the padding counted",
-    "pad": "begin, end; with zeros",
+    "shuffle": "groups",
+    "pool": "kernel, stride, pad; average, the zeros of the padding counted or not",
+    "pad": "begin, end, value",
+    "crop": "begin, end",
     "mean": "keep; over all positions",
     "tokens": "images [N, C, *S] to [N, prod(S), C]",
+    "heads": "heads, parts, which: tokens [N, L, parts * heads * C] to one part, [N, heads, L, C]",
+    "merge": "heads: [N, heads, L, C] to tokens [N, L, heads * C]",
     "to_last": "the channel axis to the end",
     "to_first": "the channel axis back to its place",
     "identity": "dropout at rest, or nothing at all",
@@ -145,22 +150,24 @@ class Structure:
         """The step whose parameters step ``number`` uses: itself unless it shares."""
         return self.steps[number - 1].at.get("like", number)
 
-    def fits(self, extents: Sequence[int]) -> bool:
-        """Whether no operator comes to have an empty result on an input of these extents."""
-        sizes: list[Ints | None] = [tuple(extents)]
+    def users(self, number: int) -> int:
+        """How often value ``number`` is used, as an output too."""
+        return sum(step.inputs.count(number) for step in self.steps) + self.outputs.count(number)
+
+    def sizes(self, given: Sequence[int]) -> list[Ints | None]:
+        """The spatial sizes of every value for an input of these; None where a value has none that matter."""
+        sizes: list[Ints | None] = [tuple(given)]
         for step in self.steps:
             size = sizes[step.inputs[0]]
-            sizes.append(size and _extents(step, size))
-            if sizes[-1] and min(sizes[-1]) < 1:
-                return False
-        return True
+            sizes.append(size and _size_after(step, size))
+        return sizes
 
     def shape(self, batch: int = 2) -> Ints:
         """A shape for the input, with odd and even extents that differ, just larger than its kernels need."""
         if self.axes < 0:
             return (batch, 5, self.channels)
         extents = [7, 6, 5][: self.axes]
-        while not self.fits(extents):
+        while any(size and min(size) < 1 for size in self.sizes(extents)):
             extents = [n + 2 for n in extents]
         return (batch, self.channels, *extents)
 
@@ -185,6 +192,10 @@ def result_of(step: Step, operands: Sequence[Value]) -> Value:
             return x if step["keep"] else Value(x.channels, x.rank - x.frame, 0)
         case "tokens":
             return Value(x.channels, 3, 0)
+        case "heads":
+            return Value(x.channels // (step["heads"] * step["parts"]), 4, 0)
+        case "merge":
+            return Value(x.channels * step["heads"], 3, 0)
         case "to_last":
             return Value(x.channels, x.rank, 0)
         case "to_first":
@@ -193,8 +204,8 @@ def result_of(step: Step, operands: Sequence[Value]) -> Value:
             return x
 
 
-def _extents(step: Step, size: Ints) -> Ints | None:
-    """Extents behind ``step``; None where there are none any more, or they do not matter."""
+def _size_after(step: Step, size: Ints) -> Ints | None:
+    """Sizes after ``step``; None where there are none any more, or they do not matter."""
     at = step.at
     match step.op:
         case "conv":
@@ -209,6 +220,8 @@ def _extents(step: Step, size: Ints) -> Ints | None:
             return tuple((n - 1) * s + d * (k - 1) + 1 - 2 * p + e for n, s, d, k, p, e in every)
         case "pad":
             return tuple(n + b + e for n, b, e in zip(size, at["begin"], at["end"], strict=True))
+        case "crop":
+            return tuple(n - b - e for n, b, e in zip(size, at["begin"], at["end"], strict=True))
         case "mean" if at["keep"]:
             return (1,) * len(size)
         case "mean" | "tokens":
@@ -228,7 +241,7 @@ def _parameters(step: Step, x: Value, seed: list[int]) -> Arrays:
             drawn = {"weight": _weight(rng, (x.channels, each, *at["kernel"]), x.channels // at["groups"])}
         case "batchnorm":
             return batchnorm_state(x.channels, at["state"], rng)
-        case "scale" | "shift":
+        case "scale" | "shift" | "complement":
             return {step.op: _away_from_zero(rng, x.channels)}
         case "number":
             return {"number": _away_from_zero(rng, 1).reshape(())}

@@ -59,7 +59,7 @@ def drawn(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def sample() -> list[Structure]:
-    return drawn(structures(activations=True), 200)
+    return drawn(structures(activations=True), 500)
 
 
 def test_every_operator_is_drawn_often(sample: list[Structure]) -> None:
