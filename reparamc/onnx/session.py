@@ -17,15 +17,17 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from reparamc.algebra.dtypes import epsilon_of, is_floating
 from reparamc.equivalence.trials import GUESSES, TooLarge, check_size
 from reparamc.errors import InputError, one_line
-from reparamc.onnx.values import forget_negative_sizes, known_size
+from reparamc.onnx.values import forget_negative_sizes, known_size, skeleton
 
 FILE_LIMIT = 2**31 - 2**20
 """A serialised model beyond this many bytes keeps its weights in a file beside it."""
 
 
-MOST_ELEMENTS = 2**23
-"""Of the inputs together, once some were refused: a size that a model takes is found among small ones first."""
-PATIENCE = 20.0
+MOST_DRAWN = 2**25
+"""Elements of random inputs of open sizes in all: a size that a model takes is found among small ones."""
+MOST_COMPUTED = 2**28
+"""Elements of one tensor that trial inputs of open sizes may lead to."""
+PATIENCE = 5.0
 """Seconds after which no further sizes are tried."""
 MOST_TRIED = 32
 """Combinations of small sizes that are tried where no guess runs."""
@@ -95,22 +97,59 @@ def working(
 ) -> tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]]:
     failure: Exception | None = None
     too_large: TooLarge | None = None
-    start = perf_counter()
+    of_nothing: tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]] | None = None
+    start, left = perf_counter(), MOST_DRAWN
+    light = skeleton(model) if has_open_extents(model) else None
     for guess, sizes in _attempts(model, guesses):
+        kinds = input_kinds(model, guess, sizes)
+        drawn = sum(prod(shape) for shape, _ in kinds.values())
         try:
-            inputs = random_inputs(model, seed, guess, sizes, most=None if failure is None else MOST_ELEMENTS)
+            if light is not None:
+                check_computed(light, kinds)
+            if light is not None and drawn > left:
+                raise TooLarge(f"random inputs of {drawn} elements are too many; try --verify region")
+            inputs = _drawn_inputs(kinds, seed)
         except TooLarge as error:
             too_large = error
             continue
         try:
-            return guess, inputs, run(inputs)
+            found = guess, inputs, run(inputs)
+            if light is None or any(a.size for a in found[2].values()):
+                return found
+            of_nothing = of_nothing or found
         except Exception as error:  # as above; another size may fit
             failure = failure or error
+        left -= drawn
         if perf_counter() - start > PATIENCE:
             break
     if failure is None and too_large is not None:
         raise too_large
+    if of_nothing is not None:
+        return of_nothing
     raise InputError(f"ONNX Runtime cannot run the model on random inputs: {one_line(failure)}; try --verify region")
+
+
+def check_computed(light: ModelProto, inputs: Mapping[str, tuple[list[int], np.dtype]]) -> None:
+    """See that no tensor of a model becomes vast on ``inputs`` of these shapes, as far as shape inference can tell.
+
+    Args:
+        light: its `skeleton`, which is changed.
+
+    Raises:
+        TooLarge: one would be; names it.
+    """
+    for value in light.graph.input:
+        if value.name in inputs:
+            kind = value.type.tensor_type
+            kind.CopyFrom(helper.make_tensor_type_proto(kind.elem_type, inputs[value.name][0]).tensor_type)
+    try:
+        found = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    except onnx.shape_inference.InferenceError:
+        return  # the runtime will say what is wrong
+    for value in (*found.value_info, *found.output):
+        sizes = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        if prod(sizes) > MOST_COMPUTED:
+            raise TooLarge(f"{value.name!r} would have {prod(sizes)} elements on random inputs; try --verify region")
 
 
 def _attempts(model: ModelProto, guesses: Sequence[int]) -> Iterator[tuple[int, dict[str, int]]]:
@@ -138,45 +177,46 @@ def has_open_extents(model: ModelProto) -> bool:
 
 
 def random_inputs(
-    model: ModelProto, seed: int = 0, extent: int = 32, sizes: Mapping[str, int] = {}, most: int | None = None
+    model: ModelProto, seed: int = 0, extent: int = 32, sizes: Mapping[str, int] = {}
 ) -> dict[str, np.ndarray]:
-    """One random array per input without a default: standard normal, or small whole numbers.
+    """One random array per input without a default: standard normal, or small whole numbers; see `input_kinds`.
+
+    Raises:
+        InputError: an input is no dense tensor of numbers.
+        TooLarge: they do not fit into memory.
+    """
+    return _drawn_inputs(input_kinds(model, extent, sizes), seed)
+
+
+def input_kinds(model: ModelProto, extent: int, sizes: Mapping[str, int]) -> dict[str, tuple[list[int], np.dtype]]:
+    """A shape, and the dtype, of each input without a default.
 
     Open sizes are as ``sizes`` has them, or else 2 on the first axis and ``extent`` on the others; a name stands for
     one size.
 
     Raises:
         InputError: an input is no dense tensor of numbers.
-        TooLarge: they do not fit into memory, or have more than ``most`` elements.
     """
-    shapes: dict[str, list[int]] = {}
-    kinds: dict[str, np.dtype] = {}
+    kinds: dict[str, tuple[list[int], np.dtype]] = {}
     named = dict(sizes)
     for value in free_inputs(model):
-        if not value.type.HasField("tensor_type"):
-            raise InputError(
-                f"input {value.name!r} is no tensor, so no random value can be made for it; try --verify region"
-            )
         kind = value.type.tensor_type
-        shape = []
-        for axis, d in enumerate(kind.shape.dim):
-            guess = 2 if axis == 0 else extent
-            if d.HasField("dim_value"):
-                shape.append(d.dim_value)
-            else:
-                shape.append(named.setdefault(_symbol(value, axis, d), guess))
-        if kind.elem_type == TensorProto.STRING:
-            raise InputError(
-                f"input {value.name!r} holds strings, so no random value can be made for it; try --verify region"
-            )
-        shapes[value.name] = shape
-        kinds[value.name] = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        if not value.type.HasField("tensor_type") or kind.elem_type == TensorProto.STRING:
+            what = "holds strings" if value.type.HasField("tensor_type") else "is no tensor"
+            raise InputError(f"input {value.name!r} {what}, so no random value can be made for it; try --verify region")
+        shape = [
+            d.dim_value if d.HasField("dim_value") else named.setdefault(_symbol(value, axis, d), extent if axis else 2)
+            for axis, d in enumerate(kind.shape.dim)
+        ]
+        kinds[value.name] = shape, helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    return kinds
+
+
+def _drawn_inputs(kinds: Mapping[str, tuple[list[int], np.dtype]], seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     try:
-        check_size(shapes)
-        if most is not None and sum(map(prod, shapes.values())) > most:
-            raise TooLarge(f"random inputs of more than {most} elements")
-        return {name: _drawn(rng, shape, kinds[name]) for name, shape in shapes.items()}
+        check_size({name: shape for name, (shape, _) in kinds.items()})
+        return {name: _drawn(rng, shape, dtype) for name, (shape, dtype) in kinds.items()}
     except TooLarge as error:
         raise TooLarge(f"{error}; try --verify region") from error
     except MemoryError as error:

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 from onnx_models import W3, batchnorm, conv_bn, fuse, model, node, norm, rand
 
 from reparamc import verify_onnx
+from reparamc.errors import InputError
 from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.session import random_inputs
 
@@ -81,3 +82,29 @@ def test_sizes_below_zero_are_open(level: str) -> None:
     assert fused.graph.output == made.graph.output
     feeds = {"x": rand(3, 6, 5, 7)}
     np.testing.assert_allclose(run(made, feeds)[0], run(fused, feeds)[0], rtol=1e-4, atol=1e-5)
+
+
+VAST = {
+    "a padding": (
+        6,
+        [node("Pad", "x pads", "q"), node("Relu", "q", "p"), node("Conv", "p w", "c"), batchnorm("c", "n", "y")],
+    ),
+    "a repetition": (6, [node("Tile", "x times", "p"), node("Conv", "p w", "c"), batchnorm("c", "n", "y")]),
+    "an expansion": (1, [node("Expand", "x shape", "p"), node("Conv", "p w", "c"), batchnorm("c", "n", "y")]),
+    "an input": (2**20, [node("Conv", "x w", "c"), batchnorm("c", "n", "y")]),
+}
+SIZED = {
+    "pads": np.array([0, 0, 2**16, 2**16, 0, 0, 0, 0]), "times": np.array([1, 1, 2**14, 2**12]),
+    "shape": np.array([2, 6, 2**18, 2**18]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VAST)
+def test_what_would_be_vast_is_not_run(name: str) -> None:
+    """The sizes of the trial inputs are followed through the graph before anything is run."""
+    channels, nodes = VAST[name]
+    made = model(nodes, {"w": W3, **norm("n", 6), **SIZED}, ("N", channels, "H", "W"))
+    with pytest.raises(InputError, match=r"elements|cannot run the model"):
+        fuse_model(made)
+    if name != "an input":
+        assert operators(fuse_model(made, verify="region")[0])["BatchNormalization"] == 0
