@@ -3,6 +3,7 @@
     reparamc.fuse_fx(module)        a torch module in eval mode
     reparamc.fuse_exported(program) what torch.export makes
     reparamc.fuse_onnx(model)       an ONNX ModelProto, path, or onnx-graphsurgeon Graph
+    reparamc.Fuser(module, inputs)  the same after every epoch, and trained through
     reparamc.verify_onnx(a, b)      two ONNX models on many inputs, whoever made the second
     reparamc fuse in.onnx -o out    the same from a shell; also reparamc verify a.onnx b.onnx
 
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from reparamc.fx.programs import fuse_exported
     from reparamc.onnx.fuse import fuse_onnx
     from reparamc.report.data import Report
+    from reparamc.training.fuser import Fuser
     from reparamc.verify.audit import audit
     from reparamc.verify.result import Verification
     from reparamc.verify.search import verify_onnx
 
 __all__ = [
+    "Fuser",
     "InputError",
     "InputTypeError",
     "ReparamcError",
@@ -42,6 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Fuser": "reparamc.training.fuser",
     "Report": "reparamc.report.data",
     "Verification": "reparamc.verify.result",
     "audit": "reparamc.verify.audit",

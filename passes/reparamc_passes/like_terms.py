@@ -15,7 +15,6 @@ value of the same shape. Alone it stays: its result is constant, but its size de
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -47,16 +46,16 @@ def collected(e: Expr) -> Expr | Declined | None:
             return Declined("its like terms are scaled along different axes")
         pairs = [coefficients(t) for t in scaled] + [(ONE, ZERO)] * (len(group) - len(scaled))
         scale, shift = (added(v) for v in zip(*pairs, strict=True))
-        if len(alike) == 1 and _cancel(scale, shift, [s for s, _ in pairs]):
+        if len(alike) == 1 and _cancel(*map(values, (scale, shift, *(s for s, _ in pairs)))):
             return Declined("its like terms cancel: zeros times their operand would have its signs")
         terms.append(Scale(x, scale, shift, next(iter(axes), None)))
     return total(terms)
 
 
-def _cancel(scale: Array, shift: Array, scales: Sequence[Array]) -> bool:
+def _cancel(scale: Array, shift: Array, *scales: Array) -> bool:
     """Whether terms that are no zeros add up to zeros, in some channel: positive ones, whatever their operand is."""
-    nothing = (values(scale) == 0) & (values(shift) == 0)
-    return bool(np.any(nothing & np.any(np.broadcast_arrays(*(values(s) != 0 for s in scales)), axis=0)))
+    nothing = (scale == 0) & (shift == 0)
+    return bool(np.any(nothing & np.any(np.broadcast_arrays(*(s != 0 for s in scales)), axis=0)))
 
 
 def _base(e: Expr) -> Expr:

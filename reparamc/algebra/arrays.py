@@ -7,6 +7,7 @@ their gradients. Its own constants, such as one and zero, are NumPy's, and becom
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, TypeAlias, cast
 
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace, device, is_torch_array
 from array_api_compat import numpy as numpy_namespace
+
+from reparamc.algebra.recorded import Question, Recorded, assume
 
 Array: TypeAlias = npt.NDArray[np.float64]
 """An array of float64. For type checkers it is NumPy's; kernels and rules use what all libraries have."""
@@ -132,9 +135,25 @@ def array_of(result: Any) -> Array:
 def values(array: Array) -> Array:
     """What ``array`` holds, as an array of NumPy, without gradients."""
     array = loaded(array)
+    if isinstance(array, Recorded):
+        return array.value
     if not _is_numpy(array) and is_torch_array(array):
         array = cast(Any, array).detach().cpu()
     return np.asarray(array)
+
+
+def fixed(array: Array) -> Array:
+    """``array`` without a memory of how it was made."""
+    array = loaded(array)
+    return array.value if isinstance(array, Recorded) else array
+
+
+def same(a: Array, b: Array) -> bool:
+    """Whether two arrays are equal and will be."""
+    a, b = loaded(a), loaded(b)
+    if isinstance(a, Recorded) or isinstance(b, Recorded):
+        return isinstance(a, Recorded) and isinstance(b, Recorded) and a.at == b.at
+    return np.array_equal(a, b)
 
 
 def count(array: Array) -> int:
@@ -142,9 +161,22 @@ def count(array: Array) -> int:
     return prod(array.shape)
 
 
+def always(question: Question, *arrays: Array) -> bool:
+    """Whether ``question`` holds for ``arrays`` and will: one that has gradients may become another."""
+    arrays = tuple(map(loaded, arrays))
+    if any(getattr(a, "requires_grad", False) for a in arrays) or not question(*map(values, arrays)):
+        return False
+    assume(question, arrays)
+    return True
+
+
 def is_all(array: Array, number: float) -> bool:
-    """Whether every element is ``number`` and stays so: one that has gradients may become another."""
-    return not getattr(loaded(array), "requires_grad", False) and bool(np.all(values(array) == number))
+    """Whether every element is ``number`` and will be."""
+    return always(partial(_equals, number), array)
+
+
+def _equals(number: float, array: Array) -> bool:
+    return bool((array == number).all())
 
 
 def largest(array: Array) -> float:

@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from reparamc.algebra.arrays import added, concatenated, largest, taken, together, zeros_of
+from reparamc.algebra.arrays import added, concatenated, fixed, largest, taken, together, zeros_of
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -73,7 +73,7 @@ def _computed(
     x = operands[0]
     match e:
         case Scale() | BatchNorm():
-            _, x, *factors = together(x, *coefficients(e))
+            _, x, *factors = together(x, *map(fixed, coefficients(e)))
             scale, shift = (_along(v, e.axis) for v in factors)
             return x * scale + shift
         case Sum():
@@ -97,12 +97,12 @@ def absolute(root: Expr) -> Expr:
         x = [done[c] for c in e.children]
         match e:
             case Conv():
-                bias = None if e.bias is None else abs(e.bias)
-                done[e] = replace(e, x=x[0], weight=abs(e.weight), bias=bias)
+                bias = None if e.bias is None else abs(fixed(e.bias))
+                done[e] = replace(e, x=x[0], weight=abs(fixed(e.weight)), bias=bias)
             case Scale():
-                done[e] = Scale(x[0], abs(e.scale), abs(e.shift), e.axis)
+                done[e] = Scale(x[0], abs(fixed(e.scale)), abs(fixed(e.shift)), e.axis)
             case BatchNorm():
-                _, beta, mean, scale = together(e.beta, e.mean, coefficients(e)[0])
+                _, beta, mean, scale = together(*map(fixed, (e.beta, e.mean, coefficients(e)[0])))
                 done[e] = Scale(x[0], abs(scale), abs(beta) + abs(mean * scale), e.axis)
             case _:
                 done[e] = rebuild(e, x)
@@ -150,7 +150,7 @@ def _convolve(e: Conv, x: Array, places: Places | None) -> Array:
         tables = [np.where(t < 0, t, np.searchsorted(has, t)) for t, has in zip(tables, places.at[e.x], strict=True)]
     index, outs = _flat(tables, held), tuple(map(len, at))
     per_group, (taps, positions) = e.weight.shape[1], index.shape
-    xp, x, weight, bias = together(x, e.weight, e.bias_or_zero)
+    xp, x, weight, bias = together(x, fixed(e.weight), fixed(e.bias_or_zero))
     images = (prod(batch), e.groups, per_group)
     x = xp.concat([xp.reshape(x, (*images, prod(held))), zeros_of(x, (*images, 1))], axis=-1)
     weight = xp.reshape(weight, (e.groups, e.out_channels // e.groups, per_group, taps))

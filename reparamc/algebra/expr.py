@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from reparamc.algebra.arrays import Array, Parameter, is_all, loaded, values
+from reparamc.algebra.arrays import Array, Parameter, always, is_all
 from reparamc.algebra.shape import Shape, axis_through_reshape
 
 Ints: TypeAlias = tuple[int, ...]
@@ -164,11 +164,7 @@ class Conv:
         depthwise = self.groups == self.in_channels == self.out_channels
         if self.transposed or self.bias is not None or not depthwise or self.is_pointwise or self.reads_taps:
             return False
-        share = 1 / prod(self.kernel)
-        taps = values(self.weight)
-        if getattr(loaded(self.weight), "requires_grad", False) or abs(taps[(0,) * taps.ndim] - share) > EQUAL * share:
-            return False
-        return bool(np.all(np.abs(taps - share) <= EQUAL * share))
+        return always(_is_average, self.weight)
 
     @property
     def keeps_grid(self) -> bool:
@@ -178,6 +174,12 @@ class Conv:
     @property
     def bias_or_zero(self) -> Array:
         return np.zeros(self.out_channels) if self.bias is None else self.bias
+
+
+def _is_average(taps: Array) -> bool:
+    share = 1 / prod(taps.shape[2:])
+    first = taps[(0,) * taps.ndim]
+    return abs(first - share) <= EQUAL * share and bool(np.all(np.abs(taps - share) <= EQUAL * share))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,12 @@ A **pass** is a named tuple of rules: the unit that users select and that report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from reparamc.algebra.expr import Expr, array_fields, rebuild, walk
-from reparamc.errors import InputError, RecipeError, RewriteLimitError
+from reparamc.algebra.expr import Expr, rebuild, walk
+from reparamc.errors import InputError, RewriteLimitError
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The fixed point, the steps that led to it, and what was declined and is still there.
-
-    ``rebuilt`` says of which nodes the others on the way are copies over other operands.
-    """
+    """The fixed point, the steps that led to it, and what was declined and is still there."""
 
     expr: Expr
     steps: tuple[Step, ...]
     refusals: tuple[Refusal, ...]
-    rebuilt: Mapping[Expr, Expr]
 
 
 def simplify(root: Expr, passes: Sequence[Pass]) -> Outcome:
@@ -96,7 +92,6 @@ class _Simplifier:
         self.rules = [(p.name, rule) for p in passes for rule in p.rules]
         self.steps: list[Step] = []
         self.refusals: dict[Expr, list[Refusal]] = {}
-        self.rebuilt: dict[Expr, Expr] = {}
 
     def run(self, root: Expr) -> Outcome:
         done: dict[Expr, Expr] = {}  # node -> its fixed point
@@ -128,9 +123,8 @@ class _Simplifier:
                 done[e] = e
             else:
                 becomes[e] = rebuilt
-                self.rebuilt[rebuilt] = self.rebuilt.get(e, e)
         final = done[root]
-        return Outcome(final, tuple(self.steps), tuple(self._standing(final)), self.rebuilt)
+        return Outcome(final, tuple(self.steps), tuple(self._standing(final)))
 
     def _apply(self, e: Expr) -> Expr:
         refusals: list[Refusal] = []
@@ -147,62 +141,6 @@ class _Simplifier:
 
     def _standing(self, final: Expr) -> Iterable[Refusal]:
         return [r for e in walk(final) for r in self.refusals.get(e, [])]
-
-
-def replay(old: Expr, outcome: Outcome, new: Expr) -> Expr:
-    """What `simplify` made of ``old``, made of ``new``: the same operators with other parameters. Nothing is searched.
-
-    Each step applies its rule again, so that the result is exact for the parameters of ``new``.
-
-    Raises:
-        RecipeError: ``new`` has other operators, or a condition on parameters no longer holds (a shift that was zero).
-    """
-    recipe = _Replay(outcome.rebuilt)
-    recipe.align(old, new)
-    for step in outcome.steps:
-        result = step.rule(recipe.translated(step.before))
-        if result is None or isinstance(result, Declined):
-            why = "a condition on its parameters no longer holds" if result is None else result.reason
-            raise RecipeError(f"{step.name} does not apply to these parameters: {why}")
-        recipe.align(step.after, result)
-    return recipe.translated(outcome.expr)
-
-
-class _Replay:
-    """Which node takes the place of which."""
-
-    def __init__(self, rebuilt: Mapping[Expr, Expr]) -> None:
-        self.rebuilt = rebuilt
-        self.nodes: dict[Expr, Expr] = {}
-
-    def align(self, old: Expr, new: Expr) -> None:
-        """Note that ``new`` takes the place of ``old``, and so do the nodes in it."""
-        made = set(self.nodes.values())
-        before, after = list(walk(old, stop=self.nodes.__contains__)), list(walk(new, stop=made.__contains__))
-        if len(before) != len(after):
-            raise RecipeError("these parameters lead to other operators")
-        for a, b in zip(before, after, strict=True):
-            if a in self.nodes:
-                if self.nodes[a] is not b:
-                    raise RecipeError("these parameters lead to other operands")
-                continue
-            if _form(a) != _form(b):
-                raise RecipeError(f"these parameters lead to another {type(a).__name__}")
-            self.nodes[a] = b
-
-    def translated(self, old: Expr) -> Expr:
-        """What takes the place of ``old``: a node that is known, or a copy of one over other operands."""
-        for e in walk(old, stop=self.nodes.__contains__):
-            if e not in self.nodes:
-                self.nodes[e] = rebuild(self.nodes[self.rebuilt[e]], [self.nodes[c] for c in e.children])
-        return self.nodes[old]
-
-
-def _form(e: Expr) -> object:
-    """What an operator is, all but its operands and the values of its parameters."""
-    arrays = {name: array.shape for name, array in array_fields(e).items()}
-    beside = {f.name: getattr(e, f.name) for f in fields(e) if f.name not in ("x", "terms", "key", *arrays)}
-    return type(e), arrays, beside
 
 
 def select(passes: Sequence[Pass], only: Iterable[str] | None = None, skip: Iterable[str] = ()) -> tuple[Pass, ...]:

@@ -20,7 +20,7 @@ from math import isclose
 import ml_dtypes
 import numpy as np
 
-from reparamc.algebra.arrays import Parameter
+from reparamc.algebra.arrays import Parameter, values
 from reparamc.algebra.cost import cost
 from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.expr import (
@@ -361,7 +361,7 @@ def _obstacle(
 
 
 def _is_finite(e: Expr) -> bool:
-    return all(np.isfinite(a).all() for part in walk(e) for a in arrays(part))
+    return all(np.isfinite(values(a)).all() for part in walk(e) for a in arrays(part))
 
 
 def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
@@ -370,7 +370,7 @@ def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
     A value beyond the largest number of the type would become infinite; a row whose every value is
     below the smallest normal number would lose its digits. A vector counts as one row.
     """
-    info = ml_dtypes.finfo(dtype)
+    info, array = ml_dtypes.finfo(dtype), values(array)
     if not np.isfinite(array).all():
         return "a folded parameter is NaN or infinite (a variance of zero without epsilon, or a negative one)"
     if np.abs(array).max(initial=0.0) > float(info.max):

@@ -9,9 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 
-import numpy as np
-
-from reparamc.algebra.arrays import values
+from reparamc.algebra.arrays import same
 from reparamc.algebra.expr import Conv, Expr, Source, array_fields, arrays, walk
 from reparamc.algebra.text import show
 from reparamc.compiler.decide import Decision
@@ -51,6 +49,6 @@ def _equal(a: Expr, b: Expr) -> bool:
         beside = [f.name for f in fields(x) if f.name not in ("x", "terms", *held)]
         if any(getattr(x, name) != getattr(y, name) for name in beside):
             return False
-        if not all(np.array_equal(values(a), values(b)) for a, b in zip(held.values(), arrays(y), strict=True)):
+        if not all(same(a, b) for a, b in zip(held.values(), arrays(y), strict=True)):
             return False
     return True

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from reparamc.algebra.arrays import zeros_of
 from reparamc.algebra.channel_map import ChannelMap
 from reparamc.algebra.cost import cost
 from reparamc.algebra.expr import (
@@ -36,7 +37,7 @@ from reparamc.algebra.expr import (
     walk,
 )
 from reparamc.algebra.infer import channel_axes, channels
-from reparamc.algebra.kernels import coefficients
+from reparamc.algebra.kernels import coefficients, scaled_again
 from reparamc.algebra.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.decide import Decision, checked
@@ -278,7 +279,7 @@ def _piece(branch: _Branch, where: ChannelMap) -> _Piece:
         scale, shift = (where.along(v, e.axis) for v in coefficients(e))
         if scale is None or shift is None:
             break
-        scales[e] = scale.ravel(), shift.ravel()
+        scales[e] = scale.reshape(-1), shift.reshape(-1)
     return _Piece(where.channels.ravel().tolist(), scales)
 
 
@@ -288,10 +289,19 @@ def _in_front(e: Expr, pieces: Sequence[_Piece]) -> Expr:
     width = channels(e)[core] or 0
     scale, shift = np.ones(width), np.zeros(width)
     for piece in pieces:
-        at = piece.channels
+        others = np.ones(width)
+        others[piece.channels] = 0
         for s, t in piece.scales.values():
-            scale[at], shift[at] = s * scale[at], s * shift[at] + t
+            factor, more = others + _spread(s, piece.channels, width), _spread(t, piece.channels, width)
+            scale, shift = scaled_again(factor, more, (scale, shift))
     return replaced((e,), core, Scale(core, scale, shift, channel_axes(e)[core]))[e]
+
+
+def _spread(v: Array, at: Sequence[int], width: int) -> Array:
+    """``v`` at these places of ``width``, and zeros elsewhere."""
+    wide = zeros_of(v, (width,))
+    wide[at] = v
+    return wide
 
 
 def _over(form: _Form, stands: dict[Value, Expr], without: Collection[Expr]) -> _Form:

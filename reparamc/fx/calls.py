@@ -15,6 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from reparamc.algebra.recorded import tape
 from reparamc.fx.operators import ATEN, FUNCTIONS, METHODS, MODULES, OPERATORS, Operator
 
 
@@ -110,7 +111,26 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
         first, second = compute().detach().clone(), compute().detach()
     if module.training or not torch.equal(first, second):
         raise _NotFixed
+    if (on := tape()) is not None:
+        held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        on.follow(first, partial(_computed_from, _Computing(module, compute), tuple(held)), *held.values())
     return first.requires_grad_(any(p.requires_grad for p in given))
+
+
+class _Computing(nn.Module):
+    """A parameter of ``inner`` as a module, so that it can be computed from other tensors."""
+
+    def __init__(self, inner: nn.Module, compute: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.compute = inner, compute
+
+    def forward(self) -> Tensor:
+        return self.compute()
+
+
+def _computed_from(module: _Computing, names: tuple[str, ...], *tensors: Tensor) -> Tensor:
+    given = {f"inner.{name}": t for name, t in zip(names, tensors, strict=True)}
+    return torch.func.functional_call(module, given, ())
 
 
 def as_plain(module: nn.Module) -> nn.Module:

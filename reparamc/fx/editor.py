@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparamc.algebra.expr import Layout, Select
+from reparamc.algebra.recorded import tape
 from reparamc.compiler.graph import Fold, Splice
 from reparamc.compiler.readings import Value
 from reparamc.fx.emit import Emitter, Target
@@ -93,6 +94,8 @@ class Editor:
         holder = nn.Module()
         is_trained = value.is_floating_point() and any(t.requires_grad for t in given)
         holder.value = nn.Parameter(value.detach().clone(), requires_grad=is_trained)
+        if (on := tape()) is not None and (at := on.at(value)) is not None:
+            on.place(holder.value, at)
         path = self.target.fresh_path("folded")
         self.module.add_submodule(path, holder)
         old = self.copies[node]

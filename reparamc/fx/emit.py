@@ -7,13 +7,14 @@ import operator
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from math import prod
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from reparamc.algebra.arrays import is_all, loaded, values, zeros_of
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -33,12 +34,15 @@ from reparamc.algebra.expr import (
     is_negation,
 )
 from reparamc.algebra.kernels import regroup, swap_sides
+from reparamc.algebra.recorded import Recorded
 from reparamc.algebra.shape import sizes_after
 from reparamc.compiler.emit import Emission
 from reparamc.compiler.graph import Splice
 from reparamc.compiler.readings import Taps, Value
 from reparamc.fx.calls import Call, first_operand, lookup, with_arguments
 from reparamc.fx.readings import Readings
+
+TensorT = TypeVar("TensorT", bound=Tensor)
 
 LINEAR_MODULES: dict[int, Callable[..., nn.Module]] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED_MODULES: dict[int, Callable[..., nn.Module]] = {
@@ -226,7 +230,9 @@ class Emitter(Emission[fx.Node]):
             while begin[axis] - end[axis] >= max(s, d):
                 end[axis], behind = end[axis] + d, behind + 1
             more.append((front, behind))
-        weight = np.pad(e.weight, [(0, 0), (0, 0), *more])
+        kernel = tuple(f + k + b for k, (f, b) in zip(e.kernel, more, strict=True))
+        weight = zeros_of(e.weight, (*e.weight.shape[:2], *kernel))
+        weight[(..., *(slice(f, f + k) for k, (f, _) in zip(e.kernel, more, strict=True)))] = e.weight
         grown = [max(b - f, 0) for b, f in zip(begin, end, strict=True)]
         module = TRANSPOSED_MODULES[e.spatial](
             e.in_channels, e.out_channels, weight.shape[2:], stride=e.stride, padding=tuple(begin),
@@ -246,12 +252,9 @@ class Emitter(Emission[fx.Node]):
         return {"bias": self._bias(e) is not None, "device": "meta", "dtype": self.like.dtype}
 
     def _fill(self, module: Any, weight: Array, bias: Array | None) -> None:
-        tensor = self._tensor(weight)
-        if self.channels_last and tensor.ndim == 4:
-            tensor = tensor.to(memory_format=torch.channels_last)
-        module.weight = self._parameter(tensor)
+        module.weight = self._parameter(weight)
         if bias is not None:
-            module.bias = self._parameter(self._tensor(bias))
+            module.bias = self._parameter(bias)
 
     def _conv(self, e: Conv) -> fx.Node:
         x = self.value(e.x)
@@ -271,7 +274,7 @@ class Emitter(Emission[fx.Node]):
 
     def _batchnorm(self, e: BatchNorm) -> fx.Node:
         module = NORM_MODULES[-1 - e.axis](e.gamma.size, eps=e.eps, device="meta", dtype=self.like.dtype)
-        module.weight, module.bias = (self._parameter(self._tensor(a)) for a in (e.gamma, e.beta))
+        module.weight, module.bias = map(self._parameter, (e.gamma, e.beta))
         module.running_mean, module.running_var = self._tensor(e.mean), self._tensor(e.var)
         module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=self.like.device)
         return self.target.graph.call_module(self._add(module), (self.value(e.x),))
@@ -281,15 +284,16 @@ class Emitter(Emission[fx.Node]):
         if is_negation(e):
             return self.target.graph.call_function(operator.neg, (y,))
         for op, vector, neutral in ((operator.mul, e.scale, 1), (operator.add, e.shift, 0)):
-            if np.any(vector != neutral):
+            if not is_all(vector, neutral):
                 y = self.target.graph.call_function(op, (y, self._operand(vector, e.axis or -1)))
         return y
 
     def _operand(self, vector: Array, axis: int) -> Any:
-        if not vector.ndim:
+        vector = loaded(vector)
+        if not vector.ndim and isinstance(vector, np.ndarray):
             return float(vector)
         holder = nn.Module()
-        holder.value = self._parameter(self._tensor(vector.reshape(-1, *[1] * (-1 - axis))))
+        holder.value = self._parameter(vector.reshape(-1, *[1] * (-1 - axis)) if vector.ndim else vector)
         return self.target.graph.get_attr(f"{self._add(holder)}.value")
 
     def _sum(self, e: Sum) -> fx.Node:
@@ -301,10 +305,19 @@ class Emitter(Emission[fx.Node]):
         return y
 
     def _tensor(self, a: Array) -> Tensor:
-        return torch.from_numpy(np.array(a, dtype=np.float64, copy=True)).to(self.like.device, self.like.dtype)
+        plain = np.array(values(a), dtype=np.float64, order="C", copy=True)
+        t = torch.from_numpy(plain).to(self.like.device, self.like.dtype)
+        t = t.to(memory_format=torch.channels_last) if self.channels_last and t.ndim == 4 else t
+        return self._remembered(t, a)
 
-    def _parameter(self, t: Tensor) -> nn.Parameter:
-        return nn.Parameter(t, requires_grad=self.trainable)
+    def _parameter(self, a: Array) -> nn.Parameter:
+        return self._remembered(nn.Parameter(self._tensor(a), requires_grad=self.trainable), a)
+
+    def _remembered(self, t: TensorT, a: Array) -> TensorT:
+        """``t``, and how ``a`` was made, as which it is kept."""
+        if isinstance(a := loaded(a), Recorded):
+            a.tape.place(t, a.at)
+        return t
 
     def _add(self, module: nn.Module) -> str:
         """Put ``module`` where the modules it replaces have their common home; its path."""

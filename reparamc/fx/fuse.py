@@ -24,7 +24,7 @@ from reparamc.fx.copying import State, copied
 from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.export import is_exported, live_in_training
 from reparamc.fx.outcome import difference, ran
-from reparamc.fx.parts import Parts, Taken, Way, has_options
+from reparamc.fx.parts import Parts, Taken, Way, has_options, remembered
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.watch import LOCK, Call, Watched, watching
 from reparamc.fx.wrappers import unwrapped
@@ -76,7 +76,7 @@ def fuse_fx(
     options = Options(select(pass_table, passes, skip), level_of(verify), objective)
     inner, wrapped = unwrapped(model)
     _check(inner)
-    with LOCK, _plain_modes():
+    with LOCK, plain_modes():
         fused = _Fusion(inner, options).run(example_inputs)
     if (warning := cast(Any, fused).meta["reparamc"].warning) is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)
@@ -91,6 +91,7 @@ class _Fusion:
         self.start = perf_counter()
         self.shared: list[str] = []
         self.own = copied(model, self.shared)
+        remembered(self.own)
         self.runs: list[tuple[Call, Any]] = []
         self.failed: list[FailedRegion] = []
         self.writes_parameters = False
@@ -267,7 +268,7 @@ def _own_random_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def _plain_modes() -> Iterator[None]:
+def plain_modes() -> Iterator[None]:
     """Autocast and inference mode switched off: they would round what is compared, and hide writes.
 
     What torch.compile was applied to runs as it was written.

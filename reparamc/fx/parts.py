@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from reparamc.algebra.recorded import tape
 from reparamc.compiler.host import Options
 from reparamc.errors import InputError, one_line
 from reparamc.fx.copying import State, copied
@@ -251,6 +252,7 @@ class Parts:
             state.restore()
         if self._disagreement(path, Whole(graph, {}), calls):
             return taken
+        remembered(graph, path)
         fused = fuse_traced(graph, original, calls[0], None, self.options, exported=True)
         report: Report = fused.meta.pop("reparamc")
         result = in_place_of(module, fused)
@@ -349,3 +351,13 @@ def _below(path: str, other: str) -> str:
 
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def remembered(module: nn.Module, path: str = "") -> None:
+    """Count the tensors of ``module`` as those of the model at ``path``, if it is recorded what becomes of them."""
+    if (on := tape()) is not None:
+        for name, t in (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ):
+            on.source(t, _joined(path, name))

@@ -131,7 +131,7 @@ def _read_product(graph: Readings, node: fx.Node, call: Call) -> Reading | Decli
     plain = call.get("alpha", 1) == 1 and call.get("beta", 1) == 1
     if call.op == "addmm" and (not plain or bias is None or bias.shape != weight.shape[1:]):
         return Declined("its bias is no constant vector, or it is scaled")
-    rows = derived(_array(weight), weight.shape[::-1], lambda w: np.ascontiguousarray(w.T))
+    rows = derived(_array(weight), weight.shape[::-1], lambda w: w.T)
     return Reading(Conv(graph.operand(x), rows, _array(bias)))
 
 

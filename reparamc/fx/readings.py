@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from reparamc.algebra.arrays import Array, Parameter
 from reparamc.algebra.expr import Source
+from reparamc.algebra.recorded import tape
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.readings import Reading, Taps, Value, values_in
 from reparamc.fx.calls import Call, spelled
@@ -266,4 +267,6 @@ def find_shuffle(facts: Values, node: fx.Node) -> tuple[fx.Node, int, list[fx.No
 
 def array(tensor: Tensor) -> Array:
     """A tensor as a float64 array of its own."""
-    return np.array(tensor.detach().to("cpu", torch.float64).numpy(), copy=True)
+    a = np.array(tensor.detach().to("cpu", torch.float64).numpy(), copy=True)
+    on = tape()
+    return a if on is None else on.array(tensor, a)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from math import prod
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from reparamc.algebra.recorded import tape
 from reparamc.algebra.shape import Dim, Shape, shape_of, size
 from reparamc.fx.calls import Call, Held, aten_name, first_operand, integers, lookup, operation
 from reparamc.fx.memory import Memory, is_known, reads_size_only, written
@@ -110,12 +112,10 @@ class Values:
         """The value of a call of constants; None where it draws random numbers, writes, or cannot be run."""
         copies = {n: v.detach().clone() if isinstance(v := self.known[n], Tensor) else v for n in node.all_input_nodes}
         versions = {n: v._version for n, v in copies.items() if isinstance(v, Tensor)}
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: copies[n])
         before = _random_states(copies.values())
         try:
             with torch.no_grad():
-                run: Callable[..., Any] = node.target if callable(node.target) else getattr(args[0], str(node.target))
-                value = run(*(args if callable(node.target) else args[1:]), **kwargs)
+                value = _called(node, *copies.values())
         except Exception:  # whatever the operator raises: the graph will raise it again when it runs
             return None
         drew = any(not torch.equal(*pair) for pair in zip(before, _random_states(copies.values()), strict=True))
@@ -125,7 +125,17 @@ class Values:
         if drew or written:
             return None
         trained = any(isinstance(v := self.known[n], Tensor) and v.requires_grad for n in copies)
-        return value.detach().requires_grad_() if trained and _is_float(value) else value
+        value = value.detach().requires_grad_() if trained and _is_float(value) else value
+        self._remember(node, value)
+        return value
+
+    def _remember(self, node: fx.Node, value: Any) -> None:
+        """Note on the tape, if there is one, how a constant is computed from others."""
+        on = tape()
+        if on is not None and any(
+            isinstance(v, Tensor) for v in (value if isinstance(value, tuple | list) else [value])
+        ):
+            on.follow(value, partial(_called, node), *(self.known[n] for n in node.all_input_nodes))
 
     # Shapes
 
@@ -596,3 +606,12 @@ def _reduced(call: Call, before: Shape) -> Shape | None:
 def flattened(shape: Shape, start: Any = 0, end: Any = -1) -> Shape:
     start, end = start % len(shape), end % len(shape)
     return (*shape[:start], size(shape[start : end + 1]), *shape[end + 1 :])
+
+
+def _called(node: fx.Node, *operands: Any) -> Any:
+    """What a call makes of its operands, in the order of `fx.Node.all_input_nodes`."""
+    given = dict(zip(node.all_input_nodes, operands, strict=True))
+    args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
+    if callable(node.target):
+        return node.target(*args, **kwargs)
+    return getattr(args[0], str(node.target))(*args[1:], **kwargs)

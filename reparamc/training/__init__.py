@@ -1,0 +1,1 @@
+"""Fusion in the training loop: fused again for nothing, trained through, grown and taken back."""

@@ -1,0 +1,272 @@
+"""`Fuser`: the structure of a fusion is found once, and carried out again on the weights that the model has now."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from reparamc.algebra.arrays import values
+from reparamc.algebra.recorded import At, Program, Tape, recording
+from reparamc.errors import InputError, InputTypeError, RecipeError, one_line
+from reparamc.fx.arguments import call_of
+from reparamc.fx.copying import copied
+from reparamc.fx.fuse import fuse_fx, plain_modes
+from reparamc.fx.outcome import difference, ran
+from reparamc.fx.parts import is_leaf
+from reparamc.fx.result import HOOKS
+from reparamc.fx.runnable import perturbed
+from reparamc.fx.watch import Call
+from reparamc.fx.wrappers import unwrapped
+
+
+class Fuser:
+    """Fuses one model again and again while it is trained.
+
+        fuser = reparamc.Fuser(model, example_inputs)
+        for epoch in range(epochs):
+            train(model)
+            validate(fuser())
+
+    The first fusion is that of `fuse_fx`: searched, proven and compared. Each call carries it out again on the weights
+    of that moment, on their device, and returns the same fused module with new values. The model may be in training
+    mode: what is fused is what it computes in eval mode. Its modes, its state and its hooks stay as they are. A model
+    in DistributedDataParallel, DataParallel or torch.compile is taken out of it.
+
+    A call searches anew where the model has changed in structure, or where the fusion counted on a value that has
+    changed, such as a shift of zero in front of a padding. Then it returns another module.
+
+    Args:
+        model: the module that is trained.
+        example_inputs: as for `fuse_fx`, on the device of the model.
+        differentiable: return a module whose parameters are those of ``model``: each forward computes the fused
+            kernels from them, BatchNorms on their running statistics, so that gradients reach every branch.
+        check: compare the fused module with the model on one example at each call.
+        options: those of `fuse_fx`, for the search.
+
+    Attributes:
+        searches: how often the structure was searched.
+        last: why the last search was needed; empty for the first.
+
+    Raises:
+        InputTypeError, InputError, VerificationError: as `fuse_fx`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        *,
+        differentiable: bool = False,
+        check: bool = True,
+        **options: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputTypeError(f"Fuser takes a torch.nn.Module, not {type(model).__name__}")
+        self._model: nn.Module = unwrapped(model)[0]
+        self._call = None if example_inputs is None else call_of(self._model, example_inputs)
+        self._differentiable, self._check, self._options = differentiable, check, options
+        self.searches, self.last = 0, ""
+        self._found = self._search("")
+
+    def __call__(self) -> nn.Module:
+        """The model of now, fused.
+
+        Raises:
+            InputError, VerificationError: as `fuse_fx`, where it has to be searched anew.
+        """
+        with plain_modes():
+            if why := self._obstacle():
+                self._found = self._search(why)
+        return self._found.module
+
+    def _obstacle(self) -> str:
+        """Why the structure has to be searched anew; empty where the fused module is up to date."""
+        found = self._found
+        if found.structure != structure(self._model):
+            return "the structure of the model has changed"
+        if found.incomplete:
+            return found.incomplete
+        try:
+            return (
+                found.moved(self._model)
+                or found.renew(self._model)
+                or (found.difference(self._model) if self._check else "")
+            )
+        except RecipeError as error:
+            return str(error)
+
+    def _search(self, why: str) -> _Found:
+        reference = copied(self._model).eval()
+        tape = Tape(generic=self._differentiable)
+        call = None if self._call is None else _on_device(self._call, reference)
+        with plain_modes(), recording(tape):
+            fused = fuse_fx(reference, None if call is None else call[1] or call[0], **self._options)
+            one = None if call is None else _one(call)
+            found = _Found(self._model, reference, fused, tape, one, self._differentiable)
+        self.searches, self.last = self.searches + 1, why
+        if found.incomplete and self._differentiable:
+            raise InputError(f"no gradient would reach every parameter: {found.incomplete}")
+        return found
+
+
+class _Found:
+    """A fusion that can be carried out again.
+
+    Attributes:
+        structure: that of the model.
+        module: what the user gets.
+        incomplete: why it cannot be carried out again; empty where it can.
+    """
+
+    def __init__(
+        self, model: nn.Module, reference: nn.Module, fused: nn.Module, tape: Tape, call: Call | None, through: bool
+    ) -> None:
+        self.structure, self._reference, self._fused, self._call = structure(model), reference, fused, call
+        made = [(name, t, tape.at(t)) for name, t in _tensors(fused).items()]
+        self._targets = [(name, t) for name, t, at in made if at is not None]
+        self._program = Program(tape, [at for *_, at in made if isinstance(at, At)], values)
+        self.module = Differentiable(model, fused, self._program, self._targets) if through else fused
+        self._fixed: dict[str, Tensor] = {}
+        self.incomplete = self._trial(()) if call is not None else ""
+        fixed = {name: t.clone() for name, t in _users_buffers(model).items()} if self.incomplete else {}
+        if fixed:  # tracing makes constants of what is computed from buffers
+            self._reset(model)
+            if not self._trial(fixed):
+                self._fixed, self.incomplete = fixed, ""
+
+    def _trial(self, fixed: Container[str]) -> str:
+        """What is missing, told from other weights, but for those that are ``fixed``."""
+        kept = [t.clone() for _, t in self._targets]
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, t in _tensors(self._reference).items():
+                if t.is_floating_point() and name not in fixed:
+                    noise = 1 + 0.1 * torch.rand(t.shape, generator=generator, dtype=torch.float64)
+                    t.copy_(torch.where((t == 0) | (t.abs() == 1), t, t * noise.to(t.device, t.dtype)))
+            try:
+                self.renew(self._reference)
+                why = self._differs()
+            except RecipeError:
+                why = ""  # these weights say nothing of others for which it holds
+            for (_, t), value in zip(self._targets, kept, strict=True):
+                t.copy_(value)
+        return f"a part of it cannot be computed again from its parameters: {why}" if why else ""
+
+    def moved(self, model: nn.Module) -> str:
+        """Which constant has changed; empty where none has."""
+        tensors = _tensors(model) if self._fixed else {}
+        name = next((n for n, t in self._fixed.items() if not torch.equal(t, tensors[n])), "")
+        return f"{name!r} has changed, of which tracing made a constant" if name else ""
+
+    def renew(self, model: nn.Module) -> str:
+        """Give the fused module the weights of ``model``; why they do not fit it, empty where they do."""
+        tensors = _tensors(model)
+        with torch.no_grad():
+            results = self._program.run(tensors.__getitem__, next(iter(tensors.values())))
+            rounded = [torch.zeros((), dtype=torch.float64)]
+            for (_, target), result in zip(self._targets, results, strict=True):
+                target.copy_(result)
+                if target.is_floating_point() and result is not target:
+                    rounded.append(target.sum(dtype=torch.float64).to(rounded[0].device))
+            return "" if bool(torch.stack(rounded).isfinite().all()) else "a fused parameter is not finite"
+
+    def difference(self, model: nn.Module) -> str:
+        """How the fused module differs from ``model`` on one example."""
+        if self._call is None:
+            return ""
+        self._reset(model)
+        return self._differs()
+
+    def _reset(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            for mine, theirs in zip(_tensors(self._reference).values(), _tensors(model).values(), strict=True):
+                mine.copy_(theirs)
+
+    def _differs(self) -> str:
+        call = cast(Call, self._call)
+        try:
+            expected = ran(self._reference, call)
+            actual = ran(self._fused, call)
+        except Exception as error:  # whatever a module raises on one example that runs on more
+            return one_line(error)
+        return difference(actual, expected, lambda: ran(self._reference, perturbed(call, 0)))
+
+
+class Differentiable(nn.Module):
+    """A fused module over the parameters of ``model``: each forward computes the fused kernels from them.
+
+    ``state_dict``, ``parameters`` and the rest are those of ``model``.
+    """
+
+    def __init__(self, model: nn.Module, fused: nn.Module, program: Program, targets: list[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self.model = model
+        self.__dict__["_way"] = fused, program, targets  # no submodule: its parameters are computed
+
+    def kernels(self) -> dict[str, Tensor]:
+        """The parameters and buffers of the fused module, by name, as functions of those of the model."""
+        _, program, targets = self._way
+        tensors = _tensors(self.model)
+        results = program.run(tensors.__getitem__, next(iter(tensors.values())))
+        return {name: _like(result, t) for (name, t), result in zip(targets, results, strict=True)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self._way[0], self.kernels(), args, kwargs)
+
+
+def _like(result: Tensor, target: Tensor) -> Tensor:
+    result = result.to(target.dtype)
+    if target.ndim == 4 and not target.is_contiguous() and target.is_contiguous(memory_format=torch.channels_last):
+        return result.contiguous(memory_format=torch.channels_last)
+    return result
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, by each of their names."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return dict(named)
+
+
+def _users_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that no module of torch's own holds."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if not is_leaf(module):
+            found.update((f"{path}.{name}".lstrip("."), t) for name, t in module._buffers.items() if t is not None)
+    return found
+
+
+def structure(model: nn.Module) -> Hashable:
+    """What decides what is computed, all but the values of tensors and whether it is trained now."""
+    found: list[Hashable] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = vars(module)
+        plain = [(k, v) for k, v in own.items() if k != "training" and not k.startswith("_") and _is_plain(v)]
+        hooks = [len(own[name]) for name in HOOKS if own.get(name)]
+        found.append((path, type(module), own.get("forward"), tuple(plain), tuple(hooks)))
+    found += [(n, t.shape, t.dtype, t.device, t.requires_grad) for n, t in _tensors(model).items()]
+    return tuple(found)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None) or (
+        isinstance(value, tuple) and all(map(_is_plain, value))
+    )
+
+
+def _one(call: Call) -> Call:
+    """``call`` with one example only of what seems to be a batch."""
+    tensors = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.ndim]
+    if len({t.shape[0] for t in tensors}) != 1 or all(t.ndim == 1 for t in tensors):
+        return call
+    return pytree.tree_map_only(Tensor, lambda t: t[:1] if t.ndim else t, call)
+
+
+def _on_device(call: Call, model: nn.Module) -> Call:
+    """``call`` where the parameters of ``model`` are, if they are in one place."""
+    devices = {t.device for t in _tensors(model).values()}
+    return pytree.tree_map_only(Tensor, lambda t: t.to(*devices), call) if len(devices) == 1 else call
