@@ -5,7 +5,7 @@
     python benchmarks/training.py grow [NAME ...]       # branches grown, trained for two steps, and taken back
     python benchmarks/training.py compile [NAME ...]    # torch.compile with and without
 
-NAME is one of fastvit_zoo, or of timm. Times are the median of REPEATS, on as many threads as torch takes by itself.
+NAME is one of fastvit_zoo, or timm/ and one of timm. Times are the median of REPEATS, on as many threads as torch takes by itself.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from models import build
+from models import build, size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparamc import Fuser
-from reparamc.testing import randomize_batchnorm
 
 REPEATS = 3
 BATCH = 32
@@ -39,8 +38,7 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def images(name: str, batch: int = BATCH) -> Tensor:
-    size = 256 if name.startswith("fastvit") else 224
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(batch, 3, size(name), size(name), generator=torch.Generator().manual_seed(0))
 
 
 def moved(model: nn.Module) -> None:
@@ -53,10 +51,10 @@ def moved(model: nn.Module) -> None:
 @torch.no_grad()
 def replay(names: list[str]) -> None:
     print(
-        f"{'model':<16} {'search':>9} {'again':>9} {'+ check':>9} {'forward':>9} {'again / forward':>16} {'differs':>9}"
+        f"{'model':<18} {'search':>9} {'again':>9} {'+ check':>9} {'forward':>9} {'again / forward':>16} {'differs':>9}"
     )
-    for name in names or ["mobileone_s0", "fastvit_sa36"]:
-        model, x = randomize_batchnorm(build(name), 0).eval(), images(name)
+    for name in names or ["timm/mobileone_s0", "fastvit_sa36"]:
+        model, x = build(name), images(name)
         start = perf_counter()
         fuser = Fuser(model, x[:2])
         search = perf_counter() - start
@@ -69,7 +67,7 @@ def replay(names: list[str]) -> None:
         error = ((fuser()(x[:4]) - expected).abs().max() / expected.abs().max()).item()
         assert fuser.searches == 1
         print(
-            f"{name:<16} {search:>7.2f} s {again:>7.3f} s {checked:>7.3f} s {forward:>7.2f} s {again / forward:>16.3f} "
+            f"{name:<18} {search:>7.2f} s {again:>7.3f} s {checked:>7.3f} s {forward:>7.2f} s {again / forward:>16.3f} "
             f"{error:>9.1e}",
             flush=True,
         )
@@ -94,9 +92,9 @@ class Saved:
 
 
 def through(names: list[str]) -> None:
-    print(f"{'model':<16} {'step':>9} {'fused':>9} {'ratio':>6} {'kept for backward':>18} {'fused':>11} {'ratio':>6}")
-    for name in names or ["repvgg_a0", "mobileone_s0", "fastvit_t8"]:
-        model, x = randomize_batchnorm(build(name), 0).eval(), images(name)
+    print(f"{'model':<18} {'step':>9} {'fused':>9} {'ratio':>6} {'kept for backward':>18} {'fused':>11} {'ratio':>6}")
+    for name in names or ["timm/repvgg_a0", "timm/mobileone_s0", "fastvit_t8"]:
+        model, x = build(name), images(name)
         labels = torch.zeros(len(x), dtype=torch.long)
         fused = Fuser(model, x[:2], differentiable=True, verify="region")()
 
@@ -111,7 +109,7 @@ def through(names: list[str]) -> None:
         before, after = step(model), step(fused)
         slow, fast = (seconds(lambda m=m, step=step: step(m)) for m in (model, fused))
         print(
-            f"{name:<16} {slow:>7.2f} s {fast:>7.2f} s {fast / slow:>6.2f} {before:>14.0f} MiB {after:>7.0f} MiB "
+            f"{name:<18} {slow:>7.2f} s {fast:>7.2f} s {fast / slow:>6.2f} {before:>14.0f} MiB {after:>7.0f} MiB "
             f"{after / before:>6.2f}",
             flush=True,
         )
