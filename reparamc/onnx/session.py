@@ -122,10 +122,10 @@ def working(
         left -= drawn
         if perf_counter() - start > PATIENCE:
             break
-    if failure is None and too_large is not None:
-        raise too_large
-    if of_nothing is not None:
+    if of_nothing is not None and too_large is None:
         return of_nothing
+    if too_large is not None and (failure is None or of_nothing is not None):
+        raise too_large
     raise InputError(f"ONNX Runtime cannot run the model on random inputs: {one_line(failure)}; try --verify region")
 
 

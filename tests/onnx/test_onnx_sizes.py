@@ -89,8 +89,14 @@ VAST = {
         6,
         [node("Pad", "x pads", "q"), node("Relu", "q", "p"), node("Conv", "p w", "c"), batchnorm("c", "n", "y")],
     ),
-    "a repetition": (6, [node("Tile", "x times", "p"), node("Conv", "p w", "c"), batchnorm("c", "n", "y")]),
-    "an expansion": (1, [node("Expand", "x shape", "p"), node("Conv", "p w", "c"), batchnorm("c", "n", "y")]),
+    "a repetition": (
+        6,
+        [node("Tile", "x times", "q"), node("Relu", "q", "p"), node("Conv", "p w", "c"), batchnorm("c", "n", "y")],
+    ),
+    "an expansion": (
+        1,
+        [node("Expand", "x shape", "q"), node("Relu", "q", "p"), node("Conv", "p w", "c"), batchnorm("c", "n", "y")],
+    ),
     "an input": (2**20, [node("Conv", "x w", "c"), batchnorm("c", "n", "y")]),
 }
 SIZED = {
