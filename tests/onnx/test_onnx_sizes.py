@@ -97,7 +97,6 @@ VAST = {
         1,
         [node("Expand", "x shape", "q"), node("Relu", "q", "p"), node("Conv", "p w", "c"), batchnorm("c", "n", "y")],
     ),
-    "an input": (2**20, [node("Conv", "x w", "c"), batchnorm("c", "n", "y")]),
 }
 SIZED = {
     "pads": np.array([0, 0, 2**16, 2**16, 0, 0, 0, 0]), "times": np.array([1, 1, 2**14, 2**12]),
@@ -110,7 +109,6 @@ def test_what_would_be_vast_is_not_run(name: str) -> None:
     """The sizes of the trial inputs are followed through the graph before anything is run."""
     channels, nodes = VAST[name]
     made = model(nodes, {"w": W3, **norm("n", 6), **SIZED}, ("N", channels, "H", "W"))
-    with pytest.raises(InputError, match=r"elements|cannot run the model"):
+    with pytest.raises(InputError, match="elements on random inputs"):
         fuse_model(made)
-    if name != "an input":
-        assert operators(fuse_model(made, verify="region")[0])["BatchNormalization"] == 0
+    assert operators(fuse_model(made, verify="region")[0])["BatchNormalization"] == 0
