@@ -5,7 +5,8 @@
 Each file goes through the loader and `fuse_model` at every level of verification. It may be refused in one line, or
 fused; then the result must run where the original runs, and give what it gives. Anything else is counted and listed:
 a traceback, more than ten seconds of processor time, a wrong result. Files work in a process of their own, because
-ONNX Runtime itself aborts on some; these are counted, too. Exit code 1 if there is a traceback, a hang or a wrong result.
+ONNX Runtime itself aborts on some; these are counted, too. Exit code 1 if there is a traceback, a hang or a wrong
+result.
 """
 
 from __future__ import annotations

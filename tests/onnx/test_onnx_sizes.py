@@ -109,6 +109,6 @@ def test_what_would_be_vast_is_not_run(name: str) -> None:
     """The sizes of the trial inputs are followed through the graph before anything is run."""
     channels, nodes = VAST[name]
     made = model(nodes, {"w": W3, **norm("n", 6), **SIZED}, ("N", channels, "H", "W"))
-    with pytest.raises(InputError, match="elements on random inputs"):
+    with pytest.raises(InputError, match="on random inputs"):
         fuse_model(made)
     assert operators(fuse_model(made, verify="region")[0])["BatchNormalization"] == 0
