@@ -6,6 +6,15 @@ that are fused already.
 """
 
 from fastvit_zoo.checkpoint import CheckpointError, load_checkpoint
-from fastvit_zoo.model import Config, FastViT, create_model, list_models
+from fastvit_zoo.model import Backbone, Config, FastViT, FeatureInfo, create_model, list_models
 
-__all__ = ["CheckpointError", "Config", "FastViT", "create_model", "list_models", "load_checkpoint"]
+__all__ = [
+    "Backbone",
+    "CheckpointError",
+    "Config",
+    "FastViT",
+    "FeatureInfo",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+]

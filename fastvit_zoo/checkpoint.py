@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastvit_zoo.model import FastViT
+    from fastvit_zoo.model import Backbone, FastViT
 
 # Averaged weights come first: the accuracies of the paper are theirs.
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -83,7 +83,7 @@ class CheckpointError(ValueError):
 
 
 def load_checkpoint(
-    model: "FastViT",
+    model: "FastViT | Backbone",
     checkpoint: str | os.PathLike[str] | Mapping[str, Any],
     *,
     classifier: bool = True,
@@ -95,7 +95,8 @@ def load_checkpoint(
     "state_dict" or "model", looked up in this order. A "module." before every name is ignored. Weights of
     the training form fit a model in training form, fused weights one created with `deployed=True`.
 
-    With `classifier=False` the model keeps its own last layer; a model without one never needs it.
+    With `classifier=False` the model keeps its own last layer; a model without one never needs it, and a `Backbone`
+    needs nothing but its stages.
 
     Raises CheckpointError, leaving the model as it was, if anything is missing, left over or of another
     shape; OSError if the file cannot be opened.
@@ -104,9 +105,9 @@ def load_checkpoint(
     weights = _translate(_tensors(content))
     expected = model.state_dict()
     _check_form("stem.0.conv.weight" in weights, model.deployed)
-    if not classifier or model.head is None:
-        weights = {name: found for name, found in weights.items() if not name.startswith("head.")}
-        expected = {name: tensor for name, tensor in expected.items() if not name.startswith("head.")}
+    unused = (*model.unused_names(), *(() if classifier else ("head.",)))
+    weights = {name: found for name, found in weights.items() if not name.startswith(unused)}
+    expected = {name: tensor for name, tensor in expected.items() if not name.startswith(unused)}
     _check_fit(weights, expected)
     model.load_state_dict({name: tensor for name, (_, tensor) in weights.items()}, strict=False)
 

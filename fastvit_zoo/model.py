@@ -1,10 +1,10 @@
 """The seven FastViT networks of the paper's table 2."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_zoo.blocks import (
@@ -44,6 +44,14 @@ CONFIGS: Mapping[str, Config] = {
 }
 
 
+POOLS: Mapping[str, Any] = {
+    "avg": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1)),
+    "max": lambda: nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(1)),
+    "": nn.Identity,
+}
+"""Ways from the last map to one vector per image."""
+
+
 class Stage(nn.Module):
     """Downsampling and position encoding where given, then blocks: (B, C, H, W) -> (B, dim, H', W')."""
 
@@ -64,13 +72,15 @@ class Stage(nn.Module):
 class FastViT(nn.Module):
     """A FastViT image classifier: images (B, in_channels, H, W) -> logits (B, num_classes).
 
-    With `num_classes` = 0 the result is the pooled features, (B, 2 * dims[3]). Any size of image works; the
+    With `num_classes` = 0 the result is the pooled features, (B, 2 * dims[3]), or with `global_pool` = "" the map
+    before pooling, (B, 2 * dims[3], H / 32, W / 32). `global_pool` is "avg", "max" or "". Any size of image works; the
     published weights were trained on 256x256 RGB images normalised by ImageNet's mean and standard deviation.
 
     `deployed` chooses the reparameterized structure. `drop_path_rate` is the probability of stochastic
     depth in the last block; it rises linearly with the index of the block, from 0 in the first one.
 
-    Raises ValueError if `num_classes` is negative or `drop_path_rate` lies outside [0, 1).
+    Raises ValueError if `num_classes` is negative, `drop_path_rate` lies outside [0, 1), or a classifier is asked for
+    without pooling.
     """
 
     def __init__(
@@ -79,11 +89,16 @@ class FastViT(nn.Module):
         *,
         num_classes: int = 1000,
         in_channels: int = 3,
+        global_pool: str = "avg",
         deployed: bool = False,
         drop_path_rate: float = 0.0,
         layer_scale_init: float | None = None,
     ) -> None:
         super().__init__()
+        if global_pool not in POOLS:
+            raise ValueError(f"global_pool is one of {', '.join(map(repr, POOLS))}, not {global_pool!r}")
+        if num_classes and not global_pool:
+            raise ValueError("a classifier needs pooling: give num_classes=0 with global_pool=''")
         if num_classes < 0:
             raise ValueError(f"num_classes must not be negative, got {num_classes}")
         if not 0 <= drop_path_rate < 1:
@@ -118,6 +133,7 @@ class FastViT(nn.Module):
         self.stem = stem(in_channels, config.dims[0], deployed=deployed)
         self.stages = nn.ModuleList(stages)
         self.final_conv = MobileOneBlock(dim, 2 * dim, 3, groups=dim, squeeze_excite=True, deployed=deployed)
+        self.pool = POOLS[global_pool]()
         self.head = nn.Linear(2 * dim, num_classes) if num_classes else None
         self._initialize()
 
@@ -144,9 +160,82 @@ class FastViT(nn.Module):
         return maps
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.final_conv(self.feature_maps(image)[-1])
-        pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        pooled = self.pool(self.final_conv(self.feature_maps(image)[-1]))
         return pooled if self.head is None else self.head(pooled)
+
+    def unused_names(self) -> tuple[str, ...]:
+        """How the names of those weights begin that a checkpoint may have and this model does without."""
+        return ("head.",) if self.head is None else ()
+
+
+class FeatureInfo:
+    """What is known of the maps that a backbone returns, by the names that timm uses."""
+
+    def __init__(self, every: Sequence[dict[str, Any]], out_indices: Sequence[int]) -> None:
+        self.info, self.out_indices = list(every), tuple(out_indices)
+
+    def channels(self) -> list[int]:
+        """The number of channels of each map."""
+        return [self.info[i]["num_chs"] for i in self.out_indices]
+
+    def reduction(self) -> list[int]:
+        """The stride of each map against the image."""
+        return [self.info[i]["reduction"] for i in self.out_indices]
+
+    def module_name(self) -> list[str]:
+        """The name of the module that computes each map."""
+        return [self.info[i]["module"] for i in self.out_indices]
+
+    def get_dicts(self) -> list[dict[str, Any]]:
+        """All that is known of each map."""
+        return [dict(self.info[i]) for i in self.out_indices]
+
+    def __len__(self) -> int:
+        return len(self.out_indices)
+
+
+class Backbone(nn.Module):
+    """The stages of a FastViT: images (B, in_channels, H, W) -> maps (B, dims[i], H / stride, W / stride), one for each
+    of `out_indices`.
+
+    The strides are 4, 8, 16 and 32; `feature_info` tells channels and strides. Stages after the last wanted one are
+    left out. Names of weights are those of the classifier, so `load_checkpoint` takes the same files.
+
+    Raises ValueError if `out_indices` names no stage, or one that does not exist.
+    """
+
+    def __init__(self, model: FastViT, out_indices: Sequence[int] = (0, 1, 2, 3)) -> None:
+        super().__init__()
+        count = len(model.stages)
+        wanted = [i + count if i < 0 else i for i in out_indices]
+        if not wanted or not all(0 <= i < count for i in wanted):
+            raise ValueError(f"out_indices are stages from 0 to {count - 1}, got {list(out_indices)}")
+        self.config, self.deployed, self.in_channels = model.config, model.deployed, model.in_channels
+        self.stem = model.stem
+        self.stages = nn.ModuleList(model.stages[: max(wanted) + 1])
+        every = [
+            {"num_chs": dim, "reduction": 4 << i, "module": f"stages.{i}", "index": i}
+            for i, dim in enumerate(model.config.dims)
+        ]
+        self.feature_info = FeatureInfo(every, wanted)
+
+    @property
+    def out_indices(self) -> tuple[int, ...]:
+        """The stages whose maps are returned."""
+        return self.feature_info.out_indices
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        x = self.stem(image)
+        maps: list[Tensor] = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return [maps[i] for i in self.out_indices]
+
+    def unused_names(self) -> tuple[str, ...]:
+        """As `FastViT.unused_names`."""
+        later = range(len(self.stages), len(self.config.dims))
+        return ("head.", "final_conv.", *(f"stages.{i}." for i in later))
 
 
 def list_models() -> list[str]:
@@ -154,20 +243,37 @@ def list_models() -> list[str]:
     return list(CONFIGS)
 
 
+@overload
+def create_model(
+    name: str, *, features_only: Literal[False] = False, num_classes: int = 1000, in_channels: int = 3,
+    in_chans: int | None = None, global_pool: str = "avg", deployed: bool = False, drop_path_rate: float = 0.0,
+    layer_scale_init: float | None = None, checkpoint: str | os.PathLike[str] | None = None,
+) -> FastViT: ...  # fmt: skip
+@overload
+def create_model(
+    name: str, *, features_only: Literal[True], out_indices: Sequence[int] = (0, 1, 2, 3), in_channels: int = 3,
+    in_chans: int | None = None, deployed: bool = False, drop_path_rate: float = 0.0,
+    layer_scale_init: float | None = None, checkpoint: str | os.PathLike[str] | None = None,
+) -> Backbone: ...  # fmt: skip
 def create_model(
     name: str,
     *,
+    features_only: bool = False,
+    out_indices: Sequence[int] = (0, 1, 2, 3),
     num_classes: int = 1000,
     in_channels: int = 3,
+    in_chans: int | None = None,
+    global_pool: str = "avg",
     deployed: bool = False,
     drop_path_rate: float = 0.0,
     layer_scale_init: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-) -> FastViT:
+) -> FastViT | Backbone:
     """Build a FastViT in training form or, with `deployed`, in its reparameterized form.
 
-    `num_classes` = 0 leaves the classifier out. `layer_scale_init` defaults to the variant's own. Drop path
-    is off by default; the paper's recipe uses 0.1 for SA12 and SA24, 0.2 for SA36 and 0.35 for MA36.
+    `num_classes` = 0 leaves the classifier out. `features_only` gives a `Backbone`, which returns the maps of the
+    stages `out_indices`. `in_chans` is timm's word for `in_channels`. `layer_scale_init` defaults to the variant's own.
+    Drop path is off by default; the paper's recipe uses 0.1 for SA12 and SA24, 0.2 for SA36 and 0.35 for MA36.
     `checkpoint` is a file for `load_checkpoint`.
 
     Raises ValueError for an unknown name or an impossible argument, CheckpointError for a checkpoint that
@@ -175,14 +281,17 @@ def create_model(
     """
     if name not in CONFIGS:
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(CONFIGS)}")
-    model = FastViT(
+    model: FastViT | Backbone = FastViT(
         CONFIGS[name],
-        num_classes=num_classes,
-        in_channels=in_channels,
+        num_classes=0 if features_only else num_classes,
+        in_channels=in_channels if in_chans is None else in_chans,
+        global_pool=global_pool,
         deployed=deployed,
         drop_path_rate=drop_path_rate,
         layer_scale_init=layer_scale_init,
     )
+    if features_only:
+        model = Backbone(model, out_indices)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model

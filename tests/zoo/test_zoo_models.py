@@ -7,8 +7,9 @@ pytest.importorskip("torch")
 import torch
 from torch import fx, nn
 
-from fastvit_zoo import create_model, list_models
+from fastvit_zoo import CheckpointError, create_model, list_models, load_checkpoint
 from fastvit_zoo.blocks import Attention, ScaledResidual
+from reparamc import fuse_fx
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
 
 # Parameters and entries of the state dict, in training form and deployed.
@@ -51,7 +52,7 @@ def test_names() -> None:
 )
 def test_impossible_arguments(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        create_model("fastvit_t8", **arguments)  # pyright: ignore[reportArgumentType]
+        create_model("fastvit_t8", **arguments)  # pyright: ignore
 
 
 def test_attention_needs_whole_heads() -> None:
@@ -169,3 +170,64 @@ def test_symbolic_trace_keeps_drop_path_while_training() -> None:
     for training, expected in ((True, 13), (False, 0)):
         nodes = fx.symbolic_trace(model.train(training)).graph.nodes
         assert sum(node.target is nn.functional.dropout for node in nodes) == expected
+
+
+# As a backbone
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_backbone_gives_the_maps_of_the_stages(deployed: bool) -> None:
+    torch.manual_seed(0)
+    whole = create_model("fastvit_sa12", deployed=deployed).eval()
+    randomize_batchnorm(randomize_layer_scales(whole))
+    for wanted in [(0, 1, 2, 3), (1, 3), (2,), (-1, 0)]:
+        backbone = create_model("fastvit_sa12", deployed=deployed, features_only=True, out_indices=wanted).eval()
+        load_checkpoint(backbone, whole.state_dict())
+        image = batch(2, 3, 97, 70)
+        with torch.no_grad():
+            maps, expected = backbone(image), whole.feature_maps(image)
+        assert len(maps) == len(backbone.feature_info) == len(wanted)
+        for found, i in zip(maps, wanted, strict=True):
+            assert torch.equal(found, expected[i])
+        assert [m.shape[1] for m in maps] == backbone.feature_info.channels()
+        assert [-(-97 // n) for n in backbone.feature_info.reduction()] == [m.shape[2] for m in maps]
+        assert all(backbone.get_submodule(name) for name in backbone.feature_info.module_name())
+
+
+def test_backbone_refuses_stages_that_do_not_exist() -> None:
+    for wanted in [(), (4,), (-5,)]:
+        with pytest.raises(ValueError, match="out_indices are stages from 0 to 3"):
+            create_model("fastvit_t8", features_only=True, out_indices=wanted)
+
+
+def test_backbone_takes_no_weights_of_another_variant() -> None:
+    backbone = create_model("fastvit_t8", features_only=True, out_indices=(0,))
+    with pytest.raises(CheckpointError, match="of another shape"):
+        load_checkpoint(backbone, create_model("fastvit_t12").state_dict())
+
+
+def test_backbone_is_fused() -> None:
+    torch.manual_seed(0)
+    backbone = randomize_batchnorm(
+        randomize_layer_scales(create_model("fastvit_t8", features_only=True, out_indices=(1, 3)).eval())
+    )
+    image = batch(1, 3, 65, 64)
+    fused = fuse_fx(backbone, image)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    with torch.no_grad():
+        for found, expected in zip(fused(image), backbone(image), strict=True):
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("pool", "shape"), [("avg", (1, 768)), ("max", (1, 768)), ("", (1, 768, 3, 2))])
+def test_global_pool(pool: str, shape: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        model = create_model("fastvit_t8", num_classes=0, global_pool=pool, in_chans=2).eval()
+        assert model(torch.empty(1, 2, 96, 64)).shape == shape
+
+
+def test_impossible_pools() -> None:
+    with pytest.raises(ValueError, match="global_pool is one of 'avg', 'max', '', not 'mean'"):
+        create_model("fastvit_t8", global_pool="mean")
+    with pytest.raises(ValueError, match="a classifier needs pooling"):
+        create_model("fastvit_t8", global_pool="")

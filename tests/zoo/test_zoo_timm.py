@@ -55,3 +55,17 @@ def test_outputs_equal(timm: ModuleType, name: str, dtype: torch.dtype, toleranc
 
 def peer_maps(peer: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
     return peer.forward_intermediates(image, intermediates_only=True)  # pyright: ignore[reportCallIssue]
+
+
+def test_timm_creates_the_models_of_the_zoo(timm: ModuleType) -> None:
+    import fastvit_zoo.timm_models  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+    assert set(timm.list_models("fastvit_zoo_*")) == {n.replace("fastvit_", "fastvit_zoo_") for n in list_models()}
+    with torch.device("meta"):
+        model = timm.create_model("fastvit_zoo_t8", num_classes=7, in_chans=4).eval()
+        assert model(torch.empty(2, 4, 64, 64)).shape == (2, 7)
+        backbone = timm.create_model("fastvit_zoo_sa12", features_only=True, out_indices=(1, 2)).eval()
+        assert backbone.feature_info.channels() == [128, 256]
+        assert [m.shape[1] for m in backbone(torch.empty(1, 3, 64, 64))] == [128, 256]
+    with pytest.raises(ValueError, match="no weights to download"):
+        timm.create_model("fastvit_zoo_t8", pretrained=True)
