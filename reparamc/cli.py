@@ -242,9 +242,18 @@ def _fuse(arguments: argparse.Namespace) -> int:
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
-    from reparamc.onnx.files import STANDARD, check_target, from_standard_input, load, save_outcome, write_atomically
-    from reparamc.onnx.fuse import fuse_model
-    from reparamc.onnx.record import file_origin, stream_origin
+    from reparamc.onnx import weights
+    from reparamc.onnx.files import (
+        STANDARD,
+        check_target,
+        file_origin,
+        from_standard_input,
+        opened,
+        save_outcome,
+        write_atomically,
+    )
+    from reparamc.onnx.fuse import fuse_light
+    from reparamc.onnx.record import stream_origin
 
     check_target(arguments.model, output, arguments.in_place)
     if arguments.report is not None:
@@ -253,25 +262,26 @@ def _fuse(arguments: argparse.Namespace) -> int:
             raise InputError("the report and the output are the same file")
     start = perf_counter()
     source: Path | bytes = arguments.model
-    if arguments.model == STANDARD:
-        model, source = from_standard_input()
-        origin = stream_origin(source)
-    else:
-        model, origin = load(arguments.model), file_origin(arguments.model)
-    loaded = perf_counter()
-    with _progress(arguments.quiet) as progress:
-        result, report = fuse_model(
-            model,
-            passes=arguments.passes,
-            skip=arguments.skip,
-            verify=arguments.verify,
-            objective=arguments.objective,
-            only_if_faster=arguments.only_if_faster,
-            progress=progress,
-        )
-    report.origin = origin
-    before_save = perf_counter()
-    save_outcome(result, report, source, output, record=not arguments.no_record)
+    with weights.holding():
+        if arguments.model == STANDARD:
+            model, source = from_standard_input()
+            origin = stream_origin(source)
+        else:
+            model, origin = opened(arguments.model), file_origin(arguments.model)
+        loaded = perf_counter()
+        with _progress(arguments.quiet) as progress:
+            result, report = fuse_light(
+                model,
+                passes=arguments.passes,
+                skip=arguments.skip,
+                verify=arguments.verify,
+                objective=arguments.objective,
+                only_if_faster=arguments.only_if_faster,
+                progress=progress,
+            )
+        report.origin = origin
+        before_save = perf_counter()
+        save_outcome(result, report, source, output, record=not arguments.no_record)
     report.seconds = {
         "loading": loaded - start,
         **report.seconds,
@@ -279,7 +289,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
         "in all": perf_counter() - start,
     }
     if arguments.report is not None:
-        write_atomically(arguments.report, report.to_json().encode())
+        write_atomically(arguments.report, [report.to_json().encode()])
     if not arguments.quiet:
         page = f"{report.table()}\nwritten    {'to standard output' if output == STANDARD else output}"
         if output == STANDARD:
@@ -295,13 +305,14 @@ def _explain(arguments: argparse.Namespace) -> int:
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
-    from reparamc.onnx.files import STANDARD, from_standard_input, load
-    from reparamc.onnx.fuse import fuse_model
+    from reparamc.onnx import weights
+    from reparamc.onnx.files import STANDARD, from_standard_input, opened
+    from reparamc.onnx.fuse import fuse_light
     from reparamc.report.explain import explain_json, explain_text
 
-    model = from_standard_input()[0] if arguments.model == STANDARD else load(arguments.model)
-    with _progress(arguments.json) as progress:
-        _, report = fuse_model(
+    with weights.holding(), _progress(arguments.json) as progress:
+        model = from_standard_input()[0] if arguments.model == STANDARD else opened(arguments.model)
+        _, report = fuse_light(
             model,
             passes=arguments.passes,
             skip=arguments.skip,
@@ -315,6 +326,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from reparamc.onnx import weights
     from reparamc.onnx.files import STANDARD, from_standard_input
     from reparamc.verify.search import verify_onnx
 
@@ -322,8 +334,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     if models == [STANDARD, STANDARD]:
         raise InputError("only one of the two models can come from standard input")
     default = Path("fused.onnx") if arguments.fused == STANDARD else arguments.fused
+    with weights.holding():
+        models = [weights.fill(from_standard_input()[0]) if model == STANDARD else model for model in models]
     result = verify_onnx(
-        *(from_standard_input()[0] if model == STANDARD else model for model in models),
+        *models,
         inputs=arguments.inputs,
         examples=arguments.examples,
         seconds=arguments.seconds,

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from reparamc.algebra.expr import BatchNorm, Expr
 from reparamc.algebra.rewrite import Pass
 from reparamc.certificate.proof import Certificate
 from reparamc.errors import VerificationError
+from reparamc.onnx import files
 from reparamc.onnx import fuse as onnx_fuse
 
 # Models
@@ -530,7 +531,7 @@ def test_a_wrong_rewrite_that_regions_miss_is_caught_end_to_end(
     assert outcome.code == 0  # the certificate sees it first, and the rest would be written
     assert " 1 rolled back, " in outcome.out
     model.with_name(OUT).unlink()
-    monkeypatch.setattr(onnx_fuse, "certify_onnx", lambda original, result: Certificate((), 0, 0.0))
+    monkeypatch.setattr(onnx_fuse, "certify_onnx", lambda *_: Certificate((), 0, 0.0))
     outcome = run("fuse", model, model.with_name(OUT))
     assert (outcome.code, outcome.out) == (1, "")
     (line,) = outcome.err.splitlines()
@@ -563,16 +564,16 @@ def test_a_failing_write_leaves_nothing_behind(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def half(path: Path, data: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(data[: len(data) // 2])
+    def half(path: Path, blocks: Iterable[bytes]) -> None:
+        data = b"".join(blocks)
+        path.write_bytes(data[: len(data) // 2])
         full()
 
     with monkeypatch.context() as patch:
         if step == "replace":
             patch.setattr(os, "replace", full)
         else:
-            patch.setattr(Path, "write_bytes", half)
+            patch.setattr(files, "_write", half)
         outcome = run("fuse", model, output)
     assert outcome.code == 2
     assert outcome.out == ""

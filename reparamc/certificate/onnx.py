@@ -11,12 +11,12 @@ from math import prod
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, ValueInfoProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.agreement import Precision
 from reparamc.certificate.axes import Extent, Unrepresentable
-from reparamc.certificate.normal_form import Value
+from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.onnx_constants import MOST_EXTENTS, RANDOM, Constants, bodies, bounds, is_standard
 from reparamc.certificate.onnx_operators import MIXING, READERS, Call, is_convolution, weighted
 from reparamc.certificate.onnx_shapes import Shapes, Typed
@@ -36,25 +36,28 @@ OLDEST = 7
 """The operator set from which on the readings here hold; before it, an attribute names the axis of a broadcast."""
 
 
-def certify_onnx(original: ModelProto, result: ModelProto) -> Certificate:
+def certify_onnx(
+    original: ModelProto, result: ModelProto, read: Callable[[TensorProto], Array] = numpy_helper.to_array
+) -> Certificate:
     """Prove that ``result`` computes what ``original`` does, for every input size.
 
-    Parameters of ``result`` may be off by the rounding of their dtype. Neither model is run.
+    Parameters of ``result`` may be off by the rounding of their dtype. Neither model is run. ``read`` gives the value
+    of a tensor.
     """
     _keep_freed_blocks()
     # Where inference is silent, what both files declare of a tensor is believed.
     declared = {v.name: v for v in original.graph.value_info}
     declared = [v for v in result.graph.value_info if declared.get(v.name) == v]
-    after = _Side("emitted", result, declared, {})
+    after = _Side("emitted", result, declared, {}, read)
     # A tensor has the extents in the original that it has in the result, once it is proven to be the same.
-    before = _Side("original", original, declared, after.typed())
+    before = _Side("original", original, declared, after.typed(), read)
     computed = set(before.order)
     stands_for = {name: name for name in after.order if name in computed}
     stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
     after.shape_of = {name: before.shapes.shape(meant) for name, meant in stands_for.items()}
     outputs = [(o.name, o.name) for o in result.graph.output]
     parameters = sum(prod(t.dims) for t in original.graph.initializer)
-    outside = [*_outside(original, result), *after.stored.idle()]
+    outside = [*_outside(original, result, read), *after.stored.idle()]
     if not after.shapes.is_strict and Shapes(original).is_strict:
         outside.append(Window("graph", "undecided", reason="shape inference refuses the result alone"))
     return certify(before, after, outputs, stands_for, after.precision, outside, parameters)
@@ -65,7 +68,7 @@ def _keep_freed_blocks() -> None:
     np.empty(2**25 - 2**16, np.uint8)
 
 
-def _outside(original: ModelProto, result: ModelProto) -> list[Window]:
+def _outside(original: ModelProto, result: ModelProto, read: Callable[[TensorProto], Array]) -> list[Window]:
     """What a caller would see differ: inputs, outputs, operator sets."""
     found = []
     for what in ("input", "output"):
@@ -77,7 +80,7 @@ def _outside(original: ModelProto, result: ModelProto) -> list[Window]:
             ]
         if lists[0] != lists[1]:
             found.append(Window(what, "different", np.inf, np.inf, f"the {what}s of the graph differ"))
-    if (name := _other_default(original, result)) is not None:
+    if (name := _other_default(original, result, read)) is not None:
         found.append(Window("input", "different", np.inf, np.inf, f"the default of the input {name!r} differs"))
     versions = [{(o.domain, o.version) for o in m.opset_import} for m in (original, result)]
     if versions[0] != versions[1]:
@@ -87,7 +90,7 @@ def _outside(original: ModelProto, result: ModelProto) -> list[Window]:
     return found
 
 
-def _other_default(original: ModelProto, result: ModelProto) -> str | None:
+def _other_default(original: ModelProto, result: ModelProto, read: Callable[[TensorProto], Array]) -> str | None:
     """The first input that a caller may leave out in one of the two, or that has another value then."""
     defaults = []
     for m in (original, result):
@@ -95,7 +98,7 @@ def _other_default(original: ModelProto, result: ModelProto) -> str | None:
         defaults.append({t.name: t for t in m.graph.initializer if t.name in inputs})
     for name in dict.fromkeys((*defaults[0], *defaults[1])):
         a, b = (d.get(name) for d in defaults)
-        if a is None or b is None or not same_bytes(numpy_helper.to_array(a), numpy_helper.to_array(b)):
+        if a is None or b is None or not same_bytes(read(a), read(b)):
             return name
     return None
 
@@ -106,10 +109,16 @@ class _Side:
     Args:
         declared: types to believe where inference says nothing.
         typed: what another graph tells of tensors of the same name.
+        read: gives the value of a tensor.
     """
 
     def __init__(
-        self, which: str, model: ModelProto, declared: Sequence[ValueInfoProto], typed: dict[str, Typed]
+        self,
+        which: str,
+        model: ModelProto,
+        declared: Sequence[ValueInfoProto],
+        typed: dict[str, Typed],
+        read: Callable[[TensorProto], Array],
     ) -> None:
         graph = model.graph
         self.which, self.model, self._declared = which, model, declared
@@ -118,7 +127,7 @@ class _Side:
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.inputs = {v.name for v in graph.input}
         self.producers = {name: (node, at) for node in graph.node for at, name in enumerate(node.output) if name}
-        self.stored = Constants(model, lambda arrays: Shapes(model, declared, arrays, typed))
+        self.stored = Constants(model, lambda arrays: Shapes(model, declared, arrays, typed), read)
         self.shapes, self.constants, self.constant = self.stored.shapes, self.stored.names, self.stored.array
         self._by_itself = self.shapes if not typed else None
         self._kinds: dict[str, Hashable] = {}

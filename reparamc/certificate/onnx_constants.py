@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from reparamc.certificate.axes import Unrepresentable
 from reparamc.certificate.normal_form import Array
@@ -34,9 +34,14 @@ class Constants:
         shapes: what can be inferred, given the values of constants.
     """
 
-    def __init__(self, model: ModelProto, inferred: Callable[[Mapping[str, Array]], Shapes]) -> None:
+    def __init__(
+        self,
+        model: ModelProto,
+        inferred: Callable[[Mapping[str, Array]], Shapes],
+        read: Callable[[TensorProto], Array] = numpy_helper.to_array,
+    ) -> None:
         graph = model.graph
-        self.model = model
+        self.model, self._read = model, read
         self.producers = {name: node for node in graph.node for name in node.output if name}
         overridable = {v.name for v in graph.input} if model.ir_version >= 4 else set()
         self.tensors = {t.name: t for t in graph.initializer if t.name not in overridable}
@@ -55,7 +60,7 @@ class Constants:
             if not is_standard(node) or node.op_type in RANDOM or bodies(node):
                 continue
             if node.op_type == "Constant":
-                known = constant_array(node) is not None
+                known = constant_array(node, self._read) is not None
             else:
                 known = self._of_shape(node) is not None
                 known = known or (bool(node.input) and all(name in found for name in node.input if name))
@@ -113,9 +118,13 @@ class Constants:
     def _stored(self, name: str) -> Array | None:
         """The value of a constant that no operator computes; None for all others."""
         if name in self.tensors:  # read again where it is read again: the weights need not all be held twice
-            return numpy_helper.to_array(self.tensors[name])
+            return self._read(self.tensors[name])
         node = self.producers.get(name)
-        return constant_array(node) if node is not None and node.op_type == "Constant" and is_standard(node) else None
+        return (
+            constant_array(node, self._read)
+            if node is not None and node.op_type == "Constant" and is_standard(node)
+            else None
+        )
 
     def array(self, name: str) -> Array | None:
         """The value of a constant; None for what is none.
@@ -204,11 +213,11 @@ def _graphs(a: AttributeProto) -> list[GraphProto]:
     return [a.g] if a.type == AttributeProto.GRAPH else list(a.graphs)
 
 
-def constant_array(node: NodeProto) -> Array | None:
+def constant_array(node: NodeProto, read: Callable[[TensorProto], Array]) -> Array | None:
     """The value of a Constant; None for strings and sparse tensors."""
     for a in node.attribute:
         if a.name == "value":
-            return numpy_helper.to_array(a.t)
+            return read(a.t)
         if a.name in ("value_float", "value_floats"):
             return np.array(helper.get_attribute_value(a), np.float32)
         if a.name in ("value_int", "value_ints"):

@@ -10,6 +10,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
 from reparamc.errors import InputError, one_line
 from reparamc.onnx.values import skeleton, subgraphs
+from reparamc.onnx.weights import PACKED, UNEVEN, is_reference, length
 
 OLDEST_OPSET = 7
 """Before it, broadcasting and BatchNormalization meant something else."""
@@ -22,7 +23,7 @@ def check(model: ModelProto) -> None:
     """Raise InputError unless ``model`` passes the ONNX checker, and holds what the checker does not look at."""
     if not model.graph.node and not model.graph.output:
         raise InputError("the model has no graph: the file is empty or not ONNX")
-    if any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer):
+    if any(t.data_location == TensorProto.EXTERNAL and not is_reference(t) for t in model.graph.initializer):
         raise InputError("the weights are in another file and not loaded; load the model with onnx.load(path)")
     _check_opsets(model)
     try:
@@ -87,7 +88,7 @@ def _check_tensor(tensor: TensorProto) -> None:
         raise ValueError(f"the tensor {tensor.name!r} is of the unknown element type {tensor.data_type}") from error
     if any(n < 0 for n in tensor.dims):
         raise ValueError(f"the tensor {tensor.name!r} has a negative size")
-    if tensor.data_location == TensorProto.EXTERNAL:
+    if tensor.data_location == TensorProto.EXTERNAL and not is_reference(tensor):
         return
     count = prod(tensor.dims)
     if count > MOST_ELEMENTS:
@@ -95,21 +96,11 @@ def _check_tensor(tensor: TensorProto) -> None:
     if tensor.data_type in UNEVEN:
         return
     packed = PACKED.get(tensor.data_type, 1)
-    if tensor.HasField("raw_data"):
-        need, has, unit = -(-count // packed) * kind.itemsize, len(tensor.raw_data), "bytes"
+    if tensor.HasField("raw_data") or is_reference(tensor):
+        need, has, unit = -(-count // packed) * kind.itemsize, length(tensor), "bytes"
     else:
         parts = 2 if kind.kind == "c" else 1
         need, unit = -(-count // packed) * parts, "entries"
         has = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type)))
     if has != need:
         raise ValueError(f"the tensor {tensor.name!r} holds {has} {unit} and its shape needs {need}")
-
-
-PACKED = {
-    kind: 4 if name.endswith("2") else 2
-    for name, kind in TensorProto.DataType.items()
-    if name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
-}
-"""How many entries of a type share a byte."""
-UNEVEN = {kind for name, kind in TensorProto.DataType.items() if name.startswith("FLOAT6")}
-"""Types whose entries end within a byte."""

@@ -11,7 +11,7 @@ from math import prod
 from typing import cast
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper
 
 from reparamc.onnx.values import (
     SMALL,
@@ -29,6 +29,7 @@ from reparamc.onnx.values import (
     readers,
     subgraphs,
 )
+from reparamc.onnx.weights import tensor
 from reparamc.onnx.witnesses import computed
 
 LEFT = {
@@ -82,7 +83,7 @@ def _sweep(model: ModelProto) -> list[str]:
     if folded:
         read = {name for node in kept for name in (*node.input, *captured(node))}
         fed = {name for node in folded for name in node.input}
-        fresh = [numpy_helper.from_array(np.asarray(a, order="C"), name) for name, a in values.items() if name in read]
+        fresh = [tensor(a, name) for name, a in values.items() if name in read]
         commit(model, kept, fresh, fed)
     return [next(filter(None, node.output)) for node in folded]
 

@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from reparamc.algebra.expr import (
     ONE,
@@ -38,6 +38,7 @@ from reparamc.onnx import taps
 from reparamc.onnx.facts import Facts, results_of
 from reparamc.onnx.sizes import Sizes, answered
 from reparamc.onnx.values import Names, commit, defined_names
+from reparamc.onnx.weights import tensor
 
 
 class OnnxEdit:
@@ -76,13 +77,13 @@ class OnnxEdit:
 
     def add_initializer(self, wanted: str, array: Array, dtype: np.dtype) -> str:
         name = self.names.fresh(wanted)
-        self._initializers.append(numpy_helper.from_array(np.asarray(array, dtype, order="C"), name))
+        self._initializers.append(tensor(np.asarray(array, dtype), name))
         return name
 
     def add_copies(self, wanted: str, name: str, times: int) -> str:
         """Store a vector of that many copies of the number that is the constant ``name``, in its type."""
         array = np.repeat(self.facts.constants.array(name).ravel(), times)
-        self._initializers.append(numpy_helper.from_array(array, fresh := self.names.fresh(wanted)))
+        self._initializers.append(tensor(array, fresh := self.names.fresh(wanted)))
         return fresh
 
     def add_integers(self, wanted: str, values: Sequence[int]) -> str:

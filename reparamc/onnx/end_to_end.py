@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
-import onnx
 from onnx import ModelProto
 
 from reparamc.equivalence.end_to_end import Alone, Region, compare_models
@@ -16,6 +15,7 @@ from reparamc.errors import InputError
 from reparamc.onnx.regions_alone import run_alone
 from reparamc.onnx.session import Run, epsilon, has_open_extents, random_inputs, session, working
 from reparamc.onnx.values import FLOATS
+from reparamc.onnx.weights import array
 from reparamc.report.data import OutputError
 
 
@@ -84,5 +84,5 @@ def _other_defaults(model: ModelProto, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     names = {v.name for v in model.graph.input}
     given = [t for t in model.graph.initializer if t.name in names and t.data_type in FLOATS]
-    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in given}
+    arrays = {t.name: array(t) for t in given}
     return {name: np.asarray(a * rng.uniform(0.5, 1.5, a.shape)).astype(a.dtype) for name, a in arrays.items()}

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
-from itertools import chain
-from mmap import ACCESS_READ, mmap
+from collections.abc import Iterable, Iterator
+from itertools import chain, count
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto
-from onnx.external_data_helper import load_external_data_for_model
 
 from reparamc.errors import InputError, one_line
+from reparamc.onnx import weights
+from reparamc.onnx.check import graphs, tensors
 from reparamc.onnx.record import inscribe
-from reparamc.onnx.session import FILE_LIMIT
 from reparamc.onnx.values import defined_names
-from reparamc.report.data import Report
+from reparamc.onnx.weights import FILE_LIMIT
+from reparamc.report.data import Origin, Report
 
 STANDARD = Path("-")
 """In the place of a file: standard input, or standard output."""
 
 
 def parsed(data: bytes, name: object) -> ModelProto:
-    """The model that ``data`` is, read from ``name``; its weights must be in it.
+    """The light model that ``data`` is, read from ``name``; its weights must be in it.
 
     Raises:
         InputError: it is no ONNX model; one line that names it.
     """
     try:
-        model = ModelProto.FromString(data)
+        model = weights.parse(weights.Stream(data))
     except (DecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{name} is not an ONNX file: it cannot be parsed") from error
     return _checked(model, name)
@@ -52,10 +53,17 @@ def load(path: Path) -> ModelProto:
     Raises:
         InputError: there is no such file, or it is not ONNX; one line that names it.
     """
+    with weights.holding():
+        return weights.fill(opened(path))
+
+
+def opened(path: Path) -> ModelProto:
+    """As `load`, but light."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the .onnx file in it")
     try:
-        model = _read(path) if path.suffix == ".onnx" and path.stat().st_size else onnx.load(path)
+        kind = onnx.serialization.registry.get_format_from_file_extension(path.suffix)
+        model = _read(path) if kind in (None, "protobuf") else weights.light(onnx.load(path))
     except FileNotFoundError as error:
         missing = error.filename or path
         raise InputError(f"{missing}: no such file") from error
@@ -67,15 +75,33 @@ def load(path: Path) -> ModelProto:
 
 
 def _read(path: Path) -> ModelProto:
-    """What ``onnx.load`` makes of a binary file, but without a copy of its bytes, which takes most of the time."""
-    with (
-        path.open("rb") as file,
-        mmap(file.fileno(), 0, access=ACCESS_READ) as content,
-        memoryview(content) as view,
-    ):
-        model = ModelProto.FromString(view)  # pyright: ignore[reportArgumentType]
-    load_external_data_for_model(model, str(path.parent))
+    model = weights.parse(weights.File(path))
+    weights.attach(model, (t for graph in graphs(model) for t in tensors(graph)), path.parent)
     return model
+
+
+def file_origin(path: Path) -> Origin:
+    """The hash of the file ``path``, and of the files beside it that hold its weights.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    with weights.holding():
+        if not weights.has_read(path):
+            opened(path)
+        beside = {os.path.relpath(p, path.parent): p for p in weights.external_files()}
+        return Origin(_hash_of(path), "file", {name: _hash_of(beside[name]) for name in sorted(beside)})
+
+
+def _hash_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
 
 
 def _no_text(model: ModelProto) -> bytes | None:
@@ -121,39 +147,59 @@ def save_outcome(model: ModelProto, report: Report, source: Path | bytes, target
     Raises:
         InputError: the file cannot be written.
     """
-    if not report.changed or report.original_kept:
-        data = source if isinstance(source, bytes) else source.read_bytes()
-        if ModelProto.FromString(data).SerializeToString() == model.SerializeToString():
-            write_atomically(target, data)
-            return
+    if (not report.changed or report.original_kept) and not weights.external_files():
+        write_atomically(target, [source] if isinstance(source, bytes) else _content(source))
+        return
     if record:
         inscribe(model, report)
     save(model, target)
 
 
+def _content(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(weights.BLOCK):
+            yield block
+
+
 def save(model: ModelProto, path: Path) -> None:
-    """Write ``model`` to ``path``, all of it or nothing; weights beyond the file limit go to ``NAME.data`` beside it.
+    """Write ``model`` to ``path``, all of it or nothing.
+
+    Weights beyond the file limit go to ``NAME.data`` beside it, and so do those of a model that was read from several
+    files.
 
     Raises:
         InputError: the file cannot be written.
     """
-    if model.ByteSize() < FILE_LIMIT:
-        write_atomically(path, model.SerializeToString())
-        return
-    if path == STANDARD:
-        raise InputError("the model is too large for one stream: its weights need a file of their own; give -o OUT")
+    with weights.holding():
+        if not weights.references(model):
+            model = weights.light(model)
+        is_large = weights.total(model) >= FILE_LIMIT
+        if not is_large and (path == STANDARD or not weights.external_files()):
+            write_atomically(path, weights.blocks(weights.pieces(model)))
+        elif path == STANDARD:
+            raise InputError("the model is too large for one stream: its weights need a file of their own; give -o OUT")
+        else:
+            _save_beside(model, path.resolve())
+
+
+def _save_beside(model: ModelProto, path: Path) -> None:
+    """Write ``model`` to ``path``, and its weights to one file beside it."""
+    names = (f"{path.name}{n}.data" for n in chain([""], (f".{n}" for n in count(1))))
+    sources = {source.resolve() for source in weights.external_files()}
+    data = next(p for name in names if (p := path.with_name(name)).resolve() not in sources)
+    light, content = weights.moved_out(model, data.name)
     try:
         with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
-            temporary, data = Path(folder) / path.name, f"{path.name}.data"
-            onnx.save_model(model, temporary, save_as_external_data=True, location=data)
-            os.replace(Path(folder) / data, path.with_name(data))
-            os.replace(temporary, path)
+            for name, blocks in ((data.name, weights.blocks(content)), (path.name, [light.SerializeToString()])):
+                _write(Path(folder) / name, blocks)
+            os.replace(Path(folder) / data.name, data)
+            os.replace(Path(folder) / path.name, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, all of it or nothing; to standard output where that is "-".
+def write_atomically(path: Path, blocks: Iterable[weights.Bytes]) -> None:
+    """Write ``blocks`` to ``path``, all of it or nothing; to standard output where that is "-".
 
     Raises:
         InputError: the file cannot be written.
@@ -162,13 +208,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         if path == STANDARD:
             if sys.stdout is None:
                 raise OSError("it is closed")
-            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.writelines(blocks)
             sys.stdout.buffer.flush()
             return
         path = path.resolve()  # a link keeps pointing where it does
         with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
-            temporary.write_bytes(data)
+            _write(temporary, blocks)
             os.replace(temporary, path)
     except OSError as error:
         name = "standard output" if path == STANDARD else path
@@ -176,7 +222,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def from_standard_input() -> tuple[ModelProto, bytes]:
-    """The model on standard input, and its bytes.
+    """The light model on standard input, and its bytes.
 
     Raises:
         InputError: they cannot be read, or are no ONNX model.
@@ -188,3 +234,8 @@ def from_standard_input() -> tuple[ModelProto, bytes]:
     except OSError as error:
         raise InputError(f"standard input cannot be read: {error.strerror or error}") from error
     return parsed(data, "standard input"), data
+
+
+def _write(path: Path, blocks: Iterable[weights.Bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(blocks)

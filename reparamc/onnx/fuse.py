@@ -24,20 +24,28 @@ from reparamc.compiler.pipeline import fuse, level_of
 from reparamc.compiler.readings import Value
 from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import InputError, InputTypeError
+from reparamc.onnx import weights
 from reparamc.onnx.bodies import fuse_bodies, has_bodies, inlined, merged, resolve
 from reparamc.onnx.check import check
 from reparamc.onnx.emit import OnnxEdit
 from reparamc.onnx.end_to_end import run_regions, verify_end_to_end
-from reparamc.onnx.files import check_target, load, save_outcome
+from reparamc.onnx.files import check_target, file_origin, opened, save_outcome
 from reparamc.onnx.graph import OnnxGraph
 from reparamc.onnx.latency import compare_latency
-from reparamc.onnx.record import file_origin, inscribe, model_origin
+from reparamc.onnx.record import inscribe, model_origin
 from reparamc.onnx.runtime_fusions import fused_by_runtime, harmful, reason
 from reparamc.onnx.values import FLOATS, constant_tensor, is_standard
 from reparamc.report.data import Counts, OutputError, Report
 
 
-def fuse_model(
+def fuse_model(model: ModelProto, **options: Any) -> tuple[ModelProto, Report]:
+    """A fused copy of ``model``, which is not changed, and the report; ``options`` are those of `fuse_light`."""
+    with weights.holding():
+        result, report = fuse_light(weights.light(model), **options)
+        return weights.fill(result), report
+
+
+def fuse_light(
     model: ModelProto,
     *,
     passes: Iterable[str] | None = None,
@@ -48,7 +56,7 @@ def fuse_model(
     progress: Callable[[int, int], None] = lambda done, of: None,
     pass_table: tuple[Pass, ...] | None = None,
 ) -> tuple[ModelProto, Report]:
-    """A fused copy of ``model``, and the report. ``model`` itself is not changed.
+    """As `fuse_model`, from a light model to a light one (see `weights`).
 
     Args:
         passes, skip: names of the passes to apply, and to leave out.
@@ -92,7 +100,7 @@ def _fuse_whole(model: ModelProto, options: Options, pass_table: tuple[Pass, ...
         names = [p.name for p in options.passes]
         inside = "off" if options.level == "off" else "region"
         given: dict[str, Any] = {"passes": names, "objective": options.objective, "pass_table": pass_table}
-        inner = fuse_bodies(whole, partial(fuse_model, verify=inside, **given))
+        inner = fuse_bodies(whole, partial(fuse_light, verify=inside, **given))
         result, report = _fuse_graph(whole, options)
         report.before = count(model)
         if not resolved and not any(found.changed for _, found in inner):
@@ -108,7 +116,7 @@ def _fuse_whole(model: ModelProto, options: Options, pass_table: tuple[Pass, ...
     result, report = attempt(model)
     if (plain := inlined(model)) is not None:
         other, found = attempt(plain)
-        if sum(found.passes.values()) > sum(report.passes.values()) and other.ByteSize() <= model.ByteSize():
+        if sum(found.passes.values()) > sum(report.passes.values()) and weights.total(other) <= weights.total(model):
             if options.level == "full":
                 found.end_to_end = verify_end_to_end(model, other)
             result, report = other, found
@@ -155,7 +163,7 @@ class OnnxHost:
         return None if node is None else [name for name in node.input if name and name not in self.graph.constants]
 
     def certify(self, result: ModelProto) -> Certificate:
-        return certify_onnx(self.model, result)
+        return certify_onnx(self.model, result, weights.array)
 
     def trials(self, result: ModelProto, regions: Sequence[Region]) -> Iterator[Trial]:
         return run_regions(self.model, result, regions)
@@ -226,27 +234,30 @@ def fuse_onnx(
     if output is not None and not isinstance(model, str | os.PathLike):
         raise InputError("output is for models given as a path; this one is returned")
     fused = partial(
-        fuse_model, passes=passes, skip=skip, verify=verify, objective=objective, only_if_faster=only_if_faster
+        fuse_light, passes=passes, skip=skip, verify=verify, objective=objective, only_if_faster=only_if_faster
     )
     if isinstance(model, ModelProto):
-        result, report = fused(model)
-        report.origin = model_origin(model)
-        inscribe(result, report)
-        returned: Any = result
+        with weights.holding():
+            result, report = fused(weights.light(model))
+            report.origin = model_origin(model)
+            inscribe(result, report)
+            returned: Any = weights.fill(result)
     elif isinstance(model, str | os.PathLike):
         source = Path(model)
         target = Path(output) if output is not None else source.with_suffix(".fused.onnx")
         check_target(source, target)
-        loaded, origin = load(source), file_origin(source)
-        result, report = fused(loaded)
-        report.origin = origin
-        save_outcome(result, report, source, target)
+        with weights.holding():
+            loaded, origin = opened(source), file_origin(source)
+            result, report = fused(loaded)
+            report.origin = origin
+            save_outcome(result, report, source, target)
         returned = str(target) if isinstance(model, str) else target
     elif (surgeon := sys.modules.get("onnx_graphsurgeon")) is not None and isinstance(model, surgeon.Graph):
         exported = surgeon.export_onnx(model.copy())
-        result, report = fused(exported)
-        report.origin = model_origin(exported)
-        returned = surgeon.import_onnx(result)
+        with weights.holding():
+            result, report = fused(weights.light(exported))
+            report.origin = model_origin(exported)
+            returned = surgeon.import_onnx(weights.fill(result))
     else:
         raise InputTypeError(
             f"fuse_onnx takes an onnx.ModelProto, a path or an onnx_graphsurgeon.Graph, not {type(model).__name__}; "

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
-import onnx
 from google.protobuf.message import Message
 from onnx import ModelProto, TensorProto
 
 from reparamc.errors import InputError
-from reparamc.onnx.session import FILE_LIMIT
-from reparamc.onnx.values import subgraphs
+from reparamc.onnx import weights
 from reparamc.report.data import Origin, Report
 from reparamc.report.record import Record, compact, parsed
 
@@ -67,36 +64,9 @@ def stream_origin(data: bytes) -> Origin:
     return Origin(hashlib.sha256(data).hexdigest(), "file")
 
 
-def file_origin(path: Path) -> Origin:
-    """The hash of the file ``path``, and of the files beside it that hold its weights.
-
-    Raises:
-        InputError: one of them cannot be read.
-    """
-    light = onnx.load(path, load_external_data=False)
-    names = {
-        entry.value
-        for tensor in _tensors(light)
-        if tensor.data_location == TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return Origin(_of_file(path), "file", {name: _of_file(path.parent / name) for name in sorted(names)})
-
-
-def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    stack = [model.graph]
-    while stack:
-        graph = stack.pop()
-        yield from graph.initializer
-        for node in graph.node:
-            yield from (a.t for a in node.attribute if a.HasField("t"))
-            stack.extend(subgraphs(node))
-
-
 def model_origin(model: ModelProto) -> Origin:
     """The hash of ``model``, serialized; of its parts where it is too large for that."""
-    if model.ByteSize() < FILE_LIMIT:
+    if model.ByteSize() < weights.FILE_LIMIT:
         return Origin(hashlib.sha256(_bytes(model)).hexdigest(), "serialized ModelProto")
     return Origin(graph_hash(model), "parts of the graph")
 
@@ -112,7 +82,7 @@ def graph_hash(model: ModelProto) -> str:
     graph = model.graph
     opsets = sorted(("" if o.domain == "ai.onnx" else o.domain, o.version) for o in model.opset_import)
     heads = [f"ir {model.ir_version}", *(f"opset {version} {domain}" for domain, version in opsets)]
-    _add(digest, (head.encode() for head in heads), len(heads))
+    _add(digest, ([head.encode()] for head in heads), len(heads))
     for group in (
         graph.input,
         graph.node,
@@ -122,28 +92,22 @@ def graph_hash(model: ModelProto) -> str:
         graph.quantization_annotation,
         model.functions,
     ):
-        _add(digest, map(_bytes, group), len(group))
+        _add(digest, map(_pieces, group), len(group))
     return digest.hexdigest()
 
 
-def _add(digest: hashlib._Hash, parts: Iterable[bytes], count: int) -> None:
+def _add(digest: hashlib._Hash, parts: Iterable[Sequence[weights.Piece]], count: int) -> None:
     """Every part with its length, so that no two lists of parts give the same bytes."""
     digest.update(count.to_bytes(8, "little"))
-    for data in parts:
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
+    for pieces in parts:
+        digest.update(weights.size(pieces).to_bytes(8, "little"))
+        for block in weights.blocks(pieces):
+            digest.update(block)
+
+
+def _pieces(message: Message) -> Sequence[weights.Piece]:
+    return weights.tensor_pieces(message) if isinstance(message, TensorProto) else [_bytes(message)]
 
 
 def _bytes(message: Message) -> bytes:
     return message.SerializeToString(deterministic=True)
-
-
-def _of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from onnx import ModelProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, ValueInfoProto, helper
 
 from reparamc.equivalence.end_to_end import Alone, Region
 from reparamc.equivalence.pair import perturbed
 from reparamc.onnx.reference import float64, in_float64
 from reparamc.onnx.session import session
 from reparamc.onnx.values import constant_tensor, defined_names, opset_of
+from reparamc.onnx.weights import array
 
 
 def run_alone(
@@ -67,7 +68,7 @@ def _exact(original: ModelProto, region: Region, values: Mapping[str, np.ndarray
             stack += nodes[place].input
     found = {name: float64(values[name]) for name in given}
     for node in (nodes[place] for place in sorted(needed)):
-        constants = {n: numpy_helper.to_array(stored[n]) for n in node.input if n in stored and n not in found}
+        constants = {n: array(stored[n]) for n in node.input if n in stored and n not in found}
         for output in filter(None, node.output):
             run = in_float64(node, output, constants, opset_of(original), original.ir_version)
             found[output] = run(found)

@@ -17,7 +17,7 @@ from typing import TypeVar
 import onnx
 from onnx import ModelProto
 
-from reparamc.onnx.session import FILE_LIMIT
+from reparamc.onnx import weights
 from reparamc.onnx.values import subgraphs
 
 PROTECTED = {
@@ -68,20 +68,19 @@ def _optimized(model: ModelProto) -> ModelProto | None:
     """The graph that ONNX Runtime would run, its own operators included; None when it cannot say."""
     import onnxruntime as ort
 
-    if model.ByteSize() >= FILE_LIMIT:
-        return None
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 4
     options.intra_op_num_threads = 1  # nothing is run: no threads to start
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        with tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
+        with weights.holding(), tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
+            data, values = weights.for_runtime(model if weights.references(model) else weights.light(model))
+            options.add_external_initializers(list(values), list(values.values()))
             options.optimized_model_filepath = os.path.join(folder, "model.onnx")
-            ort.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
-            return onnx.load(options.optimized_model_filepath)
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+            ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+            return onnx.load(options.optimized_model_filepath, load_external_data=False)
     except Exception:  # ONNX Runtime's exceptions share no base class; a full disk is no error either
         return None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -17,11 +15,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from reparamc.algebra.dtypes import epsilon_of, is_floating
 from reparamc.equivalence.trials import GUESSES, TooLarge, check_size
 from reparamc.errors import InputError, one_line
+from reparamc.onnx import weights
 from reparamc.onnx.values import forget_negative_sizes, known_size, skeleton
-
-FILE_LIMIT = 2**31 - 2**20
-"""A serialised model beyond this many bytes keeps its weights in a file beside it."""
-
 
 MOST_DRAWN = 2**25
 """Elements of random inputs of open sizes in all: a size that a model takes is found among small ones."""
@@ -34,9 +29,16 @@ MOST_TRIED = 32
 
 
 class Run:
-    """A model in ONNX Runtime on the CPU."""
+    """A model in ONNX Runtime on the CPU; ``values`` are those of its references."""
 
-    def __init__(self, path_or_bytes: str | bytes, outputs: list[str], what: str, optimize: bool) -> None:
+    def __init__(
+        self,
+        path_or_bytes: str | bytes,
+        outputs: list[str],
+        what: str,
+        optimize: bool,
+        values: Mapping[str, Any] = {},
+    ) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -45,7 +47,8 @@ class Run:
         # Sessions that take turns must not spin in one another's.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4
-        self.outputs = outputs
+        options.add_external_initializers(list(values), list(values.values()))
+        self.outputs, self._values = outputs, values
         try:
             self.session = ort.InferenceSession(
                 path_or_bytes, options, providers=["CPUExecutionProvider"], enable_fallback=0
@@ -64,20 +67,10 @@ class Run:
 
 @contextmanager
 def session(model: ModelProto, what: str, optimize: bool = False) -> Iterator[Run]:
-    """``model`` ready to run, with ONNX Runtime's own optimizations if wanted.
-
-    Models beyond the file limit go through a temporary file.
-    """
-    outputs = [o.name for o in model.graph.output]
-    if model.ByteSize() < FILE_LIMIT:
-        yield Run(model.SerializeToString(), outputs, what, optimize)
-        return
-    with tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
-        path = os.path.join(folder, "model.onnx")
-        copy = ModelProto()
-        copy.CopyFrom(model)
-        onnx.save_model(copy, path, save_as_external_data=True)
-        yield Run(path, outputs, what, optimize)
+    """``model`` ready to run, with ONNX Runtime's own optimizations if wanted."""
+    with weights.holding():
+        data, values = weights.for_runtime(model if weights.references(model) else weights.light(model))
+        yield Run(data, [o.name for o in model.graph.output], what, optimize, values)
 
 
 def first_working_inputs(

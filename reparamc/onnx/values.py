@@ -26,6 +26,7 @@ from onnx import (
 
 from reparamc.algebra.shape import Dim, Shape, size
 from reparamc.errors import InputError
+from reparamc.onnx.weights import array, is_reference
 
 SMALL = 1024
 """Constants of up to this many elements take part in shape inference; larger ones are weights."""
@@ -142,7 +143,7 @@ class Constant:
 
     @staticmethod
     def of(tensor: TensorProto) -> Constant:
-        return Constant(tensor.data_type, tuple(tensor.dims), lambda: numpy_helper.to_array(tensor), stored=True)
+        return Constant(tensor.data_type, tuple(tensor.dims), lambda: array(tensor), stored=True)
 
     @staticmethod
     def sparse(tensor: SparseTensorProto) -> Constant:
@@ -289,7 +290,11 @@ def skeleton(model: ModelProto) -> ModelProto:
     """``model`` with its large weights as typed inputs: enough for checking and shape inference, and small."""
     light = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     light.graph.name = model.graph.name or "graph"
-    light.graph.node.extend(model.graph.node)
+    for node in model.graph.node:
+        if node.op_type == "Constant" and is_standard(node) and (found := _referred(node)) is not None:
+            light.graph.input.append(helper.make_tensor_value_info(node.output[0], found.data_type, found.dims))
+        else:
+            light.graph.node.append(node)
     for node in light.graph.node:
         if node.domain == "ai.onnx":
             node.domain = ""  # the same domain; the checker knows it by this name only
@@ -308,6 +313,11 @@ def skeleton(model: ModelProto) -> ModelProto:
         elif tensor.name not in inputs:
             light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     return light
+
+
+def _referred(node: NodeProto) -> TensorProto | None:
+    """The value of a Constant node where it is a reference."""
+    return next((a.t for a in node.attribute if a.name == "value" and is_reference(a.t)), None)
 
 
 def _inferred(light: ModelProto) -> ModelProto:

@@ -97,7 +97,7 @@ def write_inputs(path: Path, inputs: Mapping[str, np.ndarray]) -> None:
             data = io.BytesIO()
             np.lib.format.write_array(data, np.asarray(plain, order="C"), allow_pickle=False)
             archive.writestr(entry, data.getvalue())
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, [buffer.getvalue()])
 
 
 def _npz(path: Path) -> Inputs:

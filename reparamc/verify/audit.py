@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from reparamc.errors import InputError
-from reparamc.onnx.files import load
-from reparamc.onnx.record import file_origin, graph_hash, model_origin, records
+from reparamc.onnx.files import file_origin, load
+from reparamc.onnx.record import graph_hash, model_origin, records
 from reparamc.report.record import Record, page, printable
 from reparamc.report.text import line
 from reparamc.verify.result import Verification
