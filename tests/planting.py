@@ -199,7 +199,7 @@ def _region_onnx(layer: str) -> Callable[[ModelProto, ModelProto], bool]:
 
     def sees(model: ModelProto, wrong: ModelProto) -> bool:
         found: list[ModelProto] = []
-        unproven = patch("reparamc.onnx.fuse.certify_onnx", lambda *_: Certificate((), 0, 0.0))
+        unproven = patch("reparamc.certificate.onnx.certify_onnx", lambda *_: Certificate((), 0, 0.0))
         with patch(*SILENT[layer]), unproven:
             return _raises(lambda: found.append(fuse_model(model, verify="region")[0])) or found[0] != wrong
 

@@ -21,7 +21,6 @@ from reparamc.algebra.rewrite import Pass
 from reparamc.certificate.proof import Certificate
 from reparamc.errors import VerificationError
 from reparamc.onnx import files
-from reparamc.onnx import fuse as onnx_fuse
 
 # Models
 
@@ -472,7 +471,7 @@ def test_where_the_memory_is_gone_nothing_is_written(run: Run, model: Path, monk
 
     before = contents(model.parent)
     for place, message in (
-        ("reparamc.onnx.fuse.verify_end_to_end", "the comparison of the whole models does not fit into memory"),
+        ("reparamc.onnx.end_to_end.verify_end_to_end", "the comparison of the whole models does not fit into memory"),
         (
             "reparamc.compiler.pipeline.make_plan",
             "the memory does not suffice (Unable to allocate 3 TiB for an array); nothing",
@@ -531,7 +530,7 @@ def test_a_wrong_rewrite_that_regions_miss_is_caught_end_to_end(
     assert outcome.code == 0  # the certificate sees it first, and the rest would be written
     assert " 1 rolled back, " in outcome.out
     model.with_name(OUT).unlink()
-    monkeypatch.setattr(onnx_fuse, "certify_onnx", lambda *_: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.certificate.onnx.certify_onnx", lambda *_: Certificate((), 0, 0.0))
     outcome = run("fuse", model, model.with_name(OUT))
     assert (outcome.code, outcome.out) == (1, "")
     (line,) = outcome.err.splitlines()
@@ -543,7 +542,7 @@ def test_any_verification_error_has_its_own_exit_code(run: Run, model: Path, mon
     def differs(original: ModelProto, result: ModelProto, regions: object) -> None:
         raise VerificationError("output 'y' differs", where="y")
 
-    monkeypatch.setattr(onnx_fuse, "verify_end_to_end", differs)
+    monkeypatch.setattr("reparamc.onnx.end_to_end.verify_end_to_end", differs)
     outcome = run("fuse", model, model.with_name(OUT))
     assert (outcome.code, outcome.err) == (1, "reparamc: output 'y' differs\n")
 

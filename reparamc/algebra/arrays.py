@@ -14,7 +14,11 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace, device, is_torch_array
-from array_api_compat import numpy as numpy_namespace
+
+if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+    from array_api_compat import numpy as numpy_namespace
+else:  # it follows the standard by itself; the import would take half of what all others take
+    numpy_namespace: Any = np
 
 from reparamc.algebra.recorded import Question, Recorded, assume
 

@@ -81,16 +81,15 @@ def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
     rows = conv.out_channels // conv.groups
     xp, weight, bias, scale, shift = together(conv.weight, conv.bias_or_zero, scale, shift)
     grouped = xp.reshape(weight, (conv.groups, rows, per_group, *conv.kernel))
-
-    def columns(v: Array) -> Array:
-        per_channel = xp.broadcast_to(v, (conv.in_channels,))
-        return xp.reshape(per_channel, (conv.groups, 1, per_group, *[1] * conv.spatial))
-
-    weight = xp.reshape(grouped * columns(scale), conv.weight.shape)
+    scales, shifts = (
+        xp.reshape(xp.broadcast_to(v, (conv.in_channels,)), (conv.groups, 1, per_group)) for v in (scale, shift)
+    )
+    weight = xp.reshape(grouped * xp.reshape(scales, (*scales.shape, *[1] * conv.spatial)), conv.weight.shape)
     if is_all(shift, 0):
         return replace(conv, x=x, weight=weight)
-    read = xp.sum(xp.reshape(grouped * columns(shift), (conv.out_channels, -1)), axis=1)
-    return replace(conv, x=x, weight=weight, bias=bias + read)
+    taps = xp.sum(grouped, axis=tuple(range(3, grouped.ndim))) if conv.spatial else grouped
+    read = xp.matmul(taps, xp.permute_dims(shifts, (0, 2, 1)))
+    return replace(conv, x=x, weight=weight, bias=bias + xp.reshape(read, (-1,)))
 
 
 def select_outputs(conv: Conv, index: Ints) -> Conv:

@@ -361,7 +361,9 @@ def _obstacle(
 
 
 def _is_finite(e: Expr) -> bool:
-    return all(np.isfinite(values(a)).all() for part in walk(e) for a in arrays(part))
+    held = (values(a) for part in walk(e) for a in arrays(part))
+    with np.errstate(all="ignore"):  # a sum is finite only if all its terms are
+        return all(np.isfinite(a.sum()) or np.isfinite(a).all() for a in held)
 
 
 def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
@@ -371,11 +373,12 @@ def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
     below the smallest normal number would lose its digits. A vector counts as one row.
     """
     info, array = ml_dtypes.finfo(dtype), values(array)
-    if not np.isfinite(array).all():
+    by_row = array.reshape(array.shape[0] if array.ndim > 1 else 1, -1)
+    rows = np.maximum(by_row.max(axis=1, initial=0.0), -by_row.min(axis=1, initial=0.0))
+    if not np.isfinite(rows).all():
         return "a folded parameter is NaN or infinite (a variance of zero without epsilon, or a negative one)"
-    if np.abs(array).max(initial=0.0) > float(info.max):
+    if rows.max(initial=0.0) > float(info.max):
         return f"a folded parameter exceeds the range of {dtype}"
-    rows = np.abs(array).reshape(array.shape[0] if array.ndim > 1 else 1, -1).max(axis=1, initial=0.0)
     if np.any((rows > 0) & (rows < float(info.smallest_normal))):
         return f"a folded parameter falls below the range of {dtype}"
     return None

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import numpy.typing as npt
 
 from reparamc.algebra.rewrite import Pass
-from reparamc.certificate.proof import Certificate
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.readings import Value
-from reparamc.equivalence.end_to_end import Alone, Region
 from reparamc.report.data import Counts, OutputError
+
+if TYPE_CHECKING:
+    from reparamc.certificate.proof import Certificate
+    from reparamc.equivalence.end_to_end import Alone, Region
 
 ResultT = TypeVar("ResultT")
 
-Trial = tuple[Alone, Callable[[npt.NDArray], float]]
+Trial: TypeAlias = "tuple[Alone, Callable[[npt.NDArray], float]]"
 """What regions give when they are run alone, and the machine epsilon that an array is judged by."""
 
 

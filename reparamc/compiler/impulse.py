@@ -78,7 +78,8 @@ def _as_kernel(
     source, dtype = graph.source(operand), graph.dtype([*tree, operand])
     if dtype is None or source.shape is None or not 3 <= len(source.shape) <= MOST_AXES + 2:
         return None
-    if (channels := source.shape[1].known) is None:
+    shape = graph.source(root).shape
+    if (channels := source.shape[1].known) is None or (shape is not None and len(shape) != len(source.shape)):
         return None
     batch, extents = source.shape[0].known, [d.known for d in source.shape[2:]]
     if unread:

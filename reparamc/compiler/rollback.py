@@ -9,22 +9,24 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Generic
+from typing import TYPE_CHECKING, Generic
 
 import numpy as np
 
 from reparamc.algebra.evaluate import absolute, evaluate
 from reparamc.algebra.expr import Array, Expr, Source, release, walk
 from reparamc.algebra.infer import channel_axes
-from reparamc.certificate.proof import Certificate, Window
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Host, ResultT, Trial
 from reparamc.compiler.plan import Plan
 from reparamc.compiler.readings import Value
-from reparamc.equivalence.difference import Outputs
-from reparamc.equivalence.end_to_end import Region, region_error
 from reparamc.errors import VerificationError, one_line
 from reparamc.report.data import Certified, FailedRegion, Refusal, Rewrite
+
+if TYPE_CHECKING:  # without verification these are not needed
+    from reparamc.certificate.proof import Certificate
+    from reparamc.equivalence.difference import Outputs
+    from reparamc.equivalence.end_to_end import Region
 
 
 class Attempt(Generic[ResultT]):
@@ -73,6 +75,8 @@ class Attempt(Generic[ResultT]):
 
     def regions(self) -> list[Region]:
         """What was rewritten, for those who compare the two models."""
+        from reparamc.equivalence.end_to_end import Region
+
         tensor = self.host.tensor
         return [
             Region(
@@ -159,6 +163,8 @@ def prove(attempt: Attempt[ResultT], *, is_compared: bool) -> Proven:
 
 def _certificate(attempt: Attempt[ResultT]) -> Certificate:
     """What can be proven; where the proof fails as a whole, all that was rewritten is undecided."""
+    from reparamc.certificate.proof import Certificate, Window
+
     if not attempt.edits:
         return Certificate((), 0, 0.0)
     try:
@@ -226,6 +232,8 @@ def _doubted(attempt: Attempt[ResultT], found: Certificate) -> dict[Edit, _Findi
 
 def _run_alone(attempt: Attempt[ResultT], names: Iterable[str]) -> dict[str, str]:
     """For each tensor that can be run alone on both sides "" where it agrees within rounding, or how it differs."""
+    from reparamc.equivalence.end_to_end import Region
+
     regions = {region.root: region for region in attempt.regions()}
     asked: dict[str, Region | None] = {}
     for name in names:
@@ -243,6 +251,8 @@ def _run_alone(attempt: Attempt[ResultT], names: Iterable[str]) -> dict[str, str
 
 def _agrees(trial: Trial, region: Region) -> str | None:
     """ "" if ``region`` agrees, else how it differs; None where it was not run."""
+    from reparamc.equivalence.end_to_end import region_error
+
     seen, epsilon = trial
     if region.root not in seen.actual or region.root not in seen.expected:
         return None
@@ -255,6 +265,8 @@ def _agrees(trial: Trial, region: Region) -> str | None:
 
 def _outputs_agree(trial: Trial, regions: Mapping[str, Region]) -> str | None:
     """As `_agrees`, for what concerns the model as a whole: its outputs from where the last regions end."""
+    from reparamc.equivalence.end_to_end import Region
+
     outputs = [name for name in trial[0].expected if name not in regions]
     verdicts = [_agrees(trial, Region(name, (), name, "", "")) for name in outputs]
     return next((v for v in verdicts if v != ""), "" if verdicts else None)

@@ -1,8 +1,9 @@
 """Constant folding on ONNX graphs: operators whose operands are all constant are computed once, now.
 
-A node is folded when it is deterministic, two independent sources agree on its result (see `witnesses`), the result
-takes no more bytes than its operands (small results always may), and no operand of weight size is read elsewhere: the
-file never grows. The sizes of a value that are known count as constant, also where others are not.
+A node is folded when it is deterministic, its result is beyond doubt (see `exact`) or two independent sources agree on
+it (see `witnesses`), the result takes no more bytes than its operands (small results always may), and no operand of
+weight size is read elsewhere: the file never grows. The sizes of a value that are known count as constant, also where
+others are not.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import cast
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
+from reparamc.onnx.exact import exactly
 from reparamc.onnx.values import (
     SMALL,
     Constant,
@@ -165,14 +167,27 @@ class _Foldable:
         return known.ravel().tolist() if known is not None and known.dtype.kind in "iu" else None
 
     def values(self) -> dict[str, np.ndarray]:
-        """The results of all that can be folded, without those whose sources disagree."""
-        given = dict(self.shapes)
-        for name in {name for node in self.nodes for name in node.input if name}:
-            if name not in given and name in self.constants:
-                given[name] = self.constants.array(name)
-        kinds = {name: self.types.dtype(name) for node in self.nodes for name in node.output}
-        opset = opset_of(self.model)
-        return self.shapes | computed(self.nodes, given, opset, self.sizes, kinds)
+        """The results of all that can be folded, without those whose sources disagree.
+
+        What is beyond doubt takes no sources: ONNX Runtime and the reference are not even imported for it.
+        """
+        known = self.constants
+        for name, sizes in self.shapes.items():
+            known.enter(name, sizes)
+        found, left = dict(self.shapes), list[NodeProto]()
+        for node in self.nodes:
+            name = node.output[0]
+            if not known.follow(node) and all(n in known for n in node.input):
+                known.enter(name, exactly(node, map(known.array, node.input)))
+            if name in known:
+                found[name] = known.array(name)
+            else:
+                left.append(node)
+        if not left:
+            return found
+        given = {n: known.array(n) for node in left for n in node.input if n in known}
+        kinds = {name: self.types.dtype(name) for node in left for name in node.output}
+        return found | computed(left, given, opset_of(self.model), self.sizes, kinds)
 
 
 def _sizes_of(node: NodeProto, types: Types) -> np.ndarray | None:

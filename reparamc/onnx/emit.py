@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from reparamc.algebra.arrays import Parameter
 from reparamc.algebra.expr import (
     ONE,
     Array,
@@ -340,6 +341,8 @@ class _Emitter(Emission[str]):
                     e = e.children[0]
 
     def _parameter(self, kind: str, array: Array) -> str:
+        if isinstance(array, Parameter) and self.graph.facts.is_stored(array, self.splice.dtype):
+            return array.names[0]
         name = self.graph.add_initializer(f"{self.base}.{kind}", array, self.splice.dtype)
         self.record(name)
         return name

@@ -46,6 +46,7 @@ class Facts:
         """The nodes that read each value, once per operand; None for a graph output or a body that captures it."""
         self._table = table
         self._readings: dict[str, Reading | Declined | None] = {}
+        self._parameters: dict[str, Parameter] = {}
 
     @cached_property
     def types(self) -> Types:
@@ -102,7 +103,13 @@ class Facts:
         def load() -> Array:
             return self.constants.array(name).astype(np.float64)
 
-        return cast(Array, Parameter((name,), self.constants.shape(name), load))
+        self._parameters[name] = found = Parameter((name,), self.constants.shape(name), load)
+        return cast(Array, found)
+
+    def is_stored(self, array: Parameter, dtype: np.dtype) -> bool:
+        """Whether ``array`` is a parameter as it lies in the graph, in ``dtype``."""
+        name = array.names[0]
+        return self._parameters.get(name) is array and FLOATS[self.constants.element_type(name)] == dtype
 
     def reshapes(self, node: NodeProto) -> Reshape | None:
         """What ``node`` does to the shape of its operand, where both shapes are known."""

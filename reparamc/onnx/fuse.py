@@ -11,31 +11,29 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from onnx import ModelProto
 
 from reparamc.algebra.rewrite import Pass, select
-from reparamc.certificate.onnx import certify_onnx
-from reparamc.certificate.proof import Certificate
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse, level_of
 from reparamc.compiler.readings import Value
-from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import InputError, InputTypeError
 from reparamc.onnx import weights
 from reparamc.onnx.bodies import fuse_bodies, has_bodies, inlined, merged, resolve
 from reparamc.onnx.check import check
 from reparamc.onnx.emit import OnnxEdit
-from reparamc.onnx.end_to_end import run_regions, verify_end_to_end
 from reparamc.onnx.files import check_target, file_origin, opened, save_outcome
 from reparamc.onnx.graph import OnnxGraph
-from reparamc.onnx.latency import compare_latency
 from reparamc.onnx.record import inscribe, model_origin
-from reparamc.onnx.runtime_fusions import fused_by_runtime, harmful, reason
 from reparamc.onnx.values import FLOATS, constant_tensor, is_standard
 from reparamc.report.data import Counts, OutputError, Report
+
+if TYPE_CHECKING:  # checks are imported when they are asked for
+    from reparamc.certificate.proof import Certificate
+    from reparamc.equivalence.end_to_end import Region
 
 
 def fuse_model(model: ModelProto, **options: Any) -> tuple[ModelProto, Report]:
@@ -78,6 +76,8 @@ def fuse_light(
     options = Options(select(pass_table, passes, skip), level_of(verify), objective, progress)
     result, report = _fuse_whole(model, options, pass_table)
     if only_if_faster and report.changed:
+        from reparamc.onnx.latency import compare_latency
+
         start = perf_counter()
         report.latency = compare_latency(model, result)
         report.seconds["timing"] = perf_counter() - start
@@ -109,6 +109,8 @@ def _fuse_whole(model: ModelProto, options: Options, pass_table: tuple[Pass, ...
         if resolved:
             report.passes[FOLDING] += resolved
         if options.level == "full":
+            from reparamc.onnx.end_to_end import verify_end_to_end
+
             check(result)
             report.end_to_end = verify_end_to_end(model, result)
         return result, report
@@ -118,6 +120,8 @@ def _fuse_whole(model: ModelProto, options: Options, pass_table: tuple[Pass, ...
         other, found = attempt(plain)
         if sum(found.passes.values()) > sum(report.passes.values()) and weights.total(other) <= weights.total(model):
             if options.level == "full":
+                from reparamc.onnx.end_to_end import verify_end_to_end
+
                 found.end_to_end = verify_end_to_end(model, other)
             result, report = other, found
     return result, report
@@ -163,15 +167,21 @@ class OnnxHost:
         return None if node is None else [name for name in node.input if name and name not in self.graph.constants]
 
     def certify(self, result: ModelProto) -> Certificate:
+        from reparamc.certificate.onnx import certify_onnx
+
         return certify_onnx(self.model, result, weights.array)
 
     def trials(self, result: ModelProto, regions: Sequence[Region]) -> Iterator[Trial]:
+        from reparamc.onnx.end_to_end import run_regions
+
         return run_regions(self.model, result, regions)
 
     def objections(
         self, splices: Sequence[Splice], result: ModelProto, without: Callable[[Collection[str]], ModelProto]
     ) -> Mapping[str, str]:
         """Those whose result ONNX Runtime would fuse less of by itself."""
+        from reparamc.onnx.runtime_fusions import fused_by_runtime, harmful, reason
+
         kernels = fused_by_runtime(self.model) if splices else None
         if not kernels:
             return {}
@@ -197,6 +207,8 @@ class OnnxHost:
         return changed
 
     def compare(self, result: ModelProto, regions: Sequence[Region]) -> list[OutputError]:
+        from reparamc.onnx.end_to_end import verify_end_to_end
+
         return verify_end_to_end(self.model, result, regions)
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from google.protobuf.message import Message
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from reparamc.errors import InputError
 from reparamc.onnx import weights
@@ -92,7 +92,7 @@ def graph_hash(model: ModelProto) -> str:
         graph.quantization_annotation,
         model.functions,
     ):
-        _add(digest, map(_pieces, group), len(group))
+        _add(digest, map(weights.pieces, group), len(group))
     return digest.hexdigest()
 
 
@@ -103,10 +103,6 @@ def _add(digest: hashlib._Hash, parts: Iterable[Sequence[weights.Piece]], count:
         digest.update(weights.size(pieces).to_bytes(8, "little"))
         for block in weights.blocks(pieces):
             digest.update(block)
-
-
-def _pieces(message: Message) -> Sequence[weights.Piece]:
-    return weights.tensor_pieces(message) if isinstance(message, TensorProto) else [_bytes(message)]
 
 
 def _bytes(message: Message) -> bytes:

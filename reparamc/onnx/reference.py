@@ -13,7 +13,6 @@ from typing import cast
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from reparamc.algebra.expr import Array
 from reparamc.onnx.values import FLOATS, attribute
@@ -58,6 +57,8 @@ def _drop(node: NodeProto, name: str) -> None:
 def _evaluator(
     node: NodeProto, constants: Mapping[str, np.ndarray], output: str, opset: int, ir_version: int
 ) -> Operator:
+    from onnx.reference import ReferenceEvaluator  # it takes as long as onnx itself
+
     operands = [n for n in dict.fromkeys(node.input) if n and n not in constants]
     inputs = [helper.make_tensor_value_info(name, TensorProto.DOUBLE, None) for name in operands]
     result = helper.make_tensor_value_info(output, TensorProto.DOUBLE, None)

@@ -45,6 +45,10 @@ def attribute(node: NodeProto, name: str, default: object = None) -> object:
     return default
 
 
+WITH_BODIES = {"FlexAttention", "If", "Loop", "Scan", "SequenceMap"}
+"""The standard operators that run graphs."""
+
+
 def is_standard(node: NodeProto) -> bool:
     return node.domain in ("", "ai.onnx")
 
@@ -89,6 +93,8 @@ def forget_negative_sizes(values: Iterable[ValueInfoProto]) -> None:
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    if node.op_type not in WITH_BODIES and is_standard(node):
+        return  # all nodes are asked, again and again
     for a in node.attribute:
         if a.type == AttributeProto.GRAPH:
             yield a.g
@@ -177,13 +183,9 @@ class Constants:
         self.known = {t.name: Constant.of(t) for t in graph.initializer if t.name not in overridable}
         self.known |= {t.values.name: Constant.sparse(t) for t in graph.sparse_initializer if prod(t.dims) < MOST_DENSE}
         for node in filter(is_standard, graph.node):
-            if node.op_type == "Constant":
-                found = constant_of(node)
-            elif node.op_type in MOVING and all(name in self.known for name in node.input if name):
-                found = self._moved(node)
-            else:
-                found = None
-            if found is not None:
+            if node.op_type != "Constant":
+                self.follow(node)
+            elif (found := constant_of(node)) is not None:
                 self.known[node.output[0]] = found
 
     def __contains__(self, name: str) -> bool:
@@ -213,8 +215,22 @@ class Constants:
     def element_type(self, name: str) -> int:
         return self.known[name].element_type
 
+    def enter(self, name: str, value: np.ndarray | None) -> None:
+        """Note what ``name`` was found to be, if anything."""
+        if value is not None:
+            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+            self.known[name] = Constant(kind, value.shape, lambda: value)
+
+    def follow(self, node: NodeProto) -> bool:
+        """Whether ``node`` at most moves a constant, or is known for one; it then is among `known`."""
+        if node.output[0] not in self.known and (found := self._moved(node)) is not None:
+            self.known[node.output[0]] = found
+        return node.output[0] in self.known
+
     def _moved(self, node: NodeProto) -> Constant | None:
         """What a node makes of a constant whose elements it moves at most; None where it does more, or cannot run."""
+        if node.op_type not in MOVING or not all(name in self.known for name in node.input if name):
+            return None
         x = self.known[node.input[0]]
         if node.op_type == "Identity":
             return x

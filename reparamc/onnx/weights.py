@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeAlias
 from weakref import WeakValueDictionary
 
 import numpy as np
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import ModelProto, NodeProto, StringStringEntryProto, TensorProto, helper, numpy_helper
 
 from reparamc.errors import InputError
@@ -47,6 +47,9 @@ PACKED = {
 UNEVEN = {kind for name, kind in TensorProto.DataType.items() if name.startswith("FLOAT6")}
 """Types whose entries end within a byte."""
 
+_PLAIN = {helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for kind in "?bBhHiIlLefd"}
+"""Types that NumPy itself has."""
+
 Bytes: TypeAlias = "bytes | memoryview"
 
 
@@ -69,6 +72,9 @@ class Counters:
     decoded: int = 0
     made: int = 0
     sessions: int = 0
+
+    def reset(self) -> None:
+        self.decoded = self.made = self.sessions = 0
 
 
 COUNTERS = Counters()
@@ -119,7 +125,7 @@ class Stream:
 
 
 class Given:
-    """A tensor of the caller's model."""
+    """A tensor of the caller's model; protobuf copies its data whenever it hands them out."""
 
     def __init__(self, tensor: TensorProto) -> None:
         self.tensor = tensor
@@ -318,15 +324,14 @@ def _itemsize(kind: int) -> int:
 def _with_reference(node: NodeProto) -> NodeProto:
     if node.ByteSize() <= LARGE:
         return node
-    made = NodeProto(name=node.name, op_type=node.op_type, domain=node.domain, doc_string=node.doc_string)
-    made.output.extend(node.output)
-    made.metadata_props.extend(node.metadata_props)
+    made = NodeProto()
+    for descriptor, value in node.ListFields():
+        if descriptor.name != "attribute":
+            _copy(made, descriptor.name, value)
     for a in node.attribute:
-        copy = made.attribute.add(name=a.name, type=a.type)
-        if a.HasField("t"):
-            copy.t.CopyFrom(_referring(a.t))  # a reference is small
-        else:
-            copy.CopyFrom(a)
+        copy = made.attribute.add()
+        for descriptor, value in a.ListFields():
+            _copy(copy, descriptor.name, _referring(value) if descriptor.name == "t" else value)
     return made
 
 
@@ -544,35 +549,34 @@ ALIGNED = 4096
 """Tensors in a file beside the model start at multiples of this, so that runtimes can map them."""
 
 
-def pieces(model: ModelProto) -> list[Piece]:
-    """``model`` serialized, in parts; the data that it refers to are not read yet."""
-    data = model.SerializeToString()
-    mark = MARK.encode()
-    found = _changed("model", memoryview(data), 0, len(data), lambda a, b: data.find(mark, a, b) >= 0, _filled)
+def pieces(message: Message) -> list[Piece]:
+    """``message``, a light model or a part of one, serialized in parts; the data that it refers to are not read yet."""
+    data = message.SerializeToString(deterministic=True)
+    kind = _KINDS.get(type(message).__name__)
+    if kind is None or (mark := MARK.encode()) not in data:
+        return [data]
+    found = _changed(kind, memoryview(data), 0, len(data), lambda a, b: data.find(mark, a, b) >= 0, _filled)
     return [data] if found is None else found
 
 
+_KINDS = {"ModelProto": "model", "NodeProto": "node", "TensorProto": "tensor"}
+
+
 def _filled(data: Any, start: int, stop: int) -> list[Piece] | None:
-    found = TensorProto.FromString(data[start:stop])
-    return tensor_pieces(found) if is_reference(found) else None
-
-
-def tensor_pieces(t: TensorProto) -> list[Piece]:
-    """A tensor as protobuf would serialize it with its data in it."""
+    """A tensor as protobuf would serialize it with its data in it; None where they are in it."""
+    t = TensorProto.FromString(data[start:stop])
     if not is_reference(t):
-        return [t.SerializeToString(deterministic=True)]
-    bare = TensorProto()
-    bare.CopyFrom(t)
-    del bare.external_data[:]
-    bare.ClearField("data_location")
-    rest = TensorProto(metadata_props=bare.metadata_props)
-    if bare.HasField("doc_string"):
-        rest.doc_string = bare.doc_string
-        bare.ClearField("doc_string")
-    del bare.metadata_props[:]
+        return None
     where = place(t)
+    del t.external_data[:]
+    t.ClearField("data_location")
+    rest = TensorProto(metadata_props=t.metadata_props)
+    del t.metadata_props[:]
+    if t.HasField("doc_string"):
+        rest.doc_string = t.doc_string
+        t.ClearField("doc_string")
     head = _as_varint(RAW_DATA << 3 | 2) + _as_varint(where.length)
-    return [bare.SerializeToString(deterministic=True) + head, where, rest.SerializeToString(deterministic=True)]
+    return [t.SerializeToString(deterministic=True) + head, where, rest.SerializeToString(deterministic=True)]
 
 
 def blocks(parts: Iterable[Piece]) -> Iterator[Bytes]:
@@ -585,9 +589,6 @@ def blocks(parts: Iterable[Piece]) -> Iterator[Bytes]:
 
 
 # For ONNX Runtime
-
-_PLAIN = {helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for kind in "?bBhHiIlLefd"}
-"""Types that NumPy itself has."""
 
 
 def for_runtime(model: ModelProto) -> tuple[bytes, dict[str, Any]]:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
-from onnx.reference import ReferenceEvaluator
 
 from reparamc.algebra.dtypes import epsilon_of, is_floating
 from reparamc.onnx.session import Run
@@ -127,6 +126,8 @@ def _agreed(
     names, operands = [n for n in node.output if n], list(dict.fromkeys(n for n in node.input if n))
     if not all(n in by_runtime for n in names) or not all(n in values for n in operands):
         return {}
+    from onnx.reference import ReferenceEvaluator
+
     feeds = {n: values[n] for n in operands}
     try:
         results = ReferenceEvaluator(_alone(node, feeds, opset)).run(None, feeds)

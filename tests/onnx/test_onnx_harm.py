@@ -14,7 +14,6 @@ import pytest
 from onnx import ModelProto, NodeProto
 from onnx_models import batchnorm, fuse, model, node, norm, operators
 
-from reparamc.onnx import fuse as onnx_fuse
 from reparamc.onnx import operators as onnx_readers
 from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.runtime_fusions import fused_by_runtime, harmful, protected, reason
@@ -156,7 +155,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[ModelProto]:
         seen.append(m)
         return fused_by_runtime(m)
 
-    monkeypatch.setattr(onnx_fuse, "fused_by_runtime", count)
+    monkeypatch.setattr("reparamc.onnx.runtime_fusions.fused_by_runtime", count)
     return seen
 
 
@@ -179,7 +178,7 @@ def test_it_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_cannot_be_optimised_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_fuse, "fused_by_runtime", lambda m: None)
+    monkeypatch.setattr("reparamc.onnx.runtime_fusions.fused_by_runtime", lambda m: None)
     _, report = fuse_model(gelu_model())
     assert report.passes["bn-folding"] == 4
 

@@ -14,7 +14,6 @@ from onnx_models import batchnorm, model, node, norm, operators
 
 import reparamc
 from reparamc.errors import InputError
-from reparamc.onnx import fuse as onnx_fuse
 from reparamc.onnx import latency as onnx_latency
 from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.latency import FEWEST, MOST, compare_latency, compare_runs
@@ -124,7 +123,7 @@ def verdict(monkeypatch: pytest.MonkeyPatch) -> Callable[[Latency], list[ModelPr
             seen.extend([original, result])
             return latency
 
-        monkeypatch.setattr(onnx_fuse, "compare_latency", compare)
+        monkeypatch.setattr("reparamc.onnx.latency.compare_latency", compare)
         return seen
 
     return set_

@@ -323,7 +323,7 @@ def test_a_wrong_splice_is_caught_end_to_end(factor: float, monkeypatch: pytest.
     assert report.certificate is not None
     assert report.certificate.rolled_back == 1
     assert [f.check for f in report.failed] == ["certificate"]
-    monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda *_: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.certificate.onnx.certify_onnx", lambda *_: Certificate((), 0, 0.0))
     with pytest.raises(VerificationError, match="region 'bn' of the fused model") as caught:
         fuse_model(conv_bn())
     assert caught.value.where == "bn"
@@ -341,7 +341,7 @@ def test_one_wrong_weight_of_many_is_caught_end_to_end(monkeypatch: pytest.Monke
         return add(self, wanted, array, dtype)
 
     monkeypatch.setattr(OnnxEdit, "add_initializer", perturbed)
-    monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda *_: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.certificate.onnx.certify_onnx", lambda *_: Certificate((), 0, 0.0))
     with pytest.raises(VerificationError):
         fuse_model(conv_bn())
 

@@ -277,7 +277,7 @@ def test_undone_together(monkeypatch: pytest.MonkeyPatch, hiding: bool) -> None:
         scaled = any(n.op_type == "BatchNormalization" and n.output[0] == "y" for n in made.graph.node)
         return {"z": "Attention"} if scaled or not hiding else {}
 
-    monkeypatch.setattr(onnx_fuse, "fused_by_runtime", kernels)
+    monkeypatch.setattr("reparamc.onnx.runtime_fusions.fused_by_runtime", kernels)
     nodes = [CONV, SPLIT, batchnorm("q", "q", "y"), node("Relu", "v", "r"), batchnorm("r", "v", "a")]
     nodes += [node("Conv", "a l", "z", kernel_shape=[1, 1])]
     fused, report = fuse(made(*nodes, parameters={"l": rand(2, 5, 1, 1)}))

@@ -85,7 +85,7 @@ def test_a_misread_attribute_is_caught_and_the_rest_is_still_rewritten(
 
 def test_a_misread_attribute_shows_in_no_other_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the checks on samples it is the host alone that sees it."""
-    monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda *_: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.certificate.onnx.certify_onnx", lambda *_: Certificate((), 0, 0.0))
     misread("BatchNormalization", other_eps, monkeypatch)
     monkeypatch.setattr(OnnxGraph, "run", None)  # not to be called: the framework cannot be asked
     fused, report = fuse_model(two_blocks(), verify="region")

@@ -52,7 +52,7 @@ def one_channel(a: np.ndarray) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof would find what is planted here first, and undo it."""
-    monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda *_: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.certificate.onnx.certify_onnx", lambda *_: Certificate((), 0, 0.0))
 
 
 CALM, CHAOTIC = 1.0, 3e3

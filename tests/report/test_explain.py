@@ -16,7 +16,6 @@ from reparamc import cli, fuse_onnx
 from reparamc.algebra.expr import BatchNorm, Expr
 from reparamc.algebra.rewrite import Pass
 from reparamc.errors import InputError
-from reparamc.onnx import fuse as onnx_fuse
 from reparamc.report.data import Counts, Latency, Refusal, Report, Rewrite
 from reparamc.report.explain import explain_json, explain_text, grouped
 
@@ -281,7 +280,7 @@ def test_fuse_fx_has_objectives() -> None:
 def test_only_if_faster(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
     low, high = (0.7, 0.8) if faster else (0.9, 1.05)
     found = Latency(0.004, 0.003, (low + high) / 2, low, high, 21)
-    monkeypatch.setattr(onnx_fuse, "compare_latency", lambda original, result: found)
+    monkeypatch.setattr("reparamc.onnx.latency.compare_latency", lambda original, result: found)
     output, path = model.with_name("out.onnx"), model.with_name("report.json")
     code, out, err = run("fuse", model, "-o", output, "--only-if-faster", "--report", path)
     assert (code, err) == (0, "")

@@ -125,10 +125,9 @@ def test_where_nothing_was_done_nothing_is_said(fused: Path) -> None:
 
 
 def test_an_original_that_is_kept_has_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reparamc.onnx import fuse as onnx_fuse
     from reparamc.report.data import Latency
 
-    monkeypatch.setattr(onnx_fuse, "compare_latency", lambda *_: Latency(1.0, 1.0, 1.0, 0.9, 1.1, 21))
+    monkeypatch.setattr("reparamc.onnx.latency.compare_latency", lambda *_: Latency(1.0, 1.0, 1.0, 0.9, 1.1, 21))
     made = conv_bn()
     assert fuse_onnx(made, only_if_faster=True) == made
     source = saved(made, tmp_path / "original.onnx")
