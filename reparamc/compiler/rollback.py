@@ -81,7 +81,7 @@ class Attempt(Generic[ResultT]):
         return [
             Region(
                 tensor(s.root), (*map(tensor, s.operands),), self.plan.graph.name(s.root), s.before, s.after,
-                channel_axes(s.expr)[s.expr], None if s.original is None else partial(_read, s.original, tensor),
+                channel_axes(s.expr)[s.expr], None if s.original is None else partial(_read, s.original, s.expr, tensor),
             )
             for s in self.splices
         ]  # fmt: skip
@@ -98,13 +98,19 @@ class Attempt(Generic[ResultT]):
         return [Refusal(self.plan.graph.name(s.root), [*s.counts][-1], harm[self.unit(s)]) for s in harmful]
 
 
-def _read(original: Expr, name: Callable[[Value], str], values: Outputs) -> tuple[Array, Array]:
-    """What ``original`` is in float64, from values by name, and the magnitudes of its terms."""
-    given = {e: values[name(e.key)].astype(np.float64) for e in walk(original) if isinstance(e, Source)}
-    exact, _ = evaluate(original, given)
-    terms, _ = evaluate(absolute(original), {e: np.abs(x) for e, x in given.items()})
+def _read(
+    original: Expr, replacement: Expr, name: Callable[[Value], str], values: Outputs
+) -> tuple[Array, Array, Array]:
+    """What ``original`` is in float64, from values by name, and the magnitudes of its terms and of those of the other."""
+    found: list[Array] = []
+    for root, signs in ((original, True), (original, False), (replacement, False)):
+        given = {e: values[name(e.key)].astype(np.float64) for e in walk(root) if isinstance(e, Source)}
+        if not signs:
+            root, given = absolute(root), {e: np.abs(x) for e, x in given.items()}
+        found.append(evaluate(root, given)[0])
     release(original)
-    return exact, terms
+    release(replacement)
+    return found[0], found[1], found[2]
 
 
 def rewritten(graph: Graph, splice: Splice, tensors: Iterable[str]) -> Rewrite:

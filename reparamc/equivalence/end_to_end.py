@@ -19,7 +19,7 @@ from reparamc.report.data import OutputError
 
 CHAOS = 0.1
 """Noise of an output beyond which it says nothing about a rewrite: rounding alone makes another result of it."""
-WEAK = 1e-2
+WEAK = 1e-3
 """Tolerance of an output beyond which the regions are looked at one by one as well."""
 
 
@@ -34,7 +34,7 @@ class Region:
         before, after: both forms as text.
         axis: the channel axis of its result; None where that is unknown.
         reading: from values by name, what its expression is in float64, and the magnitudes of the terms that it is the
-            sum of. May raise anything.
+            sum of, and those of its replacement. May raise anything.
     """
 
     root: str
@@ -43,7 +43,7 @@ class Region:
     before: str
     after: str
     axis: int | None = None
-    reading: Callable[[Outputs], tuple[Array, Array]] | None = None
+    reading: Callable[[Outputs], tuple[Array, Array, Array]] | None = None
 
 
 @dataclass(frozen=True)
@@ -213,38 +213,44 @@ def compare_regions(
 
 
 def region_error(seen: Alone, region: Region, epsilon: Callable[[npt.NDArray], float]) -> tuple[float, float, float]:
-    """How far a region that was run is from the original, as `by_channel` says it."""
+    """How far a region that was run is from the original, as `by_channel` says it.
+
+    An original that rounds where large constants cancel is no measure of a result that does not. So what differs by
+    more than a few roundings is held to the truth where that is known, up to the rounding of the terms of the result.
+    """
     reference, other = seen.expected[region.root], seen.actual[region.root]
     noises = [n[region.root] for n in seen.noises]
     eps = epsilon(reference)
-    gap, error, allowed = by_channel(reference, other, noises, eps, region.axis)
-    if not error <= allowed and (truth := _truth(seen, region, eps)) is not None:
-        gap, error, allowed = by_channel(truth, other, [reference], eps, region.axis, often=AS_NEAR)
-    return gap, error, allowed
+    found = by_channel(reference, other, noises, eps, region.axis)
+    if not found[1] <= _few(eps) * eps and (known := _truth(seen, region, eps)) is not None:
+        truth, terms = known
+        return by_channel(truth, other, (), eps, region.axis, terms)
+    return found
 
 
-AS_NEAR = 4
-"""A result may lie so many times as far from the truth as the original does."""
+def _few(epsilon: float) -> int:
+    """A kernel of some thousand terms rounds so often; one of 16 bits adds up in a larger dtype, and rounds less."""
+    return 64 if epsilon < 1e-4 else 8
 
 
-def _truth(seen: Alone, region: Region, epsilon: float) -> Array | None:
-    """What the original computes of a region in float64; None where that is unknown.
+def _truth(seen: Alone, region: Region, epsilon: float) -> tuple[Array, Array] | None:
+    """What the original computes of a region in float64, and the terms of its replacement; None where that is unknown.
 
-    An original that rounds where large constants cancel is no measure of a result that does not. The truth comes from
-    the operators of the original, so that no wrong reading of them is its own measure. It counts where the rounding of
-    the terms explains how far the original lies from it; the reading that tells the terms has to give the same.
+    The truth comes from the operators of the original, so that no wrong reading of them is its own measure. It counts
+    where the rounding of the terms explains how far the original lies from it; the reading that tells the terms has to
+    give the same.
     """
     if region.reading is None or seen.exact is None:
         return None
     try:
         truth = seen.exact(region)
-        value, terms = region.reading(seen.expected)
+        value, terms, others = region.reading(seen.expected)
     except Exception:  # whatever the operators of a framework raise
         return None
-    rounding = (64 if epsilon < 1e-4 else 8) * epsilon
     original = seen.expected[region.root].astype(np.float64)
+    rounding = _few(epsilon) * epsilon
     explained = relative(truth, value, terms) <= REGION_TOLERANCE and relative(truth, original, terms) <= rounding
-    return truth if explained else None
+    return (truth, np.broadcast_to(others, truth.shape)) if explained else None
 
 
 def by_channel(
@@ -253,18 +259,17 @@ def by_channel(
     noises: Sequence[npt.NDArray],
     epsilon: float,
     axis: int | None,
-    often: int = 50,
+    terms: Array | None = None,
 ) -> tuple[float, float, float]:
     """The channel that comes closest to what rounding explains, or exceeds it most.
 
     Args:
         noises: what rounding makes of the reference.
-        often: how many times over that is allowed; fewer times of 16 bits.
+        terms: the magnitudes of what is rounded; by default those of the reference.
 
     Returns:
         Its largest absolute difference, the same relative to its largest value, and what is allowed of that: the
-        difference of ``noises`` and the machine epsilon, some times over. A kernel of some thousand terms rounds
-        often; one of a dtype of 16 bits adds up in a larger one, and rounds a few times.
+        difference of ``noises`` and the machine epsilon, some times over.
     """
     kind = difference(reference, other)
     if not kind.same_kind:
@@ -275,12 +280,12 @@ def by_channel(
 
     with np.errstate(invalid="ignore"):
         gap, size = largest(other.astype(np.float64) - reference), largest(reference)
-        noise = np.max([largest(n.astype(np.float64) - reference) for n in noises], axis=0, initial=0.0)
-    times = (often, 64) if epsilon < 1e-4 else (min(often, 8), 8)
-    allowed = times[0] * noise + times[1] * epsilon * size
+        noise = np.max([size * 0, *(largest(n.astype(np.float64) - reference) for n in noises)], axis=0)
+    few = _few(epsilon)
+    allowed = min(50, few) * noise + few * epsilon * (size if terms is None else largest(terms))
     tiny = np.finfo(np.float64).tiny
     worst = int(np.argmax(gap / np.maximum(allowed, tiny))) if gap.size else 0
     if not gap.size or gap[worst] == 0:
-        return 0.0, 0.0, float(times[1] * epsilon)
+        return 0.0, 0.0, few * epsilon
     scale = max(size[worst], tiny)
     return float(gap[worst]), float(gap[worst] / scale), float(allowed[worst] / scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import numpy as np
@@ -38,11 +39,21 @@ def verify_end_to_end(
             wrong, or else the output.
         InputError: ONNX Runtime cannot run the original.
     """
-    with session(original, "the model") as run_original, session(result, "the rewritten model") as run_result:
+    with _loaded(original) as run_original, session(result, "the rewritten model") as run_result:
         pair = Pair(run_original, run_result, seed=seed)
         trials = _trials(original, run_original, seed)
         alone = partial(run_alone, original, result, regions, seed=seed)
         return compare_models(pair, trials, epsilon, regions, alone)
+
+
+@contextmanager
+def _loaded(original: ModelProto) -> Iterator[Run]:
+    with ExitStack() as stack:
+        try:
+            run = stack.enter_context(session(original, "the model"))
+        except InputError as error:
+            raise InputError(f"{error}; try --verify region") from error
+        yield run
 
 
 def run_regions(
