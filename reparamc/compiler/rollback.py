@@ -81,7 +81,7 @@ class Attempt(Generic[ResultT]):
         return [
             Region(
                 tensor(s.root), (*map(tensor, s.operands),), self.plan.graph.name(s.root), s.before, s.after,
-                channel_axes(s.expr)[s.expr], None if s.original is None else partial(_read, s.original, s.expr, tensor),
+                channel_axes(s.expr)[s.expr], s.original and partial(_read, s.original, s.expr, tensor),
             )
             for s in self.splices
         ]  # fmt: skip
@@ -101,7 +101,7 @@ class Attempt(Generic[ResultT]):
 def _read(
     original: Expr, replacement: Expr, name: Callable[[Value], str], values: Outputs
 ) -> tuple[Array, Array, Array]:
-    """What ``original`` is in float64, from values by name, and the magnitudes of its terms and of those of the other."""
+    """What ``original`` is in float64, from values by name, and the magnitudes of its terms and the other's."""
     found: list[Array] = []
     for root, signs in ((original, True), (original, False), (replacement, False)):
         given = {e: values[name(e.key)].astype(np.float64) for e in walk(root) if isinstance(e, Source)}

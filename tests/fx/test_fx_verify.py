@@ -218,7 +218,7 @@ def test_an_original_that_cancels_is_worse_than_the_result(large: float, monkeyp
         return tensor(self, np.where(np.arange(a.size).reshape(a.shape) == 20, 2 * a, a))
 
     monkeypatch.setattr(Emitter, "_tensor", doubled)
-    with pytest.raises(VerificationError, match="'norm'|'output'"):  # one weight is doubled
+    with pytest.raises(VerificationError, match=r"'norm'|'output'"):  # one weight is doubled
         fuse_fx(model.float(), x)
 
 

@@ -270,7 +270,7 @@ def test_an_original_that_cancels_is_worse_than_the_result(large: float, monkeyp
         ),
     )
     monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda *_: Certificate((), 0, 0.0))
-    with pytest.raises(VerificationError, match="'norm'|'y'"):  # one weight is doubled
+    with pytest.raises(VerificationError, match=r"'norm'|'y'"):  # one weight is doubled
         fuse_model(made)
 
 
