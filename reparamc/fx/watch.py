@@ -36,16 +36,17 @@ class Watched:
         self.most = most
         self._seen = Counter[int]()
         self._running = Counter[int]()
-        self._around: dict[int, set[int]] = {id(model): set()}
+        self._around: dict[int, list[list[int]]] = {}
         paths = dict(model.named_modules(remove_duplicate=False))
         for path, module in paths.items():
-            around = self._around.setdefault(id(module), set())
+            around = list[int]()
             while path:
                 path = path.rpartition(".")[0]
-                around.add(id(paths[path]))
+                around.append(id(paths[path]))
+            self._around.setdefault(id(module), []).append(around)
 
     def started(self, module: nn.Module, call: Call) -> None:
-        self._reached(self._around.get(id(module), set()))
+        self._reached_around(module)
         self._running[id(module)] += 1
         self._seen[id(module)] += 1
         if self._seen[id(module)] <= self.most:
@@ -56,10 +57,16 @@ class Watched:
 
     def read(self, module: nn.Module) -> None:
         if not self._running[id(module)]:
-            self._reached({id(module), *self._around.get(id(module), set())})
+            self.touched.add(id(module))
+            self._reached_around(module)
 
-    def _reached(self, ids: set[int]) -> None:
-        self.touched.update(i for i in ids if not self._running[i])
+    def _reached_around(self, module: nn.Module) -> None:
+        """What is around ``module`` and does not run; where it has several places, in that where it was called."""
+        places = self._around.get(id(module), [[]])
+        steps = [next((n for n, i in enumerate(around) if self._running[i]), len(around)) for around in places]
+        for around, n in zip(places, steps, strict=True):
+            if n == min(steps):
+                self.touched.update(i for i in around if not self._running[i])
 
     def next_run(self) -> None:
         self._seen.clear()

@@ -154,6 +154,39 @@ def test_part_that_others_reach_into_stays(x: Tensor) -> None:
     assert "reaches" in next(p for p in report(fused).parts if p.where == "body").why
 
 
+class Unit(nn.Module):
+    """Its activation is one object for all units, as YOLO has it."""
+
+    act = nn.ReLU()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), Unit.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Indexed(nn.Module):
+    """Runs its layers one by one, by what each of them says of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Unit(), nn.Sequential(Unit(), nn.ModuleList([Unit()])[0]), Unit())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers if len(x) else ():
+            x = layer(x)
+        return x
+
+
+def test_modules_in_several_places_are_no_reach_into_all_of_them(x: Tensor) -> None:
+    model = ready(Indexed())
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (4, 0)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
 def pad_as_needed(x: Tensor) -> Tensor:
     """A function with control flow: it is called as it is."""
     return F.pad(x, (0, 1, 0, 1)) if x.shape[-1] % 2 else x

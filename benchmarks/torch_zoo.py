@@ -1,0 +1,776 @@
+"""`fuse_fx` on the model libraries of torch: what is folded, and whether the copy computes the same.
+
+    python benchmarks/torch_zoo.py [--only PATTERN] [--again] [--time]
+
+Every model has random weights and random BatchNorm statistics, and is called as its users call it, on small inputs.
+Each library runs in a process of its own; a model that takes longer than LIMIT seconds is ended. Results are kept in
+``build/torch_zoo.json``: what is there is not run again without ``--again``. The table is ``docs/torch_zoo.md``.
+Libraries that are not installed are left out. ``--time`` measures, on one thread: `fuse_fx` without and with
+verification, and one forward of a batch of 32 at the same size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import importlib.util
+import json
+import os
+import select
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "build" / "torch_zoo.json", ROOT / "docs" / "torch_zoo.md"
+LIMIT = 600
+
+
+@dataclass
+class Case:
+    """A model with its example, arguments of another batch or size, and the fusing method of its own library."""
+
+    model: Any
+    example: Any
+    other: Any
+    own: Callable[[Any], Any] | None = None
+
+
+# The libraries
+
+
+def images(n: int, *sizes: int, channels: int = 3) -> Any:
+    import torch
+
+    return torch.randn(n, channels, *(sizes if len(sizes) > 1 else sizes * 2))
+
+
+def of_torchvision(name: str) -> Case:
+    import torch
+    import torchvision
+
+    off: dict[str, Any] = {"weights": None}
+    kind = name.partition("/")[2] or name
+    if "rcnn" in name or "retinanet" in name or "fcos" in name or "ssd" in name:
+        model = torchvision.models.get_model(kind, weights=None, weights_backbone=None, min_size=96, max_size=128) \
+            if "ssd" not in name else torchvision.models.get_model(kind, weights=None, weights_backbone=None)
+        return Case(model, ([torch.rand(3, 96, 80), torch.rand(3, 64, 96)],), ([torch.rand(3, 72, 96)],))
+    if "deeplab" in name or "fcn_" in name or "lraspp" in name:
+        return Case(torchvision.models.get_model(kind, **off, weights_backbone=None), images(2, 64), images(3, 96, 65))
+    if "raft" in name:
+        return Case(
+            torchvision.models.get_model(kind, **off),
+            (images(1, 128), images(1, 128)), (images(2, 128, 136), images(2, 128, 136)),
+        )  # fmt: skip
+    if name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d"):
+        frames = 16 if name == "s3d" else 8
+        size = 64 if name == "s3d" else 32
+        return Case(torchvision.models.get_model(kind, **off),
+                    torch.randn(2, 3, frames, size, size), torch.randn(1, 3, frames, size, size + 16))
+    if name in ("googlenet", "inception_v3"):
+        model = torchvision.models.get_model(kind, **off, init_weights=False)
+        return Case(model, images(2, 96), images(3, 128, 112))
+    fixed = name.startswith(("vit", "maxvit"))
+    size = 224 if fixed else 64
+    return Case(torchvision.models.get_model(kind, **off), images(2, size), images(3, size, size if fixed else 80))
+
+
+TORCHVISION = (
+    "resnet18 resnext50_32x4d wide_resnet50_2 densenet121 vgg11_bn googlenet inception_v3 mobilenet_v2 "
+    "mobilenet_v3_small mnasnet0_5 shufflenet_v2_x1_0 regnet_x_400mf regnet_y_400mf efficientnet_b0 "
+    "efficientnet_v2_s convnext_tiny swin_t vit_b_32 maxvit_t squeezenet1_1 deeplabv3_resnet50 "
+    "deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large r3d_18 r2plus1d_18 s3d raft_small "
+    "fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_320_fpn maskrcnn_resnet50_fpn_v2 retinanet_resnet50_fpn "
+    "fcos_resnet50_fpn ssdlite320_mobilenet_v3_large"
+).split()
+
+
+def of_timm(name: str) -> Case:
+    import timm
+
+    options: dict[str, Any] = {}
+    size = 64
+    if name.startswith(("levit", "efficientformer_", "xcit", "coatnet", "tiny_vit", "vit", "fastvit_mci")):
+        size = 224
+    if name.startswith("features/"):
+        options["features_only"] = True
+    model = timm.create_model(name.removeprefix("features/"), pretrained=False, **options)
+    fixed = size == 224
+
+    def own(module: Any) -> Any:
+        from timm.utils.model import reparameterize_model
+
+        for m in module.modules():
+            if hasattr(m, "fuse") and not hasattr(m, "reparameterize"):
+                return None
+        return reparameterize_model(module)
+
+    has_own = any(hasattr(m, name) for m in model.modules() for name in ("reparameterize", "switch_to_deploy", "fuse"))
+    return Case(model, images(2, size), images(3, size, size if fixed else 96), own if has_own else None)
+
+
+TIMM = (
+    "resnet18 resnet50d resnest14d seresnet50 skresnet18 res2net50_26w_4s regnetx_002 regnety_002 nfnet_f0 "
+    "efficientnet_b0 mobilenetv2_100 mobilenetv3_small_100 mobilenetv4_conv_small mixnet_s ghostnet_100 ghostnetv2_100 "
+    "hardcorenas_a mobileone_s0 repvgg_a0 repvit_m0_9 repghostnet_050 fastvit_t8 fastvit_mci0 inception_next_tiny "
+    "levit_128s levit_conv_128s efficientvit_b0 efficientvit_m0 edgenext_xx_small mobilevit_xxs mobilevitv2_050 "
+    "convnextv2_atto dla34 hrnet_w18_small selecsls42 vovnet39a ese_vovnet19b_dw cspresnet50 darknet53 dpn48b xception41 "
+    "inception_resnet_v2 nasnetalarge pnasnet5large rexnet_100 tinynet_e lcnet_050 swiftformer_xs "
+    "starnet_s1 shvit_s1 hgnetv2_b0 efficientformer_l1 efficientformerv2_s0 poolformer_s12 visformer_tiny "
+    "xcit_nano_12_p16_224 tiny_vit_5m_224 coatnet_nano_rw_224 mambaout_femto features/resnet18 features/mobilenetv3_small_100"
+).split()
+
+
+def _cfg(name: str, **options: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, name)(**options)
+
+
+def _detr_options() -> dict[str, Any]:
+    return {
+        "encoder_hidden_dim": 32, "encoder_ffn_dim": 48, "encoder_attention_heads": 2, "d_model": 32,
+        "num_queries": 12, "decoder_in_channels": [32, 32, 32], "decoder_ffn_dim": 48, "decoder_layers": 2,
+        "decoder_attention_heads": 2, "encoder_in_channels": [32, 48, 64],
+    }  # fmt: skip
+
+
+def _rt_backbone() -> Any:
+    return _cfg("RTDetrResNetConfig", embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1],
+                layer_type="basic", out_features=["stage2", "stage3", "stage4"])
+
+
+def _hg_backbone() -> Any:
+    return _cfg(
+        "HGNetV2Config", stem_channels=[3, 8, 8], stage_in_channels=[8, 16, 32, 48], stage_mid_channels=[8, 8, 16, 16],
+        stage_out_channels=[16, 32, 48, 64], stage_num_blocks=[1, 1, 1, 1], stage_numb_of_layers=[2, 2, 2, 2],
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+
+
+_SMALL_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+_SEGMENTER: dict[str, Any] = {
+    "hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 2, 2], "decoder_hidden_size": 16,
+}
+_TINY_BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+              "vocab_size": 99}
+
+
+def _resnet_backbone() -> Any:
+    return _cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage1", "stage2", "stage3", "stage4"])
+
+
+def _pixels(size: int = 64, other: int = 96, name: str = "pixel_values") -> tuple[Any, Any]:
+    return {name: images(2, size)}, {name: images(3, other, size)}
+
+
+def _tokens(*more: str) -> tuple[Any, Any]:
+    import torch
+
+    def made(n: int, length: int) -> dict[str, Any]:
+        ids = torch.randint(1, 90, (n, length))
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return given | {name: torch.randint(1, 90, (n, length)) for name in more}
+
+    return made(2, 9), made(3, 11)
+
+
+def _audio(length: int = 1600) -> tuple[Any, Any]:
+    import torch
+
+    return {"input_values": torch.randn(2, length)}, {"input_values": torch.randn(3, length + 320)}
+
+
+def transformers_cases() -> dict[str, tuple[str, Callable[[], Any], Callable[[], tuple[Any, Any]]]]:
+    """By name: a class, its configuration, and the arguments."""
+    wav: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+        "conv_dim": (32, 32), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "vocab_size": 30,
+    }  # fmt: skip
+    return {
+        "resnet": ("ResNetForImageClassification", lambda: _cfg("ResNetConfig", **_SMALL_RESNET), _pixels),
+        "resnet-hidden-states": (
+            "ResNetForImageClassification", lambda: _cfg("ResNetConfig", **_SMALL_RESNET, output_hidden_states=True), _pixels,
+        ),
+        "regnet": (
+            "RegNetForImageClassification",
+            lambda: _cfg("RegNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], groups_width=4), _pixels,
+        ),
+        "mobilenet-v1": ("MobileNetV1ForImageClassification", lambda: _cfg("MobileNetV1Config"), _pixels),
+        "mobilenet-v2": ("MobileNetV2ForImageClassification", lambda: _cfg("MobileNetV2Config"), _pixels),
+        "mobilenet-v2-segmentation": (
+            "MobileNetV2ForSemanticSegmentation", lambda: _cfg("MobileNetV2Config", num_labels=5), _pixels,
+        ),
+        "efficientnet": (
+            "EfficientNetForImageClassification", lambda: _cfg("EfficientNetConfig", hidden_dim=1280, image_size=64), _pixels,
+        ),
+        "levit": ("LevitForImageClassification", lambda: _cfg("LevitConfig"), lambda: _pixels(224, 224)),
+        "levit-teacher": (
+            "LevitForImageClassificationWithTeacher", lambda: _cfg("LevitConfig"), lambda: _pixels(224, 224),
+        ),
+        "cvt": ("CvtForImageClassification", lambda: _cfg("CvtConfig", depth=[1, 1, 2]), _pixels),
+        "swiftformer": (
+            "SwiftFormerForImageClassification",
+            lambda: _cfg("SwiftFormerConfig", depths=[1, 1, 2, 1], embed_dims=[16, 24, 32, 48]), _pixels,
+        ),
+        "mobilevit": ("MobileViTForImageClassification", lambda: _cfg("MobileViTConfig"), _pixels),
+        "mobilevit-segmentation": (
+            "MobileViTForSemanticSegmentation", lambda: _cfg("MobileViTConfig", num_labels=5), _pixels,
+        ),
+        "mobilevitv2": ("MobileViTV2ForImageClassification", lambda: _cfg("MobileViTV2Config"), _pixels),
+        "poolformer": (
+            "PoolFormerForImageClassification", lambda: _cfg("PoolFormerConfig", depths=[1, 1, 1, 1]), _pixels,
+        ),
+        "convnext": (
+            "ConvNextForImageClassification",
+            lambda: _cfg("ConvNextConfig", hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]), _pixels,
+        ),
+        "bit": ("BitForImageClassification", lambda: _cfg("BitConfig", **_SMALL_RESNET | {"hidden_sizes": [32, 32, 64, 64], "embedding_size": 32}), _pixels),
+        "hgnetv2": (
+            "HGNetV2ForImageClassification", lambda: _cfg("HGNetV2Config", stem_channels=[3, 8, 8], stage_in_channels=[8, 16, 32, 48], stage_mid_channels=[8, 8, 16, 16], stage_out_channels=[16, 32, 48, 64], hidden_sizes=[16, 32, 48, 64], stage_num_blocks=[1, 1, 1, 1], stage_numb_of_layers=[2, 2, 2, 2]), _pixels,
+        ),
+        "textnet": ("TextNetForImageClassification", lambda: _cfg("TextNetConfig"), _pixels),
+        "pp-lcnet": ("PPLCNetForImageClassification", lambda: _cfg("PPLCNetConfig"), _pixels),
+        "focalnet": ("FocalNetForImageClassification", lambda: _cfg("FocalNetConfig", embed_dim=16, depths=[1, 1, 1, 1], image_size=64), lambda: _pixels(64, 64)),
+        "swin": ("SwinForImageClassification", lambda: _cfg("SwinConfig", embed_dim=16, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2], window_size=4, image_size=64), lambda: _pixels(64, 64)),
+        "vit": ("ViTForImageClassification", lambda: _cfg("ViTConfig", **{k: v for k, v in _TINY_BERT.items() if k != "vocab_size"}, image_size=32, patch_size=8), lambda: _pixels(32, 32)),
+        "pvt-v2": ("PvtV2ForImageClassification", lambda: _cfg("PvtV2Config", hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]), _pixels),
+        "segformer": ("SegformerForSemanticSegmentation", lambda: _cfg("SegformerConfig", **_SEGMENTER), _pixels),
+        "glpn": ("GLPNForDepthEstimation", lambda: _cfg("GLPNConfig", **_SEGMENTER | {"decoder_hidden_size": 16}), _pixels),
+        "upernet": (
+            "UperNetForSemanticSegmentation",
+            lambda: _cfg("UperNetConfig", backbone_config=_resnet_backbone(), hidden_size=16, pool_scales=[1, 2],
+                         auxiliary_in_channels=24, auxiliary_channels=8, num_labels=5), _pixels,
+        ),
+        "dpt": (
+            "DPTForSemanticSegmentation",
+            lambda: _cfg("DPTConfig", hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
+                         image_size=64, patch_size=16, backbone_out_indices=[0, 1, 2, 3], is_hybrid=False,
+                         neck_hidden_sizes=[8, 16, 24, 32], fusion_hidden_size=16, num_labels=5,
+                         use_batch_norm_in_fusion_residual=True), lambda: _pixels(64, 64),
+        ),
+        "depth-anything": (
+            "DepthAnythingForDepthEstimation",
+            lambda: _cfg("DepthAnythingConfig", backbone_config=_cfg("Dinov2Config", hidden_size=32, num_hidden_layers=4,
+                         num_attention_heads=2, image_size=56, patch_size=14, out_features=["stage1", "stage2", "stage3", "stage4"],
+                         reshape_hidden_states=False), patch_size=14,
+                         reassemble_hidden_size=32, neck_hidden_sizes=[8, 16, 24, 32], fusion_hidden_size=16, head_hidden_size=8),
+            lambda: _pixels(56, 56),
+        ),
+        "zoedepth": (
+            "ZoeDepthForDepthEstimation",
+            lambda: _cfg("ZoeDepthConfig", backbone_config=_cfg("BeitConfig", hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, image_size=64, patch_size=16, out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False), backbone_hidden_size=32,
+                         neck_hidden_sizes=[8, 16, 24, 32], fusion_hidden_size=16, bottleneck_features=16, num_relative_features=8),
+            lambda: _pixels(64, 64),
+        ),
+        "rt-detr": (
+            "RTDetrForObjectDetection", lambda: _cfg("RTDetrConfig", **_detr_options(), backbone_config=_rt_backbone()), _pixels,
+        ),
+        "rt-detr-v2": (
+            "RTDetrV2ForObjectDetection", lambda: _cfg("RTDetrV2Config", **_detr_options(), backbone_config=_rt_backbone()), _pixels,
+        ),
+        "d-fine": (
+            "DFineForObjectDetection",
+            lambda: _cfg("DFineConfig", **_detr_options(), backbone_config=_hg_backbone()), _pixels,
+        ),
+        "detr": (
+            "DetrForObjectDetection",
+            lambda: _cfg("DetrConfig", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
+                         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6), _pixels,
+        ),
+        "conditional-detr": (
+            "ConditionalDetrForObjectDetection",
+            lambda: _cfg("ConditionalDetrConfig", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
+                         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6), _pixels,
+        ),
+        "deformable-detr": (
+            "DeformableDetrForObjectDetection",
+            lambda: _cfg("DeformableDetrConfig", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage2", "stage3", "stage4"]),
+                         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6, num_feature_levels=4), _pixels,
+        ),
+        "table-transformer": (
+            "TableTransformerForObjectDetection",
+            lambda: _cfg("TableTransformerConfig", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
+                         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6), _pixels,
+        ),
+        "maskformer": (
+            "MaskFormerForInstanceSegmentation",
+            lambda: _cfg("MaskFormerConfig", backbone_config=_resnet_backbone(), fpn_feature_size=32, mask_feature_size=32,
+                         decoder_config=_cfg("DetrConfig", use_timm_backbone=False, backbone=None, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6, backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET))), _pixels,
+        ),
+        "superpoint": ("SuperPointForKeypointDetection", lambda: _cfg("SuperPointConfig"), _pixels),
+        "vitmatte": (
+            "VitMatteForImageMatting",
+            lambda: _cfg("VitMatteConfig", backbone_config=_cfg("VitDetConfig", num_channels=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16, out_features=["stage2"]), hidden_size=32,
+                         fusion_hidden_sizes=[32, 16, 8, 4], convstream_hidden_sizes=[4, 8, 12]),
+            lambda: ({"pixel_values": images(2, 64, channels=4)}, {"pixel_values": images(3, 64, channels=4)}),
+        ),
+        "vitpose": (
+            "VitPoseForPoseEstimation",
+            lambda: _cfg("VitPoseConfig", backbone_config=_cfg("VitPoseBackboneConfig", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=[64, 48], out_features=["stage2"]), use_simple_decoder=False),
+            lambda: ({"pixel_values": images(2, 64, 48)}, {"pixel_values": images(3, 64, 48)}),
+        ),
+        "bert": ("BertForSequenceClassification", lambda: _cfg("BertConfig", **_TINY_BERT), _tokens),
+        "squeezebert": ("SqueezeBertForSequenceClassification", lambda: _cfg("SqueezeBertConfig", embedding_size=32, **_TINY_BERT), _tokens),
+        "gpt2": ("GPT2LMHeadModel", lambda: _cfg("GPT2Config", n_embd=32, n_layer=2, n_head=2, vocab_size=99), _tokens),
+        "t5": (
+            "T5ForConditionalGeneration", lambda: _cfg("T5Config", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, vocab_size=99),
+            lambda: _tokens("decoder_input_ids"),
+        ),
+        "llama": (
+            "LlamaForCausalLM",
+            lambda: _cfg("LlamaConfig", **_TINY_BERT), _tokens,
+        ),
+        "clip": (
+            "CLIPModel",
+            lambda: _cfg("CLIPConfig", text_config={**_TINY_BERT, "eos_token_id": 98}, vision_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32, "patch_size": 8}),
+            lambda: tuple(a | b for a, b in zip(_tokens(), _pixels(32, 32), strict=True)),
+        ),
+        "align": (
+            "AlignModel",
+            lambda: _cfg("AlignConfig", text_config=_TINY_BERT, vision_config={"image_size": 64}),
+            lambda: tuple(a | b for a, b in zip(_tokens(), _pixels(64, 64), strict=True)),
+        ),
+        "wav2vec2": ("Wav2Vec2ForCTC", lambda: _cfg("Wav2Vec2Config", **wav), _audio),
+        "wav2vec2-conformer": ("Wav2Vec2ConformerForCTC", lambda: _cfg("Wav2Vec2ConformerConfig", **wav), _audio),
+        "hubert-batch-norm": ("HubertModel", lambda: _cfg("HubertConfig", **wav, conv_pos_batch_norm=True), _audio),
+        "parakeet": (
+            "ParakeetForCTC",
+            lambda: _cfg("ParakeetCTCConfig", vocab_size=40, pad_token_id=39, encoder_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "num_mel_bins": 16, "subsampling_conv_channels": 8}),
+            lambda: ({"input_features": _normal(2, 40, 16)}, {"input_features": _normal(3, 56, 16)}),
+        ),
+        "whisper": (
+            "WhisperForConditionalGeneration",
+            lambda: _cfg("WhisperConfig", d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=99, max_source_positions=20, num_mel_bins=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1),
+            lambda: ({"input_features": _normal(2, 16, 40), "decoder_input_ids": _whole(2, 5)}, {"input_features": _normal(3, 16, 40), "decoder_input_ids": _whole(3, 7)}),
+        ),
+        "speecht5": (
+            "SpeechT5ForTextToSpeech",
+            lambda: _cfg("SpeechT5Config", hidden_size=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=40, speech_decoder_postnet_units=16, speech_decoder_prenet_units=16, speaker_embedding_dim=8, num_mel_bins=16),
+            lambda: ({"input_ids": _whole(2, 7, 39), "decoder_input_values": _normal(2, 6, 16), "speaker_embeddings": _normal(2, 8)}, {"input_ids": _whole(3, 9, 39), "decoder_input_values": _normal(3, 8, 16), "speaker_embeddings": _normal(3, 8)}),
+        ),
+        "clap-audio": (
+            "ClapAudioModel",
+            lambda: _cfg("ClapAudioConfig", depths=[1, 1], num_attention_heads=[2, 2], patch_embeds_hidden_size=16, hidden_size=32, window_size=4, spec_size=64, num_mel_bins=16),
+            lambda: ({"input_features": _normal(2, 1, 64, 16), "is_longer": None}, {"input_features": _normal(3, 1, 64, 16), "is_longer": None}),
+        ),
+        "patchtst-batch-norm": (
+            "PatchTSTForPrediction",
+            lambda: _cfg("PatchTSTConfig", num_input_channels=2, context_length=32, patch_length=4, patch_stride=4, d_model=16, num_attention_heads=2, num_hidden_layers=2, ffn_dim=32, prediction_length=4, norm_type="batchnorm"),
+            lambda: ({"past_values": _normal(2, 32, 2)}, {"past_values": _normal(3, 32, 2)}),
+        ),
+        "patchtsmixer-batch-norm": (
+            "PatchTSMixerForPrediction",
+            lambda: _cfg("PatchTSMixerConfig", context_length=32, patch_length=8, patch_stride=8, num_input_channels=2, d_model=8, num_layers=2, prediction_length=4, norm_mlp="BatchNorm"),
+            lambda: ({"past_values": _normal(2, 32, 2)}, {"past_values": _normal(3, 32, 2)}),
+        ),
+        "efficientloftr": (
+            "EfficientLoFTRForKeypointMatching", lambda: _cfg("EfficientLoFTRConfig"),
+            lambda: ({"pixel_values": _normal(1, 2, 3, 64, 64)}, {"pixel_values": _normal(2, 2, 3, 64, 96)}),
+        ),
+        "lw-detr": (
+            "LwDetrForObjectDetection",
+            lambda: _cfg("LwDetrConfig", backbone_config=_cfg("LwDetrViTConfig", hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=64, pretrain_image_size=64, patch_size=16, num_windows=4, window_block_indices=[0, 2], out_features=["stage2", "stage4"]), d_model=32, num_queries=6, decoder_layers=1, decoder_self_attention_heads=2, decoder_cross_attention_heads=2, decoder_ffn_dim=48, group_detr=1, hidden_expansion=0.5),
+            lambda: _pixels(64, 64),
+        ),
+        "ppocr-det": ("PPOCRV5MobileDetForObjectDetection", lambda: _cfg("PPOCRV5MobileDetConfig"), _pixels),
+        "uvdoc": ("UVDocModel", lambda: _cfg("UVDocConfig"), _pixels),
+    }  # fmt: skip
+
+
+def _normal(*shape: int) -> Any:
+    import torch
+
+    return torch.randn(shape)
+
+
+def _whole(n: int, length: int, below: int = 90) -> Any:
+    import torch
+
+    return torch.randint(3, below, (n, length))
+
+
+def of_transformers(name: str) -> Case:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    kind, config, given = transformers_cases()[name]
+    example, other = given()
+    return Case(getattr(transformers, kind)(config()), example, other)
+
+
+def of_ultralytics(name: str) -> Case:
+    from ultralytics.nn import tasks
+
+    kind = tasks.DetectionModel
+    for part, other in (
+        ("-seg", "SegmentationModel"), ("-cls", "ClassificationModel"), ("-pose", "PoseModel"), ("-obb", "OBBModel"),
+        ("world", "WorldModel"), ("rtdetr", "RTDETRDetectionModel"), ("yoloe", "YOLOEModel"),
+    ):  # fmt: skip
+        if part in name:
+            kind = getattr(tasks, other)
+    model = kind(f"{name}.yaml", verbose=False)
+    return Case(model, images(2, 64), images(3, 96, 64), lambda module: module.fuse(verbose=False))
+
+
+ULTRALYTICS = (
+    "yolov3-tiny yolov5n yolov6n yolov8n yolov8n-p2 yolov8n-ghost yolov8n-seg yolov8n-pose yolov8n-obb yolov8n-cls "
+    "yolov8n-worldv2 yolov9t yolov10n yolo11n yolo11n-seg yolo11n-cls yolo12n yolo26n rtdetr-resnet50"
+).split()
+
+
+def of_smp(name: str) -> Case:
+    import segmentation_models_pytorch as smp
+
+    architecture, encoder = name.split("/")
+    model = getattr(smp, architecture)(encoder_name=encoder, encoder_weights=None, classes=3)
+    return Case(model, images(2, 64), images(3, 96, 64))
+
+
+SMP = (
+    "Unet/resnet18 UnetPlusPlus/mobilenet_v2 MAnet/resnet18 Linknet/resnet18 FPN/efficientnet-b0 PSPNet/resnet18 "
+    "PAN/resnet18 DeepLabV3/resnet18 DeepLabV3Plus/mobilenet_v2 UPerNet/timm-mobilenetv3_small_minimal_100 "
+    "Segformer/mit_b0 Unet/mobileone_s0"
+).split()
+
+
+def of_open_clip(name: str) -> Case:
+    import open_clip
+
+    model = open_clip.create_model(name, pretrained=None)
+    size = model.visual.image_size
+    size = size[0] if isinstance(size, tuple) else size
+    length = model.context_length
+    return Case(
+        model,
+        (images(2, size), _whole(2, length)),
+        (images(3, size), _whole(3, length)),
+    )
+
+
+OPEN_CLIP = "RN50 MobileCLIP-S1 MobileCLIP2-S0 ViT-S-32 convnext_tiny ViTamin-S".split()
+
+
+def of_mmpretrain(name: str) -> Case:
+    from mmengine.registry import init_default_scope
+    from mmpretrain.registry import MODELS
+
+    init_default_scope("mmpretrain")
+    backbone, channels = MMPRETRAIN[name]
+    model = MODELS.build({
+        "type": "ImageClassifier", "backbone": backbone, "neck": {"type": "GlobalAveragePooling"},
+        "head": {"type": "LinearClsHead", "num_classes": 10, "in_channels": channels},
+    })  # fmt: skip
+
+    def own(module: Any) -> Any:
+        for m in module.modules():
+            if hasattr(m, "switch_to_deploy"):
+                m.switch_to_deploy()
+        return module
+
+    has_own = any(hasattr(m, "switch_to_deploy") for m in model.modules())
+    return Case(model, images(2, 64), images(3, 96, 64), own if has_own else None)
+
+
+MMPRETRAIN: Mapping[str, tuple[dict[str, Any], int]] = {
+    "resnet18": ({"type": "ResNet", "depth": 18}, 512),
+    "resnet50-v1d": ({"type": "ResNetV1d", "depth": 50}, 2048),
+    "resnest50": ({"type": "ResNeSt", "depth": 50}, 2048),
+    "res2net50": ({"type": "Res2Net", "depth": 50, "scales": 4, "base_width": 26}, 2048),
+    "seresnet50": ({"type": "SEResNet", "depth": 50}, 2048),
+    "regnetx-400mf": ({"type": "RegNet", "arch": "regnetx_400mf"}, 384),
+    "shufflenet-v1": ({"type": "ShuffleNetV1", "groups": 3}, 960),
+    "shufflenet-v2": ({"type": "ShuffleNetV2"}, 1024),
+    "mobilenet-v2": ({"type": "MobileNetV2"}, 1280),
+    "mobilenet-v3": ({"type": "MobileNetV3", "arch": "small"}, 576),
+    "mobileone-s0": ({"type": "MobileOne", "arch": "s0"}, 1024),
+    "repvgg-a0": ({"type": "RepVGG", "arch": "A0"}, 1280),
+    "repmlp-b224": ({"type": "RepMLPNet", "arch": "B", "img_size": 64, "patch_size": 4, "out_indices": (3,), "reparam_conv_kernels": (1, 3), "sharesets_nums": [1, 4, 32, 128]}, 768),
+    "replknet-31b": ({"type": "RepLKNet", "arch": "31B", "out_indices": (3,)}, 1024),
+    "efficientnet-b0": ({"type": "EfficientNet", "arch": "b0"}, 1280),
+    "hrnet-w18": ({"type": "HRNet", "arch": "w18"}, 2048),
+    "densenet121": ({"type": "DenseNet", "arch": "121"}, 1024),
+    "inception-v3": ({"type": "InceptionV3", "num_classes": -1}, 2048),
+    "cspresnet50": ({"type": "CSPResNet", "depth": 50}, 1024),
+    "van-tiny": ({"type": "VAN", "arch": "tiny"}, 256),
+    "edgenext-xxsmall": ({"type": "EdgeNeXt", "arch": "xxsmall", "out_indices": (3,)}, 168),
+    "mobilevit-xxsmall": ({"type": "MobileViT", "arch": "xx_small"}, 320),
+    "efficientformer-l1": ({"type": "EfficientFormer", "arch": "l1"}, 448),
+    "levit-128s": ({"type": "LeViT", "arch": "128s"}, 384),
+    "conformer-tiny": ({"type": "Conformer", "arch": "tiny"}, 384),
+    "tnt-small": ({"type": "TNT", "arch": "s"}, 384),
+    "riformer-s12": ({"type": "RIFormer", "arch": "s12"}, 512),
+}  # fmt: skip
+
+LIBRARIES: Mapping[str, tuple[str, Callable[[str], Case], Callable[[], list[str]]]] = {
+    "torchvision": ("torchvision", of_torchvision, lambda: TORCHVISION),
+    "timm": ("timm", of_timm, lambda: TIMM),
+    "transformers": ("transformers", of_transformers, lambda: list(transformers_cases())),
+    "ultralytics": ("ultralytics", of_ultralytics, lambda: ULTRALYTICS),
+    "segmentation_models_pytorch": ("segmentation_models_pytorch", of_smp, lambda: SMP),
+    "mmpretrain": ("mmpretrain", of_mmpretrain, lambda: list(MMPRETRAIN)),
+    "open_clip": ("open_clip", of_open_clip, lambda: OPEN_CLIP),
+}
+"""By name: the package, what builds a model, and the names of the models."""
+
+
+# One model
+
+
+def prepared() -> None:
+    """torchvision can be imported, with an operator in Python where its compiled library does not load."""
+    import torch
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    import conftest
+
+    conftest._declare_torchvision_operators()
+    if not conftest._declared:
+        return
+
+    def nms(boxes: Any, scores: Any, threshold: float) -> Any:
+        from torchvision.ops import box_iou
+
+        order, kept = scores.argsort(descending=True), []
+        while order.numel():
+            kept.append(int(order[0]))
+            order = order[1:][box_iou(boxes[order[:1]], boxes[order[1:]])[0] <= threshold]
+        return torch.tensor(kept, dtype=torch.int64)
+
+    conftest._declared[0].impl("nms", nms, "CPU")
+
+
+def called(model: Any, given: Any) -> Any:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    given = pytree.tree_map_only(torch.Tensor, torch.clone, given)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        if isinstance(given, dict):
+            return model(**given)
+        return model(*given) if isinstance(given, tuple) else model(given)
+
+
+def randomised(case: Case) -> None:
+    """BatchNorms get statistics that fit what they see, in one pass over the example, and parameters of their own."""
+    import torch
+    from torch import nn
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = case.model
+
+        def forward(self, *_: Any) -> Any:
+            return called(self.model, case.example)
+
+    from reparamc.testing import randomize_batchnorm, randomize_layer_scales
+
+    case.model.eval()
+    randomize_layer_scales(case.model, 0)
+    randomize_batchnorm(Holder().eval(), 0, torch.zeros(1))
+
+
+def error_of(actual: Any, expected: Any) -> float | str:
+    """The largest difference of any tensor relative to its largest value; or how else two results differ."""
+    import torch
+
+    from reparamc.fx.outcome import leaves
+
+    found, wanted = dict(leaves(actual)), dict(leaves(expected))
+    if list(found) != list(wanted):
+        return "another structure"
+    worst = 0.0
+    for path, e in wanted.items():
+        a = found[path]
+        if not isinstance(e, torch.Tensor):
+            if type(a) is not type(e) or (isinstance(e, int | float | str | type) and a != e):
+                return f"another type at {path or 'the output'}"
+            continue
+        if a.shape != e.shape or a.dtype != e.dtype:
+            return f"another shape or dtype at {path}"
+        if e.numel() and e.is_floating_point():
+            e, a = e.double().nan_to_num(posinf=0, neginf=0), a.double().nan_to_num(posinf=0, neginf=0)
+            worst = max(worst, float((a - e).abs().max() / e.abs().max().clamp_min(1e-30)))
+        elif not torch.equal(a, e):
+            worst = max(worst, float((a != e).double().mean()))
+    return worst
+
+
+def counts(model: Any) -> tuple[int, int]:
+    """BatchNorms, and convolutions and matrices, as modules or as calls in graphs."""
+    from torch import fx, nn
+
+    from reparamc.fx.host import count
+
+    norm = conv = 0
+    graphs = [m for m in model.modules() if isinstance(m, fx.GraphModule)]
+    inside = {id(inner) for g in graphs for inner in g.modules()}
+    for graph in graphs:
+        found = count(graph)
+        norm, conv = norm + found.batchnorm, conv + found.conv
+    for m in model.modules():
+        if id(m) in inside:
+            continue
+        kind = type(m).__name__
+        norm += isinstance(m, nn.modules.batchnorm._BatchNorm) or ("BatchNorm" in kind and hasattr(m, "running_var"))
+        conv += isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+    return norm, conv
+
+
+def measured(library: str, name: str, time: bool) -> dict[str, Any]:
+    """One row of the table."""
+    import torch
+
+    from reparamc import fuse_fx
+
+    torch.manual_seed(0)
+    case = LIBRARIES[library][1](name)
+    randomised(case)
+    row: dict[str, Any] = {"before": counts(case.model)}
+    expected, expected_other = called(case.model, case.example), None
+    try:
+        expected_other = called(case.model, case.other)
+    except Exception as error:
+        row["other"] = f"the model refuses it: {error}"[:200]
+    start = process_time()
+    fused = fuse_fx(case.model, case.example)
+    row["seconds"] = process_time() - start
+    report = fused.meta["reparamc"]
+    row["way"] = "parts" if report.parts else "graph"
+    row["after"] = counts(fused)
+    row["reported"] = [report.before.batchnorm, report.after.batchnorm]
+    row["note"], row["failed"] = report.note, [f"{f.where}: {f.error}" for f in report.failed][:3]
+    row["same type"] = type(called(fused, case.example)) is type(expected)
+    row["example"] = error_of(called(fused, case.example), expected)
+    if expected_other is not None:
+        row["other"] = error_of(called(fused, case.other), expected_other)
+    if row["after"][0]:
+        row["stays"] = sorted({f"{p.where} ({p.how}): {p.why}"[:300] for p in report.parts if p.batchnorm})[:8]
+        row["kept"] = [f"{k.where}: {k.reason}"[:200] for k in report.kept if "atch" in k.name or "norm" in k.name][:8]
+    row["lines"], row["characters"] = str(report).count("\n") + 1, len(str(report))
+    if case.own is not None:
+        try:
+            own = case.own(copy.deepcopy(case.model))
+            row["own"] = None if own is None else counts(own)
+            if own is not None:
+                row["own error"] = error_of(called(own, case.example), expected)
+        except Exception as error:
+            row["own"] = f"{type(error).__name__}: {error}"[:100]
+    if time:
+        row |= timed(case)
+    return row
+
+
+def timed(case: Case) -> dict[str, float]:
+    import torch
+
+    from reparamc import fuse_fx
+
+    torch.set_num_threads(1)
+    found: dict[str, float] = {}
+    batch = _batch(case.example, 32)
+    for _ in range(2):
+        start = process_time()
+        called(case.model, batch)
+        found["forward"] = min(found.get("forward", 1e9), process_time() - start)
+    for level in ("off", "full"):
+        start = process_time()
+        fuse_fx(case.model, case.example, verify=level)
+        found[level] = process_time() - start
+    return found
+
+
+def _batch(given: Any, n: int) -> Any:
+    """``given`` with its first example ``n`` times."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    if isinstance(given, tuple) and isinstance(given[0], list):
+        return (given[0][:1] * n,)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t[:1].repeat(n, *[1] * (t.ndim - 1)), given)
+
+
+def child(library: str, names: list[str], time: bool) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
+    warnings.simplefilter("ignore")
+    prepared()
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes elsewhere
+    for name in names:
+        try:
+            row = measured(library, name, time)
+        except Exception as error:
+            import traceback
+
+            row = {"error": f"{type(error).__name__}: {error}"[:400], "trace": traceback.format_exc()[-1500:]}
+        print(json.dumps({"name": name, **row}), file=out, flush=True)
+
+
+# All models
+
+
+def rows(library: str, names: list[str], time: bool) -> Iterator[dict[str, Any]]:
+    """The rows of models of one library, in processes that are ended where one model takes too long."""
+    waiting = list(names)
+    while waiting:
+        command = [sys.executable, __file__, "--child", library, *waiting, *["--time"] * time]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        while waiting:
+            ready, _, _ = select.select([process.stdout], [], [], LIMIT)
+            line = process.stdout.readline() if ready else ""
+            if not line:
+                process.kill()
+                process.wait()
+                yield {"name": waiting.pop(0), "error": "ended" if ready else f"more than {LIMIT} seconds"}
+                break
+            row = json.loads(line)
+            waiting.remove(row["name"])
+            yield row
+        process.wait()
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of the documentation."""
+    lines = [PAGE_TEXT.format(count=len(results))]
+    return "\n".join(lines)
+
+
+PAGE_TEXT = ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="models such as 'timm/*' or '*resnet*'")
+    parser.add_argument("--again", action="store_true", help="run what has a result already")
+    parser.add_argument("--time", action="store_true", help="measure times as well")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child[0], options.child[1:], options.time)
+        return
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.parent.mkdir(exist_ok=True)
+    for library, (package, _, names) in LIBRARIES.items():
+        if importlib.util.find_spec(package) is None:
+            continue
+        chosen = [n for n in names() if any(fnmatch.fnmatch(f"{library}/{n}", p) for p in options.only.split(","))]
+        chosen = [n for n in chosen if options.again or f"{library}/{n}" not in results]
+        for row in rows(library, chosen, options.time):
+            results[f"{library}/{row.pop('name')}"] = row
+            RESULTS.write_text(json.dumps(results, indent=1))
+            print(list(results)[-1], {k: v for k, v in row.items() if k != "trace"}, flush=True)
+    PAGE.write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()
