@@ -26,7 +26,7 @@ from reparamc.fx.export import is_exported, live_in_training
 from reparamc.fx.outcome import difference, ran
 from reparamc.fx.parts import Parts, Taken, Way, has_options, remembered
 from reparamc.fx.runnable import perturbed, plain
-from reparamc.fx.watch import LOCK, Call, Watched, watching
+from reparamc.fx.watch import LOCK, Call, Seen, Watched, watching
 from reparamc.fx.wrappers import unwrapped
 from reparamc.report.data import FailedRegion, Origin, Part
 from reparamc.report.merge import merged
@@ -92,7 +92,7 @@ class _Fusion:
         self.shared: list[str] = []
         self.own = copied(model, self.shared)
         remembered(self.own)
-        self.runs: list[tuple[Call, Any]] = []
+        self.runs: list[Seen] = []
         self.failed: list[FailedRegion] = []
         self.writes_parameters = False
         self.wavers = False
@@ -125,38 +125,37 @@ class _Fusion:
                 changed.update(state.changed())
                 state.restore()
 
+        watched = Watched(self.model)
+
+        def seen(given: Call) -> Seen:
+            one = Seen(given)
+            try:
+                with watching(watched):
+                    one.ended(run(given))
+            except Exception:
+                watched.forget_run()
+                raise
+            return one
+
         smaller = few(call)
         for given in ([smaller] if smaller is not None else []) + [call]:
             try:
-                self.runs = [(given, run(given))]
+                self.runs = [seen(given)]
                 break
             except Exception as error:  # whatever the user's forward raises
                 if given is call:
                     raise InputError(f"the model does not run on example_inputs: {one_line(error)}") from error
-        for other in others(self.runs[0][0]):
+        for other in others(self.runs[0].call):
             try:
-                self.runs.append((other, run(other)))
+                self.runs.append(seen(other))
                 break
             except Exception:  # whatever a module raises that does not take a size
                 continue
-        self.wavers = bool(difference(run(self.runs[0][0]), self.runs[0][1]))
+        self.wavers = bool(difference(run(self.runs[0].call), self.runs[0].result))
         by_class = "transformers records its outputs by its class"
         blocked = {place: by_class for path in recorded(self.model) for place in _around(path)}
         blocked |= {place: "forward changes what it holds" for path in changed for place in _around(path)}
-        seen: list[Watched] = []
-
-        def watched() -> Watched:
-            if not seen:
-                seen.append(Watched(self.model))
-                for call, _ in self.runs:
-                    with watching(seen[0]):
-                        ran(self.model, call)
-                    state.restore()
-            return seen[0]
-
-        return Parts(
-            self.model, self.own, self.options, lambda: watched().calls, self.runs, blocked, lambda: watched().touched
-        )
+        return Parts(self.model, self.own, self.options, self.runs, watched, blocked)
 
     def checked(self, parts: Parts, taken: Taken) -> Taken:
         """``taken``, where parts were replaced compared with the model; those that it differs with are put back."""
@@ -183,14 +182,14 @@ class _Fusion:
 
     def differs(self, copy: nn.Module) -> str:
         state = State(copy, copied(copy) if self.writes_parameters else None)
-        for call, expected in self.runs:
+        for seen in self.runs:
             try:
-                actual = ran(copy, call)
+                actual = ran(copy, seen.call)
             except Exception as error:  # whatever a wrong copy raises
                 return one_line(error)
             finally:
                 state.restore()
-            if why := difference(actual, expected, lambda call=call: ran(self.model, perturbed(call, 0))):
+            if why := difference(actual, seen.result, lambda seen=seen: ran(self.model, perturbed(seen.call, 0))):
                 return why
         return ""
 
@@ -207,7 +206,7 @@ class _Fusion:
             note = f"not run end to end: {why}"
         elif self.options.level == "full" and self.runs and not report.end_to_end:
             start = perf_counter()
-            call, expected = self.runs[0]
+            call, expected = self.runs[0].call, self.runs[0].result
             report.end_to_end = verify_end_to_end(self.model, result, *call, plain(expected))
             report.seconds["verification"] = perf_counter() - start
         report.before = replace(report.before, parameters=_parameters(self.model))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -18,10 +18,10 @@ from reparamc.fx.copying import State, copied
 from reparamc.fx.export import can_be_exported, exported
 from reparamc.fx.host import fuse_traced
 from reparamc.fx.outcome import difference, ran
-from reparamc.fx.result import in_place_of
+from reparamc.fx.result import HOOKS, in_place_of
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.trace import fixed_arguments, traced
-from reparamc.fx.watch import Call
+from reparamc.fx.watch import Call, Seen, Watched, is_leaf
 from reparamc.report.data import Counts, Report
 
 NORM = nn.modules.batchnorm._BatchNorm
@@ -76,10 +76,9 @@ class Parts:
         model: the caller's module, which parts are compared with.
         own: a copy of it, in which parts are replaced.
         options: what to do.
-        calls: gives recorded calls of each submodule, by its id; None where the model was not run.
-        outermost: calls of the model itself, and what comes of them.
+        outermost: calls of the model itself; None where it was not run.
+        watched: the calls of its submodules, and which of those other code reaches into.
         blocked: submodules that no graph may take the place of, by path, with the reason.
-        touched: gives the ids of submodules that other code reaches into, which are not to be replaced.
     """
 
     def __init__(
@@ -87,27 +86,29 @@ class Parts:
         model: nn.Module,
         own: nn.Module,
         options: Options,
-        calls: Callable[[], Mapping[int, list[Call]]] | None = None,
-        outermost: list[tuple[Call, Any]] | None = None,
-        blocked: Mapping[str, str] | None = None,
-        touched: Callable[[], set[int]] = set,
+        outermost: list[Seen] | None = None,
+        watched: Watched | None = None,
+        blocked: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.options = options
         self.originals = dict(model.named_modules(remove_duplicate=False))
         self.own = dict(own.named_modules(remove_duplicate=False))
-        self.blocked, self.outermost = dict(blocked or {}), outermost or []
+        self.blocked, self.outermost, self.watched = blocked, outermost, watched
         self.placed: list[Placed] = []
-        self._calls, self._touched = calls, touched
         self._taken: dict[int, Taken] = {}
         self._wholes: dict[str, Whole | str] = {}
 
     # What can be followed
 
-    def recorded(self, path: str) -> list[Call] | None:
+    def seen(self, path: str) -> list[Seen] | None:
         """The calls of the module at ``path``; None where they are not known."""
-        if self._calls is None:
+        if self.watched is None:
             return None
-        return self._calls().get(id(self.originals[path]), []) if path else [call for call, _ in self.outermost]
+        return self.watched.calls.get(id(self.originals[path]), []) if path else self.outermost
+
+    def is_touched(self, path: str) -> bool:
+        """Whether other code reaches into the module at ``path``."""
+        return bool(path) and self.watched is not None and id(self.originals[path]) in self.watched.touched
 
     def whole(self, path: str) -> Whole | str:
         """The module at ``path`` as a graph that agrees with it; or why there is none."""
@@ -118,14 +119,14 @@ class Parts:
     def _whole(self, path: str) -> Whole | str:
         if path in self.blocked:
             return self.blocked[path]
-        calls = self.recorded(path)
+        calls = self.seen(path)
         if calls is not None and not calls:
             return "the example does not run it"
         opaque = {inner: why for place, why in self.blocked.items() if (inner := _below(path, place))}
         why = ""
         for _ in range(4):
             found = self._traced(path, calls, opaque)
-            if isinstance(found, str) or not (why := self._disagreement(path, found, calls or [])):
+            if isinstance(found, str) or not (why := self._disagreement(path, found.graph, calls or [])):
                 return found
             more = self._suspects(path, found.opaque)
             if not more:
@@ -133,11 +134,11 @@ class Parts:
             opaque = found.opaque | more
         return f"what torch.fx makes of it computes something else: {why}"
 
-    def _traced(self, path: str, calls: list[Call] | None, opaque: Mapping[str, str]) -> Whole | str:
+    def _traced(self, path: str, calls: list[Seen] | None, opaque: Mapping[str, str]) -> Whole | str:
         module = self.own[path]
         state = State(module, self.originals[path])
         try:
-            found = Whole(*traced(module, calls[0] if calls else None, opaque))
+            found = Whole(*traced(module, calls[0].call if calls else None, opaque))
             for name in [n for n in vars(module) if n.startswith("_tensor_constant")]:
                 delattr(module, name)  # torch.fx puts them there; the graph has its own
             if not calls and state.changed():
@@ -148,34 +149,21 @@ class Parts:
         finally:
             state.restore()
 
-    def _disagreement(self, path: str, found: Whole, calls: list[Call]) -> str:
-        """How the graph differs from the module, on every recorded call."""
+    def _disagreement(self, path: str, graph: nn.Module, calls: list[Seen]) -> str:
+        """How a graph differs from the module, on every recorded call."""
         original = self.originals[path]
-        graph = in_place_of(original, found.graph)
-        known = {id(call): result for call, result in self.outermost}
-        for call in calls:
-            try:
-                expected = known[id(call)] if id(call) in known else ran(original, call)
-            except Exception as error:  # whatever it raises outside of the model around it
-                return f"by itself it does not run: {one_line(error)}"
-            if difference(ran(original, call), expected):
-                return "it computes something else each time, by numbers that torch does not draw"
-            try:
-                actual = ran(graph, call)
-            except Exception as error:  # whatever a wrong graph raises
-                return one_line(error)
-            if why := difference(actual, expected, lambda call=call: ran(original, perturbed(call, 0))):
-                return why
-        return ""
+        if any(vars(original).get(name) for name in HOOKS):
+            graph = in_place_of(original, cast(fx.GraphModule, graph))
+        return next((why for seen in calls if (why := _difference(original, graph, seen))), "")
 
     def _suspects(self, path: str, opaque: Mapping[str, str]) -> dict[str, str]:
         """Submodules of ``path`` that cannot be followed, although they were."""
         found: dict[str, str] = {}
         for name, child in self.own[path].named_children():
             inner = _joined(path, name)
-            if name in opaque or is_leaf(child) or self._calls is None:
+            if name in opaque or is_leaf(child) or self.watched is None:
                 continue
-            if not self.recorded(inner):
+            if not self.seen(inner):
                 more = self._suspects(inner, {o: "" for place in opaque if (o := _below(name, place))})
                 found |= {_joined(name, place): why for place, why in more.items()}
             elif isinstance(whole := self.whole(inner), str):
@@ -198,32 +186,37 @@ class Parts:
         if path and (is_leaf(module) or not any(module.state_dict(keep_vars=True))):
             return Taken(module)
         self._taken[id(module)] = Taken(module)
-        whole = self.whole(path)
-        if isinstance(whole, Whole) and path and id(self.originals[path]) in self._touched():
+        self._taken[id(module)] = self._taken_now(path, not has_options(module) if as_graph is None else as_graph)
+        return self._taken[id(module)]
+
+    def _taken_now(self, path: str, as_graph: bool) -> Taken:
+        module, seen = self.own[path], self.seen(path)
+        whole: Whole | str = ""
+        fixed = next(iter(fixed_arguments(module, seen[0].call if seen else None)), "")
+        if path and self.is_touched(path):
             whole = "other code reaches into it"
-        fixed = fixed_argument(module, whole.graph, self.recorded(path)) if isinstance(whole, Whole) else ""
-        if fixed:
+        elif fixed:
             whole = f"a graph would fix its argument {fixed!r}, of which callers may give another value"
-        if as_graph is None:
-            as_graph = not has_options(module)
+        elif as_graph or any(map(is_leaf, module.children())):
+            whole = self.whole(path)
+        if isinstance(whole, Whole) and (variadic := variadic_argument(whole.graph)):
+            whole = f"a graph would fix how many there are of {variadic!r}"
         if isinstance(whole, Whole) and as_graph:
-            taken = self._as_graph(path, whole)
-        else:
-            taken = self._entered(path, whole if isinstance(whole, str) else "")
-            if isinstance(whole, Whole) and any(map(is_leaf, module.children())):
-                other = self._as_graph(path, whole)
-                taken = other if size(other.module) < size(taken.module) else taken
-            elif not fixed and not has_options(module) and (as_graph or path):
-                taken = self._by_export(path, taken)
-        self._taken[id(module)] = taken
-        return taken
+            return self._as_graph(path, whole)
+        taken = self._entered(path, whole if isinstance(whole, str) else "")
+        if isinstance(whole, Whole):
+            other = self._as_graph(path, whole)
+            return other if size(other.module) < size(taken.module) else taken
+        by_export = whole and not fixed and not has_options(module) and (as_graph or path)
+        return self._by_export(path, taken) if by_export else taken
 
     def _as_graph(self, path: str, whole: Whole) -> Taken:
         """The fused graph, what it calls as it is being taken in turn; a part in which nothing folds stays."""
         module = self.own[path]
-        calls = self.recorded(path) or [None]
-        expected = plain(self.outermost[0][1]) if self.outermost and not path and not whole.opaque else None
-        graph = fuse_traced(whole.graph, self.originals[path], calls[0], expected, self.options)
+        seen = (self.seen(path) or [None])[0]
+        expected = plain(seen.result) if seen is not None and not path and not whole.opaque else None
+        given = None if seen is None else seen.call
+        graph = fuse_traced(whole.graph, self.originals[path], given, expected, self.options)
         report: Report = graph.meta.pop("reparamc")
         result: nn.Module = in_place_of(module, graph) if report.changed or not path else module
         ways = [Way(path, "torch.fx", "", report=report)]
@@ -238,22 +231,21 @@ class Parts:
 
     def _by_export(self, path: str, taken: Taken) -> Taken:
         """As a graph by torch.export, where that folds a BatchNorm that would stay; else what was ``taken``."""
-        module, original, calls = self.own[path], self.originals[path], self.recorded(path)
+        module, original, calls = self.own[path], self.originals[path], self.seen(path)
         stays = any(isinstance(m, NORM) for m in taken.module.children())
-        kept = path in self.blocked or (path and id(self.originals[path]) in self._touched())
-        if not (stays and calls) or kept or not can_be_exported(original):
+        if not (stays and calls) or path in self.blocked or self.is_touched(path) or not can_be_exported(original):
             return taken
         state = State(original)
         try:
-            graph = exported(copied(original), max(calls, key=_smallest))
+            graph = exported(copied(original), max((seen.call for seen in calls), key=_smallest))
         except InputError:
             return taken
         finally:
             state.restore()
-        if self._disagreement(path, Whole(graph, {}), calls):
+        if self._disagreement(path, graph, calls):
             return taken
         remembered(graph, path)
-        fused = fuse_traced(graph, original, calls[0], None, self.options, exported=True)
+        fused = fuse_traced(graph, original, calls[0].call, None, self.options, exported=True)
         report: Report = fused.meta.pop("reparamc")
         result = in_place_of(module, fused)
         if size(result) >= size(taken.module):
@@ -298,28 +290,39 @@ def _holds(module: nn.Module, path: str) -> bool:
     return True
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Whether there is nothing to enter: an operator of torch's own, or a ScriptModule."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    kind = type(module)
-    if nn.utils.parametrize.is_parametrized(module):
-        kind = kind.__mro__[1]
-    containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
-    return kind.__module__.startswith("torch.nn.modules") and not issubclass(kind, containers) and kind is not nn.Module
-
-
 def has_options(module: nn.Module) -> bool:
     """Whether forward takes arguments that can be left out, or any number of them."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
-def fixed_argument(module: nn.Module, graph: fx.GraphModule, calls: list[Call] | None) -> str:
-    """An argument that has one value in ``graph``, or of which there is one number; empty where there is none."""
-    given = [str(node.target) for node in graph.graph.find_nodes(op="placeholder") if node.users]
-    variadic = (name.lstrip("*") for name in given if name.startswith("*"))
-    return next(iter([*fixed_arguments(module, calls[0] if calls else None), *variadic]), "")
+def variadic_argument(graph: fx.GraphModule) -> str:
+    """An argument of which there is any number, and that is read; empty where there is none."""
+    names = (str(node.target) for node in graph.graph.find_nodes(op="placeholder") if node.users)
+    return next((name.lstrip("*") for name in names if name.startswith("*")), "")
+
+
+def _difference(original: nn.Module, graph: nn.Module, seen: Seen) -> str:
+    """How ``graph`` differs from ``original`` on the arguments of one call.
+
+    What was recorded of the call decides where they agree. Where not, it was overwritten since, or another state of
+    the random generators went into it, or they differ: then the original is run.
+    """
+    try:
+        actual: Any = ran(graph, seen.call)
+    except Exception as error:  # whatever a wrong graph raises
+        actual = error
+    if seen.is_kept() and not isinstance(actual, Exception) and not difference(actual, seen.result):
+        return ""
+    try:
+        expected, again = ran(original, seen.call), ran(original, seen.call)
+    except Exception as error:  # whatever it raises outside of the model around it
+        return f"by itself it does not run: {one_line(error)}"
+    if difference(again, expected):
+        return "it computes something else each time, by numbers that torch does not draw"
+    if isinstance(actual, Exception):
+        return one_line(actual)
+    return difference(actual, expected, lambda: ran(original, perturbed(seen.call, 0)))
 
 
 def size(module: nn.Module) -> tuple[int, int]:

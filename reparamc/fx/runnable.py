@@ -177,8 +177,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 @contextmanager
 def same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
     """Seeded inside, and as before outside."""
-    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices if d.type == "cuda"})):
-        torch.manual_seed(0)
+    cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
+            generator.manual_seed(0)  # torch.manual_seed takes much longer: it asks every kind of device
         yield
 
 

@@ -280,7 +280,7 @@ class Values:
                     return (*before[: at[0]], *before[at[0] + 1 :])
                 found = self.sliced(call, before)
                 if found is None:
-                    return None
+                    return self._sliced_along_several(node, call, before)
                 axis, picked = found
                 return (*before[:axis], Dim(len(picked)), *before[axis + 1 :])
             case "mean" | "amax":
@@ -357,17 +357,11 @@ class Values:
         """(axis, positions) of a slice along one axis of known extent; None for any other."""
         rank = len(before)
         if call.op == "getitem":
-            index = call.args.get("index")
-            index = index if isinstance(index, tuple) else (index,)
-            if any(i is Ellipsis for i in index):
-                at = next(n for n, i in enumerate(index) if i is Ellipsis)
-                index = (*index[:at], *[slice(None)] * (rank - len(index) + 1), *index[at + 1 :])
-            if len(index) > rank or not all(isinstance(i, slice) for i in index):
-                return None
+            index = _slices(call.args.get("index"), rank) or ()
             cut = [axis for axis, i in enumerate(index) if i != slice(None)]
             if len(cut) != 1:
                 return None
-            axis, wanted = cut[0], cast(slice, index[cut[0]])
+            axis, wanted = cut[0], index[cut[0]]
         else:
             axis = call.get("dim", 0)
             if not isinstance(axis, int) or not -rank <= axis < rank:
@@ -384,6 +378,20 @@ class Values:
         if extent is None or not all(v is None or isinstance(v, int) for v in (wanted.start, wanted.stop, wanted.step)):
             return None
         return axis % rank, range(extent)[wanted]
+
+    def _sliced_along_several(self, node: fx.Node, call: Call, before: Shape) -> Shape | None:
+        """The shape after ``x[:, ::2, ::2]``; an extent that is not known before is a new one."""
+        index = _slices(call.args.get("index"), len(before)) if call.op == "getitem" else None
+        if index is None:
+            return None
+        after = list(before)
+        for axis, wanted in enumerate(index):
+            known = before[axis].known
+            numbers = all(v is None or isinstance(v, int) for v in (wanted.start, wanted.stop, wanted.step))
+            if wanted != slice(None):
+                is_known = known is not None and numbers
+                after[axis] = Dim(len(range(known)[wanted])) if is_known else self._symbol(f"{node.name}.{axis}")
+        return tuple(after)
 
     def _broadcast(self, node: fx.Node, left: Any, right: Any) -> Shape | None:
         """The shape of two operands together; an extent of one gives way, and what is unknown stays unknown."""
@@ -527,6 +535,15 @@ class Values:
             rest = self._symbol(f"{node.name}.rest") if rest is None else rest
             wanted = [rest if d == Dim(-1) else d for d in wanted]
         return tuple(d for d in wanted if d is not None)
+
+
+def _slices(index: Any, rank: int) -> tuple[slice, ...] | None:
+    """The slices of ``x[index]``, an ellipsis written out; None where there is anything else."""
+    index = index if isinstance(index, tuple) else (index,)
+    at = next((n for n, i in enumerate(index) if i is Ellipsis), None)
+    if at is not None:
+        index = (*index[:at], *[slice(None)] * (rank - len(index) + 1), *index[at + 1 :])
+    return index if len(index) <= rank and all(isinstance(i, slice) for i in index) else None
 
 
 def _is_float(value: Any) -> bool:

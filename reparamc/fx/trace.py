@@ -8,7 +8,7 @@ import keyword
 import operator
 import threading
 import types
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, cast
 
 import torch
@@ -55,18 +55,21 @@ class _Tracer(fx.Tracer):
     """Steps into everything but torch's own modules and those whose hooks tracing would drop.
 
     Args:
-        opaque: paths of submodules that are called as they are.
+        opaque: submodules that are called as they are, by path, with the reasons; others that cannot be followed join.
         examples: arguments of the outermost forward; those that are lists, tuples and dicts keep their lengths.
+        is_mended: whether tracing succeeds once it starts anew, by an error that was raised.
     """
 
-    def __init__(self, opaque: set[str] | None = None, examples: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, opaque: dict[str, str], examples: Mapping[str, Any], is_mended: Callable[[BaseException], bool]
+    ) -> None:
         super().__init__()
-        self.opaque = opaque or set()
-        self.failed: str | None = None
+        self.opaque, self._is_mended = opaque, is_mended
         self.precision = _precision()
         self.thread = threading.get_ident()
-        self.examples = examples or {}
+        self.examples = examples
         self._containers: dict[fx.Node, Any] = {}
+        self._parameters: dict[str, fx.Proxy] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -131,15 +134,24 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         self._refuse_autocast()  # here it is the fault of the module around ``m``
+        before = len(self.graph.nodes)
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or self.path_of_module(m)
-            raise
+        except Exception as error:
+            if self._is_mended(error):
+                raise _Anew from error
+            for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - before]:
+                self.graph.erase_node(node)
+            for name in [name for name, proxy in self._parameters.items() if proxy.node._erased]:
+                del self._parameters[name]
+            path = self.path_of_module(m)
+            self.opaque[path] = f"torch.fx cannot follow it: {one_line(error)}"
+            return self.create_proxy("call_module", path, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:
             return attr_val
+        self._parameters = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
@@ -175,10 +187,9 @@ def traced(
     if "forward" in vars(model):
         raise InputError(f"the forward of this {type(model).__name__} was replaced on the instance")
     examples = {} if call is None else inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
-    fixed = fixed_arguments(model, call)
-    found, functions = dict(opaque), _Functions()
+    fixed, functions = fixed_arguments(model, call), _Functions()
     while True:
-        tracer = _Tracer(set(found), examples)
+        tracer = _Tracer(dict(opaque), examples, functions.found)
         try:
             with LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracer):
                 torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
@@ -188,18 +199,23 @@ def traced(
             _restore_names(graph, model)
             _refuse_reserved(graph, model)
             graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
-            return fx.GraphModule(tracer.root, graph, type(model).__name__), found | _called_as_they_are(graph, model)
+            called = _called_as_they_are(graph, model)
+            return fx.GraphModule(tracer.root, graph, type(model).__name__), tracer.opaque | called
         except Reserved:
             raise
+        except _Anew:
+            continue
         except Exception as error:  # a model's forward may raise anything when it meets a proxy
             if functions.found(error):
                 continue
-            if tracer.failed is None or tracer.failed in found:
-                raise InputError(
-                    f"torch.fx cannot trace {type(model).__name__}: {one_line(error)}; with example_inputs its parts "
-                    "are fused, or export it to ONNX and use fuse_onnx"
-                ) from error
-            found[tracer.failed] = f"torch.fx cannot follow it: {one_line(error)}"
+            way_out = "; with example_inputs its parts are fused, or export it to ONNX and use fuse_onnx"
+            raise InputError(
+                f"torch.fx cannot trace {type(model).__name__}: {one_line(error)}{way_out if call is None else ''}"
+            ) from error
+
+
+class _Anew(BaseException):
+    """Tracing succeeds once it starts anew; no forward catches this."""
 
 
 def _called_as_they_are(graph: fx.Graph, model: nn.Module) -> dict[str, str]:

@@ -10,9 +10,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -21,17 +23,35 @@ LOCK = threading.RLock()
 """One fusion at a time: tracing replaces methods of `torch.nn.Module` for everybody."""
 
 
+@dataclass
+class Seen:
+    """One call of a module, and its result."""
+
+    call: Call
+    result: Any = None
+    _versions: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def ended(self, result: Any) -> None:
+        self.result = _held(result)
+        tensors = pytree.tree_leaves((self.call, self.result))
+        self._versions = [(t, t._version) for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
+
+    def is_kept(self) -> bool:
+        """Whether nobody has written into its tensors since."""
+        return bool(self._versions) and all(t._version == version for t, version in self._versions)
+
+
 class Watched:
     """The calls of the parts of ``model``, while it runs within `watching`.
 
     Attributes:
-        calls: the first calls of each part in every run, by the part's id.
+        calls: the first calls of each part with parts of its own in every run, by the part's id.
         touched: ids of parts that someone reached into from outside while they did not run: read an attribute that is
             a parameter, a buffer or a submodule, or called a submodule.
     """
 
     def __init__(self, model: nn.Module, most: int = 2) -> None:
-        self.calls: dict[int, list[Call]] = {}
+        self.calls: dict[int, list[Seen]] = {}
         self.touched: set[int] = set()
         self.most = most
         self._seen = Counter[int]()
@@ -45,12 +65,15 @@ class Watched:
                 around.append(id(paths[path]))
             self._around.setdefault(id(module), []).append(around)
 
-    def started(self, module: nn.Module, call: Call) -> None:
+    def started(self, module: nn.Module, call: Call) -> Seen | None:
         self._reached_around(module)
         self._running[id(module)] += 1
+        if is_leaf(module) or self._seen[id(module)] == self.most:
+            return None
         self._seen[id(module)] += 1
-        if self._seen[id(module)] <= self.most:
-            self.calls.setdefault(id(module), []).append(call)
+        seen = Seen(_held(call))
+        self.calls.setdefault(id(module), []).append(seen)
+        return seen
 
     def ended(self, module: nn.Module) -> None:
         self._running[id(module)] -= 1
@@ -71,6 +94,12 @@ class Watched:
     def next_run(self) -> None:
         self._seen.clear()
 
+    def forget_run(self) -> None:
+        """Drop the calls of the last run, which did not end well."""
+        for key, times in self._seen.items():
+            del self.calls[key][-times:]
+        self._seen.clear()
+
 
 @contextmanager
 def watching(watched: Watched) -> Iterator[None]:
@@ -80,11 +109,14 @@ def watching(watched: Watched) -> Iterator[None]:
     def watched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return call(self, *args, **kwargs)
-        watched.started(self, _held((args, kwargs)))
+        seen = watched.started(self, (args, kwargs))
         try:
-            return call(self, *args, **kwargs)
+            result = call(self, *args, **kwargs)
         finally:
             watched.ended(self)
+        if seen is not None:
+            seen.ended(result)
+        return result
 
     def watched_read(self: nn.Module, name: str) -> Any:
         found = read(self, name)
@@ -97,9 +129,20 @@ def watching(watched: Watched) -> Iterator[None]:
         yield
 
 
-def _held(call: Call) -> Call:
-    """``call`` in containers of its own: the callee may change those that it is given."""
-    return pytree.tree_map(lambda v: v, call)
+def _held(value: Any) -> Any:
+    """``value`` in containers of its own: others may change those that they are given."""
+    return pytree.tree_map(lambda v: v, value)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether there is nothing to enter: an operator of torch's own, or a ScriptModule."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    kind = type(module)
+    if nn.utils.parametrize.is_parametrized(module):
+        kind = kind.__mro__[1]
+    containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
+    return kind.__module__.startswith("torch.nn.modules") and not issubclass(kind, containers) and kind is not nn.Module
 
 
 @contextmanager
