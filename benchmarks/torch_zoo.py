@@ -42,6 +42,10 @@ class Case:
     own: Callable[[Any], Any] | None = None
 
 
+def names(words: str) -> list[str]:
+    return words.split()
+
+
 # The libraries
 
 
@@ -58,21 +62,28 @@ def of_torchvision(name: str) -> Case:
     off: dict[str, Any] = {"weights": None}
     kind = name.partition("/")[2] or name
     if "rcnn" in name or "retinanet" in name or "fcos" in name or "ssd" in name:
-        model = torchvision.models.get_model(kind, weights=None, weights_backbone=None, min_size=96, max_size=128) \
-            if "ssd" not in name else torchvision.models.get_model(kind, weights=None, weights_backbone=None)
+        model = (
+            torchvision.models.get_model(kind, weights=None, weights_backbone=None, min_size=96, max_size=128)
+            if "ssd" not in name
+            else torchvision.models.get_model(kind, weights=None, weights_backbone=None)
+        )
         return Case(model, ([torch.rand(3, 96, 80), torch.rand(3, 64, 96)],), ([torch.rand(3, 72, 96)],))
     if "deeplab" in name or "fcn_" in name or "lraspp" in name:
         return Case(torchvision.models.get_model(kind, **off, weights_backbone=None), images(2, 64), images(3, 96, 65))
     if "raft" in name:
         return Case(
             torchvision.models.get_model(kind, **off),
-            (images(1, 128), images(1, 128)), (images(2, 128, 136), images(2, 128, 136)),
-        )  # fmt: skip
+            (images(1, 128), images(1, 128)),
+            (images(2, 128, 136), images(2, 128, 136)),
+        )
     if name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d"):
         frames = 16 if name == "s3d" else 8
         size = 64 if name == "s3d" else 32
-        return Case(torchvision.models.get_model(kind, **off),
-                    torch.randn(2, 3, frames, size, size), torch.randn(1, 3, frames, size, size + 16))
+        return Case(
+            torchvision.models.get_model(kind, **off),
+            torch.randn(2, 3, frames, size, size),
+            torch.randn(1, 3, frames, size, size + 16),
+        )
     if name in ("googlenet", "inception_v3"):
         model = torchvision.models.get_model(kind, **off, init_weights=False)
         return Case(model, images(2, 96), images(3, 128, 112))
@@ -81,14 +92,14 @@ def of_torchvision(name: str) -> Case:
     return Case(torchvision.models.get_model(kind, **off), images(2, size), images(3, size, size if fixed else 80))
 
 
-TORCHVISION = (
+TORCHVISION = names(
     "resnet18 resnext50_32x4d wide_resnet50_2 densenet121 vgg11_bn googlenet inception_v3 mobilenet_v2 "
     "mobilenet_v3_small mnasnet0_5 shufflenet_v2_x1_0 regnet_x_400mf regnet_y_400mf efficientnet_b0 "
     "efficientnet_v2_s convnext_tiny swin_t vit_b_32 maxvit_t squeezenet1_1 deeplabv3_resnet50 "
     "deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large r3d_18 r2plus1d_18 s3d raft_small "
     "fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_320_fpn maskrcnn_resnet50_fpn_v2 retinanet_resnet50_fpn "
     "fcos_resnet50_fpn ssdlite320_mobilenet_v3_large"
-).split()
+)
 
 
 def of_timm(name: str) -> Case:
@@ -115,16 +126,18 @@ def of_timm(name: str) -> Case:
     return Case(model, images(2, size), images(3, size, size if fixed else 96), own if has_own else None)
 
 
-TIMM = (
+TIMM = names(
     "resnet18 resnet50d resnest14d seresnet50 skresnet18 res2net50_26w_4s regnetx_002 regnety_002 nfnet_f0 "
     "efficientnet_b0 mobilenetv2_100 mobilenetv3_small_100 mobilenetv4_conv_small mixnet_s ghostnet_100 ghostnetv2_100 "
     "hardcorenas_a mobileone_s0 repvgg_a0 repvit_m0_9 repghostnet_050 fastvit_t8 fastvit_mci0 inception_next_tiny "
     "levit_128s levit_conv_128s efficientvit_b0 efficientvit_m0 edgenext_xx_small mobilevit_xxs mobilevitv2_050 "
-    "convnextv2_atto dla34 hrnet_w18_small selecsls42 vovnet39a ese_vovnet19b_dw cspresnet50 darknet53 dpn48b xception41 "
+    "convnextv2_atto dla34 hrnet_w18_small selecsls42 vovnet39a ese_vovnet19b_dw cspresnet50 darknet53 "
+    "dpn48b xception41 "
     "inception_resnet_v2 nasnetalarge pnasnet5large rexnet_100 tinynet_e lcnet_050 swiftformer_xs "
     "starnet_s1 shvit_s1 hgnetv2_b0 efficientformer_l1 efficientformerv2_s0 poolformer_s12 visformer_tiny "
-    "xcit_nano_12_p16_224 tiny_vit_5m_224 coatnet_nano_rw_224 mambaout_femto features/resnet18 features/mobilenetv3_small_100"
-).split()
+    "xcit_nano_12_p16_224 tiny_vit_5m_224 coatnet_nano_rw_224 mambaout_femto "
+    "features/resnet18 features/mobilenetv3_small_100"
+)
 
 
 def _cfg(name: str, **options: Any) -> Any:
@@ -135,31 +148,56 @@ def _cfg(name: str, **options: Any) -> Any:
 
 def _detr_options() -> dict[str, Any]:
     return {
-        "encoder_hidden_dim": 32, "encoder_ffn_dim": 48, "encoder_attention_heads": 2, "d_model": 32,
-        "num_queries": 12, "decoder_in_channels": [32, 32, 32], "decoder_ffn_dim": 48, "decoder_layers": 2,
-        "decoder_attention_heads": 2, "encoder_in_channels": [32, 48, 64],
-    }  # fmt: skip
+        "encoder_hidden_dim": 32,
+        "encoder_ffn_dim": 48,
+        "encoder_attention_heads": 2,
+        "d_model": 32,
+        "num_queries": 12,
+        "decoder_in_channels": [32, 32, 32],
+        "decoder_ffn_dim": 48,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "encoder_in_channels": [32, 48, 64],
+    }
 
 
 def _rt_backbone() -> Any:
-    return _cfg("RTDetrResNetConfig", embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1],
-                layer_type="basic", out_features=["stage2", "stage3", "stage4"])
+    return _cfg(
+        "RTDetrResNetConfig",
+        embedding_size=16,
+        hidden_sizes=[16, 32, 48, 64],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
 
 
 def _hg_backbone() -> Any:
     return _cfg(
-        "HGNetV2Config", stem_channels=[3, 8, 8], stage_in_channels=[8, 16, 32, 48], stage_mid_channels=[8, 8, 16, 16],
-        stage_out_channels=[16, 32, 48, 64], stage_num_blocks=[1, 1, 1, 1], stage_numb_of_layers=[2, 2, 2, 2],
+        "HGNetV2Config",
+        stem_channels=[3, 8, 8],
+        stage_in_channels=[8, 16, 32, 48],
+        stage_mid_channels=[8, 8, 16, 16],
+        stage_out_channels=[16, 32, 48, 64],
+        stage_num_blocks=[1, 1, 1, 1],
+        stage_numb_of_layers=[2, 2, 2, 2],
         out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip
+    )
 
 
 _SMALL_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 _SEGMENTER: dict[str, Any] = {
-    "hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 2, 2], "decoder_hidden_size": 16,
+    "hidden_sizes": [8, 16, 24, 32],
+    "num_attention_heads": [1, 2, 2, 2],
+    "decoder_hidden_size": 16,
 }
-_TINY_BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-              "vocab_size": 99}
+_TINY_BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 99,
+}
 
 
 def _resnet_backbone() -> Any:
@@ -190,152 +228,350 @@ def _audio(length: int = 1600) -> tuple[Any, Any]:
 def transformers_cases() -> dict[str, tuple[str, Callable[[], Any], Callable[[], tuple[Any, Any]]]]:
     """By name: a class, its configuration, and the arguments."""
     wav: dict[str, Any] = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-        "conv_dim": (32, 32), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2,
-        "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "vocab_size": 30,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "conv_dim": (32, 32),
+        "conv_stride": (5, 4),
+        "conv_kernel": (10, 4),
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+        "vocab_size": 30,
+    }
     return {
         "resnet": ("ResNetForImageClassification", lambda: _cfg("ResNetConfig", **_SMALL_RESNET), _pixels),
         "resnet-hidden-states": (
-            "ResNetForImageClassification", lambda: _cfg("ResNetConfig", **_SMALL_RESNET, output_hidden_states=True), _pixels,
+            "ResNetForImageClassification",
+            lambda: _cfg("ResNetConfig", **_SMALL_RESNET, output_hidden_states=True),
+            _pixels,
         ),
         "regnet": (
             "RegNetForImageClassification",
-            lambda: _cfg("RegNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], groups_width=4), _pixels,
+            lambda: _cfg("RegNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], groups_width=4),
+            _pixels,
         ),
         "mobilenet-v1": ("MobileNetV1ForImageClassification", lambda: _cfg("MobileNetV1Config"), _pixels),
         "mobilenet-v2": ("MobileNetV2ForImageClassification", lambda: _cfg("MobileNetV2Config"), _pixels),
         "mobilenet-v2-segmentation": (
-            "MobileNetV2ForSemanticSegmentation", lambda: _cfg("MobileNetV2Config", num_labels=5), _pixels,
+            "MobileNetV2ForSemanticSegmentation",
+            lambda: _cfg("MobileNetV2Config", num_labels=5),
+            _pixels,
         ),
         "efficientnet": (
-            "EfficientNetForImageClassification", lambda: _cfg("EfficientNetConfig", hidden_dim=1280, image_size=64), _pixels,
+            "EfficientNetForImageClassification",
+            lambda: _cfg("EfficientNetConfig", hidden_dim=1280, width_coefficient=1.0, depth_coefficient=1.0),
+            _pixels,
         ),
         "levit": ("LevitForImageClassification", lambda: _cfg("LevitConfig"), lambda: _pixels(224, 224)),
         "levit-teacher": (
-            "LevitForImageClassificationWithTeacher", lambda: _cfg("LevitConfig"), lambda: _pixels(224, 224),
+            "LevitForImageClassificationWithTeacher",
+            lambda: _cfg("LevitConfig"),
+            lambda: _pixels(224, 224),
         ),
-        "cvt": ("CvtForImageClassification", lambda: _cfg("CvtConfig", depth=[1, 1, 2]), _pixels),
+        "cvt": ("CvtForImageClassification", lambda: _cfg("CvtConfig", depth=[1, 2, 2]), _pixels),
         "swiftformer": (
             "SwiftFormerForImageClassification",
-            lambda: _cfg("SwiftFormerConfig", depths=[1, 1, 2, 1], embed_dims=[16, 24, 32, 48]), _pixels,
+            lambda: _cfg("SwiftFormerConfig", depths=[1, 1, 2, 1], embed_dims=[16, 24, 32, 48]),
+            _pixels,
         ),
         "mobilevit": ("MobileViTForImageClassification", lambda: _cfg("MobileViTConfig"), _pixels),
         "mobilevit-segmentation": (
-            "MobileViTForSemanticSegmentation", lambda: _cfg("MobileViTConfig", num_labels=5), _pixels,
+            "MobileViTForSemanticSegmentation",
+            lambda: _cfg("MobileViTConfig", num_labels=5),
+            _pixels,
         ),
         "mobilevitv2": ("MobileViTV2ForImageClassification", lambda: _cfg("MobileViTV2Config"), _pixels),
         "poolformer": (
-            "PoolFormerForImageClassification", lambda: _cfg("PoolFormerConfig", depths=[1, 1, 1, 1]), _pixels,
+            "PoolFormerForImageClassification",
+            lambda: _cfg("PoolFormerConfig", depths=[1, 1, 1, 1]),
+            _pixels,
         ),
         "convnext": (
             "ConvNextForImageClassification",
-            lambda: _cfg("ConvNextConfig", hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]), _pixels,
+            lambda: _cfg("ConvNextConfig", hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
+            _pixels,
         ),
-        "bit": ("BitForImageClassification", lambda: _cfg("BitConfig", **_SMALL_RESNET | {"hidden_sizes": [32, 32, 64, 64], "embedding_size": 32}), _pixels),
+        "bit": (
+            "BitForImageClassification",
+            lambda: _cfg("BitConfig", embedding_size=32, hidden_sizes=[128, 128, 128, 128], depths=[1, 1, 1, 1]),
+            _pixels,
+        ),
         "hgnetv2": (
-            "HGNetV2ForImageClassification", lambda: _cfg("HGNetV2Config", stem_channels=[3, 8, 8], stage_in_channels=[8, 16, 32, 48], stage_mid_channels=[8, 8, 16, 16], stage_out_channels=[16, 32, 48, 64], hidden_sizes=[16, 32, 48, 64], stage_num_blocks=[1, 1, 1, 1], stage_numb_of_layers=[2, 2, 2, 2]), _pixels,
+            "HGNetV2ForImageClassification",
+            lambda: _cfg(
+                "HGNetV2Config",
+                stem_channels=[3, 8, 8],
+                stage_in_channels=[8, 16, 32, 48],
+                stage_mid_channels=[8, 8, 16, 16],
+                stage_out_channels=[16, 32, 48, 64],
+                hidden_sizes=[16, 32, 48, 64],
+                stage_num_blocks=[1, 1, 1, 1],
+                stage_numb_of_layers=[2, 2, 2, 2],
+            ),
+            _pixels,
         ),
         "textnet": ("TextNetForImageClassification", lambda: _cfg("TextNetConfig"), _pixels),
         "pp-lcnet": ("PPLCNetForImageClassification", lambda: _cfg("PPLCNetConfig"), _pixels),
-        "focalnet": ("FocalNetForImageClassification", lambda: _cfg("FocalNetConfig", embed_dim=16, depths=[1, 1, 1, 1], image_size=64), lambda: _pixels(64, 64)),
-        "swin": ("SwinForImageClassification", lambda: _cfg("SwinConfig", embed_dim=16, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2], window_size=4, image_size=64), lambda: _pixels(64, 64)),
-        "vit": ("ViTForImageClassification", lambda: _cfg("ViTConfig", **{k: v for k, v in _TINY_BERT.items() if k != "vocab_size"}, image_size=32, patch_size=8), lambda: _pixels(32, 32)),
-        "pvt-v2": ("PvtV2ForImageClassification", lambda: _cfg("PvtV2Config", hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]), _pixels),
+        "focalnet": (
+            "FocalNetForImageClassification",
+            lambda: _cfg("FocalNetConfig", embed_dim=16, depths=[1, 1, 1, 1], image_size=64),
+            lambda: _pixels(64, 64),
+        ),
+        "swin": (
+            "SwinForImageClassification",
+            lambda: _cfg(
+                "SwinConfig", embed_dim=16, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2], window_size=2, image_size=64
+            ),
+            lambda: _pixels(64, 64),
+        ),
+        "vit": (
+            "ViTForImageClassification",
+            lambda: _cfg(
+                "ViTConfig", **{k: v for k, v in _TINY_BERT.items() if k != "vocab_size"}, image_size=32, patch_size=8
+            ),
+            lambda: _pixels(32, 32),
+        ),
+        "pvt-v2": (
+            "PvtV2ForImageClassification",
+            lambda: _cfg(
+                "PvtV2Config", hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]
+            ),
+            _pixels,
+        ),
         "segformer": ("SegformerForSemanticSegmentation", lambda: _cfg("SegformerConfig", **_SEGMENTER), _pixels),
-        "glpn": ("GLPNForDepthEstimation", lambda: _cfg("GLPNConfig", **_SEGMENTER | {"decoder_hidden_size": 16}), _pixels),
+        "glpn": (
+            "GLPNForDepthEstimation",
+            lambda: _cfg("GLPNConfig", **_SEGMENTER | {"decoder_hidden_size": 16}),
+            _pixels,
+        ),
         "upernet": (
             "UperNetForSemanticSegmentation",
-            lambda: _cfg("UperNetConfig", backbone_config=_resnet_backbone(), hidden_size=16, pool_scales=[1, 2],
-                         auxiliary_in_channels=24, auxiliary_channels=8, num_labels=5), _pixels,
+            lambda: _cfg(
+                "UperNetConfig",
+                backbone_config=_resnet_backbone(),
+                hidden_size=16,
+                pool_scales=[1, 2],
+                auxiliary_in_channels=24,
+                auxiliary_channels=8,
+                num_labels=5,
+            ),
+            _pixels,
         ),
         "dpt": (
             "DPTForSemanticSegmentation",
-            lambda: _cfg("DPTConfig", hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
-                         image_size=64, patch_size=16, backbone_out_indices=[0, 1, 2, 3], is_hybrid=False,
-                         neck_hidden_sizes=[8, 16, 24, 32], fusion_hidden_size=16, num_labels=5,
-                         use_batch_norm_in_fusion_residual=True), lambda: _pixels(64, 64),
+            lambda: _cfg(
+                "DPTConfig",
+                hidden_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                intermediate_size=48,
+                image_size=64,
+                patch_size=16,
+                backbone_out_indices=[0, 1, 2, 3],
+                is_hybrid=False,
+                neck_hidden_sizes=[8, 16, 24, 32],
+                fusion_hidden_size=16,
+                num_labels=5,
+                use_batch_norm_in_fusion_residual=True,
+            ),
+            lambda: _pixels(64, 64),
         ),
         "depth-anything": (
             "DepthAnythingForDepthEstimation",
-            lambda: _cfg("DepthAnythingConfig", backbone_config=_cfg("Dinov2Config", hidden_size=32, num_hidden_layers=4,
-                         num_attention_heads=2, image_size=56, patch_size=14, out_features=["stage1", "stage2", "stage3", "stage4"],
-                         reshape_hidden_states=False), patch_size=14,
-                         reassemble_hidden_size=32, neck_hidden_sizes=[8, 16, 24, 32], fusion_hidden_size=16, head_hidden_size=8),
+            lambda: _cfg(
+                "DepthAnythingConfig",
+                backbone_config=_cfg(
+                    "Dinov2Config",
+                    hidden_size=32,
+                    num_hidden_layers=4,
+                    num_attention_heads=2,
+                    image_size=56,
+                    patch_size=14,
+                    out_features=["stage1", "stage2", "stage3", "stage4"],
+                    reshape_hidden_states=False,
+                ),
+                patch_size=14,
+                reassemble_hidden_size=32,
+                neck_hidden_sizes=[8, 16, 24, 32],
+                fusion_hidden_size=16,
+                head_hidden_size=8,
+            ),
             lambda: _pixels(56, 56),
         ),
         "zoedepth": (
             "ZoeDepthForDepthEstimation",
-            lambda: _cfg("ZoeDepthConfig", backbone_config=_cfg("BeitConfig", hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, image_size=64, patch_size=16, out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False), backbone_hidden_size=32,
-                         neck_hidden_sizes=[8, 16, 24, 32], fusion_hidden_size=16, bottleneck_features=16, num_relative_features=8),
+            lambda: _cfg(
+                "ZoeDepthConfig",
+                backbone_config=_cfg(
+                    "BeitConfig",
+                    hidden_size=32,
+                    num_hidden_layers=4,
+                    num_attention_heads=2,
+                    intermediate_size=48,
+                    image_size=64,
+                    patch_size=16,
+                    out_features=["stage1", "stage2", "stage3", "stage4"],
+                    reshape_hidden_states=False,
+                ),
+                backbone_hidden_size=32,
+                neck_hidden_sizes=[8, 16, 24, 32],
+                fusion_hidden_size=16,
+                bottleneck_features=16,
+                num_relative_features=8,
+            ),
             lambda: _pixels(64, 64),
         ),
         "rt-detr": (
-            "RTDetrForObjectDetection", lambda: _cfg("RTDetrConfig", **_detr_options(), backbone_config=_rt_backbone()), _pixels,
+            "RTDetrForObjectDetection",
+            lambda: _cfg("RTDetrConfig", **_detr_options(), backbone_config=_rt_backbone()),
+            _pixels,
         ),
         "rt-detr-v2": (
-            "RTDetrV2ForObjectDetection", lambda: _cfg("RTDetrV2Config", **_detr_options(), backbone_config=_rt_backbone()), _pixels,
+            "RTDetrV2ForObjectDetection",
+            lambda: _cfg("RTDetrV2Config", **_detr_options(), backbone_config=_rt_backbone()),
+            _pixels,
         ),
         "d-fine": (
             "DFineForObjectDetection",
-            lambda: _cfg("DFineConfig", **_detr_options(), backbone_config=_hg_backbone()), _pixels,
+            lambda: _cfg("DFineConfig", **_detr_options(), backbone_config=_hg_backbone()),
+            _pixels,
         ),
         "detr": (
             "DetrForObjectDetection",
-            lambda: _cfg("DetrConfig", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
-                         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6), _pixels,
+            lambda: _cfg(
+                "DetrConfig",
+                use_timm_backbone=False,
+                use_pretrained_backbone=False,
+                backbone=None,
+                backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                num_queries=6,
+            ),
+            _pixels,
         ),
         "conditional-detr": (
             "ConditionalDetrForObjectDetection",
-            lambda: _cfg("ConditionalDetrConfig", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
-                         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6), _pixels,
-        ),
-        "deformable-detr": (
-            "DeformableDetrForObjectDetection",
-            lambda: _cfg("DeformableDetrConfig", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage2", "stage3", "stage4"]),
-                         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6, num_feature_levels=4), _pixels,
+            lambda: _cfg(
+                "ConditionalDetrConfig",
+                use_timm_backbone=False,
+                use_pretrained_backbone=False,
+                backbone=None,
+                backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                num_queries=6,
+            ),
+            _pixels,
         ),
         "table-transformer": (
             "TableTransformerForObjectDetection",
-            lambda: _cfg("TableTransformerConfig", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
-                         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6), _pixels,
-        ),
-        "maskformer": (
-            "MaskFormerForInstanceSegmentation",
-            lambda: _cfg("MaskFormerConfig", backbone_config=_resnet_backbone(), fpn_feature_size=32, mask_feature_size=32,
-                         decoder_config=_cfg("DetrConfig", use_timm_backbone=False, backbone=None, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=6, backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET))), _pixels,
+            lambda: _cfg(
+                "TableTransformerConfig",
+                use_timm_backbone=False,
+                use_pretrained_backbone=False,
+                backbone=None,
+                backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                num_queries=6,
+            ),
+            _pixels,
         ),
         "superpoint": ("SuperPointForKeypointDetection", lambda: _cfg("SuperPointConfig"), _pixels),
         "vitmatte": (
             "VitMatteForImageMatting",
-            lambda: _cfg("VitMatteConfig", backbone_config=_cfg("VitDetConfig", num_channels=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16, out_features=["stage2"]), hidden_size=32,
-                         fusion_hidden_sizes=[32, 16, 8, 4], convstream_hidden_sizes=[4, 8, 12]),
+            lambda: _cfg(
+                "VitMatteConfig",
+                backbone_config=_cfg(
+                    "VitDetConfig",
+                    num_channels=4,
+                    hidden_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    image_size=64,
+                    patch_size=16,
+                    out_features=["stage2"],
+                ),
+                hidden_size=32,
+                fusion_hidden_sizes=[32, 16, 8, 4],
+                convstream_hidden_sizes=[4, 8, 12],
+            ),
             lambda: ({"pixel_values": images(2, 64, channels=4)}, {"pixel_values": images(3, 64, channels=4)}),
         ),
         "vitpose": (
             "VitPoseForPoseEstimation",
-            lambda: _cfg("VitPoseConfig", backbone_config=_cfg("VitPoseBackboneConfig", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=[64, 48], out_features=["stage2"]), use_simple_decoder=False),
+            lambda: _cfg(
+                "VitPoseConfig",
+                backbone_config=_cfg(
+                    "VitPoseBackboneConfig",
+                    hidden_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    image_size=[64, 48],
+                    out_features=["stage2"],
+                ),
+                use_simple_decoder=False,
+            ),
             lambda: ({"pixel_values": images(2, 64, 48)}, {"pixel_values": images(3, 64, 48)}),
         ),
         "bert": ("BertForSequenceClassification", lambda: _cfg("BertConfig", **_TINY_BERT), _tokens),
-        "squeezebert": ("SqueezeBertForSequenceClassification", lambda: _cfg("SqueezeBertConfig", embedding_size=32, **_TINY_BERT), _tokens),
+        "squeezebert": (
+            "SqueezeBertForSequenceClassification",
+            lambda: _cfg("SqueezeBertConfig", embedding_size=32, **_TINY_BERT),
+            _tokens,
+        ),
         "gpt2": ("GPT2LMHeadModel", lambda: _cfg("GPT2Config", n_embd=32, n_layer=2, n_head=2, vocab_size=99), _tokens),
         "t5": (
-            "T5ForConditionalGeneration", lambda: _cfg("T5Config", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, vocab_size=99),
+            "T5ForConditionalGeneration",
+            lambda: _cfg("T5Config", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, vocab_size=99),
             lambda: _tokens("decoder_input_ids"),
         ),
         "llama": (
             "LlamaForCausalLM",
-            lambda: _cfg("LlamaConfig", **_TINY_BERT), _tokens,
+            lambda: _cfg("LlamaConfig", **_TINY_BERT),
+            _tokens,
         ),
         "clip": (
             "CLIPModel",
-            lambda: _cfg("CLIPConfig", text_config={**_TINY_BERT, "eos_token_id": 98}, vision_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32, "patch_size": 8}),
+            lambda: _cfg(
+                "CLIPConfig",
+                text_config={**_TINY_BERT, "eos_token_id": 98},
+                vision_config={
+                    "hidden_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "intermediate_size": 48,
+                    "image_size": 32,
+                    "patch_size": 8,
+                },
+            ),
             lambda: tuple(a | b for a, b in zip(_tokens(), _pixels(32, 32), strict=True)),
         ),
         "align": (
             "AlignModel",
-            lambda: _cfg("AlignConfig", text_config=_TINY_BERT, vision_config={"image_size": 64}),
+            lambda: _cfg(
+                "AlignConfig",
+                text_config=_TINY_BERT,
+                vision_config={"hidden_dim": 640, "width_coefficient": 0.25, "depth_coefficient": 0.3},
+            ),
             lambda: tuple(a | b for a, b in zip(_tokens(), _pixels(64, 64), strict=True)),
         ),
         "wav2vec2": ("Wav2Vec2ForCTC", lambda: _cfg("Wav2Vec2Config", **wav), _audio),
@@ -343,46 +579,132 @@ def transformers_cases() -> dict[str, tuple[str, Callable[[], Any], Callable[[],
         "hubert-batch-norm": ("HubertModel", lambda: _cfg("HubertConfig", **wav, conv_pos_batch_norm=True), _audio),
         "parakeet": (
             "ParakeetForCTC",
-            lambda: _cfg("ParakeetCTCConfig", vocab_size=40, pad_token_id=39, encoder_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "num_mel_bins": 16, "subsampling_conv_channels": 8}),
+            lambda: _cfg(
+                "ParakeetCTCConfig",
+                vocab_size=40,
+                pad_token_id=39,
+                encoder_config={
+                    "hidden_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "intermediate_size": 48,
+                    "num_mel_bins": 16,
+                    "subsampling_conv_channels": 8,
+                },
+            ),
             lambda: ({"input_features": _normal(2, 40, 16)}, {"input_features": _normal(3, 56, 16)}),
         ),
         "whisper": (
             "WhisperForConditionalGeneration",
-            lambda: _cfg("WhisperConfig", d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=99, max_source_positions=20, num_mel_bins=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1),
-            lambda: ({"input_features": _normal(2, 16, 40), "decoder_input_ids": _whole(2, 5)}, {"input_features": _normal(3, 16, 40), "decoder_input_ids": _whole(3, 7)}),
+            lambda: _cfg(
+                "WhisperConfig",
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                vocab_size=99,
+                max_source_positions=20,
+                num_mel_bins=16,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
+            ),
+            lambda: (
+                {"input_features": _normal(2, 16, 40), "decoder_input_ids": _whole(2, 5)},
+                {"input_features": _normal(3, 16, 40), "decoder_input_ids": _whole(3, 7)},
+            ),
         ),
         "speecht5": (
             "SpeechT5ForTextToSpeech",
-            lambda: _cfg("SpeechT5Config", hidden_size=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=40, speech_decoder_postnet_units=16, speech_decoder_prenet_units=16, speaker_embedding_dim=8, num_mel_bins=16),
-            lambda: ({"input_ids": _whole(2, 7, 39), "decoder_input_values": _normal(2, 6, 16), "speaker_embeddings": _normal(2, 8)}, {"input_ids": _whole(3, 9, 39), "decoder_input_values": _normal(3, 8, 16), "speaker_embeddings": _normal(3, 8)}),
+            lambda: _cfg(
+                "SpeechT5Config",
+                hidden_size=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                vocab_size=40,
+                speech_decoder_postnet_units=16,
+                speech_decoder_prenet_units=16,
+                speaker_embedding_dim=8,
+                num_mel_bins=16,
+            ),
+            lambda: (
+                {
+                    "input_ids": _whole(2, 7, 39),
+                    "decoder_input_values": _normal(2, 6, 16),
+                    "speaker_embeddings": _normal(2, 8),
+                },
+                {
+                    "input_ids": _whole(3, 9, 39),
+                    "decoder_input_values": _normal(3, 8, 16),
+                    "speaker_embeddings": _normal(3, 8),
+                },
+            ),
         ),
         "clap-audio": (
             "ClapAudioModel",
-            lambda: _cfg("ClapAudioConfig", depths=[1, 1], num_attention_heads=[2, 2], patch_embeds_hidden_size=16, hidden_size=32, window_size=4, spec_size=64, num_mel_bins=16),
-            lambda: ({"input_features": _normal(2, 1, 64, 16), "is_longer": None}, {"input_features": _normal(3, 1, 64, 16), "is_longer": None}),
+            lambda: _cfg(
+                "ClapAudioConfig",
+                depths=[1, 1],
+                num_attention_heads=[2, 2],
+                patch_embeds_hidden_size=16,
+                hidden_size=32,
+                window_size=4,
+                spec_size=64,
+                num_mel_bins=16,
+            ),
+            lambda: (
+                {"input_features": _normal(2, 1, 64, 16), "is_longer": None},
+                {"input_features": _normal(3, 1, 64, 16), "is_longer": None},
+            ),
         ),
         "patchtst-batch-norm": (
             "PatchTSTForPrediction",
-            lambda: _cfg("PatchTSTConfig", num_input_channels=2, context_length=32, patch_length=4, patch_stride=4, d_model=16, num_attention_heads=2, num_hidden_layers=2, ffn_dim=32, prediction_length=4, norm_type="batchnorm"),
+            lambda: _cfg(
+                "PatchTSTConfig",
+                num_input_channels=2,
+                context_length=32,
+                patch_length=4,
+                patch_stride=4,
+                d_model=16,
+                num_attention_heads=2,
+                num_hidden_layers=2,
+                ffn_dim=32,
+                prediction_length=4,
+                norm_type="batchnorm",
+            ),
             lambda: ({"past_values": _normal(2, 32, 2)}, {"past_values": _normal(3, 32, 2)}),
         ),
         "patchtsmixer-batch-norm": (
             "PatchTSMixerForPrediction",
-            lambda: _cfg("PatchTSMixerConfig", context_length=32, patch_length=8, patch_stride=8, num_input_channels=2, d_model=8, num_layers=2, prediction_length=4, norm_mlp="BatchNorm"),
+            lambda: _cfg(
+                "PatchTSMixerConfig",
+                context_length=32,
+                patch_length=8,
+                patch_stride=8,
+                num_input_channels=2,
+                d_model=8,
+                num_layers=2,
+                prediction_length=4,
+                norm_mlp="BatchNorm",
+            ),
             lambda: ({"past_values": _normal(2, 32, 2)}, {"past_values": _normal(3, 32, 2)}),
         ),
         "efficientloftr": (
-            "EfficientLoFTRForKeypointMatching", lambda: _cfg("EfficientLoFTRConfig"),
+            "EfficientLoFTRForKeypointMatching",
+            lambda: _cfg("EfficientLoFTRConfig"),
             lambda: ({"pixel_values": _normal(1, 2, 3, 64, 64)}, {"pixel_values": _normal(2, 2, 3, 64, 96)}),
-        ),
-        "lw-detr": (
-            "LwDetrForObjectDetection",
-            lambda: _cfg("LwDetrConfig", backbone_config=_cfg("LwDetrViTConfig", hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=64, pretrain_image_size=64, patch_size=16, num_windows=4, window_block_indices=[0, 2], out_features=["stage2", "stage4"]), d_model=32, num_queries=6, decoder_layers=1, decoder_self_attention_heads=2, decoder_cross_attention_heads=2, decoder_ffn_dim=48, group_detr=1, hidden_expansion=0.5),
-            lambda: _pixels(64, 64),
         ),
         "ppocr-det": ("PPOCRV5MobileDetForObjectDetection", lambda: _cfg("PPOCRV5MobileDetConfig"), _pixels),
         "uvdoc": ("UVDocModel", lambda: _cfg("UVDocConfig"), _pixels),
-    }  # fmt: skip
+    }
 
 
 def _normal(*shape: int) -> Any:
@@ -411,19 +733,24 @@ def of_ultralytics(name: str) -> Case:
 
     kind = tasks.DetectionModel
     for part, other in (
-        ("-seg", "SegmentationModel"), ("-cls", "ClassificationModel"), ("-pose", "PoseModel"), ("-obb", "OBBModel"),
-        ("world", "WorldModel"), ("rtdetr", "RTDETRDetectionModel"), ("yoloe", "YOLOEModel"),
-    ):  # fmt: skip
+        ("-seg", "SegmentationModel"),
+        ("-cls", "ClassificationModel"),
+        ("-pose", "PoseModel"),
+        ("-obb", "OBBModel"),
+        ("world", "WorldModel"),
+        ("rtdetr", "RTDETRDetectionModel"),
+        ("yoloe", "YOLOEModel"),
+    ):
         if part in name:
             kind = getattr(tasks, other)
     model = kind(f"{name}.yaml", verbose=False)
     return Case(model, images(2, 64), images(3, 96, 64), lambda module: module.fuse(verbose=False))
 
 
-ULTRALYTICS = (
+ULTRALYTICS = names(
     "yolov3-tiny yolov5n yolov6n yolov8n yolov8n-p2 yolov8n-ghost yolov8n-seg yolov8n-pose yolov8n-obb yolov8n-cls "
     "yolov8n-worldv2 yolov9t yolov10n yolo11n yolo11n-seg yolo11n-cls yolo12n yolo26n rtdetr-resnet50"
-).split()
+)
 
 
 def of_smp(name: str) -> Case:
@@ -434,11 +761,11 @@ def of_smp(name: str) -> Case:
     return Case(model, images(2, 64), images(3, 96, 64))
 
 
-SMP = (
+SMP = names(
     "Unet/resnet18 UnetPlusPlus/mobilenet_v2 MAnet/resnet18 Linknet/resnet18 FPN/efficientnet-b0 PSPNet/resnet18 "
     "PAN/resnet18 DeepLabV3/resnet18 DeepLabV3Plus/mobilenet_v2 UPerNet/timm-mobilenetv3_small_minimal_100 "
     "Segformer/mit_b0 Unet/mobileone_s0"
-).split()
+)
 
 
 def of_open_clip(name: str) -> Case:
@@ -455,7 +782,7 @@ def of_open_clip(name: str) -> Case:
     )
 
 
-OPEN_CLIP = "RN50 MobileCLIP-S1 MobileCLIP2-S0 ViT-S-32 convnext_tiny ViTamin-S".split()
+OPEN_CLIP = names("RN50 MobileCLIP-S1 MobileCLIP2-S0 ViT-S-32 convnext_tiny ViTamin-S")
 
 
 def of_mmpretrain(name: str) -> Case:
@@ -464,10 +791,14 @@ def of_mmpretrain(name: str) -> Case:
 
     init_default_scope("mmpretrain")
     backbone, channels = MMPRETRAIN[name]
-    model = MODELS.build({
-        "type": "ImageClassifier", "backbone": backbone, "neck": {"type": "GlobalAveragePooling"},
-        "head": {"type": "LinearClsHead", "num_classes": 10, "in_channels": channels},
-    })  # fmt: skip
+    model = MODELS.build(
+        {
+            "type": "ImageClassifier",
+            "backbone": backbone,
+            "neck": {"type": "GlobalAveragePooling"},
+            "head": {"type": "LinearClsHead", "num_classes": 10, "in_channels": channels},
+        }
+    )
 
     def own(module: Any) -> Any:
         for m in module.modules():
@@ -492,7 +823,18 @@ MMPRETRAIN: Mapping[str, tuple[dict[str, Any], int]] = {
     "mobilenet-v3": ({"type": "MobileNetV3", "arch": "small"}, 576),
     "mobileone-s0": ({"type": "MobileOne", "arch": "s0"}, 1024),
     "repvgg-a0": ({"type": "RepVGG", "arch": "A0"}, 1280),
-    "repmlp-b224": ({"type": "RepMLPNet", "arch": "B", "img_size": 64, "patch_size": 4, "out_indices": (3,), "reparam_conv_kernels": (1, 3), "sharesets_nums": [1, 4, 32, 128]}, 768),
+    "repmlp-b224": (
+        {
+            "type": "RepMLPNet",
+            "arch": "B",
+            "img_size": 64,
+            "patch_size": 4,
+            "out_indices": (3,),
+            "reparam_conv_kernels": (1, 3),
+            "sharesets_nums": [1, 4, 32, 128],
+        },
+        768,
+    ),
     "replknet-31b": ({"type": "RepLKNet", "arch": "31B", "out_indices": (3,)}, 1024),
     "efficientnet-b0": ({"type": "EfficientNet", "arch": "b0"}, 1280),
     "hrnet-w18": ({"type": "HRNet", "arch": "w18"}, 2048),
@@ -507,7 +849,7 @@ MMPRETRAIN: Mapping[str, tuple[dict[str, Any], int]] = {
     "conformer-tiny": ({"type": "Conformer", "arch": "tiny"}, 384),
     "tnt-small": ({"type": "TNT", "arch": "s"}, 384),
     "riformer-s12": ({"type": "RIFormer", "arch": "s12"}, 512),
-}  # fmt: skip
+}
 
 LIBRARIES: Mapping[str, tuple[str, Callable[[str], Case], Callable[[], list[str]]]] = {
     "torchvision": ("torchvision", of_torchvision, lambda: TORCHVISION),

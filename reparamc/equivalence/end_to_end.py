@@ -13,7 +13,7 @@ import numpy.typing as npt
 from reparamc.algebra.equal import REGION_TOLERANCE, largest_by_channel, relative
 from reparamc.algebra.expr import Array
 from reparamc.equivalence.difference import Difference, Outputs, difference, tolerance
-from reparamc.equivalence.pair import BrokenError, Comparison, Pair
+from reparamc.equivalence.pair import PERTURBATIONS, BrokenError, Comparison, Pair
 from reparamc.errors import VerificationError, one_line
 from reparamc.report.data import OutputError
 
@@ -160,12 +160,20 @@ def _entry(
     if not found.arrays:
         return OutputError(name, found.max_abs, found.max_rel, 0.0), found.equal
     reference, eps = found.expected, epsilon(found.expected)
-    responses = (r.get(name) for r in compared.responses())
-    noise = max((difference(reference, response).max_rel for response in responses), default=0.0)
-    allowed = tolerance(noise if np.isfinite(noise) else 0.0, eps)
-    entry = OutputError(name, found.max_abs, found.max_rel, allowed)
-    chaotic = found.rounds and not noise <= CHAOS
-    return entry, found.within(allowed) and found.same_dtype and not chaotic and allowed <= max(WEAK, 16 * eps)
+    if found.equal and found.same_dtype:
+        return OutputError(name, found.max_abs, found.max_rel, tolerance(0.0, eps)), True
+    entry, sure = OutputError(name, found.max_abs, found.max_rel, 0.0), False
+    for times in range(1, PERTURBATIONS + 1):  # each costs a run
+        responses = (r.get(name) for r in compared.responses(times))
+        noise = max((difference(reference, response).max_rel for response in responses), default=0.0)
+        allowed = tolerance(noise if np.isfinite(noise) else 0.0, eps)
+        entry = replace(entry, tolerance=allowed)
+        if found.rounds and not noise <= CHAOS:
+            return entry, False
+        sure = found.within(allowed) and found.same_dtype and allowed <= max(WEAK, 16 * eps)
+        if sure:
+            break
+    return entry, sure
 
 
 def _same_when_fed(seen: Alone, regions: Sequence[Region], entry: OutputError) -> bool:

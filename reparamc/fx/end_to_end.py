@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,20 +22,15 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]
 def verify_end_to_end(
     original: nn.Module,
     fused: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    expected: Outputs | None = None,
+    trials: Sequence[tuple[Given, Outputs]],
     regions: Sequence[Region] = (),
-    alone: Callable[[tuple[Any, ...], dict[str, Any]], Alone | None] = lambda args, kwargs: None,
-    *,
-    resize: bool = True,
+    alone: Callable[[Given], Alone | None] = lambda given: None,
 ) -> list[OutputError]:
-    """Run both modules on the example inputs, in their own dtype, and compare every output tensor.
+    """Run ``fused`` on arguments, and compare every output tensor with what ``original`` makes of them.
 
-    With ``resize``, inputs of another batch and other parities are tried, too, where the original takes them. The
-    tolerance comes from the original's response to a perturbation of its inputs at rounding level.
-    ``expected`` is the result of the original, where it is known already. Where that says too little, or an
-    output differs by more, ``regions`` (what was rewritten) are compared one by one; see `compare_outputs`.
+    The tolerance comes from the original's response to a perturbation of its inputs at rounding level. Where that says
+    too little, or an output differs by more, ``regions`` (what was rewritten) are compared one by one; see
+    `compare_outputs`.
 
     Returns:
         One entry per output, and per region where they were compared, for the inputs that came closest to what is
@@ -47,12 +41,8 @@ def verify_end_to_end(
             the region that is wrong, or else the output.
     """
     pair = Pair(lambda given: run(original, *given), lambda given: run(fused, *given), perturb=perturbed)
-    given = args, kwargs
-    trials = [(given, pair.original(given) if expected is None else expected)]
-    if resize and (other := other_sizes(original, given)) is not None:
-        trials.append(other)
-    coarsest = epsilon_of(original, given)
-    return compare_models(pair, trials, lambda *_: coarsest, regions, lambda given: alone(*given))
+    coarsest = max((epsilon_of(original, given) for given, _ in trials), default=0.0)
+    return compare_models(pair, trials, lambda *_: coarsest, regions, alone)
 
 
 def epsilon_of(model: nn.Module, given: Given) -> float:
@@ -62,25 +52,6 @@ def epsilon_of(model: nn.Module, given: Given) -> float:
 
 def _floats(given: Given) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def other_sizes(original: nn.Module, given: Given) -> tuple[Given, Outputs] | None:
-    """Arguments of another batch, of which all other open axes have the other parity, and what is made of them.
-
-    None where there are none that ``original`` takes. Of three axes, the middle one or the last are the channels.
-    """
-    leaves = pytree.tree_leaves(given)
-    if not any(isinstance(t, Tensor) and t.ndim > 1 for t in leaves):
-        return None
-    for channels in (2, 1) if any(isinstance(t, Tensor) and t.ndim == 3 for t in leaves) else (1,):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                other = resized(given, channels)
-                return other, run(original, *other)
-            except Exception:  # whatever a module raises that does not know a size
-                continue
-    return None
 
 
 def resized(given: Given, channels: int) -> Given:

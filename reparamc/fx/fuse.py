@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from time import perf_counter
@@ -18,17 +18,19 @@ from torch import fx, nn
 from reparamc.algebra.rewrite import Pass, select
 from reparamc.compiler.host import Options
 from reparamc.compiler.pipeline import level_of
-from reparamc.errors import InputError, InputTypeError, one_line
+from reparamc.equivalence.end_to_end import Region
+from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
 from reparamc.fx.arguments import call_of, few, others
 from reparamc.fx.copying import State, copied
 from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.export import is_exported, live_in_training
 from reparamc.fx.outcome import difference, ran
-from reparamc.fx.parts import Parts, Taken, Way, has_options, remembered
+from reparamc.fx.parts import Parts, Placed, Taken, Way, has_options, remembered
+from reparamc.fx.parts_alone import run_parts_alone
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.watch import LOCK, Call, Seen, Watched, watching
 from reparamc.fx.wrappers import unwrapped
-from reparamc.report.data import FailedRegion, Origin, Part
+from reparamc.report.data import FailedRegion, Origin, OutputError, Part
 from reparamc.report.merge import merged
 
 TOOLS = ("generate", "predict", "predict_step", "training_step", "validation_step", "test_step", "save_pretrained")
@@ -94,6 +96,7 @@ class _Fusion:
         remembered(self.own)
         self.runs: list[Seen] = []
         self.failed: list[FailedRegion] = []
+        self.compared: list[OutputError] = []
         self.writes_parameters = False
         self.wavers = False
 
@@ -158,9 +161,40 @@ class _Fusion:
         return Parts(self.model, self.own, self.options, self.runs, watched, blocked)
 
     def checked(self, parts: Parts, taken: Taken) -> Taken:
-        """``taken``, where parts were replaced compared with the model; those that it differs with are put back."""
-        if self.wavers or not parts.placed or not (why := self.differs(taken.module)):
+        """``taken``, compared with the model; parts that are wrong are put back."""
+        if self.wavers or self.writes_parameters or (taken.module is not self.own and not parts.placed):
             return taken
+        wrong: dict[str, str] = {}
+        while (fault := self.fault(taken.module, parts.placed)) is not None:
+            where, why = fault
+            blamed = [part for part in parts.placed if part.where == where]
+            if not blamed:
+                return self.without(parts, taken, why)
+            for part in blamed:
+                part.put(part.old)
+                parts.placed.remove(part)
+            wrong[where] = why
+        return parts.undone(taken, taken.module, wrong)
+
+    def fault(self, module: nn.Module, placed: Sequence[Placed]) -> tuple[str, str] | None:
+        """The part that computes something else, or an output, and how it differs."""
+        why = "" if self.options.level == "full" else self.differs(module)
+        if self.options.level != "full" and not why:
+            return None
+        calls = {id(seen.call): (seen.call, plain(seen.result)) for seen in self.runs}
+        fused = {id(part.new): (part.where, part.old) for part in placed}
+        regions = [Region(part.where, (), part.where, "the module itself", "what was fused") for part in placed]
+        try:
+            self.compared = verify_end_to_end(
+                self.model, module, list(calls.values()), regions,
+                lambda call: run_parts_alone(module, fused, *calls[id(call)]),
+            )  # fmt: skip
+        except VerificationError as error:
+            return error.where, why or one_line(error)
+        return None
+
+    def without(self, parts: Parts, taken: Taken, why: str) -> Taken:
+        """A copy without the parts with which it differs from the model, where none of them does so by itself."""
         placed = list(parts.placed)
         for part in reversed(placed):
             part.put(part.old)
@@ -204,11 +238,8 @@ class _Fusion:
         if self.wavers or self.writes_parameters:
             why = "forward writes parameters" if self.writes_parameters else "it computes something else each time"
             note = f"not run end to end: {why}"
-        elif self.options.level == "full" and self.runs and not report.end_to_end:
-            start = perf_counter()
-            call, expected = self.runs[0].call, self.runs[0].result
-            report.end_to_end = verify_end_to_end(self.model, result, *call, plain(expected))
-            report.seconds["verification"] = perf_counter() - start
+        elif self.compared:
+            report.end_to_end = self.compared
         report.before = replace(report.before, parameters=_parameters(self.model))
         report.after = replace(report.after, parameters=_parameters(result))
         report.passes = {p.name: report.passes.get(p.name, 0) for p in self.options.passes}

@@ -22,7 +22,7 @@ from reparamc.errors import VerificationError
 from reparamc.fx.arguments import examples_of
 from reparamc.fx.calls import operation
 from reparamc.fx.editor import Edited, Editor
-from reparamc.fx.end_to_end import Given, epsilon_of, other_sizes, verify_end_to_end
+from reparamc.fx.end_to_end import Given, epsilon_of, verify_end_to_end
 from reparamc.fx.graph import FxGraph
 from reparamc.fx.regions_alone import by_position, run_alone
 from reparamc.fx.runnable import own_randomness, unchanged
@@ -34,8 +34,8 @@ ShapeT = TypeVar("ShapeT")
 def fuse_traced(
     traced: fx.GraphModule,
     model: nn.Module,
-    given: Given | None,
-    expected: Outputs | None,
+    calls: Sequence[Given],
+    expected: Sequence[Outputs],
     options: Options,
     *,
     exported: bool = False,
@@ -45,14 +45,14 @@ def fuse_traced(
     Args:
         traced: ``model`` as a graph. It is not changed.
         model: what the result is compared with.
-        given: arguments of ``model`` and of ``traced``; None where there are none.
-        expected: what ``model`` makes of them; None where the result is not compared end to end.
+        calls: arguments of ``model`` and of ``traced``; none where they are not known.
+        expected: what ``model`` makes of them; none where the result is not compared end to end.
         exported: whether torch.export made the graph, for inputs of these sizes.
 
     Raises:
         VerificationError: the result computes something else.
     """
-    result, report = fuse(FxHost(traced, model, given, expected, exported), options)
+    result, report = fuse(FxHost(traced, model, calls, expected, exported), options)
     result.module.meta["reparamc"] = report
     return result.module
 
@@ -61,14 +61,19 @@ class FxHost:
     """`reparamc.compiler.host.Host` over a traced module."""
 
     def __init__(
-        self, traced: fx.GraphModule, original: nn.Module, given: Given | None, expected: Outputs | None, exported: bool
+        self,
+        traced: fx.GraphModule,
+        original: nn.Module,
+        calls: Sequence[Given],
+        expected: Sequence[Outputs],
+        exported: bool,
     ) -> None:
-        self.traced, self.original, self.given, self.expected = traced, original, given, expected
+        self.traced, self.original, self.calls, self.expected = traced, original, calls, expected
         self.exported = exported
-        self._positional = None if given is None else self._by_position(given)
+        self._positional = self._by_position(calls[0]) if calls else None
         self._sizes = _of_runs(sizes_of, self.original, traced, self._positional)
         ranks = {name: len(shape) for name, shape in self._sizes.items()}
-        examples = {} if given is None else examples_of(original, *given)
+        examples = examples_of(original, *calls[0]) if calls else {}
         self.graph = FxGraph(traced, examples, ranks, exported=exported)
         self._before = _sums(traced)
         self._nodes = {node.name: node for node in traced.graph.nodes}
@@ -121,21 +126,13 @@ class FxHost:
         return certify_fx(self.traced, result.module, self._shapes)
 
     def trials(self, result: Edited, regions: Sequence[Region]) -> Iterator[Trial]:
-        if self.given is None:
-            return
-        calls = [self.given]
-        if not self.exported and (other := other_sizes(self.original, self.given)) is not None:
-            calls.append(other[0])
-        for call in calls:
-            seen = self._alone(result, regions, *call)
-            if seen is not None:
+        for call in (*self.calls[:1], *self.calls[1:][-1:]):  # of the example, and of another size
+            if (seen := self._alone(result, regions, call)) is not None:
                 epsilon = epsilon_of(self.original, call)
                 yield seen, lambda _, epsilon=epsilon: epsilon
 
-    def _alone(
-        self, result: Edited, regions: Sequence[Region], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Alone | None:
-        positional = self._by_position((args, kwargs))
+    def _alone(self, result: Edited, regions: Sequence[Region], call: Given) -> Alone | None:
+        positional = self._by_position(call)
         if positional is None:
             return None
         places = {region.root: region.root for region in regions}
@@ -149,14 +146,12 @@ class FxHost:
         result.module.graph.lint()
 
     def can_compare(self, changed: bool) -> bool:
-        return self.given is not None and self.expected is not None
+        return bool(self.expected)
 
     def compare(self, result: Edited, regions: Sequence[Region]) -> list[OutputError]:
-        assert self.given is not None
-        return verify_end_to_end(
-            self.original, result.module, *self.given, self.expected, regions,
-            partial(self._alone, result, regions), resize=not self.exported,
-        )  # fmt: skip
+        trials = list(zip(self.calls, self.expected, strict=True))
+        alone = partial(self._alone, result, regions)
+        return verify_end_to_end(self.original, result.module, trials, regions, alone)
 
 
 def _sums(module: nn.Module) -> list[str]:

@@ -213,10 +213,9 @@ class Parts:
     def _as_graph(self, path: str, whole: Whole) -> Taken:
         """The fused graph, what it calls as it is being taken in turn; a part in which nothing folds stays."""
         module = self.own[path]
-        seen = (self.seen(path) or [None])[0]
-        expected = plain(seen.result) if seen is not None and not path and not whole.opaque else None
-        given = None if seen is None else seen.call
-        graph = fuse_traced(whole.graph, self.originals[path], given, expected, self.options)
+        seen = self.seen(path) or []
+        expected = [] if path or whole.opaque else [plain(one.result) for one in seen]
+        graph = fuse_traced(whole.graph, self.originals[path], [one.call for one in seen], expected, self.options)
         report: Report = graph.meta.pop("reparamc")
         result: nn.Module = in_place_of(module, graph) if report.changed or not path else module
         ways = [Way(path, "torch.fx", "", report=report)]
@@ -245,7 +244,7 @@ class Parts:
         if self._disagreement(path, graph, calls):
             return taken
         remembered(graph, path)
-        fused = fuse_traced(graph, original, calls[0].call, None, self.options, exported=True)
+        fused = fuse_traced(graph, original, [seen.call for seen in calls], [], self.options, exported=True)
         report: Report = fused.meta.pop("reparamc")
         result = in_place_of(module, fused)
         if size(result) >= size(taken.module):

@@ -388,9 +388,10 @@ class Values:
         for axis, wanted in enumerate(index):
             known = before[axis].known
             numbers = all(v is None or isinstance(v, int) for v in (wanted.start, wanted.stop, wanted.step))
-            if wanted != slice(None):
-                is_known = known is not None and numbers
-                after[axis] = Dim(len(range(known)[wanted])) if is_known else self._symbol(f"{node.name}.{axis}")
+            if wanted != slice(None) and known is not None and numbers:
+                after[axis] = Dim(len(range(known)[wanted]))
+            elif wanted != slice(None):
+                after[axis] = self._symbol(f"{node.name}.{axis}")
         return tuple(after)
 
     def _broadcast(self, node: fx.Node, left: Any, right: Any) -> Shape | None:

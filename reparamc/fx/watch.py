@@ -124,7 +124,7 @@ def watching(watched: Watched) -> Iterator[None]:
             watched.read(self)
         return found
 
-    with LOCK, _replaced("__call__", watched_call, call), _replaced("__getattr__", watched_read, read):
+    with LOCK, replaced("__call__", watched_call, call), replaced("__getattr__", watched_read, read):
         watched.next_run()
         yield
 
@@ -146,7 +146,8 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _replaced(name: str, by: Callable[..., Any], original: Callable[..., Any]) -> Iterator[None]:
+def replaced(name: str, by: Callable[..., Any], original: Callable[..., Any]) -> Iterator[None]:
+    """A method of all modules is another one; for all threads, so that ``by`` has to ask which one calls."""
     setattr(nn.Module, name, by)
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,11 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from reparamc import fuse_fx
-from reparamc.report.data import Report
+from reparamc.fx.arguments import others
+from reparamc.fx.end_to_end import verify_end_to_end
+from reparamc.fx.runnable import run as outputs
+from reparamc.fx.watch import Call
+from reparamc.report.data import OutputError, Report
 from reparamc.testing import randomize_batchnorm
 
 CHANNELS = 4
@@ -73,6 +78,17 @@ def run(model: nn.Module, *inputs: Any) -> Any:
     """The result on copies of the inputs, so that in-place operators cannot reach the originals."""
     with torch.no_grad():
         return model(*pytree.tree_map_only(Tensor, Tensor.clone, inputs))
+
+
+def compared(original: nn.Module, fused: nn.Module, *args: Any, resize: bool = True) -> list[OutputError]:
+    """Both end to end on ``args``, and on the first other arguments that the original takes."""
+    given: Call = args, {}
+    trials = [(given, outputs(original, *given))]
+    for other in others(given) if resize else ():
+        with contextlib.suppress(Exception):
+            trials.append((other, outputs(original, *other)))
+            break
+    return verify_end_to_end(original, fused, trials)
 
 
 def images(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from fx_checks import compared
 from torch import Tensor, nn
 
 from reparamc.errors import VerificationError
-from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.fuse import fuse_fx
 from reparamc.fx.runnable import run
 
@@ -55,14 +55,14 @@ CONTAINERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_every_leaf_is_compared(name: str) -> None:
     x, make = torch.randn(3, 5), CONTAINERS[name]
-    assert {e.max_abs for e in verify_end_to_end(Returns(make), Returns(make), (x,), {}, resize=False)} == {0.0}
+    assert {e.max_abs for e in compared(Returns(make), Returns(make), x, resize=False)} == {0.0}
     with pytest.raises(VerificationError):
-        verify_end_to_end(Returns(make), Returns(make, 1e-3), (x,), {}, resize=False)
+        compared(Returns(make), Returns(make, 1e-3), x, resize=False)
 
 
 def test_another_dtype_is_a_difference() -> None:
     with pytest.raises(VerificationError, match=r"of float64, that of the original of float32"):
-        verify_end_to_end(Returns(lambda a, b: b), Returns(lambda a, b: b.double()), (torch.randn(2, 3),), {})
+        compared(Returns(lambda a, b: b), Returns(lambda a, b: b.double()), torch.randn(2, 3))
 
 
 class Stateful(nn.Module):

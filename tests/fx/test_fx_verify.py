@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fx_checks import CHANNELS, conv_bn, counts, images, ready, report
+from fx_checks import CHANNELS, compared, conv_bn, counts, images, ready, report
 from torch import Tensor, nn
 
 from reparamc import fuse_fx
@@ -20,7 +20,6 @@ from reparamc.certificate.proof import Certificate
 from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import VerificationError
 from reparamc.fx.emit import Emitter
-from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.regions_alone import run_alone
 
 
@@ -165,8 +164,8 @@ class Sided(nn.Module):
 def test_a_copy_that_is_wrong_at_other_sizes_alone(shape: tuple[int, ...], wrong: dict[str, int]) -> None:
     x = torch.randn(shape)
     with pytest.raises(VerificationError, match="differs"):
-        verify_end_to_end(Sided().eval(), Sided(**wrong).eval(), (x,), {})
-    assert verify_end_to_end(Sided().eval(), Sided(**wrong).eval(), (x,), {}, resize=False)
+        compared(Sided().eval(), Sided(**wrong).eval(), x)
+    assert compared(Sided().eval(), Sided(**wrong).eval(), x, resize=False)
 
 
 class Picky(nn.Module):
@@ -186,7 +185,7 @@ class Picky(nn.Module):
 def test_a_model_that_takes_no_other_size_is_compared_at_its_own() -> None:
     x, index = torch.randn(2, 3, 8, 8), torch.tensor([[0, 2]])
     for model in (Picky(2, 3, 8, 8), Picky()):
-        (found,) = verify_end_to_end(model.eval(), model, (x, index), {})
+        (found,) = compared(model.eval(), model, x, index)
         assert found.max_abs == 0
 
 
