@@ -171,7 +171,7 @@ class _Fusion:
             if not blamed:
                 return self.without(parts, taken, why)
             for part in blamed:
-                part.put(part.old)
+                part.put_back()
                 parts.placed.remove(part)
             wrong[where] = why
         return parts.undone(taken, taken.module, wrong)
@@ -182,8 +182,9 @@ class _Fusion:
         if self.options.level != "full" and not why:
             return None
         calls = {id(seen.call): (seen.call, plain(seen.result)) for seen in self.runs}
-        fused = {id(part.new): (part.where, part.old) for part in placed}
-        regions = [Region(part.where, (), part.where, "the module itself", "what was fused") for part in placed]
+        alone = [part for part in placed if len(part.sites) == 1]
+        fused = {id(part.new): (part.where, part.old) for part in alone}
+        regions = [Region(part.where, (), part.where, "the module itself", "what was fused") for part in alone]
         try:
             self.compared = verify_end_to_end(
                 self.model, module, list(calls.values()), regions,
@@ -197,7 +198,7 @@ class _Fusion:
         """A copy without the parts with which it differs from the model, where none of them does so by itself."""
         placed = list(parts.placed)
         for part in reversed(placed):
-            part.put(part.old)
+            part.put_back()
         if other := self.differs(self.own):
             raise InputError(
                 f"a copy of this {type(self.model).__name__} does not compute the same: {other}; "
@@ -208,9 +209,9 @@ class _Fusion:
             return parts.undone(taken, self.own, {"": why})
         wrong: dict[str, str] = {}
         for part in placed:
-            part.put(part.new)
+            part.put()
             if why := self.differs(self.own):
-                part.put(part.old)
+                part.put_back()
                 wrong[part.where] = why
         return parts.undone(taken, self.own, wrong)
 

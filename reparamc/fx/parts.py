@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,18 +15,19 @@ from torch.utils import _pytree as pytree
 from reparamc.algebra.recorded import tape
 from reparamc.compiler.host import Options
 from reparamc.errors import InputError, one_line
+from reparamc.fx.calls import is_plain
 from reparamc.fx.copying import State, copied
+from reparamc.fx.direct import chained
 from reparamc.fx.export import can_be_exported, exported
 from reparamc.fx.host import fuse_traced
 from reparamc.fx.outcome import difference, ran
 from reparamc.fx.result import HOOKS, in_place_of
 from reparamc.fx.runnable import perturbed, plain
-from reparamc.fx.trace import fixed_arguments, traced
-from reparamc.fx.watch import Call, Seen, Watched, is_leaf
+from reparamc.fx.trace import fixed_arguments, trace, traced
+from reparamc.fx.watch import LINEAR, Call, Seen, Watched, is_leaf
 from reparamc.report.data import Counts, Report
 
 NORM = nn.modules.batchnorm._BatchNorm
-LINEAR = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,23 @@ class Whole:
 
 @dataclass(frozen=True)
 class Placed:
-    """A module ``new`` that took the place of ``old``, which is ``name`` in ``home`` and at ``where`` in the model."""
+    """A module ``new`` that took the place of ``old`` at ``where`` in the model.
+
+    ``sites``: a module, the name of a submodule of it, and what that was before and after.
+    """
 
     where: str
-    home: nn.Module
-    name: str
     old: nn.Module
     new: nn.Module
+    sites: tuple[tuple[nn.Module, str, nn.Module, nn.Module], ...]
 
-    def put(self, module: nn.Module) -> None:
-        self.home._modules[self.name] = module
+    def put(self) -> None:
+        for home, name, _, new in self.sites:
+            home._modules[name] = new
+
+    def put_back(self) -> None:
+        for home, name, old, _ in self.sites:
+            home._modules[name] = old
 
 
 class Parts:
@@ -192,7 +201,7 @@ class Parts:
     def _taken_now(self, path: str, as_graph: bool) -> Taken:
         module, seen = self.own[path], self.seen(path)
         whole: Whole | str = ""
-        fixed = next(iter(fixed_arguments(module, seen[0].call if seen else None)), "")
+        fixed = fixed_argument(module, seen[0].call if seen else None)
         if path and self.is_touched(path):
             whole = "other code reaches into it"
         elif fixed:
@@ -259,18 +268,50 @@ class Parts:
                 taken = self.take(_joined(path, name))
                 ways += taken.ways
                 self._put(_joined(path, name), module, name, taken.module)
-        leaves = [m for m in module.children() if is_leaf(m)]
+        pairs, folded = self._pairs(path)
+        leaves = [m for name, m in module.named_children() if is_leaf(m) and name not in folded]
         if any(isinstance(m, (NORM, *LINEAR)) for m in leaves) or not path:
             ways.append(Way(path, "as it is", why, counts_of(leaves)))
-        return Taken(module, ways)
+        return Taken(module, ways + pairs)
+
+    def _pairs(self, path: str) -> tuple[list[Way], set[str]]:
+        """Convolutions with the BatchNorms that the Python of a module always calls after them, as one; their names."""
+        module, ways, names = self.own[path], list[Way](), set[str]()
+        if not any(isinstance(m, NORM) for m in module.children()):
+            return ways, names
+        places = Counter(map(id, self.own.values()))
+        for both in chained(module):
+            pair = [module._modules.get(name) for name in both]
+            first, second = pair
+            calls = self.seen(_joined(path, both[0]))
+            if not (isinstance(first, LINEAR) and isinstance(second, NORM)) or calls == []:
+                continue
+            if any(self.is_touched(_joined(path, name)) for name in both) or any(places[id(m)] > 1 for m in pair):
+                continue
+            if not (is_plain(first) and is_plain(second)):
+                continue
+            model = nn.Sequential(first, second)
+            model.training = False
+            graph = fuse_traced(trace(model), model, [seen.call for seen in calls or []], [], self.options)
+            report: Report = graph.meta.pop("reparamc")
+            inside = [graph.get_submodule(str(n.target)) for n in graph.graph.find_nodes(op="call_module")]
+            if not report.after.batchnorm:
+                plain_one = len(graph.graph.nodes) == 3 and isinstance(inside[0], type(first))
+                new = inside[0] if plain_one else in_place_of(first, graph)  # it may have to assert a rank
+                ways.append(Way(_joined(path, both[0]), "torch.fx", "", report=report))
+                names.update(both)
+                sites = (module, both[0], first, new), (module, both[1], second, nn.Identity())
+                self.placed.append(Placed(_joined(path, both[0]), first, new, sites))
+                self.placed[-1].put()
+        return ways, names
 
     def _put(self, where: str, holder: nn.Module, path: str, new: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         home = holder.get_submodule(parent)
         old = home._modules[name]
         if old is not None and old is not new:
-            self.placed.append(Placed(where, home, name, old, new))
-            self.placed[-1].put(new)
+            self.placed.append(Placed(where, old, new, ((home, name, old, new),)))
+            self.placed[-1].put()
 
     def undone(self, taken: Taken, module: nn.Module, wrong: Mapping[str, str]) -> Taken:
         """``module`` in place of what was ``taken``, with what was put back and why by its path."""
@@ -293,6 +334,16 @@ def has_options(module: nn.Module) -> bool:
     """Whether forward takes arguments that can be left out, or any number of them."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def fixed_argument(module: nn.Module, call: Call | None) -> str:
+    """An argument that can be left out, or steers forward, and that a graph would need as the example has it."""
+    fixed = [*fixed_arguments(module, call)]
+    if call is not None:
+        signature = inspect.signature(module.forward)
+        given = signature.bind(*call[0], **call[1]).arguments
+        fixed += [name for name in given if signature.parameters[name].default is not inspect.Parameter.empty]
+    return next(iter(fixed), "")
 
 
 def variadic_argument(graph: fx.GraphModule) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+LINEAR = (nn.modules.conv._ConvNd, nn.Linear)
 
 LOCK = threading.RLock()
 """One fusion at a time: tracing replaces methods of `torch.nn.Module` for everybody."""
@@ -45,7 +46,7 @@ class Watched:
     """The calls of the parts of ``model``, while it runs within `watching`.
 
     Attributes:
-        calls: the first calls of each part with parts of its own in every run, by the part's id.
+        calls: the first calls in every run of each part that is no leaf, or a linear one, by the part's id.
         touched: ids of parts that someone reached into from outside while they did not run: read an attribute that is
             a parameter, a buffer or a submodule, or called a submodule.
     """
@@ -68,7 +69,7 @@ class Watched:
     def started(self, module: nn.Module, call: Call) -> Seen | None:
         self._reached_around(module)
         self._running[id(module)] += 1
-        if is_leaf(module) or self._seen[id(module)] == self.most:
+        if (is_leaf(module) and not isinstance(module, LINEAR)) or self._seen[id(module)] == self.most:
             return None
         self._seen[id(module)] += 1
         seen = Seen(_held(call))

@@ -187,6 +187,56 @@ def test_modules_in_several_places_are_no_reach_into_all_of_them(x: Tensor) -> N
     assert relative_error(run(fused, x), run(model, x)) < 1e-5
 
 
+class Operators(nn.Module):
+    """They are called by a forward that no graph stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.na = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
+        self.b, self.nb = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), nn.BatchNorm2d(CHANNELS)
+        self.c, self.nc = nn.Linear(CHANNELS, CHANNELS), nn.BatchNorm1d(CHANNELS)
+
+
+class Direct(Operators):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.a(x)
+        y = self.na(y)
+        if mask is not None:
+            y = self.nb(self.b(y * mask))
+        pooled = self.c(y.mean((2, 3)))
+        return self.nc(pooled) * 2
+
+
+class Skips(Operators):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.a(x)
+        if mask is None:
+            y = self.na(y)
+        z = self.b(y)
+        return self.nc(self.c((self.nb(z) + z).mean((2, 3))))
+
+
+class Looks(Operators):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.a(x)
+        y = self.na(y)
+        return y if mask is None else self.nc(self.c(self.a(y).mean((2, 3))))
+
+
+@pytest.mark.parametrize(("kind", "left"), [(Direct, (3, 0)), (Skips, (3, 2)), (Looks, (3, 2))])
+def test_operators_that_python_calls_one_after_the_other(kind: type[nn.Module], left: tuple[int, int]) -> None:
+    model, x = ready(kind()), images((2, CHANNELS, 7, 6), dtype=torch.float32)[0]
+    fused = fuse_fx(model, {"x": x, "mask": x[:, :1]})
+    assert (type(fused), counts(fused)) == (kind, left)
+    assert report(fused).after.batchnorm == left[1]
+    for mask in ((), (x[:, 1:2],)):
+        assert relative_error(run(fused, x, *mask), run(model, x, *mask)) < 1e-5
+    if kind is Direct:
+        assert isinstance(fused.a, nn.Conv2d)
+        with pytest.raises(AssertionError, match="2 axes"):  # of three, the norm would take the middle one
+            fused.c(torch.ones(2, 3, CHANNELS))
+
+
 def pad_as_needed(x: Tensor) -> Tensor:
     """A function with control flow: it is called as it is."""
     return F.pad(x, (0, 1, 0, 1)) if x.shape[-1] % 2 else x
