@@ -954,18 +954,26 @@ def counts(model: Any) -> tuple[int, int]:
     from reparamc.fx.host import count
 
     norm = conv = 0
-    graphs = [m for m in model.modules() if isinstance(m, fx.GraphModule)]
-    inside = {id(inner) for g in graphs for inner in g.modules()}
-    for graph in graphs:
+    counted: set[int] = set()
+    for graph in (m for m in model.modules() if isinstance(m, fx.GraphModule)):
         found = count(graph)
         norm, conv = norm + found.batchnorm, conv + found.conv
+        counted |= {id(graph.get_submodule(str(n.target))) for n in graph.graph.find_nodes(op="call_module")}
     for m in model.modules():
-        if id(m) in inside:
-            continue
-        kind = type(m).__name__
-        norm += isinstance(m, nn.modules.batchnorm._BatchNorm) or ("BatchNorm" in kind and hasattr(m, "running_var"))
-        conv += isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+        if id(m) not in counted:
+            frozen = "BatchNorm" in type(m).__name__ and hasattr(m, "running_var")
+            norm += isinstance(m, nn.modules.batchnorm._BatchNorm) or frozen
+            conv += isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
     return norm, conv
+
+
+def in_float64(case: Case) -> tuple[Any, Any]:
+    """The model and its example in float64, where rounding hides nothing."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    example = pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, case.example)
+    return copy.deepcopy(case.model).double(), example
 
 
 def measured(library: str, name: str, time: bool) -> dict[str, Any]:
@@ -993,6 +1001,9 @@ def measured(library: str, name: str, time: bool) -> dict[str, Any]:
     row["note"], row["failed"] = report.note, [f"{f.where}: {f.error}" for f in report.failed][:3]
     row["same type"] = type(called(fused, case.example)) is type(expected)
     row["example"] = error_of(called(fused, case.example), expected)
+    if isinstance(row["example"], float) and row["example"] > 1e-3:  # rounding that grows, or a fault?
+        model, example = in_float64(case)
+        row["float64"] = error_of(called(fuse_fx(model, example, verify=False), example), called(model, example))
     if expected_other is not None:
         row["other"] = error_of(called(fused, case.other), expected_other)
     if row["after"][0]:
