@@ -496,7 +496,7 @@ ALGEBRA = [
         fx=lambda: net(lambda x, a, b: a(x).relu() * b(x).sigmoid(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)),
     ),
     fault(
-        "a parameter beyond the range of float16", "reparamc.compiler.decide:rounding_obstacle",
+        "a parameter beyond the range of float16", "reparamc.compiler.consider:rounding_obstacle",
         instead(lambda *_: None), least=0.1,
         fx=lambda: scaled_up(
             *net(lambda x, c, n: n(c((x * 1e-3).tanh())), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), dtype=torch.half)

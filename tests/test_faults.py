@@ -107,7 +107,7 @@ def test_a_fault_that_changes_nothing_is_told() -> None:
 
 def test_a_fault_that_nobody_sees_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reparamc.onnx.end_to_end.verify_end_to_end", lambda original, result, regions: [])
-    monkeypatch.setattr("reparamc.compiler.reference.Host.error", lambda *_: None)
+    monkeypatch.setattr("reparamc.compiler.reference.Reference.error", lambda *_: None)
     monkeypatch.setattr("reparamc.certificate.onnx.certify_onnx", lambda *_: Certificate((), 0, 0.0))
     monkeypatch.setattr("planting.ONNX_LAYERS", {})
     reader = ONNX_READERS[0]

@@ -18,6 +18,10 @@ from reparamc.algebra.kernels import VARYING, coefficients, scale_inputs, scale_
 from reparamc.algebra.rewrite import Declined
 
 OTHER_AXIS = "it acts on another axis than the convolution"
+ONE_OUT = "it would broadcast the convolution's single channel"
+ONE_IN = "it would broadcast a single channel"
+BORDER = "its shift meets the zero padding of the next convolution"
+REFUSALS = (OTHER_AXIS, ONE_OUT, ONE_IN, BORDER, VARYING)
 DEPTH = 16
 """Sums within sums that are searched for convolutions; layout operators do not count."""
 
@@ -38,7 +42,7 @@ def _absorb(e: Expr, scale: Array, shift: Array, axis: int | None, depth: int = 
             if axis is not None and axis != e.axis:
                 return Declined(OTHER_AXIS)
             if not _fits(scale, shift, e.out_channels):
-                return Declined("it would broadcast the convolution's single channel")
+                return Declined(ONE_OUT)
             inner: Expr | Declined | None = scale_outputs(e, scale, shift)
         case Sum() | Concat() if depth < DEPTH:
             inner = _share_out(e, scale, shift, axis, depth)
@@ -95,7 +99,7 @@ def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Dec
     if isinstance(outer, Select):
         scale, shift = (taken(v, index) if v.ndim else v for v in (scale, shift))
     if not _fits(scale, shift, conv.in_channels):
-        return Declined("it would broadcast a single channel")
+        return Declined(ONE_IN)
     if not is_all(shift, 0) and conv.reads_padding:
         return Declined(_border(conv), at_border=True)
     x = rebuild(outer, [e.x]) if isinstance(outer, Select) else e.x
@@ -126,9 +130,7 @@ def _columns(
 
 
 def _border(conv: Conv) -> str:
-    if conv.transposed:
-        return VARYING
-    return "its shift meets the zero padding of the next convolution"
+    return VARYING if conv.transposed else BORDER
 
 
 def through_layouts(e: Expr, axis: int | None, *, shifted: bool) -> tuple[list[Layout | Conv], Expr, int | None]:

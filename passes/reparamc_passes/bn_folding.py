@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from reparamc.algebra.expr import BatchNorm, Conv, Expr
 from reparamc.algebra.rewrite import Declined, Pass
-from reparamc_passes.absorb import into_consumer, into_producer
+from reparamc_passes.absorb import REFUSALS, into_consumer, into_producer
 
 
 def behind(e: Expr) -> Expr | Declined | None:
@@ -48,4 +48,5 @@ BN_FOLDING = Pass(
     equation="bn(W*x + b) = (gW)*x + (gb + h);  W*bn(x) + b = (Wg)*x + (b + sum W h)",
     exact_when="BatchNorm after the convolution: always; before it: h = 0, or the kernel reads no padding",
     rules=(behind, in_front),
+    refusals=REFUSALS,
 )

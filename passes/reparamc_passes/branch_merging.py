@@ -21,13 +21,13 @@ from collections.abc import Hashable
 from itertools import zip_longest
 from typing import cast
 
-from reparamc.algebra.cost import addition, behind, price
+from reparamc.algebra.cost import Objective, behind
 from reparamc.algebra.expr import BatchNorm, Conv, Expr, Scale, Sum, total
 from reparamc.algebra.kernels import coefficients, grid, merge, merged_shape, scale_outputs
 from reparamc.algebra.rewrite import Declined, Pass
 
 
-def parallel_convs(e: Expr) -> Expr | Declined | None:
+def parallel_convs(e: Expr, objective: Objective) -> Expr | Declined | None:
     """W1*x + b1 + W2*x + b2 = (W1 + W2)*x + (b1 + b2), for all branches of a sum at once."""
     if not isinstance(e, Sum):
         return None
@@ -42,7 +42,7 @@ def parallel_convs(e: Expr) -> Expr | Declined | None:
         if len(grids) > 1:
             refusal = Declined(_difference([cast(Conv, kernels[places[0]]) for places in grids.values()]))
         for places in grids.values():
-            merged = _merge_while_cheaper([cast(Conv, kernels[place]) for place in places])
+            merged = _merge_while_cheaper([cast(Conv, kernels[place]) for place in places], objective)
             if len(merged) == len(places) > 1:
                 refusal = Declined("merging its branches would cost more multiply-adds than it saves")
             elif len(merged) < len(places):
@@ -66,19 +66,20 @@ def _kernel(e: Expr) -> Conv | None:
             return None
 
 
-def _merge_while_cheaper(convs: list[Conv]) -> list[Conv]:
+def _merge_while_cheaper(convs: list[Conv], objective: Objective) -> list[Conv]:
     by_groups: dict[int, list[Conv]] = {}
     for conv in convs:
         by_groups.setdefault(conv.groups, []).append(conv)
-    return _if_cheaper([one for alike in by_groups.values() for one in _if_cheaper(alike)])
+    return _if_cheaper([c for alike in by_groups.values() for c in _if_cheaper(alike, objective)], objective)
 
 
-def _if_cheaper(convs: list[Conv]) -> list[Conv]:
+def _if_cheaper(convs: list[Conv], objective: Objective) -> list[Conv]:
     if len(convs) == 1:
         return convs
-    apart = sum(price(c) for c in convs) + (len(convs) - 1) * addition(convs[0].out_channels, behind(convs[0]))
+    added = objective.addition(convs[0].out_channels, behind(convs[0]))
+    apart = sum(map(objective.price, convs)) + (len(convs) - 1) * added
     shape = merged_shape(convs)
-    return [merge(convs)] if price(shape) < apart and not shape.skips_border else convs
+    return [merge(convs)] if objective.price(shape) < apart and not shape.skips_border else convs
 
 
 def _difference(convs: list[Conv]) -> str:
@@ -98,5 +99,11 @@ BRANCH_MERGING = Pass(
     name="branch-merging",
     equation="W1*x + b1 + W2*x + b2 = (W1 + W2)*x + (b1 + b2)",
     exact_when="same input, equal strides, and equal output sizes for every admitted input size; merged if cheaper",
-    rules=(parallel_convs,),
+    priced=(parallel_convs,),
+    refusals=(
+        "its branches differ in ... (... and ...)",
+        "one of its branches is a transposed convolution",
+        "its branches differ in output size for some input sizes",
+        "merging its branches would cost more multiply-adds than it saves",
+    ),
 )

@@ -24,13 +24,13 @@ from collections.abc import Hashable
 from dataclasses import replace
 from itertools import groupby
 
-from reparamc.algebra.cost import price
+from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Concat, Conv, Expr, Select
 from reparamc.algebra.kernels import grid, permute_inputs, select_outputs, stack, stacked_shape
 from reparamc.algebra.rewrite import Declined, Pass
 
 
-def stacked(e: Expr) -> Expr | Declined | None:
+def stacked(e: Expr, objective: Objective) -> Expr | Declined | None:
     """concat(W*x, W'*x) = (W above W')*x, for neighbouring terms of one input and grid."""
     if not isinstance(e, Concat):
         return None
@@ -40,7 +40,7 @@ def stacked(e: Expr) -> Expr | Declined | None:
         group = list(run)
         convs = [t for t, _ in group if isinstance(t, Conv)]
         if key is not None and len(convs) > 1:
-            if price(stacked_shape(convs)) < sum(map(price, convs)):
+            if objective.price(stacked_shape(convs)) < sum(map(objective.price, convs)):
                 group = [(stack(convs), sum(size for _, size in group))]
             else:
                 refusal = Declined("stacking its branches would cost more multiply-adds than it saves")
@@ -129,5 +129,7 @@ CHANNEL_MOVING = Pass(
     name="channel-moving",
     equation="concat(W*x + b, W'*x + b') = (W above W')*x + (b above b');  (W*x + b)[i] = W[i]*x + b[i]",
     exact_when="always for selections; stacked if strides and sizes are equal and it is cheaper",
-    rules=(flattened, stacked, selected, shuffled),
+    rules=(flattened, selected, shuffled),
+    priced=(stacked,),
+    refusals=("stacking its branches would cost more multiply-adds than it saves",),
 )

@@ -19,9 +19,11 @@ OREPA's sum over the kernels of its branches, LoRA's `s B A` added to a frozen m
 from __future__ import annotations
 
 from reparamc.algebra.rewrite import Pass
+from reparamc.compiler.plan import fold_constants
 
 CONSTANT_FOLDING = Pass(
     name="constant-folding",
     equation="f(c) = c'",
     exact_when="f is deterministic and its operands cannot be overridden; done when c' takes no more room",
+    run=fold_constants,
 )

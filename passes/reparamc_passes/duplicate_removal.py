@@ -17,9 +17,11 @@ out.
 from __future__ import annotations
 
 from reparamc.algebra.rewrite import Pass
+from reparamc.compiler.duplicates import remove_duplicates
 
 DUPLICATE_REMOVAL = Pass(
     name="duplicate-removal",
     equation="f(x), f(x) = y, y  with y = f(x)",
     exact_when="all parameters and operands are equal, and nothing writes into either result",
+    run=remove_duplicates,
 )

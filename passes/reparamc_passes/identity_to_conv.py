@@ -64,4 +64,10 @@ IDENTITY_TO_CONV = Pass(
     equation="s x + t = K*x + t,  K one tap of weight s at offset 0",
     exact_when="the convolution beside it has stride 1, equal sizes for every input, and channels in = out",
     rules=(beside_conv,),
+    refusals=(
+        "the convolution beside the skip connection changes the number of channels",
+        "the branches act on different axes",
+        "the convolution beside the skip connection changes the size (stride, or padding that does not match)",
+        "the kernel has no tap at offset 0, so the skip connection would enlarge it",
+    ),
 )

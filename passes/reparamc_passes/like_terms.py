@@ -94,4 +94,8 @@ LIKE_TERMS = Pass(
     equation="(s x + t) + (s' x + t') = (s + s') x + (t + t');  x + (0*x + b) = x + b",
     exact_when="the scales act on one axis and do not cancel; a branch of zeros has the size of another branch",
     rules=(collected, dropped),
+    refusals=(
+        "its like terms are scaled along different axes",
+        "its like terms cancel: zeros times their operand would have its signs",
+    ),
 )

@@ -25,9 +25,12 @@ all other passes. At most 16 regions may read the convolution. It needs scale-fo
 from __future__ import annotations
 
 from reparamc.algebra.rewrite import Pass
+from reparamc.compiler.split_scales import OTHERS, READ_TWICE, WRITTEN, fold_pieces
 
 PIECE_FOLDING = Pass(
     name="piece-folding",
     equation="s (W*x + b)[i] + t = ((s'W)*x + (s'b + t'))[i],  s' = s and t' = t at i, elsewhere 1 and 0",
     exact_when="all readers of W*x + b are selections of channels, and no other one reads i",
+    run=fold_pieces,
+    refusals=(OTHERS, WRITTEN, READ_TWICE, "it failed its check: ..."),
 )

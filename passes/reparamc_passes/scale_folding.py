@@ -25,7 +25,9 @@ from reparamc.algebra.arrays import is_all
 from reparamc.algebra.expr import BatchNorm, Conv, Expr, Scale
 from reparamc.algebra.kernels import coefficients, scaled_again
 from reparamc.algebra.rewrite import Declined, Pass
-from reparamc_passes.absorb import into_consumer, into_producer
+from reparamc_passes.absorb import REFUSALS, into_consumer, into_producer
+
+OTHER_AXES = "the two scales act on different axes"
 
 
 def behind(e: Expr) -> Expr | Declined | None:
@@ -48,7 +50,7 @@ def of_scale(e: Expr) -> Expr | Declined | None:
     match e:
         case Scale(x=(Scale() | BatchNorm()) as inner) | BatchNorm(x=Scale() as inner):
             if None not in (e.axis, inner.axis) and e.axis != inner.axis:
-                return Declined("the two scales act on different axes")
+                return Declined(OTHER_AXES)
             scale, shift = scaled_again(*coefficients(e), coefficients(inner))
             return Scale(inner.x, scale, shift, inner.axis if e.axis is None else e.axis)
         case _:
@@ -60,4 +62,5 @@ SCALE_FOLDING = Pass(
     equation="s(W*x + b) + t = (sW)*x + (sb + t);  W*(sx + t) + b = (Ws)*x + (b + sum W t)",
     exact_when="scale after the convolution: always; before it: t = 0, or the kernel reads no padding",
     rules=(by_one, behind, in_front, of_scale),
+    refusals=(*REFUSALS, OTHER_AXES),
 )

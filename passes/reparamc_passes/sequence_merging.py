@@ -18,16 +18,16 @@ from collections.abc import Hashable
 from itertools import accumulate
 from math import inf
 
-from reparamc.algebra.cost import POSITIONS, addition, behind, multiply_adds, price
+from reparamc.algebra.cost import POSITIONS, Objective, behind, multiply_adds
 from reparamc.algebra.expr import Conv, Expr, Sum, total
-from reparamc.algebra.kernels import cannot_compose, compose, composed_shape, grid, merge, merged_shape
+from reparamc.algebra.kernels import NOT_COMPOSED, cannot_compose, compose, composed_shape, grid, merge, merged_shape
 from reparamc.algebra.rewrite import Declined, Pass
 
 LONGEST = 8
 """Convolutions in a row that are weighed against one another."""
 
 
-def in_a_row(e: Expr) -> Expr | Declined | None:
+def in_a_row(e: Expr, objective: Objective) -> Expr | Declined | None:
     """W'*(W*x + b) + b' = (W'W)*x + (W'b + b'), where that alone is cheaper."""
     if not isinstance(e, Conv) or not isinstance(e.x, Conv):
         return None
@@ -36,8 +36,10 @@ def in_a_row(e: Expr) -> Expr | Declined | None:
     convs = _row(e)
     shapes = _shapes(convs)
     read = _positions(convs)
-    apart = list(accumulate(map(price, convs, read)))
-    gains = [apart[n] - (inf if shape.skips_border else price(shape, read[n])) for n, shape in enumerate(shapes)]
+    apart = list(accumulate(map(objective.price, convs, read)))
+    gains = [
+        apart[n] - (inf if shape.skips_border else objective.price(shape, read[n])) for n, shape in enumerate(shapes)
+    ]
     best = max(range(len(shapes)), key=gains.__getitem__)
     if gains[best] > 0:
         return _composed(convs[: best + 1])
@@ -47,7 +49,7 @@ def in_a_row(e: Expr) -> Expr | Declined | None:
     return Declined(f"composed with the next convolution, it would cost {ratio:.1f} times the multiply-adds")
 
 
-def in_a_sum(e: Expr) -> Expr | None:
+def in_a_sum(e: Expr, objective: Objective) -> Expr | None:
     """The same inside a sum, where only merging the result with another branch pays."""
     if not isinstance(e, Sum) or not any(isinstance(t, Conv) and isinstance(t.x, Conv) for t in e.terms):
         return None
@@ -60,10 +62,10 @@ def in_a_sum(e: Expr) -> Expr | None:
     for group in ways.values():
         if len(group) > 1 and any(len(row) > 1 for _, row, _ in group):
             one = group[0][2]
-            apart = (len(group) - 1) * addition(one.out_channels, behind(one))
-            apart += sum(sum(map(price, row, _positions(row))) for _, row, _ in group)
+            apart = (len(group) - 1) * objective.addition(one.out_channels, behind(one))
+            apart += sum(sum(map(objective.price, row, _positions(row))) for _, row, _ in group)
             merged = merged_shape([shape for *_, shape in group])
-            if price(merged) < apart and not merged.skips_border:
+            if objective.price(merged) < apart and not merged.skips_border:
                 one = merge([_composed(row) for _, row, _ in group])
                 places = {place for place, *_ in group}
                 return total([one, *(t for place, t in enumerate(e.terms) if place not in places)])
@@ -102,5 +104,10 @@ SEQUENCE_MERGING = Pass(
     name="sequence-merging",
     equation="W'*(W*x + b) + b' = (W'W)*x + (W'b + b')",
     exact_when="the outer kernel reads no padding, or the inner is one tap without bias, cropping nothing; if cheaper",
-    rules=(in_a_row, in_a_sum),
+    priced=(in_a_row, in_a_sum),
+    refusals=(
+        *NOT_COMPOSED,
+        "composed with the next convolution, it would have to skip values at the border",
+        "composed with the next convolution, it would cost ... times the multiply-adds",
+    ),
 )

@@ -4,16 +4,10 @@ Besides arithmetic, an operator moves its operands and its result through memory
 for being launched, and has parameters that take room in the file. An `Objective` says what each of
 these is worth. Extents are unknown to the algebra, so what an expression starts from is taken to have
 a nominal number of positions.
-
-The objective is a context variable, because rules, which map an expression to an expression and
-nothing else, ask for prices too: `with objective("macs"):` holds for all that is planned inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 
@@ -46,6 +40,68 @@ class Objective:
     mac: float
     parameter: float
 
+    def cost(self, root: Expr) -> float:
+        """The price of computing ``root`` from its sources; under `LATENCY` in multiply-adds."""
+        known = channels(root)
+        positions: dict[Expr, float] = {}
+        widths: dict[Expr, int] = {}
+        cut: set[Expr] = set()  # what has other channels or none, and is priced as if it kept those of its operand
+        total = 0.0
+        for e in walk(root):
+            read = min((positions[c] for c in e.children), default=POSITIONS)
+            positions[e] = behind(e, read) if isinstance(e, Conv) else read
+            if isinstance(e, Layout | Scale | BatchNorm) and (e.axis is None or e.x in cut):
+                cut.add(e)
+            widths[e] = widths[e.children[0]] if e in cut else known[e] or CHANNELS
+            total += self._price(e, widths[e], read)
+        return total
+
+    def price(self, conv: Conv, positions: float = POSITIONS) -> float:
+        """The price of one convolution over a map of ``positions``."""
+        growth = prod(conv.stride) if conv.transposed else 1 / prod(conv.stride)
+        moved = positions * (conv.in_channels + conv.out_channels * growth)
+        if conv.is_weightless:  # it reads no weights, and its sums are no matter
+            return self._operator(0, moved)
+        bias = 0 if conv.bias is None else count(conv.bias)
+        return self._operator(multiply_adds(conv, positions), moved + count(conv.weight), count(conv.weight) + bias)
+
+    def moving(self, channels: int, positions: float = POSITIONS) -> float:
+        """The price of an operator that moves the elements of a map and computes nothing."""
+        return self._operator(0, positions * channels * 2)
+
+    def addition(self, channels: int, positions: float = POSITIONS) -> float:
+        """The price of adding two maps."""
+        return self._elementwise(channels, 3, positions)
+
+    def _operator(self, macs: float, moved: float, parameters: int = 0) -> float:
+        return self.node + self.mac * macs + self.element * moved + self.parameter * parameters
+
+    def _elementwise(self, channels: int, maps: int, positions: float, parameters: int = 0) -> float:
+        """The price of one operation per element, reading and writing ``maps`` maps in all."""
+        return self._operator(positions * channels, positions * channels * maps, parameters)
+
+    def _price(self, e: Expr, width: int, positions: float) -> float:
+        match e:
+            case Conv():
+                return self.price(e, positions)
+            case BatchNorm():
+                return self._elementwise(width, 2, positions, 4 * count(e.gamma))
+            case Scale():
+                multiplied = self._elementwise(width, 2, positions, count(e.scale)) if is_multiplied(e) else 0.0
+                return multiplied + self._shift(e, width, positions)
+            case Sum():
+                return (len(e.terms) - 1) * self.addition(width, positions)
+            case Layout() | Concat() | Select():
+                return self.moving(width, positions)
+            case Source():
+                return 0.0
+
+    def _shift(self, e: Scale, width: int, positions: float) -> float:
+        """The price of a shift; of one that needs no addition, that of its parameters alone."""
+        if is_shifted(e):
+            return self._elementwise(width, 2, positions, count(e.shift))
+        return self.parameter * count(e.shift) if not is_all(e.shift, 0) else 0.0
+
 
 LATENCY = Objective("latency", node=20_000.0, element=4.0, mac=1.0, parameter=0.0)
 """Time. Round figures for a CPU or a phone, where a multiply-add is cheap beside an element read from memory."""
@@ -58,40 +114,16 @@ PARAMS = Objective("params", node=20_000e-12, element=4e-12, mac=1e-12, paramete
 
 OBJECTIVES = {o.name: o for o in (LATENCY, MACS, PARAMS)}
 
-_current: ContextVar[Objective] = ContextVar("objective", default=LATENCY)
 
-
-@contextmanager
-def objective(name: str) -> Iterator[Objective]:
-    """Price by the objective ``name`` within this context; outside of any, by `LATENCY`.
+def objective_of(name: str) -> Objective:
+    """The objective ``name``.
 
     Raises:
         InputError: there is no such objective.
     """
     if name not in OBJECTIVES:
         raise InputError(f"unknown objective {name!r}; the objectives are {', '.join(OBJECTIVES)}")
-    token = _current.set(OBJECTIVES[name])
-    try:
-        yield OBJECTIVES[name]
-    finally:
-        _current.reset(token)
-
-
-def cost(root: Expr) -> float:
-    """The price of computing ``root`` from its sources; under `LATENCY` in multiply-adds."""
-    known = channels(root)
-    positions: dict[Expr, float] = {}
-    widths: dict[Expr, int] = {}
-    cut: set[Expr] = set()  # what has other channels or none, and is priced as if it kept those of its operand
-    total = 0.0
-    for e in walk(root):
-        read = min((positions[c] for c in e.children), default=POSITIONS)
-        positions[e] = behind(e, read) if isinstance(e, Conv) else read
-        if isinstance(e, Layout | Scale | BatchNorm) and (e.axis is None or e.x in cut):
-            cut.add(e)
-        widths[e] = widths[e.children[0]] if e in cut else known[e] or CHANNELS
-        total += _price(e, widths[e], read)
-    return total
+    return OBJECTIVES[name]
 
 
 def behind(conv: Conv, positions: float = POSITIONS) -> float:
@@ -99,61 +131,9 @@ def behind(conv: Conv, positions: float = POSITIONS) -> float:
     return min(positions * prod(conv.stride), POSITIONS) if conv.transposed else positions / prod(conv.stride)
 
 
-def price(conv: Conv, positions: float = POSITIONS) -> float:
-    """The price of one convolution over a map of ``positions``."""
-    growth = prod(conv.stride) if conv.transposed else 1 / prod(conv.stride)
-    moved = positions * (conv.in_channels + conv.out_channels * growth)
-    if conv.is_weightless:  # it reads no weights, and its sums are no matter
-        return _operator(0, moved)
-    bias = 0 if conv.bias is None else count(conv.bias)
-    return _operator(multiply_adds(conv, positions), moved + count(conv.weight), count(conv.weight) + bias)
-
-
 def multiply_adds(conv: Conv, positions: float = POSITIONS) -> float:
     """The multiply-adds of one convolution over a map of ``positions``."""
     return positions / (1 if conv.transposed else prod(conv.stride)) * count(conv.weight)
-
-
-def moving(channels: int, positions: float = POSITIONS) -> float:
-    """The price of an operator that moves the elements of a map and computes nothing."""
-    return _operator(0, positions * channels * 2)
-
-
-def addition(channels: int, positions: float = POSITIONS) -> float:
-    """The price of adding two maps."""
-    return _elementwise(channels, 3, positions)
-
-
-def _operator(macs: float, moved: float, parameters: int = 0) -> float:
-    o = _current.get()
-    return o.node + o.mac * macs + o.element * moved + o.parameter * parameters
-
-
-def _elementwise(channels: int, maps: int, positions: float, parameters: int = 0) -> float:
-    """The price of one operation per element, reading and writing ``maps`` maps in all."""
-    return _operator(positions * channels, positions * channels * maps, parameters)
-
-
-def _price(e: Expr, width: int, positions: float) -> float:
-    match e:
-        case Conv():
-            return price(e, positions)
-        case BatchNorm():
-            return _elementwise(width, 2, positions, 4 * count(e.gamma))
-        case Scale():
-            multiplied = _elementwise(width, 2, positions, count(e.scale)) if is_multiplied(e) else 0.0
-            return multiplied + (_elementwise(width, 2, positions, count(e.shift)) if is_shifted(e) else _held_bias(e))
-        case Sum():
-            return (len(e.terms) - 1) * addition(width, positions)
-        case Layout() | Concat() | Select():
-            return moving(width, positions)
-        case Source():
-            return 0.0
-
-
-def _held_bias(e: Scale) -> float:
-    """The price of a shift that needs no addition: its parameters alone."""
-    return _current.get().parameter * count(e.shift) if not is_all(e.shift, 0) else 0.0
 
 
 def is_multiplied(e: Scale) -> bool:

@@ -21,6 +21,10 @@ OF_AN_OPERATOR = "it is the weight of an operator into which only a matrix of ch
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the next convolution"
 VARYING = "before a transposed convolution its shift is not uniform: outputs receive different numbers of taps"
 TRANSPOSED = "a transposed convolution only composes with a 1x1 convolution"
+OTHER_AXES = "it acts on other axes than the next convolution"
+READS_ZEROS = "the next convolution pads this result with zeros, which a composed kernel would not read"
+NOT_COMPOSED = (OF_AN_OPERATOR, BIAS_MEETS_PADDING, VARYING, TRANSPOSED, OTHER_AXES, READS_ZEROS)
+"""What `cannot_compose` may say."""
 
 
 def coefficients(e: Scale | BatchNorm) -> tuple[Array, Array]:
@@ -188,7 +192,7 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
     whose extent covers that of x.
     """
     if outer.axis != inner.axis:
-        return "it acts on other axes than the next convolution"
+        return OTHER_AXES
     if inner.reads_taps and not outer.is_pointwise:
         return OF_AN_OPERATOR
     if outer.transposed or inner.transposed:
@@ -200,7 +204,7 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
     one_tap = all(k == 1 for k in inner.kernel) and all(p >= 0 for side in inner.padding for p in side)
     if one_tap:
         return None if inner.bias is None or is_all(inner.bias, 0) else BIAS_MEETS_PADDING
-    return "the next convolution pads this result with zeros, which a composed kernel would not read"
+    return READS_ZEROS
 
 
 def pointwise(x: Expr, scale: Array, shift: Array, channels: int, spatial: int) -> Conv:

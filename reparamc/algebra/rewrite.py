@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reparamc.algebra.cost import LATENCY, Objective
 from reparamc.algebra.expr import Expr, rebuild, walk
 from reparamc.errors import InputError, RewriteLimitError
 
@@ -27,6 +28,7 @@ class Declined:
 
 
 Rule = Callable[[Expr], "Expr | Declined | None"]
+PricedRule = Callable[[Expr, Objective], "Expr | Declined | None"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,27 @@ class Pass:
         name: what users type, such as ``bn-folding``.
         equation: the identity, in one line.
         exact_when: the condition under which it holds.
-        rules: tried in order at every node; empty for a pass that a driver or an adapter carries out.
+        rules: tried in order at every node.
+        priced: rules that ask for prices; tried after the others.
+        run: what a pass without rules does to a whole graph, a `reparamc.compiler.plan.Compilation`.
+        refusals: the reasons that it may give, with ``...`` for what depends on the model.
     """
 
     name: str
     equation: str
     exact_when: str
     rules: tuple[Rule, ...] = ()
+    priced: tuple[PricedRule, ...] = ()
+    run: Callable[[Any, Pass], None] | None = None
+    refusals: tuple[str, ...] = ()
+
+    def priced_by(self, objective: Objective) -> tuple[Rule, ...]:
+        """All rules."""
+
+        def weighing(rule: PricedRule) -> Rule:
+            return lambda e: rule(e, objective)
+
+        return (*self.rules, *map(weighing, self.priced))
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Outcome:
     refusals: tuple[Refusal, ...]
 
 
-def simplify(root: Expr, passes: Sequence[Pass]) -> Outcome:
+def simplify(root: Expr, passes: Sequence[Pass], objective: Objective = LATENCY) -> Outcome:
     """Apply the rules of ``passes`` until none changes ``root`` or anything below it.
 
     Every node is tried before its operands (so that a rule which knows a whole block sees it whole)
@@ -84,12 +100,12 @@ def simplify(root: Expr, passes: Sequence[Pass]) -> Outcome:
     Raises:
         RewriteLimitError: the rules undo one another.
     """
-    return _Simplifier(passes).run(root)
+    return _Simplifier(passes, objective).run(root)
 
 
 class _Simplifier:
-    def __init__(self, passes: Sequence[Pass]) -> None:
-        self.rules = [(p.name, rule) for p in passes for rule in p.rules]
+    def __init__(self, passes: Sequence[Pass], objective: Objective) -> None:
+        self.rules = [(p.name, rule) for p in passes for rule in p.priced_by(objective)]
         self.steps: list[Step] = []
         self.refusals: dict[Expr, list[Refusal]] = {}
 

@@ -6,21 +6,32 @@ It is no matter of one expression, so it has no rules: the final forms of all re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from reparamc.algebra.arrays import same
 from reparamc.algebra.expr import Conv, Expr, Source, array_fields, arrays, walk
+from reparamc.algebra.rewrite import Pass
 from reparamc.algebra.text import show
-from reparamc.compiler.decide import Decision
+from reparamc.compiler.consider import Decision
 from reparamc.compiler.graph import Graph, Splice
+from reparamc.compiler.plan import Compilation
 from reparamc.compiler.readings import Value, values_in
 
-DUPLICATES = "duplicate-removal"
+
+def remove_duplicates(compilation: Compilation, p: Pass) -> None:
+    """Regions that compute what an earlier one computes from the same values take its result."""
+    decisions = compilation.decisions
+    ordered = {root: decisions[root] for root in sorted(decisions, key=compilation.place)}
+    for root, first, splice in _find_duplicates(compilation.graph, ordered, p.name):
+        if compilation.is_read_right(splice, (*ordered[first].members, *splice.members)):
+            decisions[root] = Decision(splice.expr, splice, [], splice.members)
 
 
-def find_duplicates(graph: Graph, decisions: dict[Value, Decision]) -> Iterator[tuple[Value, Decision]]:
-    """Regions that compute what an earlier one computes from the same values: they take its result."""
+def _find_duplicates(
+    graph: Graph, decisions: Mapping[Value, Decision], name: str
+) -> Iterator[tuple[Value, Value, Splice]]:
+    """The root of each such region, that of the earlier one, and what to put in its place."""
     alike: dict[str, list[Value]] = {}
     for root, decision in decisions.items():
         nodes = list(walk(decision.expr))
@@ -33,13 +44,12 @@ def find_duplicates(graph: Graph, decisions: dict[Value, Decision]) -> Iterator[
             old = decisions[root]
             first = next((f for f in firsts if _equal(decisions[f].expr, old.expr)), None)
             dtype = None if first is None else graph.dtype([root, first])
-            if dtype is None:
+            if first is None or dtype is None:
                 firsts.append(root)
                 continue
             same = Source(first)
-            text, count = show(old.expr), Counter({DUPLICATES: 1})
-            splice = Splice(root, old.members, same, {same: first}, dtype, count, (), text, show(same), 0.0)
-            yield root, Decision(same, splice, [], old.members)
+            text, count = show(old.expr), Counter({name: 1})
+            yield root, first, Splice(root, old.members, same, {same: first}, dtype, count, (), text, show(same), 0.0)
 
 
 def _equal(a: Expr, b: Expr) -> bool:

@@ -7,28 +7,39 @@ reading. A tree on one operand is then a function, and `probe` says whether it i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
-from reparamc.algebra.cost import behind, cost, moving
+from reparamc.algebra.cost import behind
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, arrays, total, walk
 from reparamc.algebra.probe import find_kernel, only_moves
-from reparamc.algebra.rewrite import Declined
+from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.algebra.text import show
-from reparamc.compiler.decide import Decision, rounding_obstacle
+from reparamc.compiler.consider import Decision, Setting, rounding_obstacle
 from reparamc.compiler.graph import Graph, Splice
+from reparamc.compiler.plan import Compilation
 from reparamc.compiler.readings import Reading, Taps, Value
 from reparamc.compiler.regions import find_regions, lifted
-
-IMPULSE = "impulse-response"
 
 MOST_AXES = 3
 """Axes of an image: no framework has a convolution over more."""
 
 
-def find_kernels(graph: Graph, readings: dict[Value, Reading], decisions: dict[Value, Decision]) -> Iterator[Splice]:
-    """Trees of linear operators on one operand that the rules left in pieces, as the one kernel that they are."""
+def take_kernels(compilation: Compilation, p: Pass) -> None:
+    """Trees of linear operators on one operand that the rules left in pieces become the one kernel that they are."""
+    setting = compilation.setting
+    wrong = {v for d in compilation.failed.values() for v in d.members}
+    for splice in list(_find_kernels(setting, compilation.decisions, p.name)):
+        if wrong.isdisjoint(splice.members) and compilation.is_read_right(splice, splice.members):
+            for root in splice.members:
+                compilation.decisions.pop(root, None)
+            compilation.decisions[splice.root] = Decision(splice.expr, splice, [], splice.members)
+
+
+def _find_kernels(setting: Setting, decisions: Mapping[Value, Decision], name: str) -> Iterator[Splice]:
+    graph, readings = setting.graph, setting.readings
     wide: dict[Value, Reading] = {}
     for value in graph.values():
         operands = readings[value].operands if value in readings else graph.moves(value)
@@ -39,9 +50,9 @@ def find_kernels(graph: Graph, readings: dict[Value, Reading], decisions: dict[V
             left = [decisions[v] for v in tree if v in decisions]
             unread = [v for v in tree if v not in readings]
             if (unread and len(tree) > 1) or any(r.at_border for d in left for r in d.refusals):
-                splice = _as_kernel(graph, tree, wide, readings, left, len(unread))
+                splice = _as_kernel(setting, tree, wide, left, len(unread))
                 if splice is not None:
-                    yield splice
+                    yield replace(splice, counts=Counter({name: 1}))
 
 
 def _trees_on_one_operand(members: Sequence[Value], readings: dict[Value, Reading]) -> Iterator[tuple[Value, ...]]:
@@ -65,13 +76,9 @@ def _trees_on_one_operand(members: Sequence[Value], readings: dict[Value, Readin
 
 
 def _as_kernel(
-    graph: Graph,
-    tree: tuple[Value, ...],
-    wide: dict[Value, Reading],
-    readings: dict[Value, Reading],
-    left: Sequence[Decision],
-    unread: int,
+    setting: Setting, tree: tuple[Value, ...], wide: dict[Value, Reading], left: Sequence[Decision], unread: int
 ) -> Splice | None:
+    graph, readings, objective = setting.graph, setting.readings, setting.objective
     root, (operand,) = tree[-1], {v for t in tree for v in wide[t].operands} - set(tree)
     if isinstance(operand, Taps):
         return None
@@ -94,9 +101,11 @@ def _as_kernel(
     if isinstance(found, Declined):
         return None
     conv, error = found
-    moved = moving(min(conv.in_channels, conv.out_channels), behind(conv))  # what reads a part moves no more than that
+    moved = objective.moving(
+        min(conv.in_channels, conv.out_channels), behind(conv)
+    )  # what reads a part moves no more than that
     if (
-        not cost(conv) < sum(cost(d.expr) for d in left) + unread * moved
+        not objective.cost(conv) < sum(objective.cost(d.expr) for d in left) + unread * moved
         or conv.skips_border
         or any(rounding_obstacle(a, dtype) for a in arrays(conv))
         or only_moves(conv, extents)
@@ -107,7 +116,7 @@ def _as_kernel(
     parameters = tuple(dict.fromkeys(p for v in tree if v in readings for p in readings[v].parameters))
     text = "\n".join(graph.name(v) for v in tree)
     native = {conv.x: operand}
-    return Splice(root, tree, conv, native, dtype, Counter({IMPULSE: 1}), parameters, text, show(conv), error)
+    return Splice(root, tree, conv, native, dtype, Counter(), parameters, text, show(conv), error)
 
 
 def _evaluated(whole: Expr, source: Source, x: Array) -> Array:

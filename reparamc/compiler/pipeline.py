@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from time import perf_counter
 
-from reparamc.algebra.cost import objective as priced_by
+from reparamc.algebra.cost import objective_of
 from reparamc.compiler.host import Host, Options, ResultT
 from reparamc.compiler.plan import make_plan
 from reparamc.compiler.rollback import Attempt, prove, rewritten
@@ -36,8 +36,8 @@ def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
     """
     level = options.level
     clock = [perf_counter()]
-    with priced_by(options.objective):
-        plan = make_plan(host.graph, options.passes, verify=level != "off", progress=options.progress)
+    objective = objective_of(options.objective)
+    plan = make_plan(host.graph, options.passes, objective, verify=level != "off", progress=options.progress)
     attempt = Attempt(host, plan)
     clock.append(perf_counter())
     kept, failed, certificate = [*plan.kept], [*plan.failed], None

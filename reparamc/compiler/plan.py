@@ -1,24 +1,23 @@
-"""The plan for a whole graph: lift every region, simplify it, decide, and say why the rest stays."""
+"""The plan for a whole graph: the passes one after the other, and why the rest stays."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from reparamc.algebra.arrays import is_all
-from reparamc.algebra.cost import is_multiplied, is_shifted
+from reparamc.algebra.cost import LATENCY, Objective, is_multiplied, is_shifted
 from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
 from reparamc.algebra.rewrite import Declined, Pass
-from reparamc.compiler.decide import Decision, decide
-from reparamc.compiler.duplicates import DUPLICATES, find_duplicates
+from reparamc.compiler.consider import Decision, Setting
+from reparamc.compiler.decide import decide
 from reparamc.compiler.graph import Fold, Graph, Splice
-from reparamc.compiler.impulse import IMPULSE, find_kernels
 from reparamc.compiler.readings import Reading, Value
-from reparamc.compiler.reference import Host
+from reparamc.compiler.reference import Reference
 from reparamc.compiler.regions import LIFT, lifted
-from reparamc.compiler.split_scales import PIECES, fold_pieces
 from reparamc.report.data import FailedRegion, HostCheck, Refusal
 
 
@@ -34,72 +33,108 @@ class Plan:
     host: HostCheck | None = None
 
 
+class Compilation:
+    """A graph on its way through the passes; each that is no set of rules changes it by its `Pass.run`.
+
+    The first that asks for `decisions` has the operators read and the rules applied, so that what comes before it in
+    the table of passes may still change `graph`.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        passes: Sequence[Pass],
+        objective: Objective,
+        *,
+        verify: bool,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.graph, self.passes, self.objective = graph, passes, objective
+        self.folds: list[Fold] = []
+        self.kept: list[Refusal] = []
+        self.failed: dict[Value, Decision] = {}
+        self._verify, self._progress = verify, progress
+
+    @cached_property
+    def setting(self) -> Setting:
+        """The graph with the readings of its operators."""
+        readings: dict[Value, Reading] = {}
+        for value in self.graph.values():
+            reading = self.graph.read(value)
+            if isinstance(reading, Reading):
+                readings[value] = reading
+            elif isinstance(reading, Declined):
+                self.kept.append(Refusal(self.graph.name(value), LIFT, reading.reason))
+        reference = Reference(self.graph, readings) if self._verify else None
+        return Setting(self.graph, readings, self.passes, self.objective, reference)
+
+    @cached_property
+    def decisions(self) -> dict[Value, Decision]:
+        """What becomes of each region by its root, but for those in `failed`, whose replacement is wrong."""
+        found = decide(self.setting, self._progress)
+        self.failed = {root: d for root, d in found.items() if d.failed}
+        return {root: d for root, d in found.items() if not d.failed}
+
+    @cached_property
+    def _places(self) -> dict[Value, int]:
+        return {value: place for place, value in enumerate(self.graph.values())}
+
+    def place(self, value: Value) -> int:
+        """Where ``value`` is in the order of execution."""
+        return self._places[value]
+
+    def is_read_right(self, splice: Splice, members: Sequence[Value]) -> bool:
+        """Whether the framework agrees with the reading of each of ``members``; a splice on a wrong one has failed."""
+        reference, readings = self.setting.reference, self.setting.readings
+        if reference is None:
+            return True
+        errors = [reference.error([v], lifted(self.graph, [v], readings, {})[v]) for v in members if v in readings]
+        wrong = [e for e in errors if e is not None and not e <= REGION_TOLERANCE]
+        if wrong:
+            reference.fail(splice.root, "reading", wrong[0], tuple(splice.counts), splice.before, splice.after)
+        return not wrong
+
+    def plan(self) -> Plan:
+        """What is to be done, and why the rest stays."""
+        decisions = {**self.decisions, **self.failed}
+        plan = Plan(self.graph, self.folds, kept=[*self.kept])
+        if (reference := self.setting.reference) is not None:
+            plan.failed = list(reference.failures.values())
+            plan.host = HostCheck(len(reference.errors), reference.unable)
+        for root in sorted(decisions, key=self.place):
+            decision = decisions[root]
+            if decision.splice is not None:
+                plan.splices.append(decision.splice)
+            plan.kept.extend(Refusal(self.graph.name(root), r.name, r.reason) for r in decision.refusals)
+            reason = _why_left(self.graph, root, decision.expr, self.setting.readings)
+            if not decision.refusals and reason is not None:
+                plan.kept.append(Refusal(self.graph.name(root), LEFT, reason))
+        return plan
+
+
 def make_plan(
     graph: Graph,
     passes: Sequence[Pass],
+    objective: Objective = LATENCY,
     *,
     verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Plan:
-    """Lift every region of ``graph``, simplify it, and decide which results pay.
+    """What ``passes`` make of ``graph``.
 
     A region whose replacement fails its check stays, and is among those that `Plan.failed` names.
     """
-    plan = Plan(graph)
-    if any(p.name == "constant-folding" for p in passes):
-        graph, folds = graph.folded()
-        plan = Plan(graph, [replace(f, counts=Counter({"constant-folding": 1})) for f in folds])
-    readings: dict[Value, Reading] = {}
-    for value in graph.values():
-        reading = graph.read(value)
-        if isinstance(reading, Reading):
-            readings[value] = reading
-        elif isinstance(reading, Declined):
-            plan.kept.append(Refusal(graph.name(value), LIFT, reading.reason))
-    host = Host(graph, readings) if verify else None
-    results = decide(graph, readings, passes, host, progress)
-    failed = {root: r for root, r in results.items() if r.failed}
-    results = {root: r for root, r in results.items() if not r.failed}
-    if any(p.name == IMPULSE for p in passes):
-        wrong = {v for r in failed.values() for v in r.members}
-        for splice in find_kernels(graph, readings, results):
-            if wrong.isdisjoint(splice.members) and _are_read_right(host, splice, splice.members, readings):
-                results = {root: r for root, r in results.items() if root not in splice.members}
-                results[splice.root] = Decision(splice.expr, splice, [], splice.members)
-    if any(p.name == PIECES for p in passes):
-        results = fold_pieces(graph, readings, results, passes, host)
-    order = {value: place for place, value in enumerate(graph.values())}
-    if any(p.name == DUPLICATES for p in passes):
-        for root, found in find_duplicates(graph, dict(sorted(results.items(), key=lambda item: order[item[0]]))):
-            assert found.splice is not None
-            first = next(iter(found.splice.native.values()))
-            both = (*results[first].members, *found.members)
-            if _are_read_right(host, found.splice, both, readings):
-                results[root] = found
-    results.update(failed)
-    if host is not None:
-        plan.failed, plan.host = list(host.failures.values()), HostCheck(len(host.errors), host.unable)
-    for root, result in sorted(results.items(), key=lambda item: order[item[0]]):
-        if result.splice is not None:
-            plan.splices.append(result.splice)
-        plan.kept.extend(Refusal(graph.name(root), r.name, r.reason) for r in result.refusals)
-        if not result.refusals and (reason := _why_left(graph, root, result.expr, readings)):
-            plan.kept.append(Refusal(graph.name(root), LEFT, reason))
-    return plan
+    compilation = Compilation(graph, passes, objective, verify=verify, progress=progress)
+    for p in passes:
+        if p.run is not None:
+            p.run(compilation, p)
+    return compilation.plan()
 
 
-def _are_read_right(
-    host: Host | None, splice: Splice, members: Sequence[Value], readings: dict[Value, Reading]
-) -> bool:
-    """Whether the host agrees with the reading of each of ``members``; a splice on a wrong one has failed."""
-    if host is None:
-        return True
-    graph = host.graph
-    errors = [host.error([v], lifted(graph, [v], readings, {})[v]) for v in members if v in readings]
-    wrong = [e for e in errors if e is not None and not e <= REGION_TOLERANCE]
-    if wrong:
-        host.fail(splice.root, "reading", wrong[0], tuple(splice.counts), splice.before, splice.after)
-    return not wrong
+def fold_constants(compilation: Compilation, p: Pass) -> None:
+    """Have operators over constants computed once, before anything is read."""
+    compilation.graph, folds = compilation.graph.folded()
+    compilation.folds += [replace(f, counts=Counter({p.name: 1})) for f in folds]
 
 
 LEFT = "region"

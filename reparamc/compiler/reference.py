@@ -31,7 +31,7 @@ LARGEST_EXACT = 2**23
 
 
 @dataclass
-class Host:
+class Reference:
     """What the host's operators said of the readings of a graph.
 
     Attributes:

@@ -12,14 +12,13 @@ none, because otherwise both convolutions would be computed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from reparamc.algebra.arrays import zeros_of
 from reparamc.algebra.channel_map import ChannelMap
-from reparamc.algebra.cost import cost
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -40,53 +39,42 @@ from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import coefficients, scaled_again
 from reparamc.algebra.rewrite import Declined, Pass, Refusal, simplify
 from reparamc.algebra.shape import Shape
-from reparamc.compiler.decide import Decision, checked
-from reparamc.compiler.graph import Graph
-from reparamc.compiler.readings import Reading, Value
-from reparamc.compiler.reference import Host
+from reparamc.compiler.consider import Decision, Setting, checked
+from reparamc.compiler.plan import Compilation
+from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import lifted, linear_readers
 from reparamc.report.data import FailedRegion
-
-PIECES = "piece-folding"
 
 MOST_REGIONS = 16
 """Regions that may read one convolution: work stays in proportion to the graph."""
 
 
-def fold_pieces(
-    graph: Graph,
-    readings: dict[Value, Reading],
-    decisions: dict[Value, Decision],
-    passes: Sequence[Pass],
-    host: Host | None,
-) -> dict[Value, Decision]:
-    """``decisions``, with scales of selected channels in the convolution that these are selected from, where it pays.
+def fold_pieces(compilation: Compilation, p: Pass) -> None:
+    """Scales of selected channels go into the convolution that these are selected from, where it pays.
 
-    It goes in front of the selection, where ``passes`` have to take it in.
+    They go before the selection, where the other passes have to take them in.
     """
-    decisions = dict(decisions)
-    place = {value: n for n, value in enumerate(graph.values())}
+    setting, decisions = compilation.setting, compilation.decisions
     readers: dict[Value, list[Value]] = {}  # the regions that read a value
     wanting: dict[Value, list[Value]] = {}  # those that scale what they take
-    for root in sorted(decisions, key=place.__getitem__):
+    for root in sorted(decisions, key=compilation.place):
         for value, branches in _branches(decisions[root].expr).items():
             readers.setdefault(value, []).append(root)
             if any(branch.scales and branch.takes for branch in branches):
                 wanting.setdefault(value, []).append(root)
-    folder = _Folder(graph, readings, passes, host, place)
+    folder = _Folder(setting, p.name, compilation.place)
     for value, roots in wanting.items():
         whole, regions = decisions.get(value), [decisions[r] for r in readers[value] if r in decisions]
         if whole is None or not any(isinstance(e, Conv) for e in walk(whole.expr)):
             continue
         found = folder.fold(value, whole, regions)
         if isinstance(found, Declined):
-            refusal = Refusal(PIECES, whole.expr, found.reason)
+            refusal = Refusal(p.name, whole.expr, found.reason)
             for root in roots:
                 decisions[root] = replace(decisions[root], refusals=[*decisions[root].refusals, refusal])
         elif found:
             del decisions[value]
             decisions.update((d.members[-1], d) for d in found)
-    return decisions
 
 
 @dataclass(frozen=True)
@@ -153,35 +141,35 @@ class _Form:
 
 
 OTHERS = "the convolution that it scales a piece of is read by something else than selections of channels"
+WRITTEN = "something writes into the convolution that it scales a piece of"
+READ_TWICE = "another selection reads the channels that it scales"
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """Folds into one convolution after the other; ``place`` is that of each value in the order of execution."""
+    """Folds into one convolution after the other, for the pass ``name``."""
 
-    graph: Graph
-    readings: dict[Value, Reading]
-    passes: Sequence[Pass]
-    host: Host | None
-    place: Mapping[Value, int]
+    setting: Setting
+    name: str
+    place: Callable[[Value], int]
 
     def fold(self, value: Value, whole: Decision, regions: Sequence[Decision]) -> list[Decision] | Declined | None:
         """What becomes of the ``regions`` that read ``value``, the result of ``whole``; None: nothing to say."""
         everything = (whole, *regions)
-        if any(v not in self.readings for d in everything for v in d.members) or len(regions) > MOST_REGIONS:
+        if any(v not in self.setting.readings for d in everything for v in d.members) or len(regions) > MOST_REGIONS:
             return None
         if any(d.splice is not None and d.splice.shared is not None for d in everything):
             return None  # it belongs to another convolution in pieces
         forms = [self._form(d) for d in regions]
         branches = [branch for form in forms for branch in _branches(form.expr).get(value, ())]
-        readers = linear_readers(self.graph, self.readings, value)
+        readers = linear_readers(self.setting.graph, self.setting.readings, value)
         if not {v for d in regions for v in d.members}.issuperset(readers):
             return Declined(OTHERS)
-        if any(self.graph.is_written(v) for v in (value, *readers)):
-            return Declined("something writes into the convolution that it scales a piece of")
+        if any(self.setting.graph.is_written(v) for v in (value, *readers)):
+            return Declined(WRITTEN)
         form = self._form(whole)
         expr = flatten(form.expr)
-        start = _start(expr, self.graph.source(value).shape)
+        start = _start(expr, self.setting.graph.source(value).shape)
         if start is None:
             return None
         pieces = [_piece(branch, start) for branch in branches]
@@ -191,11 +179,12 @@ class _Folder:
             return None  # nothing is cut, or it is cut along another axis
         chosen = [piece for piece in pieces if piece.scales and all(times[c] == 1 for c in piece.channels)]
         if not chosen:
-            return Declined(OTHERS if len(cut) < len(pieces) else "another selection reads the channels that it scales")
+            return Declined(OTHERS if len(cut) < len(pieces) else READ_TWICE)
 
         scaled = {e for piece in chosen for e in piece.scales}
         with np.errstate(all="ignore"):  # whatever is not finite is refused below
-            new = simplify(_in_front(expr, chosen), self.passes).expr
+            new = simplify(_in_front(expr, chosen), self.setting.passes, self.setting.objective).expr
+        cost = self.setting.objective.cost
         saved = sum(cost(f.expr) - cost(_over(f, {}, scaled).expr) for f in forms)
         if not cost(new) - cost(form.expr) < saved:
             return None
@@ -206,7 +195,7 @@ class _Folder:
     def _form(self, decision: Decision) -> _Form:
         if decision.splice is not None:
             return _Form(decision.splice.expr, decision.splice.native)
-        exprs = lifted(self.graph, decision.members, self.readings, {})
+        exprs = lifted(self.setting.graph, decision.members, self.setting.readings, {})
         root = decision.members[-1]
         return _Form(exprs[root], {e: v for v, e in exprs.items() if v != root})
 
@@ -227,13 +216,13 @@ class _Folder:
         for decision, form in regions:
             new = _over(form, stands := {**sources, value: anew.expr}, scaled)
             del stands[value]
-            members = tuple(sorted({*whole.members, *decision.members}, key=self.place.__getitem__))
-            before = flatten(lifted(self.graph, members, self.readings, stands)[members[-1]])
-            counts = Counter({PIECES: sum(e in scaled for e in walk(form.expr))})
+            members = tuple(sorted({*whole.members, *decision.members}, key=self.place))
+            before = flatten(lifted(self.setting.graph, members, self.setting.readings, stands)[members[-1]])
+            counts = Counter({self.name: sum(e in scaled for e in walk(form.expr))})
             for d in (decision,) if found else (decision, whole):
                 counts.update(d.splice.counts if d.splice is not None else {})
             native = {**anew.native, **new.native}
-            splice = checked(self.graph, members, self.readings, before, new.expr, native, counts, self.host)
+            splice = checked(self.setting, members, before, new.expr, native, counts)
             if isinstance(splice, Declined):
                 return splice
             if isinstance(splice, FailedRegion):

@@ -19,6 +19,7 @@ from reparamc.algebra.rewrite import Pass, select
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse, level_of
+from reparamc.compiler.plan import fold_constants
 from reparamc.compiler.readings import Value
 from reparamc.errors import InputError, InputTypeError
 from reparamc.onnx import weights
@@ -96,7 +97,8 @@ def _fuse_whole(model: ModelProto, options: Options, pass_table: tuple[Pass, ...
         """The main graph and its bodies, which are proven one by one, and compared together."""
         whole = ModelProto()
         whole.CopyFrom(start)
-        resolved = resolve(whole) if any(p.name == FOLDING for p in options.passes) else 0
+        folding = next((p.name for p in options.passes if p.run is fold_constants), None)
+        resolved = resolve(whole) if folding is not None else 0
         names = [p.name for p in options.passes]
         inside = "off" if options.level == "off" else "region"
         given: dict[str, Any] = {"passes": names, "objective": options.objective, "pass_table": pass_table}
@@ -106,8 +108,8 @@ def _fuse_whole(model: ModelProto, options: Options, pass_table: tuple[Pass, ...
         if not resolved and not any(found.changed for _, found in inner):
             return result, report
         report = merged(report, inner)
-        if resolved:
-            report.passes[FOLDING] += resolved
+        if folding is not None:
+            report.passes[folding] += resolved
         if options.level == "full":
             from reparamc.onnx.end_to_end import verify_end_to_end
 
@@ -125,9 +127,6 @@ def _fuse_whole(model: ModelProto, options: Options, pass_table: tuple[Pass, ...
                 found.end_to_end = verify_end_to_end(model, other)
             result, report = other, found
     return result, report
-
-
-FOLDING = "constant-folding"
 
 
 def _fuse_graph(model: ModelProto, options: Options) -> tuple[ModelProto, Report]:

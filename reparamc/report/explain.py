@@ -40,7 +40,7 @@ def explain_text(report: Report, *, everything: bool = False) -> str:
     lines = [f"would be replaced: {_count(len(report.rewrites), 'region')}"]
     places = [f"{r.where}: {_count(len(r.operators), 'operator')}, {counts(r.passes.items())}" for r in report.rewrites]
     lines += _listed(places, everything)
-    folded = report.passes.get("constant-folding", 0)
+    folded = sum(report.passes.values()) - sum(n for r in report.rewrites for n in r.passes.values())
     if folded:
         lines.append(f"would be computed once: {_count(folded, 'constant')}")
     before, after = report.before, report.after

@@ -13,7 +13,7 @@ from hypothesis import given
 from test_laws import LAW, expressions
 
 from reparamc.algebra.arrays import is_all, values
-from reparamc.algebra.cost import cost
+from reparamc.algebra.cost import LATENCY
 from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import (
@@ -66,7 +66,7 @@ def test_tensors_become_what_arrays_become(e: Expr) -> None:
         expected = simplify(e, PASSES).expr
         found = simplify(mapped(e, tensor), PASSES).expr
     assert show(found) == show(expected)
-    assert cost(found) == cost(expected)
+    assert LATENCY.cost(found) == LATENCY.cost(expected)
     inputs = draw(source_shapes(e, (9, 10, 11)), 1)
     before, magnitude = evaluate(mapped(e, tensor), inputs)
     assert_close(reference(e, inputs), values(before), 1e-11)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from threading import Thread
-
 import numpy as np
 import pytest
 
-from reparamc.algebra.cost import LATENCY, OBJECTIVES, addition, cost, objective, price
+from reparamc.algebra.cost import LATENCY, MACS, OBJECTIVES, PARAMS, Objective, objective_of
 from reparamc.algebra.expr import BatchNorm, Conv, Expr, Layout, Permute, Scale, Source, Sum
 from reparamc.algebra.rewrite import simplify
 from reparamc.errors import InputError
 from reparamc_passes import PASSES
 
-NAMES = list(OBJECTIVES)
 RNG = np.random.default_rng(0)
 
 
@@ -33,43 +29,32 @@ def norm(x: Expr, channels: int) -> BatchNorm:
 
 def winner(a: Expr, b: Expr) -> dict[str, bool]:
     """Whether ``a`` is cheaper than ``b``, by objective."""
-    found = {}
-    for name in NAMES:
-        with objective(name):
-            found[name] = cost(a) < cost(b)
-    return found
+    return {name: objective.cost(a) < objective.cost(b) for name, objective in OBJECTIVES.items()}
 
 
-def test_latency_is_the_default_and_counts_in_multiply_adds() -> None:
+def test_latency_counts_in_multiply_adds() -> None:
     x = Source("x")
     one = conv(x, 5, 3, 3)
-    with objective("latency"):
-        assert price(one) == 20_000 + 196 * 135 + 4 * (196 * 8 + 135)
-        assert addition(5) == 20_000 + 196 * 5 * 13
-        assert cost(norm(one, 5)) == price(one) + 20_000 + 196 * 5 * 9
-    assert price(one) == 20_000 + 196 * 135 + 4 * (196 * 8 + 135)
-    assert LATENCY.name == "latency"
+    assert LATENCY.price(one) == 20_000 + 196 * 135 + 4 * (196 * 8 + 135)
+    assert LATENCY.addition(5) == 20_000 + 196 * 5 * 13
+    assert LATENCY.cost(norm(one, 5)) == LATENCY.price(one) + 20_000 + 196 * 5 * 9
 
 
 def test_what_the_others_count() -> None:
     x = Source("x")
     e = Scale(norm(conv(x, 6, 3, 3, stride=2, bias=True), 6), RNG.standard_normal(6), np.ones(6), -3)
-    with objective("macs"):
-        assert cost(e) == pytest.approx(49 * 162 + 3 * 49 * 6, abs=0.01)
-        assert cost(Sum((x, x))) == pytest.approx(196 * 64, abs=0.01)
-    with objective("params"):
-        assert cost(e) == pytest.approx(162 + 6 + 24 + 12, abs=0.01)
-        assert cost(Layout(x, Permute((0, 2, 3, 1)), -3)) == pytest.approx(0, abs=0.01)
+    assert MACS.cost(e) == pytest.approx(49 * 162 + 3 * 49 * 6, abs=0.01)
+    assert MACS.cost(Sum((x, x))) == pytest.approx(196 * 64, abs=0.01)
+    assert PARAMS.cost(e) == pytest.approx(162 + 6 + 24 + 12, abs=0.01)
+    assert PARAMS.cost(Layout(x, Permute((0, 2, 3, 1)), -3)) == pytest.approx(0, abs=0.01)
 
 
 def test_the_bias_of_a_linear_layer_is_stored_and_not_added() -> None:
     x = Source("x")
     linear = Conv(x, RNG.standard_normal((7, 5)), None)
     held = Scale(linear, np.ones(()), RNG.standard_normal(7), -1)
-    with objective("macs"):
-        assert cost(held) == cost(linear)
-    with objective("params"):
-        assert cost(held) == cost(linear) + 7
+    assert MACS.cost(held) == MACS.cost(linear)
+    assert PARAMS.cost(held) == PARAMS.cost(linear) + 7
 
 
 def test_a_low_rank_pair_pays_in_time_only() -> None:
@@ -97,65 +82,38 @@ def test_depthwise_beside_dense(channels: int, kernel: int, merged: list[str]) -
     """Merging them is dense at the larger kernel: worth it where launching operators is what costs."""
     x = Source("x")
     e = Sum((conv(x, channels, channels, kernel, groups=channels), conv(x, channels, channels, 1)))
-    for name in NAMES:
-        with objective(name):
-            after = simplify(e, PASSES).expr
+    for name, objective in OBJECTIVES.items():
+        after = simplify(e, PASSES, objective).expr
         assert isinstance(after, Conv) == (name in merged), name
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_objective_likes_what_only_removes(name: str) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=lambda o: o.name)
+def test_every_objective_likes_what_only_removes(objective: Objective) -> None:
     x = Source("x")
     dense = conv(x, 5, 5, 3)
     wide = conv(x, 512, 512, 3)
     there, back = Permute((0, 2, 3, 1)), Permute((0, 3, 1, 2))
     two = Layout(Layout(wide, there, -3), back, -1)
-    with objective(name):
-        assert cost(wide) < cost(two), "operators that do no arithmetic"
-        for e in (
-            norm(dense, 5),
-            Sum((dense, conv(x, 5, 5, 1), x)),
-            Scale(dense, RNG.standard_normal(5), np.ones(5), -3),
-        ):
-            after = simplify(e, PASSES).expr
-            assert isinstance(after, Conv)
-            assert cost(after) < cost(e)
+    assert objective.cost(wide) < objective.cost(two), "operators that do no arithmetic"
+    for e in (
+        norm(dense, 5),
+        Sum((dense, conv(x, 5, 5, 1), x)),
+        Scale(dense, RNG.standard_normal(5), np.ones(5), -3),
+    ):
+        after = simplify(e, PASSES, objective).expr
+        assert isinstance(after, Conv)
+        assert objective.cost(after) < objective.cost(e)
 
 
-@pytest.mark.parametrize("name", ["macs", "params"])
-def test_ties_are_broken_also_beside_large_numbers(name: str) -> None:
+@pytest.mark.parametrize("objective", [MACS, PARAMS], ids=lambda o: o.name)
+def test_ties_are_broken_also_beside_large_numbers(objective: Objective) -> None:
     x = Source("x")
     large = conv(x, 1024, 1024, 7, groups=1)
-    with objective(name):
-        assert price(large) + addition(1) > price(large)
-        assert cost(Sum((large, x))) > cost(large)
-        assert cost(Layout(large, Permute((0, 2, 3, 1)), -3)) > cost(large)
-
-
-def test_an_objective_ends_with_its_context() -> None:
-    one = conv(Source("x"), 3, 3, 3)
-    before = price(one)
-    with objective("params"):
-        params = price(one)
-        with objective("macs"):
-            macs = price(one)
-        assert price(one) == params
-    assert len({before, params, macs}) == 3
-    with suppress(RuntimeError), objective("params"):
-        raise RuntimeError
-    assert price(one) == before
-
-
-def test_another_thread_has_its_own() -> None:
-    one = conv(Source("x"), 3, 3, 3)
-    before, found = price(one), []
-    with objective("params"):
-        thread = Thread(target=lambda: found.append(price(one)))
-        thread.start()
-        thread.join()
-    assert found == [before]
+    assert objective.price(large) + objective.addition(1) > objective.price(large)
+    assert objective.cost(Sum((large, x))) > objective.cost(large)
+    assert objective.cost(Layout(large, Permute((0, 2, 3, 1)), -3)) > objective.cost(large)
 
 
 def test_an_unknown_objective() -> None:
     with pytest.raises(InputError, match="unknown objective 'size'; the objectives are latency, macs, params"):
-        objective("size").__enter__()
+        objective_of("size")

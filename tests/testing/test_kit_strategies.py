@@ -228,15 +228,18 @@ def without_bias(faulty: str) -> tuple[Pass, ...]:
     """The passes, one of which forgets the bias of every convolution that it makes."""
 
     def broken(rule: Any) -> Any:
-        def forgetful(e: Any) -> Any:
-            result = rule(e)
+        def forgetful(*arguments: Any) -> Any:
+            result = rule(*arguments)
             if isinstance(result, Declined) or not isinstance(result, Conv):
                 return result
             return replace(result, bias=None)
 
         return forgetful
 
-    return tuple(replace(p, rules=tuple(map(broken, p.rules))) if p.name == faulty else p for p in PASSES)
+    def breaking(p: Pass) -> Pass:
+        return replace(p, rules=tuple(map(broken, p.rules)), priced=tuple(map(broken, p.priced)))
+
+    return tuple(breaking(p) if p.name == faulty else p for p in PASSES)
 
 
 def differs(a: Any, b: Any, inputs: Any = None) -> bool:

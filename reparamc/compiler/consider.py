@@ -1,0 +1,225 @@
+"""What becomes of one region: lifted into an expression, simplified, priced and checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isclose
+
+import ml_dtypes
+import numpy as np
+
+from reparamc.algebra.arrays import Parameter, values
+from reparamc.algebra.cost import Objective
+from reparamc.algebra.equal import REGION_TOLERANCE
+from reparamc.algebra.expr import Array, Conv, Expr, Sum, arrays, flatten, release, replaced, walk
+from reparamc.algebra.infer import misfit
+from reparamc.algebra.provenance import names_through
+from reparamc.algebra.rewrite import Declined, Pass, Refusal, Step, simplify
+from reparamc.algebra.text import show
+from reparamc.compiler.graph import Graph, Splice, not_native
+from reparamc.compiler.readings import Reading, Value, values_in
+from reparamc.compiler.reference import Reference
+from reparamc.compiler.regions import LIFT, lifted
+from reparamc.compiler.smallest import REASON, refuses_more
+from reparamc.report.data import FailedRegion
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every decision asks for: a graph with its readings, what to do, and by which prices.
+
+    ``reference`` is what the framework's own operators said; None where nothing is to be checked.
+    """
+
+    graph: Graph
+    readings: dict[Value, Reading]
+    passes: Sequence[Pass]
+    objective: Objective
+    reference: Reference | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one region: its final form, the splice that makes it so, what was declined, what went wrong.
+
+    ``apart`` are members without which the rest may be rewritten: they take maps that a convolution refuses.
+    """
+
+    expr: Expr
+    splice: Splice | None
+    refusals: Sequence[Refusal]
+    members: tuple[Value, ...]
+    failed: bool = False
+    apart: frozenset[Value] = frozenset()
+
+
+def consider(setting: Setting, parts: Sequence[tuple[Value, ...]]) -> Decision:
+    """What becomes of a region: ``parts`` are its members, and those of the regions joined to it."""
+    found = _simplified(setting, parts)
+    decision = _decided(setting, found, _in_order(parts, setting.readings))
+    release(found.before)
+    return decision
+
+
+def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...]) -> Decision:
+    cost = setting.objective.cost
+    before, after, steps, refusals = found.before, found.after, found.steps, found.refusals
+    if not steps or isclose(cost(after), cost(before), rel_tol=1e-12):
+        return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
+    native = {e: v for v, e in found.exprs.items() if v != members[-1]}
+    native.update((found.exprs[v], v) for v in found.exprs if v not in members)  # not what passes them on
+    splice: Splice | Declined | FailedRegion = Declined("the rewritten form would cost more than it saves")
+    if cost(after) < cost(before) or not _is_finite(before):
+        counts = Counter(step.name for step in steps)
+        splice = checked(setting, members, before, after, native, counts)
+    if isinstance(splice, Splice):
+        return Decision(after, replace(splice, origins=_origins(found)), refusals, members)
+    reason = splice.reason if isinstance(splice, Declined) else f"it failed its check: {splice.reason}"
+    refusals = [*refusals, Refusal(steps[-1].name, before, reason)]
+    apart = frozenset[Value]()
+    if isinstance(splice, Declined) and splice.reason == REASON:
+        apart = frozenset(v for v in members[:-1] if isinstance(e := found.exprs[v], Conv) and e.is_weightless)
+    return Decision(before, None, refusals, members, isinstance(splice, FailedRegion), apart)
+
+
+@dataclass(frozen=True)
+class _Simplified:
+    """A region as it is and in its final form, what its values compute, and what was done and declined."""
+
+    before: Expr
+    after: Expr
+    exprs: dict[Value, Expr]
+    steps: Sequence[Step]
+    refusals: Sequence[Refusal]
+
+
+def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]]) -> _Simplified:
+    """Lift and simplify each part while the result of the next one still is an operand."""
+    exprs: dict[Value, Expr] = {}
+    before = after = Sum(())
+    steps: list[Step] = []
+    refusals: Sequence[Refusal] = ()
+    for part in parts:
+        joint = exprs.pop(part[-1], None)
+        lifted(setting.graph, part, setting.readings, exprs)
+        inner = flatten(exprs[part[-1]])
+        if joint is None:
+            before = after = inner
+        else:
+            moved = replaced((before, after, *exprs.values()), joint, inner)
+            before, after = flatten(moved[before]), flatten(moved[after])
+            exprs = {v: moved[e] for v, e in exprs.items()}
+        if reason := misfit(after):
+            return _Simplified(before, before, exprs, (), [Refusal(LIFT, before, reason)])
+        with np.errstate(all="ignore"):  # whatever is not finite is refused by the check
+            outcome = simplify(after, setting.passes, setting.objective)
+        after, refusals = outcome.expr, outcome.refusals
+        steps += outcome.steps
+    return _Simplified(before, after, exprs, steps, refusals)
+
+
+def _origins(found: _Simplified) -> dict[int, frozenset[str]]:
+    """Which parameters each array of the final form is made from, by its id."""
+    before = (a for e in walk(found.before) for a in arrays(e))
+    named = {id(a): frozenset(a.names if isinstance(a, Parameter) else ()) for a in before}
+    names = names_through(named, found.steps)
+    return {id(a): names[id(a)] for e in walk(found.after) for a in arrays(e) if id(a) in names}
+
+
+def _in_order(parts: Sequence[tuple[Value, ...]], readings: dict[Value, Reading]) -> tuple[Value, ...]:
+    """The members of all ``parts``, in execution order."""
+    if len(parts) == 1:
+        return parts[0]
+    place = {value: n for n, value in enumerate(readings)}
+    return tuple(sorted({v for part in parts for v in part}, key=place.__getitem__))
+
+
+def checked(
+    setting: Setting,
+    members: tuple[Value, ...],
+    before: Expr,
+    after: Expr,
+    native: dict[Expr, Value],
+    counts: Counter[str],
+) -> Splice | Declined | FailedRegion:
+    """``after`` in the place of ``members``, whose expression is ``before``, if that can be done and is right.
+
+    Args:
+        members: in execution order; the last one is what is computed.
+        native: what existing values compute.
+        counts: applications of each pass.
+    """
+    graph, readings, reference = setting.graph, setting.readings, setting.reference
+    root = members[-1]
+    sources = list(dict.fromkeys(values_in(v for m in members for v in readings[m].operands if v not in members)))
+    refuse = _obstacle(graph, root, members, sources, before, after, native)
+    error = None
+    if refuse is None and reference is not None:
+        try:
+            error = reference.compare(before, after)
+        except ValueError as unsampled:
+            refuse = f"it cannot be verified: {unsampled}"
+    if refuse is not None:
+        return Declined(refuse)
+    if reference is not None:
+        by_host = reference.error(members, before) if error is not None and error <= REGION_TOLERANCE else None
+        for check, found in (("rewrite", error), ("reading", by_host)):
+            if found is not None and not found <= REGION_TOLERANCE:
+                return reference.fail(root, check, found, tuple(counts), show(before), show(after))
+    dtype = graph.dtype(members)
+    assert dtype is not None
+    parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))
+    text = show(before), show(after)
+    return Splice(root, members, after, native, dtype, counts, parameters, *text, error, original=before)
+
+
+def _obstacle(
+    graph: Graph,
+    root: Value,
+    members: Sequence[Value],
+    sources: Sequence[Value],
+    before: Expr,
+    after: Expr,
+    native: dict[Expr, Value],
+) -> str | None:
+    if not _is_finite(before):
+        return "a parameter is NaN or infinite"
+    dtype = graph.dtype(members)
+    if dtype is None:
+        return "its values have different dtypes, or an unknown one"
+    made = list(not_native(after, native))
+    for e in made:
+        if isinstance(e, Conv) and not e.is_weightless and e.skips_border:
+            return "the rewritten form would have to leave out values at the border"
+        for a in arrays(e):
+            if (reason := rounding_obstacle(a, dtype)) is not None:
+                return reason
+    if refuses_more(before, after, made, graph.pools_clamp):
+        return REASON
+    return graph.obstacle(root, members, sources, made)
+
+
+def _is_finite(e: Expr) -> bool:
+    held = (values(a) for part in walk(e) for a in arrays(part))
+    with np.errstate(all="ignore"):  # a sum is finite only if all its terms are
+        return all(np.isfinite(a.sum()) or np.isfinite(a).all() for a in held)
+
+
+def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
+    """Why ``array`` (float64) must not be stored as ``dtype``; None when it may.
+
+    A value beyond the largest number of the type would become infinite; a row whose every value is
+    below the smallest normal number would lose its digits. A vector counts as one row.
+    """
+    info, array = ml_dtypes.finfo(dtype), values(array)
+    by_row = array.reshape(array.shape[0] if array.ndim > 1 else 1, -1)
+    rows = np.maximum(by_row.max(axis=1, initial=0.0), -by_row.min(axis=1, initial=0.0))
+    if not np.isfinite(rows).all():
+        return "a folded parameter is NaN or infinite (a variance of zero without epsilon, or a negative one)"
+    if rows.max(initial=0.0) > float(info.max):
+        return f"a folded parameter exceeds the range of {dtype}"
+    if np.any((rows > 0) & (rows < float(info.smallest_normal))):
+        return f"a folded parameter falls below the range of {dtype}"
+    return None
