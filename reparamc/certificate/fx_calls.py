@@ -149,13 +149,32 @@ def _bound(node: fx.Node, op: str, axes: int | None) -> Described | None:
     return Described(op, {**dict(zip(names, given, strict=False)), **named}, axes)
 
 
-_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
-_ADAPTIVE = {nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3}
-_CONVS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-_TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
-_NORMS = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+def _by_axes(kind: str, op: str, *names: str) -> dict[type, tuple[str, int | None, tuple[str, ...]]]:
+    return {getattr(nn, f"{kind}{n}d"): (op, n, names) for n in (1, 2, 3)}
+
+
+_OF_CONV = ("weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode")
+_OF_NORM = ("weight", "bias", "running_mean", "running_var", "training", "eps")
+_MODULES: dict[type, tuple[str, int | None, tuple[str, ...]]] = {
+    **_by_axes("Conv", "conv", *_OF_CONV),
+    **_by_axes("ConvTranspose", "conv_transpose", *_OF_CONV, "output_padding"),
+    nn.Linear: ("linear", None, ("weight", "bias")),
+    **_by_axes("BatchNorm", "batch_norm", *_OF_NORM),
+    nn.BatchNorm1d: ("batch_norm", None, _OF_NORM),
+    nn.SyncBatchNorm: ("batch_norm", None, _OF_NORM),
+    **_by_axes("AvgPool", "avg_pool", *SIGNATURES["avg_pool"][1:]),
+    **_by_axes("AdaptiveAvgPool", "adaptive_avg_pool", "output_size"),
+    **_by_axes("Dropout", "dropout", "training"),
+    nn.Dropout: ("dropout", None, ("training",)),
+    nn.Flatten: ("flatten", None, ("start_dim", "end_dim")),
+    nn.Unflatten: ("unflatten", None, ("dim", "unflattened_size")),
+    nn.ChannelShuffle: ("channel_shuffle", None, ("groups",)),
+    **_by_axes("ZeroPad", "pad", "padding", "value"),
+    **_by_axes("ConstantPad", "pad", "padding", "value"),
+    nn.Identity: ("identity", None, ()),
+}
+"""The operator that a module is, over how many axes, and the attributes that are its arguments."""
+_ARGUMENTS = {("pad", "padding"): "pad", ("unflatten", "unflattened_size"): "sizes"}
 
 
 def _hook_value(hook: Any, module: Any) -> tuple[str, Tensor] | None:
@@ -183,48 +202,16 @@ def _computed(module: Any) -> tuple[bool, dict[str, Tensor]]:
 def _of_module(node: fx.Node, module: Any) -> Described | None:
     parametrized = nn.utils.parametrize.is_parametrized(module)
     kind = type(module).__mro__[1] if parametrized else type(module)
-    sized = kind in _TRANSPOSED and len(node.args) + len(node.kwargs) == 2
-    if len(node.args) + len(node.kwargs) != 1 + sized or not node.args:
+    op, axes, names = _MODULES.get(kind, ("", None, ()))
+    sized = op == "conv_transpose" and len(node.args) + len(node.kwargs) == 2
+    if not op or len(node.args) + len(node.kwargs) != 1 + sized or not node.args:
         return None
     plain, values = _computed(module)
     args: dict[str, Any] = {"input": node.args[0]}
     if sized:
         args["output_size"] = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-
-    def take(*names: str) -> None:
-        with torch.no_grad():
-            args.update({name: values[name] if name in values else getattr(module, name) for name in names})
-
-    if kind in _CONVS:
-        take("weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode")
-        return Described("conv", args, _CONVS[kind], plain)
-    if kind in _TRANSPOSED:
-        take("weight", "bias", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
-        return Described("conv_transpose", args, _TRANSPOSED[kind], plain)
-    if kind is nn.Linear:
-        take("weight", "bias")
-        return Described("linear", args, None, plain)
-    if kind in _NORMS:
-        take("weight", "bias", "running_mean", "running_var", "training", "eps")
-        return Described("batch_norm", args, _NORMS[kind], plain)
-    if kind in _POOLS:
-        take(*SIGNATURES["avg_pool"][1:5], "count_include_pad")
-        args["divisor_override"] = getattr(module, "divisor_override", None)
-        return Described("avg_pool", args, _POOLS[kind], plain)
-    if kind in _ADAPTIVE:
-        take("output_size")
-        return Described("adaptive_avg_pool", args, _ADAPTIVE[kind], plain)
-    if kind in _DROPOUTS:
-        take("training")
-        return Described("dropout", args, None, plain)
-    if kind is nn.Flatten:
-        take("start_dim", "end_dim")
-        return Described("flatten", args, None, plain)
-    if kind is nn.Unflatten:
-        return Described("unflatten", {**args, "dim": module.dim, "sizes": module.unflattened_size}, None, plain)
-    if kind is nn.ChannelShuffle:
-        take("groups")
-        return Described("channel_shuffle", args, None, plain)
-    if kind in _PADS:
-        return Described("pad", {**args, "pad": module.padding, "value": module.value}, None, plain)
-    return Described("identity", args, None, plain) if kind is nn.Identity else None
+    with torch.no_grad():
+        for name in names:
+            value = values[name] if name in values else getattr(module, name, None)
+            args[_ARGUMENTS.get((op, name), name)] = value
+    return Described(op, args, axes, plain)

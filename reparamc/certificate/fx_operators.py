@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from itertools import product
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +13,11 @@ from torch import Tensor, fx
 
 import reparamc.certificate.kernels as nk
 import reparamc.certificate.layouts as nl
+import reparamc.certificate.meaning as meaning
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Extent, Unrepresentable
 from reparamc.certificate.fx_calls import Described, described
 from reparamc.certificate.fx_memory import Memory
-from reparamc.certificate.kernels import Kernel
 from reparamc.certificate.normal_form import Array, Value
 
 ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "addmm", "add", "sub", "mul"}
@@ -148,26 +147,6 @@ class Read:
         return given % x.rank
 
 
-def _kernel_axes(call: Read, x: Value, n: int) -> tuple[int, tuple[int, ...]]:
-    """The axis of the channels, and those of a kernel over ``n`` axes."""
-    if x.rank not in (n + 1, n + 2):
-        raise Unrepresentable("a kernel over other axes than its operand has")
-    return x.rank - n - 1, tuple(range(x.rank - n, x.rank))
-
-
-def _convolution(
-    call: Read, x: Value, weight: Array, groups: int, stride: Sequence[int], dilation: Sequence[int],
-    begin: Sequence[int], end: Sequence[int], rounded: int = 1,
-) -> Value:  # fmt: skip
-    size = weight.shape[2:]
-    channel, axes = _kernel_axes(call, x, len(size))
-    offsets = tuple(product(*(range(-b, -b + d * k, d) for b, d, k in zip(begin, dilation, size, strict=True))))
-    delta = tuple(d * (k - 1) - b - e for k, d, b, e in zip(size, dilation, begin, end, strict=True))
-    first = nk.grouped_first(weight.shape[0], weight.shape[1], groups)
-    flat = weight.reshape(*weight.shape[:2], -1)
-    return nk.convolved(x, Kernel(flat, first, offsets, axes, tuple(stride), delta, rounded), channel)
-
-
 def _read_conv(call: Read) -> Value:
     if call.call.op == "convolution" and call.get("transposed", False):
         return _read_conv_transpose(call)
@@ -182,8 +161,7 @@ def _read_conv(call: Read) -> Value:
         end = [t - b for t, b in zip(total, begin, strict=True)]
     else:
         begin = end = call.integers("padding", n, 0)
-    y = _convolution(call, x, weight, call.get("groups", 1), stride, dilation, begin, end)
-    return y if bias is None else nf.shifted(y, bias, y.rank - n - 1)
+    return meaning.convolved(x, weight, bias, call.get("groups", 1), stride, dilation, begin, end)
 
 
 def _read_conv_transpose(call: Read) -> Value:
@@ -191,27 +169,9 @@ def _read_conv_transpose(call: Read) -> Value:
         raise Unrepresentable("a transposed convolution to a wanted extent")
     x, weight, bias = call.x, call.parameter("weight"), call.array(call.call.args.get("bias"))
     n, groups = weight.ndim - 2, call.get("groups", 1)
-    channel, axes = _kernel_axes(call, x, n)
-    size = weight.shape[2:]
     stride, dilation = call.integers("stride", n, 1), call.integers("dilation", n, 1)
     pads, extra = call.integers("padding", n, 0), call.integers("output_padding", n, 0)
-    if any(s > 1 for s in stride):
-        x = nk.spread(x, axes, stride)
-    # What is written at offset o of an input position is read at offset -o of an output position.
-    offsets = tuple(product(*(range(p, p - d * k, -d) for p, d, k in zip(pads, dilation, size, strict=True))))
-    delta = tuple(2 * p - o - d * (k - 1) for p, o, d, k in zip(pads, extra, dilation, size, strict=True))
-    inside, turned = weight.shape[0] // groups, _turned(weight, groups)
-    first = nk.grouped_first(len(turned), inside, groups)
-    y = nk.convolved(x, Kernel(turned, first, offsets, axes, (1,) * n, delta), channel)
-    return y if bias is None else nf.shifted(y, bias, channel)
-
-
-def _turned(weight: Array, groups: int) -> Array:
-    """The weight of a transposed convolution as (out, in / groups, taps)."""
-    inside = weight.shape[0] // groups
-    return (
-        weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2).reshape(groups * weight.shape[1], inside, -1)
-    )
+    return meaning.transposed(x, weight, bias, groups, stride, dilation, pads, pads, extra)
 
 
 KERNELS = ("conv", "convolution", "conv_transpose")
@@ -223,14 +183,9 @@ def is_transposed(call: Described) -> bool:
 
 
 def weighted(call: Read, gathered: Value) -> Value:
-    """What one of `KERNELS` makes of what it gathers: for each channel that it reads, all taps, one after the other."""
+    """What one of `KERNELS` makes of what it gathers; see `meaning.weighted`."""
     weight, bias = call.parameter("weight"), call.array(call.call.args.get("bias"))
-    axis, groups = gathered.rank - weight.ndim + 1, call.get("groups", 1)
-    rows = _turned(weight, groups) if is_transposed(call.call) else weight
-    rows = rows.reshape(len(rows), -1)
-    first = nk.grouped_first(len(rows), rows.shape[1], groups)
-    y = nk.convolved(gathered, Kernel(rows[:, :, None], first, ((),), (), (), ()), axis)
-    return y if bias is None else nf.shifted(y, bias, axis)
+    return meaning.weighted(gathered, weight, bias, call.get("groups", 1), is_transposed(call.call))
 
 
 def _read_avg_pool(call: Read) -> Value:
@@ -243,11 +198,7 @@ def _read_avg_pool(call: Read) -> Value:
         raise Unrepresentable("the last window of a pooling may hang over, or its divisor is given")
     if any(padding) and not call.get("count_include_pad", True):
         raise Unrepresentable("a pooling divides by fewer elements at the border")
-    channels = x.extents[_kernel_axes(call, x, n)[0]].known
-    if channels is None:
-        raise Unrepresentable("the number of channels is unknown")
-    weight = np.full((channels, 1, *size), 1 / math.prod(size))
-    return _convolution(call, x, weight, channels, stride, (1,) * n, padding, padding, 0)
+    return meaning.pooled(x, size, stride, (1,) * n, padding, padding)
 
 
 def _read_adaptive_avg_pool(call: Read) -> Value:
@@ -261,21 +212,14 @@ def _read_linear(call: Read) -> Value:
     x, weight, bias = call.x, call.parameter("weight"), call.array(call.call.args.get("bias"))
     if weight.ndim != 2:
         raise Unrepresentable("a linear layer of one row, which takes the axis away")
-    y = nk.mixed(x, weight, x.rank - 1)
-    return y if bias is None else nf.shifted(y, bias, y.rank - 1)
+    return meaning.biased(nk.mixed(x, weight, x.rank - 1), bias, x.rank - 1)
 
 
 def _read_matmul(call: Read) -> Value:
     a, b = call.call.args["input"], call.call.args["other"]
     if call.is_value(a):
-        x, weight = call.value(a), call.array(b)
-        axis, weight = x.rank - 1, None if weight is None else weight.T
-    else:
-        x, weight = call.value(b), call.array(a)
-        axis = x.rank - 2
-    if weight is None or weight.ndim != 2 or axis < 0:
-        raise Unrepresentable("a stack of matrices")
-    return nk.mixed(x, weight, axis)
+        return meaning.matrix(call.value(a), None, call.array(b))
+    return meaning.matrix(None, call.value(b), call.array(a))
 
 
 def _read_addmm(call: Read) -> Value:
@@ -291,15 +235,9 @@ def _read_batch_norm(call: Read) -> Value:
     if call.get("training", False) or call.get("running_mean") is None:
         raise Unrepresentable("BatchNorm in training mode")
     x = call.x
-    mean, var = (call.parameter(name).astype(np.float64) for name in ("running_mean", "running_var"))
     gamma, beta = (call.array(call.call.args.get(name)) for name in ("weight", "bias"))
-    eps = float(call.get("eps", 1e-5))
-    with np.errstate(all="ignore"):
-        factor = 1 / np.sqrt(var + eps) if gamma is None else gamma.astype(np.float64) / np.sqrt(var + eps)
-        moved = mean * factor
-    shift = np.zeros_like(mean) if beta is None else beta.astype(np.float64)
-    axis = 1 if x.rank > 1 else 0
-    return nf.shifted(nf.scaled(x, factor, axis), shift - moved, axis, np.abs(shift) + np.abs(moved))
+    mean, var = call.parameter("running_mean"), call.parameter("running_var")
+    return meaning.normalized(x, gamma, beta, mean, var, float(call.get("eps", 1e-5)))
 
 
 def _read_arithmetic(call: Read) -> Value:
@@ -307,51 +245,15 @@ def _read_arithmetic(call: Read) -> Value:
     if set(call.call.args) - {"input", "other"}:
         raise Unrepresentable("an addition with a factor, or a division that rounds")
     if call.is_value(a) and call.is_value(b):
-        if op not in ("add", "sub"):
-            raise Unrepresentable("a product of two values")
-        second = call.value(b)
-        return nf.added([call.value(a), nf.scaled(second, -1.0) if op == "sub" else second])
-    reverse = not call.is_value(a)
-    x, other = call.value(b if reverse else a), a if reverse else b
+        return meaning.arithmetic(op, call.value(a), call.value(b), is_first=False)
+    is_first = not call.is_value(a)
+    x, other = call.value(b if is_first else a), a if is_first else b
     if isinstance(other, bool | complex):
         raise Unrepresentable("arithmetic with a truth value")
     given = np.asarray(float(other)) if isinstance(other, int | float) else call.array(other)
     if given is None:
         raise Unrepresentable("a parameter is computed at run time")
-    constant = given.astype(np.float64)
-    axis = _along(constant, x)
-    with np.errstate(all="ignore"):
-        if op == "mul":
-            return nf.scaled(x, constant, axis)
-        if op == "div":
-            if reverse:
-                raise Unrepresentable("a division by a value")
-            return nf.scaled(x, 1 / constant, axis)
-        if op == "sub" and reverse:
-            x = nf.scaled(x, -1.0)
-        return nf.shifted(x, -constant if op == "sub" and not reverse else constant, axis)
-
-
-def _along(constant: Array, x: Value) -> int | None:
-    """The axis of ``x`` that a constant varies along; None for one number."""
-    wide = [i for i, d in enumerate(constant.shape) if d != 1]
-    if constant.ndim > x.rank or len(wide) > 1:
-        raise Unrepresentable("a constant varies along several axes, or raises the rank")
-    if not wide:
-        return None
-    axis = x.rank - constant.ndim + wide[0]
-    known = x.extents[axis].known
-    if known != constant.shape[wide[0]]:
-        raise Unrepresentable("a constant may repeat its operand along an axis")
-    return axis
-
-
-def _read_neg(call: Read) -> Value:
-    return nf.scaled(call.x, -1.0)
-
-
-def _read_identity(call: Read) -> Value:
-    return call.x
+    return meaning.arithmetic(op, x, given, is_first)
 
 
 def _read_dropout(call: Read) -> Value:
@@ -365,13 +267,7 @@ def _read_pad(call: Read) -> Value:
     if call.get("mode", "constant") != "constant" or not all(isinstance(p, int) for p in amounts):
         raise Unrepresentable("a padding repeats what stands at the border, or is computed")
     pairs = [(x.rank - 1 - i, *amounts[2 * i : 2 * i + 2]) for i in range(len(amounts) // 2)]
-    pairs = [p for p in pairs if p[1:] != (0, 0)]
-    if not pairs:
-        return x
-    axes, begin, end = ([p[i] for p in pairs] for i in range(3))
-    if min(axes) < 2:
-        raise Unrepresentable("a padding adds channels or images")
-    return nk.padded(x, axes, begin, end, float(call.get("value", 0.0)), 1)
+    return meaning.padded(x, pairs, float(call.get("value", 0.0)))
 
 
 def _read_cat(call: Read) -> Value:
@@ -545,10 +441,7 @@ def _read_transpose(call: Read) -> Value:
 def _read_flatten(call: Read) -> Value:
     x = call.x
     start, end = call.axis("start_dim", x, 0), call.axis("end_dim", x, -1)
-    merged = Extent()
-    for e in x.extents[start : end + 1]:
-        merged = merged.times(e)
-    return nl.regrouped(x, [*x.extents[:start], merged, *x.extents[end + 1 :]])
+    return nl.regrouped(x, meaning.merged(x, start, end + 1))
 
 
 def _read_squeeze(call: Read) -> Value:
@@ -578,8 +471,8 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "addmm": _read_addmm,
     "batch_norm": _read_batch_norm,
     **dict.fromkeys(("add", "sub", "mul", "div"), _read_arithmetic),
-    "neg": _read_neg,
-    "identity": _read_identity,
+    "neg": lambda call: nf.scaled(call.x, -1.0),
+    "identity": lambda call: call.x,
     "dropout": _read_dropout,
     "pad": _read_pad,
     "cat": _read_cat,

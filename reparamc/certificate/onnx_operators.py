@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from itertools import product
 from math import prod
 from typing import Protocol, cast
 
@@ -13,9 +12,9 @@ from onnx import NodeProto
 
 import reparamc.certificate.kernels as nk
 import reparamc.certificate.layouts as nl
+import reparamc.certificate.meaning as meaning
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Extent, Unrepresentable
-from reparamc.certificate.kernels import Kernel
 from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.onnx_shapes import attribute, is_plain_fused
 
@@ -163,25 +162,6 @@ def _geometry(call: Call, kernel: Sequence[int], x: Value) -> tuple[list[int], l
     return stride, dilation, begin, end
 
 
-def _convolution(
-    x: Value,
-    weight: Array,
-    groups: int,
-    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]],
-    rounded: int = 1,
-) -> Value:
-    kernel = weight.shape[2:]
-    stride, dilation, begin, end = geometry
-    if x.rank != len(kernel) + 2:
-        raise Unrepresentable("a kernel over other axes than its operand has")
-    offsets = product(*(range(-b, -b + d * k, d) for b, d, k in zip(begin, dilation, kernel, strict=True)))
-    delta = tuple(d * (k - 1) - b - e for k, d, b, e in zip(kernel, dilation, begin, end, strict=True))
-    first = nk.grouped_first(weight.shape[0], weight.shape[1], groups)
-    flat = weight.reshape(*weight.shape[:2], -1)
-    axes = tuple(range(2, x.rank))
-    return nk.convolved(x, Kernel(flat, first, tuple(offsets), axes, tuple(stride), delta, rounded), 1)
-
-
 def _weight(call: Call) -> Array:
     weight = call.parameter(1)
     extents = list(weight.shape[2:])
@@ -197,8 +177,9 @@ def _read_conv(call: Call) -> Value:
     bias = _bias(call, weight.shape[0])
     if groups < 1 or weight.shape[0] % groups or x.extents[1].known != weight.shape[1] * groups:
         raise Unrepresentable("groups that do not fit the channels")
-    y = _convolution(x, weight, groups, _geometry(call, weight.shape[2:], x))
-    return y if bias is None else nf.shifted(y, bias, 1)
+    if x.rank != weight.ndim:
+        raise Unrepresentable("a kernel over other axes than its operand has")
+    return meaning.convolved(x, weight, bias, groups, *_geometry(call, weight.shape[2:], x))
 
 
 def _bias(call: Call, channels: int) -> Array | None:
@@ -214,23 +195,15 @@ def is_convolution(node: NodeProto) -> bool:
 
 
 def weighted(call: Call, gathered: Value) -> Value:
-    """What a convolution makes of what it gathers: for each channel that it reads, all taps, one after the other."""
-    weight, groups = _weight(call), call.integer("group", 1)
-    rows = _turned(weight, groups) if call.node.op_type == "ConvTranspose" else weight
-    rows = rows.reshape(len(rows), -1)
-    bias = _bias(call, len(rows))
-    if groups < 1 or len(rows) % groups or gathered.extents[1].known != rows.shape[1] * groups:
+    """What a convolution makes of what it gathers; see `meaning.weighted`."""
+    weight, groups, is_transposed = _weight(call), call.integer("group", 1), call.node.op_type == "ConvTranspose"
+    rows = weight.shape[1] * groups if is_transposed else len(weight)
+    inside = weight.shape[0] if is_transposed else weight.shape[1] * groups
+    of_group = weight.shape[0] if is_transposed else rows
+    bias = _bias(call, rows)
+    if groups < 1 or of_group % groups or gathered.extents[1].known != inside * prod(weight.shape[2:]):
         raise Unrepresentable("groups that do not fit the channels")
-    first = nk.grouped_first(len(rows), rows.shape[1], groups)
-    y = nk.convolved(gathered, Kernel(rows[:, :, None], first, ((),), (), (), ()), 1)
-    return y if bias is None else nf.shifted(y, bias, 1)
-
-
-def _turned(weight: Array, groups: int) -> Array:
-    """The weight of a transposed convolution as (out, in / groups, taps)."""
-    inside = weight.shape[0] // groups
-    turned = weight.reshape(groups, inside, weight.shape[1], -1).swapaxes(1, 2)
-    return turned.reshape(-1, inside, prod(weight.shape[2:]))
+    return meaning.weighted(gathered, weight, bias, groups, is_transposed)
 
 
 def _read_conv_transpose(call: Call) -> Value:
@@ -244,21 +217,10 @@ def _read_conv_transpose(call: Call) -> Value:
         raise Unrepresentable("the padding follows from a wanted output shape")
     stride, dilation = call.integers("strides", [1] * n), call.integers("dilations", [1] * n)
     pads, extra = call.integers("pads", [0] * 2 * n), call.integers("output_padding", [0] * n)
-    axes = tuple(range(2, 2 + n))
     _checked(call, n, pads, stride, dilation)
     if len(extra) != n or any(not 0 <= e < max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
         raise Unrepresentable("an output_padding that does not fit the kernel")
-    if any(s > 1 for s in stride):
-        x = nk.spread(x, axes, stride)
-    # What is written at offset o of an input position is read at offset -o of an output position.
-    offsets = product(*(range(b, b - d * k, -d) for b, d, k in zip(pads[:n], dilation, kernel, strict=True)))
-    delta = tuple(
-        b + e - o - d * (k - 1) for b, e, o, d, k in zip(pads[:n], pads[n:], extra, dilation, kernel, strict=True)
-    )
-    turned = _turned(weight, groups)
-    first = nk.grouped_first(len(turned), turned.shape[1], groups)
-    y = nk.convolved(x, Kernel(turned, first, tuple(offsets), axes, (1,) * n, delta), 1)
-    return y if bias is None else nf.shifted(y, bias, 1)
+    return meaning.transposed(x, weight, bias, groups, stride, dilation, pads[:n], pads[n:], extra)
 
 
 def _read_average_pool(call: Call) -> Value:
@@ -277,10 +239,9 @@ def _read_average_pool(call: Call) -> Value:
         # The standard says that no position is left then, and ONNX Runtime, which rounds towards zero, that one is.
         if s > 1 and nf.least_extent(x, axis) + b + e < d * (k - 1) + 1:
             raise Unrepresentable("the window of a pooling may be larger than its map")
-    channels = x.extents[1].known
-    if channels is None:
-        raise Unrepresentable("the number of channels is unknown")
-    return _convolution(x, np.full((channels, 1, *kernel), 1 / prod(kernel)), channels, geometry, 0)
+    if x.rank != len(kernel) + 2:
+        raise Unrepresentable("a pooling over other axes than its operand has")
+    return meaning.pooled(x, kernel, *geometry)
 
 
 def _read_pad(call: Call) -> Value:
@@ -294,14 +255,7 @@ def _read_pad(call: Call) -> Value:
     over = list(range(x.rank)) if given is None else _axes_within(given, x.rank)
     if len(pads) != 2 * len(over):
         raise Unrepresentable("pads that do not fit the axes")
-    begin, end = pads[: len(pads) // 2], pads[len(pads) // 2 :]
-    wanted = [(a, b, e) for a, b, e in zip(over, begin, end, strict=True) if (b, e) != (0, 0)]
-    if any(a < 2 for a, _, _ in wanted):
-        raise Unrepresentable("a padding adds channels or images")
-    if not wanted:
-        return x
-    axes, begin, end = ([w[i] for w in wanted] for i in range(3))
-    return nk.padded(x, axes, begin, end, value, 1)
+    return meaning.padded(x, [*zip(over, pads[: len(over)], pads[len(over) :], strict=True)], value)
 
 
 def _slab(written: Array) -> tuple[int, int, bool]:
@@ -365,14 +319,8 @@ def _read_gemm(call: Call) -> Value:
 
 def _read_matmul(call: Call) -> Value:
     if call.is_constant(1):
-        x, weight = call.value(0), call.parameter(1)
-        axis, weight = x.rank - 1, weight.T
-    else:
-        x, weight = call.value(1), call.parameter(0)
-        axis = x.rank - 2
-    if weight.ndim != 2 or axis < 0:
-        raise Unrepresentable("a stack of matrices")
-    return nk.mixed(x, weight, axis)
+        return meaning.matrix(call.value(0), None, call.parameter(1))
+    return meaning.matrix(None, call.value(1), call.parameter(0))
 
 
 def _read_einsum(call: Call) -> Value:
@@ -404,53 +352,22 @@ def _read_batchnorm(call: Call) -> Value:
     if call.side.opset < 9 and call.integer("spatial", 1) != 1:
         raise Unrepresentable("BatchNormalization over positions")
     x = call.value()
-    parameters = [call.parameter(i).astype(np.float64) for i in range(1, 5)]
+    parameters = [call.parameter(i) for i in range(1, 5)]
     if x.rank < 2 or any(p.shape != (x.extents[1].known,) for p in parameters):
         raise Unrepresentable("statistics that do not fit the channels")
     gamma, beta, mean, var = parameters
-    eps = float(np.float32(cast(float, attribute(call.node, "epsilon", 1e-5))))
-    with np.errstate(all="ignore"):
-        factor = gamma / np.sqrt(var + eps)
-        moved = mean * factor
-    return nf.shifted(nf.scaled(x, factor, 1), beta - moved, 1, np.abs(beta) + np.abs(moved))
+    return meaning.normalized(
+        x, gamma, beta, mean, var, float(np.float32(cast(float, attribute(call.node, "epsilon", 1e-5))))
+    )
 
 
 def _read_arithmetic(call: Call) -> Value:
-    op = call.node.op_type
-    fixed = [call.is_constant(0), call.is_constant(1)]
-    if not any(fixed):
-        if op not in ("Add", "Sub"):
-            raise Unrepresentable("a product of two values")
-        second = call.value(1)
-        return nf.added([call.value(0), nf.scaled(second, -1.0) if op == "Sub" else second])
-    side = 1 if fixed[1] else 0
-    x, constant = call.value(1 - side), call.parameter(side).astype(np.float64)
-    axis = _along(constant, x)
-    if op == "Div" and side == 0:
-        raise Unrepresentable("a division by a value")
-    with np.errstate(all="ignore"):
-        if op == "Mul":
-            return nf.scaled(x, constant, axis)
-        if op == "Div":
-            return nf.scaled(x, 1 / constant, axis)
-        if op == "Sub" and side == 0:
-            x = nf.scaled(x, -1.0)
-        return nf.shifted(x, -constant if op == "Sub" and side == 1 else constant, axis)
-
-
-def _along(constant: Array, x: Value) -> int | None:
-    """The axis of ``x`` that a constant varies along; None for one number."""
-    if constant.ndim > x.rank:
-        raise Unrepresentable("a constant raises the rank")
-    wide = [i for i, d in enumerate(constant.shape) if d != 1]
-    if len(wide) > 1:
-        raise Unrepresentable("a constant varies along several axes")
-    if not wide:
-        return None
-    axis = x.rank - constant.ndim + wide[0]
-    if x.extents[axis].known != constant.shape[wide[0]]:
-        raise Unrepresentable("a constant may repeat its operand along an axis")
-    return axis
+    op = call.node.op_type.lower()
+    if call.is_constant(1):
+        return meaning.arithmetic(op, call.value(0), call.parameter(1), is_first=False)
+    if call.is_constant(0):
+        return meaning.arithmetic(op, call.value(1), call.parameter(0), is_first=True)
+    return meaning.arithmetic(op, call.value(0), call.value(1), is_first=False)
 
 
 def _read_sum(call: Call) -> Value:
@@ -459,14 +376,6 @@ def _read_sum(call: Call) -> Value:
 
 def _read_average(call: Call) -> Value:
     return nf.scaled(_read_sum(call), 1 / len(call.node.input))
-
-
-def _read_neg(call: Call) -> Value:
-    return nf.scaled(call.value(), -1.0)
-
-
-def _read_identity(call: Call) -> Value:
-    return call.value()
 
 
 def _read_dropout(call: Call) -> Value:
@@ -575,10 +484,8 @@ def _read_flatten(call: Call) -> Value:
     if not -x.rank <= axis <= x.rank:
         raise Unrepresentable("an axis that is not there")
     axis = axis + x.rank if axis < 0 else axis
-    front, back = Extent(), Extent()
-    for i, e in enumerate(x.extents):
-        front, back = (front.times(e), back) if i < axis else (front, back.times(e))
-    return nl.regrouped(x, [front, back])
+    front = meaning.merged(x, 0, axis)[0]
+    return nl.regrouped(x, [front, *meaning.merged(x, axis, x.rank)[axis:]])
 
 
 def _axes(call: Call) -> list[int] | None:
@@ -633,8 +540,8 @@ READERS: dict[str, Callable[[Call], Value]] = {
     "Sum": _read_sum,
     "Mean": _read_average,
     "Einsum": _read_einsum,
-    "Neg": _read_neg,
-    "Identity": _read_identity,
+    "Neg": lambda call: nf.scaled(call.value(), -1.0),
+    "Identity": Call.value,
     "Dropout": _read_dropout,
     "Concat": _read_concat,
     "Split": _read_split,
