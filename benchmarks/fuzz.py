@@ -265,7 +265,7 @@ class Torch:
 
     def save(self, path: Path) -> None:
         if self.cases:
-            np.savez(path.with_suffix(".npz"), self.cases[0][0].numpy())
+            np.savez(path.with_suffix(".npz"), x=self.cases[0][0].numpy())
 
 
 # Many
