@@ -76,12 +76,23 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
 
 def _inferred(light: ModelProto) -> tuple[ModelProto, bool]:
     """``light`` with what inference tells, and whether it has no objection; as it is where it finds a contradiction."""
-    for options in ({"strict_mode": True, "data_prop": True}, {}):
+    for options in ({"strict_mode": True, "data_prop": not _has_vast_sizes(light)}, {}):
         try:
             return onnx.shape_inference.infer_shapes(light, **options), bool(options)
-        except onnx.shape_inference.InferenceError:
+        except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
             continue
     return light, False
+
+
+def _has_vast_sizes(light: ModelProto) -> bool:
+    """Whether a size is named that onnx, which follows the entries of vectors, would take minutes for."""
+    nodes = (a.t for n in light.graph.node if n.op_type == "Constant" for a in n.attribute if a.HasField("t"))
+    tensors = [
+        t for t in (*light.graph.initializer, *nodes) if t.data_type == TensorProto.INT64 and not t.external_data
+    ]
+    numbers = [n for t in tensors if prod(t.dims) <= WEIGHT for n in numpy_helper.to_array(t).ravel().tolist()]
+    numbers += [d.dim_value for v in light.graph.input for d in v.type.tensor_type.shape.dim]
+    return any(2**20 < n < 2**62 for n in numbers)
 
 
 def _tell_ranks(light: ModelProto) -> bool:

@@ -7,12 +7,11 @@ compute where that lets more fold and the file does not grow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, inliner, numpy_helper
-from onnx.shape_inference import InferenceError, infer_shapes
 
 from reparamc.errors import InputError
 from reparamc.onnx.constants import fold_constants
@@ -24,6 +23,7 @@ from reparamc.onnx.values import (
     commit,
     defined,
     defined_names,
+    inferred,
     is_standard,
     subgraphs,
 )
@@ -39,13 +39,16 @@ def has_bodies(model: ModelProto) -> bool:
 # Functions
 
 
-def inlined(model: ModelProto) -> ModelProto | None:
-    """``model`` with what its local functions compute in the place of their calls; None where none is called."""
+def called(model: ModelProto) -> list[tuple[str, str]]:
+    """The local functions that the graphs of ``model`` call, by domain and name."""
     known = {(f.domain, f.name) for f in model.functions}
-    if not any((node.domain, node.op_type) in known for node in _all_nodes(model.graph)):
-        return None
+    return list(dict.fromkeys(c for n in _all_nodes(model.graph) if (c := (n.domain, n.op_type)) in known))
+
+
+def inlined(model: ModelProto, functions: Sequence[tuple[str, str]]) -> ModelProto | None:
+    """``model`` with what some functions compute in the place of their calls; None if that cannot be done."""
     try:
-        return inliner.inline_local_functions(model)
+        return inliner.inline_selected_functions(model, [*functions])
     except Exception:  # whatever the inliner cannot do stays a function
         return None
 
@@ -177,11 +180,7 @@ def _alone(model: ModelProto, body: GraphProto, constants: Constants, types: Typ
             made.graph.input.append(info)
         else:
             return None
-    try:
-        inferred = infer_shapes(made).graph.output
-    except InferenceError:
-        return None
-    for declared, found in zip(made.graph.output, inferred, strict=True):
+    for declared, found in zip(made.graph.output, inferred(made, {}).graph.output, strict=True):
         if not declared.type.tensor_type.HasField("shape"):
             declared.type.CopyFrom(found.type)
     known = all(v.type.tensor_type.HasField("shape") for v in (*made.graph.output, *made.graph.input))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
 from reparamc.errors import InputError, one_line
-from reparamc.onnx.values import skeleton, subgraphs
+from reparamc.onnx.session import session
+from reparamc.onnx.sizes import in_order
+from reparamc.onnx.values import MALFORMED, captured, defined, skeleton, subgraphs
 from reparamc.onnx.weights import PACKED, UNEVEN, is_reference, length
 
 OLDEST_OPSET = 7
@@ -19,8 +22,12 @@ MOST_ELEMENTS = 2**40
 """Of one tensor: beyond any memory, and sizes still multiply without overflow in what reads them."""
 
 
-def check(model: ModelProto) -> None:
-    """Raise InputError unless ``model`` passes the ONNX checker, and holds what the checker does not look at."""
+def check(model: ModelProto) -> str | None:
+    """What the ONNX checker says against ``model``, if ONNX Runtime takes it all the same; None if it says nothing.
+
+    Raises:
+        InputError: neither takes it, or it holds what neither looks at.
+    """
     if not model.graph.node and not model.graph.output:
         raise InputError("the model has no graph: the file is empty or not ONNX")
     if any(t.data_location == TensorProto.EXTERNAL and not is_reference(t) for t in model.graph.initializer):
@@ -35,9 +42,61 @@ def check(model: ModelProto) -> None:
                 if attribute.ref_attr_name:
                     name = attribute.ref_attr_name
                     raise ValueError(f"a {node.op_type} refers to an attribute {name!r} of a function, but is in none")
-        onnx.checker.check_model(skeleton(model))
-    except (onnx.checker.ValidationError, ValueError, TypeError, RuntimeError) as error:
+        light = skeleton(model)
+    except (ValueError, TypeError) as error:
         raise InputError(f"the model does not pass the ONNX checker: {one_line(error)}") from error
+    said = _objection(partial(onnx.checker.check_model, light))
+    wrong = said or _objection(partial(onnx.shape_inference.infer_shapes, light, strict_mode=True))
+    if wrong is not None:
+        try:
+            with session(model, "the model"):
+                pass
+        except InputError as error:
+            raise InputError(f"the model does not pass the ONNX checker: {wrong}") from error
+    return said
+
+
+def _objection(look: Callable[[], object]) -> str | None:
+    try:
+        look()
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, *MALFORMED) as error:
+        return one_line(error)
+    return None
+
+
+def in_execution_order(model: ModelProto) -> ModelProto:
+    """``model``, or a copy of it in which every operator comes after what it reads, as not all exporters have it.
+
+    Raises:
+        InputError: operators wait for one another, or read what nothing computes.
+    """
+    stack = [(model.graph, frozenset[str]())]
+    ordered = True
+    while stack:
+        graph, outside = stack.pop()
+        inside = outside.union(defined(graph))
+        computed = {name for node in graph.node for name in node.output}
+        for node in graph.node:
+            read = [name for name in (*node.input, *captured(node)) if name]
+            ordered = ordered and computed.isdisjoint(read)
+            computed.difference_update(node.output)
+            if (unknown := next((name for name in read if name not in inside), None)) is not None:
+                raise InputError(
+                    f"the model is damaged: {node.op_type} {node.name!r} reads {unknown!r}, which nothing computes"
+                )
+            stack.extend((body, inside) for body in subgraphs(node))
+    if ordered:
+        return model
+    made = ModelProto()
+    made.CopyFrom(model)
+    for graph in graphs(made):
+        try:
+            nodes = in_order(graph.node)
+        except ValueError as error:
+            raise InputError(f"the model is damaged: {error}") from error
+        del graph.node[:]
+        graph.node.extend(nodes)
+    return made
 
 
 def _check_opsets(model: ModelProto) -> None:
@@ -59,10 +118,15 @@ def _check_opsets(model: ModelProto) -> None:
 
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
     """The main graph and the bodies in it, at any depth."""
-    stack = [model.graph]
+    return nested(model.graph)
+
+
+def nested(graph: GraphProto) -> Iterator[GraphProto]:
+    """``graph`` and the bodies in it, at any depth."""
+    stack = [graph]
     while stack:
         graph = stack.pop()
-        yield graph
+        yield graph  # whose nodes may be put in another order meanwhile
         stack.extend(body for node in graph.node for body in subgraphs(node))
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import cast
 
 import numpy as np
+import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
 from reparamc.algebra.arrays import Parameter
@@ -32,10 +33,14 @@ Reader = Callable[["Facts", NodeProto, str], "Reading | Declined | None"]
 
 
 class Facts:
-    """The main graph of a model, and the readings of its values by a table of readers."""
+    """The main graph of a model, and the readings of its values by a table of readers.
 
-    def __init__(self, model: ModelProto, table: Mapping[str, Reader]) -> None:
-        self.model = model
+    Args:
+        doubted: the checker objects to the model: operators that it objects to have no reading.
+    """
+
+    def __init__(self, model: ModelProto, table: Mapping[str, Reader], doubted: bool = False) -> None:
+        self.model, self.doubted = model, doubted
         self.nodes = list(model.graph.node)
         self.constants = Constants(model)
         self.opset = opset_of(model)
@@ -62,6 +67,7 @@ class Facts:
                 and not is_placed(node)
                 and self.types.dtype(name) is not None
                 and not self.is_empty(node)
+                and not (self.doubted and self._is_wrong(node))
             )
             self._readings[name] = reader(self, node, name) if reader is not None and readable else None
         return self._readings[name]
@@ -70,6 +76,16 @@ class Facts:
         """Whether an operand or a result of ``node`` has no elements, for every input: there is nothing to gain."""
         shapes = (self.types.shape(name) for name in (*node.input, *node.output) if name)
         return any(dim.factor == 0 for shape in shapes for dim in shape or ())
+
+    def _is_wrong(self, node: NodeProto) -> bool:
+        context = onnx.checker.C.CheckerContext()
+        context.ir_version = self.model.ir_version
+        context.opset_imports = {o.domain: o.version for o in self.model.opset_import}
+        try:
+            onnx.checker.check_node(node, context)
+        except onnx.checker.ValidationError:
+            return True
+        return False
 
     def axis(self, name: str) -> int | None:
         """The channel axis of ``name``, where a linear operator fixes it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
-from onnx import ModelProto
+from onnx import GraphProto, ModelProto
 
 from reparamc.algebra.rewrite import Pass, select
 from reparamc.compiler.graph import Edit, Graph, Splice
@@ -21,16 +21,17 @@ from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse, level_of
 from reparamc.compiler.plan import fold_constants
 from reparamc.compiler.readings import Value
+from reparamc.compiler.regions import LIFT
 from reparamc.errors import InputError, InputTypeError
 from reparamc.onnx import weights
-from reparamc.onnx.bodies import fuse_bodies, has_bodies, inlined, merged, resolve
-from reparamc.onnx.check import check
+from reparamc.onnx.bodies import called, fuse_bodies, has_bodies, inlined, merged, resolve
+from reparamc.onnx.check import check, graphs, in_execution_order, nested
 from reparamc.onnx.emit import OnnxEdit
 from reparamc.onnx.files import check_target, file_origin, opened, save_outcome
 from reparamc.onnx.graph import OnnxGraph
 from reparamc.onnx.record import inscribe, model_origin
-from reparamc.onnx.values import FLOATS, constant_tensor, is_standard
-from reparamc.report.data import Counts, OutputError, Report
+from reparamc.onnx.values import FLOATS, constant_tensor, is_standard, subgraphs
+from reparamc.report.data import Counts, OutputError, Refusal, Report
 
 if TYPE_CHECKING:  # checks are imported when they are asked for
     from reparamc.certificate.proof import Certificate
@@ -75,7 +76,15 @@ def fuse_light(
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
     options = Options(select(pass_table, passes, skip), level_of(verify), objective, progress)
-    result, report = _fuse_whole(model, options, pass_table)
+    given, model = model, in_execution_order(model)
+    said = check(model)
+    result, report = _Whole(model, options, pass_table, doubted=said is not None).fused()
+    if model is not given:
+        report.remarks.append("the operators of the model are not in execution order; those of the result are")
+        if not report.changed:
+            result.CopyFrom(given)
+    if said is not None:
+        report.remarks.append(f"the ONNX checker objects to the model, which ONNX Runtime takes: {said}")
     if only_if_faster and report.changed:
         from reparamc.onnx.latency import compare_latency
 
@@ -87,63 +96,102 @@ def fuse_light(
     return result, report
 
 
-def _fuse_whole(model: ModelProto, options: Options, pass_table: tuple[Pass, ...]) -> tuple[ModelProto, Report]:
-    """`fuse_model`: the main graph, and its bodies, where it has some, with or without its functions inlined."""
-    check(model)
-    if not model.functions and not has_bodies(model):
-        return _fuse_graph(model, options)
+MOST_FUNCTIONS = 8
+"""Local functions that are tried by themselves where the file would grow if all calls were replaced by their bodies."""
 
-    def attempt(start: ModelProto) -> tuple[ModelProto, Report]:
-        """The main graph and its bodies, which are proven one by one, and compared together."""
-        whole = ModelProto()
-        whole.CopyFrom(start)
-        folding = next((p.name for p in options.passes if p.run is fold_constants), None)
-        resolved = resolve(whole) if folding is not None else 0
+
+class _Whole:
+    """A model with its bodies and local functions.
+
+    Args:
+        doubted: see `Facts`.
+    """
+
+    def __init__(self, model: ModelProto, options: Options, pass_table: tuple[Pass, ...], doubted: bool) -> None:
+        self.model, self.options, self.doubted = model, options, doubted
+        self.folding = next((p.name for p in options.passes if p.run is fold_constants), None)
         names = [p.name for p in options.passes]
         inside = "off" if options.level == "off" else "region"
-        given: dict[str, Any] = {"passes": names, "objective": options.objective, "pass_table": pass_table}
-        inner = fuse_bodies(whole, partial(fuse_light, verify=inside, **given))
-        result, report = _fuse_graph(whole, options)
-        report.before = count(model)
+        self._fuse_body = partial(
+            fuse_light, verify=inside, passes=names, objective=options.objective, pass_table=pass_table
+        )
+
+    def fused(self) -> tuple[ModelProto, Report]:
+        """The model, fused; calls are replaced by the bodies of functions where more folds then and no file grows."""
+        result, report = self._attempt(self.model)
+        functions = called(self.model)
+        if not functions:
+            return result, report
+        found = self._inlined(functions, report)
+        if found is not None and not self._fits(found[0]) and len(functions) > 1:
+            tried = {f: self._inlined([f], report) for f in functions[:MOST_FUNCTIONS]}
+            fitting = [f for f, made in tried.items() if made is not None and self._fits(made[0])]
+            grown = [f for f, made in tried.items() if made is not None and f not in fitting] or functions
+            if fitting:
+                result, report = self._inlined(fitting, report) or (result, report)
+        elif found is not None and self._fits(found[0]):
+            return found
+        else:
+            grown = [] if found is None else functions
+        why = "more would fold in what its calls compute, each in its place, but the file would grow"
+        report.kept += [Refusal(".".join(filter(None, f)), LIFT, why) for f in grown]
+        return result, report
+
+    def _fits(self, result: ModelProto) -> bool:
+        return weights.total(result) <= weights.total(self.model)
+
+    def _inlined(self, functions: Sequence[tuple[str, str]], report: Report) -> tuple[ModelProto, Report] | None:
+        """What comes of the model without calls of ``functions``; None if no more folds than in ``report``."""
+        plain = inlined(self.model, functions)
+        if plain is None:
+            return None
+        result, found = self._attempt(plain)
+        if sum(found.passes.values()) <= sum(report.passes.values()):
+            return None
+        found.before = count(self.model)
+        if self.options.level == "full" and self._fits(result):
+            from reparamc.onnx.end_to_end import verify_end_to_end
+
+            found.end_to_end = verify_end_to_end(self.model, result)
+        return result, found
+
+    def _attempt(self, start: ModelProto) -> tuple[ModelProto, Report]:
+        """The main graph and its bodies, which are proven one by one, and compared together."""
+        if not has_bodies(start):
+            return self._fuse_graph(start)
+        whole = ModelProto()
+        whole.CopyFrom(start)
+        resolved = resolve(whole) if self.folding is not None else 0
+        inner = fuse_bodies(whole, self._fuse_body)
+        result, report = self._fuse_graph(whole)
+        report.before = count(start)
         if not resolved and not any(found.changed for _, found in inner):
             return result, report
         report = merged(report, inner)
-        if folding is not None:
-            report.passes[folding] += resolved
-        if options.level == "full":
+        if self.folding is not None:
+            report.passes[self.folding] += resolved
+        if self.options.level == "full":
             from reparamc.onnx.end_to_end import verify_end_to_end
 
             check(result)
-            report.end_to_end = verify_end_to_end(model, result)
+            report.end_to_end = verify_end_to_end(start, result)
         return result, report
 
-    result, report = attempt(model)
-    if (plain := inlined(model)) is not None:
-        other, found = attempt(plain)
-        if sum(found.passes.values()) > sum(report.passes.values()) and weights.total(other) <= weights.total(model):
-            if options.level == "full":
-                from reparamc.onnx.end_to_end import verify_end_to_end
-
-                found.end_to_end = verify_end_to_end(model, other)
-            result, report = other, found
-    return result, report
-
-
-def _fuse_graph(model: ModelProto, options: Options) -> tuple[ModelProto, Report]:
-    """`fuse_model`, of the main graph alone."""
-    start = perf_counter()
-    host = OnnxHost(model)
-    read = perf_counter()
-    result, report = fuse(host, options)
-    report.seconds = {"reading": read - start, **report.seconds}
-    return result, report
+    def _fuse_graph(self, model: ModelProto) -> tuple[ModelProto, Report]:
+        """The main graph alone."""
+        start = perf_counter()
+        host = OnnxHost(model, self.doubted)
+        read = perf_counter()
+        result, report = fuse(host, self.options)
+        report.seconds = {"reading": read - start, **report.seconds}
+        return result, report
 
 
 class OnnxHost:
     """`reparamc.compiler.host.Host` over a model."""
 
-    def __init__(self, model: ModelProto) -> None:
-        self.model, self.graph = model, OnnxGraph(model)
+    def __init__(self, model: ModelProto, doubted: bool = False) -> None:
+        self.model, self.graph, self.doubted = model, OnnxGraph(model, doubted), doubted
 
     def carry_out(self, graph: Graph, edits: Sequence[Edit]) -> ModelProto:
         read = cast(OnnxGraph, graph)
@@ -200,7 +248,9 @@ class OnnxHost:
         return {unit: reason(kind) for unit, kind in harmful(units, Counter(kernels.values()), left).items()}
 
     def check(self, result: ModelProto) -> None:
-        check(result)
+        said = check(result)
+        if said is not None and not self.doubted:
+            raise InputError(f"the result does not pass the ONNX checker: {said}")
 
     def can_compare(self, changed: bool) -> bool:
         return changed
@@ -282,10 +332,13 @@ def fuse_onnx(
 
 
 def count(model: ModelProto) -> Counts:
-    """The size of the main graph of ``model``."""
-    kinds = Counter(n.op_type for n in model.graph.node if is_standard(n))
-    ops = len(model.graph.node) - kinds["Constant"] - kinds["Identity"]
-    tensors = [*model.graph.initializer]
-    tensors += [t for n in model.graph.node if n.op_type == "Constant" and (t := constant_tensor(n)) is not None]
+    """The size of ``model``, its bodies and local functions among it."""
+    parts = [*graphs(model), *model.functions]
+    parts += [g for f in model.functions for node in f.node for body in subgraphs(node) for g in nested(body)]
+    nodes = [node for part in parts for node in part.node]
+    kinds = Counter(n.op_type for n in nodes if is_standard(n))
+    ops = len(nodes) - kinds["Constant"] - kinds["Identity"]
+    tensors = [t for part in parts if isinstance(part, GraphProto) for t in part.initializer]
+    tensors += [t for n in nodes if n.op_type == "Constant" and (t := constant_tensor(n)) is not None]
     elements = sum(prod(t.dims) for t in tensors if t.data_type in FLOATS)
     return Counts(ops, kinds["Conv"], kinds["BatchNormalization"], elements)

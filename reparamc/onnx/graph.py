@@ -44,8 +44,8 @@ class OnnxGraph(Facts):
 
     pools_clamp = True
 
-    def __init__(self, model: ModelProto) -> None:
-        super().__init__(model, READERS)
+    def __init__(self, model: ModelProto, doubted: bool = False) -> None:
+        super().__init__(model, READERS, doubted)
         self._functions: dict[str, Operator] = {}
 
     @cached_property
@@ -159,4 +159,4 @@ class OnnxGraph(Facts):
         copy = ModelProto()
         copy.CopyFrom(self.model)
         names = fold_constants(copy)
-        return (OnnxGraph(copy), [Fold(name, names[0]) for name in names]) if names else (self, [])
+        return (OnnxGraph(copy, self.doubted), [Fold(name, names[0]) for name in names]) if names else (self, [])

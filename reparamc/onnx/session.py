@@ -16,7 +16,7 @@ from reparamc.algebra.dtypes import epsilon_of, is_floating
 from reparamc.equivalence.trials import GUESSES, TooLarge, check_size
 from reparamc.errors import InputError, one_line
 from reparamc.onnx import weights
-from reparamc.onnx.values import forget_negative_sizes, known_size, skeleton
+from reparamc.onnx.values import forget_negative_sizes, inferred, known_size, skeleton
 
 MOST_DRAWN = 2**25
 """Elements of random inputs of open sizes in all: a size that a model takes is found among small ones."""
@@ -97,10 +97,11 @@ def working(
         kinds = input_kinds(model, guess, sizes)
         drawn = sum(prod(shape) for shape, _ in kinds.values())
         try:
+            check_size({name: shape for name, (shape, _) in kinds.items()})
             if light is not None:
                 check_computed(light, kinds)
             if light is not None and drawn > left:
-                raise TooLarge(f"random inputs of {drawn} elements are too many; try --verify region")
+                raise TooLarge(f"random inputs of {drawn} elements are too many")
             inputs = _drawn_inputs(kinds, seed)
         except TooLarge as error:
             too_large = error
@@ -118,7 +119,7 @@ def working(
     if of_nothing is not None and too_large is None:
         return of_nothing
     if too_large is not None and (failure is None or of_nothing is not None):
-        raise too_large
+        raise TooLarge(f"{too_large}; try --verify region") from too_large
     raise InputError(f"ONNX Runtime cannot run the model on random inputs: {one_line(failure)}; try --verify region")
 
 
@@ -135,14 +136,11 @@ def check_computed(light: ModelProto, inputs: Mapping[str, tuple[list[int], np.d
         if value.name in inputs:
             kind = value.type.tensor_type
             kind.CopyFrom(helper.make_tensor_type_proto(kind.elem_type, inputs[value.name][0]).tensor_type)
-    try:
-        found = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
-    except onnx.shape_inference.InferenceError:
-        return  # the runtime will say what is wrong
+    found = inferred(light, {"data_prop": True}).graph
     for value in (*found.value_info, *found.output):
         sizes = [d.dim_value for d in value.type.tensor_type.shape.dim]
         if prod(sizes) > MOST_COMPUTED:
-            raise TooLarge(f"{value.name!r} would have {prod(sizes)} elements on random inputs; try --verify region")
+            raise TooLarge(f"{value.name!r} would have {prod(sizes)} elements on random inputs")
 
 
 def _attempts(model: ModelProto, guesses: Sequence[int]) -> Iterator[tuple[int, dict[str, int]]]:
@@ -178,7 +176,9 @@ def random_inputs(
         InputError: an input is no dense tensor of numbers.
         TooLarge: they do not fit into memory.
     """
-    return _drawn_inputs(input_kinds(model, extent, sizes), seed)
+    kinds = input_kinds(model, extent, sizes)
+    check_size({name: shape for name, (shape, _) in kinds.items()})
+    return _drawn_inputs(kinds, seed)
 
 
 def input_kinds(model: ModelProto, extent: int, sizes: Mapping[str, int]) -> dict[str, tuple[list[int], np.dtype]]:
@@ -208,12 +208,9 @@ def input_kinds(model: ModelProto, extent: int, sizes: Mapping[str, int]) -> dic
 def _drawn_inputs(kinds: Mapping[str, tuple[list[int], np.dtype]], seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     try:
-        check_size({name: shape for name, (shape, _) in kinds.items()})
         return {name: _drawn(rng, shape, dtype) for name, (shape, dtype) in kinds.items()}
-    except TooLarge as error:
-        raise TooLarge(f"{error}; try --verify region") from error
     except MemoryError as error:
-        raise TooLarge(f"random inputs do not fit into memory: {one_line(error)}; try --verify region") from error
+        raise TooLarge(f"random inputs do not fit into memory: {one_line(error)}") from error
 
 
 def _drawn(rng: np.random.Generator, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -212,7 +212,7 @@ def in_order(nodes: Iterable[NodeProto]) -> list[NodeProto]:
                 stack.pop()
                 continue
             given = (*nodes[at].input, *captured(nodes[at]))
-            before = [makes[name] for name in given if name in makes and not done[makes[name]] and makes[name] != at]
+            before = [makes[name] for name in given if name in makes and not done[makes[name]]]
             if not before:
                 done[at] = True
                 found.append(nodes[stack.pop()])

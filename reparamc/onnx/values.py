@@ -290,8 +290,8 @@ def constant_of(node: NodeProto) -> Constant | None:
 
 
 def constant_tensor(node: NodeProto) -> TensorProto | None:
-    """The value of a Constant node; None for strings and sparse tensors."""
-    for a in node.attribute:
+    """The value of a Constant node; None for strings, sparse tensors and other nodes."""
+    for a in node.attribute if node.op_type == "Constant" else ():
         match a.name:
             case "value":
                 return a.t
@@ -336,12 +336,35 @@ def _referred(node: NodeProto) -> TensorProto | None:
     return next((a.t for a in node.attribute if a.name == "value" and is_reference(a.t)), None)
 
 
-def _inferred(light: ModelProto) -> ModelProto:
-    """``light`` with all that shape inference tells; without that where it finds a contradiction."""
-    for options in ({"strict_mode": True, "data_prop": True}, {}):
-        with suppress(onnx.shape_inference.InferenceError):
+MALFORMED = (ValueError, TypeError, RuntimeError)
+"""What onnx itself raises of what no reader of it has thought of."""
+
+
+def inferred(light: ModelProto, *ways: dict[str, bool]) -> ModelProto:
+    """``light`` with what shape inference tells in the first of ``ways`` that it takes; as it is if none."""
+    propagates = not _names_vast_sizes(light)
+    for options in ways:
+        with suppress(onnx.shape_inference.InferenceError, *MALFORMED):
+            options = {key: value and (propagates or key != "data_prop") for key, value in options.items()}
             return onnx.shape_inference.infer_shapes(light, **options)
     return light
+
+
+STRICT = {"strict_mode": True, "data_prop": True}
+
+VAST, LAST = 2**20, 2**62
+"""Numbers between these are sizes that onnx, which follows the entries of vectors, would take minutes for."""
+
+
+def _names_vast_sizes(light: ModelProto) -> bool:
+    sizes = [d.dim_value for v in light.graph.input for d in v.type.tensor_type.shape.dim]
+    tensors = [*light.graph.initializer, *filter(None, map(constant_tensor, light.graph.node))]
+    arrays = [
+        numpy_helper.to_array(t)
+        for t in tensors
+        if t.data_type == TensorProto.INT64 and prod(t.dims) <= SMALL and not is_reference(t)
+    ]
+    return any(VAST < n < LAST for n in sizes) or any(((a > VAST) & (a < LAST)).any() for a in arrays)
 
 
 def _tell_ranks(light: ModelProto) -> bool:
@@ -374,9 +397,9 @@ class Types:
 
     def __init__(self, model: ModelProto) -> None:
         light = skeleton(model)
-        light = _inferred(light)
+        light = inferred(light, STRICT, {})
         if _tell_ranks(light):
-            light = _inferred(light)
+            light = inferred(light, STRICT, {})
         # What the file itself says comes first, to be overruled: it may be stale, and inference may be silent.
         self._types = {
             v.name: v.type.tensor_type

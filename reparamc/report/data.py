@@ -234,6 +234,7 @@ class Report:
         provenance: for every new parameter the names of the original ones that it is made from: those of the operators
             that went into its own. An operator that is found by its impulse response, or that is split, names those
             of its whole region.
+        remarks: what is odd about the input, but no reason to refuse it.
     """
 
     before: Counts
@@ -256,6 +257,7 @@ class Report:
     certificate: Certified | None = None
     parts: list[Part] = field(default_factory=list)
     provenance: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return self.table()
@@ -325,14 +327,18 @@ class Report:
 
     @property
     def warning(self) -> str | None:
-        """One line about the regions that failed their check; None when all is well."""
+        """One line about what is odd, and the regions that failed their check; None when all is well."""
         if not self.failed:
-            return None
+            return "; ".join(self.remarks) or None
         first, more = self.failed[0], len(self.failed) - 1
         others = f" and {more} more" if more else ""
         return (
-            f"region {first.where!r}{others} failed verification and stays as it was: {first.reason}. "
-            "The rest is rewritten and verified. Please report this as a bug, with the model"
+            "; ".join(self.remarks)
+            + "; " * bool(self.remarks)
+            + (
+                f"region {first.where!r}{others} failed verification and stays as it was: {first.reason}. "
+                "The rest is rewritten and verified. Please report this as a bug, with the model"
+            )
         )
 
     def to_json(self) -> str:
