@@ -30,7 +30,7 @@ from reparamc.compiler.split_scales import OTHERS, READ_TWICE, WRITTEN, fold_pie
 PIECE_FOLDING = Pass(
     name="piece-folding",
     equation="s (W*x + b)[i] + t = ((s'W)*x + (s'b + t'))[i],  s' = s and t' = t at i, elsewhere 1 and 0",
-    exact_when="all readers of W*x + b are selections of channels, and no other one reads i",
+    exact_when="all users of W*x + b are selections of channels, and no other one uses i",
     run=fold_pieces,
     refusals=(OTHERS, WRITTEN, READ_TWICE, "it failed its check: ..."),
 )

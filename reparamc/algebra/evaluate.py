@@ -41,7 +41,7 @@ def evaluate(
     """The value of ``root``, and the largest magnitude met on the way (the scale of its rounding errors).
 
     Args:
-        inputs: a float64 array for each source, with its channels along the axis that its readers expect.
+        inputs: a float64 array for each source, with its channels along the axis that its users expect.
         extents: what the symbols in the shapes stand for, where the shapes of the inputs do not tell.
         places: where to compute it; the inputs are given and the value is returned there. None: everywhere.
 

@@ -375,10 +375,10 @@ def walk(root: Expr, stop: Callable[[Expr], bool] = lambda _: False) -> Iterator
 
 
 def flatten(root: Expr) -> Expr:
-    """``((a + b) + c)`` as ``a + b + c``, wherever the inner sum has no other reader."""
+    """``((a + b) + c)`` as ``a + b + c``, wherever the inner sum has no other user."""
     order = list(walk(root))
-    readers = Counter(c for e in order for c in e.children)
-    inner = {t for e in order if isinstance(e, Sum) for t in e.terms if isinstance(t, Sum) and readers[t] == 1}
+    users = Counter(c for e in order for c in e.children)
+    inner = {t for e in order if isinstance(e, Sum) for t in e.terms if isinstance(t, Sum) and users[t] == 1}
     done: dict[Expr, Expr] = {}
     for e in order:
         if e in inner:

@@ -8,7 +8,7 @@ A **pass** is a named tuple of rules: the unit that users select and that report
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reparamc.algebra.cost import LATENCY, Objective
@@ -21,10 +21,12 @@ class Declined:
     """A refusal worth telling the user: which condition fails, in one clause.
 
     ``at_border``: it fails where the map ends, so that a larger part of the graph may satisfy it.
+    ``by``: the pass that says so; rules leave it open.
     """
 
     reason: str
     at_border: bool = False
+    by: str = ""
 
 
 Rule = Callable[[Expr], "Expr | Declined | None"]
@@ -73,22 +75,12 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """One rule of the pass ``name`` declined at ``at``."""
-
-    name: str
-    at: Expr
-    reason: str
-    at_border: bool = False
-
-
-@dataclass(frozen=True)
 class Outcome:
     """The fixed point, the steps that led to it, and what was declined and is still there."""
 
     expr: Expr
     steps: tuple[Step, ...]
-    refusals: tuple[Refusal, ...]
+    refusals: tuple[Declined, ...]
 
 
 def simplify(root: Expr, passes: Sequence[Pass], objective: Objective = LATENCY) -> Outcome:
@@ -107,7 +99,7 @@ class _Simplifier:
     def __init__(self, passes: Sequence[Pass], objective: Objective) -> None:
         self.rules = [(p.name, rule) for p in passes for rule in p.priced_by(objective)]
         self.steps: list[Step] = []
-        self.refusals: dict[Expr, list[Refusal]] = {}
+        self.refusals: dict[Expr, list[Declined]] = {}
 
     def run(self, root: Expr) -> Outcome:
         done: dict[Expr, Expr] = {}  # node -> its fixed point
@@ -143,11 +135,11 @@ class _Simplifier:
         return Outcome(final, tuple(self.steps), tuple(self._standing(final)))
 
     def _apply(self, e: Expr) -> Expr:
-        refusals: list[Refusal] = []
+        refusals: list[Declined] = []
         for name, rule in self.rules:
             result = rule(e)
             if isinstance(result, Declined):
-                refusals.append(Refusal(name, e, result.reason, result.at_border))
+                refusals.append(replace(result, by=name))
             elif result is not None and result is not e:
                 self.steps.append(Step(name, rule, e, result))
                 return result
@@ -155,7 +147,7 @@ class _Simplifier:
             self.refusals[e] = refusals
         return e
 
-    def _standing(self, final: Expr) -> Iterable[Refusal]:
+    def _standing(self, final: Expr) -> Iterable[Declined]:
         return [r for e in walk(final) for r in self.refusals.get(e, [])]
 
 

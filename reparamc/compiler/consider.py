@@ -16,7 +16,7 @@ from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.expr import Array, Conv, Expr, Sum, arrays, flatten, release, replaced, walk
 from reparamc.algebra.infer import misfit
 from reparamc.algebra.provenance import names_through
-from reparamc.algebra.rewrite import Declined, Pass, Refusal, Step, simplify
+from reparamc.algebra.rewrite import Declined, Pass, Step, simplify
 from reparamc.algebra.text import show
 from reparamc.compiler.graph import Graph, Splice, not_native
 from reparamc.compiler.readings import Reading, Value, values_in
@@ -49,7 +49,7 @@ class Decision:
 
     expr: Expr
     splice: Splice | None
-    refusals: Sequence[Refusal]
+    refusals: Sequence[Declined]
     members: tuple[Value, ...]
     failed: bool = False
     apart: frozenset[Value] = frozenset()
@@ -77,7 +77,7 @@ def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...]) -
     if isinstance(splice, Splice):
         return Decision(after, replace(splice, origins=_origins(found)), refusals, members)
     reason = splice.reason if isinstance(splice, Declined) else f"it failed its check: {splice.reason}"
-    refusals = [*refusals, Refusal(steps[-1].name, before, reason)]
+    refusals = [*refusals, Declined(reason, by=steps[-1].name)]
     apart = frozenset[Value]()
     if isinstance(splice, Declined) and splice.reason == REASON:
         apart = frozenset(v for v in members[:-1] if isinstance(e := found.exprs[v], Conv) and e.is_weightless)
@@ -92,7 +92,7 @@ class _Simplified:
     after: Expr
     exprs: dict[Value, Expr]
     steps: Sequence[Step]
-    refusals: Sequence[Refusal]
+    refusals: Sequence[Declined]
 
 
 def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]]) -> _Simplified:
@@ -100,7 +100,7 @@ def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]]) -> _Simpli
     exprs: dict[Value, Expr] = {}
     before = after = Sum(())
     steps: list[Step] = []
-    refusals: Sequence[Refusal] = ()
+    refusals: Sequence[Declined] = ()
     for part in parts:
         joint = exprs.pop(part[-1], None)
         lifted(setting.graph, part, setting.readings, exprs)
@@ -112,7 +112,7 @@ def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]]) -> _Simpli
             before, after = flatten(moved[before]), flatten(moved[after])
             exprs = {v: moved[e] for v, e in exprs.items()}
         if reason := misfit(after):
-            return _Simplified(before, before, exprs, (), [Refusal(LIFT, before, reason)])
+            return _Simplified(before, before, exprs, (), [Declined(reason, by=LIFT)])
         with np.errstate(all="ignore"):  # whatever is not finite is refused by the check
             outcome = simplify(after, setting.passes, setting.objective)
         after, refusals = outcome.expr, outcome.refusals

@@ -89,7 +89,7 @@ def _uses(readings: Mapping[Value, Reading], decisions: Mapping[Value, Decision]
 
 
 def _is_pooling(reading: Reading) -> bool:
-    """Whether it computes: such an operator is shared if it stays in all regions, and not composed with each reader."""
+    """Whether it computes: such an operator is shared if it stays in all regions, and not composed with each user."""
     return isinstance(reading.template, Conv)
 
 

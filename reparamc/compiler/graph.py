@@ -30,8 +30,8 @@ class Graph(Protocol):
         """The operator behind ``value`` as a linear one; Declined with the reason when it nearly is."""
         ...
 
-    def readers(self, value: Value) -> Sequence[Value | None]:
-        """The values computed from ``value``; None for a reader that is no value (a graph output)."""
+    def users(self, value: Value) -> Sequence[Value | None]:
+        """The values computed from ``value``; None for a user that is no value (a graph output)."""
         ...
 
     def source(self, value: Value) -> Source:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from reparamc.algebra.expr import Expr, Source, replaced, walk
 from reparamc.compiler.consider import Decision, Setting, consider
 from reparamc.compiler.readings import Value
-from reparamc.compiler.regions import linear_readers
+from reparamc.compiler.regions import linear_users
 
 MOST_JOINED = 16
 """Regions that are considered as one: work stays in proportion to the graph."""
@@ -25,9 +25,9 @@ def joined(setting: Setting, decisions: dict[Value, Decision]) -> dict[Value, De
             home.setdefault(value, set()).add(root)
     parts: dict[Value, tuple[tuple[Value, ...], ...]] = {}
     for root in list(decisions):
-        readers = linear_readers(setting.graph, setting.readings, root)
-        roots = {outer for reader in readers for outer in home.get(reader, (None,))}
-        outer = roots.pop() if len(roots) == 1 and len(readers) > 1 else None
+        users = linear_users(setting.graph, setting.readings, root)
+        roots = {outer for user in users for outer in home.get(user, (None,))}
+        outer = roots.pop() if len(roots) == 1 and len(users) > 1 else None
         if outer is None or any(home[v] != {root} for v in decisions[root].members):
             continue
         first, second = decisions[root], decisions[outer]

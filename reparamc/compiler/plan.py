@@ -105,7 +105,7 @@ class Compilation:
             decision = decisions[root]
             if decision.splice is not None:
                 plan.splices.append(decision.splice)
-            plan.kept.extend(Refusal(self.graph.name(root), r.name, r.reason) for r in decision.refusals)
+            plan.kept.extend(Refusal(self.graph.name(root), r.by, r.reason) for r in decision.refusals)
             reason = _why_left(self.graph, root, decision.expr, self.setting.readings)
             if not decision.refusals and reason is not None:
                 plan.kept.append(Refusal(self.graph.name(root), LEFT, reason))
@@ -143,10 +143,10 @@ LEFT = "region"
 
 def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value]) -> str | None:
     """Why the linear operators of a region in its final form stay; None for one convolution between non-linear ones."""
-    readers = graph.readers(root)
-    if len(readers) > 1 and any(r in readings for r in readers):
-        nonlinear = [r for r in readers if r not in readings]  # these are in the way of the linear ones
-        other = (nonlinear or [r for r in readers[1:] if r != readers[0]] or readers)[0]
+    users = graph.users(root)
+    if len(users) > 1 and any(r in readings for r in users):
+        nonlinear = [r for r in users if r not in readings]  # these are in the way of the linear ones
+        other = (nonlinear or [r for r in users[1:] if r != users[0]] or users)[0]
         return f"second consumer at {'the output of the model' if other is None else graph.name(other)}"
     kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat) and not _is_bias(e)]
     if len(kinds) > 1 and any(isinstance(e, Conv) and is_all(e.weight, 0) for e in kinds):

@@ -119,8 +119,10 @@ class Reading:
     @cached_property
     def commutes(self) -> bool:
         """Whether it scales or moves each channel by itself, so that each of its users may take it in."""
-        pools = isinstance(self.template, Conv) and not self.leaves and not self.template.reads_padding
-        return self.scales or isinstance(self.template, Layout) or pools
+        e = self.template
+        if isinstance(e, Conv):
+            return not self.leaves and e.is_weightless and not e.reads_padding
+        return self.scales or isinstance(e, Layout)
 
     def over(self, operands: Mapping[Value, Expr]) -> Expr:
         """Its expression over those of its operands."""

@@ -1,12 +1,12 @@
 """Where regions end, and what they compute.
 
-A **region** is a maximal tree of linear operators: every member but the root has exactly one reader,
+A **region** is a maximal tree of linear operators: every member but the root has exactly one user,
 and that is a member too. So all members can die when the root is replaced, and no rewrite can make
 work double by absorbing a value that is needed elsewhere as well. Finding them is one sweep from the
 outputs to the inputs.
 
 There is one exception. What scales or moves each channel by itself (a BatchNorm in front of q, k and
-v), behind something non-linear, is a member of every region that reads it, if all its readers are
+v), behind something non-linear, is a member of every region that reads it, if all its users are
 linear.
 """
 
@@ -25,11 +25,9 @@ MOST_SHARED = 8
 """Regions that one value may be a member of."""
 
 
-def linear_readers(graph: Graph, readings: Mapping[Value, Reading], value: Value) -> list[Value | None]:
-    """What reads ``value``; None for a reader that is not linear in it."""
-    return [
-        reader if reader in readings and value in readings[reader].operands else None for reader in graph.readers(value)
-    ]
+def linear_users(graph: Graph, readings: Mapping[Value, Reading], value: Value) -> list[Value | None]:
+    """What reads ``value``; None for a user that is not linear in it."""
+    return [user if user in readings and value in readings[user].operands else None for user in graph.users(value)]
 
 
 def find_regions(
@@ -45,15 +43,15 @@ def find_regions(
     folds_down: dict[Value, bool] = {}  # behind a linear operator that nothing else reads: it goes there
     for value, reading in readings.items():
         x = reading.operands[0]
-        only = x in readings and len(graph.readers(x)) == 1
+        only = x in readings and len(graph.users(x)) == 1
         folds_down[value] = only and (not readings[x].commutes or folds_down[x])
     roots_of: dict[Value, tuple[Value, ...]] = {}
     members: dict[Value, list[Value]] = {}
     for value in reversed(list(readings)):
-        readers = linear_readers(graph, readings, value)
-        known = all(reader in roots_of for reader in readers)
-        roots = tuple(dict.fromkeys(root for reader in readers for root in roots_of.get(reader, ())))
-        alone = len(readers) == 1 and len(roots) == 1
+        users = linear_users(graph, readings, value)
+        known = all(user in roots_of for user in users)
+        roots = tuple(dict.fromkeys(root for user in users for root in roots_of.get(user, ())))
+        alone = len(users) == 1 and len(roots) == 1
         free = readings[value].commutes and value not in apart and not (readings[value].scales and folds_down[value])
         shared = free and 0 < len(roots) <= MOST_SHARED
         roots_of[value] = roots = roots if known and value not in ends and (alone or shared) else (value,)

@@ -37,12 +37,12 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import coefficients, scaled_again
-from reparamc.algebra.rewrite import Declined, Pass, Refusal, simplify
+from reparamc.algebra.rewrite import Declined, Pass, simplify
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.consider import Decision, Setting, checked
 from reparamc.compiler.plan import Compilation
 from reparamc.compiler.readings import Value
-from reparamc.compiler.regions import lifted, linear_readers
+from reparamc.compiler.regions import lifted, linear_users
 from reparamc.report.data import FailedRegion
 
 MOST_REGIONS = 16
@@ -55,23 +55,23 @@ def fold_pieces(compilation: Compilation, p: Pass) -> None:
     They go before the selection, where the other passes have to take them in.
     """
     setting, decisions = compilation.setting, compilation.decisions
-    readers: dict[Value, list[Value]] = {}  # the regions that read a value
+    users: dict[Value, list[Value]] = {}  # the regions that read a value
     wanting: dict[Value, list[Value]] = {}  # those that scale what they take
     for root in sorted(decisions, key=compilation.place):
         for value, branches in _branches(decisions[root].expr).items():
-            readers.setdefault(value, []).append(root)
+            users.setdefault(value, []).append(root)
             if any(branch.scales and branch.takes for branch in branches):
                 wanting.setdefault(value, []).append(root)
     folder = _Folder(setting, p.name, compilation.place)
     for value, roots in wanting.items():
-        whole, regions = decisions.get(value), [decisions[r] for r in readers[value] if r in decisions]
+        whole, regions = decisions.get(value), [decisions[r] for r in users[value] if r in decisions]
         if whole is None or not any(isinstance(e, Conv) for e in walk(whole.expr)):
             continue
         found = folder.fold(value, whole, regions)
         if isinstance(found, Declined):
-            refusal = Refusal(p.name, whole.expr, found.reason)
+            declined = replace(found, by=p.name)
             for root in roots:
-                decisions[root] = replace(decisions[root], refusals=[*decisions[root].refusals, refusal])
+                decisions[root] = replace(decisions[root], refusals=[*decisions[root].refusals, declined])
         elif found:
             del decisions[value]
             decisions.update((d.members[-1], d) for d in found)
@@ -79,7 +79,7 @@ def fold_pieces(compilation: Compilation, p: Pass) -> None:
 
 @dataclass(frozen=True)
 class _Branch:
-    """What one reader after the other does to a value: moves and selections of channels, then scales in a row."""
+    """What one user after the other does to a value: moves and selections of channels, then scales in a row."""
 
     moves: tuple[Layout | Select, ...]
     scales: tuple[Scale | BatchNorm, ...] = ()
@@ -93,24 +93,24 @@ class _Branch:
 def _branches(expr: Expr) -> dict[Value, list[_Branch]]:
     """What reads each of the values that ``expr`` starts from."""
     nodes = list(walk(expr))
-    readers: dict[Expr, list[Expr]] = {}
+    users: dict[Expr, list[Expr]] = {}
     for e in nodes:
         for x in e.children:
-            readers.setdefault(x, []).append(e)
+            users.setdefault(x, []).append(e)
     found: dict[Value, list[_Branch]] = {}
     for x in nodes:
         if isinstance(x, Source):
-            found.setdefault(x.key, []).extend(_behind(x, readers))
+            found.setdefault(x.key, []).extend(_behind(x, users))
     return found
 
 
-def _behind(source: Source, readers: Mapping[Expr, Sequence[Expr]]) -> list[_Branch]:
-    """What reads ``source``, where ``readers`` says what reads each node."""
+def _behind(source: Source, users: Mapping[Expr, Sequence[Expr]]) -> list[_Branch]:
+    """What reads ``source``, where ``users`` says what reads each node."""
     found: list[_Branch] = []
     stack: list[tuple[Expr, tuple[Layout | Select, ...]]] = [(source, ())]
     while stack:
         e, moves = stack.pop()
-        above = readers.get(e, ())
+        above = users.get(e, ())
         moving = [r for r in above if isinstance(r, Layout | Select)]
         stack += [(r, (*moves, r)) for r in moving]
         if above and len(moving) == len(above):
@@ -118,7 +118,7 @@ def _behind(source: Source, readers: Mapping[Expr, Sequence[Expr]]) -> list[_Bra
         scales: list[Scale | BatchNorm] = []
         while len(above) == 1 and isinstance(above[0], Scale | BatchNorm):
             scales.append(above[0])
-            above = readers.get(above[0], ())
+            above = users.get(above[0], ())
         found.append(_Branch(moves, tuple(scales)))
     return found
 
@@ -162,10 +162,10 @@ class _Folder:
             return None  # it belongs to another convolution in pieces
         forms = [self._form(d) for d in regions]
         branches = [branch for form in forms for branch in _branches(form.expr).get(value, ())]
-        readers = linear_readers(self.setting.graph, self.setting.readings, value)
-        if not {v for d in regions for v in d.members}.issuperset(readers):
+        users = linear_users(self.setting.graph, self.setting.readings, value)
+        if not {v for d in regions for v in d.members}.issuperset(users):
             return Declined(OTHERS)
-        if any(self.setting.graph.is_written(v) for v in (value, *readers)):
+        if any(self.setting.graph.is_written(v) for v in (value, *users)):
             return Declined(WRITTEN)
         form = self._form(whole)
         expr = flatten(form.expr)

@@ -59,7 +59,7 @@ class FxGraph(Readings):
         node = cast(fx.Node, value)
         return str(node.target) if node.op == "call_module" else node.name
 
-    def readers(self, value: Value) -> Sequence[Value | None]:
+    def users(self, value: Value) -> Sequence[Value | None]:
         node = cast(fx.Node, value)
         found: list[Value | None] = []
         freed = self.sizes.freed.get(node)
@@ -86,7 +86,7 @@ class FxGraph(Readings):
         last = self.order[cast(fx.Node, root)]
         shared = set(self.memory.aliases(cast(fx.Node, root)))
         for value in (*cast(Sequence[fx.Node], sources), *nodes[:-1]):
-            reads = [self.order[u] for u in cast("list[fx.Node]", self.readers(value)) if u in nodes]
+            reads = [self.order[u] for u in cast("list[fx.Node]", self.users(value)) if u in nodes]
             writers = self.memory.writers(value)
             view = value in shared and value in sources and not any(w in nodes for w in writers)
             for writer in writers:

@@ -28,8 +28,8 @@ from reparamc.onnx.values import (
     itemsize,
     opset_of,
     read_elsewhere,
-    readers,
     subgraphs,
+    users,
 )
 from reparamc.onnx.weights import tensor
 from reparamc.onnx.witnesses import computed
@@ -61,7 +61,7 @@ def fold_constants(model: ModelProto) -> list[str]:
 
 
 def _sweep(model: ModelProto) -> list[str]:
-    uses, found = readers(model.graph), _Foldable(model)
+    uses, found = users(model.graph), _Foldable(model)
     while True:
         found.collect()
         done = {name for node in found.nodes for name in node.output if name} | set(found.shapes)

@@ -25,7 +25,7 @@ from reparamc.onnx.values import (
     operand,
     opset_of,
     read_elsewhere,
-    readers,
+    users,
 )
 
 Reader = Callable[["Facts", NodeProto, str], "Reading | Declined | None"]
@@ -45,7 +45,7 @@ class Facts:
         self.constants = Constants(model)
         self.opset = opset_of(model)
         self.producers = {name: node for node in self.nodes for name in node.output if name}
-        self.uses = readers(model.graph)
+        self.uses = users(model.graph)
         for name in read_elsewhere(model):
             self.uses.setdefault(name, []).append(None)
         """The nodes that read each value, once per operand; None for a graph output or a body that captures it."""

@@ -61,7 +61,7 @@ class OnnxGraph(Facts):
         node = self.producers.get(str(value))
         return node.name if node is not None and node.name else str(value)
 
-    def readers(self, value: Value) -> Sequence[Value | None]:
+    def users(self, value: Value) -> Sequence[Value | None]:
         found: list[str | None] = []
         freed = str(value) in self.sizes.freed
         for node in self.uses.get(str(value), []):

@@ -1,4 +1,4 @@
-"""What is known about the values of an ONNX graph: constants, types, shapes, readers."""
+"""What is known about the values of an ONNX graph: constants, types, shapes, users."""
 
 from __future__ import annotations
 
@@ -479,7 +479,7 @@ class Types:
         return tuple(d.factor for d in shape)
 
 
-def readers(graph: GraphProto) -> dict[str, list[NodeProto | None]]:
+def users(graph: GraphProto) -> dict[str, list[NodeProto | None]]:
     """For every value the nodes that read it, once per operand, in their bodies or themselves; None for an output."""
     found: dict[str, list[NodeProto | None]] = {}
     for node in graph.node:
@@ -535,7 +535,7 @@ def commit(
     them any more, and so are initializers that nothing reads any more. What was dead before stays.
     """
     graph = model.graph
-    was_read = set(readers(graph)).union(suspects := set(suspects))
+    was_read = set(users(graph)).union(suspects := set(suspects))
     results = {o.name for o in graph.output} | read_elsewhere(model)
     nodes, gone = _without_dead(nodes, suspects, results)
     read = {name for node in nodes for name in (*node.input, *captured(node))} | results

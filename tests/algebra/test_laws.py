@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,7 @@ LAW = settings(
 )
 WIDTHS = (1, 2, 4, 6)
 RULED = [p for p in PASSES if p.run is None]
+CASES = Path(__file__).parent / "cases"
 
 
 def numbers(data: st.DataObject, *shape: int) -> np.ndarray:
@@ -272,6 +274,28 @@ def test_untouched_nodes_are_the_same_objects(e: Expr) -> None:
             id(outcome.expr)
         }
     assert {id(n) for n in walk(outcome.expr) if isinstance(n, Source)} <= {id(n) for n in walk(e)}
+
+
+WITHOUT_REPMIXER = [p for p in PASSES if p.name != "repmixer"]
+
+
+@LAW
+@given(expressions())
+def test_repmixer_is_a_macro(e: Expr) -> None:
+    """Without it the other passes reach the same result."""
+    before = flatten(e)
+    with time_limit(20):
+        found = [show(simplify(before, passes).expr) for passes in (PASSES, WITHOUT_REPMIXER)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("path", sorted(CASES.glob("repmixer/*.txt")), ids=lambda path: path.stem)
+def test_repmixer_is_a_macro_in_its_cases(path: Path) -> None:
+    before = flatten(parse(path.read_text().split("# becomes")[0].split("# unchanged")[0]))
+    found = [simplify(before, passes).expr for passes in (PASSES, WITHOUT_REPMIXER)]
+    assert show(found[0]) == show(found[1])
+    inputs = draw(source_shapes(before, (9, 10, 11)), 0)
+    assert_close(reference(found[0], inputs), reference(found[1], inputs), 1e-12)
 
 
 @LAW
