@@ -35,9 +35,6 @@ LOSS = 256 * DOUBLE
 ON_THE_WAY = 8
 """How often what a model computes from parameters may be rounded differently, in units of the magnitudes it has."""
 
-MANY = 1 << 14
-"""Of so many coefficients, one will be off by all that rounding explains, and it is not asked by how much each is."""
-
 CHUNK = 1 << 16
 """Coefficients compared at a time: few enough for a processor's cache."""
 
@@ -300,54 +297,39 @@ def _compare_blocks(
         for of in (original, emitted)
     )
     doubts = [p for p in mine if p.block.computed]
-    first, second = np.empty((2, step, width, len(taps)))
-    stored = other[0].stored(value.channels, width, precision) if len(other) == 1 else None
     for start in range(0, value.channels, step):
-        rows = min(step, value.channels - start)
-        gap = _total(mine, first[:rows], start)
-        if stored is not None:
-            by_row = _magnitudes_if_nearest(gap, stored[start : start + rows])
-            if by_row is not None:
-                sums.error[start : start + rows] += precision.unit * by_row + precision.tiny * width * len(taps)
-                sums.total[start : start + rows] += by_row
-                sums.enter(1.0, "")
-                continue
-        size = _total(other, second[:rows], start)
-        gap -= size
-        np.abs(gap, out=gap)
-        np.abs(size, out=size)
-        by_row = gap.reshape(rows, -1).sum(axis=1)
-        sums.error[start : start + rows] += by_row
-        sums.total[start : start + rows] += size.reshape(rows, -1).sum(axis=1)
-        if rounded and np.isfinite(by_row).all():
-            worst = float(np.fmax.reduce(np.divide(gap, size, out=gap), axis=None)) / (precision.unit * rounded)
-            if not worst > 1:  # not a number where all is zero
-                sums.enter(worst if worst >= 0 else 0.0, "")
-                continue
-        shape = gap.shape
-        a, e = _total(mine, np.empty(shape), start), _total(other, np.empty(shape), start)
-        gap = np.abs(a - e)
-        sizes = [_total(parts, np.empty(shape), start, True) for parts in (mine, other)]
-        allowed = sizes[1] * (precision.unit * rounded) + sizes[0] * LOSS
+        shape = (min(step, value.channels - start), width, len(taps))
+        a, e = _total(mine, shape, start), _total(other, shape, start)
+        gap, size = np.abs(a - e), np.abs(e)
+        at = slice(start, start + shape[0])
+        sums.error[at] += gap.sum(axis=(1, 2))
+        sums.total[at] += size.sum(axis=(1, 2))
+        allowed = size * (precision.unit * rounded)
+        if rounded and np.isfinite(gap).all() and (gap <= allowed).all():  # no cancellation need be looked for
+            sums.enter(float(np.nanmax(gap / allowed, initial=0.0)), "")
+            continue
+        sizes = [_total(parts, shape, start, True) for parts in (mine, other)]
         # A kernel that was asked for is the difference of two results, which hold the vectors of the row as well.
-        allowed += 16 * DOUBLE * added[start : start + rows, None, None]
+        allowed = sizes[1] * (precision.unit * rounded) + sizes[0] * LOSS + 16 * DOUBLE * added[at, None, None]
         if doubts:
-            allowed += _total(doubts, np.empty(shape), start, True) * (precision.unit * ON_THE_WAY)
-        if rounded:
-            allowed += precision.tiny
-        ratio = np.divide(gap, allowed, out=np.where(gap == 0, 0.0, np.inf), where=allowed > 0)
-        if not np.isfinite(gap).all():
-            same = (a == e) | (np.isnan(a) & np.isnan(e))
-            ratio = np.where(same, 0.0, np.where(np.isfinite(gap), ratio, np.inf))
+            allowed += _total(doubts, shape, start, True) * (precision.unit * ON_THE_WAY)
+        ratio = _ratio(a, e, allowed + (precision.tiny if rounded else 0.0))
         worst = float(ratio.max(initial=0.0))
         if worst > sums.units:
-            row, column, tap = np.unravel_index(int(ratio.argmax()), shape)
-            at = (row, column, tap)
+            row, column, tap = at_worst = np.unravel_index(int(ratio.argmax()), shape)
             channel = int(low[start + row]) + int(column)
             place = _place(taps[tap], value, frame.grids)
             said = f"channel {start + row} reads channel {channel} of {frame.source.leaf!r} {place}"
-            said += f" with weight {a[at]:.8g}, and {e[at]:.8g} in the result"
+            said += f" with weight {a[at_worst]:.8g}, and {e[at_worst]:.8g} in the result"
             sums.enter(worst, said, _excess(gap, ratio, sizes, precision))
+
+
+def _ratio(a: Array, e: Array, allowed: Array) -> Array:
+    """How far two arrays are apart, in units of what is ``allowed``; 0 where both are the same infinity or NaN."""
+    gap = np.abs(a - e)
+    ratio = np.divide(gap, allowed, out=np.where(gap == 0, 0.0, np.inf), where=allowed > 0)
+    same = (a == e) | (np.isnan(a) & np.isnan(e))
+    return np.where(same, 0.0, np.where(np.isfinite(gap), ratio, np.inf))
 
 
 def _excess(gap: Array, ratio: Array, sizes: Sequence[Array], precision: Precision) -> float:
@@ -355,93 +337,48 @@ def _excess(gap: Array, ratio: Array, sizes: Sequence[Array], precision: Precisi
     return float(np.nanmax(beyond / (precision.unit * (sizes[0] + sizes[1])), initial=0.0))
 
 
-def _magnitudes_if_nearest(exact: Array, stored: Array) -> Array | None:
-    """The sums of the magnitudes of each row of ``stored``, if it is what rounding to nearest makes of ``exact``.
-
-    Then no coefficient is off by more than one rounding, and none need be looked at by itself.
-    """
-    rounded = exact.astype(stored.dtype)
-    if not np.array_equal(rounded, stored):
-        return None
-    by_row = np.abs(rounded, out=rounded).reshape(len(rounded), -1).sum(axis=1, dtype=np.float32).astype(np.float64)
-    return by_row if np.isfinite(by_row).all() else None  # what is too large for the dtype is infinite on both sides
-
-
 class _Part:
     """A block, laid over an array (rows, width, taps) whose row r begins at channel ``low[r]``."""
 
     def __init__(self, block: Block, columns: Array, low: Array, taps: int) -> None:
         self.block = block
-        kept = columns >= 0
-        self.kept: Any = slice(None) if kept.all() else kept  # taps that read something
+        self.kept = columns >= 0  # taps that read something
         self.columns = columns[self.kept]
         rows = block.rows
         self.shift = block.first - low[rows]
-        self.left = None if np.all(block.left == 1) else block.left[:, None, None]
-        whole = len(self.columns) == taps and bool(np.array_equal(self.columns, np.arange(taps)))
+        whole = bool(np.array_equal(columns, np.arange(taps)))
         # A run of rows over the same channels is a slice of the array.
-        self.is_slice = (
-            (whole or len(self.columns) == 1)
-            and rows[-1] - rows[0] == len(rows) - 1
-            and bool(np.all(self.shift == self.shift[0]))
-        )
-        self.at = slice(None) if whole else slice(self.columns[0], self.columns[0] + 1) if self.is_slice else None
-        self.is_whole = self.is_slice and whole and bool(kept.all())
+        is_run = rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(self.shift == self.shift[0]))
+        self.is_slice = is_run and (whole or len(self.columns) == 1)
+        if self.is_slice:
+            self.at = slice(None) if whole else slice(self.columns[0], self.columns[0] + 1)
 
-    def stored(self, rows: int, width: int, precision: Precision) -> Array | None:
-        """All coefficients, where they are so many parameters of the precision, each by itself."""
-        b = self.block
-        is_all = self.is_whole and len(b.rows) == rows and b.weight.shape[1] == width
-        is_parameter = b.rounded == 1 and b.size is None and self.left is None
-        if not (is_all and is_parameter and b.weight.size >= MANY and b.weight.dtype in ("float16", "float32")):
-            return None
-        return b.weight if np.finfo(b.weight.dtype).eps == 2 * precision.unit else None
-
-    def add(self, found: Array, start: int, magnitude: bool, is_new: bool) -> bool:
-        """Add what the rows from ``start`` on have to ``found``; whether there was nothing.
-
-        What is in ``found`` counts as zeros if ``is_new``.
-        """
+    def add(self, found: Array, start: int, magnitude: bool) -> None:
+        """Add what the rows from ``start`` on have to ``found``."""
         b = self.block
         i, j = np.searchsorted(b.rows, (start, start + len(found)))
         if i == j or not len(self.columns):
-            return is_new
-        weight = b.weight[i:j, :, self.kept]
-        left = None if self.left is None else self.left[i:j]
+            return
+        weight, left = (b.size if magnitude and b.size is not None else b.weight)[i:j], b.left[i:j]
+        if not self.kept.all():
+            weight = weight[:, :, self.kept]
         if magnitude:
-            weight = np.abs(weight) if b.size is None else b.size[i:j, :, self.kept]
-            left = None if left is None else np.abs(left)
+            weight, left = np.abs(weight), np.abs(left)
+        if not np.all(left == 1):
+            weight = weight * left[:, None, None]
         if self.is_slice:
             row, channel = b.rows[i] - start, self.shift[0]
-            part = found[row : row + j - i, channel : channel + weight.shape[1], self.at]
-            if is_new and part.shape == found.shape:
-                np.copyto(part, weight)
-                if left is not None:
-                    part *= left
-                return False
-            if is_new:
-                found.fill(0)
-            part += weight if left is None else weight * left
-            return False
-        if is_new:
-            found.fill(0)
-        scaled = weight if left is None else weight * left
-        rows, channel = b.rows[i:j] - start, self.shift[i:j, None] + np.arange(weight.shape[1])
-        if len(set(self.columns.tolist())) == len(self.columns):
-            found[rows[:, None, None], channel[:, :, None], self.columns] += scaled
-            return False
-        for t, column in enumerate(self.columns):
-            found[rows[:, None], channel, column] += scaled[:, :, t]
-        return False
+            found[row : row + j - i, channel : channel + weight.shape[1], self.at] += weight
+        else:
+            rows, channels = b.rows[i:j] - start, self.shift[i:j, None] + np.arange(weight.shape[1])
+            np.add.at(found, (rows[:, None, None], channels[:, :, None], self.columns), weight)
 
 
-def _total(parts: Sequence[_Part], found: Array, start: int, magnitude: bool = False) -> Array:
-    """The sum of the rows from ``start`` on, or of their magnitudes, in ``found``."""
-    is_new = True
+def _total(parts: Sequence[_Part], shape: tuple[int, ...], start: int, magnitude: bool = False) -> Array:
+    """The sum of the rows from ``start`` on, or of their magnitudes."""
+    found = np.zeros(shape)
     for part in parts:
-        is_new = part.add(found, start, magnitude, is_new)
-    if is_new:
-        found.fill(0)
+        part.add(found, start, magnitude)
     return found
 
 
@@ -503,10 +440,7 @@ def _compare_vectors(
             allowed += precision.unit * ON_THE_WAY * a.size
         sums.error += gap
         sums.total += np.abs(e.value)
-        ratio = np.divide(gap, allowed, out=np.where(gap == 0, 0.0, np.inf), where=allowed > 0)
-        if not np.isfinite(gap).all():
-            same = (a.value == e.value) | (np.isnan(a.value) & np.isnan(e.value))
-            ratio = np.where(same, 0.0, np.where(np.isfinite(gap), ratio, np.inf))
+        ratio = _ratio(a.value, e.value, allowed)
         worst = float(ratio.max(initial=0.0))
         if worst > sums.units or worst > 1:
             row = int(ratio.argmax())

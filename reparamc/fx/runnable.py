@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -19,6 +17,7 @@ from reparamc.equivalence.difference import Outputs, nudged
 from reparamc.equivalence.runnable import Domain, NoArrayError, Tree, bounds_of, leaves
 from reparamc.equivalence.trials import GUESSES, Slot
 from reparamc.errors import InputError
+from reparamc.fx.copying import State
 
 
 class TorchRunnable:
@@ -145,33 +144,14 @@ def _plain(leaf: Any) -> Any:
         return f"{type(leaf).__name__} {leaf.dtype}"
 
 
-CONTAINERS = (list, dict, OrderedDict, set, deque)
-"""What a module may keep things in; torch keeps hooks in ordered dictionaries."""
-
-
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Buffers and attributes of all submodules are as before when it ends, and so are lists and mappings in them."""
-    kept = [(m, dict(vars(m))) for m in module.modules()]
-    containers = [(c, copy.copy(c)) for _, held in kept for c in held.values() if type(c) in CONTAINERS]
-    buffers = [(b, b.detach().clone()) for b in module.buffers() if not b.is_meta]
+    state = State(module)
     try:
         yield
     finally:
-        for m, held in kept:
-            vars(m).clear()
-            vars(m).update(held)
-        for container, before in containers:
-            container.clear()
-            (container.update if isinstance(container, dict | set) else container.extend)(before)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if buffer.shape != before.shape or not _same(buffer, before):
-                    buffer.copy_(before)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(((a == b) | ((a != a) & (b != b))).all())
+        state.restore()
 
 
 @contextmanager
