@@ -217,8 +217,8 @@ ONNX_LAYERS: dict[str, Callable[[ModelProto, ModelProto], bool]] = {
 
 def _onnx_error(model: ModelProto, other: ModelProto) -> float:
     worst = 0.0
-    for seed, extent in enumerate(SIZES):
-        feeds = {**random_inputs(model, seed, extent), **_overrides(model, seed)}
+    for seed, dim in enumerate(SIZES):
+        feeds = {**random_inputs(model, seed, dim), **_overrides(model, seed)}
         with session(model, "the model") as original:
             expected = original(feeds)
         try:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.budget import ELEMENTS, TAP, Exceeded
 from reparamc.certificate.normal_form import (
     Array,
@@ -90,14 +90,14 @@ class _Sums:
 
 
 def agree(original: Value, emitted: Value, precision: Precision) -> Agreement:
-    """Compare two values of one tensor, for every extent of their sources; failing that, for those that are known."""
+    """Compare two values of one tensor, for every size of their sources; failing that, for those that are known."""
     try:
         axis = original.channel if original.channel is not None else emitted.channel
         if axis is not None and len(original.base) == len(emitted.base):
             original, emitted = promoted(original, axis), promoted(emitted, axis)
     except Unrepresentable as error:
         return Agreement("undecided", reason=str(error))
-    if reason := _shape_difference(original.extents, emitted.extents):
+    if reason := _shape_difference(original.shape, emitted.shape):
         return _apart(reason)
     if original.channel != emitted.channel or not same_layout(original, emitted):
         return Agreement("undecided", reason="the two are laid out differently")
@@ -110,7 +110,7 @@ def agree(original: Value, emitted: Value, precision: Precision) -> Agreement:
         e.known is not None and grid != (1, 0)
         for value in (original, emitted)
         for source, grids in value.grids.items()
-        for e, grid in zip(source.extents, grids, strict=True)
+        for e, grid in zip(source.shape, grids, strict=True)
     ):
         at_these = _agree(original, emitted, precision, fixed=True)
         found = at_these if at_these.verdict == "equal" or found.verdict == "undecided" else found
@@ -125,7 +125,7 @@ def _refusal(original: Value, emitted: Value) -> str:
         return "the result refuses inputs without elements"
     for axis, need in enumerate(emitted.needs):
         admitted = original.needs[axis] if axis < len(original.needs) else 0
-        sizes = {s.extents[axis].known for s in emitted.grids}
+        sizes = {s.shape[axis].known for s in emitted.grids}
         if need > admitted and any(size is None or size <= need for size in sizes):
             return "the result refuses small inputs"
     return ""
@@ -142,14 +142,14 @@ def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -
         ]
         if len(set(both)) > 1:
             strides = [[g.stride for g in grid] for grid in both]
-            if any(m.stride != n.stride and _is_single(e, m, n) for e, m, n in zip(source.extents, *both, strict=True)):
+            if any(m.stride != n.stride and _is_single(e, m, n) for e, m, n in zip(source.shape, *both, strict=True)):
                 return Agreement("undecided", reason="strides differ along an axis with one position")
             if strides[0] != strides[1]:
                 return _apart(f"strides {strides[0]} against {strides[1]}")
             deltas = [[g.delta for g in grid] for grid in both]
             if any(abs(m.delta - n.delta) >= m.stride for m, n in zip(*both, strict=True)):
-                return _apart(f"extents smaller by {deltas[0]} against {deltas[1]}")
-            return Agreement("undecided", reason="the extents of the two agree for some input sizes only")
+                return _apart(f"sizes smaller by {deltas[0]} against {deltas[1]}")
+            return Agreement("undecided", reason="the sizes of the two agree for some input sizes only")
         grids[source] = both[0]
     names = [source.leaf for source in sources]
     unique = len(set(names)) == len(names)
@@ -163,9 +163,9 @@ def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -
         _compare_vectors(original, emitted, grids, precision, sums, fixed)
         spread = float(np.max(np.where(sums.error > 0, sums.error / sums.total, 0), initial=0.0))
     if sums.units <= 1:
-        if not original.grids.keys() & emitted.grids.keys() and not _same_extents(original, emitted):
-            return Agreement("undecided", sums.units, spread, "nothing shows that the two have the same extents")
-        if original.grids.keys() != emitted.grids.keys() and any(e.known == 0 for e in original.extents):
+        if not original.grids.keys() & emitted.grids.keys() and not _same_shapes(original, emitted):
+            return Agreement("undecided", sums.units, spread, "nothing shows that the two have the same sizes")
+        if original.grids.keys() != emitted.grids.keys() and any(e.known == 0 for e in original.shape):
             return Agreement("undecided", sums.units, spread, "no element is left, as far as shapes can be inferred")
         return Agreement("equal", sums.units, spread)
     if not unique:
@@ -186,7 +186,7 @@ class _Frame(NamedTuple):
 
     Attributes:
         averaged: axes that the mean is taken of.
-        fixed: whether extents that are known are taken for the only ones.
+        fixed: whether sizes that are known are taken for the only ones.
     """
 
     source: Source
@@ -195,22 +195,22 @@ class _Frame(NamedTuple):
     fixed: bool
 
 
-def _is_single(extent: Extent, *grids: Grid) -> bool:
+def _is_single(dim: Dim, *grids: Grid) -> bool:
     """Whether the grids have one position at most, so that their strides mean nothing."""
-    return extent.known is not None and all(extent.known - 1 - g.delta < g.stride for g in grids)
+    return dim.known is not None and all(dim.known - 1 - g.delta < g.stride for g in grids)
 
 
 def _fixed_grids(grids: Sequence[Grid], source: Source) -> tuple[Grid, ...]:
-    """``grids`` with the largest deltas that give as many positions at the extents that are known."""
-    return tuple(Grid(g.stride, _last(g.delta, g.stride, e)) for g, e in zip(grids, source.extents, strict=True))
+    """``grids`` with the largest deltas that give as many positions at the sizes that are known."""
+    return tuple(Grid(g.stride, _last(g.delta, g.stride, e)) for g, e in zip(grids, source.shape, strict=True))
 
 
-def _last(high: int, stride: int, extent: Extent) -> int:
-    """The largest bound that is as good as ``high``, if the extent is known."""
-    return high if extent.known is None else (extent.known - 1) - stride * ((extent.known - 1 - high) // stride)
+def _last(high: int, stride: int, dim: Dim) -> int:
+    """The largest bound that is as good as ``high``, if the size is known."""
+    return high if dim.known is None else (dim.known - 1) - stride * ((dim.known - 1 - high) // stride)
 
 
-def _shape_difference(a: Sequence[Extent], b: Sequence[Extent]) -> str:
+def _shape_difference(a: Sequence[Dim], b: Sequence[Dim]) -> str:
     if len(a) != len(b):
         return f"{len(a)} axes against {len(b)}"
     for axis, (m, n) in enumerate(zip(a, b, strict=True)):
@@ -219,30 +219,28 @@ def _shape_difference(a: Sequence[Extent], b: Sequence[Extent]) -> str:
     return ""
 
 
-def _same_extents(a: Value, b: Value) -> bool:
-    """Whether the extents agree by what is known of them; those of values that read one source do in any case."""
-    return all(m == n for m, n in zip(a.extents, b.extents, strict=True))
+def _same_shapes(a: Value, b: Value) -> bool:
+    """Whether the sizes agree by what is known of them; those of values that read one source do in any case."""
+    return all(m == n for m, n in zip(a.shape, b.shape, strict=True))
 
 
 def _averaged_axes(value: Value) -> tuple[int, ...]:
     """Axes of the base that a layout takes the mean of, at least in part."""
     kept = {digit.axis for axis in value.view for digit in axis}
-    return tuple(i for i, e in enumerate(value.base) if i not in kept and e != Extent())
+    return tuple(i for i, e in enumerate(value.base) if i not in kept and e != Dim())
 
 
 def _splits(value: Value) -> bool:
     """Whether an axis other than the channels is split."""
-    return any(d.axis != value.channel and d.extent != value.base[d.axis] for axis in value.view for d in axis)
+    return any(d.axis != value.channel and d.dim != value.base[d.axis] for axis in value.view for d in axis)
 
 
 def _key(tap: Tap, frame: _Frame) -> Tap | None:
-    """``tap`` in the form that equal functions of position and extent share; None if it reads nothing at all."""
+    """``tap`` in the form that equal functions of position and size share; None if it reads nothing at all."""
     found: list[Guard] = []
     source = frame.source
-    for axis, (guard, grid, step, extent) in enumerate(
-        zip(tap, frame.grids, source.spread, source.extents, strict=True)
-    ):
-        if guard == (0, 0, 0) and grid == (1, 0) and step == 1 and extent.factor:  # each position reads itself
+    for axis, (guard, grid, step, dim) in enumerate(zip(tap, frame.grids, source.spread, source.shape, strict=True)):
+        if guard == (0, 0, 0) and grid == (1, 0) and step == 1 and dim.factor:  # each position reads itself
             found.append(guard)
             continue
         offset, low, high = guard.offset, max(guard.low, 0), max(guard.high, grid.delta)
@@ -250,9 +248,9 @@ def _key(tap: Tap, frame: _Frame) -> Tap | None:
             if grid.stride == 1:
                 low += (-offset - low) % step
                 high += (offset - high) % step
-        elif frame.fixed and extent.known is not None:
-            high = _last(high, grid.stride, extent)
-            if grid.stride * low + high > extent.known - 1:
+        elif frame.fixed and dim.known is not None:
+            high = _last(high, grid.stride, dim)
+            if grid.stride * low + high > dim.known - 1:
                 return None
         if axis in frame.averaged and step == 1:  # all that counts is which elements are read
             offset, low, high = offset + grid.stride * low, 0, high + grid.stride * low
@@ -409,7 +407,7 @@ def _compare_vectors(
     sums: _Sums,
     fixed: bool,
 ) -> None:
-    """What is added, guard by guard. Guards over sources of equal extents are one."""
+    """What is added, guard by guard. Guards over sources of equal sizes are one."""
     found: list[dict[Any, Vector]] = [{}, {}]
     wheres: dict[Any, Any] = {}
     for value, mine in zip((original, emitted), found, strict=True):
@@ -419,13 +417,13 @@ def _compare_vectors(
                 source, tap = where
                 clipped = [
                     Guard(0, max(g.low, 0), _last(high, d.stride, e) if fixed else high)
-                    for g, d, e in zip(tap, grids[source], source.extents, strict=True)
+                    for g, d, e in zip(tap, grids[source], source.shape, strict=True)
                     for high in (max(g.high, d.delta),)
                 ]
                 if any(g != (0, 0, d.delta) for g, d in zip(clipped, grids[source], strict=True)):
                     key = tuple(
                         (e, d.stride, g.low, g.high) if g != (0, 0, d.delta) else None
-                        for e, g, d in zip(source.extents, clipped, grids[source], strict=True)
+                        for e, g, d in zip(source.shape, clipped, grids[source], strict=True)
                     )
                     wheres[key] = (clipped, grids[source])
             mine[key] = mine[key].plus(vector) if key in mine else vector

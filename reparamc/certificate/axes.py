@@ -1,7 +1,7 @@
 """Layouts: how the axes of a result are made of the axes of a base.
 
 Reshapes, transposes and means only move elements. What they make of an index is written as digits, as of a number in a
-mixed radix, so that layouts which move elements alike are equal, whatever operators they are spelled with. Extents are
+mixed radix, so that layouts which move elements alike are equal, whatever operators they are spelled with. Sizes are
 products of a number and of unknowns, because a reshape needs to know products and quotients only.
 """
 
@@ -16,10 +16,10 @@ class Unrepresentable(Exception):
     """An operator leaves the algebra; the message says why."""
 
 
-# Extents
+# Sizes
 
 
-class Extent(NamedTuple):
+class Dim(NamedTuple):
     """The product of a number and of unknowns, sorted by name."""
 
     factor: int = 1
@@ -29,10 +29,10 @@ class Extent(NamedTuple):
     def known(self) -> int | None:
         return None if self.symbols else self.factor
 
-    def times(self, other: Extent) -> Extent:
-        return Extent(self.factor * other.factor, tuple(sorted(self.symbols + other.symbols)))
+    def times(self, other: Dim) -> Dim:
+        return Dim(self.factor * other.factor, tuple(sorted(self.symbols + other.symbols)))
 
-    def over(self, other: Extent) -> Extent | None:
+    def over(self, other: Dim) -> Dim | None:
         """The exact quotient; None when there is none."""
         symbols = list(self.symbols)
         for symbol in other.symbols:
@@ -41,21 +41,21 @@ class Extent(NamedTuple):
             symbols.remove(symbol)
         if not other.factor or self.factor % other.factor:
             return None
-        return Extent(self.factor // other.factor, tuple(symbols))
+        return Dim(self.factor // other.factor, tuple(symbols))
 
 
-UNIT = Extent()
+UNIT = Dim()
 
 
 # Layouts
 
 
 class Digit(NamedTuple):
-    """``index // inner % extent``, where ``index`` runs along one axis of the base."""
+    """``index // inner % size``, where ``index`` runs along one axis of the base."""
 
     axis: int
-    inner: Extent
-    extent: Extent
+    inner: Dim
+    dim: Dim
 
 
 View = tuple[tuple[Digit, ...], ...]
@@ -63,86 +63,86 @@ View = tuple[tuple[Digit, ...], ...]
 that differ only in digits which occur nowhere are averaged."""
 
 
-def identity_view(base: Sequence[Extent]) -> View:
+def identity_view(base: Sequence[Dim]) -> View:
     """The layout of a base itself."""
     return _identity_view(tuple(base))
 
 
 @lru_cache(maxsize=1024)
-def _identity_view(base: tuple[Extent, ...]) -> View:
+def _identity_view(base: tuple[Dim, ...]) -> View:
     return tuple(() if e == UNIT else (Digit(i, UNIT, e),) for i, e in enumerate(base))
 
 
-def extents(view: Sequence[Sequence[Digit]]) -> tuple[Extent, ...]:
+def shape_of(view: Sequence[Sequence[Digit]]) -> tuple[Dim, ...]:
     found = []
     for digits in view:
         total = UNIT
         for digit in digits:
-            total = total.times(digit.extent)
+            total = total.times(digit.dim)
         found.append(total)
     return tuple(found)
 
 
 def joined(digits: Iterable[Digit]) -> tuple[Digit, ...]:
-    """``digits`` with neighbours that continue one another made one, and those of extent 1 left out."""
+    """``digits`` with neighbours that continue one another made one, and those of size 1 left out."""
     done: list[Digit] = []
     for digit in digits:
-        if digit.extent == UNIT:
+        if digit.dim == UNIT:
             continue
-        if done and done[-1].axis == digit.axis and done[-1].inner == digit.inner.times(digit.extent):
-            digit = Digit(digit.axis, digit.inner, digit.extent.times(done.pop().extent))
+        if done and done[-1].axis == digit.axis and done[-1].inner == digit.inner.times(digit.dim):
+            digit = Digit(digit.axis, digit.inner, digit.dim.times(done.pop().dim))
         done.append(digit)
     return tuple(done)
 
 
-def _split(digits: Sequence[Digit], inner: Extent) -> tuple[list[Digit], list[Digit]]:
-    """``digits`` in two parts, of which the second has the extent ``inner``."""
+def _split(digits: Sequence[Digit], inner: Dim) -> tuple[list[Digit], list[Digit]]:
+    """``digits`` in two parts; the second has the size ``inner``."""
     first, second = list(digits), []
     while inner != UNIT:
         if not first:
             raise Unrepresentable("a reshape asks for more elements than there are")
         digit = first.pop()
-        rest = inner.over(digit.extent)
+        rest = inner.over(digit.dim)
         if rest is not None:
             second.insert(0, digit)
             inner = rest
             continue
-        upper = digit.extent.over(inner)
+        upper = digit.dim.over(inner)
         if upper is None:
-            raise Unrepresentable("a reshape cuts across the extents")
+            raise Unrepresentable("a reshape cuts across the sizes")
         second.insert(0, Digit(digit.axis, digit.inner, inner))
         first.append(Digit(digit.axis, digit.inner.times(inner), upper))
         break
     return first, second
 
 
-def reshaped(view: View, target: Sequence[Extent | None]) -> View:
-    """``view`` with its elements regrouped to ``target``; one extent may be None, for what is left."""
+def reshaped(view: View, target: Sequence[Dim | None]) -> View:
+    """``view`` with its elements regrouped to ``target``; one size may be None, for what is left."""
     digits = [d for axis in view for d in axis]
-    behind: list[tuple[Digit, ...]] = []
+    after: list[tuple[Digit, ...]] = []
     target = list(target)
     while target and target[-1] is not None:
-        extent = target.pop()
-        assert extent is not None
-        digits, taken = _split(digits, extent)
-        behind.insert(0, joined(taken))
+        dim = target.pop()
+        assert dim is not None
+        digits, taken = _split(digits, dim)
+        after.insert(0, joined(taken))
     before: list[tuple[Digit, ...]] = []
     if target:
-        for extent in target[:-1]:
-            if extent is None:
-                raise Unrepresentable("a reshape has two unknown extents")
+        for dim in target[:-1]:
+            if dim is None:
+                raise Unrepresentable("a reshape has two unknown sizes")
             total = UNIT
             for digit in digits:
-                total = total.times(digit.extent)
-            rest = total.over(extent)
+                total = total.times(digit.dim)
+            rest = total.over(dim)
             if rest is None:
-                raise Unrepresentable("a reshape cuts across the extents")
+                raise Unrepresentable("a reshape cuts across the sizes")
             taken, digits = _split(digits, rest)
             before.append(joined(taken))
         before.append(joined(digits))
     elif digits:
         raise Unrepresentable("a reshape asks for fewer elements than there are")
-    return (*before, *behind)
+    return (*before, *after)
 
 
 def composed(inner: View, outer: View) -> View:
@@ -152,6 +152,6 @@ def composed(inner: View, outer: View) -> View:
         parts: list[Digit] = []
         for digit in digits:
             upper, _ = _split(inner[digit.axis], digit.inner)
-            parts += _split(upper, digit.extent)[1]
+            parts += _split(upper, digit.dim)[1]
         found.append(joined(parts))
     return tuple(found)

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 import reparamc.certificate.kernels as nk
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.agreement import Precision
-from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.fx_calls import Described, attribute, described, name_of
 from reparamc.certificate.fx_memory import Memory
 from reparamc.certificate.fx_operators import (
@@ -40,7 +40,7 @@ from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.proof import Certificate, Opened, Window, certify
 
 STANDS_FOR = "stands_for"
-"""The key in the metadata of a node under which stands the name of the node that it replaces."""
+"""The key in the metadata of a node; its value is the name of the node that it replaces."""
 
 PRECISIONS = {
     torch.float64: Precision(2.0**-53, 2.0**-1075),
@@ -49,7 +49,7 @@ PRECISIONS = {
     torch.bfloat16: Precision(2.0**-8, 2.0**-134),
 }
 
-Shapes = Mapping[str, tuple[Extent, ...]]
+Shapes = Mapping[str, tuple[Dim, ...]]
 
 
 def certify_fx(
@@ -81,10 +81,10 @@ def certify_fx(
     if before.memory.lasting != after.memory.lasting:
         outside.append(Window("input", "undecided", reason="an argument is written in place, not by the same nodes"))
     returned = [_returned(side) for side in (before, after)]
-    if returned[0][1] != returned[1][1] and not (_tells_extents(before) and _tells_extents(after)):
+    if returned[0][1] != returned[1][1] and not (_tells_sizes(before) and _tells_sizes(after)):
         returned = [_returned(side, but_numbers=True) for side in (before, after)]
         if returned[0][1] == returned[1][1]:
-            outside.append(Window("output", "undecided", reason="extents are returned that are read from other values"))
+            outside.append(Window("output", "undecided", reason="sizes are returned that are read from other values"))
     if returned[0][1] != returned[1][1]:
         outside.append(Window("output", "different", np.inf, np.inf, "the structure that is returned differs"))
         outputs = []
@@ -101,12 +101,12 @@ def _inputs(module: fx.GraphModule) -> list[fx.Node]:
 def _returned(side: _Side, but_numbers: bool = False) -> tuple[list[str], Any]:
     """The names of the nodes that are returned, and the structure around them; with all numbers alike if wanted."""
     (output,) = side.module.graph.find_nodes(op="output")
-    given, key = side.flat(output, but_numbers)  # of extents that are returned, what they are read from
+    given, key = side.flat(output, but_numbers)  # of sizes that are returned, what they are read from
     return [node.name for node in given], (pytree.tree_structure(_plain(output.args)), key)
 
 
-def _tells_extents(side: _Side) -> bool:
-    """Whether all extents that are returned are known, as numbers or symbols."""
+def _tells_sizes(side: _Side) -> bool:
+    """Whether all sizes that are returned are known, as numbers or symbols."""
     (output,) = side.module.graph.find_nodes(op="output")
     return all(side.told(n) is not None for n in output.all_input_nodes if n in side.sizes or n in side.plain)
 
@@ -154,7 +154,7 @@ def _doubled(value: Any) -> Any:
 class _Side:
     """`certify.Side` over a traced module."""
 
-    def __init__(self, module: fx.GraphModule, shapes: dict[str, tuple[Extent, ...]]) -> None:
+    def __init__(self, module: fx.GraphModule, shapes: dict[str, tuple[Dim, ...]]) -> None:
         self.module, self.shapes = module, shapes
         self.nodes: dict[str, fx.Node] = {n.name: n for n in module.graph.nodes}
         self.positions = {name: at for at, name in enumerate(self.nodes)}
@@ -162,7 +162,7 @@ class _Side:
         self.memory = Memory(module)
         self.sizes: dict[fx.Node, Size] = {}
         self.plain: set[fx.Node] = set()
-        """What is no tensor, but follows from operands: dtypes, devices, arithmetic with extents."""
+        """What is no tensor, but follows from operands: dtypes, devices, arithmetic with sizes."""
         self._computed: dict[str, _Computed] = {}
         for node in self.nodes.values():
             self._note_size(node)
@@ -253,7 +253,7 @@ class _Side:
     # Sizes, ranks, writes
 
     def _note_size(self, node: fx.Node) -> None:
-        """Note a node that reads extents: all of them, some, or one."""
+        """Note a node that reads sizes: all of them, some, or one."""
         args = list(node.args)
         first = args[0] if args else None
         if not isinstance(first, fx.Node):
@@ -355,7 +355,7 @@ class _Side:
         )
 
     def operands(self, name: str) -> Sequence[str]:
-        """Nodes in the order of the arguments; for an extent, the node that it is read from."""
+        """Nodes in the order of the arguments; for an size, the node that it is read from."""
         if not self.nodes[name].op.startswith("call_"):
             return ()
         return [n.name for n in self.flat(self.nodes[name])[0]]
@@ -392,8 +392,8 @@ class _Side:
                     return ("held", id(held))  # a graph that an operator calls: both modules have the same
                 given.append(self.memory.seen(value, node))
                 return "node"
-            if isinstance(value, Extent):
-                return ("extent", value) if value.known is None else key(value.known)
+            if isinstance(value, Dim):
+                return ("size", value) if value.known is None else key(value.known)
             if isinstance(value, slice):
                 return ("slice", key(value.start), key(value.stop), key(value.step))
             if isinstance(value, Mapping):
@@ -404,14 +404,14 @@ class _Side:
 
         return given, key(what)
 
-    def shape(self, node: fx.Node) -> tuple[Extent, ...] | None:
+    def shape(self, node: fx.Node) -> tuple[Dim, ...] | None:
         """The shape of a constant, or what runs told of that of a node, if it has one only."""
         if node.op == "get_attr" and isinstance(tensor := attribute(self.module, str(node.target)), Tensor):
-            return tuple(map(Extent, tensor.shape))
+            return tuple(map(Dim, tensor.shape))
         return None if node.name in self.memory.unsafe else self.shapes.get(node.name)
 
-    def told(self, node: fx.Node) -> Extent | list[Extent] | None:
-        """The extents that a node reads or multiplies, where runs told the shape: it does not matter whose they are."""
+    def told(self, node: fx.Node) -> Dim | list[Dim] | None:
+        """The sizes that a node reads or multiplies, where runs told the shape: it does not matter whose they are."""
         size = self.sizes.get(node)
         if size is not None:
             shape = self.shape(size.node)
@@ -422,8 +422,8 @@ class _Side:
             return shape[size.axis] if -len(shape) <= size.axis < len(shape) else None
         if node not in self.plain or node.target not in (operator.mul, operator.floordiv) or len(node.args) != 2:
             return None
-        a, b = (Extent(arg) if isinstance(arg, int) else self.told(cast(fx.Node, arg)) for arg in node.args)
-        if not isinstance(a, Extent) or not isinstance(b, Extent):
+        a, b = (Dim(arg) if isinstance(arg, int) else self.told(cast(fx.Node, arg)) for arg in node.args)
+        if not isinstance(a, Dim) or not isinstance(b, Dim):
             return None
         return a.times(b) if node.target is operator.mul else a.over(b)
 
@@ -478,7 +478,7 @@ class _Side:
         shape = self.shapes.get(name)
         if shape is None and name in self.ranks:
             shape = tuple(
-                Extent(self.counts[name]) if axis == 1 and name in self.counts else Extent(1, (f"{known_as}[{axis}]",))
+                Dim(self.counts[name]) if axis == 1 and name in self.counts else Dim(1, (f"{known_as}[{axis}]",))
                 for axis in range(self.ranks[name])
             )
         if shape is None:
@@ -519,8 +519,8 @@ class _Side:
         inside = weight.shape[0] if is_transposed(call) else weight.shape[1] * call.args.get("groups", 1)
 
         def leaf(known_as: str) -> Value:
-            shape = list(self.leaf(name, known_as).extents)
-            shape[len(shape) - weight.ndim + 1] = Extent(inside * prod(weight.shape[2:]))
+            shape = list(self.leaf(name, known_as).shape)
+            shape[len(shape) - weight.ndim + 1] = Dim(inside * prod(weight.shape[2:]))
             return nf.leaf(known_as, shape)
 
         def finish(gathered: Value) -> Value:

@@ -78,7 +78,7 @@ _NORMS_WITH_STATISTICS = (
     "_native_batch_norm_legit_no_training", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_no_update",
     "cudnn_batch_norm", "miopen_batch_norm",
 )  # fmt: skip
-"""They return a tuple, of which the result is the first."""
+"""They return a tuple; the result comes first."""
 
 _SPELLINGS = {
     **{name: (name, None) for name in SIGNATURES if name not in ("conv", "conv_transpose", "avg_pool")},

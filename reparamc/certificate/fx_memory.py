@@ -107,7 +107,7 @@ class Memory:
 
     Attributes:
         written: all nodes of families that are written into.
-        unsafe: those of which some reader may see another state than the nodes say.
+        unsafe: those that some reader may see in another state than the nodes say.
         lasting: the nodes that write into arguments, which outlive a call.
         attributes: whether parameters or buffers are written into.
         events: for a node of an unsafe family, all that happens to this family, in order.

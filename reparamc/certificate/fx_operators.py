@@ -15,7 +15,7 @@ import reparamc.certificate.kernels as nk
 import reparamc.certificate.layouts as nl
 import reparamc.certificate.meaning as meaning
 import reparamc.certificate.normal_form as nf
-from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.fx_calls import Described, described
 from reparamc.certificate.fx_memory import Memory
 from reparamc.certificate.normal_form import Array, Value
@@ -28,11 +28,11 @@ NUMBERS = {
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg, int,
     math.ceil, math.floor, math.sqrt, torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, min, max,
 }  # fmt: skip
-"""Functions that make numbers of extents."""
+"""Functions that make numbers of sizes."""
 
 
 class Size:
-    """Extents of a node: what ``x.size(axis)`` and its like read; several where ``axis`` is a slice."""
+    """Sizes of a node: what ``x.size(axis)`` and its like read; several where ``axis`` is a slice."""
 
     def __init__(self, node: fx.Node, axis: int | slice) -> None:
         self.node, self.axis = node, axis
@@ -55,8 +55,8 @@ class Side(Protocol):
 
     def tensor(self, name: str) -> Tensor | None: ...
     def magnitude(self, name: str) -> Array | None: ...
-    def shape(self, node: fx.Node) -> tuple[Extent, ...] | None: ...
-    def told(self, node: fx.Node) -> Extent | list[Extent] | None: ...
+    def shape(self, node: fx.Node) -> tuple[Dim, ...] | None: ...
+    def told(self, node: fx.Node) -> Dim | list[Dim] | None: ...
 
 
 class Read:
@@ -79,7 +79,7 @@ class Read:
 
     def value(self, given: Any) -> Value:
         if not self.is_value(given) or given in self.side.sizes:
-            raise Unrepresentable("a constant or a size stands where a value is read")
+            raise Unrepresentable("a constant or a size where a value is read")
         return self._of(self.side.memory.seen(given, self.node).name)
 
     @property
@@ -104,33 +104,33 @@ class Read:
             raise Unrepresentable(f"there is no {name}")
         return found
 
-    def extent(self, given: Any) -> Extent | None:
-        """An argument that is an extent; None for -1."""
+    def dim(self, given: Any) -> Dim | None:
+        """An argument that is an size; None for -1."""
         if isinstance(given, int):
-            return None if given == -1 else Extent(given)
-        if isinstance(given, fx.Node) and isinstance(told := self.side.told(given), Extent):
+            return None if given == -1 else Dim(given)
+        if isinstance(given, fx.Node) and isinstance(told := self.side.told(given), Dim):
             return told
         if isinstance(given, fx.Node) and given.target in (operator.mul, operator.floordiv) and len(given.args) == 2:
-            a, b = (self.extent(arg) for arg in given.args)
+            a, b = (self.dim(arg) for arg in given.args)
             found = None if a is None or b is None else a.times(b) if given.target is operator.mul else a.over(b)
             if found is None:
-                raise Unrepresentable("an extent that is no product of others")
+                raise Unrepresentable("an size that is no product of others")
             return found
         size = self.side.sizes.get(given) if isinstance(given, fx.Node) else None
         if size is None or not isinstance(size.axis, int):
-            raise Unrepresentable("an extent is computed at run time")
-        return self._of(size.node.name).extents[size.axis]
+            raise Unrepresentable("an size is computed at run time")
+        return self._of(size.node.name).shape[size.axis]
 
-    def extents(self, given: Any) -> list[Extent | None]:
+    def dims(self, given: Any) -> list[Dim | None]:
         """An argument that is a shape."""
         if isinstance(given, list | tuple):
-            return [e for inner in given for e in self.extents(inner)]
+            return [e for inner in given for e in self.dims(inner)]
         if isinstance(given, fx.Node) and isinstance(told := self.side.told(given), list):
             return list(told)
         size = self.side.sizes.get(given) if isinstance(given, fx.Node) else None
         if size is not None and isinstance(size.axis, slice):
-            return list(self._of(size.node.name).extents[size.axis])
-        return [self.extent(given)]
+            return list(self._of(size.node.name).shape[size.axis])
+        return [self.dim(given)]
 
     def integers(self, name: str, n: int, default: int) -> tuple[int, ...]:
         given = self.get(name, default)
@@ -151,7 +151,7 @@ def _read_conv(call: Read) -> Value:
     if call.call.op == "convolution" and call.get("transposed", False):
         return _read_conv_transpose(call)
     if call.get("padding_mode", "zeros") != "zeros":
-        raise Unrepresentable("a padding repeats what stands at the border")
+        raise Unrepresentable("a padding repeats the border")
     x, weight, bias = call.x, call.parameter("weight"), call.array(call.call.args.get("bias"))
     n = weight.ndim - 2
     stride, dilation = call.integers("stride", n, 1), call.integers("dilation", n, 1)
@@ -166,7 +166,7 @@ def _read_conv(call: Read) -> Value:
 
 def _read_conv_transpose(call: Read) -> Value:
     if call.get("output_size") is not None:
-        raise Unrepresentable("a transposed convolution to a wanted extent")
+        raise Unrepresentable("a transposed convolution to a wanted size")
     x, weight, bias = call.x, call.parameter("weight"), call.array(call.call.args.get("bias"))
     n, groups = weight.ndim - 2, call.get("groups", 1)
     stride, dilation = call.integers("stride", n, 1), call.integers("dilation", n, 1)
@@ -226,7 +226,7 @@ def _read_addmm(call: Read) -> Value:
     if {"alpha", "beta"} & set(call.call.args):
         raise Unrepresentable("a product and a sum with factors")
     y, bias = _read_matmul(call), call.parameter("bias")
-    if bias.ndim != 1 or bias.shape[0] != y.extents[-1].known:
+    if bias.ndim != 1 or bias.shape[0] != y.shape[-1].known:
         raise Unrepresentable("a bias that varies along the rows, or is repeated")
     return nf.shifted(y, bias, y.rank - 1)
 
@@ -265,7 +265,7 @@ def _read_dropout(call: Read) -> Value:
 def _read_pad(call: Read) -> Value:
     x, amounts = call.x, call.call.args["pad"]
     if call.get("mode", "constant") != "constant" or not all(isinstance(p, int) for p in amounts):
-        raise Unrepresentable("a padding repeats what stands at the border, or is computed")
+        raise Unrepresentable("a padding repeats the border, or is computed")
     pairs = [(x.rank - 1 - i, *amounts[2 * i : 2 * i + 2]) for i in range(len(amounts) // 2)]
     return meaning.padded(x, pairs, float(call.get("value", 0.0)))
 
@@ -328,9 +328,9 @@ def _read_select(call: Read) -> Value:
 
 def _taken(x: Value, at: Any, axis: int) -> Value:
     """The position ``at`` along ``axis``, which goes."""
-    width = x.extents[axis].known
+    width = x.shape[axis].known
     if width is None or type(at) is not int or not -width <= at < width:
-        raise Unrepresentable("an index along an unknown extent, or one that is computed at run time")
+        raise Unrepresentable("an index along an unknown size, or one that is computed at run time")
     return nl.taken(x, at % width, axis)
 
 
@@ -363,7 +363,7 @@ def _read_setitem(call: Read) -> Value:
 
 def _by_channel(call: Read, what: Any, x: Value) -> Array:
     """What is written, for each channel."""
-    channels = x.extents[1].known
+    channels = x.shape[1].known
     if channels is None:
         raise Unrepresentable("the number of channels is unknown")
     if isinstance(what, int | float) and not isinstance(what, bool):
@@ -382,9 +382,9 @@ def _piece(call: Read, split: Described, index: int) -> Value:
     whole = Read(call.side, call.node, split, call._of)
     x = whole.x
     axis = whole.axis("dim", x)
-    width = x.extents[axis].known
+    width = x.shape[axis].known
     if width is None:
-        raise Unrepresentable("the extent that is split is unknown")
+        raise Unrepresentable("the size that is split is unknown")
     sizes: Any = split.args.get("sizes")
     if split.op == "chunk":
         sizes = -(-width // int(split.args["chunks"]))
@@ -396,7 +396,7 @@ def _piece(call: Read, split: Described, index: int) -> Value:
 
 def _read_channel_shuffle(call: Read) -> Value:
     x, groups = call.x, call.call.args["groups"]
-    width = x.extents[1].known
+    width = x.shape[1].known
     if width is None:
         raise Unrepresentable("the number of channels is unknown")
     return nl.selected(x, np.arange(width).reshape(groups, -1).T.reshape(-1).tolist(), 1)
@@ -411,18 +411,18 @@ def _read_mean(call: Read) -> Value:
 
 
 def _read_reshape(call: Read) -> Value:
-    return nl.regrouped(call.x, call.extents(call.call.args["shape"]))
+    return nl.regrouped(call.x, call.dims(call.call.args["shape"]))
 
 
 def _read_unflatten(call: Read) -> Value:
     x, axis = call.x, call.axis("dim", call.x)
-    return nl.regrouped(x, [*x.extents[:axis], *call.extents(call.call.args["sizes"]), *x.extents[axis + 1 :]])
+    return nl.regrouped(x, [*x.shape[:axis], *call.dims(call.call.args["sizes"]), *x.shape[axis + 1 :]])
 
 
 def _read_reshape_as(call: Read) -> Value:
     other = call.call.args["other"]
     shape = call.side.shape(other) if isinstance(other, fx.Node) else None
-    return nl.regrouped(call.x, call.value(other).extents if shape is None else shape)
+    return nl.regrouped(call.x, call.value(other).shape if shape is None else shape)
 
 
 def _read_permute(call: Read) -> Value:
@@ -447,17 +447,17 @@ def _read_flatten(call: Read) -> Value:
 def _read_squeeze(call: Read) -> Value:
     x, dims = call.x, call.call.args.get("dim")
     if dims is None:
-        raise Unrepresentable("a squeeze of all axes of extent 1")
+        raise Unrepresentable("a squeeze of all axes of size 1")
     gone = {d % x.rank for d in ([dims] if isinstance(dims, int) else dims)}
-    if any(x.extents[a].known is None for a in gone):
-        raise Unrepresentable("a squeeze of an unknown extent")
-    return nl.regrouped(x, [e for i, e in enumerate(x.extents) if i not in gone or e != Extent()])
+    if any(x.shape[a].known is None for a in gone):
+        raise Unrepresentable("a squeeze of an unknown size")
+    return nl.regrouped(x, [e for i, e in enumerate(x.shape) if i not in gone or e != Dim()])
 
 
 def _read_unsqueeze(call: Read) -> Value:
     x = call.x
     axis = call.call.args["dim"] % (x.rank + 1)
-    return nl.regrouped(x, [*x.extents[:axis], Extent(), *x.extents[axis:]])
+    return nl.regrouped(x, [*x.shape[:axis], Dim(), *x.shape[axis:]])
 
 
 READERS: dict[str, Callable[[Read], Value]] = {

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from reparamc.certificate.axes import Extent
+from reparamc.certificate.axes import Dim
 
 Change = Callable[[int, int], int]
-"""The extent that an axis shall have instead of that of the example."""
+"""The size that an axis gets instead of that of the example."""
 
 
 def _small(axis: int, n: int) -> int:
@@ -33,10 +33,10 @@ _SIZES: tuple[Change, ...] = (
 
 def shapes_of(
     module: fx.GraphModule, args: Sequence[Any], first: dict[str, tuple[int, ...]] | None = None
-) -> dict[str, tuple[Extent, ...]]:
+) -> dict[str, tuple[Dim, ...]]:
     """The shapes of all nodes of a traced module, from runs on ``args`` and on others of other sizes.
 
-    An extent that is the same in all is known, what varies is a symbol: one for all that vary alike, or as a multiple
+    An size that is the same in all is known, what varies is a symbol: one for all that vary alike, or as a multiple
     of a batch. So there are sizes below and above powers of two, at which strides with and without padding differ at
     each level, and, of several arguments, some with one element along their axes, which would be repeated. All are
     known if no other size is taken.
@@ -96,18 +96,18 @@ def shapes_of(
         if len(shape) == 4 and not any(len(set(ns)) == 1 for ns in shape[2:])
     }
 
-    def extent(ns: tuple[int, ...]) -> Extent:
+    def dim(ns: tuple[int, ...]) -> Dim:
         if ns in areas:
-            return extent(areas[ns][0]).times(extent(areas[ns][1]))
+            return dim(areas[ns][0]).times(dim(areas[ns][1]))
         times, one = repeated.get(ns, (1, ns))
-        return Extent(times).times(_extent(one))
+        return Dim(times).times(_dim(one))
 
-    return {name: tuple(extent(ns) for ns in shape) for name, shape in varying.items()}
+    return {name: tuple(dim(ns) for ns in shape) for name, shape in varying.items()}
 
 
-def _extent(sizes: tuple[int, ...]) -> Extent:
-    """An extent that has these sizes in several runs."""
-    return Extent(sizes[0]) if len(set(sizes)) == 1 else Extent(1, ("|".join(map(str, sizes)),))
+def _dim(sizes: tuple[int, ...]) -> Dim:
+    """An size that has these sizes in several runs."""
+    return Dim(sizes[0]) if len(set(sizes)) == 1 else Dim(1, ("|".join(map(str, sizes)),))
 
 
 _CHANNELS = ("last of three", "second", "last", "first")
@@ -139,7 +139,7 @@ MOST_ELEMENTS = 1 << 26
 
 
 def sizes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int, ...]]:
-    """The extents of all nodes of a traced module that are tensors, in a run on ``args``."""
+    """The sizes of all nodes of a traced module that are tensors, in a run on ``args``."""
     recorder = _Recorder(module)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         recorder.run(*(a.clone() if isinstance(a, Tensor) else a for a in args))
@@ -149,7 +149,7 @@ def sizes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int
 def _sizes_at(
     module: fx.GraphModule, args: Sequence[Any], shapes: Sequence[list[int] | None], elements: int
 ) -> dict[str, tuple[int, ...]]:
-    """The extents in a run on tensors like ``args`` that have ``shapes``; on ``args``, there are so many elements."""
+    """The sizes in a run on tensors like ``args`` that have ``shapes``; on ``args``, there are so many elements."""
     pairs = list(zip(args, shapes, strict=True))
     growth = max((prod(s) / max(a.numel(), 1) for a, s in pairs if s is not None), default=1.0)
     if growth * elements <= MOST_ELEMENTS:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from reparamc.certificate.axes import Extent, Unrepresentable, identity_view
+from reparamc.certificate.axes import Dim, Unrepresentable, identity_view
 from reparamc.certificate.budget import TAP
 from reparamc.certificate.layouts import selected
 from reparamc.certificate.normal_form import (
@@ -23,7 +23,7 @@ from reparamc.certificate.normal_form import (
     Where,
     needed,
     promoted,
-    spread_extent,
+    spread_dim,
     summed,
     taken_rows,
     unsplit,
@@ -69,12 +69,12 @@ def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
     """A kernel applied to a value whose channels lie along ``axis``."""
     value = unsplit(with_places(value, axis)[0], axis)
     if kernel.axes and not value.is_plain:
-        raise Unrepresentable("a kernel reads a layout that cannot be moved in front of what is under it")
-    _one_extent(value, kernel)
+        raise Unrepresentable("a kernel reads a layout that cannot be moved down to the sources")
+    _one_size(value, kernel)
     if value.channels < int(kernel.first.max(initial=0)) + kernel.weight.shape[1]:
         raise Unrepresentable("a weight does not fit the channels of its operand")
     _spend(value, kernel)
-    grids = {s: _grids_behind(g, kernel) for s, g in value.grids.items()}
+    grids = {s: _grids_after(g, kernel) for s, g in value.grids.items()}
     blocks = [
         c for b in value.blocks for c in _compose(kernel, b, value.grids[b.source], grids[b.source], value.channels)
     ]
@@ -83,17 +83,17 @@ def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
         rounded = vector.rounded + kernel.rounded
         by_tap = zip(*_applied(kernel, vector), strict=True)
         for offset, (out, size) in zip(kernel.offsets, by_tap, strict=True):
-            at = _where_behind(value, where, kernel, offset, grids)
+            at = _where_after(value, where, kernel, offset, grids)
             parts.append((at, Vector(out, size, rounded, vector.computed)))
     base = list(value.base)
     for axis_, s, d in zip(kernel.axes, kernel.stride, kernel.delta, strict=True):
-        base[axis_] = _extent_behind(base[axis_], s, d)
+        base[axis_] = _dim_after(base[axis_], s, d)
     needs = needed(value.needs, *(tuple(g.delta for g in of) for of in grids.values()), (0,) * len(base))
     resized = with_channels(
         replace(value, grids=grids, blocks=tuple(blocks), vectors=summed(parts), needs=needs), len(kernel.weight), axis
     )
     assert value.channel is not None
-    base[value.channel] = Extent(len(kernel.weight))
+    base[value.channel] = Dim(len(kernel.weight))
     return replace(resized, base=tuple(base), view=identity_view(base)) if kernel.axes else resized
 
 
@@ -133,17 +133,13 @@ def _applied(kernel: Kernel, vector: Vector) -> tuple[Array, Array]:
     return found, size
 
 
-def _extent_behind(extent: Extent, stride: int, delta: int) -> Extent:
-    if extent.known is not None:
-        return Extent((extent.known - 1 - delta) // stride + 1)
-    return (
-        extent
-        if (stride, delta) == (1, 0)
-        else Extent(1, (f"(({extent.factor}{extent.symbols}) - {delta}) / {stride}",))
-    )
+def _dim_after(dim: Dim, stride: int, delta: int) -> Dim:
+    if dim.known is not None:
+        return Dim((dim.known - 1 - delta) // stride + 1)
+    return dim if (stride, delta) == (1, 0) else Dim(1, (f"(({dim.factor}{dim.symbols}) - {delta}) / {stride}",))
 
 
-def _grids_behind(grids: Sequence[Grid], kernel: Kernel) -> tuple[Grid, ...]:
+def _grids_after(grids: Sequence[Grid], kernel: Kernel) -> tuple[Grid, ...]:
     found = list(grids)
     for axis, s, d in zip(kernel.axes, kernel.stride, kernel.delta, strict=True):
         g = found[axis]
@@ -151,7 +147,7 @@ def _grids_behind(grids: Sequence[Grid], kernel: Kernel) -> tuple[Grid, ...]:
     return tuple(found)
 
 
-def _tap_behind(tap: Tap, kernel: Kernel, offset: Sequence[int], grids: Sequence[Grid], after: Sequence[Grid]) -> Tap:
+def _tap_after(tap: Tap, kernel: Kernel, offset: Sequence[int], grids: Sequence[Grid], after: Sequence[Grid]) -> Tap:
     """The tap at which a kernel's tap ``offset`` reads what ``tap`` of the inner map gives."""
     found = list(tap)
     for axis, s, b in zip(kernel.axes, kernel.stride, offset, strict=True):
@@ -162,10 +158,10 @@ def _tap_behind(tap: Tap, kernel: Kernel, offset: Sequence[int], grids: Sequence
     return tuple(found)
 
 
-def _where_behind(
+def _where_after(
     value: Value, where: Where, kernel: Kernel, offset: Sequence[int], after: Mapping[Source, tuple[Grid, ...]]
 ) -> Where:
-    """The guard of what a vector becomes behind one tap: that the tap reads no padding, and what held before."""
+    """The guard of what a vector becomes after one tap: that the tap reads no padding, and what held before."""
     inside = all(b >= 0 and b <= d for b, d in zip(offset, kernel.delta, strict=True))
     if where is None and inside:
         return None
@@ -174,7 +170,7 @@ def _where_behind(
     source = where[0] if where is not None else min(value.grids, key=lambda s: (s.leaf, str(s)))
     grids = value.grids[source]
     tap = where[1] if where is not None else tuple(Guard(0, 0, g.delta) for g in grids)
-    return _plain_where(source, _tap_behind(tap, kernel, offset, grids, after[source]), after[source])
+    return _plain_where(source, _tap_after(tap, kernel, offset, grids, after[source]), after[source])
 
 
 def _plain_where(source: Source, tap: Tap, grids: Sequence[Grid]) -> Where:
@@ -184,7 +180,7 @@ def _plain_where(source: Source, tap: Tap, grids: Sequence[Grid]) -> Where:
 
 def _compose(kernel: Kernel, b: Block, grids: Sequence[Grid], after: Sequence[Grid], channels: int) -> list[Block]:
     """The product of a kernel and a block."""
-    taps = [tuple(_tap_behind(t, kernel, o, grids, after) for t in b.taps) for o in kernel.offsets]
+    taps = [tuple(_tap_after(t, kernel, o, grids, after) for t in b.taps) for o in kernel.offsets]
     rows, width = np.arange(len(kernel.weight)), kernel.weight.shape[1]
     rounded = b.rounded + kernel.rounded
     at = np.full(channels, -1)
@@ -232,7 +228,7 @@ def _compose(kernel: Kernel, b: Block, grids: Sequence[Grid], after: Sequence[Gr
 def _times_diagonal(
     w: Array, b: Block, rows: Array, start: Array, taps: Sequence[tuple[Tap, ...]], rounded: int
 ) -> Block:
-    """A matrix for each tap, times a block whose every row reads the channel behind that of the row before.
+    """A matrix for each tap, times a block whose every row reads the next channel.
 
     Row o of ``w`` reads the rows ``start[o]`` and following of the block.
     """
@@ -284,7 +280,7 @@ def spread(value: Value, axes: Sequence[int], by: Sequence[int]) -> Value:
     for axis, step in zip(axes, by, strict=True):
         steps[axis] = step
     moved = {s: replace(s, spread=tuple(steps)) for s in value.grids}
-    base = tuple(spread_extent(e, s) for e, s in zip(value.base, steps, strict=True))
+    base = tuple(spread_dim(e, s) for e, s in zip(value.base, steps, strict=True))
     blocks = tuple(replace(b, source=moved[b.source]) for b in value.blocks)
     return replace(
         value, base=base, view=identity_view(base), blocks=blocks, vectors={},
@@ -297,9 +293,9 @@ def padded(
 ) -> Value:
     """``value`` with elements ``fill`` added along ``axes``, or taken away where an amount is negative.
 
-    ``fill`` is one number, or one for each of the channels, which lie along ``channel``.
+    ``fill`` is a scalar, or one for each of the channels, which lie along ``channel``.
     """
-    count = value.extents[channel].known
+    count = value.shape[channel].known
     if count is None:
         raise Unrepresentable("the number of channels is unknown")
     offset = tuple(-b for b in begin)
@@ -311,7 +307,7 @@ def padded(
     if not np.any(fill):
         return moved
     value = promoted(value, channel)
-    where = _where_behind(value, None, kernel, offset, moved.grids)
+    where = _where_after(value, None, kernel, offset, moved.grids)
     if where is None:
         return moved
     full, rounded = np.broadcast_to(np.asarray(fill, np.float64), moved.channels), int(np.ndim(fill) > 0)
@@ -322,7 +318,7 @@ def padded(
 def overwritten(value: Value, axis: int, number: int, first: bool, by: Array, channel: int) -> Value:
     """``value`` with its ``first`` or last ``number`` positions along ``axis`` overwritten, ``by`` channel.
 
-    All of them where the extent is less than ``number``, as an assignment to a slice has it.
+    All of them where the size is less than ``number``, as an assignment to a slice has it.
     """
     begin, end = (number, 0) if first else (0, number)
     left = padded(value, (axis,), (-begin,), (-end,), 0.0, channel)
@@ -331,28 +327,28 @@ def overwritten(value: Value, axis: int, number: int, first: bool, by: Array, ch
 
 def sliced(value: Value, axis: int, start: int, end: int, step: int) -> Value:
     """Every ``step``-th element from ``start`` to ``end``, as Python counts: of channels a selection, else a kernel."""
-    width = value.extents[axis].known
+    width = value.shape[axis].known
     if step == 1 and start == 0 and (end >= WHOLE or end == width):
         return value
     if axis < 2 or value.rank < 3 or axis == value.channel:
         if width is None:
-            raise Unrepresentable("a slice of an unknown extent")
+            raise Unrepresentable("a slice of an unknown size")
         return selected(value, range(width)[start:end:step], axis)
     if step < 1:
         raise Unrepresentable("a slice in reverse")
     if width is not None:
         first, stop, _ = slice(start, end, step).indices(width)
-        behind = width - stop
+        after = width - stop
     elif start >= 0 and (end < 0 or end >= WHOLE):
-        first, behind = start, -end if end < 0 else 0
+        first, after = start, -end if end < 0 else 0
     else:
-        raise Unrepresentable("a slice of an unknown extent")
+        raise Unrepresentable("a slice of an unknown size")
     owns = [i for i, digits in enumerate(value.view) if any(d.axis == value.channel for d in digits)]
     channel = owns[0] if owns else 1
-    count = value.extents[channel].known
+    count = value.shape[channel].known
     if count is None or channel == axis:
         raise Unrepresentable("the number of channels is unknown")
-    kernel = Kernel(np.ones((count, 1, 1)), np.arange(count), ((first,),), (axis,), (step,), (first + behind,), 0)
+    kernel = Kernel(np.ones((count, 1, 1)), np.arange(count), ((first,),), (axis,), (step,), (first + after,), 0)
     return convolved(value, kernel, channel)
 
 
@@ -360,8 +356,8 @@ WHOLE = 2**30
 """An end of a slice from here on means the end of the axis."""
 
 
-def _one_extent(value: Value, kernel: Kernel) -> None:
+def _one_size(value: Value, kernel: Kernel) -> None:
     """Raise if a kernel meets the border of a sum, of whose terms one may be repeated: it would meet others then."""
     for axis, stride, delta, *taps in zip(kernel.axes, kernel.stride, kernel.delta, *kernel.offsets, strict=True):
         if axis in value.loose and (stride, delta, *taps) != (1, 0, 0):
-            raise Unrepresentable("a kernel reads a sum of which a term may be repeated along an axis")
+            raise Unrepresentable("a kernel reads a sum with a term that may be repeated along an axis")

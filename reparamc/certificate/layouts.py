@@ -1,6 +1,6 @@
 """Layouts of values of a normal form: reshapes, transposes, means and selections.
 
-A layout is moved in front of all that is under it where it can be, so that two values which lie alike have one form.
+A layout is moved down to the sources where it can be, so that two values which lie alike have one form.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 from reparamc.certificate.axes import (
     UNIT,
     Digit,
-    Extent,
+    Dim,
     Unrepresentable,
     View,
     composed,
-    extents,
     identity_view,
     joined,
     reshaped,
+    shape_of,
 )
 from reparamc.certificate.normal_form import Grid, Guard, Source, Value, promoted, rows_of, with_channels, with_places
 
 
-def regrouped(value: Value, target: Sequence[Extent | None]) -> Value:
-    """``value`` reshaped; one extent may be None, for what is left."""
+def regrouped(value: Value, target: Sequence[Dim | None]) -> Value:
+    """``value`` reshaped; one size may be None, for what is left."""
     return _settled(replace(value, view=reshaped(value.view, target)))
 
 
@@ -51,7 +51,7 @@ def averaged(value: Value, axes: Sequence[int], keep: bool) -> Value:
 def _settled(value: Value) -> Value:
     """``value`` in one form: channels numbered as its layout has them, and that layout at the sources if it can be.
 
-    A layout that splits the channels stays behind the matrices, but what it does to positions is moved.
+    A layout that splits the channels stays after the matrices, but what it does to positions is moved.
     """
     if value.is_plain:
         return value
@@ -75,28 +75,28 @@ def _settled(value: Value) -> Value:
                 kept += [d._replace(axis=-1) for d in run]
             else:
                 groups.append(tuple(run))
-                kept.append(Digit(len(groups) - 1, UNIT, extents([groups[-1]])[0]))
+                kept.append(Digit(len(groups) - 1, UNIT, shape_of([groups[-1]])[0]))
         view.append(tuple(kept))
     last = len(groups)
-    behind = tuple(tuple(d._replace(axis=last) if d.axis == -1 else d for d in digits) for digits in view)
-    return _moved(value, (*groups, whole), last, behind)
+    after = tuple(tuple(d._replace(axis=last) if d.axis == -1 else d for d in digits) for digits in view)
+    return _moved(value, (*groups, whole), last, after)
 
 
-def _moved(value: Value, view: View, at: int | None, behind: View | None) -> Value:
-    """``view`` of a pointwise value, taken of its sources; axis ``at`` has the channels, and ``behind`` stays."""
-    base = extents(view)
+def _moved(value: Value, view: View, at: int | None, after: View | None) -> Value:
+    """``view`` of a pointwise value, taken of its sources; axis ``at`` has the channels, and ``after`` stays."""
+    base = shape_of(view)
     trivial, grids = (Guard(0, 0, 0),) * len(base), (Grid(),) * len(base)
     moved: dict[Source, Source] = {}
     for s in value.grids:
         of_source = list(view)
         if at is not None:  # matrices stand between: a source has its own number of channels
             assert value.channel is not None
-            extent = s.extents[value.channel]
-            of_source[at] = (Digit(value.channel, UNIT, extent),) if extent != UNIT else ()
+            dim = s.shape[value.channel]
+            of_source[at] = (Digit(value.channel, UNIT, dim),) if dim != UNIT else ()
         moved[s] = Source(s.leaf, s.base, composed(s.view, tuple(of_source)), (1,) * len(base))
     # What is averaged over keeps its coefficient, and the mean of a constant is this constant.
     blocks = tuple(replace(b, source=moved[b.source], taps=(trivial,)) for b in value.blocks)
-    stays = identity_view(base) if behind is None else behind
+    stays = identity_view(base) if after is None else after
     loose = frozenset(range(len(base)) if value.loose else ())
     needs = (max(value.needs, default=0),) * len(base)
     grids = dict.fromkeys(moved.values(), grids)
@@ -108,12 +108,12 @@ def _unshuffled(value: Value) -> Value:
     for source in value.grids:
         for axis, digits in enumerate(source.view):
             owners = {d.axis for d in digits}
-            total = extents([digits])[0]
+            total = shape_of([digits])[0]
             if len(digits) < 2 or len(owners) > 1 or total != source.base[digits[0].axis] or total.known is None:
                 continue
             places = np.zeros(total.known, np.int64)
             for d in digits:
-                places = places * d.extent.factor + np.arange(total.known) // d.inner.factor % d.extent.factor
+                places = places * d.dim.factor + np.arange(total.known) // d.inner.factor % d.dim.factor
             value = promoted(value, axis)
             view = list(source.view)
             view[axis] = identity_view(source.base)[digits[0].axis]
@@ -132,7 +132,7 @@ def _renumbered(value: Value, channel: int) -> Value:
     digits = [d for ds in value.view for d in ds if d.axis == channel]
     total = 1
     for d in digits:
-        total *= d.extent.factor
+        total *= d.dim.factor
     if total != value.channels:
         raise Unrepresentable("a mean over channels")
     inner = [d.inner.factor for d in digits]
@@ -141,15 +141,15 @@ def _renumbered(value: Value, channel: int) -> Value:
     order = np.zeros(value.channels, np.int64)
     rows = np.arange(value.channels)
     for d in digits:
-        order = order * d.extent.factor + rows // d.inner.factor % d.extent.factor
+        order = order * d.dim.factor + rows // d.inner.factor % d.dim.factor
     value = rows_of(value, np.argsort(order))
     rest, view = total, []
     for ds in value.view:
         new = []
         for d in ds:
             if d.axis == channel:
-                rest //= d.extent.factor
-                d = Digit(channel, Extent(rest), d.extent)
+                rest //= d.dim.factor
+                d = Digit(channel, Dim(rest), d.dim)
             new.append(d)
         view.append(joined(new))
     return replace(value, view=tuple(view))
@@ -158,54 +158,54 @@ def _renumbered(value: Value, channel: int) -> Value:
 def taken(value: Value, at: int, axis: int) -> Value:
     """The position ``at`` along ``axis``, which goes."""
     found = selected(value, [at], axis)
-    return regrouped(found, [e for i, e in enumerate(found.extents) if i != axis])
+    return regrouped(found, [e for i, e in enumerate(found.shape) if i != axis])
 
 
 def selected(value: Value, index: Sequence[int], axis: int) -> Value:
     """The elements ``index`` along ``axis``, which is made of channels."""
-    if value.extents[axis] == UNIT and list(index) == [0]:
+    if value.shape[axis] == UNIT and list(index) == [0]:
         return value
-    value.meter.spend(8 * (len(index) + (value.extents[axis].known or 0)))
+    value.meter.spend(8 * (len(index) + (value.shape[axis].known or 0)))
     value, places = with_places(value, axis)
     channel = value.channel
     if channel is None:
-        raise Unrepresentable("a selection along an axis of extent 1")
+        raise Unrepresentable("a selection along an axis of size 1")
     wanted = np.asarray(index, np.int64)
     if value.view[axis] == identity_view(value.base)[channel]:
         return with_channels(rows_of(value, wanted), len(wanted), axis)
-    kept = value.channels // (value.extents[axis].known or 1) * len(wanted)
-    if UNIT in (value.base[channel], Extent(kept)) or not value.view[axis]:
+    kept = value.channels // (value.shape[axis].known or 1) * len(wanted)
+    if UNIT in (value.base[channel], Dim(kept)) or not value.view[axis]:
         raise Unrepresentable("a selection leaves an axis without channels")
     # Number the channels as the digits stand in the layout, with one digit for the axis itself.
     digits = [(i, d) for i, ds in enumerate(value.view) for d in ds if d.axis == channel]
-    rows, size = np.arange(value.channels), value.extents[axis].factor
+    rows, size = np.arange(value.channels), value.shape[axis].factor
     numbers, done = np.zeros(value.channels, np.int64), False
     for i, d in digits:
         if i != axis:
-            numbers = numbers * d.extent.factor + rows // d.inner.factor % d.extent.factor
+            numbers = numbers * d.dim.factor + rows // d.inner.factor % d.dim.factor
         elif not done:
             numbers, done = numbers * size + places, True
     order = np.argsort(numbers)
-    behind = 1
+    after = 1
     seen = False
     for i, d in digits:
         if i == axis:
             seen = True
         elif seen:
-            behind *= d.extent.factor
-    table = order.reshape(-1, size, behind)[:, wanted].reshape(-1)
+            after *= d.dim.factor
+    table = order.reshape(-1, size, after)[:, wanted].reshape(-1)
     inner, view = len(table), [list(ds) for ds in value.view]
     done = False
     for i, ds in enumerate(value.view):
         new: list[Digit] = []
         for d in ds:
-            extent = len(wanted) if i == axis else d.extent.factor
+            dim = len(wanted) if i == axis else d.dim.factor
             if d.axis != channel or (i == axis and done):
                 new += [d] if d.axis != channel else []
                 continue
             done = done or i == axis
-            inner //= extent
-            new.append(Digit(channel, Extent(inner), Extent(extent)))
+            inner //= dim
+            new.append(Digit(channel, Dim(inner), Dim(dim)))
         view[i] = new
-    base = tuple(Extent(len(table)) if i == channel else e for i, e in enumerate(value.base))
+    base = tuple(Dim(len(table)) if i == channel else e for i, e in enumerate(value.base))
     return _settled(replace(rows_of(value, table), base=base, view=tuple(joined(ds) for ds in view)))

@@ -10,7 +10,7 @@ import numpy as np
 
 import reparamc.certificate.kernels as nk
 import reparamc.certificate.normal_form as nf
-from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.kernels import Kernel
 from reparamc.certificate.normal_form import Array, Value
 
@@ -87,7 +87,7 @@ def pooled(x: Value, kernel: Numbers, stride: Numbers, dilation: Numbers, begin:
 
 def channels_of(x: Value, axis: int = 1) -> int:
     """How many channels lie along ``axis``."""
-    count = x.extents[axis].known
+    count = x.shape[axis].known
     if count is None:
         raise Unrepresentable("the number of channels is unknown")
     return count
@@ -151,14 +151,14 @@ def _along(constant: Array, x: Value) -> int | None:
     if not wide:
         return None
     axis = x.rank - constant.ndim + wide[0]
-    if x.extents[axis].known != constant.shape[wide[0]]:
+    if x.shape[axis].known != constant.shape[wide[0]]:
         raise Unrepresentable("a constant may repeat its operand along an axis")
     return axis
 
 
-def merged(x: Value, start: int, stop: int) -> list[Extent]:
-    """The axes of ``x``, of which those from ``start`` to ``stop`` are one."""
-    one = Extent()
-    for e in x.extents[start:stop]:
+def merged(x: Value, start: int, stop: int) -> list[Dim]:
+    """The axes of ``x``, those from ``start`` to ``stop`` merged."""
+    one = Dim()
+    for e in x.shape[start:stop]:
         one = one.times(e)
-    return [*x.extents[:start], one, *x.extents[stop:]]
+    return [*x.shape[:start], one, *x.shape[stop:]]

@@ -4,7 +4,7 @@ A value of a network that is affine in its sources is a sum, over sources x and 
 
     y[o, p] += W[o, i] * x[i, S*p + a]        for every p with  p >= L  and  S*p + U <= H - 1  along each axis,
 
-and of vectors with guards of the same kind. H is the extent of the source, S the stride. Whatever paths lead from x
+and of vectors with guards of the same kind. H is the size of the source, S the stride. Whatever paths lead from x
 to y, through paddings, crops and biases that meet a border, all that they ask of a position is one L and one U per
 axis. These guards are linearly independent as functions of (p, H), so the map from (source, a, L, U) to the matrix W
 is unique: two values are equal for every input and every input size if and only if these maps agree. The proof is in
@@ -27,11 +27,11 @@ import numpy.typing as npt
 
 from reparamc.certificate.axes import (
     UNIT,
-    Extent,
+    Dim,
     Unrepresentable,
     View,
-    extents,
     identity_view,
+    shape_of,
 )
 from reparamc.certificate.budget import BLOCK, TAP, UNLIMITED, Meter
 
@@ -46,23 +46,23 @@ class Source:
     """A leaf of a window, seen through ``view``, with ``spread`` - 1 zeros between its elements along each axis."""
 
     leaf: str
-    base: tuple[Extent, ...]
+    base: tuple[Dim, ...]
     view: View
     spread: tuple[int, ...]
 
     @cached_property
-    def extents(self) -> tuple[Extent, ...]:
-        return tuple(spread_extent(e, s) for e, s in zip(extents(self.view), self.spread, strict=True))
+    def shape(self) -> tuple[Dim, ...]:
+        return tuple(spread_dim(e, s) for e, s in zip(shape_of(self.view), self.spread, strict=True))
 
 
-def spread_extent(extent: Extent, by: int) -> Extent:
+def spread_dim(dim: Dim, by: int) -> Dim:
     if by == 1:
-        return extent
-    return Extent(by * (extent.known - 1) + 1) if extent.known else Extent(1, (f"{by}*({extent})",))
+        return dim
+    return Dim(by * (dim.known - 1) + 1) if dim.known else Dim(1, (f"{by}*({dim})",))
 
 
 class Guard(NamedTuple):
-    """Along one axis: position ``offset`` is read for every p >= low with stride*p + high <= extent - 1."""
+    """Along one axis: position ``offset`` is read for every p >= low with stride*p + high <= size - 1."""
 
     offset: int
     low: int
@@ -74,7 +74,7 @@ Tap = tuple[Guard, ...]
 
 
 class Grid(NamedTuple):
-    """How a result lies over a source along one axis: it has floor((extent - 1 - delta) / stride) + 1 positions."""
+    """How a result lies over a source along one axis: it has floor((size - 1 - delta) / stride) + 1 positions."""
 
     stride: int = 1
     delta: int = 0
@@ -127,24 +127,24 @@ class Vector:
 
 
 Where = tuple[Source, Tap] | None
-"""The guard of a vector, in terms of the extents of a source; None for everywhere."""
+"""The guard of a vector, in terms of the sizes of a source; None for everywhere."""
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """``view`` of an affine map on a grid with the extents ``base``.
+    """``view`` of an affine map on a grid with the sizes ``base``.
 
     Attributes:
         channel: the axis of ``base`` that matrices act on; None while all elements are treated alike, by matrices
             of one row and column.
         grids: one `Grid` for each axis of ``base``, by source.
         loose: axes of ``base`` along which a term of a sum may be repeated, at some input sizes.
-        needs: for each axis of ``base``, a source is refused where its extent less 1 is below this.
+        needs: for each axis of ``base``, a source is refused where its size less 1 is below this.
         filled: whether sources without elements are refused.
         meter: counts what is done with the value.
     """
 
-    base: tuple[Extent, ...]
+    base: tuple[Dim, ...]
     channel: int | None
     grids: Mapping[Source, tuple[Grid, ...]]
     blocks: tuple[Block, ...]
@@ -160,8 +160,8 @@ class Value:
         return 1 if self.channel is None else self.base[self.channel].factor
 
     @cached_property
-    def extents(self) -> tuple[Extent, ...]:
-        return extents(self.view)
+    def shape(self) -> tuple[Dim, ...]:
+        return shape_of(self.view)
 
     @property
     def rank(self) -> int:
@@ -187,7 +187,7 @@ ONE = np.ones(1)
 _START = np.zeros(1, np.int64)
 
 
-def leaf(name: str, shape: Sequence[Extent], meter: Meter = UNLIMITED) -> Value:
+def leaf(name: str, shape: Sequence[Dim], meter: Meter = UNLIMITED) -> Value:
     """The value that is the leaf ``name``."""
     base = tuple(shape)
     source = Source(name, base, identity_view(base), (1,) * len(base))
@@ -235,8 +235,8 @@ def with_places(value: Value, axis: int) -> tuple[Value, Array]:
         raise Unrepresentable("an axis mixes channels and positions")
     rows, index = np.arange(value.channels), np.zeros(value.channels, np.int64)
     for digit in digits:
-        extent, inner = digit.extent.factor, digit.inner.factor
-        index = index * extent + rows // inner % extent
+        dim, inner = digit.dim.factor, digit.inner.factor
+        index = index * dim + rows // inner % dim
     return value, index
 
 
@@ -261,9 +261,9 @@ def _spread(numbers: Array, count: int) -> Array:
     return numbers if numbers.shape == (count,) else np.broadcast_to(numbers, count)
 
 
-def least_extent(value: Value, axis: int) -> int:
-    """The smallest extent that ``value`` can have along ``axis`` while every source has a position; 0 if unknown."""
-    known = value.extents[axis].known
+def least_size(value: Value, axis: int) -> int:
+    """The smallest size that ``value`` can have along ``axis`` while every source has a position; 0 if unknown."""
+    known = value.shape[axis].known
     if known is not None:
         return known
     if not value.is_plain:
@@ -272,7 +272,7 @@ def least_extent(value: Value, axis: int) -> int:
 
 
 def computed(value: Value, magnitude: Value) -> Value:
-    """``value``, whose parameters are known up to the rounding of numbers of which ``magnitude`` is the map."""
+    """``value``, whose parameters are known up to the rounding of what ``magnitude`` maps."""
     doubts = tuple(
         replace(
             b, weight=np.broadcast_to(0.0, b.weight.shape), size=np.abs(b.weight) if b.size is None else b.size,
@@ -309,10 +309,10 @@ def summed(*parts: Iterable[tuple[Where, Vector]]) -> dict[Where, Vector]:
 
 
 def added(terms: Sequence[Value]) -> Value:
-    """The sum of values of equal extents."""
+    """The sum of values of equal sizes."""
     total = terms[0]
     for term in terms[1:]:
-        _same_extents(total.extents, term.extents)
+        _same_shapes(total.shape, term.shape)
         axis = total.channel if total.channel is not None else term.channel
         if axis is not None and len(total.base) == len(term.base):
             total, term = promoted(total, axis), promoted(term, axis)
@@ -366,7 +366,7 @@ FEW = 16
 
 
 def _collected(blocks: tuple[Block, ...], meter: Meter) -> tuple[Block, ...]:
-    """``blocks``, of which those that have the same rows and taps are added up once there are many."""
+    """``blocks``; once there are many, those with the same rows and taps are added up."""
     meter.spend(TAP * len(blocks))
     if len(blocks) <= FEW:
         return blocks
@@ -393,12 +393,12 @@ def _total(alike: Sequence[Block], meter: Meter) -> Block:
 
 
 def same_layout(a: Value, b: Value) -> bool:
-    """Whether two values are laid out alike; extents of a base that are unknown may have different names."""
+    """Whether two values are laid out alike; sizes of a base that are unknown may have different names."""
     return (a.is_plain and b.is_plain) or a.view == b.view
 
 
-def _same_extents(a: Sequence[Extent], b: Sequence[Extent]) -> None:
-    """Raise unless the extents agree, as far as they are known, and neither of two can be repeated along an axis."""
+def _same_shapes(a: Sequence[Dim], b: Sequence[Dim]) -> None:
+    """Raise unless the sizes agree, as far as they are known, and neither of two can be repeated along an axis."""
     if len(a) != len(b):
         raise Unrepresentable("its terms have different ranks")
     for m, n in zip(a, b, strict=True):
@@ -407,11 +407,11 @@ def _same_extents(a: Sequence[Extent], b: Sequence[Extent]) -> None:
 
 
 def _never_repeated(a: Mapping[Source, tuple[Grid, ...]], b: Mapping[Source, tuple[Grid, ...]]) -> None:
-    """Raise where the extents of two terms differ at some size: one that leaves 1 element is repeated there."""
+    """Raise where the sizes of two terms differ at some size: one that leaves 1 element is repeated there."""
     for source in a.keys() & b.keys():
-        for extent, m, n in zip(source.extents, a[source], b[source], strict=True):
-            if extent.known is None and m != n:
-                raise Unrepresentable("its terms are of one extent for some input sizes only")
+        for dim, m, n in zip(source.shape, a[source], b[source], strict=True):
+            if dim.known is None and m != n:
+                raise Unrepresentable("its terms are of one size for some input sizes only")
 
 
 def _loose(a: Value, b: Value) -> frozenset[int]:
@@ -420,13 +420,13 @@ def _loose(a: Value, b: Value) -> frozenset[int]:
         return frozenset()  # they lie alike over one source
     if a.is_plain and b.is_plain:
         return frozenset(i for i, (m, n) in enumerate(zip(a.base, b.base, strict=True)) if m != n)
-    return frozenset(range(len(a.base)) if a.extents != b.extents else ())
+    return frozenset(range(len(a.base)) if a.shape != b.shape else ())
 
 
 def grids_of_sum(
     a: Mapping[Source, tuple[Grid, ...]], b: Mapping[Source, tuple[Grid, ...]]
 ) -> dict[Source, tuple[Grid, ...]]:
-    """The grids of a sum. Where deltas differ, only sizes at which the extents agree are admitted: the larger holds."""
+    """The grids of a sum. Where deltas differ, only sizes at which the sizes agree are admitted: the larger holds."""
     found = dict(a)
     for source, grids in b.items():
         if source not in found:
@@ -456,13 +456,13 @@ def stacked(terms: Sequence[Value], axis: int) -> Value:
         ):
             raise Unrepresentable("its terms are laid out differently")
         kept = [i for i in range(len(t.base)) if i != t.channel]
-        _same_extents([t.base[i] for i in kept], [first.base[i] for i in kept])
+        _same_shapes([t.base[i] for i in kept], [first.base[i] for i in kept])
         blocks += [replace(b, rows=b.rows + at) for b in t.blocks]
         grids = grids_of_sum(grids, t.grids)
         for where, v in t.vectors.items():
             vectors.append((where, v.mapped(lambda a, at=at: np.pad(a, (at, total - at - len(a))))))
         at += t.channels
-    loose = frozenset(i for t in whole for i in t.loose)  # what is stacked has one extent, or nothing runs
+    loose = frozenset(i for t in whole for i in t.loose)  # what is stacked has one size, or nothing runs
     stack = replace(
         first, grids=grids, blocks=tuple(blocks), vectors=summed(vectors), loose=loose,
         needs=needed(*(t.needs for t in whole)), filled=any(t.filled for t in whole),
@@ -479,14 +479,14 @@ def unsplit(value: Value, axis: int) -> Value:
     return value
 
 
-def _relabelled(view: View, channel: int | None, extent: Extent) -> View:
-    return tuple(tuple(d._replace(extent=extent) if d.axis == channel else d for d in axis) for axis in view)
+def _relabelled(view: View, channel: int | None, dim: Dim) -> View:
+    return tuple(tuple(d._replace(dim=dim) if d.axis == channel else d for d in axis) for axis in view)
 
 
 def with_channels(value: Value, channels: int, axis: int) -> Value:
     """``value``, whose channels lie along ``axis`` of its layout, with another number of them."""
     assert value.channel is not None
-    base = tuple(Extent(channels) if i == value.channel else e for i, e in enumerate(value.base))
+    base = tuple(Dim(channels) if i == value.channel else e for i, e in enumerate(value.base))
     if value.is_plain:
         return replace(value, base=base, view=identity_view(base))
     view = list(value.view)

@@ -15,9 +15,9 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helpe
 
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.agreement import Precision
-from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.normal_form import Array, Value
-from reparamc.certificate.onnx_constants import MOST_EXTENTS, RANDOM, Constants, bodies, bounds, is_standard
+from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, bodies, bounds, is_standard
 from reparamc.certificate.onnx_operators import MIXING, READERS, Call, is_convolution, weighted
 from reparamc.certificate.onnx_shapes import Shapes, Typed
 from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
@@ -49,7 +49,7 @@ def certify_onnx(
     declared = {v.name: v for v in original.graph.value_info}
     declared = [v for v in result.graph.value_info if declared.get(v.name) == v]
     after = _Side("emitted", result, declared, {}, read)
-    # A tensor has the extents in the original that it has in the result, once it is proven to be the same.
+    # A tensor has the sizes in the original that it has in the result, once it is proven to be the same.
     before = _Side("original", original, declared, after.typed(), read)
     computed = set(before.order)
     stands_for = {name: name for name in after.order if name in computed}
@@ -131,8 +131,8 @@ class _Side:
         self.shapes, self.constants, self.constant = self.stored.shapes, self.stored.names, self.stored.array
         self._by_itself = self.shapes if not typed else None
         self._kinds: dict[str, Hashable] = {}
-        self._sizes: dict[str, Sequence[Extent] | None] = {}
-        self.shape_of: dict[str, tuple[Extent, ...] | None] | None = None
+        self._sizes: dict[str, Sequence[Dim] | None] = {}
+        self.shape_of: dict[str, tuple[Dim, ...] | None] | None = None
         """The shapes of tensors as the original has them, if this is not the original."""
         self._operands: dict[str, Sequence[str]] = {}
         sparse = (t.values.name for t in graph.sparse_initializer)
@@ -140,15 +140,15 @@ class _Side:
         self.order = [name for node in graph.node for name in node.output if name and name not in self.constants]
 
     def typed(self) -> dict[str, Typed]:
-        """All floating tensors that are computed, and whose extents are known."""
-        found = {name: (self.shapes.dtype(name), self.shapes.extents(name)) for name in self.order}
+        """All floating tensors that are computed, and whose sizes are known."""
+        found = {name: (self.shapes.dtype(name), self.shapes.known_shape(name)) for name in self.order}
         return {name: Typed(dtype, n) for name, (dtype, n) in found.items() if dtype is not None and n is not None}
 
     def dtype(self, name: str) -> np.dtype | None:
         return self.shapes.dtype(name)
 
-    def inferred(self, name: str) -> list[Extent | None] | None:
-        """The extents of ``name`` as far as this graph tells them by itself; None where the rank is unknown."""
+    def inferred(self, name: str) -> list[Dim | None] | None:
+        """The sizes of ``name`` as far as this graph alone tells them; None where the rank is unknown."""
         if self._by_itself is None:  # what the other graph says of this very tensor is what is to be proven
             self._by_itself = Shapes(self.model, self._declared)
         shape = self._by_itself.shape(name)
@@ -198,8 +198,8 @@ class _Side:
 
         def leaf(known_as: str) -> Value:
             inside = weight.shape[0] if node.op_type == "ConvTranspose" else weight.shape[1] * call.integer("group", 1)
-            batch, _, *rest = self.leaf(name, known_as).extents
-            return nf.leaf(known_as, [batch, Extent(inside * prod(weight.shape[2:])), *rest])
+            batch, _, *rest = self.leaf(name, known_as).shape
+            return nf.leaf(known_as, [batch, Dim(inside * prod(weight.shape[2:])), *rest])
 
         def finish(gathered: Value) -> Value:
             return self._with_doubts(node, weighted(call, gathered))
@@ -207,17 +207,17 @@ class _Side:
         kind = ("gathered", node.op_type, weight.shape[2:], tuple(sorted(attributes)))
         return Opened(kind, [node.input[0]], leaf, finish)
 
-    def sizes_told(self, name: str) -> Sequence[Extent] | None:
+    def sizes_told(self, name: str) -> Sequence[Dim] | None:
         if name not in self._sizes:
             self._sizes[name] = self._told(name, MOST_STEPS)
         return self._sizes[name]
 
-    def _told(self, name: str, steps: int) -> tuple[Extent, ...] | None:
+    def _told(self, name: str, steps: int) -> tuple[Dim, ...] | None:
         if name in self.constants:
             array = self.constant(name)
-            if array is None or array.dtype != np.int64 or array.ndim != 1 or array.size > MOST_EXTENTS:
+            if array is None or array.dtype != np.int64 or array.ndim != 1 or array.size > MOST_SIZES:
                 return None
-            return tuple(map(Extent, array.tolist()))
+            return tuple(map(Dim, array.tolist()))
         node = self.producers[name][0] if name in self.producers else None
         if node is None or not is_standard(node) or not steps:
             return None
@@ -246,7 +246,7 @@ class _Side:
         shape = self.shapes.shape(name)
         if shape is None:
             raise Unrepresentable(f"the rank of {name!r} is unknown")
-        return nf.leaf(known_as, [Extent(e.factor, self._named(e.symbols)) for e in shape])
+        return nf.leaf(known_as, [Dim(e.factor, self._named(e.symbols)) for e in shape])
 
     def _named(self, symbols: Sequence[str]) -> tuple[str, ...]:
         return tuple(sorted(s if s in self.symbols else f"{self.which} {s}" for s in symbols))

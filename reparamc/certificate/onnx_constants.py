@@ -21,7 +21,7 @@ RANDOM = {
 SHAPED = ("Expand", "Pad", "Reshape", "Slice")
 """Operators whose operands decide the shape of the result."""
 
-MOST_EXTENTS = 16
+MOST_SIZES = 16
 """A constant of more elements is no shape."""
 
 
@@ -72,7 +72,7 @@ class Constants:
         """Constants that operators compute, from which shapes follow that are unknown so far."""
         found: dict[str, Array] = {}
         for node in self.model.graph.node:
-            if node.op_type not in SHAPED or self.shapes.extents(node.output[0]) is not None:
+            if node.op_type not in SHAPED or self.shapes.known_shape(node.output[0]) is not None:
                 continue
             for name in node.input[1:]:
                 if name not in self.names or name in given or self._stored(name) is not None:
@@ -81,21 +81,21 @@ class Constants:
                     array = self.array(name)
                 except Unrepresentable:
                     continue
-                if array is not None and array.dtype == np.int64 and array.size <= MOST_EXTENTS:
+                if array is not None and array.dtype == np.int64 and array.size <= MOST_SIZES:
                     found[name] = array
         return found
 
     # Shapes
 
     def _of_shape(self, node: NodeProto) -> Array | None:
-        """What a node reads of extents that are known, whatever its operand is; None for all others."""
+        """What a node reads of sizes that are known, whatever its operand is; None for all others."""
         if node.op_type == "Shape":
-            extents = self.shapes.extents(node.input[0])
-            return None if extents is None else np.array(extents[bounds(node)], np.int64)
+            dims = self.shapes.known_shape(node.input[0])
+            return None if dims is None else np.array(dims[bounds(node)], np.int64)
         return self._picked(node) if node.op_type in ("Gather", "Slice") and len(node.input) > 1 else None
 
     def _picked(self, node: NodeProto) -> Array | None:
-        """What a Gather or Slice picks of extents, of which others may be unknown."""
+        """What a Gather or Slice picks of sizes; others may be unknown."""
         made = self.producers.get(node.input[0])
         if made is None or made.op_type != "Shape" or not is_standard(made):
             return None
@@ -103,14 +103,14 @@ class Constants:
         given = [self._stored(name) for name in node.input[1:]]
         if shape is None or any(g is None for g, name in zip(given, node.input[1:], strict=True) if name):
             return None
-        extents = [e.known for e in shape[bounds(made)]]
-        index = given[0] if node.op_type == "Gather" else _range(given, len(extents))
+        dims = [e.known for e in shape[bounds(made)]]
+        index = given[0] if node.op_type == "Gather" else _range(given, len(dims))
         if index is None:
             return None
         places = [int(i) for i in index.reshape(-1)]
-        if not all(-len(extents) <= i < len(extents) for i in places):
+        if not all(-len(dims) <= i < len(dims) for i in places):
             return None
-        found = [extents[i] for i in places]
+        found = [dims[i] for i in places]
         return None if None in found else np.array(found, np.int64).reshape(index.shape)
 
     # Values

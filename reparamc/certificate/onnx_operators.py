@@ -14,7 +14,7 @@ import reparamc.certificate.kernels as nk
 import reparamc.certificate.layouts as nl
 import reparamc.certificate.meaning as meaning
 import reparamc.certificate.normal_form as nf
-from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.onnx_shapes import attribute, is_plain_fused
 
@@ -31,7 +31,7 @@ class Side(Protocol):
     def constants(self) -> Collection[str]: ...
     def constant(self, name: str) -> Array | None: ...
     def dtype(self, name: str) -> np.dtype | None: ...
-    def inferred(self, name: str) -> list[Extent | None] | None: ...
+    def inferred(self, name: str) -> list[Dim | None] | None: ...
 
 
 class Call:
@@ -50,7 +50,7 @@ class Call:
     def value(self, position: int = 0) -> Value:
         name = self.name(position)
         if name is None or name in self.side.constants:
-            raise Unrepresentable("a constant stands where a value is read")
+            raise Unrepresentable("a constant where a value is read")
         return self._of(name)
 
     def constant(self, position: int) -> Array:
@@ -64,7 +64,7 @@ class Call:
         """Whole numbers in a row."""
         found = self.constant(position)
         if found.ndim != 1 or found.dtype not in (np.int64, np.int32):
-            raise Unrepresentable("axes, bounds or extents that are no vector of whole numbers")
+            raise Unrepresentable("axes, bounds or sizes that are no vector of whole numbers")
         return [int(n) for n in found]
 
     def optional_vector(self, position: int) -> list[int] | None:
@@ -134,7 +134,7 @@ def _checked(call: Call, n: int, pads: Sequence[int], *steps: Sequence[int]) -> 
 
 
 def _geometry(call: Call, kernel: Sequence[int], x: Value) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Stride, dilation, and padding before and behind."""
+    """Stride, dilation, and padding before and after."""
     n = len(kernel)
     stride, dilation = call.integers("strides", [1] * n), call.integers("dilations", [1] * n)
     auto, pads = call.text("auto_pad", "NOTSET"), call.integers("pads", [0] * 2 * n)
@@ -148,14 +148,14 @@ def _geometry(call: Call, kernel: Sequence[int], x: Value) -> tuple[list[int], l
     if any(d > 1 for d in dilation):
         raise Unrepresentable("runtimes do not take auto_pad beside dilations")
     begin, end = [], []
-    for extent, k, s, d in zip(x.extents[2:], kernel, stride, dilation, strict=True):
+    for dim, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True):
         reach = d * (k - 1)
         if s == 1:
             total = reach
-        elif extent.known is None:
-            raise Unrepresentable("the padding follows from the extents")
+        elif dim.known is None:
+            raise Unrepresentable("the padding follows from the sizes")
         else:
-            total = max(0, (-(-extent.known // s) - 1) * s + reach + 1 - extent.known)
+            total = max(0, (-(-dim.known // s) - 1) * s + reach + 1 - dim.known)
         front = total // 2 if auto == "SAME_UPPER" else total - total // 2
         begin.append(front)
         end.append(total - front)
@@ -164,10 +164,10 @@ def _geometry(call: Call, kernel: Sequence[int], x: Value) -> tuple[list[int], l
 
 def _weight(call: Call) -> Array:
     weight = call.parameter(1)
-    extents = list(weight.shape[2:])
+    dims = list(weight.shape[2:])
     if weight.ndim < 3 or not weight.size:
         raise Unrepresentable("a kernel without axes or elements")
-    if call.integers("kernel_shape", extents) != extents:
+    if call.integers("kernel_shape", dims) != dims:
         raise Unrepresentable("the kernel_shape of a convolution contradicts its weight")
     return weight
 
@@ -175,7 +175,7 @@ def _weight(call: Call) -> Array:
 def _read_conv(call: Call) -> Value:
     x, weight, groups = call.value(), _weight(call), call.integer("group", 1)
     bias = _bias(call, weight.shape[0])
-    if groups < 1 or weight.shape[0] % groups or x.extents[1].known != weight.shape[1] * groups:
+    if groups < 1 or weight.shape[0] % groups or x.shape[1].known != weight.shape[1] * groups:
         raise Unrepresentable("groups that do not fit the channels")
     if x.rank != weight.ndim:
         raise Unrepresentable("a kernel over other axes than its operand has")
@@ -201,7 +201,7 @@ def weighted(call: Call, gathered: Value) -> Value:
     inside = weight.shape[0] if is_transposed else weight.shape[1] * groups
     of_group = weight.shape[0] if is_transposed else rows
     bias = _bias(call, rows)
-    if groups < 1 or of_group % groups or gathered.extents[1].known != inside * prod(weight.shape[2:]):
+    if groups < 1 or of_group % groups or gathered.shape[1].known != inside * prod(weight.shape[2:]):
         raise Unrepresentable("groups that do not fit the channels")
     return meaning.weighted(gathered, weight, bias, groups, is_transposed)
 
@@ -211,7 +211,7 @@ def _read_conv_transpose(call: Call) -> Value:
     kernel = weight.shape[2:]
     n = len(kernel)
     bias = _bias(call, weight.shape[1] * groups)
-    if groups < 1 or weight.shape[0] % groups or x.extents[1].known != weight.shape[0] or x.rank != n + 2:
+    if groups < 1 or weight.shape[0] % groups or x.shape[1].known != weight.shape[0] or x.rank != n + 2:
         raise Unrepresentable("groups that do not fit the channels")
     if attribute(call.node, "output_shape") or call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise Unrepresentable("the padding follows from a wanted output shape")
@@ -237,7 +237,7 @@ def _read_average_pool(call: Call) -> Value:
     stride, dilation, begin, end = geometry
     for axis, k, s, d, b, e in zip(range(2, x.rank), kernel, stride, dilation, begin, end, strict=True):
         # The standard says that no position is left then, and ONNX Runtime, which rounds towards zero, that one is.
-        if s > 1 and nf.least_extent(x, axis) + b + e < d * (k - 1) + 1:
+        if s > 1 and nf.least_size(x, axis) + b + e < d * (k - 1) + 1:
             raise Unrepresentable("the window of a pooling may be larger than its map")
     if x.rank != len(kernel) + 2:
         raise Unrepresentable("a pooling over other axes than its operand has")
@@ -247,7 +247,7 @@ def _read_average_pool(call: Call) -> Value:
 def _read_pad(call: Call) -> Value:
     x = call.value()
     if call.text("mode", "constant") != "constant":
-        raise Unrepresentable("a padding repeats what stands at the border")
+        raise Unrepresentable("a padding repeats the border")
     amounts = call.optional_vector(1)
     fill, given = call.optional_parameter(2), call.optional_vector(3)
     pads = call.integers("pads", []) if amounts is None else amounts
@@ -272,19 +272,19 @@ def _slab(written: Array) -> tuple[int, int, bool]:
 def _read_scatter(call: Call) -> Value:
     """Constants written over the first or the last positions along one axis: how exporters spell an assignment."""
     x, where, what = call.value(), call.constant(1), call.parameter(2)
-    shape = tuple(e.known for e in x.extents)
+    shape = tuple(e.known for e in x.shape)
     if call.text("reduction", "none") != "none" or None in shape or where.ndim < 1 or x.rank < 3:
         raise Unrepresentable("elements are written one by one")
-    extents = cast("tuple[int, ...]", shape)
+    dims = cast("tuple[int, ...]", shape)
     depth = where.shape[-1]
-    if depth > x.rank or what.shape != (*where.shape[:-1], *extents[depth:]) or not where.size:
+    if depth > x.rank or what.shape != (*where.shape[:-1], *dims[depth:]) or not where.size:
         raise Unrepresentable("elements are written one by one")
     at = where.reshape(-1, depth)
-    if np.any(at < -np.array(extents[:depth])) or np.any(at >= np.array(extents[:depth])):
+    if np.any(at < -np.array(dims[:depth])) or np.any(at >= np.array(dims[:depth])):
         raise Unrepresentable("elements are written that are not there")
-    written, values = np.zeros(extents, bool), np.zeros(extents)
+    written, values = np.zeros(dims, bool), np.zeros(dims)
     written[tuple(at.T)] = True
-    values[tuple(at.T)] = what.reshape(-1, *extents[depth:])
+    values[tuple(at.T)] = what.reshape(-1, *dims[depth:])
     if np.count_nonzero(written) != what.size:
         raise Unrepresentable("an element is written twice")
     axis, number, is_first = _slab(written)
@@ -311,7 +311,7 @@ def _read_gemm(call: Call) -> Value:
         y = nf.scaled(y, alpha)
     if bias is None:
         return y
-    if bias.ndim > 2 or (bias.ndim == 2 and bias.shape[0] != 1) or bias.size not in (1, y.extents[1].known):
+    if bias.ndim > 2 or (bias.ndim == 2 and bias.shape[0] != 1) or bias.size not in (1, y.shape[1].known):
         raise Unrepresentable("a bias that varies along the batch")
     bias = bias.astype(np.float64).reshape(-1) * beta
     return nf.shifted(y, bias[0]) if bias.size == 1 else nf.shifted(y, bias, 1)
@@ -343,7 +343,7 @@ def _read_einsum(call: Call) -> Value:
     return nk.mixed(x, weight.T if of_weight[0] == inside[0] else weight, axis)
 
 
-# Each channel by itself
+# Channel by channel
 
 
 def _read_batchnorm(call: Call) -> Value:
@@ -353,7 +353,7 @@ def _read_batchnorm(call: Call) -> Value:
         raise Unrepresentable("BatchNormalization over positions")
     x = call.value()
     parameters = [call.parameter(i) for i in range(1, 5)]
-    if x.rank < 2 or any(p.shape != (x.extents[1].known,) for p in parameters):
+    if x.rank < 2 or any(p.shape != (x.shape[1].known,) for p in parameters):
         raise Unrepresentable("statistics that do not fit the channels")
     gamma, beta, mean, var = parameters
     return meaning.normalized(
@@ -396,11 +396,11 @@ def _read_concat(call: Call) -> Value:
 def _read_split(call: Call) -> Value:
     x = call.value()
     axis = call.axis(x.rank)
-    width = x.extents[axis].known
+    width = x.shape[axis].known
     given = call.optional_vector(1)
     sizes = call.integers("split", []) if given is None else given
     if width is None:
-        raise Unrepresentable("the extent that is split is unknown")
+        raise Unrepresentable("the size that is split is unknown")
     if not sizes:
         parts = len(call.node.output)
         each = -(-width // parts)
@@ -422,10 +422,10 @@ def _read_slice(call: Call) -> Value:
         axes = list(range(len(starts))) if axes is None else axes
         steps = [1] * len(starts) if steps is None else steps
     for axis, start, end, step in zip(_axes_within(axes, x.rank), starts, ends, steps, strict=True):
-        width = x.extents[axis].known
+        width = x.shape[axis].known
         if step < 0 and width is not None and (start < -width or end >= width):
             # The standard, its reference implementation and ONNX Runtime do not agree on what is clamped to what.
-            raise Unrepresentable("a slice in reverse, of which an end is out of range")
+            raise Unrepresentable("a slice in reverse with an end out of range")
         x = nk.sliced(x, axis, start, end, step)
     return x
 
@@ -433,11 +433,11 @@ def _read_slice(call: Call) -> Value:
 def _read_gather(call: Call) -> Value:
     x, index = call.value(), call.constant(1)
     axis = call.axis(x.rank)
-    width = x.extents[axis].known
+    width = x.shape[axis].known
     if width is not None and index.size and not -width <= int(index.min()) <= int(index.max()) < width:
         raise Unrepresentable("a gather of what is not there")
     if width is None or index.ndim > 1:
-        raise Unrepresentable("a gather by a table, or along an unknown extent")
+        raise Unrepresentable("a gather by a table, or along an unknown size")
     places = [int(i) % width for i in index.reshape(-1)]
     return nl.selected(x, places, axis) if index.ndim else nl.taken(x, places[0], axis)
 
@@ -459,9 +459,9 @@ def _read_reshape(call: Call) -> Value:
         given = call.vector(1) if call.side.opset >= 5 else call.integers("shape", [])
         zero_is_zero = call.flag("allowzero")
         if any(n < -1 or (n == 0 and not zero_is_zero and i >= x.rank) for i, n in enumerate(given)):
-            raise Unrepresentable("a reshape to extents that are not there")
+            raise Unrepresentable("a reshape to sizes that are not there")
         target = [
-            None if n == -1 else x.extents[i] if n == 0 and not zero_is_zero else Extent(n) for i, n in enumerate(given)
+            None if n == -1 else x.shape[i] if n == 0 and not zero_is_zero else Dim(n) for i, n in enumerate(given)
         ]
         y = nl.regrouped(x, target)
         # What is left of no elements cannot be told, and is refused.
@@ -469,12 +469,12 @@ def _read_reshape(call: Call) -> Value:
     return nl.regrouped(x, _inferred(call, x))
 
 
-def _inferred(call: Call, x: Value) -> list[Extent | None]:
-    """The extents of the result as shape inference has them; None for what is no product of those of the operand."""
+def _inferred(call: Call, x: Value) -> list[Dim | None]:
+    """The sizes of the result as shape inference has them; None for what is no product of those of the operand."""
     shape = call.side.inferred(call.node.output[call.at])
     if shape is None:
         raise Unrepresentable("the rank of a reshape is unknown")
-    own = {s for e in x.extents for s in e.symbols}
+    own = {s for e in x.shape for s in e.symbols}
     return [e if e is not None and own.issuperset(e.symbols) else None for e in shape]
 
 
@@ -498,11 +498,11 @@ def _axes(call: Call) -> list[int] | None:
 def _read_squeeze(call: Call) -> Value:
     x, axes = call.value(), _axes(call)
     if axes is None:
-        raise Unrepresentable("a squeeze of all axes of extent 1")
+        raise Unrepresentable("a squeeze of all axes of size 1")
     gone = set(_axes_within(axes, x.rank))
-    if any(x.extents[a] != Extent() for a in gone):
-        raise Unrepresentable("a squeeze of an unknown extent")
-    return nl.regrouped(x, [e for i, e in enumerate(x.extents) if i not in gone])
+    if any(x.shape[a] != Dim() for a in gone):
+        raise Unrepresentable("a squeeze of an unknown size")
+    return nl.regrouped(x, [e for i, e in enumerate(x.shape) if i not in gone])
 
 
 def _read_unsqueeze(call: Call) -> Value:
@@ -510,8 +510,8 @@ def _read_unsqueeze(call: Call) -> Value:
     if axes is None:
         raise Unrepresentable("Unsqueeze without axes")
     rank = x.rank + len(axes)
-    new, rest = set(_axes_within(axes, rank)), iter(x.extents)
-    return nl.regrouped(x, [Extent() if i in new else next(rest) for i in range(rank)])
+    new, rest = set(_axes_within(axes, rank)), iter(x.shape)
+    return nl.regrouped(x, [Dim() if i in new else next(rest) for i in range(rank)])
 
 
 def _read_mean(call: Call) -> Value:

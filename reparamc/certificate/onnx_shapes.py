@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper
 
-from reparamc.certificate.axes import Extent
+from reparamc.certificate.axes import Dim
 from reparamc.certificate.normal_form import Array
 
 WEIGHT = 1024
@@ -34,10 +34,10 @@ def is_plain_fused(node: NodeProto) -> bool:
 
 
 class Typed(NamedTuple):
-    """A floating tensor whose extents are all known."""
+    """A floating tensor whose sizes are all known."""
 
     dtype: np.dtype
-    extents: tuple[int, ...]
+    dims: tuple[int, ...]
 
 
 def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, Typed]) -> ModelProto:
@@ -69,8 +69,8 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
         elif tensor.name not in given:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in stored.items())
-    for name, (dtype, extents) in typed.items():
-        graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), extents))
+    for name, (dtype, dims) in typed.items():
+        graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), dims))
     return found
 
 
@@ -114,8 +114,8 @@ def _tell_ranks(light: ModelProto) -> bool:
             )
             for name, channels in ((node.input[0], inside), (node.output[0], None)):
                 if name not in shaped:
-                    extents = [None, channels or None, *[None] * (len(weight) - 2)]
-                    told[name] = helper.make_tensor_value_info(name, kind, extents)
+                    dims = [None, channels or None, *[None] * (len(weight) - 2)]
+                    told[name] = helper.make_tensor_value_info(name, kind, dims)
     kept = [v for v in graph.value_info if v.name not in told]
     del graph.value_info[:]
     graph.value_info.extend([*kept, *told.values()])
@@ -146,9 +146,9 @@ class Shapes:
         self._types: dict[str, TypeProto.Tensor] = {}
         for values in (declared, light.graph.value_info, light.graph.output, light.graph.input):
             self._types.update((v.name, v.type.tensor_type) for v in values if v.type.HasField("tensor_type"))
-        self._stored = {t.name: (t.data_type, tuple(map(Extent, t.dims))) for t in model.graph.initializer}
-        self._shapes: dict[str, tuple[Extent, ...] | None] = {}
-        self._meaning: dict[str, Extent] = {}
+        self._stored = {t.name: (t.data_type, tuple(map(Dim, t.dims))) for t in model.graph.initializer}
+        self._shapes: dict[str, tuple[Dim, ...] | None] = {}
+        self._meaning: dict[str, Dim] = {}
         """What a symbol that inference made up is, where that is known."""
         given = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim}
         for node in light.graph.node:  # operands come first
@@ -161,34 +161,34 @@ class Shapes:
             return FLOATS.get(self._stored[name][0])
         return FLOATS.get(self._types[name].elem_type) if name in self._types else None
 
-    def shape(self, name: str) -> tuple[Extent, ...] | None:
-        """The shape of ``name``, unknown extents as symbols; None where the rank is unknown."""
+    def shape(self, name: str) -> tuple[Dim, ...] | None:
+        """The shape of ``name``, unknown sizes as symbols; None where the rank is unknown."""
         if name not in self._shapes:
             self._shapes[name] = self._read(name)
         return self._shapes[name]
 
-    def extents(self, name: str) -> tuple[int, ...] | None:
-        """The shape of ``name`` if every extent is known."""
+    def known_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of ``name`` if every size is known."""
         shape = self.shape(name)
         return None if shape is None or any(e.symbols for e in shape) else tuple(e.factor for e in shape)
 
-    def _read(self, name: str) -> tuple[Extent, ...] | None:
+    def _read(self, name: str) -> tuple[Dim, ...] | None:
         if name in self._stored:
             return self._stored[name][1]
         if name not in self._types or not self._types[name].HasField("shape"):
             return None
         return tuple(
-            Extent(d.dim_value)
+            Dim(d.dim_value)
             if d.HasField("dim_value") and d.dim_value >= 0
             else self._open(d.dim_param or f"{name}[{axis}]")
             for axis, d in enumerate(self._types[name].shape.dim)
         )
 
-    def _open(self, symbol: str) -> Extent:
-        return self._meaning.get(symbol, Extent(1, (symbol,)))
+    def _open(self, symbol: str) -> Dim:
+        return self._meaning.get(symbol, Dim(1, (symbol,)))
 
     def _explain(self, operand: str, name: str, given: set[str]) -> None:
-        """Learn the one extent of a reshape that inference made up: what is left of the elements."""
+        """Learn the one size of a reshape that inference made up: what is left of the elements."""
         before, after = self._read(operand), self._read(name)
         if before is None or after is None:
             return
@@ -196,7 +196,7 @@ class Shapes:
         new = [e for e in after if e.factor == 1 and len(e.symbols) == 1 and e.symbols[0] not in known]
         if len(new) != 1:
             return
-        elements, others = Extent(), Extent()
+        elements, others = Dim(), Dim()
         for e in before:
             elements = elements.times(e)
         for e in after:

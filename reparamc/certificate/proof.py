@@ -1,6 +1,6 @@
 """The certificate: window by window, that an emitted graph equals the original for every input size.
 
-A name that stands in both graphs is a *cut*. Going through the emitted graph in execution order, each cut is proven
+A name that both graphs have is a *cut*. Going through the emitted graph in execution order, each cut is proven
 equal to its counterpart, given that all cuts before it are: by congruence, if both are the same operator over cuts that
 are equal; else as a *window*, by expanding both backwards to common cuts and comparing their normal forms.
 Operators that are not affine are *atoms*, unknown functions: equal if they are the same operator over equal operands.
@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from reparamc.certificate.agreement import Agreement, Precision, agree
-from reparamc.certificate.axes import Extent, Unrepresentable
+from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.budget import BLOCK, LEAST, PER_PARAMETER, TAP, Exceeded, Meter
 from reparamc.certificate.normal_form import Array, Value, Vector, promoted, span
 
@@ -81,8 +81,8 @@ class Side(Protocol):
         """The operator of ``name``, which is none that is known, as one that ends in a known matrix of channels."""
         ...
 
-    def sizes_told(self, name: str) -> Sequence[Extent] | None:
-        """The sizes of which ``name`` is the vector, as extents of the original; None if it is none, or unknown."""
+    def sizes_told(self, name: str) -> Sequence[Dim] | None:
+        """The sizes that ``name`` holds, as sizes of the original; None if it is none, or unknown."""
         ...
 
     def unread(self, met: Collection[str]) -> Sequence[str]:
@@ -175,7 +175,7 @@ def certify(
     outside: Sequence[Window] = (),
     parameters: int = 0,
 ) -> Certificate:
-    """Prove every tensor of ``emitted`` that stands for one of ``original``, and every output.
+    """Prove every tensor of ``emitted`` that is one of ``original``, and every output.
 
     Args:
         outputs: pairs of names, of the original and of what was emitted.
@@ -240,9 +240,9 @@ class _NoJoint(Exception):
 
 
 class _Joints:
-    """What one kernel makes and another reads, in the original, with the leaf that stands for it.
+    """What one kernel makes and another reads, in the original, with the leaf in its place.
 
-    A joint is taken up to what is added to each channel everywhere: that goes on behind it.
+    A joint is taken up to what is added to each channel everywhere: that goes on after it.
     """
 
     def __init__(self) -> None:
@@ -251,7 +251,7 @@ class _Joints:
         self.next = 0
 
     def enter(self, value: Value, leaf: Value) -> Value:
-        """A joint of the original: what stands for ``value``, over ``leaf``."""
+        """A joint of the original: ``value`` over ``leaf``."""
         bare, shift = _bare(value)
         self.values.append((bare, leaf))
         return _shifted(leaf, value, shift)
@@ -438,11 +438,11 @@ class _Proof:
             if not side.is_input(name) and (known_as is None or name == root or known_as in through):
                 order.append(name)
             else:
-                # One shape for both graphs: extents that are unknown may be named otherwise in each.
+                # One shape for both graphs: sizes that are unknown may be named otherwise in each.
                 leaf = self.sides[0].leaf(known_as, known_as) if known_as else side.leaf(name, _own(which, name))
                 values[name] = replace(leaf, meter=self.meter)
         ends = self._ends(which, order) if joints else {}
-        whole: dict[str, Value] = {}  # what a joint of the original stands for, and what is made of it alone
+        whole: dict[str, Value] = {}  # what a joint of the original is, and what is made of it alone
         for name in order:
             self.meter.spend(TAP)
             try:

@@ -15,7 +15,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
 
 from reparamc import fuse_fx
-from reparamc.certificate.axes import Extent
+from reparamc.certificate.axes import Dim
 from reparamc.certificate.fx import READERS, certify_fx
 from reparamc.certificate.fx_memory import Memory
 from reparamc.certificate.fx_shapes import shapes_of
@@ -86,7 +86,7 @@ def test_what_fusion_makes_is_proven() -> None:
     assert 0 < found.bound <= 2.0**-22
 
 
-def test_extents_that_vary_are_symbols() -> None:
+def test_sizes_that_vary_are_symbols() -> None:
     model, x = network()
     shapes = both(model, x)[2]
     batch, channels, *image = shapes["wide"]
@@ -95,7 +95,7 @@ def test_extents_that_vary_are_symbols() -> None:
     assert image[0] != image[1]
 
 
-def test_extents_that_may_differ_have_other_symbols() -> None:
+def test_sizes_that_may_differ_have_other_symbols() -> None:
     """Strides that agree at even sizes, axes of one length, and a second argument of one size with the first."""
 
     class Extents(nn.Module):
@@ -220,7 +220,7 @@ def test_what_is_no_tensor_is_an_attribute_of_what_reads_it() -> None:
     assert (certificate.equal, certificate.undecided) == (1, ())
 
 
-def test_extents_and_structures_that_are_returned_are_compared() -> None:
+def test_sizes_and_structures_that_are_returned_are_compared() -> None:
     class Returned(nn.Module):
         def __init__(self, axis: int) -> None:
             super().__init__()
@@ -474,7 +474,7 @@ def test_other_arguments_or_results_are_seen_from_outside() -> None:
     assert certify_fx(kept, fused, shapes).different
 
 
-def test_extents_of_tokens_are_symbols_too() -> None:
+def test_sizes_of_tokens_are_symbols_too() -> None:
     """Images have their channels along axis 1, tokens along the last."""
     tokens = trace(nn.Sequential(nn.Linear(4, 6), nn.ReLU()))
     images = trace(nn.Sequential(nn.Conv1d(4, 6, 1), nn.ReLU()))
@@ -482,28 +482,28 @@ def test_extents_of_tokens_are_symbols_too() -> None:
     assert [e.known for e in shapes_of(images, [torch.randn(2, 4, 5)])["_1"]] == [None, 6, None]
 
 
-@pytest.mark.parametrize("extents", [(3, 6, 6, 4), (2, 3, 6, 6, 4), (4, 6, 6)], ids=["last", "video", "one image"])
-def test_channels_of_other_layouts(extents: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("sizes", [(3, 6, 6, 4), (2, 3, 6, 6, 4), (4, 6, 6)], ids=["last", "video", "one image"])
+def test_channels_of_other_layouts(sizes: tuple[int, ...]) -> None:
     """Height and width, which are exchanged here, are not one and the same because they are in the example."""
 
     class Exchanged(nn.Module):
         def __init__(self, order: list[int]) -> None:
             super().__init__()
-            self.order, alone = order, extents[0] == 4
+            self.order, alone = order, sizes[0] == 4
             self.mix = nn.Conv2d(4, 4, 1) if alone else nn.Linear(4, 4)
             nn.init.constant_(self.mix.weight, 0.5)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.mix(x).reshape([x.shape[axis] for axis in self.order]).relu()
 
-    high = len(extents) - 2 - (extents[0] != 4)
-    kept = [*range(len(extents))]
+    high = len(sizes) - 2 - (sizes[0] != 4)
+    kept = [*range(len(sizes))]
     turned = [*kept[:high], high + 1, high, *kept[high + 2 :]]
     plain, other = trace(Exchanged(kept)), trace(Exchanged(turned))
     for name in ("weight", "bias"):
         setattr(other.mix, name, getattr(plain.mix, name))
-    shapes = shapes_of(plain, [torch.randn(extents)])
-    assert len({e for e in shapes["mix"] if e.known is None}) == len(extents) - 1
+    shapes = shapes_of(plain, [torch.randn(sizes)])
+    assert len({e for e in shapes["mix"] if e.known is None}) == len(sizes) - 1
     assert certify_fx(plain, copy.deepcopy(plain), shapes).holds
     assert not certify_fx(plain, other, shapes).holds
 
@@ -555,7 +555,7 @@ def test_what_is_a_multiple_of_the_batch_by_chance_is_none() -> None:
     x = torch.randn(1, 4, 8, 32)
     batch, _, _, side = shapes_of(trace(Even()), [x])["relu"]
     assert batch.known is None
-    assert side not in (batch, batch.times(Extent(32)))
+    assert side not in (batch, batch.times(Dim(32)))
 
 
 class Region(nn.Module):
@@ -596,7 +596,7 @@ def test_a_graph_that_an_operator_calls(name: str) -> None:
 
 
 class Table(nn.Module):
-    """A reshape to the extent of a parameter."""
+    """A reshape to the size of a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -609,7 +609,7 @@ class Table(nn.Module):
         return torch.einsum("bcn,cd->bnd", torch.tanh(z), self.table)
 
 
-def test_the_extent_of_a_parameter() -> None:
+def test_the_size_of_a_parameter() -> None:
     model, x = randomize_batchnorm(Table().eval(), 0), torch.randn(2, 4, 5, 5)
     report = fuse_fx(model, x).meta["reparamc"]
     assert report.passes["bn-folding"] == 1
@@ -625,7 +625,7 @@ SIZES: dict[str, Callable[[Tensor], Any]] = {
 
 
 class Sized(nn.Module):
-    """Tokens of an image, whose extents are read from a slice of its shape."""
+    """Tokens of an image, whose sizes are read from a slice of its shape."""
 
     def __init__(self, sizes: Callable[[Tensor], Any], turned: bool) -> None:
         super().__init__()
@@ -641,7 +641,7 @@ class Sized(nn.Module):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_an_extent_of_some(name: str) -> None:
+def test_a_size_of_some(name: str) -> None:
     right, turned = (randomize_batchnorm(Sized(SIZES[name], t).eval(), 0) for t in (False, True))
     turned.load_state_dict(right.state_dict())
     x = torch.randn(2, 4, 5, 5)

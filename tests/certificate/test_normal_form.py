@@ -12,16 +12,16 @@ from reparamc.certificate import kernels as nk
 from reparamc.certificate import layouts as nl
 from reparamc.certificate import normal_form as nf
 from reparamc.certificate.agreement import Precision, agree
-from reparamc.certificate.axes import Digit, Extent, Unrepresentable, composed, identity_view, reshaped
+from reparamc.certificate.axes import Digit, Dim, Unrepresentable, composed, identity_view, reshaped
 from reparamc.certificate.kernels import Kernel
 from reparamc.certificate.normal_form import Value
 
 SINGLE = Precision(2.0**-24, 2.0**-150)
-N, H = Extent(1, ("N",)), Extent(1, ("H",))
+N, H = Dim(1, ("N",)), Dim(1, ("H",))
 
 
 def image(channels: int = 3, name: str = "x") -> Value:
-    return nf.leaf(name, (N, Extent(channels), H))
+    return nf.leaf(name, (N, Dim(channels), H))
 
 
 def kernel(
@@ -40,7 +40,7 @@ def dense(k: Kernel, columns: int) -> np.ndarray:
 
 
 def run(k: Kernel, x: np.ndarray) -> np.ndarray:
-    """The kernel applied by its definition: x is (channels, extent)."""
+    """The kernel applied by its definition: x is (channels, size)."""
     weight, (stride,), (delta,) = dense(k, len(x)), k.stride, k.delta
     out = np.zeros((len(weight), (x.shape[1] - 1 - delta) // stride + 1))
     for p, (t, (offset,)) in product(range(out.shape[1]), enumerate(k.offsets)):
@@ -53,19 +53,19 @@ def evaluate(value: Value, x: np.ndarray) -> np.ndarray:
     """A normal form over one source, read literally: coefficients, offsets and guards."""
     ((source, grids),) = value.grids.items()
     stride, delta = grids[2]
-    extent = x.shape[1]
-    out = np.zeros((value.channels, (extent - 1 - delta) // stride + 1))
+    dim = x.shape[1]
+    out = np.zeros((value.channels, (dim - 1 - delta) // stride + 1))
     for p in range(out.shape[1]):
         for b in value.blocks:
             for t, tap in enumerate(b.taps):
                 offset, low, high = tap[2]
-                if p < low or stride * p + high > extent - 1:
+                if p < low or stride * p + high > dim - 1:
                     continue
                 for j, row in enumerate(b.rows):
                     run_of = x[b.first[j] : b.first[j] + b.weight.shape[1], stride * p + offset]
                     out[row, p] += b.left[j] * (b.weight[j, :, t] @ run_of)
         for where, vector in value.vectors.items():
-            if where is None or (p >= where[1][2].low and stride * p + where[1][2].high <= extent - 1):
+            if where is None or (p >= where[1][2].low and stride * p + where[1][2].high <= dim - 1):
                 out[:, p] += vector.value
     assert all(b.source == source for b in value.blocks)
     return out
@@ -85,8 +85,8 @@ def test_a_chain_of_padded_kernels_with_biases(seed: int) -> None:
         bias = rng.standard_normal(rows)
         kernels.append((k, bias))
         value, width = nf.shifted(nk.convolved(value, k, 1), bias, 1), rows
-    for extent in (12, 13, 14, 17):
-        x = rng.standard_normal((4, extent))
+    for dim in (12, 13, 14, 17):
+        x = rng.standard_normal((4, dim))
         expected = x
         for k, bias in kernels:
             expected = run(k, expected) + bias[:, None]
@@ -212,7 +212,7 @@ def test_one_wrong_coefficient_among_many(kind: str) -> None:
 def test_taps_that_read_nothing_may_be_anything_among_many() -> None:
     """A border in front of two elements, of which one is left."""
     k = kernel(np.random.default_rng(15), 128, 128, 3, 1, 1, 0)
-    pair = nf.leaf("x", (N, Extent(128), Extent(2)))
+    pair = nf.leaf("x", (N, Dim(128), Dim(2)))
     other = k.weight.astype(np.float32)
     other[:, :, 0] += 1
     value = nk.convolved(pair, k, 1)
@@ -221,7 +221,7 @@ def test_taps_that_read_nothing_may_be_anything_among_many() -> None:
     assert agree(value, nk.convolved(pair, replace(k, weight=other), 1), SINGLE).verdict == "different"
 
 
-def test_other_strides_and_extents_are_different() -> None:
+def test_other_strides_and_sizes_are_different() -> None:
     rng = np.random.default_rng(6)
     k = kernel(rng, 3, 3, 3, 1, 1, 1)
     value = nk.convolved(image(), k, 1)
@@ -231,22 +231,22 @@ def test_other_strides_and_extents_are_different() -> None:
     assert agree(value, shorter, SINGLE).verdict == "different"
 
 
-def test_extents_that_agree_for_some_sizes_are_compared_at_those_that_are_known() -> None:
+def test_sizes_that_agree_for_some_sizes_are_compared_at_those_that_are_known() -> None:
     rng = np.random.default_rng(7)
     k = kernel(rng, 3, 3, 2, 2, 0, 0)
-    for extent, expected in ((Extent(8), "equal"), (Extent(9), "different"), (H, "undecided")):
-        x = nf.leaf("x", (N, Extent(3), extent))
+    for dim, expected in ((Dim(8), "equal"), (Dim(9), "different"), (H, "undecided")):
+        x = nf.leaf("x", (N, Dim(3), dim))
         a, b = nk.convolved(x, k, 1), nk.convolved(x, replace(k, delta=(0,)), 1)
-        assert agree(a, b, SINGLE).verdict == expected, extent
+        assert agree(a, b, SINGLE).verdict == expected, dim
 
 
 # Layouts
 
 
 def test_a_shuffle_is_a_selection() -> None:
-    x = nf.leaf("x", (N, Extent(6), H))
-    turned = nl.permuted(nl.regrouped(x, (N, Extent(2), Extent(3), H)), (0, 2, 1, 3))
-    shuffled = nl.regrouped(turned, (N, Extent(6), H))
+    x = nf.leaf("x", (N, Dim(6), H))
+    turned = nl.permuted(nl.regrouped(x, (N, Dim(2), Dim(3), H)), (0, 2, 1, 3))
+    shuffled = nl.regrouped(turned, (N, Dim(6), H))
     assert agree(shuffled, nl.selected(x, (0, 3, 1, 4, 2, 5), 1), SINGLE).verdict == "equal"
     assert agree(shuffled, nl.selected(x, (0, 3, 1, 4, 5, 2), 1), SINGLE).verdict == "different"
 
@@ -254,15 +254,15 @@ def test_a_shuffle_is_a_selection() -> None:
 def test_a_matrix_goes_through_heads() -> None:
     """Linear, BatchNorm over flattened tokens, heads, a slice of each: as one linear layer with some of the rows."""
     rng = np.random.default_rng(8)
-    length, matrix = Extent(7), rng.standard_normal((12, 4))
-    x = nf.leaf("x", (N, length, Extent(4)))
+    length, matrix = Dim(7), rng.standard_normal((12, 4))
+    x = nf.leaf("x", (N, length, Dim(4)))
     gain = rng.uniform(0.5, 2, 12)
-    flat = nl.regrouped(nk.mixed(x, matrix, 2), (None, Extent(12)))
-    scaled = nl.regrouped(nf.scaled(flat, gain, 1), (N, length, Extent(2), Extent(6)))
+    flat = nl.regrouped(nk.mixed(x, matrix, 2), (None, Dim(12)))
+    scaled = nl.regrouped(nf.scaled(flat, gain, 1), (N, length, Dim(2), Dim(6)))
     part = nl.permuted(nl.selected(scaled, range(2, 4), 3), (0, 2, 1, 3))
     rows = [2, 3, 8, 9]
     direct = nk.mixed(x, (gain[:, None] * matrix)[rows], 2)
-    direct = nl.permuted(nl.regrouped(direct, (N, length, Extent(2), Extent(2))), (0, 2, 1, 3))
+    direct = nl.permuted(nl.regrouped(direct, (N, length, Dim(2), Dim(2))), (0, 2, 1, 3))
     assert agree(part, direct, SINGLE).verdict == "equal"
 
 
@@ -276,14 +276,14 @@ def test_a_mean_commutes_with_matrices_and_not_with_borders() -> None:
 
 
 def test_views() -> None:
-    base = (N, Extent(6), H)
-    split = reshaped(identity_view(base), (N, Extent(2), Extent(3), None))
-    assert split[1] == (Digit(1, Extent(3), Extent(2)),)
-    assert composed(split, reshaped(identity_view((N, Extent(2), Extent(3), H)), base)) == identity_view(base)
+    base = (N, Dim(6), H)
+    split = reshaped(identity_view(base), (N, Dim(2), Dim(3), None))
+    assert split[1] == (Digit(1, Dim(3), Dim(2)),)
+    assert composed(split, reshaped(identity_view((N, Dim(2), Dim(3), H)), base)) == identity_view(base)
     with pytest.raises(Unrepresentable):
-        reshaped(identity_view(base), (N, Extent(4), None))
+        reshaped(identity_view(base), (N, Dim(4), None))
     with pytest.raises(Unrepresentable):
-        reshaped(identity_view(base), (N, Extent(6)))
+        reshaped(identity_view(base), (N, Dim(6)))
 
 
 # Transposed kernels

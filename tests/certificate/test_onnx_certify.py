@@ -303,7 +303,7 @@ def test_another_border_is_not(regions: dict[str, Any], off: float, options: dic
 
 
 def test_the_shape_of_a_constant_that_shape_inference_does_not_know() -> None:
-    head = [node("NonZero", "mask", "at"), node("Shape", "at", "extents"), node("Reshape", "x extents", "r")]
+    head = [node("NonZero", "mask", "at"), node("Shape", "at", "sizes"), node("Reshape", "x sizes", "r")]
     parameters = {
         "mask": np.ones(6, np.float32),
         "a": np.array([2], np.float32),

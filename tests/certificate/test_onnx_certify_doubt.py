@@ -75,7 +75,7 @@ def sparse(value: float) -> ModelProto:
 
 
 def reshaped(stored: bool) -> ModelProto:
-    """To extents that the caller gives, or to those that are stored."""
+    """To sizes that the caller gives, or to those that are stored."""
     parameters = {"k": whole(6, 4, 5)} if stored else {}
     nodes = [node("Reshape", "x k" if stored else "x s", "t"), node("Relu", "t", "y")]
     made = model(nodes, parameters, (2, 3, 4, 5), inputs={"s": (3,)})
@@ -84,7 +84,7 @@ def reshaped(stored: bool) -> ModelProto:
 
 
 def like(hint: str) -> ModelProto:
-    """A reshape to the extents of ``v``; or to stored ones, in a file that says of a ``v`` that it has these."""
+    """A reshape to the sizes of ``v``; or to stored ones, in a file that says of a ``v`` that it has these."""
     nodes = [node("Relu", "x", "v"), node("Shape", "v", "s"), node("Reshape", "z s", "y")]
     if not hint:
         return model(nodes, {}, IMAGE, inputs={"z": ("A", "B")})
@@ -122,7 +122,7 @@ def stacked(at_once: bool) -> ModelProto:
 
 
 def strided(merged: bool) -> ModelProto:
-    """Branches whose extents agree at even sizes; at 3, one element of the second is repeated."""
+    """Branches whose sizes agree at even sizes; at 3, one element of the second is repeated."""
     large, small = rand(3, 3, 3, 3), rand(3, 3, 2, 2)
     if merged:
         large[:, :, 1:, 1:] += small
@@ -164,7 +164,7 @@ def named(op: str) -> ModelProto:
 
 
 def empty(stride: int) -> ModelProto:
-    """No channels at all, over extents that shape inference numbers alike in both graphs."""
+    """No channels at all, over sizes that shape inference numbers alike in both graphs."""
     nodes = [
         node("MaxPool", "x", f"p{stride}", kernel_shape=[2, 2], strides=[stride, stride]),
         node("Slice", f"p{stride} zero zero one", "y"),
@@ -209,16 +209,16 @@ DOUBTFUL: dict[str, tuple[Callable[[Any], ModelProto], Any, Any, dict[str, np.nd
     "a weight before a cast": (cast, 0.0, 1e-4, {"x": np.ones((1, 3, 1, 1), np.float32)}),
     "a weight before a choice": (largest, 0.0, 1e-8, {"x": np.ones(2)}),
     "a name that the proof gives": (named, "Sin", "Tanh", X),
-    "the extents of no channels": (empty, 1, 2, X),
-    "the extents of what vanishes": (nothing, 0, 2, X),
+    "the sizes of no channels": (empty, 1, 2, X),
+    "the sizes of what vanishes": (nothing, 0, 2, X),
     "a window that is larger than its map": (pooled, False, True, {"x": rand(1, 3, 1, 1)}),
     "a window that is larger than all maps": (
         lambda as_kernel: pooled(as_kernel, (1, 3, 1, 1)), False, True, {"x": rand(1, 3, 1, 1)},
     ),
     "a reversal up to the largest number": (backwards, (-1, 2**63 - 1, -1), (0, 0, 1), X),
     "a reversal up to the largest number of 32 bits": (backwards, (-1, 2**31 - 1, -1), (0, 0, 1), X),
-    "a kernel of two extents": (partial(declared, "Conv"), [1, 1], None, X),
-    "a transposed kernel of two extents": (partial(declared, "ConvTranspose"), [1, 1], None, X),
+    "a kernel of two sizes": (partial(declared, "Conv"), [1, 1], None, X),
+    "a transposed kernel of two sizes": (partial(declared, "ConvTranspose"), [1, 1], None, X),
     "a reversal from before the start": (backwards, (-9, -10, -1), (0, 0, 1), X),
 }  # fmt: skip
 
@@ -232,25 +232,25 @@ def test_graphs_that_may_differ_are_not_proven_equal(name: str) -> None:
     assert certify_onnx(original, build(a)).different == 0
 
 
-@pytest.mark.parametrize("extent", ["H", 8])
+@pytest.mark.parametrize("size", ["H", 8])
 @pytest.mark.parametrize(("stride", "border"), [(1, 0), (2, 1), (3, 1)])
-def test_a_window_that_fits_every_map_is_read(extent: int | str, stride: int, border: int) -> None:
+def test_a_window_that_fits_every_map_is_read(size: int | str, stride: int, border: int) -> None:
     """With a stride of 1 nothing is rounded; with a border of one element, the least map has three."""
     amounts = whole(0, 0, border, border, 0, 0, border, border)
     parameters = {"amounts": amounts, "w": np.full((3, 1, 3, 3), 1 / 9)}
     steps = {"strides": [stride, stride]}
     made = [
-        model([node("Pad", "x amounts", "b"), last], parameters, (1, 3, extent, extent), dtype=TensorProto.DOUBLE)
+        model([node("Pad", "x amounts", "b"), last], parameters, (1, 3, size, size), dtype=TensorProto.DOUBLE)
         for last in (
             node("AveragePool", "b", "y", kernel_shape=[3, 3], **steps),
             node("Conv", "b w", "y", group=3, **steps),
         )
     ]
-    assert certify_onnx(*made).holds
+    assert certify_onnx(made[0], made[1]).holds
 
 
 def test_what_is_stacked_has_one_extent() -> None:
-    """However the extents of the two inputs are called: a concatenation repeats nothing."""
+    """However the sizes of the two inputs are called: a concatenation repeats nothing."""
     assert certify_onnx(stacked(True), stacked(False)).holds
 
 
@@ -291,7 +291,7 @@ def test_a_stride_along_one_position_is_no_difference() -> None:
 
 
 def times_extent(pick: Any) -> ModelProto:
-    """A map of the extents N, 3, H, 4 times what ``pick`` takes of its shape, or times a number."""
+    """A map of the sizes N, 3, H, 4 times what ``pick`` takes of its shape, or times a number."""
     constants = {"one": np.array(1), "two": np.array(2), "last": whole(-1), "end": whole(2**62), "back": whole(-1)}
     nodes = [node("Relu", "x", "r"), node("Shape", "r", "s")]
     if isinstance(pick, int):
