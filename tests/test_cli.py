@@ -457,7 +457,7 @@ def test_a_model_whose_input_does_not_fit_into_memory(
     outcome = run("fuse", path, tmp_path / OUT, *options)
     assert (outcome.code, outcome.out) == (2, "")
     (line,) = outcome.err.splitlines()
-    assert line.startswith("reparamc: input 'x' of the extents [")
+    assert line.startswith("reparamc: input 'x' of the sizes [")
     assert "does not fit into memory" in line
     assert line.endswith(advice)
     assert contents(tmp_path) == before

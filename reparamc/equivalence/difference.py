@@ -27,7 +27,7 @@ class Difference:
             indices, strings, anything but arrays) the share of entries that differ.
         max_rel: ``max_abs`` relative to `size`.
         size: largest finite magnitude expected; 0 of what does not round.
-        same_kind: shapes agree, and NaN and infinities stand in the same places.
+        same_kind: shapes agree, and NaN and infinities are in the same places.
         same_shape: the former at least; also of equal values that are no arrays.
     """
 

@@ -48,7 +48,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Alone:
-    """What regions and outputs give when each is computed from the original's own values in front of it.
+    """What regions and outputs give when each is computed from the original's own values before it.
 
     Attributes:
         expected, actual: values of roots and outputs in the original and in the result.
@@ -112,7 +112,7 @@ def compare_outputs(
     """Every output of a result against that of the original, held to the original's own noise.
 
     Where an output differs by more, or its noise is so large that the comparison says little, every region is compared
-    by itself, fed with the original's own values. That finds the region that is wrong. Where none is, and the outputs
+    alone, fed with the original's own values. That finds the region that is wrong. Where none is, and the outputs
     are the same when they are fed with the original's values, rounding is all there is to the difference: some step
     between makes another discrete choice (a quantizer, a rounding, a comparison, a maximum's place), or amplifies it.
 
@@ -148,7 +148,7 @@ def compare_outputs(
         elif not (found.within(entry.tolerance) and found.same_dtype):
             text = f"output {entry.output!r} of the fused model {_what(found, entry.tolerance)}; nothing was written"
             raise VerificationError(
-                f"{text}{'. No region differs by itself' if judged else ''}. {REPORT}", where=entry.output
+                f"{text}{'. No region alone differs' if judged else ''}. {REPORT}", where=entry.output
             )
     return entries + judged
 

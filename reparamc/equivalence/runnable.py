@@ -111,8 +111,8 @@ class Domain:
 
     Attributes:
         slots: the inputs that vary, in the order in which `inputs` asks ``assemble`` for the whole.
-        base: the extents of the example.
-        extents: what each name in their shapes may be; each alone was tried.
+        base: the sizes of the example.
+        sizes: what each name in their shapes may be; each alone was tried.
     """
 
     def __init__(
@@ -125,19 +125,19 @@ class Domain:
         self.slots, self.base = slots, dict(base)
         self._runs, self._assemble = runs, assemble
         self._known: dict[tuple[tuple[str, int], ...], bool] = {}
-        self.extents = {name: self._tried(name, is_batch) for name, is_batch in symbols(slots).items()}
+        self.sizes = {name: self._tried(name, is_batch) for name, is_batch in symbols(slots).items()}
 
     def _tried(self, name: str, is_batch: bool) -> tuple[int, ...]:
         at = self.base[name]
         wanted = dict.fromkeys(_BATCHES if is_batch else (*SIZES, at, at - 1, at + 1))
         found = [n for n in wanted if n > 0 and (n == at or self.accepts({**self.base, name: n}))]
-        # An extent of one alone proves nothing: it may have been repeated along a longer one.
+        # An size of one alone proves nothing: it may have been repeated along a longer one.
         return tuple(found) if set(found) - {1, at} else (at,)
 
     @property
     def space(self) -> Space:
         """What inputs are drawn from."""
-        return Space(self.extents, ("normal", *_TELLING), scales(self.slots), LIMITS[:1], 2**16)
+        return Space(self.sizes, ("normal", *_TELLING), scales(self.slots), LIMITS[:1], 2**16)
 
     def accepts(self, sizes: Mapping[str, int]) -> bool:
         """Whether the model runs on inputs of these sizes."""
@@ -157,12 +157,12 @@ class Domain:
     def some(self, count: int, seed: int = 0) -> Iterator[Tree]:
         """``count`` inputs, repeatable: of the sizes given, the smallest, of mixed parities, then of random ones."""
         rng = np.random.default_rng(seed)
-        chosen = [self.base, {n: min(e) for n, e in self.extents.items()}]
-        chosen += [{n: e[(at + k) % len(e)] for k, (n, e) in enumerate(self.extents.items())} for at in (0, 3)]
+        chosen = [self.base, {n: min(e) for n, e in self.sizes.items()}]
+        chosen += [{n: e[(at + k) % len(e)] for k, (n, e) in enumerate(self.sizes.items())} for at in (0, 3)]
         kinds = [*((pattern, 1.0) for pattern in _TELLING), *(("normal", scale) for scale in scales(self.slots)[1:])]
         made = 0
         for attempt in range(4 * count):
-            drawn = {n: int(rng.choice(e)) for n, e in self.extents.items()}
+            drawn = {n: int(rng.choice(e)) for n, e in self.sizes.items()}
             sizes = chosen[attempt] if attempt < len(chosen) else drawn
             if made < count and self.accepts(sizes):
                 pattern, scale = ("normal", 1.0) if made < 4 else kinds[(made - 4) % len(kinds)]

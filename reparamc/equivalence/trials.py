@@ -28,7 +28,7 @@ Inputs = dict[str, npt.NDArray]
 
 @dataclass(frozen=True)
 class Slot:
-    """One input that a caller must give: extents are numbers, or names of what may vary.
+    """One input that a caller must give: sizes are numbers, or names of what may vary.
 
     Where even the number of axes is open, ``dims`` is empty and ``ranked`` False.
     Whole numbers are drawn from the first of ``bounds`` to the last; without any, below the limit of a trial, and below
@@ -58,7 +58,7 @@ class Trial:
     """One set of inputs.
 
     Attributes:
-        extents: a number for each extent that may vary.
+        sizes: a number for each size that may vary.
         pattern: key of `PATTERNS`.
         scale: what floating values are multiplied by.
         limit: whole numbers are drawn below it.
@@ -66,7 +66,7 @@ class Trial:
         alone: the one input that all this is about, the others being ordinary; empty for all inputs.
     """
 
-    extents: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     pattern: str = "normal"
     scale: float = 1.0
     limit: int = 2
@@ -75,11 +75,11 @@ class Trial:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return tuple(sorted(self.extents.items())), self.pattern, self.scale, self.limit, self.seed, self.alone
+        return tuple(sorted(self.sizes.items())), self.pattern, self.scale, self.limit, self.seed, self.alone
 
     def of(self, slot: Slot) -> Trial:
         """What it says of one input."""
-        return self if self.alone in ("", slot.name) else Trial(self.extents, seed=self.seed)
+        return self if self.alone in ("", slot.name) else Trial(self.sizes, seed=self.seed)
 
 
 def _ones(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
@@ -114,7 +114,7 @@ def _impulse(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
 
 
 def _border(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
-    """Zeros but for the ends of the axes behind the channels, where one has an interior."""
+    """Zeros but for the ends of the axes after the channels, where one has an interior."""
     x = _normal(rng, shape)
     if any(n > 2 for n in shape[2:]):
         x[tuple(slice(1, -1) if n > 2 and axis > 1 else slice(None) for axis, n in enumerate(shape))] = 0
@@ -126,7 +126,7 @@ def _checkerboard(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArr
 
 
 def _channels(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
-    """Every channel around a level of its own: means are then far from zero, and borders stand out."""
+    """Every channel around a level of its own: means are then far from zero, and borders show."""
     x = _normal(rng, shape)
     if len(shape) < 2:
         return x + 3
@@ -171,13 +171,13 @@ SCALES = (1.0, 0.1, 10.0, 1e-3, 1e3, 1e-6)
 LIMITS = (2, 16, 256, 4096, 65536)
 """Whole numbers below 2 fit every table and every axis; the original says how far it goes."""
 SHORT_LIMIT = 16
-"""For whole numbers without axes or with one: they may be extents."""
+"""For whole numbers without axes or with one: they may be sizes."""
 
 MOST_ALONE = 8
-"""Inputs of which each is changed while the others are ordinary."""
+"""So many inputs are each changed while the others are ordinary."""
 
 GUESSES = (32, 64, 224, 256, 128, 16, 8, 4, 3, 2, 1)
-"""Extents tried for what may vary, until the original takes one."""
+"""Sizes tried for what may vary, until the original takes one."""
 SMALL = (1, 2, 3, 5, 7)
 SIZES = (7, 1, 2, 3, 4, 5, 8, 9, 13, 16)
 """Of one axis, beside that of an example: odd first, and then all that is small."""
@@ -186,7 +186,7 @@ HALVED = 64
 
 
 class TooLarge(InputError):
-    """Arrays of these extents do not fit into memory."""
+    """Arrays of these sizes do not fit into memory."""
 
 
 PEAK = 24
@@ -199,7 +199,7 @@ def check_size(shapes: Mapping[str, Sequence[int]]) -> None:
     Raises:
         TooLarge: they do not; names the largest.
     """
-    # NumPy refuses large extents beside one of 0, too.
+    # NumPy refuses large sizes beside one of 0, too.
     need = sum(PEAK * prod(max(d, 1) for d in shape) for shape in shapes.values())
     if need > _memory():
         raise _too_large(shapes, f"takes {_bytes(need)} while it is compared, and this machine has {_bytes(_memory())}")
@@ -207,8 +207,8 @@ def check_size(shapes: Mapping[str, Sequence[int]]) -> None:
 
 def _too_large(shapes: Mapping[str, Sequence[int]], why: str) -> TooLarge:
     name = max(shapes, key=lambda name: prod(shapes[name]))
-    extents = ", ".join(map(str, shapes[name]))
-    return TooLarge(f"input {name!r} of the extents [{extents}] does not fit into memory: it {why}")
+    sizes = ", ".join(map(str, shapes[name]))
+    return TooLarge(f"input {name!r} of the sizes [{sizes}] does not fit into memory: it {why}")
 
 
 def _memory() -> int:
@@ -237,7 +237,7 @@ def make_inputs(slots: Sequence[Slot], trial: Trial) -> Inputs:
             f"input {open_rank!r} declares no number of axes, so no values can be made up; "
             "declare its shape, or give values with --inputs"
         )
-    shapes = {s.name: tuple(d if isinstance(d, int) else trial.extents[d] for d in s.dims) for s in slots}
+    shapes = {s.name: tuple(d if isinstance(d, int) else trial.sizes[d] for d in s.dims) for s in slots}
     check_size(shapes)
     try:
         return _made(slots, trial)
@@ -249,7 +249,7 @@ def _made(slots: Sequence[Slot], trial: Trial) -> Inputs:
     inputs = {}
     for index, slot in enumerate(slots):
         rng = np.random.default_rng([trial.seed, index])
-        shape = tuple(d if isinstance(d, int) else trial.extents[d] for d in slot.dims)
+        shape = tuple(d if isinstance(d, int) else trial.sizes[d] for d in slot.dims)
         if slot.dtype.kind == "O":
             raise InputError(f"input {slot.name!r} holds strings, which cannot be made up; give values with --inputs")
         own = trial.of(slot)
@@ -283,7 +283,7 @@ def _whole(rng: np.random.Generator, shape: tuple[int, ...], slot: Slot, largest
 
 
 def symbols(slots: Sequence[Slot]) -> dict[str, bool]:
-    """The names of the extents that may vary, and whether each is the first of its input: a batch."""
+    """The names of the sizes that may vary, and whether each is the first of its input: a batch."""
     found: dict[str, bool] = {}
     for slot in slots:
         for axis, d in enumerate(slot.dims):
@@ -330,13 +330,13 @@ def further_trials(
     non_finite: bool,
     limits: Sequence[int],
     factors: Sequence[float] = (),
-    sizes: Sequence[int] = (),
+    named: Sequence[int] = (),
 ) -> Iterator[Trial]:
     """Other sizes and other values than ``base``, in turns, the most telling first.
 
     Args:
         factors: scales at which the model is known to branch.
-        sizes: extents from which it may do so.
+        named: sizes from which it may do so.
     """
     names = symbols(slots)
     floating = any(epsilon_of(s.dtype) for s in slots)
@@ -358,21 +358,21 @@ def further_trials(
             alone += [replace(base, alone=slot.name, scale=s) for s in (*factors, scales(slots)[-2], 1e-3)]
         alone.append(replace(base, alone=slot.name, pattern="zeros"))
     alone += [replace(base, alone=s.name, pattern=BELOW_ZERO, limit=limit) for s in slots if s.dtype.kind == "i"]
-    other = list(_sizes(names, base.extents, sizes)) if names else []
-    sized = [replace(base, extents=extents, seed=base.seed + at) for at, extents in enumerate(other)]
+    other = list(_sizes(names, base.sizes, named)) if names else []
+    sized = [replace(base, sizes=sizes, seed=base.seed + at) for at, sizes in enumerate(other)]
     for several in zip_longest(branches, sized, values, scaled, alone):
         yield from (trial for trial in several if trial is not None)
 
 
-def _sizes(names: Mapping[str, bool], base: Mapping[str, int], sizes: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Odd, unequal, larger and small extents, and those from which a model may branch."""
+def _sizes(names: Mapping[str, bool], base: Mapping[str, int], named: Sequence[int]) -> Iterator[dict[str, int]]:
+    """Odd, unequal, larger and small sizes, and those from which a model may branch."""
 
     def of(batch: int, other: Callable[[str, int], int]) -> dict[str, int]:
         return {name: batch if is_batch else other(name, at) for at, (name, is_batch) in enumerate(names.items())}
 
     yield of(1, lambda name, at: base[name] + 1)
     yield of(3, lambda name, at: base[name] + at)
-    for size in sizes:
+    for size in named:
         yield of(1, lambda name, at, size=size: size + 1)
         yield of(1, lambda name, at, size=size: size)
     for small in SMALL:
@@ -398,12 +398,12 @@ class Space:
     """What trials are drawn from.
 
     Attributes:
-        extents: what each of those that vary may be, the simplest first.
-        patterns, scales, limits, alone: of which one is drawn, the simplest first.
+        sizes: what each of those that vary may be, the simplest first.
+        patterns, scales, limits, alone: what one is drawn from, the simplest first.
         seeds: the seed is drawn from 0 to this.
     """
 
-    extents: Mapping[str, Sequence[int]]
+    sizes: Mapping[str, Sequence[int]]
     patterns: Sequence[str]
     scales: Sequence[float]
     limits: Sequence[int]
@@ -415,9 +415,9 @@ class Space:
         """All that is no larger and no less simple than ``trial``."""
         patterns = dict.fromkeys([*list(PATTERNS)[:3], trial.pattern])
         scales, limits = dict.fromkeys([1.0, trial.scale]), dict.fromkeys([2, trial.limit])
-        extents = {name: range(1, most + 1) for name, most in trial.extents.items()}
+        sizes = {name: range(1, most + 1) for name, most in trial.sizes.items()}
         alone = dict.fromkeys(["", trial.alone])
-        return cls(extents, tuple(patterns), tuple(scales), tuple(limits), trial.seed, tuple(alone))
+        return cls(sizes, tuple(patterns), tuple(scales), tuple(limits), trial.seed, tuple(alone))
 
 
 def strategy(space: Space) -> SearchStrategy[Trial]:
@@ -432,7 +432,7 @@ def strategy(space: Space) -> SearchStrategy[Trial]:
         raise NoHypothesis("hypothesis is not installed; install it with: pip install 'reparamc[testing]'") from error
     return st.builds(
         Trial,
-        extents=st.fixed_dictionaries({name: st.sampled_from(e) for name, e in sorted(space.extents.items())}),
+        sizes=st.fixed_dictionaries({name: st.sampled_from(e) for name, e in sorted(space.sizes.items())}),
         pattern=st.sampled_from(space.patterns),
         scale=st.sampled_from(space.scales),
         limit=st.sampled_from(space.limits),

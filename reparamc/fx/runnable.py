@@ -58,7 +58,7 @@ class TorchRunnable:
         slots = []
         for at, part in enumerate(parts):
             if isinstance(part, np.ndarray):
-                # Axes at the same place and of the same extent vary together: a batch is one thing.
+                # Axes at the same place and of the same size vary together: a batch is one thing.
                 names = [f"axis{axis}:{n}" for axis, n in enumerate(part.shape)]
                 base |= dict(zip(names, part.shape, strict=True))
                 slots.append(Slot(str(at), part.dtype, tuple(names), bounds=bounds_of(part)))
@@ -87,7 +87,7 @@ class TorchRunnable:
             axes = next((n for n in (1, 2, 3) if type(layer).__name__.endswith(f"{n}d")), None)
             channels = getattr(layer, "in_channels", None) or getattr(layer, "num_features", None)
             if axes and channels:
-                yield from ((2, channels, *(extent,) * axes) for extent in GUESSES)
+                yield from ((2, channels, *(size,) * axes) for size in GUESSES)
                 if axes == 1:
                     yield (2, channels)
                 return

@@ -85,7 +85,7 @@ class OnnxRunnable:
 
 
 def _windows(model: ModelProto) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """The input of each pooling, the extents of its window, and those of its padding, both ends together."""
+    """The input of each pooling, the sizes of its window, and those of its padding, both ends together."""
     found = []
     for node in model.graph.node:
         if node.op_type in ("AveragePool", "MaxPool", "LpPool") and not attribute(node, "auto_pad"):

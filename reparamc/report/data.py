@@ -426,5 +426,5 @@ def _plain(value: Any) -> Any:
 
 
 def _short(error: float | None) -> float | None:
-    """Two digits: what lies behind them may depend on the number of threads."""
+    """Two digits: what follows them may depend on the number of threads."""
     return None if error is None else float(f"{error:.1e}")

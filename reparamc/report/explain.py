@@ -19,7 +19,7 @@ _PARTICULARS = re.compile(r"'[^']*'|(?<=\bat )(?:\S+$|\S*[/._\d]\S*)|\b\d+(?:\.\
 def grouped(kept: list[Refusal]) -> dict[str, list[Refusal]]:
     """``kept`` by reason, most frequent first; names and numbers in a reason do not make it another one.
 
-    A reason that occurs in one wording only keeps it; otherwise "..." stands for what differs.
+    A reason that occurs in one wording only keeps it; otherwise "..." replaces what differs.
     """
     groups: dict[str, list[Refusal]] = {}
     for refusal in kept:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def inputs_for(model: Any, example_inputs: Any = None) -> st.SearchStrategy[Any]:
     """Inputs for ``model``, as a strategy for hypothesis: sizes, parities, borders, magnitudes.
 
-    Every extent that may vary does: each is tried, from 1 upwards, on the model itself before the first example.
+    Every size that may vary does: each is tried, from 1 upwards, on the model itself before the first example.
     Values are normal, zero, one, or other than zero at the border or in one place only, and large or small. Whole
     numbers stay between the smallest and the largest of the example, or are 0 and 1.
 
@@ -40,8 +40,8 @@ def inputs_for(model: Any, example_inputs: Any = None) -> st.SearchStrategy[Any]
     """
     domain = domain_of(model, example_inputs)
     trials = strategy(domain.space)
-    if len(domain.extents) > 1:
-        trials = trials.filter(lambda trial: domain.accepts(trial.extents))
+    if len(domain.sizes) > 1:
+        trials = trials.filter(lambda trial: domain.accepts(trial.sizes))
     return trials.map(domain.inputs)
 
 

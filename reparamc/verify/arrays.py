@@ -30,7 +30,7 @@ def slots(model: ModelProto) -> list[Slot]:
 
 
 def slot(value: onnx.ValueInfoProto) -> Slot:
-    """A declared input or output; an extent without a name is named by its place."""
+    """A declared input or output; an size without a name is named by its place."""
     if not value.type.HasField("tensor_type"):
         what = _OTHER.get(value.type.WhichOneof("value") or "", "no tensor")
         raise InputError(f"{value.name!r} is {what}; such models cannot be compared")

@@ -34,7 +34,7 @@ class Interface:
 def compare_interfaces(original: ModelProto, fused: ModelProto) -> Interface:
     """Match inputs and outputs by their place.
 
-    Number, order, dtypes and ranks must agree, and the fused model must take every extent that the original
+    Number, order, dtypes and ranks must agree, and the fused model must take every size that the original
     declares. Other names alone are a note.
 
     Raises:
@@ -102,7 +102,7 @@ def _input(ours: Slot, theirs: Slot, notes: list[str]) -> str:
 
 
 def _declared(what: str, ours: Slot, theirs: Slot, ranks: bool, notes: list[str]) -> str:
-    """Dtypes and, where both declare them, ranks; other extents of an output are a note: the arrays are compared."""
+    """Dtypes and, where both declare them, ranks; other sizes of an output are a note: the arrays are compared."""
     if ours.dtype != theirs.dtype:
         return f"{what} {ours.name!r} is {ours.kind} in the original and {theirs.kind} in the fused model"
     if ranks and len(ours.dims) != len(theirs.dims):
@@ -111,5 +111,5 @@ def _declared(what: str, ours: Slot, theirs: Slot, ranks: bool, notes: list[str]
         )
     pairs = zip(ours.dims, theirs.dims, strict=False)
     if ranks and any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
-        notes.append(f"declared extents differ: {ours} in the original, {theirs} in the fused model")
+        notes.append(f"declared sizes differ: {ours} in the original, {theirs} in the fused model")
     return ""

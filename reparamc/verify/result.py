@@ -112,7 +112,7 @@ class Verification:
 
     Attributes:
         original, fused: what was compared.
-        inputs: the inputs of the original, with dtype and declared extents.
+        inputs: the inputs of the original, with dtype and declared sizes.
         outputs: the worst that was met of each output; of the failing input where there is one.
         compared: inputs on which both models ran and every output was compared.
         refused: inputs that the original refuses: sizes that it does not take.

@@ -123,7 +123,7 @@ def verify_onnx(
     Raises:
         InputTypeError: a model is neither a path nor a ModelProto.
         InputError: a model cannot be read, ONNX Runtime cannot load one or run the original, ``inputs`` do not fit, or
-            inputs of the declared extents take more memory than there is.
+            inputs of the declared sizes take more memory than there is.
     """
     start = perf_counter()
     given = None if rtol is None and atol is None else (rtol or 0.0, atol or 0.0)
@@ -195,7 +195,7 @@ def _factors(
 
 @contextmanager
 def _session(model: ModelOrPath, what: str, optimize: bool) -> Iterator[Run]:
-    """``model`` ready to run; ONNX Runtime reads a file by itself, which saves a copy of it."""
+    """``model`` ready to run; ONNX Runtime reads a file itself, which saves a copy of it."""
     if isinstance(model, ModelProto):
         with session(model, what, optimize) as run:
             yield run
@@ -471,10 +471,10 @@ class _Search:
             if self.smallest is not None or not self.clock.allows_another():
                 return
             self._fails(trial)
-        extents = {name: range(1, n + n // 2 + 2) for name, n in base.extents.items()}
+        sizes = {name: range(1, n + n // 2 + 2) for name, n in base.sizes.items()}
         patterns = [*trials.PATTERNS, trials.THRESHOLDS, *trials.NON_FINITE * non_finite]
         alone = ["", *(s.name for s in slots if len(slots) > 1)]
-        self._look(Space(extents, patterns, [*trials.scales(slots), *scales], limits, 2**16, alone), examples)
+        self._look(Space(sizes, patterns, [*trials.scales(slots), *scales], limits, 2**16, alone), examples)
 
     def _informed(self, slot: Slot, base: Trial) -> Slot:
         """``slot`` with the numbers at which a model may branch, and the limit of its whole numbers."""
@@ -491,9 +491,9 @@ class _Search:
         return replace(slot, values=values, most=most)
 
     def _sizes(self, base: Trial) -> list[int]:
-        """Extents from which a model may branch: those first that only one of the two names."""
+        """Sizes from which a model may branch: those first that only one of the two names."""
         ours, theirs = (b.sizes for b in self.branches)
-        most = min(LARGEST, 8 * max(base.extents.values(), default=0))
+        most = min(LARGEST, 8 * max(base.sizes.values(), default=0))
         return [n for n in (*sorted(ours ^ theirs), *sorted(ours & theirs)) if n <= most][:MOST_SIZES]
 
     def _takes(self, trial: Trial) -> bool:
@@ -522,7 +522,7 @@ class _Search:
                 continue
             return trial
         if too_large is not None and not refused:
-            raise InputError(f"{too_large}; declare smaller extents, or names for them, in both files") from too_large
+            raise InputError(f"{too_large}; declare smaller sizes, or names for them, in both files") from too_large
         raise InputError(f"ONNX Runtime cannot run the original on random inputs: {refused}; give some with --inputs")
 
     def _look(self, space: Space, examples: int) -> None:

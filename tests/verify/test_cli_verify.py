@@ -48,7 +48,7 @@ def model(
     inputs: Declared | None = None,
     outputs: dict[str, int] | None = None,
 ) -> ModelProto:
-    """Inputs by name: their extents and type; outputs by name: their number of axes."""
+    """Inputs by name: their sizes and type; outputs by name: their number of axes."""
     declared = inputs or {"x": (["N", 3, "H", "W"], TensorProto.FLOAT)}
     results = outputs or {"y": 4}
     graph = helper.make_graph(
@@ -92,7 +92,7 @@ POOL = model(
 ODD = model(
     [node("AveragePool", "x", "y", kernel_shape=[2, 2], strides=[2, 2], pads=[0, 0, 1, 1], count_include_pad=1)], {}
 )
-"""Equal to `POOL` at even extents; at odd ones it divides by four what is two or one."""
+"""Equal to `POOL` at even sizes; at odd ones it divides by four what is two or one."""
 
 WIDE = model([node("Relu", "x", "r"), node("Sqrt", "r", "y")], {})
 NARROW = model([node("Abs", "x", "r"), node("Sqrt", "r", "y")], {})
@@ -419,8 +419,8 @@ INTERFACES: dict[str, tuple[ModelProto, ModelProto, str]] = {
         "float64",
     ),
     "other rank": (model(RELU, {}), model(RELU, {}, {"x": (["N", 3, "L"], 1)}, {"y": 3}), "4 axes"),
-    "fixed extent": (model(RELU, {}), model(RELU, {}, FIXED), "takes input x float32 [1, 3, 8, 8]"),
-    "other extent": (model(RELU, {}, FIXED), model(RELU, {}, {"x": ([1, 3, 9, 8], 1)}), "[1, 3, 9, 8]"),
+    "fixed size": (model(RELU, {}), model(RELU, {}, FIXED), "takes input x float32 [1, 3, 8, 8]"),
+    "other size": (model(RELU, {}, FIXED), model(RELU, {}, {"x": ([1, 3, 9, 8], 1)}), "[1, 3, 9, 8]"),
 }  # fmt: skip
 
 
@@ -570,9 +570,9 @@ HUGE: dict[str, list[int | str]] = {
     "2**40 elements": [1, 1, 2**20, 2**20],
     "an open batch": ["N", 1, 2**20, 2**20],
     "more bytes than there are addresses": [2**31, 3, 2**31, 2**31],
-    "an extent near the largest number": [2**62, 3, 4, 4],
+    "an size near the largest number": [2**62, 3, 4, 4],
     "the largest number": [2**63 - 1, 3, 2**63 - 1, 4],
-    "beside an extent of 0": [0, 3, 2**62, 2**62],
+    "beside an size of 0": [0, 3, 2**62, 2**62],
 }
 
 
@@ -584,9 +584,9 @@ def test_an_input_that_does_not_fit_into_memory(run: Run, tmp_path: Path, name: 
     outcome = run(*files(tmp_path, huge, huge))
     assert (outcome.code, outcome.out) == (2, "")
     (line,) = outcome.err.splitlines()
-    assert line.startswith("reparamc: input 'x' of the extents [")
+    assert line.startswith("reparamc: input 'x' of the sizes [")
     assert "does not fit into memory" in line
-    assert line.endswith("declare smaller extents, or names for them, in both files")
+    assert line.endswith("declare smaller sizes, or names for them, in both files")
     assert {p.name for p in tmp_path.iterdir()} == {"a.onnx", "b.onnx"}
 
 
