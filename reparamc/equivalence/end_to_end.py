@@ -253,12 +253,13 @@ def _truth(seen: Alone, region: Region, epsilon: float) -> tuple[Array, Array] |
     try:
         truth = seen.exact(region)
         value, terms, others = region.reading(seen.expected)
+        others = np.broadcast_to(others, truth.shape)  # a wrong replacement has any shape
     except Exception:  # whatever the operators of a framework raise
         return None
     original = seen.expected[region.root].astype(np.float64)
     rounding = _few(epsilon) * epsilon
     explained = relative(truth, value, terms) <= REGION_TOLERANCE and relative(truth, original, terms) <= rounding
-    return (truth, np.broadcast_to(others, truth.shape)) if explained else None
+    return (truth, others) if explained else None
 
 
 def by_channel(
