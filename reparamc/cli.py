@@ -150,6 +150,26 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--all", action="store_true", help="list all regions, not the first few")
     audit.set_defaults(run=_audit)
 
+    refresh = commands.add_parser(
+        "refresh",
+        help="put new weights into a fused ONNX file",
+        description="Put the weights of a checkpoint into an ONNX file that reparamc fused: the same graph, with what "
+        "becomes of these weights. The file tells the structure of its original, which is fused again and verified.",
+        epilog=EPILOGUE.replace(" (also when there was nothing to fuse)", ""),
+    )
+    refresh.add_argument("model", type=Path, metavar="FUSED", help="the ONNX file that reparamc fused")
+    refresh.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the new weights: .pth, .pt, .safetensors, .npz, or the original as .onnx",
+    )
+    refresh.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the file to write")
+    refresh.add_argument("--verify", choices=("off", "region", "full"), default="full", help="as for fuse")
+    refresh.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    refresh.set_defaults(run=_refresh)
+
     passes = commands.add_parser("passes", help="list the passes", description="List the passes.")
     passes.set_defaults(run=_passes)
     return top
@@ -358,6 +378,32 @@ def _audit(arguments: argparse.Namespace) -> int:
     result = audit(arguments.model, arguments.against)
     _show(result.to_json() if arguments.json else result.page(everything=arguments.all))
     return DONE if result.holds else DIFFERS
+
+
+def _refresh(arguments: argparse.Namespace) -> int:
+    from reparamc.onnx.files import check_target, load, save
+    from reparamc.onnx.refresh import read_weights, refreshed
+
+    checkpoint, output = arguments.checkpoint, arguments.output
+    check_target(arguments.model, output, in_place=True)
+    check_target(checkpoint, output)
+    model = load(arguments.model)
+    if checkpoint.suffix in (".npz", ".safetensors", ".onnx"):
+        weights = read_weights(checkpoint)
+    else:
+        try:
+            from reparamc.training.checkpoints import read_checkpoint
+        except ImportError as error:
+            raise InputError(
+                f"{checkpoint} is read by torch, which is not installed; save it as .safetensors"
+            ) from error
+        weights = read_checkpoint(checkpoint)
+    result, report = refreshed(model, weights, checkpoint, arguments.verify)
+    save(result, output)
+    if not arguments.quiet:
+        _show(f"{report.table()}\nwritten    {output}", but=f"; {output} is written")
+    _warn(report)
+    return DONE
 
 
 def _warn(report: Report) -> None:

@@ -31,9 +31,9 @@ EDGES = {
     "onnx": {"errors", "algebra", "report", "equivalence", "certificate", "compiler", "passes"},
     "fx": {"errors", "algebra", "report", "equivalence", "certificate", "compiler", "passes"},
     "verify": {"errors", "algebra", "report", "equivalence", "certificate", "onnx"},
-    "training": {"errors", "algebra", "report", "onnx", "fx"},
+    "training": {"errors", "algebra", "report", "equivalence", "onnx", "fx"},
     "testing": {"errors", "algebra", "report", "equivalence", "onnx", "fx"},
-    "cli": {"errors", "algebra", "report", "compiler", "onnx", "verify", "passes"},
+    "cli": {"errors", "algebra", "report", "compiler", "onnx", "verify", "training", "passes"},
 }
 """What each part may import of the others; nobody but `reparamc` itself may import what is not listed."""
 

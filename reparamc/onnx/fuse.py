@@ -30,6 +30,7 @@ from reparamc.onnx.emit import OnnxEdit
 from reparamc.onnx.files import check_target, file_origin, opened, save_outcome
 from reparamc.onnx.graph import OnnxGraph
 from reparamc.onnx.record import inscribe, model_origin
+from reparamc.onnx.structure import structure_of
 from reparamc.onnx.values import FLOATS, constant_tensor, is_standard, subgraphs
 from reparamc.report.data import Counts, OutputError, Refusal, Report
 
@@ -93,6 +94,8 @@ def fuse_light(
         report.seconds["timing"] = perf_counter() - start
         if report.original_kept:
             result.CopyFrom(model)
+    if report.changed:
+        report.structure = structure_of(model, [p.name for p in options.passes], objective)
     return result, report
 
 

@@ -17,14 +17,27 @@ from reparamc.report.record import Record, compact, parsed
 KEY = "reparamc.record."
 """Followed by the number of the fusion, from 1."""
 
+STRUCTURE = "reparamc.structure."
+"""The structure of the original of that fusion; see `reparamc.onnx.refresh`."""
+
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
 
 
-def inscribe(model: ModelProto, report: Report) -> None:
-    """Write what ``report`` says into ``model``, unless nothing was done to it. Other entries stay."""
+def inscribe(model: ModelProto, report: Report, *, replace: bool = False) -> None:
+    """Write what ``report`` says into ``model``, unless nothing was done to it. Other entries stay.
+
+    ``replace``: in the place of what the last fusion wrote.
+    """
     if report.changed and not report.original_kept:
         number = max((n for n, _ in _entries(model)), default=0) + 1
         report.result = graph_hash(model)
+        if replace:
+            number -= 1
+            kept = [e for e in model.metadata_props if e.key not in (f"{KEY}{number}", f"{STRUCTURE}{number}")]
+            del model.metadata_props[:]
+            model.metadata_props.extend(kept)
+        if report.structure:
+            model.metadata_props.add(key=f"{STRUCTURE}{number}", value=report.structure)
         model.metadata_props.add(key=f"{KEY}{number}", value=compact(report.record()))
 
 
@@ -45,6 +58,13 @@ def records(model: ModelProto) -> list[Record]:
                 f"the metadata entry {KEY}{number} is no record that this version can read: {error}; {_ADVICE}"
             ) from error
     return [found[number] for number in sorted(found)]
+
+
+def structures(model: ModelProto) -> list[str]:
+    """The structures of the originals, the first fusion first; none unless every fusion left its own."""
+    held = {e.key: e.value for e in model.metadata_props}
+    found = [held.get(f"{STRUCTURE}{n}", "") for n in sorted(n for n, _ in _entries(model))]
+    return found if all(found) else []
 
 
 _ADVICE = "reparamc verify compares the model with its original"

@@ -235,6 +235,7 @@ class Report:
             that went into its own. An operator that is found by its impulse response, or that is split, names those
             of its whole region.
         remarks: what is odd about the input, but no reason to refuse it.
+        structure: the original without its parameters, with which an ONNX file can be refreshed; in no other output.
     """
 
     before: Counts
@@ -258,6 +259,7 @@ class Report:
     parts: list[Part] = field(default_factory=list)
     provenance: dict[str, tuple[str, ...]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    structure: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         return self.table()
@@ -343,6 +345,7 @@ class Report:
 
     def to_json(self) -> str:
         data: dict[str, Any] = asdict(self)
+        del data["structure"]
         data["region_error"] = self.region_error
         data["original_kept"] = self.original_kept
         return json.dumps(data, indent=2)

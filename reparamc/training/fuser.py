@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Hashable
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from reparamc.algebra.arrays import values
 from reparamc.algebra.recorded import At, Program, Tape, recording
-from reparamc.errors import InputError, InputTypeError, RecipeError, one_line
+from reparamc.errors import InputError, InputTypeError, RecipeError, VerificationError, one_line
 from reparamc.fx.arguments import call_of
 from reparamc.fx.copying import copied
 from reparamc.fx.fuse import fuse_fx, plain_modes
@@ -82,6 +85,33 @@ class Fuser:
             if why := self._obstacle():
                 self._found = self._search(why)
         return self._found.module
+
+    def refresh_onnx(self, path: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> None:
+        """Put the weights of now into the ONNX file ``path``, or write ``output`` instead; its graph stays as it is.
+
+        The file is one that `fuse_onnx` made of an export of the model, or an export of what this returns. Then it is
+        compared with that on the example.
+
+        Raises:
+            InputError: the file cannot be refreshed, or its parameters are not those of the model; nothing is written.
+            VerificationError: the result differs; nothing is written.
+        """
+        from reparamc.onnx.files import check_target, load, save
+        from reparamc.onnx.record import structures
+        from reparamc.onnx.refresh import refreshed, replaced
+        from reparamc.training.checkpoints import arrays_of
+
+        source, target = Path(path), Path(output or path)
+        check_target(source, target, in_place=True)
+        file = load(source)
+        if structures(file):
+            made, _ = refreshed(file, arrays_of(self._model.state_dict()), "the model")
+        else:
+            fused = self()
+            made = replaced(file, arrays_of(fused.state_dict()), "the fused model")
+            if self._call is not None:
+                compared(made, fused, self._call)
+        save(made, target)
 
     def _obstacle(self) -> str:
         """Why the structure has to be searched anew; empty where the fused module is up to date."""
@@ -216,6 +246,23 @@ class Differentiable(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self._way[0], self.kernels(), args, kwargs)
+
+
+def compared(file: Any, fused: nn.Module, call: Call) -> None:
+    """Raise VerificationError where an ONNX model computes something else than ``fused`` of these arguments."""
+    from reparamc.onnx.refresh import outputs_of
+
+    given = [t.detach().cpu().numpy() for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
+    expected = [t for t in pytree.tree_leaves(ran(fused, call)) if isinstance(t, Tensor)]
+    for (name, a), b in zip(outputs_of(file, given).items(), expected, strict=False):
+        e = b.detach().cpu().numpy()
+        worst = np.abs(a - e).max(initial=0.0) / max(np.abs(e).max(initial=0.0), 1e-30) if a.shape == e.shape else 1.0
+        if not worst < DIFFERS:
+            raise VerificationError(f"output {name!r} of the file differs by {worst:.1e}", where=name)
+
+
+DIFFERS = 1e-2
+"""Relative difference of a file with other weights than those of the model, beyond the rounding of any runtime."""
 
 
 def _like(result: Tensor, target: Tensor) -> Tensor:
