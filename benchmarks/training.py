@@ -5,8 +5,8 @@
     python benchmarks/training.py grow [NAME ...]       # branches grown, trained for two steps, and taken back
     python benchmarks/training.py compile [NAME ...]    # torch.compile with and without
 
-NAME is one of fastvit_zoo, or timm/ and one of timm. Times are the median of REPEATS, with as many threads as torch
-takes by itself. The search is the one without checks.
+NAME is one of fastvit_zoo, or timm/ and one of timm. Times are CPU seconds, the median of REPEATS; set OMP_NUM_THREADS=1
+where other programs run. The search is the one without checks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from statistics import median
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -32,9 +32,9 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
     run()
     taken = []
     for _ in range(repeats):
-        start = perf_counter()
+        start = process_time()
         run()
-        taken.append(perf_counter() - start)
+        taken.append(process_time() - start)
     return median(taken)
 
 
@@ -56,9 +56,9 @@ def replay(names: list[str]) -> None:
     )
     for name in names or ["timm/mobileone_s0", "fastvit_sa36"]:
         model, x = build(name), images(name)
-        start = perf_counter()
+        start = process_time()
         fuser = Fuser(model, x[:2], verify=False)
-        search = perf_counter() - start
+        search = process_time() - start
         moved(model)
         checked = seconds(fuser)
         fuser._check = False
