@@ -5,8 +5,8 @@
     python benchmarks/training.py grow [NAME ...]       # branches grown, trained for two steps, and taken back
     python benchmarks/training.py compile [NAME ...]    # torch.compile with and without
 
-NAME is one of fastvit_zoo, or timm/ and one of timm. Times are CPU seconds, the median of REPEATS; set OMP_NUM_THREADS=1
-where other programs run. The search is the one without checks.
+NAME is one of fastvit_zoo, or timm/ and one of timm. Times are CPU seconds, the median of REPEATS; where other programs
+run, set OMP_NUM_THREADS=1. The search is the one without checks.
 """
 
 from __future__ import annotations
