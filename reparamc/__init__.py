@@ -4,6 +4,7 @@
     reparamc.fuse_exported(program) what torch.export makes
     reparamc.fuse_onnx(model)       an ONNX ModelProto, path, or onnx-graphsurgeon Graph
     reparamc.Fuser(module, inputs)  the same after every epoch, and trained through
+    reparamc.overparameterize(module, recipe)  branches for training, which fuse_fx takes back
     reparamc.verify_onnx(a, b)      two ONNX models on many inputs, whoever made the second
     reparamc fuse in.onnx -o out    the same from a shell; also reparamc verify a.onnx b.onnx
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from reparamc.onnx.fuse import fuse_onnx
     from reparamc.report.data import Report
     from reparamc.training.fuser import Fuser
+    from reparamc.training.grow import overparameterize, parameter_groups
     from reparamc.verify.audit import audit
     from reparamc.verify.result import Verification
     from reparamc.verify.search import verify_onnx
@@ -41,6 +43,8 @@ __all__ = [
     "fuse_exported",
     "fuse_fx",
     "fuse_onnx",
+    "overparameterize",
+    "parameter_groups",
     "verify_onnx",
 ]
 
@@ -52,6 +56,8 @@ _HOMES = {
     "fuse_exported": "reparamc.fx.programs",
     "fuse_fx": "reparamc.fx.fuse",
     "fuse_onnx": "reparamc.onnx.fuse",
+    "overparameterize": "reparamc.training.grow",
+    "parameter_groups": "reparamc.training.grow",
     "verify_onnx": "reparamc.verify.search",
 }
 

@@ -15,7 +15,7 @@ from onnx_models import batchnorm, model, node, norm, rand
 import reparamc
 from reparamc import __version__, cli, fuse_onnx
 from reparamc.errors import InputError
-from reparamc.onnx.record import KEY, graph_hash, model_origin, records
+from reparamc.onnx.record import KEY, STRUCTURE, graph_hash, model_origin, records
 from reparamc.report.record import Record, parsed
 from reparamc.verify.audit import Audit
 
@@ -48,7 +48,8 @@ def sha256(path: Path) -> str:
 
 
 def entries(made: ModelProto) -> dict[str, str]:
-    return {e.key: e.value for e in made.metadata_props}
+    """The metadata, but for the structures beside the records."""
+    return {e.key: e.value for e in made.metadata_props if not e.key.startswith(STRUCTURE)}
 
 
 @pytest.fixture
