@@ -46,6 +46,9 @@ class Expressions:
             return None
         return Reading(rebuild(e, [Source(c, self.widths[c], self.axes[c]) for c in e.children]))
 
+    def holders(self, parameter: str) -> list[Expr | None]:
+        return []
+
     def users(self, e: Expr) -> list[Expr | None]:
         return self.found[e]
 

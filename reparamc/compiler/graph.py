@@ -34,6 +34,10 @@ class Graph(Protocol):
         """The values computed from ``value``; None for a user that is no value (a graph output)."""
         ...
 
+    def holders(self, parameter: str) -> Sequence[Value | None]:
+        """What uses a parameter, apart from operators that are read; None for what is no value."""
+        ...
+
     def source(self, value: Value) -> Source:
         """``value``, which may be `Taps`, as an operand, with what is known of its channels and shape."""
         ...

@@ -18,6 +18,7 @@ from reparamc.compiler.graph import Fold, Graph, Splice
 from reparamc.compiler.readings import Reading, Value
 from reparamc.compiler.reference import Reference
 from reparamc.compiler.regions import LIFT, lifted
+from reparamc.compiler.storage import REASON, unpaid
 from reparamc.report.data import FailedRegion, HostCheck, Refusal
 
 
@@ -101,8 +102,13 @@ class Compilation:
         if (reference := self.setting.reference) is not None:
             plan.failed = list(reference.failures.values())
             plan.host = HostCheck(len(reference.errors), reference.unable)
+        stored = unpaid(self.setting, [d.splice for d in decisions.values() if d.splice is not None])
         for root in sorted(decisions, key=self.place):
             decision = decisions[root]
+            if decision.splice is not None and decision.splice.unit in stored:
+                kept = Refusal(self.graph.name(root), [*decision.splice.counts][-1], REASON)
+                plan.kept.append(kept)
+                continue
             if decision.splice is not None:
                 plan.splices.append(decision.splice)
             plan.kept.extend(Refusal(self.graph.name(root), r.by, r.reason) for r in decision.refusals)

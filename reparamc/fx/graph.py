@@ -59,6 +59,9 @@ class FxGraph(Readings):
         node = cast(fx.Node, value)
         return str(node.target) if node.op == "call_module" else node.name
 
+    def holders(self, parameter: str) -> Sequence[Value | None]:
+        return ()
+
     def users(self, value: Value) -> Sequence[Value | None]:
         node = cast(fx.Node, value)
         found: list[Value | None] = []

@@ -143,7 +143,7 @@ class _Foldable:
         room = max(sum(self.sizes[name] for name in given), SMALL_BYTES)
         outputs = [name for name in node.output if name]
         sizes = [self._size(node, name, room) for name in outputs]
-        if all(size is not None and size <= room for size in sizes):
+        if outputs and all(size is not None and size <= room for size in sizes):
             self.sizes.update(zip(outputs, (s or 0 for s in sizes), strict=True))
             self.nodes.append(node)
 
@@ -177,6 +177,9 @@ class _Foldable:
         found, left = dict(self.shapes), list[NodeProto]()
         for node in self.nodes:
             name = node.output[0]
+            if not name:
+                left.append(node)
+                continue
             if not known.follow(node) and all(n in known for n in node.input):
                 known.enter(name, exactly(node, map(known.array, node.input)))
             if name in known:

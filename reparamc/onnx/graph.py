@@ -70,6 +70,9 @@ class OnnxGraph(Facts):
             found += [None] if node is None else [name for name in results_of(node) if name in self.uses] or [None]
         return found
 
+    def holders(self, parameter: str) -> Sequence[Value | None]:
+        return self.users(parameter)
+
     def dtype(self, members: Sequence[Value]) -> np.dtype | None:
         dtypes = {self.types.dtype(str(v)) for v in members}
         return dtypes.pop() if len(dtypes) == 1 else None

@@ -223,6 +223,8 @@ class Constants:
 
     def follow(self, node: NodeProto) -> bool:
         """Whether ``node`` at most moves a constant, or is known for one; it then is among `known`."""
+        if not node.output or not node.input:
+            return False
         if node.output[0] not in self.known and (found := self._moved(node)) is not None:
             self.known[node.output[0]] = found
         return node.output[0] in self.known
