@@ -73,7 +73,7 @@ def _still_there(
 
 def _uses(readings: Mapping[Value, Reading], decisions: Mapping[Value, Decision], shared: Container[Value]) -> _Uses:
     found = _Uses()
-    origin = {_moved(r.template): v for v, r in readings.items() if v in shared and not r.scales}
+    origin = {_original(r.template): v for v, r in readings.items() if v in shared and not r.scales}
     known: dict[tuple[Hashable, Hashable], object] = {}
     for decision in decisions.values():
         if decision.splice is None:
@@ -82,7 +82,7 @@ def _uses(readings: Mapping[Value, Reading], decisions: Mapping[Value, Decision]
             for e, key in _keys(decision.splice, known).items():
                 if e in decision.splice.native:
                     found.reads.add(decision.splice.native[e])
-                elif (v := origin.get(_moved(e))) is not None:
+                elif (v := origin.get(_original(e))) is not None:
                     found.copies.setdefault(v, set()).add(key)
                     found.repeats[v] += 1
     return found
@@ -93,7 +93,7 @@ def _is_pooling(reading: Reading) -> bool:
     return isinstance(reading.template, Conv)
 
 
-def _moved(e: Expr) -> Hashable:
+def _original(e: Expr) -> Hashable:
     """What tells one operator that moves its operand from all others: rewrites keep its op, or its kernel."""
     match e:
         case Layout():
@@ -104,8 +104,13 @@ def _moved(e: Expr) -> Hashable:
             return None
 
 
+def _moved(e: Expr) -> Hashable:
+    """What operators that move their operand alike have in common."""
+    return e.op if isinstance(e, Layout) else _original(e)
+
+
 def _keys(splice: Splice, known: dict[tuple[Hashable, Hashable], object]) -> dict[Expr, Hashable]:
-    """What the nodes of a replacement compute: equal for copies of one operator over one value, in any region.
+    """What the nodes of a replacement compute: equal for operators that move one value alike, in any region.
 
     ``known`` holds the keys of copies met before, by operator and key of the operand.
     """

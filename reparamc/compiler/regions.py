@@ -52,7 +52,7 @@ def find_regions(
         known = all(user in roots_of for user in users)
         roots = tuple(dict.fromkeys(root for user in users for root in roots_of.get(user, ())))
         alone = len(users) == 1 and len(roots) == 1
-        free = readings[value].commutes and value not in apart and not (readings[value].scales and folds_down[value])
+        free = readings[value].commutes and value not in apart and not folds_down[value]
         shared = free and 0 < len(roots) <= MOST_SHARED
         roots_of[value] = roots = roots if known and value not in ends and (alone or shared) else (value,)
         for root in roots:

@@ -172,3 +172,54 @@ def test_duplicates(equal: bool) -> None:
     once = "%3 = scale=2 %1\n%4 = sum %2, %3"
     twice = "%3 = conv %0 4->4 k=3x3 s=1 p=1\n%4 = scale=2 %3\n%5 = sum %2, %4"
     becomes(Sum(tuple(activations)), first + (once if equal else twice))
+
+
+def test_sharing_makes_equal_moves_once() -> None:
+    """The reshape that both users read becomes one with the reshape of each, which is the same one."""
+    check(
+        """
+%0 = scale=2 %x
+%1 = reshape %0 [N,5,4]->[N,20] axis=-1->?
+%2 = reshape %1 [N,20]->[N,2,10] axis=?->?
+%3 = permute %2 axes=0,2,1 axis=?->?
+%4 = reshape %1 [N,20]->[N,2,10] axis=?->?
+%5 = permute %4 axes=0,2,1 axis=?->?
+%6 = scale=2 %3
+%7 = scale=2 %5
+%8 = sum %6, %7
+""",
+        """%0 = scale=2 %x
+%1 = reshape %0 [N,5,4]->[N,2,10] axis=-1->?
+%2 = permute %1 axes=0,2,1 axis=?->?
+%3 = scale=2 %2
+%4 = permute %1 axes=0,2,1 axis=?->?
+%5 = scale=2 %4
+%6 = sum %3, %5""",
+        TOKENS,
+    )
+
+
+def test_a_move_stays_with_the_region_before_it() -> None:
+    """The reshape after the BatchNorm undoes the one before it, although two regions read it."""
+    check(
+        """
+%0 = conv %x 4->4
+%1 = reshape %0 [2,5,4]->[10,4] axis=-1->-1
+%2 = batchnorm %1 c=4 axis=-1
+%3 = reshape %2 [10,4]->[2,5,4] axis=-1->-1
+%4 = reshape %3 [2,5,4]->[2,5,2,2] axis=-1->?
+%5 = permute %4 axes=0,2,1,3 axis=?->?
+%6 = permute %4 axes=0,2,1,3 axis=?->?
+%7 = scale=2 %5
+%8 = scale=2 %6
+%9 = sum %7, %8
+""",
+        """%0 = conv %x 4->4 bias
+%1 = reshape %0 [2,5,4]->[2,5,2,2] axis=-1->?
+%2 = permute %1 axes=0,2,1,3 axis=?->?
+%3 = scale=2 %2
+%4 = permute %1 axes=0,2,1,3 axis=?->?
+%5 = scale=2 %4
+%6 = sum %3, %5""",
+        "%x = source c=4 axis=-1 shape=[2,5,4]\n",
+    )
