@@ -1117,7 +1117,8 @@ def main() -> None:
         if importlib.util.find_spec(package) is None:
             continue
         chosen = [n for n in names() if any(fnmatch.fnmatch(f"{library}/{n}", p) for p in options.only.split(","))]
-        chosen = [n for n in chosen if options.again or f"{library}/{n}" not in results]
+        done = {name for name, row in results.items() if "error" not in row and not options.again}
+        chosen = [n for n in chosen if f"{library}/{n}" not in done]
         for row in rows(library, chosen, options.time):
             results[f"{library}/{row.pop('name')}"] = row
             RESULTS.write_text(json.dumps(results, indent=1))

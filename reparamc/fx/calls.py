@@ -271,6 +271,15 @@ def _module_call(node: fx.Node, module: nn.Module, called: Operator, axes: int |
     return Call(called.name, args | called.derived(module), axes, is_plain(module))
 
 
+def takes_all(slice_: Call) -> bool:
+    """Whether a slice takes everything; its end is then the largest number, as torch.export writes it."""
+    end = slice_.get("end", _END)
+    return slice_.get("start", 0) == 0 and end == _END and slice_.get("step", 1) == 1
+
+
+_END = 2**63 - 1
+
+
 def integers(value: Any, n: int) -> tuple[int, ...] | None:
     """``value`` as one whole number per axis; None when it is computed at run time."""
     if isinstance(value, int):

@@ -36,14 +36,12 @@ from reparamc.algebra.expr import (
 from reparamc.algebra.kernels import averaged, equal_taps, swap_sides, transposed
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.readings import ACTIVATION, Reading, Taps, axis_of_constant, moved, scaled
-from reparamc.fx.calls import Call, aten_name, integers, lookup
+from reparamc.fx.calls import Call, aten_name, integers, lookup, takes_all
 from reparamc.fx.readings import HOOKED, Reader, Readings, array
 
 if TYPE_CHECKING:
     from reparamc.algebra.shape import Shape
 
-ALL = 2**63 - 1
-"""The end of a slice that takes everything, as torch.export writes it."""
 CHANNELS_UNKNOWN = "the number of its channels is unknown: pass example_inputs"
 
 
@@ -341,7 +339,7 @@ def _read_slice(graph: Readings, node: fx.Node, call: Call) -> Reading | Decline
     x = call.input
     if x is None or x in graph.facts.known:
         return None
-    if call.op == "slice" and call.get("start", 0) == 0 and call.get("end", ALL) == ALL and call.get("step", 1) == 1:
+    if call.op == "slice" and takes_all(call):
         return _read_identity(graph, node, call)  # torch.export writes one for every colon
     channel, shape = _image_axis(graph, x), graph.facts.shapes.get(x)
     at = graph.facts.position(call, shape) if shape is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from math import prod
@@ -14,7 +15,7 @@ from torch.fx.node import map_arg
 
 from reparamc.algebra.recorded import tape
 from reparamc.algebra.shape import Dim, Shape, shape_of, size
-from reparamc.fx.calls import Call, Held, aten_name, first_operand, integers, lookup, operation
+from reparamc.fx.calls import Call, Held, aten_name, first_operand, integers, lookup, operation, takes_all
 from reparamc.fx.memory import Memory, is_known, reads_size_only, written
 from reparamc.fx.operators import OPERATORS
 
@@ -274,6 +275,8 @@ class Values:
                     axis %= len(before)
                     self.pieces[node] = [(*before[:axis], *before[axis + 1 :])] * extent
                 return None
+            case "slice" if takes_all(call):
+                return before
             case "select" | "slice" | "narrow" | "getitem":
                 at = self.position(call, before)
                 if at is not None:
@@ -535,7 +538,16 @@ class Values:
             rest = size(before).divided_by(size(known_dims)) if before is not None else None
             rest = self._symbol(f"{node.name}.rest") if rest is None else rest
             wanted = [rest if d == Dim(-1) else d for d in wanted]
+        elif before is not None:
+            self._learn_extent(size(before), size(known_dims))
         return tuple(d for d in wanted if d is not None)
+
+    def _learn_extent(self, before: Dim, after: Dim) -> None:
+        """As many elements before a reshape as after it: that tells the one extent that only one of them has."""
+        rest = Counter(before.symbols) - Counter(after.symbols)
+        others = Counter(after.symbols) - Counter(before.symbols)
+        if not others and rest.total() == 1 and before.factor > 0 and after.factor % before.factor == 0:
+            self.bound.setdefault(*rest, after.factor // before.factor)
 
 
 def _slices(index: Any, rank: int) -> tuple[slice, ...] | None:
