@@ -134,7 +134,7 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         self._refuse_autocast()  # here it is the fault of the module around ``m``
-        before = len(self.graph.nodes)
+        before, around = len(self.graph.nodes), len(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
@@ -144,8 +144,10 @@ class _Tracer(fx.Tracer):
                 self.graph.erase_node(node)
             for name in [name for name, proxy in self._parameters.items() if proxy.node._erased]:
                 del self._parameters[name]
+            while len(self.module_stack) > around:
+                self.module_stack.popitem(last=True)
             path = self.path_of_module(m)
-            self.opaque[path] = f"torch.fx cannot follow it: {one_line(error)}"
+            self.opaque[path] = f"torch.fx cannot follow it: {_first_sentence(error)}"
             return self.create_proxy("call_module", path, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -210,8 +212,14 @@ def traced(
                 continue
             way_out = "; with example_inputs its parts are fused, or export it to ONNX and use fuse_onnx"
             raise InputError(
-                f"torch.fx cannot trace {type(model).__name__}: {one_line(error)}{way_out if call is None else ''}"
+                f"torch.fx cannot trace {type(model).__name__}: {_first_sentence(error)}"
+                f"{way_out if call is None else ''}"
             ) from error
+
+
+def _first_sentence(error: BaseException) -> str:
+    """What torch says; the paragraphs of advice that may follow are about tracing."""
+    return one_line(error).partition(". ")[0][:120]
 
 
 class _Anew(BaseException):
