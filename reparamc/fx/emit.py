@@ -51,6 +51,7 @@ TRANSPOSED_MODULES: dict[int, Callable[..., nn.Module]] = {
     3: nn.ConvTranspose3d,
 }
 POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 NORM_MODULES = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
@@ -100,7 +101,7 @@ class Emitter(Emission[fx.Node]):
         tensors = tensors or [t for v in native.values() if (t := readings.like(v)) is not None]
         self._like = next((t for t in tensors if t.ndim >= 4), next(iter(tensors), None))
         self.channels_last = any(
-            t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+            t.ndim in CHANNELS_LAST and not t.is_contiguous() and t.is_contiguous(memory_format=CHANNELS_LAST[t.ndim])
             for t in tensors
         )
         self.trainable = any(t.requires_grad for t in tensors)
@@ -307,7 +308,8 @@ class Emitter(Emission[fx.Node]):
     def _tensor(self, a: Array) -> Tensor:
         plain = np.array(values(a), dtype=np.float64, order="C", copy=True)
         t = torch.from_numpy(plain).to(self.like.device, self.like.dtype)
-        t = t.to(memory_format=torch.channels_last) if self.channels_last and t.ndim == 4 else t
+        if self.channels_last and t.ndim in CHANNELS_LAST:
+            t = t.to(memory_format=CHANNELS_LAST[t.ndim])
         return self._remembered(t, a)
 
     def _parameter(self, a: Array) -> nn.Parameter:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from reparamc.algebra.recorded import tape
 from reparamc.compiler.host import Options
 from reparamc.errors import InputError, one_line
-from reparamc.fx.calls import is_plain
+from reparamc.fx.calls import is_plain, operation
 from reparamc.fx.copying import State, copied
 from reparamc.fx.direct import chained
 from reparamc.fx.export import can_be_exported, exported
@@ -376,9 +376,13 @@ def _difference(original: nn.Module, graph: nn.Module, seen: Seen) -> str:
 
 
 def size(module: nn.Module) -> tuple[int, int]:
-    """How many BatchNorms there are, and how many modules that hold tensors."""
+    """How many BatchNorms there are, as modules or as calls, and how many modules that hold tensors."""
     inner = list(module.modules())
-    return sum(isinstance(m, NORM) for m in inner), sum(bool(m._parameters or m._buffers) for m in inner)
+    graphs = [m for m in inner if isinstance(m, fx.GraphModule)]
+    calls = [operation(n, g) for g in graphs for n in g.graph.nodes if n.op == "call_function"]
+    norms = sum(call is not None and call.op in ("batch_norm", "native_batch_norm") for call in calls)
+    norms += sum(isinstance(m, NORM) for m in inner)
+    return norms, sum(bool(m._parameters or m._buffers) for m in inner)
 
 
 def counts_of(modules: list[nn.Module]) -> Counts:

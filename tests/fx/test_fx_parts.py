@@ -237,6 +237,37 @@ def test_operators_that_python_calls_one_after_the_other(kind: type[nn.Module], 
             fused.c(torch.ones(2, 3, CHANNELS))
 
 
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_a_trace_goes_on_after_what_cannot_be_followed(x: Tensor) -> None:
+    inner = nn.Sequential(conv_bn(), nn.Sequential(Branches(), conv_bn()))
+    model = ready(nn.Sequential(inner, Branches(), conv_bn()))
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (3, 0)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+    assert not report(fused).parts  # one graph, and nothing inside what it calls
+
+
+class Unfolded(nn.Module):
+    """torch.export can follow it, and nothing folds in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *_ = self.norm(x.relu())
+        return first
+
+
+def test_no_export_where_nothing_folds(x: Tensor) -> None:
+    fused = fuse_fx(ready(Unfolded()), x)
+    assert (type(fused), report(fused).after.batchnorm) == (Unfolded, 1)
+
+
 def pad_as_needed(x: Tensor) -> Tensor:
     """A function with control flow: it is called as it is."""
     return F.pad(x, (0, 1, 0, 1)) if x.shape[-1] % 2 else x
