@@ -26,26 +26,25 @@ from reparamc.algebra.expr import (
     Take,
     walk,
 )
-from reparamc.algebra.samples import SIZES, samples
+from reparamc.algebra.samples import samples
 
 REGION_TOLERANCE = 1e-11
 """Largest error accepted of an element in float64, relative to the magnitudes of the terms that it is the sum of."""
 
 
-def compare_expressions(before: Expr, after: Expr, seed: int = 0, *, every_size: bool = True) -> float:
+def compare_expressions(before: Expr, after: Expr, seed: int = 0) -> float:
     """Largest error of ``after`` over the same sources, each element relative to its own terms; NaN or inf in kind.
 
     Both are evaluated in float64: on inputs just larger than their kernels, so that every border case occurs, at two
     sizes of different parity, and on results of 1, 2 and 3 elements along each axis, where the region takes such
-    maps. The first time on values of ordinary size, on zeros, and on values of all sizes. Without ``every_size`` that
-    first size is all.
+    maps. The first time on values of ordinary size, on zeros, and on values of all sizes.
 
     Raises:
         ValueError: no input fits all branches, or values overflow.
     """
     worst = 0.0
     terms = absolute(before)
-    for sample in samples([before, after, terms], seed, SIZES if every_size else SIZES[:1]):
+    for sample in samples([before, after, terms], seed):
         with np.errstate(over="ignore", invalid="ignore"):
             try:
                 a = values(sample.value(before))

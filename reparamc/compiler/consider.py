@@ -164,7 +164,7 @@ def checked(
     if refuse is not None:
         return Declined(refuse)
     if reference is not None:
-        by_host = reference.error(members, before) if error is not None and error <= REGION_TOLERANCE else None
+        by_host = reference.error(members, before) if error is None or error <= REGION_TOLERANCE else None
         for check, found in (("rewrite", error), ("reading", by_host)):
             if found is not None and not found <= REGION_TOLERANCE:
                 return reference.fail(root, check, found, tuple(counts), show(before), show(after))

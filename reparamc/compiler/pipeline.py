@@ -53,7 +53,10 @@ def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
         before=host.size(None),
         after=host.size(attempt.result),
         passes={p.name: counts[p.name] for p in options.passes},
-        rewrites=[rewritten(plan.graph, s, made) for s, made in zip(attempt.splices, attempt.tensors, strict=True)],
+        rewrites=[
+            rewritten(plan.graph, s, attempt.errors[s], made)
+            for s, made in zip(attempt.splices, attempt.tensors, strict=True)
+        ],
         provenance={name: of for made in attempt.tensors for name, of in made.items()},
         kept=kept,
         failed=failed,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Generic
 
 import numpy as np
 
+from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions
 from reparamc.algebra.evaluate import absolute, evaluate
 from reparamc.algebra.expr import Array, Expr, Source, release, walk
 from reparamc.algebra.infer import channel_axes
@@ -36,10 +37,12 @@ class Attempt(Generic[ResultT]):
         without: the units that are left out.
         result: the outcome.
         tensors: what is new in it, of each of ``splices``, and which parameters it is made from.
+        errors: the largest error of each splice on samples; None where it was not sampled.
     """
 
     def __init__(self, host: Host[ResultT], plan: Plan) -> None:
         self.host, self.plan = host, plan
+        self.errors = {s: s.error for s in plan.splices}
         self.without: frozenset[str] = frozenset()
         self._carry_out()
 
@@ -113,13 +116,11 @@ def _read(
     return found[0], found[1], found[2]
 
 
-def rewritten(graph: Graph, splice: Splice, tensors: Iterable[str]) -> Rewrite:
-    """The entry of ``splice``."""
+def rewritten(graph: Graph, splice: Splice, error: float | None, tensors: Iterable[str]) -> Rewrite:
+    """The entry of ``splice``, with its largest error on samples."""
     operators = tuple(graph.name(v) for v in splice.members)
     where, counts = graph.name(splice.root), dict(splice.counts)
-    return Rewrite(
-        where, operators, counts, splice.parameters, splice.before, splice.after, splice.error, tuple(tensors)
-    )
+    return Rewrite(where, operators, counts, splice.parameters, splice.before, splice.after, error, tuple(tensors))
 
 
 UNPROVEN = "the result could not be proven equal to the original"
@@ -157,7 +158,7 @@ def prove(attempt: Attempt[ResultT], *, is_compared: bool) -> Proven:
         found = _certificate(attempt)
         if not attempt.edits:
             break
-        fresh = _disproved(attempt, found)
+        fresh = _disproved(attempt, found) or _sampled(attempt, found)
         if not fresh and not is_compared:
             fresh = _doubted(attempt, found)
         if not fresh:
@@ -208,6 +209,23 @@ def _disproved(attempt: Attempt[ResultT], found: Certificate) -> dict[Edit, _Fin
             f"{where!r} differs from the original: {reason}; nothing was changed. Report this as a bug", where=where
         )
     return blamed
+
+
+def _sampled(attempt: Attempt[ResultT], found: Certificate) -> dict[Edit, _Finding]:
+    """The edits that are not proven, and wrong on samples; those that were sampled already are left out."""
+    proven = {w.where for w in found.windows if w.verdict == "equal"}
+    wrong: dict[Edit, _Finding] = {}
+    for splice in attempt.splices:
+        if splice.original is None or attempt.errors[splice] is not None or attempt.host.tensor(splice.root) in proven:
+            continue
+        try:
+            error = attempt.errors[splice] = compare_expressions(splice.original, splice.expr)
+        except ValueError as unsampled:
+            wrong[splice] = _Finding(f"it cannot be verified: {unsampled}")
+            continue
+        if not error <= REGION_TOLERANCE:
+            wrong[splice] = _Finding(f"it differs by {error:.2g} (relative, in float64)", "rewrite")
+    return wrong
 
 
 def _doubted(attempt: Attempt[ResultT], found: Certificate) -> dict[Edit, _Finding]:

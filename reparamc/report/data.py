@@ -32,7 +32,8 @@ class Rewrite:
         passes: how often each pass applied.
         parameters: names of the parameters that went into the new ones.
         before, after: both forms as text.
-        error: largest difference in float64, relative; None when not verified.
+        error: largest difference in float64 on samples, relative; None when it was not sampled, because it is proven,
+            or nothing is verified.
         tensors: names of the new parameters.
     """
 
@@ -297,7 +298,7 @@ class Report:
 
     @property
     def region_error(self) -> float | None:
-        """Largest error of any region; None when regions were not verified."""
+        """Largest error of any region that was sampled; None when none was."""
         errors = [r.error for r in self.rewrites if r.error is not None]
         return max(errors, default=None)
 

@@ -150,9 +150,10 @@ def page(record: Record, everything: bool) -> list[str]:
     error = "" if worst is None else f", largest error {worst:.1e} (float64, relative)"
     lines.append(line("regions", f"{len(regions)} replaced{error}"))
     shown = regions if everything else regions[:SHOWN]
+    unsampled = "not verified" if record.get("certificate") is None else "proven"
     for region in shown:
         applied = ", ".join(name if n == 1 else f"{name} {n}" for name, n in region["passes"].items())
-        figure = "not verified" if region["error"] is None else f"{region['error']:.1e}"
+        figure = unsampled if region["error"] is None else f"{region['error']:.1e}"
         lines.append(f"    {region['at']}: {applied}; {figure}")
     if len(shown) < len(regions):
         lines.append(f"    and {len(regions) - len(shown)} more; --all lists them")
