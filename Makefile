@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: help setup demo test lint types format check docs bench clean
+.PHONY: help setup demo test lint types format check docs bench bench-speed clean
 
 help:
 	@echo "make demo    export FastViT-T8 in training form and fuse it: build/fastvit_t8*.onnx"
@@ -14,6 +14,7 @@ help:
 	@echo "make docs    write the pages of the passes anew and build the site: build/site"
 	@echo "make format  let ruff put the code in order"
 	@echo "make bench   run the benchmarks and put their tables into docs/benchmarks.md (ten to thirty minutes)"
+	@echo "make bench-speed  what fusing a file costs, beside other tools; TOOLS=python that has them"
 	@echo "make clean   remove .venv and build"
 
 setup: .venv/.ready
@@ -55,6 +56,11 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/all.py
+
+TOOLS ?= $(BIN)/python
+
+bench-speed: setup
+	$(BIN)/python benchmarks/speed.py --tools $(TOOLS)
 
 clean:
 	rm -rf .venv build

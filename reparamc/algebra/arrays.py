@@ -15,12 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace, device, is_torch_array
 
-if np.lib.NumpyVersion(np.__version__) < "2.0.0":
-    from array_api_compat import numpy as numpy_namespace
-else:  # it follows the standard by itself; the import would take half of what all others take
-    numpy_namespace: Any = np
-
-from reparamc.algebra.recorded import Question, Recorded, assume
+from reparamc.algebra.recorded import Question, Recorded, assume, numpy_namespace
 
 Array: TypeAlias = npt.NDArray[np.float64]
 """An array of float64. For type checkers it is NumPy's; kernels and rules use what all libraries have."""
@@ -180,7 +175,7 @@ def is_all(array: Array, number: float) -> bool:
 
 
 def _equals(number: float, array: Array) -> bool:
-    return bool((array == number).all())
+    return not array.size or bool(array.flat[0] == number and (array == number).all())
 
 
 def largest(array: Array) -> float:

@@ -16,9 +16,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 from array_api_compat import array_namespace, device
-from array_api_compat import numpy as numpy_namespace
 
 from reparamc.errors import RecipeError
+
+if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+    from array_api_compat import numpy as numpy_namespace
+else:  # it follows the standard by itself; the import would take half of what all others take
+    numpy_namespace: Any = np
 
 Question = Callable[..., bool]
 """About arrays of NumPy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import cast
 
 import numpy as np
@@ -23,6 +24,10 @@ SHAPED = ("Expand", "Pad", "Reshape", "Slice")
 
 MOST_SIZES = 16
 """A constant of more elements is no shape."""
+
+
+MOST_SMALL = 4096
+"""Elements of a constant that is given to a session together with others."""
 
 
 class Constants:
@@ -46,6 +51,7 @@ class Constants:
         overridable = {v.name for v in graph.input} if model.ir_version >= 4 else set()
         self.tensors = {t.name: t for t in graph.initializer if t.name not in overridable}
         self._arrays: dict[str, Array] = {}
+        self._computed_small = False
         self.shapes = inferred({})
         self.names = self._names()
         given: dict[str, Array] = {}
@@ -146,11 +152,43 @@ class Constants:
             waiting = [n for n in node.input if n and n not in self._arrays and self._stored(n) is None]
             if of_shape is not None:
                 self._arrays[node.output[0]] = of_shape
+            elif not self._computed_small:
+                self._compute_small()
             elif waiting:
                 stack.extend(waiting)
             else:
                 self._compute(node)
         return self._arrays[name]
+
+    def _compute_small(self) -> None:
+        """Enter what all operators on small constants make, in one session; nothing where one of them does not run."""
+        self._computed_small = True
+        feeds: dict[str, Array] = {}
+        nodes: list[NodeProto] = []
+        inside: set[str] = set()
+        for node in self.model.graph.node:
+            results = [name for name in node.output if name]
+            if not results or not self.names.issuperset(results) or node.op_type in ("Constant", "Identity"):
+                continue
+            stored = {n: a for n in node.input if n and n not in inside and (a := self._small(n)) is not None}
+            if self._of_shape(node) is None and all(n in inside or n in stored for n in node.input if n):
+                nodes.append(node)
+                inside.update(results)
+                feeds |= stored
+        outputs = [name for node in nodes for name in node.output if name]
+        if not nodes:
+            return
+        try:
+            self._arrays.update(zip(outputs, _run(nodes, feeds, outputs, self.model), strict=True))
+        except Exception:  # each is computed by itself then, where it is asked for
+            return
+
+    def _small(self, name: str) -> Array | None:
+        """The value of a stored constant of few elements."""
+        if name in self.tensors and prod(self.tensors[name].dims) > MOST_SMALL:
+            return None
+        stored = self._stored(name)
+        return None if stored is None or stored.size > MOST_SMALL else stored
 
     def idle(self) -> list[Window]:
         """Constants that nothing reads, and that cannot be computed."""
@@ -174,21 +212,23 @@ class Constants:
             return
         outputs = [name for name in node.output if name]
         try:
-            results = _run(node, feeds, outputs, self.model)
+            results = _run([node], feeds, outputs, self.model)
         except Exception as error:  # the runtime lacks an operator or a type, or refuses the operands
             raise Unrepresentable(f"the constant {outputs[0]!r} cannot be computed") from error
         self._arrays.update(zip(outputs, results, strict=True))
 
 
-def _run(node: NodeProto, feeds: Mapping[str, Array], outputs: Sequence[str], model: ModelProto) -> list[Array]:
-    """The results of one operator, as ONNX Runtime has them."""
+def _run(
+    nodes: Sequence[NodeProto], feeds: Mapping[str, Array], outputs: Sequence[str], model: ModelProto
+) -> list[Array]:
+    """The results of operators, as ONNX Runtime has them."""
     import onnxruntime as ort
 
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
         for name, a in feeds.items()
     ]
-    body = helper.make_graph([node], "constant", inputs, [helper.make_empty_tensor_value_info(o) for o in outputs])
+    body = helper.make_graph(nodes, "constant", inputs, [helper.make_empty_tensor_value_info(o) for o in outputs])
     made = helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
