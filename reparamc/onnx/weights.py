@@ -139,6 +139,7 @@ class _Holder:
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
+        self.arrays: WeakValueDictionary[Hashable, np.ndarray] = WeakValueDictionary()
         self.runtime: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 
     def add(self, buffer: Buffer) -> int:
@@ -213,13 +214,21 @@ def length(tensor: TensorProto) -> int:
 
 
 def array(tensor: TensorProto) -> np.ndarray:
-    """The value of ``tensor``, a reference or not; not to be written to."""
+    """The value of ``tensor``, a reference or not; not to be written to. While it is held, it is not read again."""
     if not is_reference(tensor):
         return numpy_helper.to_array(tensor)
     found = place(tensor)
-    COUNTERS.decoded += found.length
     if isinstance(found.buffer, Made):
         return found.buffer.array.reshape(tensor.dims)
+    key = (id(found.buffer), found.start, tensor.data_type, tuple(tensor.dims))
+    held = _holder().arrays
+    if (known := held.get(key)) is None:
+        held[key] = known = _decoded(tensor, found)
+    return known
+
+
+def _decoded(tensor: TensorProto, found: Place) -> np.ndarray:
+    COUNTERS.decoded += found.length
     data = found.buffer.read(found.start, found.length)
     if tensor.data_type in PACKED or tensor.data_type in UNEVEN or sys.byteorder == "big":
         whole = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=bytes(data))
