@@ -37,6 +37,7 @@ def check(model: ModelProto) -> str | None:
         for graph in graphs(model):
             for tensor in tensors(graph):
                 _check_tensor(tensor)
+            _check_names(graph)
         for node in model.graph.node:
             for attribute in node.attribute:
                 if attribute.ref_attr_name:
@@ -142,6 +143,14 @@ def tensors(graph: GraphProto) -> Iterator[TensorProto]:
             elif a.type == AttributeProto.SPARSE_TENSOR:
                 yield from (a.sparse_tensor.values, a.sparse_tensor.indices)
             yield from a.tensors
+
+
+def _check_names(graph: GraphProto) -> None:
+    """What runtimes take of two initializers of one name is not known unless these are equal."""
+    found: dict[str, TensorProto] = {}
+    for tensor in graph.initializer:
+        if found.setdefault(tensor.name, tensor) != tensor:
+            raise ValueError(f"there are two initializers {tensor.name!r}, of different values")
 
 
 def _check_tensor(tensor: TensorProto) -> None:

@@ -20,7 +20,7 @@ from reparamc.onnx.values import forget_negative_sizes, inferred, known_size, sk
 
 MOST_DRAWN = 2**25
 """Elements of random inputs of open sizes in all: a size that a model takes is found among small ones."""
-MOST_COMPUTED = 2**28
+MOST_COMPUTED = 2**25
 """Elements of one tensor that trial inputs of open sizes may lead to."""
 PATIENCE = 5.0
 """Seconds after which no further sizes are tried."""

@@ -307,7 +307,10 @@ def _copy(message: Any, name: str, value: Any) -> None:
     elif hasattr(field_, "CopyFrom"):
         field_.CopyFrom(value)
     else:
-        setattr(message, name, value)
+        try:
+            setattr(message, name, value)
+        except UnicodeDecodeError as error:  # protobuf reads such text, and hands it out as bytes
+            raise InputError(f"the model is damaged: its {name} is no text in UTF-8") from error
 
 
 def _referring(t: TensorProto) -> TensorProto:

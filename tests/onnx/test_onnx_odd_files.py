@@ -122,12 +122,17 @@ def lost_output(made: ModelProto) -> None:
     made.graph.output[0].name = "gone"
 
 
+def two_weights(made: ModelProto) -> None:
+    made.graph.initializer.append(onnx.numpy_helper.from_array(2 * W3, "w"))
+
+
 BROKEN: dict[str, tuple[Change, str]] = {
     "dangling": (reads("nowhere"), "Conv 'conv' reads 'nowhere', which nothing computes"),
     "a circle": (reads("y"), "form a circle"),
     "of itself": (reads("c"), "form a circle"),
     "a weight of another rank": (weight_of(6, 6, 9), "checker"),
     "an attribute that is none": (foreign_attribute, "Unrecognized attribute: colour"),
+    "two weights of one name": (two_weights, "two initializers 'w', of different values"),
     "an input twice": (two_inputs, "single static assignment"),
     "an operator that is none": (unknown_operator, "No Op registered for Convolve"),
     "no operator set": (no_operator_set, "opset_import"),
