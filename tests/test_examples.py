@@ -30,8 +30,9 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_script(script: Path, tmp_path: Path) -> None:
-    if "import torch" in script.read_text():
-        pytest.importorskip("torch")
+    for package in ("torch", "sklearn"):
+        if package in script.read_text():
+            pytest.importorskip(package)
     assert run(tmp_path, "-W", "error::UserWarning:reparamc", script)
 
 

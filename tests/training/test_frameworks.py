@@ -1,0 +1,109 @@
+"""torch.compile, Lightning and transformers, each with the real package."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import _declare_torchvision_operators
+from fx_checks import ready
+from test_fuser import X, block
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from reparamc import fuse_fx
+from reparamc.training.backend import backend
+from reparamc.training.callbacks import lightning_callback, transformers_callback
+
+X32 = X.float()
+
+
+@pytest.fixture
+def model() -> Any:
+    return ready(block()).float()
+
+
+def test_the_backend_fuses_what_is_compiled(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.fx.GraphModule] = []
+    monkeypatch.setattr("reparamc.training.backend.fuse_fx", lambda *a, **k: seen.append(fuse_fx(*a, **k)) or seen[-1])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, options={"inner": "eager"})
+    with torch.no_grad():
+        expected = model(X32)
+        torch.testing.assert_close(compiled(X32), expected, rtol=1e-4, atol=1e-5)
+    assert seen[0].meta["reparamc"].after.batchnorm == 0
+    compiled(X32).sum().backward()  # gradients are recorded: nothing is frozen
+    assert model.a[0].weight.grad is not None
+    assert len(seen) == 1
+
+
+def test_what_is_fused_can_be_compiled(model: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(fuse_fx(model, X32), backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X32), model(X32), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_validates_the_fused_form(model: Any, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    seen: list[nn.Module] = []
+
+    class Task(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+            return self.model(batch[0]).square().mean()
+
+        def validation_step(self, batch: list[Tensor], _: int) -> None:
+            seen.append(self.model)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    data = DataLoader(TensorDataset(X32), batch_size=3)
+    callback = lightning_callback(X32)
+    trainer = lightning.Trainer(
+        max_epochs=2, callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    task = Task()
+    trainer.fit(task, data, data)
+    assert task.model is model
+    assert len({id(m) for m in seen}) == 1
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in seen[0].modules())
+    with torch.no_grad():
+        torch.testing.assert_close(callback.fuser()(X32), copy.deepcopy(model).eval()(X32), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_saves_the_fused_form(model: Any, tmp_path: Path) -> None:
+    _declare_torchvision_operators()
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    class Task(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            y = self.model(x)
+            return {"loss": y.square().mean(), "logits": y}
+
+    task = Task()
+    callback = transformers_callback({"x": X32})
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"x": x, "labels": torch.tensor(0)} for x in X32]
+    transformers.Trainer(task, arguments, train_dataset=data, callbacks=[callback]).train()
+    assert (tmp_path / "checkpoint-2" / "fused.pt").exists()
+    with torch.no_grad():
+        expected = copy.deepcopy(task).eval()(X32)["logits"]
+        torch.testing.assert_close(callback.fused(x=X32)["logits"], expected, rtol=1e-4, atol=1e-5)
