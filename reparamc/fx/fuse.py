@@ -161,20 +161,17 @@ class _Fusion:
         return Parts(self.model, self.own, self.options, self.runs, watched, blocked)
 
     def checked(self, parts: Parts, taken: Taken) -> Taken:
-        """``taken``, compared with the model; parts that are wrong are put back."""
+        """``taken``, compared with the model; of a part that is wrong, its own parts are taken instead."""
         if self.wavers or self.writes_parameters or (taken.module is not self.own and not parts.placed):
             return taken
-        wrong: dict[str, str] = {}
         while (fault := self.fault(taken.module, parts.placed)) is not None:
             where, why = fault
-            blamed = [part for part in parts.placed if part.where == where]
-            if not blamed:
-                return self.without(parts, taken, why)
-            for part in blamed:
-                part.put_back()
-                parts.placed.remove(part)
-            wrong[where] = why
-        return parts.undone(taken, taken.module, wrong)
+            if not any(part.where == where for part in parts.placed):
+                where, why = self.blamed(parts, taken, why)
+            if not parts.placed and taken.module is self.own:
+                return taken
+            taken = parts.entered(taken, where, why)
+        return taken
 
     def fault(self, module: nn.Module, placed: Sequence[Placed]) -> tuple[str, str] | None:
         """The part that computes something else, or an output, and how it differs."""
@@ -194,10 +191,9 @@ class _Fusion:
             return error.where, why or one_line(error)
         return None
 
-    def without(self, parts: Parts, taken: Taken, why: str) -> Taken:
-        """A copy without the parts with which it differs from the model, where none of them does so by itself."""
-        placed = list(parts.placed)
-        for part in reversed(placed):
+    def blamed(self, parts: Parts, taken: Taken, why: str) -> tuple[str, str]:
+        """The first part with which a copy differs from the model, where none does so alone, and how; or the last."""
+        for part in reversed(parts.placed):
             part.put_back()
         if other := self.differs(self.own):
             raise InputError(
@@ -206,14 +202,16 @@ class _Fusion:
             )
         if taken.module is not self.own:
             self.failed.append(FailedRegion("the whole model", "run", None, 0.0, (), "", "", why))
-            return parts.undone(taken, self.own, {"": why})
-        wrong: dict[str, str] = {}
-        for part in placed:
+            return "", why
+        found = ("", why)
+        for part in parts.placed:
             part.put()
-            if why := self.differs(self.own):
-                part.put_back()
-                wrong[part.where] = why
-        return parts.undone(taken, self.own, wrong)
+            found = part.where, self.differs(self.own)
+            if found[1]:
+                break
+        for part in parts.placed:
+            part.put()
+        return found[0], found[1] or why
 
     def differs(self, copy: nn.Module) -> str:
         state = State(copy, copied(copy) if self.writes_parameters else None)

@@ -313,13 +313,21 @@ class Parts:
             self.placed.append(Placed(where, old, new, ((home, name, old, new),)))
             self.placed[-1].put()
 
-    def undone(self, taken: Taken, module: nn.Module, wrong: Mapping[str, str]) -> Taken:
-        """``module`` in place of what was ``taken``, with what was put back and why by its path."""
-        ways = [w for w in taken.ways if not any(_below(place, w.where) or w.where == place for place in wrong)]
-        for place, why in wrong.items():
-            leaves = [m for m in self.originals[place].modules() if is_leaf(m)]
-            ways.append(Way(place, "as it is", f"the fused graph does not compute the same: {why}", counts_of(leaves)))
-        return Taken(module, ways)
+    def entered(self, taken: Taken, path: str, why: str) -> Taken:
+        """``taken``, with the parts of the module at ``path`` replaced instead of that module."""
+        why = f"the fused graph does not compute the same: {why}"
+        blamed = [part for part in self.placed if part.where == path]
+        gone = set(map(id, taken.module.modules())) if not path else set[int]()
+        for part in blamed:
+            part.put_back()
+            gone |= set(map(id, part.new.modules()))
+        gone -= set(map(id, self.own.values()))
+        self.placed = [p for p in self.placed if p not in blamed and not any(id(s[0]) in gone for s in p.sites)]
+        ways = [w for w in taken.ways if w.where != path]
+        if any(len(part.sites) > 1 for part in blamed):  # a pair of operators, which has no parts
+            return Taken(taken.module, [*ways, Way(path, "as it is", why, counts_of([part.old for part in blamed]))])
+        root = taken.module if path else self.own[path]
+        return Taken(root, [*ways, *self._entered(path, why).ways])
 
 
 def _holds(module: nn.Module, path: str) -> bool:

@@ -326,3 +326,45 @@ def test_threads() -> None:
     while any(t.is_alive() for t in threads):
         trained(x).sum().backward()
     assert not wrong
+
+
+class Encoder(nn.Module):
+    """Two stages, and a class that knows more of itself than its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self._depth = conv_bn(), conv_bn(), 2
+
+    @property
+    def reduction(self) -> int:
+        return 2**self._depth
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.reduction
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x).relu())
+
+
+class AsksItsEncoder(nn.Module):
+    """Reads a property, or calls a method, of a part that it also calls."""
+
+    def __init__(self, method: bool) -> None:
+        super().__init__()
+        self.encoder, self.method = Encoder(), method
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % self.encoder.reduction:
+            x = F.pad(x, (0, x.shape[-1] % self.encoder.reduction))
+        y = self.encoder(x)
+        return self.encoder.scaled(y) if self.method and y.sum() != 0 else y.abs().sum().sqrt() + y
+
+
+@pytest.mark.parametrize("method", [False, True])
+@pytest.mark.parametrize("verify", ["full", "region", "off"])
+def test_a_part_whose_class_is_asked_is_entered(method: bool, verify: str) -> None:
+    model = ready(AsksItsEncoder(method))
+    x = images((2, CHANNELS, 9, 7), dtype=torch.float32)[0]
+    fused = fuse_fx(model, x, verify=verify)
+    assert counts(fused) == (2, 0)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
