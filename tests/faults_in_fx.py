@@ -359,7 +359,7 @@ FX_WRITERS = [
         instead(lambda *_: True),
         fx=lambda: net(
             lambda x, n, c: (
-                u := x.relu(), y := n(u), z := c(y), u.unsqueeze_(0), z.reshape(-1, y.shape[1]).relu(),
+                u := x.relu(), y := n(u), z := c(y).relu(), u.unsqueeze_(0), z.reshape(-1, y.shape[1]),
             )[4], nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3),
         ),
     ),
