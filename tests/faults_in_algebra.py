@@ -73,12 +73,12 @@ def centred(convs: Sequence[Conv]) -> tuple[Sequence[Conv]]:
     return ([replace(c, offset=middle) if c.weight[0, 0].size == 1 else c for c in convs],)
 
 
-def of_one_input(e: Any) -> tuple[Any]:
+def of_one_input(e: Any, objective: Any) -> tuple[Any, Any]:
     """A sum whose convolutions all read what the first reads."""
     if not isinstance(e, Sum):
-        return (e,)
+        return e, objective
     x = next((t.x for t in e.terms if isinstance(t, Conv)), None)
-    return (Sum(tuple(replace(t, x=x) if isinstance(t, Conv) else t for t in e.terms)),)
+    return Sum(tuple(replace(t, x=x) if isinstance(t, Conv) else t for t in e.terms)), objective
 
 
 def interleaved(original: Any) -> Any:
