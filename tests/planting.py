@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -284,9 +284,16 @@ def _region_fx(layer: str) -> Callable[[Any, Any, tuple[Any, ...]], bool]:
 
 
 def _end_to_end_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
+    from reparamc.fx.arguments import others
     from reparamc.fx.end_to_end import verify_end_to_end as verify
+    from reparamc.fx.runnable import run
 
-    return _raises(lambda: verify(model, wrong, inputs, {}))
+    trials = [((inputs, {}), run(model, inputs, {}))]
+    for args, kwargs in others(trials[0][0]):
+        with suppress(Exception):
+            trials.append(((args, kwargs), run(model, args, kwargs)))
+            break
+    return _raises(lambda: verify(model, wrong, trials))
 
 
 def _certificate_fx(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:

@@ -99,7 +99,8 @@ def test_what_torch_fx_cannot_follow(make: Callable[[], nn.Module], inside: bool
         fused = fuse_fx(original, x)
         assert counts(fused) == (1 + inside, 0)
         assert report(fused).after.batchnorm == 0
-        assert [p.how for p in report(fused).parts].count("torch.export") == 1
+        by_export = make is Standardised  # the other one calls its BatchNorm right after its convolution
+        assert [p.how for p in report(fused).parts].count("torch.export") == by_export
         assert report(fused).end_to_end
         assert not fused.training
         assert all(torch.equal(state[k], v) for k, v in original.state_dict().items())
@@ -136,7 +137,7 @@ def test_without_examples_nothing_is_exported() -> None:
     with pytest.raises(InputError, match="cannot trace"):
         fuse_fx(ready(PadsAsNeeded()))
     fused = fuse_fx(ready(nn.Sequential(conv_bn(), PadsAsNeeded())))
-    assert counts(fused) == (2, 1)
+    assert counts(fused) == (2, 0)
 
 
 def test_hooks_are_not_lost_in_an_export() -> None:
