@@ -110,7 +110,9 @@ def _columns(
     conv: Conv, layouts: list[Layout | Conv], e: Concat, kind: type[Scale] | type[BatchNorm]
 ) -> Expr | Declined | None:
     """``conv(concat(s x + t, y))``: the columns of x take s and t, those of y stay."""
-    terms, scales, shifts = [], [], []
+    terms: list[Expr] = []
+    scales: list[Array] = []
+    shifts: list[Array] = []
     refusal: Declined | None = None
     for term, size in zip(e.terms, e.sizes, strict=True):
         s, t = ONE, ZERO

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isclose
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -213,8 +214,9 @@ def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
     A value beyond the largest number of the type would become infinite; a row whose every value is
     below the smallest normal number would lose its digits. A vector counts as one row.
     """
-    info, array = ml_dtypes.finfo(dtype), values(array)
-    by_row = array.reshape(array.shape[0] if array.ndim > 1 else 1, -1)
+    info: Any = cast(Any, ml_dtypes).finfo(dtype)
+    array = values(array)
+    by_row = np.reshape(array, (array.shape[0] if array.ndim > 1 else 1, -1))
     rows = np.maximum(by_row.max(axis=1, initial=0.0), -by_row.min(axis=1, initial=0.0))
     if not np.isfinite(rows).all():
         return "a folded parameter is NaN or infinite (a variance of zero without epsilon, or a negative one)"

@@ -57,9 +57,9 @@ class _Uses:
         repeats: how many copies there are.
     """
 
-    reads: set[Value] = field(default_factory=set)
-    copies: dict[Value, set[Hashable]] = field(default_factory=dict)
-    repeats: Counter[Value] = field(default_factory=Counter)
+    reads: set[Value] = field(default_factory=set[Value])
+    copies: dict[Value, set[Hashable]] = field(default_factory=dict[Value, set[Hashable]])
+    repeats: Counter[Value] = field(default_factory=Counter[Value])
 
 
 def _still_there(

@@ -116,8 +116,8 @@ class Splice:
     error: float | None
     shared: Value | None = None
     original: Expr | None = None
-    origins: Mapping[int, frozenset[str]] = field(default_factory=dict)
-    tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    origins: Mapping[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])
+    tensors: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def parameters_of(self, e: Expr) -> tuple[str, ...]:
         """The parameters that those of ``e``, a node of the replacement, are made from."""
@@ -142,7 +142,7 @@ class Fold:
 
     root: Value
     unit: Value
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter[str])
 
 
 Edit: TypeAlias = "Splice | Fold"

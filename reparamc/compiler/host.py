@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy.typing as npt
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 
-Trial: TypeAlias = "tuple[Alone, Callable[[npt.NDArray], float]]"
+Trial: TypeAlias = "tuple[Alone, Callable[[npt.NDArray[Any]], float]]"
 """What regions give when they are run alone, and the machine epsilon that an array is judged by."""
 
 

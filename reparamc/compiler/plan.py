@@ -27,10 +27,10 @@ class Plan:
     """What is to be done to a graph; nothing has been changed yet."""
 
     graph: Graph
-    folds: list[Fold] = field(default_factory=list)
-    splices: list[Splice] = field(default_factory=list)
-    kept: list[Refusal] = field(default_factory=list)
-    failed: list[FailedRegion] = field(default_factory=list)
+    folds: list[Fold] = field(default_factory=list[Fold])
+    splices: list[Splice] = field(default_factory=list[Splice])
+    kept: list[Refusal] = field(default_factory=list[Refusal])
+    failed: list[FailedRegion] = field(default_factory=list[FailedRegion])
     host: HostCheck | None = None
 
 

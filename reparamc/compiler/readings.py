@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import TypeAlias
 
-from reparamc.algebra.arrays import Array, Parameter, derived
+from reparamc.algebra.arrays import Array, Parameter, derived, together
 from reparamc.algebra.expr import (
     BatchNorm,
     Conv,
@@ -66,7 +66,7 @@ class Taps:
         """The operator as a matrix over its taps; ``weight`` is (out, in / groups, *kernel)."""
         ones, zeros = (1,) * self.spatial, (0,) * self.spatial
         shape = (weight.shape[0], self.channels // groups, *ones)
-        rows = derived(weight, shape, lambda w: w.reshape(shape))
+        rows = derived(weight, shape, lambda w: together(w)[0].reshape(w, shape))
         return Reading(Conv(self.source(None), rows, bias, ones, ones, zeros, zeros, groups))
 
 
@@ -140,7 +140,7 @@ def scaled(op: str, x: Source, constant: Array, axis: int | None, *, first: bool
         factor: multiplies the second operand of a sum or difference.
     """
     shape = () if axis is None else (prod(constant.shape),)
-    c = derived(constant, shape, lambda c: c.reshape(shape))
+    c = derived(constant, shape, lambda c: together(c)[0].reshape(c, shape))
     return Reading(Scale(x, *arithmetic(op, c, first, factor), axis))
 
 

@@ -42,11 +42,11 @@ class Reference:
 
     graph: Graph
     readings: Mapping[Value, Reading]
-    errors: dict[Hashable, float] = field(default_factory=dict)
-    unable: list[Refusal] = field(default_factory=list)
-    failures: dict[tuple[str, str], FailedRegion] = field(default_factory=dict)
-    _asked: set[Hashable] = field(default_factory=set)
-    _compared: set[Hashable] = field(default_factory=set)
+    errors: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
+    unable: list[Refusal] = field(default_factory=list[Refusal])
+    failures: dict[tuple[str, str], FailedRegion] = field(default_factory=dict[tuple[str, str], FailedRegion])
+    _asked: set[Hashable] = field(default_factory=set[Hashable])
+    _compared: set[Hashable] = field(default_factory=set[Hashable])
 
     def error(self, members: Sequence[Value], before: Expr) -> float | None:
         """The largest error of ``before``, the expression of ``members``, relative to its terms; None if unknown.
@@ -140,13 +140,13 @@ def _ordinary(before: Expr) -> Iterator[tuple[dict[Source, Array], Mapping[str, 
 def _in_rank(e: Source, x: Array) -> Array:
     """``x`` [1, channels, *extents] with the rank of ``e``, where that is known."""
     rank = len(e.shape) if e.shape is not None else x.ndim
-    return x.reshape([1] * (rank - x.ndim) + list(x.shape)) if rank >= x.ndim else x[0] if rank == x.ndim - 1 else x
+    return np.reshape(x, [1] * (rank - x.ndim) + list(x.shape)) if rank >= x.ndim else x[0] if rank == x.ndim - 1 else x
 
 
 def _exact(before: Expr) -> dict[Source, Array] | None:
     """Inputs of the extents that the graph declares; None where it leaves one open, but for the batch."""
     rng = np.random.default_rng(0)
-    inputs = {}
+    inputs: dict[Source, Array] = {}
     for e in walk(before):
         if isinstance(e, Source):
             extents = [d.known for d in e.shape or ()]

@@ -139,8 +139,8 @@ class Proven:
     """What is proven of what is left, and what the report says of what was undone."""
 
     certificate: Certified
-    failed: list[FailedRegion] = field(default_factory=list)
-    kept: list[Refusal] = field(default_factory=list)
+    failed: list[FailedRegion] = field(default_factory=list[FailedRegion])
+    kept: list[Refusal] = field(default_factory=list[Refusal])
 
 
 def prove(attempt: Attempt[ResultT], *, is_compared: bool) -> Proven:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reparamc.algebra.arrays import zeros_of
+from reparamc.algebra.arrays import together, zeros_of
 from reparamc.algebra.channel_map import ChannelMap
 from reparamc.algebra.expr import (
     Array,
@@ -268,7 +268,8 @@ def _piece(branch: _Branch, where: ChannelMap) -> _Piece:
         scale, shift = (where.along(v, e.axis) for v in coefficients(e))
         if scale is None or shift is None:
             break
-        scales[e] = scale.reshape(-1), shift.reshape(-1)
+        xp, scale, shift = together(scale, shift)
+        scales[e] = xp.reshape(scale, (-1,)), xp.reshape(shift, (-1,))
     return _Piece(where.channels.ravel().tolist(), scales)
 
 

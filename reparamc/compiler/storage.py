@@ -73,7 +73,8 @@ def _linked(held: Mapping[Value, Collection[str]]) -> list[list[Value]]:
     groups: list[list[Value]] = []
     seen: set[Value] = set()
     for start in held:
-        group, stack = [], [start]
+        group: list[Value] = []
+        stack = [start]
         while stack:
             unit = stack.pop()
             if unit not in seen:

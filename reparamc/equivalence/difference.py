@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from reparamc.algebra.dtypes import epsilon_of, is_floating, largest_of
 
-Outputs = Mapping[str, npt.NDArray]
+Outputs = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ def _is_number(value: Any) -> bool:
     return _rounds(value) or (isinstance(value, np.ndarray) and largest_of(value.dtype) is not None)
 
 
-def _size(array: npt.NDArray) -> float:
+def _size(array: npt.NDArray[Any]) -> float:
     """The largest finite magnitude."""
     if not _rounds(array):
         return 0.0
@@ -140,12 +140,12 @@ def _size(array: npt.NDArray) -> float:
     return float(wide[np.isfinite(wide)].max(initial=0.0))
 
 
-def _wide(a: npt.NDArray, b: npt.NDArray) -> tuple[npt.NDArray, npt.NDArray]:
+def _wide(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     kind = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
     return a.astype(kind), b.astype(kind)
 
 
-def ulps(a: npt.NDArray, b: npt.NDArray) -> int | None:
+def ulps(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> int | None:
     """Largest distance of finite entries in units in the last place; None unless both are of one floating dtype.
 
     It counts the representable numbers between two entries: floating numbers of one dtype are ordered as
@@ -158,7 +158,7 @@ def ulps(a: npt.NDArray, b: npt.NDArray) -> int | None:
     if not finite.any():
         return 0
 
-    def ordered(x: npt.NDArray) -> npt.NDArray[np.int64]:
+    def ordered(x: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         bits = np.ascontiguousarray(x[finite]).view(whole).astype(np.int64)
         return np.where(bits < 0, np.iinfo(whole).min - bits, bits)
 
@@ -194,7 +194,7 @@ def noise_of(expected: Any, responses: Iterable[Any]) -> float:
     return max((change for change in changes if np.isfinite(change)), default=0.0)
 
 
-def nudged(array: npt.NDArray, rng: np.random.Generator) -> npt.NDArray:
+def nudged(array: npt.NDArray[Any], rng: np.random.Generator) -> npt.NDArray[Any]:
     """``array`` with every floating entry moved by one rounding, up or down."""
     if not is_floating(array.dtype):
         return array

@@ -66,7 +66,7 @@ class Alone:
 def compare_models(
     pair: Pair,
     trials: Iterable[tuple[Any, Outputs]],
-    epsilon: Callable[[npt.NDArray, Any], float],
+    epsilon: Callable[[npt.NDArray[Any], Any], float],
     regions: Sequence[Region] = (),
     alone: Callable[[Any], Alone | None] = lambda inputs: None,
 ) -> list[OutputError]:
@@ -96,7 +96,7 @@ def compare_models(
     return list(worst.values())
 
 
-def _judged(epsilon: Callable[[npt.NDArray, Any], float], inputs: Any, output: npt.NDArray) -> float:
+def _judged(epsilon: Callable[[npt.NDArray[Any], Any], float], inputs: Any, output: npt.NDArray[Any]) -> float:
     return epsilon(output, inputs)
 
 
@@ -105,7 +105,7 @@ REPORT = "Report this as a bug, with the model"
 
 def compare_outputs(
     compared: Comparison,
-    epsilon: Callable[[npt.NDArray], float],
+    epsilon: Callable[[npt.NDArray[Any]], float],
     regions: Sequence[Region] = (),
     alone: Callable[[], Alone | None] = lambda: None,
 ) -> list[OutputError]:
@@ -154,7 +154,7 @@ def compare_outputs(
 
 
 def _entry(
-    compared: Comparison, name: str, found: Difference, epsilon: Callable[[npt.NDArray], float]
+    compared: Comparison, name: str, found: Difference, epsilon: Callable[[npt.NDArray[Any]], float]
 ) -> tuple[OutputError, bool]:
     """How far an output differs and what is allowed, and whether that settles it."""
     if not found.arrays:
@@ -195,7 +195,7 @@ def _what(found: Difference, allowed: float) -> str:
 
 
 def compare_regions(
-    seen: Alone, regions: Sequence[Region], epsilon: Callable[[npt.NDArray], float]
+    seen: Alone, regions: Sequence[Region], epsilon: Callable[[npt.NDArray[Any]], float]
 ) -> list[OutputError]:
     """Every region that was fed with the original's values against the original, channel by channel.
 
@@ -220,7 +220,9 @@ def compare_regions(
     return entries
 
 
-def region_error(seen: Alone, region: Region, epsilon: Callable[[npt.NDArray], float]) -> tuple[float, float, float]:
+def region_error(
+    seen: Alone, region: Region, epsilon: Callable[[npt.NDArray[Any]], float]
+) -> tuple[float, float, float]:
     """How far a region that was run is from the original, as `by_channel` says it.
 
     An original that rounds where large constants cancel is no measure of a result that does not. So what differs by
@@ -263,9 +265,9 @@ def _truth(seen: Alone, region: Region, epsilon: float) -> tuple[Array, Array] |
 
 
 def by_channel(
-    reference: npt.NDArray,
-    other: npt.NDArray,
-    noises: Sequence[npt.NDArray],
+    reference: npt.NDArray[Any],
+    other: npt.NDArray[Any],
+    noises: Sequence[npt.NDArray[Any]],
     epsilon: float,
     axis: int | None,
     terms: Array | None = None,
@@ -284,7 +286,7 @@ def by_channel(
     if not kind.same_kind:
         return float("inf"), float("inf"), 0.0
 
-    def largest(a: npt.NDArray) -> npt.NDArray:
+    def largest(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return largest_by_channel(np.abs(np.nan_to_num(a.astype(np.float64), posinf=0.0, neginf=0.0)), axis)
 
     with np.errstate(invalid="ignore"):
