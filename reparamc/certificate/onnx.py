@@ -37,12 +37,15 @@ OLDEST = 7
 
 
 def certify_onnx(
-    original: ModelProto, result: ModelProto, read: Callable[[TensorProto], Array] = numpy_helper.to_array
+    original: ModelProto,
+    result: ModelProto,
+    read: Callable[[TensorProto], Array] = numpy_helper.to_array,
+    without: Collection[str] = (),
 ) -> Certificate:
     """Prove that ``result`` computes what ``original`` does, for every input size.
 
     Parameters of ``result`` may be off by the rounding of their dtype. Neither model is run. ``read`` gives the value
-    of a tensor.
+    of a tensor. Tensors ``without`` which the proof is to do may mean something else in each model.
     """
     _keep_freed_blocks()
     # Where inference is silent, what both files declare of a tensor is believed.
@@ -52,7 +55,7 @@ def certify_onnx(
     # A tensor has the sizes in the original that it has in the result, once it is proven to be the same.
     before = _Side("original", original, declared, after.typed(), read)
     computed = set(before.order)
-    stands_for = {name: name for name in after.order if name in computed}
+    stands_for = {name: name for name in after.order if name in computed and name not in without}
     stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
     after.shape_of = {name: before.shapes.shape(meant) for name, meant in stands_for.items()}
     outputs = [(o.name, o.name) for o in result.graph.output]

@@ -119,8 +119,8 @@ class Verification:
         set_aside: inputs of large values by which the original itself overflows, and inputs at which rounding alone
             changes its outputs too much for a comparison.
         failure: why the models are not equal; None where they are.
-        windows: how many windows of the graph are proven "equal" for every input size, "different" or "undecided";
-            None where that was not tried.
+        windows: how many tensors are proven "equal" for every input size, "rounded": equal up to the rounding of
+            parameters that were combined in their own dtype, "different" or "undecided"; None where nothing was proven.
         doubt: why they may differ all the same, although no input shows it; empty where nothing speaks for that.
         notes: what a reader should know besides.
         seconds: wall time in all.
@@ -153,7 +153,8 @@ class Verification:
                 return f"not certain: no difference found {inputs}, but {self.doubt}"
             if self.windows is None:
                 return f"no difference found {inputs}; nothing is proven"
-            if (proven := self.windows["equal"]) < (of := sum(self.windows.values())):
+            proven = self.windows["equal"] + self.windows.get("rounded", 0)
+            if proven < (of := sum(self.windows.values())):
                 return f"no difference found {inputs}; {proven} of {of} tensors proven"
             return f"equal within rounding, {inputs}"
         text = f"differs: {self.failure.reason}"
@@ -196,6 +197,8 @@ class Verification:
 def _windows(counts: dict[str, int]) -> str:
     in_all = sum(counts.values())
     text = f"{counts.get('equal', 0)} of {in_all} proven equal for every input size"
+    if counts.get("rounded"):
+        text += f", {counts['rounded']} up to the rounding of parameters"
     if counts.get("different"):
         text += f", {counts['different']} of another form"
     if counts.get("undecided"):

@@ -20,7 +20,7 @@ import numpy as np
 from onnx import ModelProto
 
 from reparamc.certificate.onnx import certify_onnx
-from reparamc.certificate.proof import Certificate
+from reparamc.certificate.proof import Certificate, Window
 from reparamc.equivalence import trials
 from reparamc.equivalence.difference import CEILING, Difference, difference
 from reparamc.equivalence.pair import PERTURBATIONS, BrokenError, Comparison, Pair, RefusedError
@@ -33,7 +33,7 @@ from reparamc.verify.arrays import read_inputs, write_inputs
 from reparamc.verify.branches import LARGEST, Branches, branches_of, factors
 from reparamc.verify.interface import Interface, compare_interfaces
 from reparamc.verify.result import Disagreement, OutputCheck, Verification, check_output
-from reparamc.verify.witness import Witness, witness
+from reparamc.verify.witness import Witness, operands_of, witness
 
 EXAMPLES = 100
 """Random inputs that are tried after the fixed ones, if time allows."""
@@ -75,6 +75,9 @@ FURTHER = 1.25
 
 MOST_FACTORS, MOST_SIZES, MOST_VALUES = 8, 6, 64
 """Thresholds, sizes and values of a graph that are tried."""
+
+RENAMINGS = 4
+"""How often the proof is made anew without the names that mean something else in each model."""
 
 SHRINKING = 200
 """So many runs may make a failing input smaller."""
@@ -175,7 +178,7 @@ def _proven(original: ModelProto, fused: ModelProto) -> Certificate | str:
     try:
         for model in (original, fused):
             check_model(model)  # a proof follows the graph, which must be one: without circles, every value made once
-        return certify_onnx(original, fused)
+        return _followed(original, fused)
     except Exception as error:  # a graph by an unknown hand may be anything; the models are compared all the same
         return one_line(error)
 
@@ -191,6 +194,30 @@ def _factors(
             found |= factors(_loaded(model), known, arrays)
     steps = {round(4 * np.log2(f)): f for f in sorted(found) if 1e-9 < f < 1e9}  # those that are nearly alike are one
     return [FURTHER * f for f in steps.values()][:MOST_FACTORS]
+
+
+def _followed(original: ModelProto, fused: ModelProto) -> Certificate:
+    """The proof, also where an optimizer keeps names for other tensors: a convolution's for its norm's."""
+    first = found = certify_onnx(original, fused)
+    outputs = {o.name for o in fused.graph.output}
+    operands = operands_of(original, fused)
+    moved: set[str] = set()
+    for _ in range(RENAMINGS):
+        others = {w.where for w in found.windows if _is_other(w) and w.before} - outputs - moved
+        # What is made of one of these has to be looked at again.
+        more = {name for name in others if others.isdisjoint(operands(name))}
+        if not more:
+            break
+        moved |= more
+        found = certify_onnx(original, fused, without=moved)
+        if not found.undecided and not any(map(_is_other, found.windows)):
+            return found
+    return first
+
+
+def _is_other(window: Window) -> bool:
+    """Whether a tensor is another function, and not one that is off by the rounding of its parameters."""
+    return window.verdict == "different" and (window.excess > BEYOND or not window.before)
 
 
 @contextmanager
@@ -434,12 +461,12 @@ class _Search:
 
     def _weigh(self, proven: Certificate, tried: Sequence[Trial]) -> None:
         """No input shows a difference: does the proof, or the size of the errors, speak for one all the same?"""
-        other = [w for w in proven.windows if w.verdict == "different" and w.before and w.excess > BEYOND]
+        other = [w for w in proven.windows if _is_other(w) and w.before]
         worst = max((c.in_noise for c in self.result.outputs), default=0.0)
         if other:
             said = f"tensor {other[0].where!r} computes another function: {other[0].reason}"
             self.result.doubt = said
-            if len(proven.windows) > proven.equal + 1:
+            if proven.undecided or sum(map(_is_other, proven.windows)) > 1:
                 return
             # Nothing makes up for it where all others are proven.
             for inputs in (trials.make_inputs(self.pair.interface.inputs, trial) for trial in tried):
@@ -456,9 +483,12 @@ class _Search:
         if isinstance(found, str):
             self.result.notes.append(f"nothing is proven for every input size: {found}")
             return False
-        self.result.windows = {"equal": found.equal, "different": found.different, "undecided": found.undecided}
-        different = [w for w in found.windows if w.verdict == "different"]
-        self.result.notes += [f"window {w.where!r} is of another form: {w.reason}" for w in different[:SHOWN]]
+        different = [w for w in found.windows if _is_other(w)]
+        self.result.windows = {
+            "equal": found.equal, "rounded": found.different - len(different), "different": len(different),
+            "undecided": found.undecided,
+        }  # fmt: skip
+        self.result.notes += [f"tensor {w.where!r} is of another form: {w.reason}" for w in different[:SHOWN]]
         return found.holds
 
     def _explore(self, base: Trial, examples: int, non_finite: bool) -> None:

@@ -7,7 +7,7 @@ the outputs follow, the two models are different functions, however small the di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,7 +43,7 @@ class Witness:
 
 def witness(original: ModelProto, fused: ModelProto, where: str, inputs: Mapping[str, np.ndarray]) -> Witness | None:
     """The tensor ``where``, which both models compute, on ``inputs`` of both; None if ONNX Runtime cannot tell."""
-    operands = _operands(original, fused, where)
+    operands = operands_of(original, fused)(where)
     regions = [*(Region(o, (), o, "", "") for o in operands), Region(where, tuple(operands), where, "", "")]
     seen = run_alone(original, fused, regions, inputs)
     if seen is None or where not in seen.actual:
@@ -67,22 +67,26 @@ def witness(original: ModelProto, fused: ModelProto, where: str, inputs: Mapping
     return Witness(error, error > allowed, any(o.name == where for o in original.graph.output))
 
 
-def _operands(original: ModelProto, fused: ModelProto, where: str) -> list[str]:
-    """The tensors of both models, constants left out, from which ``fused`` computes ``where``."""
+def operands_of(original: ModelProto, fused: ModelProto) -> Callable[[str], list[str]]:
+    """From a tensor to those, constants left out, that both models have and from which ``fused`` computes it."""
     known: set[str] = set()
     given = {v.name for v in original.graph.input} - {t.name for t in original.graph.initializer}
     for node in original.graph.node:
         if not (given | known).isdisjoint(node.input):
             known.update(node.output)
     producers = {name: node for node in fused.graph.node for name in node.output}
-    found: dict[str, None] = {}
-    stack, seen = [where], {where}
-    while stack:
-        for name in producers[stack.pop()].input:
-            if name in producers and name not in seen:
-                seen.add(name)
-                if name in known:
-                    found[name] = None
-                else:
-                    stack.append(name)
-    return list(found)
+
+    def operands(where: str) -> list[str]:
+        found: dict[str, None] = {}
+        stack, seen = [where], {where}
+        while stack:
+            for name in producers[stack.pop()].input:
+                if name in producers and name not in seen:
+                    seen.add(name)
+                    if name in known:
+                        found[name] = None
+                    else:
+                        stack.append(name)
+        return list(found)
+
+    return operands

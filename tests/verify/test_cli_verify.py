@@ -247,7 +247,7 @@ def test_a_fusion_passes(run: Run, tmp_path: Path) -> None:
 def test_what_is_proven_for_every_size_is_counted() -> None:
     fused, _ = fuse_model(ORIGINAL)
     result = verify(ORIGINAL, fused)
-    assert result.windows == {"equal": 1, "different": 0, "undecided": 0}
+    assert result.windows == {"equal": 1, "rounded": 0, "different": 0, "undecided": 0}
     assert "tensors    1 of 1 proven equal for every input size" in result.table().splitlines()
     result = verify(ORIGINAL, model(block(), changed("w", (1, 2, 0, 0), 0.01)))
     assert result.windows is not None
@@ -272,14 +272,19 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> list[onnx_verify.Budget]:
 def test_inputs_are_a_second_opinion_where_all_is_proven_and_no_more_is_asked(
     budgets: list[onnx_verify.Budget], options: dict[str, Any]
 ) -> None:
-    assert verify(ORIGINAL, fuse_model(ORIGINAL)[0], **options).windows == {"equal": 1, "different": 0, "undecided": 0}
+    assert verify(ORIGINAL, fuse_model(ORIGINAL)[0], **options).windows == {
+        "equal": 1,
+        "rounded": 0,
+        "different": 0,
+        "undecided": 0,
+    }
     assert budgets == [onnx_verify.EVIDENCE if options else onnx_verify.SECOND_OPINION]
 
 
 def test_inputs_are_the_evidence_where_nothing_is_proven(budgets: list[onnx_verify.Budget]) -> None:
     found = verify(ORIGINAL, CLIPPED)
     assert found.equal
-    assert found.windows == {"equal": 0, "different": 0, "undecided": 1}
+    assert found.windows == {"equal": 0, "rounded": 0, "different": 0, "undecided": 1}
     assert budgets == [onnx_verify.EVIDENCE]
 
 
@@ -947,6 +952,25 @@ def test_a_tensor_that_differs_without_reaching_an_output_is_a_doubt(run: Run, t
     assert outcome.code == 3
     assert "not certain: no difference found on " in outcome.lines[-1]
     assert "but tensor 'c' computes another function: channel " in outcome.lines[-1]
+
+
+def folded_in_float32(name: str) -> ModelProto:
+    """`ORIGINAL` as other tools fold its BatchNorm; the convolution is called ``name``."""
+    factor = WEIGHTS["n.g"] / np.sqrt(WEIGHTS["n.v"] + np.float32(1e-5))
+    weights = WEIGHTS | {"f": WEIGHTS["w"] * factor[:, None, None, None]}
+    weights["k"] = (WEIGHTS["b"] - WEIGHTS["n.m"]) * factor + WEIGHTS["n.b"]
+    conv, _, *rest = block()
+    conv = node("Conv", "x f k", name, pads=[1, 1, 1, 1])
+    rest[1] = node("Add", f"{name} e", "s")
+    return model([conv, *rest], weights)
+
+
+@pytest.mark.parametrize("name", ["c", "d"])
+def test_other_tools_fold_in_float32_and_keep_either_name(name: str) -> None:
+    result = verify(ORIGINAL, folded_in_float32(name))
+    assert result.windows is not None
+    assert result.windows["equal"] + result.windows["rounded"] == sum(result.windows.values())
+    assert result.verdict.startswith("equal within rounding, on ")
 
 
 def test_a_tensor_that_another_makes_up_for_is_a_doubt() -> None:
