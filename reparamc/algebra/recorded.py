@@ -286,7 +286,7 @@ class Program:
         xp, where = array_namespace(like), device(like)
         if where not in self._moved:
             self._moved = {where: {at: xp.asarray(c, device=where) for at, c in self._constants.items()}}
-        found: dict[int, Any] = dict(self._moved[where])
+        found: dict[int, Any] = {**self._moved[where]}
         found.update((at, parameters(source)) for at, source in self.sources.items())
         for at, function, args, kwargs, gone in self._steps:
             given = [found[a] if type(a) is At else self._list(found, a) if type(a) is list else a for a in args]

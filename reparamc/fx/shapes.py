@@ -641,7 +641,7 @@ def flattened(shape: Shape, start: Any = 0, end: Any = -1) -> Shape:
 def _called(node: fx.Node, *operands: Any) -> Any:
     """What a call makes of its operands, in the order of `fx.Node.all_input_nodes`."""
     given = dict(zip(node.all_input_nodes, operands, strict=True))
-    args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
+    args, kwargs = cast(Any, map_arg((node.args, node.kwargs), lambda n: given[n]))
     if callable(node.target):
         return node.target(*args, **kwargs)
     return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -158,7 +158,8 @@ def outputs_of(model: ModelProto, inputs: Sequence[np.ndarray]) -> dict[str, np.
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         given = dict(zip([i.name for i in session.get_inputs()], inputs, strict=True))
-        return dict(zip([o.name for o in session.get_outputs()], session.run(None, given), strict=True))
+        results: Any = session.run(None, given)
+        return dict(zip([o.name for o in session.get_outputs()], results, strict=True))
     except Exception as error:  # whatever the runtime raises
         raise InputError(f"the file does not run on the example: {one_line(error)}") from error
 

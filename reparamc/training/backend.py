@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch.fx.node import map_arg
 
 from reparamc.errors import ReparamcError, one_line
 from reparamc.fx.fuse import fuse_fx
@@ -51,7 +52,7 @@ def _frozen(graph: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModul
             made.register_buffer(name, value)
             copies[node] = made.graph.get_attr(name)
         elif node.op == "output":
-            made.graph.output(fx.node.map_arg(node.args[0], copies.__getitem__))
+            made.graph.output(map_arg(node.args[0], lambda n: copies[n]))
             continue
         else:
             copies[node] = made.graph.node_copy(node, copies.__getitem__)

@@ -26,8 +26,8 @@ def lightning_callback(example_inputs: Any, attribute: str = "model", **options:
         trained: nn.Module | None = None
 
         def put(self, trainer: Any, module: Any) -> None:
-            self.trained = getattr(module, attribute)
-            self.fuser = self.fuser or Fuser(self.trained, example_inputs, **options)
+            trained: nn.Module = getattr(module, attribute)
+            self.trained, self.fuser = trained, self.fuser or Fuser(trained, example_inputs, **options)
             setattr(module, attribute, self.fuser())
 
         def take_back(self, trainer: Any, module: Any, error: Any = None) -> None:

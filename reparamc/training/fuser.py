@@ -235,6 +235,7 @@ class Differentiable(nn.Module):
     def __init__(self, model: nn.Module, fused: nn.Module, program: Program, targets: list[tuple[str, Tensor]]) -> None:
         super().__init__()
         self.model = model
+        self._way: Any
         self.__dict__["_way"] = fused, program, targets  # no submodule: its parameters are computed
 
     def kernels(self) -> dict[str, Tensor]:
@@ -316,4 +317,4 @@ def _one(call: Call) -> Call:
 def _on_device(call: Call, model: nn.Module) -> Call:
     """``call`` where the parameters of ``model`` are, if they are in one place."""
     devices = {t.device for t in _tensors(model).values()}
-    return pytree.tree_map_only(Tensor, lambda t: t.to(*devices), call) if len(devices) == 1 else call
+    return pytree.tree_map_only(Tensor, lambda t: t.to(next(iter(devices))), call) if len(devices) == 1 else call
