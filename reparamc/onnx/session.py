@@ -48,6 +48,8 @@ class Run:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4
         options.add_external_initializers(list(values), list(values.values()))
+        if values and not optimize:  # they are shared with other sessions, and would be copied for a few runs
+            options.add_session_config_entry("session.disable_prepacking", "1")
         self.outputs, self._values = outputs, values
         try:
             self.session = ort.InferenceSession(
