@@ -547,7 +547,8 @@ class Values:
         rest = Counter(before.symbols) - Counter(after.symbols)
         others = Counter(after.symbols) - Counter(before.symbols)
         if not others and rest.total() == 1 and before.factor > 0 and after.factor % before.factor == 0:
-            self.bound.setdefault(*rest, after.factor // before.factor)
+            (symbol,) = rest
+            self.bound.setdefault(symbol, after.factor // before.factor)
 
 
 def _slices(index: Any, rank: int) -> tuple[slice, ...] | None:

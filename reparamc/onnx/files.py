@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto
+from onnx.serialization import registry
 
 from reparamc.errors import InputError, one_line
 from reparamc.onnx import weights
@@ -62,7 +63,7 @@ def opened(path: Path) -> ModelProto:
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the .onnx file in it")
     try:
-        kind = onnx.serialization.registry.get_format_from_file_extension(path.suffix)
+        kind = registry.get_format_from_file_extension(path.suffix)
         model = _read(path) if kind in (None, "protobuf") else weights.light(onnx.load(path))
     except FileNotFoundError as error:
         missing = error.filename or path

@@ -243,7 +243,7 @@ class Made:
         self.array = made
 
     def read(self, start: int, length: int) -> memoryview:
-        return memoryview(self.array.reshape(-1).view(np.uint8))[start : start + length]
+        return memoryview(self.array.reshape(-1).view(np.uint8).data)[start : start + length]
 
 
 def tensor(value: np.ndarray, name: str) -> TensorProto:
@@ -646,4 +646,4 @@ def _aligned(t: TensorProto, where: Place) -> np.ndarray:
         mapped = np.frombuffer(where.buffer.mapped(), dtype, count, where.start).reshape(t.dims)
         if mapped.flags.aligned:
             return mapped
-    return np.require(array(t), requirements="CA")
+    return np.require(array(t), requirements=["C", "A"])

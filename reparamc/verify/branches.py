@@ -50,7 +50,12 @@ def branches_of(model: ModelProto) -> Branches:
     dims = {t.name: list(t.dims) for t in graph.initializer}
     small = {t.name: t for t in graph.initializer if np.prod(t.dims, dtype=np.float64) <= FEW}
     small |= {n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"}
-    constants = {name: numpy_helper.to_array(t).reshape(-1) for name, t in small.items() if not t.external_data}
+    known = helper.get_all_tensor_dtypes()
+    constants = {
+        name: numpy_helper.to_array(t).reshape(-1)
+        for name, t in small.items()
+        if not t.external_data and t.data_type in known
+    }
     producers = {name: node for node in graph.node for name in node.output}
     given = {v.name for v in graph.input} - dims.keys()
     for node in graph.node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -121,7 +121,7 @@ def test_what_is_not_needed_is_not_done() -> None:
     a, b = (recorded(parse(NORM_BEFORE), tape).weight for _ in "ab")  # type: ignore[union-attr]
     kept = a * 2
     b * 3
-    program = Program(tape, [kept.at], values)
+    program = Program(tape, [cast(Any, kept).at], values)
     assert len(program.sources) == 1
     assert len(program._steps) == 2
 
@@ -143,7 +143,7 @@ def test_arrays_of_numpy_and_recorded_ones_together() -> None:
     thing = np.arange(3.0)
     tape.source(thing, "x")
     x: Any = tape.array(thing, thing)
-    y = concatenated([np.ones(2) * 2, -(np.ones(3) - x) / 2, x[1:]])
+    y: Any = concatenated([np.ones(2) * 2, -(np.ones(3) - x) / 2, x[1:]])
     y[0] = x[2]
     assert values(y).tolist() == [2, 2, -0.5, 0, 0.5, 1, 2]
     (found,) = Program(tape, [y.at], values).run({"x": np.array([3.0, 4, 5])}.__getitem__, thing)

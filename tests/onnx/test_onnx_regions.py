@@ -269,7 +269,7 @@ def test_an_original_that_cancels_is_worse_than_the_result(large: float, monkeyp
             self, name, np.where(np.arange(a.size).reshape(a.shape) == 40, 2 * a, a), dtype
         ),
     )
-    monkeypatch.setattr("reparamc.onnx.fuse.certify_onnx", lambda *_: Certificate((), 0, 0.0))
+    monkeypatch.setattr("reparamc.certificate.onnx.certify_onnx", lambda *_: Certificate((), 0, 0.0))
     with pytest.raises(VerificationError, match=r"'norm'|'y'"):  # one weight is doubled
         fuse_model(made)
 

@@ -226,6 +226,7 @@ def same_as_reference(node: onnx.NodeProto, operands: list[np.ndarray]) -> None:
     (expected,) = ReferenceEvaluator(whole).run(None, dict(zip(names, operands, strict=True)))
     found = exactly(node, operands)
     assert found is not None
+    assert isinstance(expected, np.ndarray)
     assert found.dtype == expected.dtype
     assert np.array_equal(found, expected)
 
