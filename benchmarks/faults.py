@@ -3,7 +3,7 @@
     python benchmarks/faults.py [WORD ...]
 
 Plants each fault of `tests/faults.py` (those whose name or place holds a WORD), fuses the smallest models on which it
-shows, and asks by itself every layer that `docs/faults.md` has, and `reparamc verify` about the two ONNX models. The
+shows, and asks every layer alone that `docs/faults.md` has, and `reparamc verify` about the two ONNX models. The
 error is the largest of an output with verification off, relative to its largest value; it is infinite where the result
 does not run. "default" is what a fusion at the default level comes to. Exit code 1 if a fault gets through or changes
 nothing.

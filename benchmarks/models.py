@@ -36,8 +36,8 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(SEED)
     model = _create(name)
     randomize_layer_scales(model, SEED)
-    extent = 224 if "levit" in name else 96  # LeViT knows one size
-    randomize_batchnorm(model, SEED, torch.randn(8, 3, extent, extent))
+    size = 224 if "levit" in name else 96  # LeViT knows one size
+    randomize_batchnorm(model, SEED, torch.randn(8, 3, size, size))
     return model.eval()
 
 

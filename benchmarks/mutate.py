@@ -318,7 +318,7 @@ def _cropped_and_back(model: ModelProto, random: np.random.Generator) -> None:
 
 
 def _flattened_and_back(model: ModelProto, random: np.random.Generator) -> None:
-    """Regrouped to what it is, with one extent left open."""
+    """Regrouped to what it is, with one size left open."""
     at = int(random.integers(len(model.graph.node)))
     target = _any([[0, 0, 0, -1], [-1, 4, 3, 3], [0, 4, -1, 3], [0, -1, 0, 0], [-1, 0, 0, 0]], random)
     model.graph.initializer.append(numpy_helper.from_array(np.array(target), "c_to"))

@@ -19,7 +19,7 @@ OPSET = 17
 def export_onnx(
     model: FastViT, path: str | os.PathLike[str], *, size: int = 256, batch: int = 1, dynamic: bool = False
 ) -> None:
-    """Write `model` as it stands, with nothing folded, to an ONNX file of its evaluation mode (opset 17).
+    """Write `model` as it is, with nothing folded, to an ONNX file of its evaluation mode (opset 17).
 
     The input "image" is (batch, in_channels, size, size), the output "logits" (batch, num_classes); `dynamic`
     leaves batch, height and width open. The file appears complete or not at all. The training mode of

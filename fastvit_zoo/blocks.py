@@ -135,7 +135,7 @@ def stem(in_channels: int, dim: int, *, deployed: bool) -> nn.Sequential:
 def patch_embedding(in_channels: int, out_channels: int, *, deployed: bool) -> nn.Sequential:
     """Large-kernel downsampling: (B, C, H, W) -> (B, out_channels, ceil(H / 2), ceil(W / 2)) (section 3.2.3).
 
-    No activation stands between the grouped 7x7 convolution and the pointwise block: the published weights
+    There is no activation between the grouped 7x7 convolution and the pointwise block: the published weights
     were trained without one.
     """
     return nn.Sequential(
@@ -152,7 +152,7 @@ class RepMixer(nn.Module):
     """Depthwise token mixing whose skip connection can be folded away: (B, C, H, W) -> the same shape.
 
     y = x + layer_scale * (mixer(x) - norm(x)). This is section 3.2.1, equation 2, with its BatchNorm moved
-    behind the zero-padded convolution, as in the published weights; only then is the block exactly one
+    after the zero-padded convolution, as in the published weights; only then is the block exactly one
     depthwise 3x3 convolution (equation 3).
     """
 

@@ -184,7 +184,7 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
         "--objective",
         choices=("latency", "macs", "params"),
         default="latency",
-        help="what shall become small: latency (default), multiply-adds, or parameters",
+        help="what to minimize: latency (default), multiply-adds, or parameters",
     )
 
 

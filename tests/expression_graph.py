@@ -76,10 +76,10 @@ class Expressions:
     def reach(self, e: Expr) -> int:
         raise AssertionError("nothing here is without a reading")
 
-    def run(self, e: Expr, operands: Mapping[Expr, np.ndarray], extents: Mapping[str, int] = {}) -> np.ndarray:
+    def run(self, e: Expr, operands: Mapping[Expr, np.ndarray], sizes: Mapping[str, int] = {}) -> np.ndarray:
         sources = {c: self.source(c) for c in e.children}
         alone = rebuild(e, [sources[c] for c in e.children])
-        return evaluate(alone, {sources[c]: operands[c] for c in e.children}, extents)[0]
+        return evaluate(alone, {sources[c]: operands[c] for c in e.children}, sizes)[0]
 
     def kind(self, e: Expr) -> str:
         return type(e).__name__

@@ -61,18 +61,18 @@ def sources(e: Expr) -> list[Source]:
     return [s for s in walk(e) if isinstance(s, Source)]
 
 
-def source_shapes(e: Expr, extents: Sequence[int] = EXTENTS[0], batch: int = 2) -> Shapes:
-    """A shape for every source: its own with ``extents`` for its symbols, or [batch, channels, *extents]."""
+def source_shapes(e: Expr, sizes: Sequence[int] = EXTENTS[0], batch: int = 2) -> Shapes:
+    """A shape for every source: its own with ``sizes`` for its symbols, or [batch, channels, *sizes]."""
     count, axis = channels(e), channel_axes(e)
     symbols: dict[str, int] = {"N": batch}
     shapes: Shapes = {}
     for s in sources(e):
         if s.shape is not None:
             for symbol in (n for dim in s.shape for n in dim.symbols if n not in symbols):
-                symbols[symbol] = extents[(len(symbols) - 1) % len(extents)]
+                symbols[symbol] = sizes[(len(symbols) - 1) % len(sizes)]
             shapes[s] = tuple(dim.at(symbols) for dim in s.shape)
         else:
-            shapes[s] = (batch, count[s] or 3, *extents[: -1 - (axis[s] or -1)])
+            shapes[s] = (batch, count[s] or 3, *sizes[: -1 - (axis[s] or -1)])
     return shapes
 
 
@@ -182,18 +182,18 @@ def _in_out(e: Conv) -> np.ndarray:
 
 
 def _output_padding(e: Conv) -> tuple[int, ...]:
-    """Results that a transposed convolution drops in front and not behind."""
+    """Results that a transposed convolution drops before and not after."""
     begin, end = e.padding
-    assert all(b >= n and b >= 0 for b, n in zip(begin, end, strict=True)), "no host graph can drop more behind"
+    assert all(b >= n and b >= 0 for b, n in zip(begin, end, strict=True)), "no host graph can drop more after"
     return tuple(b - n for b, n in zip(begin, end, strict=True))
 
 
 def _target(e: Layout, shape: Sequence[int]) -> list[int]:
-    """The target of a reshape: numbers, extents that stand in their old place, and one -1 at most."""
+    """The target of a reshape: numbers, sizes that keep their place, and one -1 at most."""
     assert isinstance(e.op, Reshape)
     kept = [at < len(e.op.before) and dim == e.op.before[at] for at, dim in enumerate(e.op.after)]
     known = [dim.known if dim.known is not None else shape[at] if kept[at] else -1 for at, dim in enumerate(e.op.after)]
-    assert sum(isinstance(n, int) and n == -1 for n in known) <= 1, "a reshape with two unknown extents"
+    assert sum(isinstance(n, int) and n == -1 for n in known) <= 1, "a reshape with two unknown sizes"
     return known
 
 
@@ -211,14 +211,14 @@ def value_infos(shapes: Mapping[str, Sequence[int | str]], dtype: int = TensorPr
     return [helper.make_tensor_value_info(name, dtype, shape) for name, shape in shapes.items()]
 
 
-def to_onnx(root: Expr, extents: Sequence[int] | None = None) -> ModelProto:
-    """``root`` as a float32 model with output ``y``; the extents of its inputs stay symbols where none are given."""
+def to_onnx(root: Expr, sizes: Sequence[int] | None = None) -> ModelProto:
+    """``root`` as a float32 model with output ``y``; the sizes of its inputs stay symbols where none are given."""
     builder = _OnnxBuilder(root)
     declared = {}
-    for s, shape in source_shapes(root, extents or EXTENTS[0]).items():
+    for s, shape in source_shapes(root, sizes or EXTENTS[0]).items():
         unsaid = ["N", shape[1], *(f"{axis}_{s.key}" for axis in "HWD")]
         symbols = [str(d) if d.known is None else d.factor for d in s.shape] if s.shape else unsaid
-        declared[str(s.key)] = list(shape) if extents else symbols[: len(shape)]
+        declared[str(s.key)] = list(shape) if sizes else symbols[: len(shape)]
     assert "y" not in declared, "no source may be called y: that is the output"
     graph = helper.make_graph(
         builder.nodes, "expression", value_infos(declared), [helper.make_empty_tensor_value_info("y")], builder.tensors
@@ -337,7 +337,7 @@ def _is_negation(e: Expr) -> bool:
 
 
 def _subtracted(order: Sequence[Expr]) -> set[Expr]:
-    """The negations that a sum carries out: they stand behind its first term, and only there."""
+    """The negations that a sum carries out: they come after its first term, and only there."""
     readers = Counter(c for e in order for c in e.children)
     return {t for e in order if isinstance(e, Sum) for t in e.terms[1:] if _is_negation(t) and readers[t] == 1}
 

@@ -60,7 +60,7 @@ def statistics(channels: int = 4, variance: float = 1.0, seed: int = 0) -> dict[
 
 
 def with_norm(node_in_front: NodeProto, parameters: Mapping[str, Any], **options: Any) -> ModelProto:
-    """An operator and a BatchNormalization behind it."""
+    """An operator and a BatchNormalization after it."""
     channels = options.pop("channels", 4)
     norm = node("BatchNormalization", f"{node_in_front.output[0]} g b m v", "y")
     return onnx_model([node_in_front, norm], {**parameters, **statistics(channels)}, **options)

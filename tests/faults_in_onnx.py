@@ -552,7 +552,7 @@ ONNX_WRITERS = [
 
 
 def neighbours(first: Sequence[int], second: Sequence[int]) -> ModelProto:
-    """Two slices of channels that stand beside each other, put together again."""
+    """Two slices of channels that are beside each other, put together again."""
     ends = {"f": first[:1], "t": first[1:], "g": second[:1], "u": second[1:], "axis": [1]}
     nodes = [node("Slice", "x f t axis", "a"), node("Slice", "x g u axis", "b"), node("Concat", "a b", "y", axis=1)]
     return onnx_model(nodes, {"none": numbers(1), **{k: np.array(v) for k, v in ends.items()}})

@@ -32,13 +32,13 @@ def weight(*shape: int) -> nn.Parameter:
 
 
 def same(kernel: Pair, dilation: int = 1) -> tuple[int, int]:
-    """The padding with which an odd ``kernel`` keeps the extent."""
+    """The padding with which an odd ``kernel`` keeps the size."""
     high, wide = (kernel, kernel) if isinstance(kernel, int) else kernel
     return dilation * (high - 1) // 2, dilation * (wide - 1) // 2
 
 
 def conv_bn(inputs: int, outputs: int, kernel: Pair, **options: Any) -> nn.Sequential:
-    """A convolution without bias and a BatchNorm; the padding keeps the extent unless ``options`` give another."""
+    """A convolution without bias and a BatchNorm; the padding keeps the size unless ``options`` give another."""
     options = {"padding": same(kernel, options.get("dilation", 1)), "bias": False} | options
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, **options), nn.BatchNorm2d(outputs))
 
@@ -100,7 +100,7 @@ class ACNet(nn.Module):
 
 
 class NormThenPad(nn.Module):
-    """BatchNorm, then a border of the value that it gives to zero: what it would do behind zero padding."""
+    """BatchNorm, then a border of the value that it gives to zero: what it would do after zero padding."""
 
     def __init__(self, channels: int, width: int, written: bool) -> None:
         super().__init__()
@@ -288,7 +288,7 @@ def expand_net_kernels(inputs: int, outputs: int, padding: int = 0, rate: int = 
 
 
 class LargeKernel(nn.Module):
-    """A large depthwise kernel beside smaller or dilated ones, a BatchNorm behind each.
+    """A large depthwise kernel beside smaller or dilated ones, a BatchNorm after each.
 
     Ding et al., "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs", 2022 (RepLKNet), has one
     dense small kernel; Ding et al., "UniRepLKNet: A Universal Perception Large-Kernel ConvNet", 2024, dilated ones.
@@ -437,7 +437,7 @@ class LoRAConv(nn.Module):
 
 
 class Upsampling(nn.Module):
-    """Transposed convolutions with BatchNorm: one, or two of different kernels that give the same extent."""
+    """Transposed convolutions with BatchNorm: one, or two of different kernels that give the same size."""
 
     def __init__(self, inputs: int, outputs: int, *layers: dict[str, int]) -> None:
         super().__init__()
@@ -463,8 +463,8 @@ class Case:
         build: makes it, its parameters drawn from torch's global generator.
         channels: of its input, which is (N, channels, H, W), or (N, channels) or (N, L, channels).
         operator: the one operator that it equals: "Conv", "Linear" or "ConvTranspose".
-        sizes: extents of the inputs to try, (H, W), () or (L,).
-        fixed: torch's exporter by TorchScript writes it for the first size only: it keeps the extents of what is
+        sizes: sizes of the inputs to try, (H, W), () or (L,).
+        fixed: torch's exporter by TorchScript writes it for the first size only: it keeps the sizes of what is
             written into a slice.
         window: kernel, padding and stride of the convolution that it equals.
     """
@@ -483,9 +483,9 @@ class Case:
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of an input of every size; batches of 2 and 1 take turns."""
         axes: list[list[int]] = [list(size) for size in self.sizes]
-        for extents in axes:
-            extents.insert(self.channel_axis, self.channels)
-        return [(2 - i % 2, *extents) for i, extents in enumerate(axes)]
+        for sizes in axes:
+            sizes.insert(self.channel_axis, self.channels)
+        return [(2 - i % 2, *sizes) for i, sizes in enumerate(axes)]
 
     def inputs(self) -> list[Tensor]:
         """Random float64 inputs of every size."""

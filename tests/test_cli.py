@@ -552,7 +552,7 @@ def test_any_verification_error_has_its_own_exit_code(run: Run, model: Path, mon
 
 @pytest.mark.parametrize("older", [True, False], ids=["over an older file", "anew"])
 @pytest.mark.parametrize("step", ["write", "replace"])
-def test_a_failing_write_leaves_nothing_behind(
+def test_a_failing_write_leaves_nothing_after(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, step: str, older: bool
 ) -> None:
     output = model.with_name(OUT)
@@ -582,7 +582,7 @@ def test_a_failing_write_leaves_nothing_behind(
     assert [p.name for p in model.parent.iterdir() if p.is_dir()] == []
 
 
-def test_an_interrupt_leaves_nothing_behind(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_nothing_after(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -629,7 +629,7 @@ def test_standard_input_that_is_closed() -> None:
     assert done.stderr == "reparamc: standard input cannot be read: it is closed\n"
 
 
-def test_a_signal_leaves_nothing_behind(model: Path) -> None:
+def test_a_signal_leaves_nothing_after(model: Path) -> None:
     """What a task manager sends while the file is written, and its temporary folder is there."""
     code = (
         "import os, signal, sys; from reparamc import cli\n"

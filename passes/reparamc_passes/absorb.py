@@ -3,7 +3,7 @@
 Operators that move whole channels commute with it, and a sum shares it out:
 
     s P(x) + t  =  P(s x + t)                        P a layout operator that keeps the channel axis whole,
-                                                     or any, where s and t are one number each
+                                                     or any, where s and t are scalars
     s (a + b) + t  =  (s a + t) + s b
     s concat(a, b) + t  =  concat(s' a + t', s'' b + t'')
 """
@@ -139,7 +139,7 @@ def through_layouts(e: Expr, axis: int | None, *, shifted: bool) -> tuple[list[L
     """The chain of operators that ends in ``e`` and commutes with a scale, last first, and what it starts from.
 
     Layout operators, and convolutions under another name: poolings, crops, paddings. A padding does not
-    commute with a shift: where ``shifted``, the chain starts behind it.
+    commute with a shift: where ``shifted``, the chain starts after it.
 
     Returns:
         The chain, what it starts from, and where ``axis`` is there; None where

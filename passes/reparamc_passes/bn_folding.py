@@ -13,7 +13,7 @@ different numbers of taps.
 Operators that move or average within a channel (Reshape, Transpose, a mean over positions) may come between the
 two, and before a convolution a selection of channels as well. After a sum, the factor goes to every term and
 the shift to the first; after a concatenation, each term takes its own channels. All terms must be able to take
-it, or nothing would be saved. Before a convolution of a concatenation, each term is folded by itself.
+it, or nothing would be saved. Before a convolution of a concatenation, each term is folded separately.
 
 A BatchNorm with several users is folded into all of them if that removes it: q, k and v after one norm. Its
 operand must be the result of something non-linear, and all users, eight at most, must be linear; otherwise it
@@ -33,12 +33,12 @@ from reparamc.algebra.rewrite import Declined, Pass
 from reparamc_passes.absorb import REFUSALS, into_consumer, into_producer
 
 
-def behind(e: Expr) -> Expr | Declined | None:
+def after(e: Expr) -> Expr | Declined | None:
     """bn(W*x + b) = (gW)*x + (gb + h)."""
     return into_producer(e) if isinstance(e, BatchNorm) else None
 
 
-def in_front(e: Expr) -> Expr | Declined | None:
+def before(e: Expr) -> Expr | Declined | None:
     """W*bn(x) + b = (W g)*x + (b + sum of W h)."""
     return into_consumer(e, BatchNorm) if isinstance(e, Conv) else None
 
@@ -47,6 +47,6 @@ BN_FOLDING = Pass(
     name="bn-folding",
     equation="bn(W*x + b) = (gW)*x + (gb + h);  W*bn(x) + b = (Wg)*x + (b + sum W h)",
     exact_when="BatchNorm after the convolution: always; before it: h = 0, or the kernel reads no padding",
-    rules=(behind, in_front),
+    rules=(after, before),
     refusals=REFUSALS,
 )

@@ -21,7 +21,7 @@ from collections.abc import Hashable
 from itertools import zip_longest
 from typing import cast
 
-from reparamc.algebra.cost import Objective, behind
+from reparamc.algebra.cost import Objective, after
 from reparamc.algebra.expr import BatchNorm, Conv, Expr, Scale, Sum, total
 from reparamc.algebra.kernels import coefficients, grid, merge, merged_shape, scale_outputs
 from reparamc.algebra.rewrite import Declined, Pass
@@ -76,7 +76,7 @@ def _merge_while_cheaper(convs: list[Conv], objective: Objective) -> list[Conv]:
 def _if_cheaper(convs: list[Conv], objective: Objective) -> list[Conv]:
     if len(convs) == 1:
         return convs
-    added = objective.addition(convs[0].out_channels, behind(convs[0]))
+    added = objective.addition(convs[0].out_channels, after(convs[0]))
     apart = sum(map(objective.price, convs)) + (len(convs) - 1) * added
     shape = merged_shape(convs)
     return [merge(convs)] if objective.price(shape) < apart and not shape.skips_border else convs

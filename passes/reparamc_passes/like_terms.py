@@ -63,7 +63,7 @@ def _base(e: Expr) -> Expr:
 
 
 def dropped(e: Expr) -> Expr | None:
-    """A branch of zeros is left out where another term has its extents for certain."""
+    """A branch of zeros is left out where another term has its sizes for certain."""
     if not isinstance(e, Sum):
         return None
     for place, term in enumerate(e.terms):
@@ -77,7 +77,7 @@ def dropped(e: Expr) -> Expr | None:
 
 
 def _shown_equal(zero: Conv | Scale | BatchNorm, e: Sum) -> bool:
-    """Whether another term is known to have the extents and channels of ``zero``."""
+    """Whether another term is known to have the sizes and channels of ``zero``."""
     others = [t for t in e.terms if t is not zero]
     if isinstance(zero, Conv):
         beside = [t for t in others if isinstance(t, Conv) and t.x is zero.x]

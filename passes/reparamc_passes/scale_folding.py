@@ -30,12 +30,12 @@ from reparamc_passes.absorb import REFUSALS, into_consumer, into_producer
 OTHER_AXES = "the two scales act on different axes"
 
 
-def behind(e: Expr) -> Expr | Declined | None:
+def after(e: Expr) -> Expr | Declined | None:
     """s(W*x + b) + t = (sW)*x + (sb + t)."""
     return into_producer(e) if isinstance(e, Scale) else None
 
 
-def in_front(e: Expr) -> Expr | Declined | None:
+def before(e: Expr) -> Expr | Declined | None:
     """W*(s x + t) + b = (W s)*x + (b + sum of W t)."""
     return into_consumer(e, Scale) if isinstance(e, Conv) else None
 
@@ -61,6 +61,6 @@ SCALE_FOLDING = Pass(
     name="scale-folding",
     equation="s(W*x + b) + t = (sW)*x + (sb + t);  W*(sx + t) + b = (Ws)*x + (b + sum W t)",
     exact_when="scale after the convolution: always; before it: t = 0, or the kernel reads no padding",
-    rules=(by_one, behind, in_front, of_scale),
+    rules=(by_one, after, before, of_scale),
     refusals=(*REFUSALS, OTHER_AXES),
 )

@@ -80,7 +80,7 @@ class ChannelMap:
         channels, axes = self.channels.transpose(np.argsort(self.axes)), sorted(self.axes)
         if len(before) != self.rank or any(before[a].known != n for a, n in zip(axes, channels.shape, strict=True)):
             return None
-        extents: list[int] = []
+        sizes: list[int] = []
         found: list[int] = []
         for old, new in regrouped(before, after):
             ours = [a for a in old if a in axes]
@@ -92,8 +92,8 @@ class ChannelMap:
             if len(known) < len(new):
                 return None
             found += new
-            extents += known
-        return ChannelMap(channels.reshape(extents), tuple(found), len(after))
+            sizes += known
+        return ChannelMap(channels.reshape(sizes), tuple(found), len(after))
 
 
 def regrouped(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]:

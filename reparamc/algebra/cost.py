@@ -2,7 +2,7 @@
 
 Besides arithmetic, an operator moves its operands and its result through memory, has a fixed price
 for being launched, and has parameters that take room in the file. An `Objective` says what each of
-these is worth. Extents are unknown to the algebra, so what an expression starts from is taken to have
+these is worth. Sizes are unknown to the algebra, so what an expression starts from is taken to have
 a nominal number of positions.
 """
 
@@ -25,7 +25,7 @@ CHANNELS = 64
 
 @dataclass(frozen=True)
 class Objective:
-    """What shall become small, as the prices of what an operator takes. Only their ratios matter.
+    """What to minimize, as the prices of what an operator takes. Only their ratios matter.
 
     Attributes:
         node: launching one operator.
@@ -49,7 +49,7 @@ class Objective:
         total = 0.0
         for e in walk(root):
             read = min((positions[c] for c in e.children), default=POSITIONS)
-            positions[e] = behind(e, read) if isinstance(e, Conv) else read
+            positions[e] = after(e, read) if isinstance(e, Conv) else read
             if isinstance(e, Layout | Scale | BatchNorm) and (e.axis is None or e.x in cut):
                 cut.add(e)
             widths[e] = widths[e.children[0]] if e in cut else known[e] or CHANNELS
@@ -126,7 +126,7 @@ def objective_of(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def behind(conv: Conv, positions: float = POSITIONS) -> float:
+def after(conv: Conv, positions: float = POSITIONS) -> float:
     """The positions of the result of ``conv`` over a map of ``positions``."""
     return min(positions * prod(conv.stride), POSITIONS) if conv.transposed else positions / prod(conv.stride)
 

@@ -35,21 +35,21 @@ from reparamc.algebra.shape import Shape
 def evaluate(
     root: Expr,
     inputs: Mapping[Source, Array],
-    extents: Mapping[str, int] | None = None,
+    sizes: Mapping[str, int] | None = None,
     places: Places | None = None,
 ) -> tuple[Array, float]:
     """The value of ``root``, and the largest magnitude met on the way (the scale of its rounding errors).
 
     Args:
         inputs: a float64 array for each source, with its channels along the axis that its users expect.
-        extents: what the symbols in the shapes stand for, where the shapes of the inputs do not tell.
+        sizes: the sizes of the symbols in the shapes, where the shapes of the inputs do not tell.
         places: where to compute it; the inputs are given and the value is returned there. None: everywhere.
 
     Raises:
-        ValueError: neither tells an extent of a reshape.
+        ValueError: neither tells a size of a reshape.
     """
     values: dict[Expr, Array] = {}
-    sizes = dict(extents or {})
+    sizes = dict(sizes or {})
     magnitude = 0.0
     for e in walk(root):
         if isinstance(e, Source):
@@ -69,7 +69,7 @@ def evaluate(
 def _computed(
     e: Scale | BatchNorm | Sum | Concat | Select | Layout, operands: Sequence[Array], sizes: dict[str, int]
 ) -> Array:
-    """``e`` of ``operands``; ``sizes`` are the extents that symbols stand for."""
+    """``e`` of ``operands``; ``sizes`` are the sizes of symbols."""
     x = operands[0]
     match e:
         case Scale() | BatchNorm():
@@ -114,10 +114,10 @@ def _along(v: Array, axis: int | None) -> Array:
 
 
 def _bind(shape: Shape, x: Array, sizes: dict[str, int]) -> None:
-    """Learn the extents of symbols from an array of that shape."""
-    for dim, extent in zip(shape, x.shape, strict=False):
+    """Learn the sizes of symbols from an array of that shape."""
+    for dim, size in zip(shape, x.shape, strict=False):
         if len(dim.symbols) == 1:
-            sizes[dim.symbols[0]] = extent // dim.factor
+            sizes[dim.symbols[0]] = size // dim.factor
 
 
 def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
@@ -131,7 +131,7 @@ def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
     _bind(e.op.before, x, sizes)
     unknown = [s for dim in e.op.after for s in dim.symbols if s not in sizes]
     if unknown:
-        raise ValueError(f"the extent {unknown[0]!r} of a reshape is unknown")
+        raise ValueError(f"the size {unknown[0]!r} of a reshape is unknown")
     return xp.reshape(x, tuple(dim.at(sizes) for dim in e.op.after))
 
 

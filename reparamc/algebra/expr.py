@@ -55,13 +55,13 @@ class Source:
 class Conv:
     """``y[o, p] = bias[o] + sum over i in group(o), taps t: weight[o, i, t] * x[i, stride*p + offset + dilation*t]``
 
-    with x zero outside its extent. ``weight`` is (out, in / groups, *kernel); ``bias`` is (out,) or
+    with x zero outside its size. ``weight`` is (out, in / groups, *kernel); ``bias`` is (out,) or
     None. The other tuples hold one number per axis of the kernel, of which there are ``spatial``:
     none for a linear layer. ``offset`` is where the first tap lands (-1 for a leading padding of 1), and
-    ``delta`` is how much the extent shrinks: ``out = floor((extent - 1 - delta) / stride) + 1``.
+    ``delta`` is how much the size shrinks: ``out = floor((size - 1 - delta) / stride) + 1``.
 
     A ``transposed`` convolution writes where the other reads: ``weight[o, i, t] * x[i, p]`` is added to
-    ``y[o, stride*p + offset + dilation*t]``, and ``out = stride * (extent - 1) + 1 + delta``.
+    ``y[o, stride*p + offset + dilation*t]``, and ``out = stride * (size - 1) + 1 + delta``.
     """
 
     x: Expr
@@ -85,7 +85,7 @@ class Conv:
         end: Ints,
         groups: int = 1,
     ) -> Conv:
-        """The convolution that reads ``begin`` zeros before and ``end`` zeros after the extent, per axis."""
+        """The convolution that reads ``begin`` zeros before and ``end`` zeros after the size, per axis."""
         kernel = weight.shape[2:]
         delta = tuple(d * (k - 1) - b - e for d, k, b, e in zip(dilation, kernel, begin, end, strict=True))
         return Conv(x, weight, bias, stride, dilation, tuple(-b for b in begin), delta, groups)
@@ -122,7 +122,7 @@ class Conv:
 
     @property
     def padding(self) -> tuple[Ints, Ints]:
-        """Zeros read before and after the extent, per axis (negative: values skipped).
+        """Zeros read before and after the size, per axis (negative: values skipped).
 
         Of a transposed convolution: results dropped (negative: zeros added).
         """
@@ -132,7 +132,7 @@ class Conv:
     def skips_border(self) -> bool:
         """Whether some padding is negative where no operator of a host graph can say so.
 
-        A transposed convolution may add zeros behind, fewer than its stride or dilation (output padding).
+        A transposed convolution may add zeros after, fewer than its stride or dilation (output padding).
         """
         begin, end = self.padding
         if not self.transposed:
@@ -147,7 +147,7 @@ class Conv:
 
     @property
     def is_pointwise(self) -> bool:
-        """One tap at offset 0, stride one, the extent kept: nothing but a matrix of channels."""
+        """One tap at offset 0, stride one, the size kept: nothing but a matrix of channels."""
         return self.keeps_grid and not any(self.offset) and all(k == 1 for k in self.kernel)
 
     @property
@@ -168,7 +168,7 @@ class Conv:
 
     @property
     def keeps_grid(self) -> bool:
-        """Stride one and equal extents for every input size: an identity may stand beside it."""
+        """Stride one and equal sizes for every input size: an identity may be beside it."""
         return all(s == 1 for s in self.stride) and not any(self.delta)
 
     @property
@@ -276,7 +276,7 @@ class Reshape:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean over some of ``rank`` axes, the channel axis not among them; kept with extent one, or dropped."""
+    """The mean over some of ``rank`` axes, the channel axis not among them; kept with size one, or dropped."""
 
     rank: int
     axes: Ints
@@ -309,7 +309,7 @@ def ranks(op: LayoutOp) -> tuple[int, int]:
 
 
 def axis_through(op: LayoutOp, axis: int) -> int | None:
-    """Where ``axis`` stands behind ``op``, both counted from the left; None where it does not stay whole."""
+    """Where ``axis`` stands after ``op``, both counted from the left; None where it does not stay whole."""
     match op:
         case Permute():
             return op.axes.index(axis)
@@ -325,7 +325,7 @@ def axis_through(op: LayoutOp, axis: int) -> int | None:
 class Layout:
     """Elements moved, taken or averaged within their channel: axis ``axis_in`` becomes ``axis``.
 
-    It commutes with everything that is done to each channel by itself. Where the channel axis is split or merged
+    It commutes with everything that is done to each channel separately. Where the channel axis is split or merged
     (channels into heads), ``axis`` is None, and so are both axes of what moves such a value further: then it
     commutes with what is the same for all elements.
     """

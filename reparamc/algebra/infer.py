@@ -104,8 +104,8 @@ def has_layout(root: Expr) -> bool:
     return len(acting) > 1 or any(isinstance(e, Layout) for e in order)
 
 
-def extents(e: Expr, spatial: int) -> tuple[int | None, ...]:
-    """The extents of ``e`` along the last ``spatial`` axes, as far as what it is computed from tells."""
+def sizes(e: Expr, spatial: int) -> tuple[int | None, ...]:
+    """The sizes of ``e`` along the last ``spatial`` axes, as far as what it is computed from tells."""
     while isinstance(e, Scale | BatchNorm) or (isinstance(e, Select) and e.axis == -1 - spatial):
         e = e.x
     shape = e.shape if isinstance(e, Source) else None
@@ -127,7 +127,7 @@ def shape_of_value(root: Expr) -> Shape | None:
             case Select() if inner is not None and -e.axis <= len(inner):
                 found[e] = _with_channels(inner, len(e.index), inner[len(inner) + e.axis + 1 :])
             case Conv() if inner is not None and e.spatial < len(inner):
-                spatial = [_extent(e, axis, dim) for axis, dim in enumerate(inner[len(inner) - e.spatial :])]
+                spatial = [_size(e, axis, dim) for axis, dim in enumerate(inner[len(inner) - e.spatial :])]
                 known = [dim for dim in spatial if dim is not None]
                 found[e] = _with_channels(inner, e.out_channels, known) if len(known) == e.spatial else None
             case _:
@@ -135,13 +135,13 @@ def shape_of_value(root: Expr) -> Shape | None:
     return found[root]
 
 
-def _with_channels(shape: Shape, channels: int, behind: Sequence[Dim]) -> Shape:
-    """``shape`` with other channels, and other extents ``behind`` them."""
-    return (*shape[: len(shape) - len(behind) - 1], Dim(channels), *behind)
+def _with_channels(shape: Shape, channels: int, after: Sequence[Dim]) -> Shape:
+    """``shape`` with other channels, and other sizes ``after`` them."""
+    return (*shape[: len(shape) - len(after) - 1], Dim(channels), *after)
 
 
-def _extent(conv: Conv, axis: int, dim: Dim) -> Dim | None:
-    """What ``conv`` makes of the extent ``dim``."""
+def _size(conv: Conv, axis: int, dim: Dim) -> Dim | None:
+    """What ``conv`` makes of the size ``dim``."""
     if conv.stride[axis] == 1 and conv.delta[axis] == 0:
         return dim
     if dim.known is None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from reparamc.algebra.arrays import added, array_of, concatenated, derived, is_all, taken, together, zeros_of
 from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale
-from reparamc.algebra.infer import extents
+from reparamc.algebra.infer import sizes
 
 OF_AN_OPERATOR = "it is the weight of an operator into which only a matrix of channels can be multiplied"
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the next convolution"
@@ -78,7 +78,7 @@ def scale_outputs(conv: Conv, scale: Array, shift: Array) -> Conv:
 def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
     """``conv(scale * x + shift)`` as a convolution of x: W' = W scale[i], b' = b + sum over i, t of W shift[i].
 
-    The bias is right where every tap reads inside the extent: callers see to it that the shift is
+    The bias is right where every tap reads inside the size: callers see to it that the shift is
     zero or the kernel reads no padding.
     """
     per_group = conv.in_channels // conv.groups
@@ -187,9 +187,9 @@ def compose(outer: Conv, inner: Conv) -> Conv:
 def cannot_compose(outer: Conv, inner: Conv) -> str | None:
     """Why ``outer(inner(x))`` is no convolution of x; None when it is one.
 
-    What the outer kernel reads beyond the extent of the inner result is zero. The composition computes
+    What the outer kernel reads beyond the size of the inner result is zero. The composition computes
     those values from x instead, which gives zero only for an inner kernel of one tap without bias
-    whose extent covers that of x.
+    whose size covers that of x.
     """
     if outer.axis != inner.axis:
         return OTHER_AXES
@@ -229,14 +229,14 @@ def averaged(x: Expr, taps: Array, stride: Ints, dilation: Ints, begin: Ints, en
 
 
 def grid(conv: Conv) -> Hashable:
-    """What convolutions of one input share if their results have the same extents.
+    """What convolutions of one input share if their results have the same sizes.
 
-    They agree for every input size if strides and deltas do. Where the extents of the input are known,
+    They agree for every input size if strides and deltas do. Where the sizes of the input are known,
     those of the result are all that counts.
     """
-    known = extents(conv.x, conv.spatial)
+    known = sizes(conv.x, conv.spatial)
     rows = [
-        d if h is None or conv.transposed else ("extent", (h - 1 - d) // s + 1)
+        d if h is None or conv.transposed else ("size", (h - 1 - d) // s + 1)
         for h, d, s in zip(known, conv.delta, conv.stride, strict=True)
     ]
     return conv.stride, tuple(rows), conv.axis, conv.transposed
@@ -245,7 +245,7 @@ def grid(conv: Conv) -> Hashable:
 def merged_shape(convs: Sequence[Conv]) -> Conv:
     """What `merge` makes, all but its weights and bias: those are zero and take no memory.
 
-    Where deltas differ, extents are known, and the smallest is right: its padding reaches as far as any tap needs.
+    Where deltas differ, sizes are known, and the smallest is right: its padding reaches as far as any tap needs.
     """
     first = convs[0]
     delta = tuple(min(deltas) for deltas in zip(*(c.delta for c in convs), strict=True))
@@ -319,7 +319,7 @@ def swap_sides(weight: Array, groups: int) -> Array:
 def transposed(
     x: Expr, weight: Array, bias: Array | None, stride: Ints, dilation: Ints, begin: Ints, end: Ints, groups: int
 ) -> Conv:
-    """The transposed convolution that drops ``begin`` results in front and ``end`` behind (negative: adds zeros).
+    """The transposed convolution that drops ``begin`` results before and ``end`` after (negative: adds zeros).
 
     ``weight`` is (out, in / groups, *kernel). With stride one throughout it is the ordinary
     convolution with reversed taps.

@@ -28,7 +28,7 @@ SMALL = 2**12
 """Elements of an input up to which every impulse is tried without knowing whether it leads anywhere."""
 STRIDES = (1, 2, 3, 4)
 FARTHEST = 64
-"""How far operators may reach together where extents are open; beyond it the sizes to try would be too large."""
+"""How far operators may reach together where sizes are open; beyond it the sizes to try would be too large."""
 NOT_EVEN = "what it adds differs from place to place, so it is no convolution"
 NOT_AFFINE = "it is not the same affine map everywhere, so it is no convolution"
 
@@ -36,14 +36,14 @@ Function = Callable[[Array], Array]
 
 
 def find_kernel(
-    f: Function, x: Source, batch: int | None, channels: int, extents: Sequence[int | None], reach: int, dtype: np.dtype
+    f: Function, x: Source, batch: int | None, channels: int, sizes: Sequence[int | None], reach: int, dtype: np.dtype
 ) -> tuple[Conv, float] | Declined:
     """``f`` as a convolution of ``x``, and how far the two lie apart, relative to the values met.
 
     Args:
-        f: from [batch, channels, *extents] to [batch, any, *extents], in float64. It may raise for sizes that
+        f: from [batch, channels, *sizes] to [batch, any, *sizes], in float64. It may raise for sizes that
             do not fit it.
-        batch, extents: what f accepts; None where it accepts any.
+        batch, sizes: what f accepts; None where it accepts any.
         reach: a bound for how far any value reaches, and for any position that f singles out: maps tried
             are larger, so that what holds in them holds in every larger one.
         dtype: what parameters are stored in. Constants that agree to their last digits in it (in
@@ -51,17 +51,17 @@ def find_kernel(
             bias that is computed now.
     """
     slack = max(32 * min(float(ml_dtypes.finfo(dtype).eps), 2.0**-23), 1e-11)
-    spatial = len(extents)
-    if None in extents and reach > FARTHEST:
+    spatial = len(sizes)
+    if None in sizes and reach > FARTHEST:
         return Declined("it reaches too far to be probed")
-    sizes = list(_sizes(extents, reach))
-    batches = [batch or 2 + n for n in range(len(sizes))]
+    tried = list(_sizes(sizes, reach))
+    batches = [batch or 2 + n for n in range(len(tried))]
     batch = batches[0]
-    if batch * channels**2 * prod(sizes[0]) > LARGEST:
+    if batch * channels**2 * prod(tried[0]) > LARGEST:
         return Declined("it is too large to be probed")
     rng = np.random.default_rng(0)
     try:
-        random = rng.standard_normal((batch, channels, *sizes[0]))
+        random = rng.standard_normal((batch, channels, *tried[0]))
         at_zero, at_random = f(np.zeros_like(random)), f(random)
     except Exception:  # whatever a host's operators raise for a size that does not fit them
         return Declined("it does not run on random inputs")
@@ -75,20 +75,20 @@ def find_kernel(
     tolerance = slack * np.maximum(_largest(at_random), _largest(at_zero))
     if np.any(np.abs(flat - bias[:, None]).max(axis=1, initial=0.0) > tolerance):
         return Declined(NOT_EVEN)
-    grid = _grid(f, (batch, channels), {sizes[0]: at_zero.shape[2:]}, sizes[0], extents)
+    grid = _grid(f, (batch, channels), {tried[0]: at_zero.shape[2:]}, tried[0], sizes)
     if grid is None:
-        return Declined("its result has other extents than that of a convolution")
-    if not _follows(f, (batch, channels), sizes[0], grid[0], at_zero[:1], tolerance, rng):
+        return Declined("its result has other sizes than that of a convolution")
+    if not _follows(f, (batch, channels), tried[0], grid[0], at_zero[:1], tolerance, rng):
         return Declined(NOT_AFFINE)
-    conv = _from_impulses(f, x, (batch, channels), sizes[0], at_zero[:1], bias, grid, tolerance)
-    error = _difference(f, conv, channels, list(zip(batches, sizes, strict=True)), rng)
+    conv = _from_impulses(f, x, (batch, channels), tried[0], at_zero[:1], bias, grid, tolerance)
+    error = _difference(f, conv, channels, list(zip(batches, tried, strict=True)), rng)
     return (conv, error) if error <= slack else Declined(NOT_AFFINE)
 
 
-def only_moves(conv: Conv, extents: Sequence[int | None]) -> bool:
+def only_moves(conv: Conv, sizes: Sequence[int | None]) -> bool:
     """Whether every result is zero or one element of the operand: no runtime gets that faster from a convolution."""
     size = 2 + max((max(r, 0) - min(a, 0) for a, r in zip(conv.offset, conv.reach, strict=True)), default=0)
-    x = np.random.default_rng(0).standard_normal((1, conv.in_channels, *(size if e is None else e for e in extents)))
+    x = np.random.default_rng(0).standard_normal((1, conv.in_channels, *(size if e is None else e for e in sizes)))
     y, _ = evaluate(replace(conv, x=(source := Source("x"))), {source: x})
     return bool(np.isin(y, [0, *x.flat]).all())
 
@@ -98,23 +98,23 @@ def _largest(y: Array) -> Array:
     return np.abs(y).max(axis=(0, *range(2, y.ndim)), initial=0.0)
 
 
-def _sizes(extents: Sequence[int | None], reach: int) -> Iterator[Ints]:
-    """Extents to try, the first of them for impulses: beyond the reach, odd and even, unequal; and small ones."""
+def _sizes(sizes: Sequence[int | None], reach: int) -> Iterator[Ints]:
+    """Sizes to try, the first of them for impulses: beyond the reach, odd and even, unequal; and small ones."""
     least = max(13, reach + 5)
     for start in (least, least + 1, 8, 5, 3, 2, 1):
-        yield tuple(start + (0, 2, 1)[axis] if e is None else e for axis, e in enumerate(extents))
-        if None not in extents:
+        yield tuple(start + (0, 2, 1)[axis] if e is None else e for axis, e in enumerate(sizes))
+        if None not in sizes:
             return
 
 
 def _grid(
-    f: Function, lead: Ints, seen: dict[Ints, Ints], first: Ints, extents: Sequence[int | None]
+    f: Function, lead: Ints, seen: dict[Ints, Ints], first: Ints, sizes: Sequence[int | None]
 ) -> tuple[Ints, Ints] | None:
-    """(stride, delta), so that every extent of the result is floor((extent - 1 - delta) / stride) + 1."""
+    """(stride, delta), so that every size of the result is floor((size - 1 - delta) / stride) + 1."""
     strides, deltas = [], []
-    for axis, extent in enumerate(extents):
+    for axis, fixed in enumerate(sizes):
         points: list[tuple[int, int]] = []
-        for step in range(1 if extent is not None else 6):
+        for step in range(1 if fixed is not None else 6):
             size = tuple(n + step * (i == axis) for i, n in enumerate(first))
             if size not in seen:
                 try:
@@ -124,7 +124,7 @@ def _grid(
             points.append((size[axis], seen[size][axis]))
         candidates = product(STRIDES, range(-WINDOW, WINDOW + 1))
         fits = [(s, d) for s, d in candidates if all((n - 1 - d) // s + 1 == out for n, out in points)]
-        if extent is not None:  # one size tells little: the stride that comes closest to the ratio
+        if fixed is not None:  # one size tells little: the stride that comes closest to the ratio
             fits.sort(key=lambda fit: (abs(points[0][0] / points[0][1] - fit[0]), abs(fit[1])))
         if not fits:
             return None

@@ -37,12 +37,12 @@ class Sample:
     """Inputs for expressions over the same sources.
 
     Attributes:
-        extents: what symbols in shapes stand for.
+        sizes: the sizes of the symbols in shapes.
         places: where the inputs are given and values are computed; None for everywhere.
     """
 
     inputs: Mapping[Source, Array]
-    extents: Mapping[str, int]
+    sizes: Mapping[str, int]
     places: Places | None = None
 
     def value(self, e: Expr) -> Array:
@@ -51,7 +51,7 @@ class Sample:
         Raises:
             ValueError, IndexError: its shapes do not fit together.
         """
-        return evaluate(e, self.inputs, self.extents, self.places)[0]
+        return evaluate(e, self.inputs, self.sizes, self.places)[0]
 
     def magnitudes(self) -> Sample:
         """The magnitudes of the inputs."""
@@ -97,8 +97,8 @@ def samples(
 def draw(roots: Sequence[Expr], size: Size, rng: np.random.Generator, largest: int | None = None) -> Sample:
     """Random inputs of one size.
 
-    The first expression says which extents fit: another one that is equal to it takes them too. Every border case
-    occurs: extents exceed the span of the widest kernel by a little and differ from axis to axis. The first axis is a
+    The first expression says which sizes fit: another one that is equal to it takes them too. Every border case
+    occurs: sizes exceed the span of the widest kernel by a little and differ from axis to axis. The first axis is a
     batch: of ordinary values, and at the ordinary size also of zeros, where nothing hides a shift, and of values that
     differ by six decades, among which a large weight does not always hide a small one.
 
@@ -106,7 +106,7 @@ def draw(roots: Sequence[Expr], size: Size, rng: np.random.Generator, largest: i
     are ordinary.
 
     Raises:
-        ValueError: no extents fit all branches, a shape that a layout operator needs is unknown, or the inputs are too
+        ValueError: no sizes fit all branches, a shape that a layout operator needs is unknown, or the inputs are too
             large.
     """
     whole = Sum(tuple(roots)) if len(roots) > 1 else roots[0]
@@ -147,7 +147,7 @@ def _span(whole: Expr) -> int:
 
 
 def _tiny(size: Size, least: int, place: int) -> int:
-    """The extent number ``place``: from ``least`` up, or tiny."""
+    """The size number ``place``: from ``least`` up, or tiny."""
     return least + place if size.tiny is None else (size.tiny - 1 + place) % 3 + 1
 
 
@@ -176,10 +176,10 @@ def _just_larger(root: Expr, whole: Expr, size: Size) -> dict[Source, Ints]:
     for e in walk(whole):
         if isinstance(e, Scale) and e.axis is not None and -e.axis <= spatial:
             wanted[e.axis] = max(count(e.scale), count(e.shift))  # it acts on a spatial axis
-    extents = _extents(root, wanted)
+    sizes = _sizes(root, wanted)
     batch = 3 if size == ORDINARY else 1
     return {
-        e: (batch, channels_of[e] or 3, *(low + size.extra % (high - low + 1) for low, high in extents[e]))
+        e: (batch, channels_of[e] or 3, *(low + size.extra % (high - low + 1) for low, high in sizes[e]))
         for e in walk(root)
         if isinstance(e, Source)
     }
@@ -188,7 +188,7 @@ def _just_larger(root: Expr, whole: Expr, size: Size) -> dict[Source, Ints]:
 def _channel_symbols(
     sources: Sequence[Source], axis_of: Mapping[Expr, int | None], channels_of: Mapping[Expr, int | None]
 ) -> dict[str, int]:
-    """Extents of the symbols that stand for channels, as the operators around them fix them."""
+    """Sizes of the symbols of channels, as the operators around them fix them."""
     found: dict[str, int] = {}
     for e in sources:
         axis, count = axis_of[e], channels_of[e]
@@ -200,15 +200,15 @@ def _channel_symbols(
 
 
 SEARCHED = 64
-"""Extents tried for a result before its branches are said to agree in size for no input."""
+"""Sizes tried for a result before its branches are said to agree in size for no input."""
 
 
-def _extents(root: Expr, wanted: list[int]) -> dict[Expr, list[tuple[int, int]]]:
-    """For every node the range of extents, per axis, that gives the root an extent of ``wanted`` or little more."""
+def _sizes(root: Expr, wanted: list[int]) -> dict[Expr, list[tuple[int, int]]]:
+    """For every node the range of sizes, per axis, that gives the root a size of ``wanted`` or little more."""
     order = list(walk(root))
     found: dict[Expr, list[tuple[int, int]]] = {e: [] for e in order}
     for axis, least in enumerate(wanted):
-        tried = (_extents_along(order, axis, len(wanted), n) for n in range(least, least + SEARCHED))
+        tried = (_sizes_along(order, axis, len(wanted), n) for n in range(least, least + SEARCHED))
         ranges = next((r for r in tried if r is not None), None)
         if ranges is None:
             raise ValueError("its branches agree in size for no input")
@@ -217,9 +217,9 @@ def _extents(root: Expr, wanted: list[int]) -> dict[Expr, list[tuple[int, int]]]
     return found
 
 
-def _extents_along(order: Sequence[Expr], axis: int, axes: int, extent: int) -> dict[Expr, tuple[int, int]] | None:
-    """The same along one axis, for one extent of the root; None when nothing gives it."""
-    found = {order[-1]: (extent, extent)}
+def _sizes_along(order: Sequence[Expr], axis: int, axes: int, size: int) -> dict[Expr, tuple[int, int]] | None:
+    """The same along one axis, for one size of the root; None when nothing gives it."""
+    found = {order[-1]: (size, size)}
     for e in reversed(order):
         for child in e.children:
             low, high = _read(e, axis, axes, found[e])
@@ -231,11 +231,11 @@ def _extents_along(order: Sequence[Expr], axis: int, axes: int, extent: int) -> 
     return found
 
 
-def _read(e: Expr, axis: int, axes: int, extents: tuple[int, int]) -> tuple[int, int]:
-    """The extents of an operand for which ``e`` has one of these, from the first to the last."""
-    low, high = extents
+def _read(e: Expr, axis: int, axes: int, sizes: tuple[int, int]) -> tuple[int, int]:
+    """The sizes of an operand for which ``e`` has one of these, from the first to the last."""
+    low, high = sizes
     if not isinstance(e, Conv) or e.spatial != axes:
-        return extents
+        return sizes
     s, d = e.stride[axis], e.delta[axis]
     if e.transposed:
         return -((1 + d - low) // s) + 1, (high - 1 - d) // s + 1

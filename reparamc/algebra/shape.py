@@ -1,7 +1,7 @@
-"""Symbolic tensor shapes: each extent is a product of an integer and named unknowns.
+"""Symbolic tensor shapes: each size is a product of an integer and named unknowns.
 
 Layout operators permute and regroup axes; whether one axis survives whole is a question about
-products of extents, so products are all the arithmetic needed here.
+products of sizes, so products are all the arithmetic needed here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from math import prod
 
 @dataclass(frozen=True)
 class Dim:
-    """The extent ``factor * symbols[0] * symbols[1] * ...``; symbols are sorted, repeats allowed."""
+    """The size ``factor * symbols[0] * symbols[1] * ...``; symbols are sorted, repeats allowed."""
 
     factor: int = 1
     symbols: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class Dim:
 
     @property
     def known(self) -> int | None:
-        """The extent, when it does not depend on a symbol."""
+        """The size, when it does not depend on a symbol."""
         return None if self.symbols else self.factor
 
     def __mul__(self, other: Dim) -> Dim:
@@ -52,8 +52,8 @@ class Dim:
 Shape = tuple[Dim, ...]
 
 
-def shape_of(extents: Sequence[int | str | Dim]) -> Shape:
-    return tuple(Dim.of(e) for e in extents)
+def shape_of(sizes: Sequence[int | str | Dim]) -> Shape:
+    return tuple(Dim.of(e) for e in sizes)
 
 
 def size(dims: Sequence[Dim]) -> Dim:
@@ -79,8 +79,8 @@ def sizes_after(before: Shape, after: Shape) -> list[int] | None:
 def axis_through_reshape(before: Shape, after: Shape, axis: int) -> int | None:
     """Where ``axis`` of ``before`` stands in ``after``, or None when the reshape splits or merges it.
 
-    Row-major order keeps an axis whole exactly when its extent and the product of the extents to its
-    left are found again. Extents of one are skipped over: they may be added or dropped anywhere.
+    Row-major order keeps an axis whole exactly when its size and the product of the sizes to its
+    left are found again. Sizes of one are skipped over: they may be added or dropped anywhere.
     """
     left = Dim()
     for candidate, dim in enumerate(after):

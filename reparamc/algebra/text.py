@@ -3,7 +3,7 @@
 One node a line, operands first, the last line is the result. All that can be said::
 
     %x = source c=8 axis=-3                                  # c channels, along that axis
-    %y = source c=6 axis=-3 shape=[N,6,H,2*W]                # extents are numbers, symbols, and products of these
+    %y = source c=6 axis=-3 shape=[N,6,H,2*W]                # sizes are numbers, symbols, and products of these
     %t = source c=27 axis=-3 taps                            # what an operator multiplies by its weight
     %0 = conv %x 8->6 k=3x3 s=2 p=0:1 g=2 bias               # kernel, stride, padding before and after, groups
     %1 = conv %x 8->6 k=3x3 s=1,2 d=2 p=0:1,1 transposed     # a comma between axes that differ; d: dilation
@@ -17,7 +17,7 @@ One node a line, operands first, the last line is the result. All that can be sa
     %8 = select %x 0:4,7 of 8 axis=-3                        # channels 0 to 3 and 7 of eight
     %9 = permute %y axes=0,2,3,1 axis=-3->-1                 # the channel axis before, and after
     %10 = reshape %y [N,6,H,2*W]->[N,6,2*H*W] axis=-3->-2
-    %11 = mean %y axes=2,3 of 4 axis=-3->-3 keep             # over two of four axes, which stay with extent 1
+    %11 = mean %y axes=2,3 of 4 axis=-3->-3 keep             # over two of four axes, which stay with size 1
     %12 = reshape %y [N,6,H,W]->[N,2,3,H,W] axis=-3->?       # the channel axis is split
     %13 = take %12 0 along 1 of 5 axis=?->?                  # the first position of axis 1, which goes
 

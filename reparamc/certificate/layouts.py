@@ -89,7 +89,7 @@ def _moved(value: Value, view: View, at: int | None, after: View | None) -> Valu
     moved: dict[Source, Source] = {}
     for s in value.grids:
         of_source = list(view)
-        if at is not None:  # matrices stand between: a source has its own number of channels
+        if at is not None:  # there are matrices between: a source has its own number of channels
             assert value.channel is not None
             dim = s.shape[value.channel]
             of_source[at] = (Digit(value.channel, UNIT, dim),) if dim != UNIT else ()
@@ -128,7 +128,7 @@ def _unshuffled(value: Value) -> Value:
 
 
 def _renumbered(value: Value, channel: int) -> Value:
-    """``value`` with its channels in the order in which their digits stand in the layout."""
+    """``value`` with its channels in the order that their digits have in the layout."""
     digits = [d for ds in value.view for d in ds if d.axis == channel]
     total = 1
     for d in digits:
@@ -176,7 +176,7 @@ def selected(value: Value, index: Sequence[int], axis: int) -> Value:
     kept = value.channels // (value.shape[axis].known or 1) * len(wanted)
     if UNIT in (value.base[channel], Dim(kept)) or not value.view[axis]:
         raise Unrepresentable("a selection leaves an axis without channels")
-    # Number the channels as the digits stand in the layout, with one digit for the axis itself.
+    # Number the channels as the digits are ordered in the layout, with one digit for the axis itself.
     digits = [(i, d) for i, ds in enumerate(value.view) for d in ds if d.axis == channel]
     rows, size = np.arange(value.channels), value.shape[axis].factor
     numbers, done = np.zeros(value.channels, np.int64), False

@@ -305,7 +305,7 @@ class _Proof:
     ) -> None:
         self.sides, self.precision, self.meter = (original, emitted), precision, meter
         counterparts = Counter(stands_for.values())
-        # Tensors that stand for the same one are proven apart, and read as themselves.
+        # Tensors that replace the same one are proven apart, and read as themselves.
         self.cuts: tuple[Mapping[str, str], Mapping[str, str]] = (
             {name: name for name in counterparts},
             dict(stands_for),

@@ -53,7 +53,7 @@ class Graph(Protocol):
     def obstacle(
         self, root: Value, members: Sequence[Value], sources: Sequence[Value], made: Collection[Expr]
     ) -> str | None:
-        """Why new operators ``made`` just before ``root`` could not stand for ``members``; None when they can."""
+        """Why new operators ``made`` just before ``root`` could not replace ``members``; None when they can."""
         ...
 
     def is_written(self, value: Value) -> bool:
@@ -65,13 +65,13 @@ class Graph(Protocol):
         ...
 
     def reach(self, value: Value) -> int:
-        """The largest extent, position or distance that an operator without a reading names."""
+        """The largest size, position or distance that an operator without a reading names."""
         ...
 
-    def run(self, value: Value, operands: Mapping[Value, Array], extents: Mapping[str, int] = {}) -> Array:
+    def run(self, value: Value, operands: Mapping[Value, Array], sizes: Mapping[str, int] = {}) -> Array:
         """``value`` by the host's own operator, in float64, from what it reads. May raise anything.
 
-        ``extents`` says what symbols in shapes stand for, where a size is read from a value that is not given.
+        ``sizes`` says the sizes of the symbols in shapes, where a size is read from a value that is not given.
         """
         ...
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from reparamc.algebra.cost import behind
+from reparamc.algebra.cost import after
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, arrays, total, walk
 from reparamc.algebra.probe import find_kernel, only_moves
@@ -88,7 +88,7 @@ def _as_kernel(
     shape = graph.source(root).shape
     if (channels := source.shape[1].known) is None or (shape is not None and len(shape) != len(source.shape)):
         return None
-    batch, extents = source.shape[0].known, [d.known for d in source.shape[2:]]
+    batch, sizes = source.shape[0].known, [d.known for d in source.shape[2:]]
     if unread:
         function = _function(graph, tree, operand, wide, readings)
     else:
@@ -96,19 +96,19 @@ def _as_kernel(
         if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
             return None
         (source,) = (e for e in walk(whole) if isinstance(e, Source))
-        function, batch, extents = partial(_evaluated, whole, source), 1, [None] * len(extents)
-    found = find_kernel(function, source, batch, channels, extents, _reach(graph, tree, wide, readings), dtype)
+        function, batch, sizes = partial(_evaluated, whole, source), 1, [None] * len(sizes)
+    found = find_kernel(function, source, batch, channels, sizes, _reach(graph, tree, wide, readings), dtype)
     if isinstance(found, Declined):
         return None
     conv, error = found
     moved = objective.moving(
-        min(conv.in_channels, conv.out_channels), behind(conv)
+        min(conv.in_channels, conv.out_channels), after(conv)
     )  # what reads a part moves no more than that
     if (
         not objective.cost(conv) < sum(objective.cost(d.expr) for d in left) + unread * moved
         or conv.skips_border
         or any(rounding_obstacle(a, dtype) for a in arrays(conv))
-        or only_moves(conv, extents)
+        or only_moves(conv, sizes)
     ):
         return None
     if graph.is_written(root) or graph.obstacle(root, tree, [operand], [conv]) is not None:

@@ -156,9 +156,9 @@ def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value])
         return f"second consumer at {'the output of the model' if other is None else graph.name(other)}"
     kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat) and not _is_bias(e)]
     if len(kinds) > 1 and any(isinstance(e, Conv) and is_all(e.weight, 0) for e in kinds):
-        return "its weights are all zero, and the extents of its constant result follow those of its operand"
+        return "its weights are all zero, and the sizes of its constant result follow those of its operand"
     if kinds and not any(isinstance(e, Conv) for e in kinds):
-        return "no convolution or linear layer stands beside it"
+        return "there is no convolution or linear layer beside it"
     return "its parts start from different values, or act on different axes" if len(kinds) > 1 else None
 
 

@@ -118,7 +118,7 @@ class Reading:
 
     @cached_property
     def commutes(self) -> bool:
-        """Whether it scales or moves each channel by itself, so that each of its users may take it in."""
+        """Whether it scales or moves each channel separately, so that each of its users may take it in."""
         e = self.template
         if isinstance(e, Conv):
             return not self.leaves and e.is_weightless and not e.reads_padding
@@ -144,20 +144,20 @@ def scaled(op: str, x: Source, constant: Array, axis: int | None, *, first: bool
     return Reading(Scale(x, *arithmetic(op, c, first, factor), axis))
 
 
-ACTIVATION = "a scalar constant behind a non-linear operator may belong to an activation that runtimes fuse"
+ACTIVATION = "a scalar constant after a non-linear operator may belong to an activation that runtimes fuse"
 
 
-def axis_of_constant(dims: Sequence[int], extent: Callable[[int], int | None]) -> int | Declined | None:
+def axis_of_constant(dims: Sequence[int], size: Callable[[int], int | None]) -> int | Declined | None:
     """The axis, from the right, along which a constant of shape ``dims`` varies; None for a scalar.
 
     Args:
-        extent: that of its operand along an axis, None where it is unknown. Unless the constant has as
+        size: that of its operand along an axis, None where it is unknown. Unless the constant has as
             many elements there, it may broadcast the operand, which is declined.
     """
     axes = [i - len(dims) for i, d in enumerate(dims) if d != 1]
     if len(axes) > 1:
         return Declined("its constant varies along several axes")
-    if axes and extent(axes[0]) != dims[axes[0]]:
+    if axes and size(axes[0]) != dims[axes[0]]:
         return Declined("its constant may broadcast its operand")
     return axes[0] if axes else None
 

@@ -27,7 +27,7 @@ from reparamc.report.data import FailedRegion, Refusal
 LARGEST = 2**18
 """Elements of the operands together, beyond which a region is not run: some operators of ONNX's reference are slow."""
 LARGEST_EXACT = 2**23
-"""The same where a region has to be run at the extents that the graph declares, which is the exception."""
+"""The same where a region has to be run at the sizes that the graph declares, which is the exception."""
 
 
 @dataclass
@@ -90,12 +90,12 @@ class Reference:
         return host, structure(before)
 
     def _compare(self, members: Sequence[Value], before: Expr) -> float:
-        """As `error`, at two sizes; where only the extents of the graph satisfy its operators, at those."""
+        """As `error`, at two sizes; where only the sizes of the graph satisfy its operators, at those."""
         failure: Exception | None = None
         worst = 0.0
         try:
-            for inputs, extents in islice(_ordinary(before), 2):
-                worst = max(worst, self._difference(members, before, inputs, extents))
+            for inputs, sizes in islice(_ordinary(before), 2):
+                worst = max(worst, self._difference(members, before, inputs, sizes))
         except TooLargeError as error:
             raise _UnableError(f"{error} for the reference operators of the framework") from error
         except Exception as error:  # whatever a host's operators raise
@@ -113,14 +113,14 @@ class Reference:
         return worst
 
     def _difference(
-        self, members: Sequence[Value], before: Expr, inputs: dict[Source, Array], extents: Mapping[str, int]
+        self, members: Sequence[Value], before: Expr, inputs: dict[Source, Array], sizes: Mapping[str, int]
     ) -> float:
         values: dict[Value, Array] = {e.key: x for e, x in inputs.items()}
         for v in members:
-            values[v] = self.graph.run(v, {o: values[o] for o in self.readings[v].operands}, extents)
+            values[v] = self.graph.run(v, {o: values[o] for o in self.readings[v].operands}, sizes)
         expected = values[members[-1]]
-        found, _ = evaluate(before, inputs, extents)
-        terms, _ = evaluate(absolute(before), {e: np.abs(x) for e, x in inputs.items()}, extents)
+        found, _ = evaluate(before, inputs, sizes)
+        terms, _ = evaluate(absolute(before), {e: np.abs(x) for e, x in inputs.items()}, sizes)
         return relative(expected, found, terms)
 
 
@@ -134,23 +134,23 @@ def _ordinary(before: Expr) -> Iterator[tuple[dict[Source, Array], Mapping[str, 
     for sample in samples([before], largest=LARGEST):
         if layout and not any(x.any() for x in sample.inputs.values()):
             continue
-        yield {e: x if layout else _in_rank(e, x[:1]) for e, x in sample.inputs.items()}, sample.extents
+        yield {e: x if layout else _in_rank(e, x[:1]) for e, x in sample.inputs.items()}, sample.sizes
 
 
 def _in_rank(e: Source, x: Array) -> Array:
-    """``x`` [1, channels, *extents] with the rank of ``e``, where that is known."""
+    """``x`` [1, channels, *sizes] with the rank of ``e``, where that is known."""
     rank = len(e.shape) if e.shape is not None else x.ndim
     return np.reshape(x, [1] * (rank - x.ndim) + list(x.shape)) if rank >= x.ndim else x[0] if rank == x.ndim - 1 else x
 
 
 def _exact(before: Expr) -> dict[Source, Array] | None:
-    """Inputs of the extents that the graph declares; None where it leaves one open, but for the batch."""
+    """Inputs of the sizes that the graph declares; None where it leaves one open, but for the batch."""
     rng = np.random.default_rng(0)
     inputs: dict[Source, Array] = {}
     for e in walk(before):
         if isinstance(e, Source):
-            extents = [d.known for d in e.shape or ()]
-            if not extents or None in extents[1:]:
+            sizes = [d.known for d in e.shape or ()]
+            if not sizes or None in sizes[1:]:
                 return None
-            inputs[e] = rng.standard_normal([n or 1 for n in extents])
+            inputs[e] = rng.standard_normal([n or 1 for n in sizes])
     return inputs

@@ -5,8 +5,8 @@ and that is a member too. So all members can die when the root is replaced, and 
 work double by absorbing a value that is needed elsewhere as well. Finding them is one sweep from the
 outputs to the inputs.
 
-There is one exception. What scales or moves each channel by itself (a BatchNorm in front of q, k and
-v), behind something non-linear, is a member of every region that reads it, if all its users are
+There is one exception. What scales or moves each channel separately (a BatchNorm before q, k and
+v), after something non-linear, is a member of every region that reads it, if all its users are
 linear.
 """
 
@@ -40,7 +40,7 @@ def find_regions(
 
     Each of ``ends`` is the root of a region.
     """
-    folds_down: dict[Value, bool] = {}  # behind a linear operator that nothing else reads: it goes there
+    folds_down: dict[Value, bool] = {}  # after a linear operator that nothing else reads: it goes there
     for value, reading in readings.items():
         x = reading.operands[0]
         only = x in readings and len(graph.users(x)) == 1

@@ -100,11 +100,11 @@ def _branches(expr: Expr) -> dict[Value, list[_Branch]]:
     found: dict[Value, list[_Branch]] = {}
     for x in nodes:
         if isinstance(x, Source):
-            found.setdefault(x.key, []).extend(_behind(x, users))
+            found.setdefault(x.key, []).extend(_after(x, users))
     return found
 
 
-def _behind(source: Source, users: Mapping[Expr, Sequence[Expr]]) -> list[_Branch]:
+def _after(source: Source, users: Mapping[Expr, Sequence[Expr]]) -> list[_Branch]:
     """What reads ``source``, where ``users`` says what reads each node."""
     found: list[_Branch] = []
     stack: list[tuple[Expr, tuple[Layout | Select, ...]]] = [(source, ())]
@@ -259,10 +259,10 @@ def _start(expr: Expr, shape: Shape | None) -> ChannelMap | None:
 def _piece(branch: _Branch, where: ChannelMap) -> _Piece:
     """What ``branch`` does to the channels; one that cannot be followed to its end reads more, and scales nothing."""
     for e in branch.moves:
-        behind = where.through(e)
-        if behind is None:
+        after = where.through(e)
+        if after is None:
             return _Piece(where.channels.ravel().tolist(), {})
-        where = behind
+        where = after
     scales: dict[Scale | BatchNorm, tuple[Array, Array]] = {}
     for e in branch.scales:
         scale, shift = (where.along(v, e.axis) for v in coefficients(e))

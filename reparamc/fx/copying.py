@@ -17,7 +17,7 @@ from reparamc.errors import InputError, one_line
 from reparamc.fx.export import is_exported
 
 Memo = dict[int, Any]
-"""What stands for an object in a copy, by its id; as `copy.deepcopy` keeps it."""
+"""What replaces an object in a copy, by its id; as `copy.deepcopy` keeps it."""
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 

@@ -191,7 +191,7 @@ class Editor:
             for x, rank in self.facts.assumed.items()
             if x in seen and not self._given_rank(x)
         ]
-        for node in seen:  # how many axes of extent one there are, other inputs may tell otherwise
+        for node in seen:  # how many axes of size one there are, other inputs may tell otherwise
             call, rank = self.facts.calls.get(node), self.facts.rank(node)
             if call is not None and call.op == "squeeze" and call.args.get("dim") is None and rank is not None:
                 asked.append((node, node, rank))

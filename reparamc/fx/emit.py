@@ -75,7 +75,7 @@ class Target:
         self._next: dict[str, int] = {}
 
     def fresh_path(self, wanted: str) -> str:
-        """``wanted``, or that with a number behind it: a path that names nothing yet."""
+        """``wanted``, or that with a number after it: a path that names nothing yet."""
         path, n = wanted, self._next.get(wanted, 1)
         while _exists(self.module, path) or _exists(self.source, path):
             path, n = f"{wanted}_{n}", n + 1
@@ -221,16 +221,16 @@ class Emitter(Emission[fx.Node]):
         return self._call(torch.index_select, x, axis, index)
 
     def _conv_transpose(self, e: Conv) -> fx.Node:
-        """Taps of zero in front and behind make every padding one that the module accepts; the rest is cut."""
+        """Taps of zero before and after make every padding one that the module accepts; the rest is cut."""
         begin, end = (list(side) for side in e.padding)
         more: list[tuple[int, int]] = []
         for axis, (d, s) in enumerate(zip(e.dilation, e.stride, strict=True)):
-            front = behind = 0
+            front = after = 0
             while begin[axis] < 0:
                 begin[axis], front = begin[axis] + d, front + 1
             while begin[axis] - end[axis] >= max(s, d):
-                end[axis], behind = end[axis] + d, behind + 1
-            more.append((front, behind))
+                end[axis], after = end[axis] + d, after + 1
+            more.append((front, after))
         kernel = tuple(f + k + b for k, (f, b) in zip(e.kernel, more, strict=True))
         weight = zeros_of(e.weight, (*e.weight.shape[:2], *kernel))
         weight[(..., *(slice(f, f + k) for k, (f, _) in zip(e.kernel, more, strict=True)))] = e.weight

@@ -64,7 +64,7 @@ def fuse_fx(
         verify: True or "full": every replacement in float64, the certificate of the whole result, and both modules
             on ``example_inputs``, and at another size if the model takes one; "region": all but the last; False or
             "off": nothing but that each graph computes what its module does before it is rewritten.
-        objective: what shall become small: "latency", "macs" (multiply-adds) or "params" (parameters).
+        objective: what to minimize: "latency", "macs" (multiply-adds) or "params" (parameters).
         pass_table: the passes to choose from, instead of the built-in ones.
 
     Raises:

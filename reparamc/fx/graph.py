@@ -145,8 +145,8 @@ class FxGraph(Readings):
             see(write.args)
         return max(found)
 
-    def run(self, value: Value, operands: Mapping[Value, Array], extents: Mapping[str, int] = {}) -> Array:
-        return run(self, value, operands, extents)
+    def run(self, value: Value, operands: Mapping[Value, Array], sizes: Mapping[str, int] = {}) -> Array:
+        return run(self, value, operands, sizes)
 
     def kind(self, value: Value) -> Hashable:
         node = cast(fx.Node, value)

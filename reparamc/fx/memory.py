@@ -147,7 +147,7 @@ def written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         flag = node.kwargs.get("inplace") or (node.target in _INPLACE_SECOND and node.args[1:2] == (True,))
-        name = name.split(".")[0]  # overloads of aten operators carry theirs behind a dot
+        name = name.split(".")[0]  # overloads of aten operators carry theirs after a dot
         writes = bool(flag) or node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         if not writes and not is_known(node.target):
             return list(node.all_input_nodes)

@@ -23,7 +23,7 @@ class Operator:
         name: the same for all spellings, and for all numbers of spatial axes.
         arguments: what a function or a method takes, by position; empty where nothing is asked of its arguments.
         names: those of ATen, and of the functions in `torch` and `torch.nn.functional` that take ``arguments``;
-            ``conv#d`` stands for conv1d, conv2d and conv3d. Its own name if none is given.
+            ``conv#d`` means conv1d, conv2d and conv3d. Its own name if none is given.
         aten: names that only ATen has, or that are functions with other arguments.
         methods: names of methods of tensors.
         functions: functions that go by other names, such as `operator.add`.

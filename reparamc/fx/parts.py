@@ -375,7 +375,7 @@ def _difference(original: nn.Module, graph: nn.Module, seen: Seen) -> str:
     try:
         expected, again = ran(original, seen.call), ran(original, seen.call)
     except Exception as error:  # whatever it raises outside of the model around it
-        return f"by itself it does not run: {one_line(error)}"
+        return f"alone it does not run: {one_line(error)}"
     if difference(again, expected):
         return "it computes something else each time, by numbers that torch does not draw"
     if isinstance(actual, Exception):
@@ -403,7 +403,7 @@ def counts_of(modules: list[nn.Module]) -> Counts:
 
 
 def _smallest(call: Call) -> int:
-    """The smallest extent of any tensor in ``call``; torch.export takes an extent of one for a fixed one."""
+    """The smallest size of any tensor in ``call``; torch.export takes a size of one for a fixed one."""
     return min((n for t in pytree.tree_leaves(call) if isinstance(t, Tensor) for n in t.shape), default=0)
 
 

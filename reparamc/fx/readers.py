@@ -66,7 +66,7 @@ def _read_conv(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined
 def _padding(
     wanted: Any, dilation: tuple[int, ...], kernel: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Zeros in front and behind, per axis; None where they are computed at run time."""
+    """Zeros before and after, per axis; None where they are computed at run time."""
     if wanted == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         begin = tuple(t // 2 for t in totals)
@@ -233,8 +233,8 @@ def _read_sum(graph: Readings, left: Any, right: Any, weight: float) -> Reading 
     shapes = [graph.facts.shapes.get(n) for n in (left, right)]
     if None not in shapes and len(cast(tuple, shapes[0])) != len(cast(tuple, shapes[1])):
         return None
-    extents = [[d.known for d in shape or ()] for shape in shapes]
-    if any(None not in pair and pair[0] != pair[1] for pair in zip(*extents, strict=False)):
+    sizes = [[d.known for d in shape or ()] for shape in shapes]
+    if any(None not in pair and pair[0] != pair[1] for pair in zip(*sizes, strict=False)):
         return None  # one operand is broadcast
     a, b = graph.operand(left), graph.operand(right)
     return Reading(Sum((a, b if weight == 1 else Scale(b, np.asarray(weight), ZERO))))
@@ -254,11 +254,11 @@ def _along_one_axis(graph: Readings, constant: Tensor, x: fx.Node) -> int | Decl
     if dims and (rank is None or len(dims) > rank):
         return Declined("its constant may raise the rank: pass example_inputs")
 
-    def extent(along: int) -> int | None:
+    def size(along: int) -> int | None:
         known = shape[along].known if shape is not None else None
         return graph.channels(x, axis) if known is None and axis == along else known
 
-    return axis_of_constant(dims, extent)
+    return axis_of_constant(dims, size)
 
 
 def _read_layout(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
@@ -357,10 +357,10 @@ def _position(graph: Readings, x: fx.Node, axis: Any, at: Any) -> Reading | Decl
     if shape is None or x in graph.facts.known or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
         return None
     axis %= len(shape)
-    extent = shape[axis].known
-    if not isinstance(at, int) or extent is None or not -extent <= at < extent:
+    size = shape[axis].known
+    if not isinstance(at, int) or size is None or not -size <= at < size:
         return None
-    return _moved(graph, x, Take(len(shape), axis, at % extent))
+    return _moved(graph, x, Take(len(shape), axis, at % size))
 
 
 def _piece(graph: Readings, x: fx.Node, made: Call, index: Any) -> Reading | Declined | None:

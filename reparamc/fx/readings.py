@@ -47,7 +47,7 @@ class Readings:
     Attributes:
         sizes: which reads of shapes can ask other values.
         written: values with the slice assignments that complete them.
-        through: for a node that is looked through, what stands for it as a reader of its operand.
+        through: for a node that is looked through, what takes its place as a user of its operand.
         shuffles: of the last node of a channel shuffle, its operand, its groups and the nodes between.
     """
 
@@ -113,7 +113,7 @@ class Readings:
         return constant and own and all(self.order[u] > last for u in value.users if u not in writes)
 
     def _look_through(self, node: fx.Node) -> None:
-        """Note what stands for ``node`` as a reader of its operand: the pieces of a split, the end of a shuffle."""
+        """Note what takes the place of ``node`` as a user: the pieces of a split, the end of a shuffle."""
         call = self.facts.calls[node]
         if call is not None and call.op in ("split", "chunk", "unbind") and node.users:
             users = list(node.users)

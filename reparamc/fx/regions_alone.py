@@ -1,4 +1,4 @@
-"""Each region of a fused torch module by itself, fed with the original's own values.
+"""Each region of a fused torch module alone, fed with the original's own values.
 
 Both graphs are interpreted node by node. Where a region ends, what it computed is noted and then replaced by the value
 that the original computes there. So every region starts from the same numbers in both, and no difference grows
@@ -28,7 +28,7 @@ def run_alone(
     places: Mapping[str, str],
     args: Sequence[Any],
 ) -> Alone | None:
-    """Every region, and every output, from the values that the original has in front of it; None if either cannot run.
+    """Every region, and every output, from the values that the original has before it; None if either cannot run.
 
     Args:
         original: the graph before fusion, its nodes named as then.

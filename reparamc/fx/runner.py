@@ -16,16 +16,16 @@ from reparamc.fx.calls import as_plain, lookup
 from reparamc.fx.readings import Readings
 
 
-def run(readings: Readings, value: Value, operands: Mapping[Value, Array], extents: Mapping[str, int]) -> Array:
+def run(readings: Readings, value: Value, operands: Mapping[Value, Array], sizes: Mapping[str, int]) -> Array:
     """``value`` by torch's own operators, in float64 on the CPU; see `reparamc.compiler.graph.Graph.run`."""
     root = cast(fx.Node, value)
     values: dict[fx.Node, Any] = {
         cast(fx.Node, v): torch.from_numpy(np.array(x, copy=True)) for v, x in operands.items()
     }
-    if extents:  # sizes may be read from a value that is not given
+    if sizes:  # sizes may be read from a value that is not given
         for node, dims in (*((n, (d,)) for n, d in readings.facts.dims.items()), *readings.facts.sizes.items()):
-            if all(s in extents for d in dims for s in d.symbols):
-                found = torch.Size(d.at(extents) for d in dims)
+            if all(s in sizes for d in dims for s in d.symbols):
+                found = torch.Size(d.at(sizes) for d in dims)
                 values.setdefault(node, found if node in readings.facts.sizes else found[0])
     modules: dict[str, nn.Module] = {}
     with torch.no_grad():

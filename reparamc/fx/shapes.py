@@ -154,21 +154,21 @@ class Values:
 
     def _recorded(self, node: fx.Node) -> Shape | None:
         value = node.meta.get("val") if self.exported else None
-        return tuple(_dim(extent) for extent in value.shape) if isinstance(value, Tensor) else None
+        return tuple(_dim(size) for size in value.shape) if isinstance(value, Tensor) else None
 
     def _fresh(self, node: fx.Node, rank: int) -> Shape:
         return tuple(self._symbol(f"{node.name}.{i}") for i in range(rank))
 
     def _spatial(self, node: fx.Node, n: int) -> Shape:
-        """New extents of the last ``n`` axes; their names differ from those of `_fresh`, which count from the left."""
+        """New sizes of the last ``n`` axes; their names differ from those of `_fresh`, which count from the left."""
         return tuple(Dim.of(f"{node.name}.s{i}") for i in range(n))
 
     def _symbol(self, name: str) -> Dim:
-        """The extent ``name``: a number once an operator has demanded one."""
+        """The size ``name``: a number once an operator has demanded one."""
         return Dim(self.bound[name]) if name in self.bound else Dim.of(name)
 
     def _learn_channels(self, node: fx.Node) -> None:
-        """An operator that takes one number of channels only tells that extent of its operand."""
+        """An operator that takes one number of channels only tells that size of its operand."""
         call = self.calls[node]
         x = call.input if call is not None else None
         shape = self.shapes.get(x) if x is not None else None
@@ -271,9 +271,9 @@ class Values:
                 return None
             case "unbind":
                 axis = call.get("dim", 0)
-                if isinstance(axis, int) and -len(before) <= axis < len(before) and (extent := before[axis].known):
+                if isinstance(axis, int) and -len(before) <= axis < len(before) and (size := before[axis].known):
                     axis %= len(before)
-                    self.pieces[node] = [(*before[:axis], *before[axis + 1 :])] * extent
+                    self.pieces[node] = [(*before[:axis], *before[axis + 1 :])] * size
                 return None
             case "slice" if takes_all(call):
                 return before
@@ -313,10 +313,10 @@ class Values:
             return None
         found = cast("list[Shape]", shapes)
         axis %= len(found[0])
-        extents = [s[axis].known for s in found]
-        if None in extents:
+        sizes = [s[axis].known for s in found]
+        if None in sizes:
             return None
-        return (*found[0][:axis], Dim(sum(cast("list[int]", extents))), *found[0][axis + 1 :])
+        return (*found[0][:axis], Dim(sum(cast("list[int]", sizes))), *found[0][axis + 1 :])
 
     def _split(self, node: fx.Node, call: Call, before: Shape) -> None:
         axis, parts = call.get("dim", 0), self.parts(call, before)
@@ -325,19 +325,19 @@ class Values:
             self.pieces[node] = [(*before[:axis], Dim(part), *before[axis + 1 :]) for part in parts]
 
     def parts(self, call: Call, before: Shape) -> list[int] | None:
-        """The extents of the pieces of a split or chunk along its axis; None where they are unknown."""
+        """The sizes of the pieces of a split or chunk along its axis; None where they are unknown."""
         axis = call.get("dim", 0)
         if not isinstance(axis, int) or not -len(before) <= axis < len(before):
             return None
-        extent = before[axis].known
+        size = before[axis].known
         wanted = call.get("split_size") if call.op == "split" else call.get("chunks")
         if isinstance(wanted, tuple | list):
             sizes = integers(wanted, 1)
-            return list(sizes) if sizes and call.op == "split" and sum(sizes) == (extent or sum(sizes)) else None
-        if not isinstance(wanted, int) or not extent or wanted < 1:
+            return list(sizes) if sizes and call.op == "split" and sum(sizes) == (size or sum(sizes)) else None
+        if not isinstance(wanted, int) or not size or wanted < 1:
             return None
-        part = wanted if call.op == "split" else -(-extent // wanted)
-        return [min(part, extent - start) for start in range(0, extent, part)]
+        part = wanted if call.op == "split" else -(-size // wanted)
+        return [min(part, size - start) for start in range(0, size, part)]
 
     def position(self, call: Call, before: Shape) -> tuple[int, int] | None:
         """(axis, position) of what takes one position along one axis, which goes; None for anything else."""
@@ -357,7 +357,7 @@ class Values:
         return (axis % len(before), at) if -len(before) <= axis < len(before) else None
 
     def sliced(self, call: Call, before: Shape) -> tuple[int, range] | None:
-        """(axis, positions) of a slice along one axis of known extent; None for any other."""
+        """(axis, positions) of a slice along one axis of known size; None for any other."""
         rank = len(before)
         if call.op == "getitem":
             index = _slices(call.args.get("index"), rank) or ()
@@ -377,13 +377,13 @@ class Values:
                     return None
                 end = start + length
             wanted = slice(start, end, call.get("step", 1))
-        extent = before[axis].known
-        if extent is None or not all(v is None or isinstance(v, int) for v in (wanted.start, wanted.stop, wanted.step)):
+        size = before[axis].known
+        if size is None or not all(v is None or isinstance(v, int) for v in (wanted.start, wanted.stop, wanted.step)):
             return None
-        return axis % rank, range(extent)[wanted]
+        return axis % rank, range(size)[wanted]
 
     def _sliced_along_several(self, node: fx.Node, call: Call, before: Shape) -> Shape | None:
-        """The shape after ``x[:, ::2, ::2]``; an extent that is not known before is a new one."""
+        """The shape after ``x[:, ::2, ::2]``; a size that is not known before is a new one."""
         index = _slices(call.args.get("index"), len(before)) if call.op == "getitem" else None
         if index is None:
             return None
@@ -398,7 +398,7 @@ class Values:
         return tuple(after)
 
     def _broadcast(self, node: fx.Node, left: Any, right: Any) -> Shape | None:
-        """The shape of two operands together; an extent of one gives way, and what is unknown stays unknown."""
+        """The shape of two operands together; a size of one gives way, and what is unknown stays unknown."""
         found: list[Shape] = []
         for arg in (left, right):
             number = arg in self.dims or isinstance(self.known.get(arg), int | float)
@@ -465,7 +465,7 @@ class Values:
                 self.dims[node] = Dim(a.known // b.known)
 
     def dim(self, arg: Any) -> Dim | None:
-        """An argument of a reshape as an extent."""
+        """An argument of a reshape as a size."""
         if isinstance(arg, int):
             return Dim(arg)
         if not isinstance(arg, fx.Node):
@@ -539,11 +539,11 @@ class Values:
             rest = self._symbol(f"{node.name}.rest") if rest is None else rest
             wanted = [rest if d == Dim(-1) else d for d in wanted]
         elif before is not None:
-            self._learn_extent(size(before), size(known_dims))
+            self._learn_size(size(before), size(known_dims))
         return tuple(d for d in wanted if d is not None)
 
-    def _learn_extent(self, before: Dim, after: Dim) -> None:
-        """As many elements before a reshape as after it: that tells the one extent that only one of them has."""
+    def _learn_size(self, before: Dim, after: Dim) -> None:
+        """As many elements before a reshape as after it: that tells the one size that only one of them has."""
         rest = Counter(before.symbols) - Counter(after.symbols)
         others = Counter(after.symbols) - Counter(before.symbols)
         if not others and rest.total() == 1 and before.factor > 0 and after.factor % before.factor == 0:
@@ -575,11 +575,11 @@ _CHANNEL_COUNTS = ("conv", "conv_transpose", "linear", *_NORMS)
 _POOLS = ("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool")
 
 
-def _dim(extent: Any) -> Dim:
-    """An extent that torch.export recorded: a product of numbers and symbols, or else one symbol by its formula."""
-    if isinstance(extent, int):
-        return Dim(extent)
-    formula = extent.node.expr
+def _dim(size: Any) -> Dim:
+    """A size that torch.export recorded: a product of numbers and symbols, or else one symbol by its formula."""
+    if isinstance(size, int):
+        return Dim(size)
+    formula = size.node.expr
     factors = [formula] if not formula.is_Mul else list(formula.args)
     numbers = [int(f) for f in factors if f.is_Integer]
     others = [f for f in factors if not f.is_Integer]
@@ -607,7 +607,7 @@ def _order(call: Call, rank: int) -> tuple[int, ...] | None:
 
 
 def _kept(call: Call, before: Shape, after: Shape, weight: Tensor) -> Shape:
-    """``after``, with the extents of ``before`` along the axes where a convolution keeps them."""
+    """``after``, with the sizes of ``before`` along the axes where a convolution keeps them."""
     n = weight.ndim - 2
     stride, dilation = (integers(call.get(key, 1), n) for key in ("stride", "dilation"))
     padding = call.get("padding", 0)

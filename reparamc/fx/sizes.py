@@ -1,7 +1,7 @@
-"""Who is asked for an extent: no value of a torch.fx graph stays for its shape alone.
+"""Who is asked for a size: no value of a torch.fx graph stays for its shape alone.
 
 ``y = conv(x); z = bn(y); return z.view(y.shape[0], -1)`` reads y a second time, for a number that x has as well. Where
-an extent is the same for every input, the read can ask a value that stays whatever is rewritten. `Sizes` says which
+a size is the same for every input, the read can ask a value that stays whatever is rewritten. `Sizes` says which
 reads can be moved; nothing is moved until a splice takes the value away, and then `Mover` does it as part of that.
 """
 
@@ -50,7 +50,7 @@ class Sizes:
 
     Attributes:
         freed: by the value that nobody asks for its shape then. All reads of a value can be moved, or none.
-        homes: for each extent that is no number the first value that stays and has it, and along which axis.
+        homes: for each size that is no number the first value that stays and has it, and along which axis.
 
     Args:
         goes: whether an operator may become part of another one.
@@ -95,7 +95,7 @@ class Sizes:
         """How all who ask ``node`` for its shape can ask others; None where one of them cannot.
 
         What a BatchNorm is asked, its operand can be asked as well. Otherwise each chain of readers is followed (the
-        shape, one extent of it, a product of two) to those that use a number, and these are told one.
+        shape, one size of it, a product of two) to those that use a number, and these are told one.
         """
         reads = self._reads(node)
         call = self.facts.calls[node]

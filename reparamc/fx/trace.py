@@ -349,7 +349,7 @@ def _plain_writes(graph: fx.Graph) -> None:
 def _restore_names(graph: fx.Graph, model: nn.Module) -> None:
     """Give arguments back the names by which callers know them: torch.fx numbers those that it fixes.
 
-    Keyword-only arguments become ordinary ones; None stands for those that must be given.
+    Keyword-only arguments become ordinary ones; None marks those that must be given.
     """
     parameters = inspect.signature(model.forward).parameters
     names = [name for name, p in parameters.items() if p.kind not in _VARIADIC]

@@ -155,7 +155,7 @@ class _Foldable:
 
     def _size(self, node: NodeProto, name: str, room: int) -> int | None:
         """Bytes of the result ``name``; ``room`` when unknown but bounded by the operands; None when unknown."""
-        if (sizes := self.types.extents(name)) is not None:
+        if (sizes := self.types.sizes(name)) is not None:
             return prod(sizes) * itemsize(self.types.element_type(name))
         if node.op_type in SPELLED and (spelled := self._whole_numbers(node.input[SPELLED[node.op_type]])) is not None:
             return prod([abs(n) for n in spelled]) * max(self.sizes[node.input[0]], itemsize(None))

@@ -14,7 +14,7 @@ from reparamc.equivalence.pair import Pair
 from reparamc.equivalence.trials import GUESSES
 from reparamc.errors import InputError
 from reparamc.onnx.regions_alone import run_alone
-from reparamc.onnx.session import Run, epsilon, has_open_extents, random_inputs, session, working
+from reparamc.onnx.session import Run, epsilon, has_open_sizes, random_inputs, session, working
 from reparamc.onnx.values import FLOATS
 from reparamc.onnx.weights import array
 from reparamc.report.data import OutputError
@@ -25,7 +25,7 @@ def verify_end_to_end(
 ) -> list[OutputError]:
     """Run both models in their deployed dtypes, without runtime optimizations, and compare every output.
 
-    Where extents are open, two neighbouring ones are tried, of which one is odd; where inputs have defaults, also
+    Where sizes are open, two neighbouring ones are tried, of which one is odd; where inputs have defaults, also
     other values. The tolerance of each output comes from the model's own noise: its response to a perturbation of
     the input at rounding level. Where that says too little, or an output differs by more, ``regions`` (what was
     rewritten) are compared one by one; see `compare_outputs`.
@@ -75,9 +75,9 @@ def run_regions(
 
 def _trials(model: ModelProto, run: Run, seed: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
     """Inputs to compare on, and what ``model`` makes of them; only the first must fit the model."""
-    extent, inputs, expected = working(model, run, seed, GUESSES)
+    size, inputs, expected = working(model, run, seed, GUESSES)
     yield inputs, expected
-    others = [random_inputs(model, seed, extent - 1)] if has_open_extents(model) else []
+    others = [random_inputs(model, seed, size - 1)] if has_open_sizes(model) else []
     if defaults := _other_defaults(model, seed):
         others.append(inputs | defaults)
     for other in others:

@@ -63,8 +63,8 @@ def fuse_light(
         passes, skip: names of the passes to apply, and to leave out.
         verify: "off"; "region" checks every replacement in float64 and proves the whole result equal where it
             can, undoing what is wrong; "full" also runs both models in ONNX Runtime, and undoes what would break a
-            pattern that it fuses by itself.
-        objective: what shall become small: "latency", "macs" or "params".
+            pattern that it fuses on its own.
+        objective: what to minimize: "latency", "macs" or "params".
         only_if_faster: time both models in ONNX Runtime, and return a copy of ``model`` unless the
             result is faster beyond noise; the report says so.
         progress: called with (regions done, regions in all).
@@ -229,7 +229,7 @@ class OnnxHost:
     def objections(
         self, splices: Sequence[Splice], result: ModelProto, without: Callable[[Collection[str]], ModelProto]
     ) -> Mapping[str, str]:
-        """Those whose result ONNX Runtime would fuse less of by itself."""
+        """Those whose result ONNX Runtime would fuse less of."""
         from reparamc.onnx.runtime_fusions import fused_by_runtime, harmful, reason
 
         kernels = fused_by_runtime(self.model) if splices else None
@@ -285,7 +285,7 @@ def fuse_onnx(
         passes, skip: names of passes to apply (default: all) and to leave out.
         verify: True or "full": every replacement in float64, the certificate of the whole result, and both models
             in ONNX Runtime; "region": all but the last; False or "off": nothing.
-        objective: what shall become small: "latency", "macs" (multiply-adds) or "params" (parameters).
+        objective: what to minimize: "latency", "macs" (multiply-adds) or "params" (parameters).
         only_if_faster: time both models in ONNX Runtime; unless the result is faster beyond noise,
             return or write the original. The report has the figures.
         on_report: called with the `Report`.

@@ -111,7 +111,7 @@ class OnnxGraph(Facts):
         if isinstance(self.read(value), Declined) and node.op_type in ("Add", "Sub", "Mul", "Div"):
             return None  # it broadcasts, or is part of an activation
         if node.op_type == "Pad" and attribute(node, "mode", b"constant") != b"constant":
-            return None  # what stands at the border depends on what stands beside it
+            return None  # what is at the border depends on its neighbours
         if len(node.output) > 1 and node.op_type != "Split":
             return None
         floating = [name for name in node.input if name and name not in self.constants]
@@ -132,7 +132,7 @@ class OnnxGraph(Facts):
                 found += [abs(int(n)) for n in array.ravel()] if array.dtype.kind in "iu" else list(array.shape[2:])
         return max(n for n in found if n < LAST)  # ends that mean "all" do not count
 
-    def run(self, value: Value, operands: Mapping[Value, Array], extents: Mapping[str, int] = {}) -> Array:
+    def run(self, value: Value, operands: Mapping[Value, Array], sizes: Mapping[str, int] = {}) -> Array:
         name = str(value)
         if name not in self._functions:
             node = self.producers[name]

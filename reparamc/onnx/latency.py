@@ -23,7 +23,7 @@ BUDGET = 5.0
 """Seconds that the counted turns should take."""
 CONFIDENCE = 0.95
 EXTENTS = (224, *GUESSES)
-"""Extents tried for the unknown axes of an input: an ordinary image first, and not the smallest that runs."""
+"""Sizes tried for the unknown axes of an input: an ordinary image first, and not the smallest that runs."""
 
 
 def compare_latency(original: ModelProto, result: ModelProto) -> Latency:

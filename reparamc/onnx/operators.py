@@ -174,11 +174,11 @@ def _pads(
     totals = []
     for axis in range(n):
         reach = dilation[axis] * (kernel[axis] - 1)
-        extent = shape[2 + axis].known if shape is not None and len(shape) == n + 2 else None
-        if stride[axis] != 1 and extent is None:
+        size = shape[2 + axis].known if shape is not None and len(shape) == n + 2 else None
+        if stride[axis] != 1 and size is None:
             return Declined(f"auto_pad {auto} with stride {stride[axis]} pads differently for different input sizes")
-        outs = -(-(extent or 1) // stride[axis])
-        totals.append(max(0, (outs - 1) * stride[axis] + reach + 1 - (extent or 1)) if stride[axis] != 1 else reach)
+        outs = -(-(size or 1) // stride[axis])
+        totals.append(max(0, (outs - 1) * stride[axis] + reach + 1 - (size or 1)) if stride[axis] != 1 else reach)
     begin = [t // 2 if auto == "SAME_UPPER" else t - t // 2 for t in totals]
     return (*begin, *(t - b for t, b in zip(totals, begin, strict=True)))
 
@@ -238,8 +238,8 @@ def _along_one_axis(graph: Facts, constant: str, value: str) -> int | Declined |
 def _protected(graph: Facts, node: NodeProto, value: str, *, scalar: bool) -> str | None:
     """Why the constant of ``node`` belongs to a pattern that runtimes fuse by themselves; None when it does not.
 
-    GELU, SiLU, HardSwish and the scale inside attention end in a scalar behind something non-linear;
-    LayerNorm and RMSNorm end in a scale, and a shift, behind a division by a square root.
+    GELU, SiLU, HardSwish and the scale inside attention end in a scalar after something non-linear;
+    LayerNorm and RMSNorm end in a scale, and a shift, after a division by a square root.
     """
     producer = graph.producers.get(value)
     if scalar:
@@ -388,7 +388,7 @@ def _read_concat(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
 
 
 def _selection(graph: Facts, x: str, axis: int, index: Sequence[int]) -> Reading | None:
-    """Elements ``index`` of ``x`` along ``axis``; None where the extent there is unknown."""
+    """Elements ``index`` of ``x`` along ``axis``; None where the size there is unknown."""
     shape = graph.types.shape(x)
     width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
     if shape is None or width is None or not index or not all(0 <= i < width for i in index):
@@ -437,11 +437,11 @@ def _crop(
     n = len(shape) - 2
     begin, end, stride = [0] * n, [0] * n, [1] * n
     for axis, (start, stop, step) in cuts.items():
-        extent = shape[axis].known
-        if extent is not None:
-            start, stop = slice(start, stop).indices(extent)[0], min(slice(start, stop).indices(extent)[1] - extent, 0)
-            stop = stop or extent
-        if start < 0 or step < 1 or (0 <= stop < LAST and stop != extent):
+        size = shape[axis].known
+        if size is not None:
+            start, stop = slice(start, stop).indices(size)[0], min(slice(start, stop).indices(size)[1] - size, 0)
+            stop = stop or size
+        if start < 0 or step < 1 or (0 <= stop < LAST and stop != size):
             return None
         begin[axis - 2], end[axis - 2], stride[axis - 2] = -start, min(stop, 0), step
     x, ones = graph.operand(node.input[0]), (1,) * n

@@ -1,4 +1,4 @@
-"""Each region of a rewritten ONNX model by itself, in ONNX Runtime, fed with the original's own values.
+"""Each region of a rewritten ONNX model alone, in ONNX Runtime, fed with the original's own values.
 
 The result is cut where a region ends: what reads the region reads an input instead, which is given the value that the
 original computes there. So every region starts from the same numbers in both models, and no difference grows
@@ -23,7 +23,7 @@ from reparamc.onnx.weights import array
 def run_alone(
     original: ModelProto, result: ModelProto, regions: Sequence[Region], inputs: Mapping[str, np.ndarray], seed: int = 0
 ) -> Alone | None:
-    """Every region, and every output, from the values that the original has in front of it; None if ONNX Runtime fails.
+    """Every region, and every output, from the values that the original has before it; None if ONNX Runtime fails.
 
     The values of all roots and operands are held, and one model at a time.
     """
@@ -39,11 +39,11 @@ def run_alone(
             expected = run(inputs)
         given = {operand: expected[operand] for operand in operands}
         cut, names = cut_at(showing(original, roots), given)
-        with session(cut, "the model, cut in front of its regions") as run:
+        with session(cut, "the model, cut before its regions") as run:
             noises = [_named(run(perturbed({**inputs, **given}, seed + n)), names) for n in range(2)]
         given = {root: expected[root] for root in roots}
         cut, names = cut_at(result, given)
-        with session(cut, "the rewritten model, cut behind its regions") as run:
+        with session(cut, "the rewritten model, cut after its regions") as run:
             actual = _named(run({**inputs, **given}), names)
     except Exception:  # ONNX Runtime's exceptions share no base class
         return None

@@ -19,7 +19,7 @@ from reparamc.onnx.session import first_working_inputs, session
 from reparamc.onnx.values import attribute
 
 _COPY = "/read_by_pooling"
-"""Behind the name of a value, the name of its copy among the outputs."""
+"""After the name of a value, the name of its copy among the outputs."""
 
 
 class OnnxRunnable:

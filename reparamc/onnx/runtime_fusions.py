@@ -1,4 +1,4 @@
-"""Do no harm: which rewrites would break a pattern that ONNX Runtime fuses by itself.
+"""Do no harm: which rewrites would break a pattern that ONNX Runtime fuses on its own.
 
 ONNX Runtime recognises GELU, LayerNorm, attention and their like by the operators that exporters write for
 them, and computes each by one kernel. A rewrite that moves a constant out of such a pattern saves an

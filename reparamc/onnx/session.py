@@ -78,7 +78,7 @@ def session(model: ModelProto, what: str, optimize: bool = False) -> Iterator[Ru
 def first_working_inputs(
     model: ModelProto, run: Run, seed: int, guesses: Sequence[int] = GUESSES
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Random inputs that ``run`` accepts, and its outputs; unknown extents are the first of ``guesses`` that runs.
+    """Random inputs that ``run`` accepts, and its outputs; unknown sizes are the first of ``guesses`` that runs.
 
     Raises:
         InputError: none does.
@@ -94,7 +94,7 @@ def working(
     too_large: TooLarge | None = None
     of_nothing: tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]] | None = None
     start, left = perf_counter(), MOST_DRAWN
-    light = skeleton(model) if has_open_extents(model) else None
+    light = skeleton(model) if has_open_sizes(model) else None
     for guess, sizes in _attempts(model, guesses):
         kinds = input_kinds(model, guess, sizes)
         drawn = sum(prod(shape) for shape, _ in kinds.values())
@@ -147,7 +147,7 @@ def check_computed(light: ModelProto, inputs: Mapping[str, tuple[list[int], np.d
 
 def _attempts(model: ModelProto, guesses: Sequence[int]) -> Iterator[tuple[int, dict[str, int]]]:
     """What to try for the open sizes: one for all but the batch; other batches; then small ones, each by itself."""
-    if not has_open_extents(model):
+    if not has_open_sizes(model):
         yield guesses[0], {}
         return
     yield from ((guess, {}) for guess in guesses)
@@ -165,12 +165,12 @@ def _symbol(value: onnx.ValueInfoProto, axis: int, dim: onnx.TensorShapeProto.Di
     return dim.dim_param or f"{value.name}[{axis}]"
 
 
-def has_open_extents(model: ModelProto) -> bool:
+def has_open_sizes(model: ModelProto) -> bool:
     return any(not d.HasField("dim_value") for v in free_inputs(model) for d in v.type.tensor_type.shape.dim)
 
 
 def random_inputs(
-    model: ModelProto, seed: int = 0, extent: int = 32, sizes: Mapping[str, int] = {}
+    model: ModelProto, seed: int = 0, size: int = 32, sizes: Mapping[str, int] = {}
 ) -> dict[str, np.ndarray]:
     """One random array per input without a default: standard normal, or small whole numbers; see `input_kinds`.
 
@@ -178,15 +178,15 @@ def random_inputs(
         InputError: an input is no dense tensor of numbers.
         TooLarge: they do not fit into memory.
     """
-    kinds = input_kinds(model, extent, sizes)
+    kinds = input_kinds(model, size, sizes)
     check_size({name: shape for name, (shape, _) in kinds.items()})
     return _drawn_inputs(kinds, seed)
 
 
-def input_kinds(model: ModelProto, extent: int, sizes: Mapping[str, int]) -> dict[str, tuple[list[int], np.dtype]]:
+def input_kinds(model: ModelProto, size: int, sizes: Mapping[str, int]) -> dict[str, tuple[list[int], np.dtype]]:
     """A shape, and the dtype, of each input without a default.
 
-    Open sizes are as ``sizes`` has them, or else 2 on the first axis and ``extent`` on the others; a name stands for
+    Open sizes are as ``sizes`` has them, or else 2 on the first axis and ``size`` on the others; a name means
     one size.
 
     Raises:
@@ -200,7 +200,7 @@ def input_kinds(model: ModelProto, extent: int, sizes: Mapping[str, int]) -> dic
             what = "holds strings" if value.type.HasField("tensor_type") else "is no tensor"
             raise InputError(f"input {value.name!r} {what}, so no random value can be made for it; try --verify region")
         shape = [
-            d.dim_value if d.HasField("dim_value") else named.setdefault(_symbol(value, axis, d), extent if axis else 2)
+            d.dim_value if d.HasField("dim_value") else named.setdefault(_symbol(value, axis, d), size if axis else 2)
             for axis, d in enumerate(kind.shape.dim)
         ]
         kinds[value.name] = shape, helper.tensor_dtype_to_np_dtype(kind.elem_type)
@@ -221,7 +221,7 @@ def _drawn(rng: np.random.Generator, shape: Sequence[int], dtype: np.dtype) -> n
 
 
 def free_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
-    """The inputs that a caller must give: those without a default. An extent that an operator demands is filled in."""
+    """The inputs that a caller must give: those without a default. A size that an operator demands is filled in."""
     defaults = {t.name for t in model.graph.initializer}
     free = [v for v in model.graph.input if v.name not in defaults]
     if all(known_size(d) is not None for v in free for d in v.type.tensor_type.shape.dim):
@@ -236,19 +236,19 @@ def free_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
         weight = weights.get(node.input[1]) if len(node.input) > 1 else None
         if value is None or weight is None or (count := _demanded(node, weight)) is None:
             continue
-        axis, extent = count
+        axis, size = count
         dims = value.type.tensor_type.shape.dim
         if -len(dims) <= axis < len(dims) and not dims[axis].HasField("dim_value"):
             if dims[axis].dim_param:
-                demanded.setdefault(dims[axis].dim_param, extent)
-            dims[axis].dim_value = extent
+                demanded.setdefault(dims[axis].dim_param, size)
+            dims[axis].dim_value = size
     for d in (d for v in found for d in v.type.tensor_type.shape.dim if d.dim_param in demanded):
         d.dim_value = demanded[d.dim_param]
     return found
 
 
 def _demanded(node: NodeProto, weight: Sequence[int]) -> tuple[int, int] | None:
-    """(axis, extent) of the first operand of ``node``, where its weight takes one number of channels only."""
+    """(axis, size) of the first operand of ``node``, where its weight takes one number of channels only."""
     given = {a.name: a.i for a in node.attribute}
     match node.op_type:
         case "Conv" if len(weight) > 2:

@@ -56,7 +56,7 @@ class Stored:
 
     Attributes:
         node: the DequantizeLinear.
-        scale: the name of the scale, one number or one for each output channel.
+        scale: the name of the scale, a scalar or one for each output channel.
         axis: that of the output channels, in the weight.
         out: how many there are.
     """

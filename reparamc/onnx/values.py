@@ -167,7 +167,7 @@ def _dense(tensor: SparseTensorProto) -> np.ndarray:
 
 
 class Constants:
-    """What no caller can override in a main graph: initializers and Constant nodes, also behind what moves them only.
+    """What no caller can override in a main graph: initializers and Constant nodes, also after what moves them only.
 
     Attributes:
         known: each by its name.
@@ -418,7 +418,7 @@ class Types:
                 self._learn_product(node, given)
 
     def _learn_product(self, node: NodeProto, given: set[str]) -> None:
-        """Where one extent of a reshape is all that inference left open, the others tell it: -1, a merged batch."""
+        """Where one size of a reshape is all that inference left open, the others tell it: -1, a merged batch."""
         before, after = self._shape(node.input[0]), self._shape(node.output[0])
         if before is None or after is None:
             return
@@ -450,7 +450,7 @@ class Types:
         return kind.elem_type or None if kind is not None else None
 
     def shape(self, name: str) -> Shape | None:
-        """The shape of ``name``, unknown extents as symbols; None when the rank is unknown."""
+        """The shape of ``name``, unknown sizes as symbols; None when the rank is unknown."""
         if name not in self._shapes:
             self._shapes[name] = self._shape(name)
         return self._shapes[name]
@@ -473,8 +473,8 @@ class Types:
         shape = self.shape(name)
         return None if shape is None else len(shape)
 
-    def extents(self, name: str) -> tuple[int, ...] | None:
-        """The shape of ``name`` when every extent is a number."""
+    def sizes(self, name: str) -> tuple[int, ...] | None:
+        """The shape of ``name`` when every size is a number."""
         shape = self.shape(name)
         if shape is None or any(d.known is None for d in shape):
             return None
@@ -519,7 +519,7 @@ class Names:
         self._next: dict[str, int] = {}
 
     def fresh(self, wanted: str) -> str:
-        """``wanted``, or that with a number behind it; taken from now on."""
+        """``wanted``, or that with a number after it; taken from now on."""
         name, n = wanted, self._next.get(wanted, 1)
         while name in self.taken:
             name, n = f"{wanted}_{n}", n + 1

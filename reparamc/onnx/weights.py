@@ -417,7 +417,7 @@ def _fields(data: Any, start: int, stop: int) -> Iterator[tuple[int, int, int, i
         else:
             raise DecodeError(f"there is no field of kind {kind}")
         if at > stop:
-            raise DecodeError("a field ends behind its message")
+            raise DecodeError("a field ends after its message")
         yield tag >> 3, first, content, at
 
 

@@ -207,7 +207,7 @@ def _values(d: Difference, allowed: float, by_rounding: bool) -> list[str]:
 
 
 def _spread(wrong: np.ndarray) -> str:
-    """How many elements are wrong, and how many of them stand at the border of a map."""
+    """How many elements are wrong, and how many of them are at the border of a map."""
     line = f"  wrong      {int(wrong.sum())} of {wrong.size} elements"
     axes = [axis for axis in range(2, wrong.ndim) if wrong.shape[axis] > 2]
     if not axes:

@@ -28,7 +28,7 @@ def build_onnx(
 
     Args:
         dtype: "float32", "float16" or "float64".
-        symbolic: whether the batch and the extents of the input are names instead of numbers.
+        symbolic: whether the batch and the sizes of the input are names instead of numbers.
         constants: whether some constants are nodes instead of initializers.
     """
     return _Builder(structure, dtype, opset, symbolic, constants).model()

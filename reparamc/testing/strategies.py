@@ -69,7 +69,7 @@ def linear_modules(
 ) -> st.SearchStrategy[tuple[nn.Module, tuple[Tensor, ...]]]:
     """Random torch modules in eval mode, each with matching example inputs: pairs ``(module, inputs)``.
 
-    ``inputs`` is a tuple of one tensor; its extents have both parities and reach the borders of all kernels.
+    ``inputs`` is a tuple of one tensor; its sizes have both parities and reach the borders of all kernels.
     Modules and functions, methods and operators are used alike, some modules are called twice, and one
     result in six is a pair. ``axes``, ``activations`` and ``blocks`` are those of `structures`.
 
@@ -93,7 +93,7 @@ def linear_onnx(
 ) -> st.SearchStrategy[ModelProto]:
     """Random ONNX models that pass the checker and run in ONNX Runtime on the CPU.
 
-    Opset, fixed or symbolic extents, initializers or Constant nodes, and the spelling of every operator (Gemm or
+    Opset, fixed or symbolic sizes, initializers or Constant nodes, and the spelling of every operator (Gemm or
     MatMul and Add, pads or a Pad node, Split or Slice, ...) are drawn as well. ``axes``, ``activations`` and ``blocks``
     are those of `structures`.
 

@@ -27,7 +27,7 @@ class Step:
     Attributes:
         op: its kind, a key of `OPERATORS`.
         inputs: the values it reads: 0 is the input, n the result of the n-th step.
-        at: its attributes; extents, kernels and paddings have one entry per spatial axis.
+        at: its attributes; sizes, kernels and paddings have one entry per spatial axis.
     """
 
     def __init__(self, op: str, inputs: Ints, **at: Any) -> None:
@@ -113,7 +113,7 @@ class Structure:
 
     Attributes:
         channels: of the input.
-        axes: spatial axes of the input [N, channels, *extents]; 0 for [N, channels], -1 for tokens [N, L, channels].
+        axes: spatial axes of the input [N, channels, *sizes]; 0 for [N, channels], -1 for tokens [N, L, channels].
         steps: in order of execution.
         seed: from which parameters are drawn.
         extra: a value that is an output too.
@@ -163,13 +163,13 @@ class Structure:
         return sizes
 
     def shape(self, batch: int = 2) -> Ints:
-        """A shape for the input, with odd and even extents that differ, just larger than its kernels need."""
+        """A shape for the input, with odd and even sizes that differ, just larger than its kernels need."""
         if self.axes < 0:
             return (batch, 5, self.channels)
-        extents = [7, 6, 5][: self.axes]
-        while any(size and min(size) < 1 for size in self.sizes(extents)):
-            extents = [n + 2 for n in extents]
-        return (batch, self.channels, *extents)
+        sizes = [7, 6, 5][: self.axes]
+        while any(size and min(size) < 1 for size in self.sizes(sizes)):
+            sizes = [n + 2 for n in sizes]
+        return (batch, self.channels, *sizes)
 
     def count(self, *ops: str) -> int:
         """How many steps are of these kinds; without any, how many are linear and neither shared nor identities."""
@@ -284,5 +284,5 @@ def batchnorm_state(channels: int, kind: str, rng: np.random.Generator) -> Array
 
 
 def same_padding(kernel: Iterable[int], dilation: Iterable[int]) -> Ints:
-    """How much padding keeps the extents, both ends together."""
+    """How much padding keeps the sizes, both ends together."""
     return tuple(d * (k - 1) for k, d in zip(kernel, dilation, strict=True))

@@ -40,7 +40,7 @@ class Fuser:
     in DistributedDataParallel, DataParallel or torch.compile is taken out of it.
 
     A call searches anew where the model has changed in structure, or where the fusion counted on a value that has
-    changed, such as a shift of zero in front of a padding. Then it returns another module.
+    changed, such as a shift of zero before a padding. Then it returns another module.
 
     Args:
         model: the module that is trained.

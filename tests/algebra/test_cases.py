@@ -4,7 +4,7 @@ A file holds comments that say what it is about, the expression, and the verdict
 simplified text or ``# unchanged``, then one ``# refused:`` line for each reason given. ``pytest --accept``
 writes the verdicts anew; review them as a diff. Two comments direct the harness:
 
-    # sizes: 8x8           the only extents at which the branches agree
+    # sizes: 8x8           the only sizes at which the branches agree
     # algebra only: why    no host graph can hold the expression, or a driver of the whole graph changes it further
 """
 
@@ -56,7 +56,7 @@ class Case:
         return flatten(parse(self.head))
 
     @property
-    def extents(self) -> tuple[tuple[int, ...], ...]:
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
         found = re.search(r"^# sizes: (\S+)", self.head, re.MULTILINE)
         return (tuple(map(int, found[1].split("x"))),) if found else EXTENTS
 
@@ -104,8 +104,8 @@ def test_value(case: Case) -> None:
     before = case.expr
     with time_limit(5):
         after = simplify(before, PASSES).expr
-    for seed, extents in enumerate(case.extents):
-        inputs = draw(source_shapes(before, extents), seed)
+    for seed, sizes in enumerate(case.sizes):
+        inputs = draw(source_shapes(before, sizes), seed)
         assert_close(reference(before, inputs), reference(after, inputs), 1e-12)
 
 
@@ -123,16 +123,16 @@ def test_nothing_is_left_to_do(case: Case) -> None:
 
 def through_onnx(case: Case) -> None:
     e = parse(case.head)
-    models = [(to_onnx(e, case.extents[0]), with_extents(e, case.extents[0]))]
-    if len(case.extents) > 1:  # otherwise the sizes drawn for unknown extents would not fit
+    models = [(to_onnx(e, case.sizes[0]), with_sizes(e, case.sizes[0]))]
+    if len(case.sizes) > 1:  # otherwise the sizes drawn for unknown sizes would not fit
         models.append((to_onnx(e), e))
     for place, (model, known) in enumerate(models):
         after = planned(known)
         expected = Counter() if isinstance(after, Source) else operators(to_onnx(after))
         fused, report = fuse_model(model)
         assert operators(fused) == expected, report.kept
-        for seed, extents in enumerate(case.extents if place else case.extents[:1]):
-            inputs = draw(source_shapes(e, extents), seed)
+        for seed, sizes in enumerate(case.sizes if place else case.sizes[:1]):
+            inputs = draw(source_shapes(e, sizes), seed)
             feeds = {str(s.key): x.astype(np.float32) for s, x in inputs.items()}
             assert_close(run(model, feeds)[0], run(fused, feeds)[0], 1e-5)
 
@@ -142,23 +142,23 @@ def through_fx(case: Case) -> None:
     fuse_fx = import_module("reparamc.fx.fuse").fuse_fx
     e = parse(case.head)
     module = to_module(e)
-    inputs = draw(source_shapes(e, case.extents[0]))
+    inputs = draw(source_shapes(e, case.sizes[0]))
     example = tuple(torch.from_numpy(inputs[s]) for s in sources(e))
     fused = fuse_fx(module, example)
     with torch.no_grad():
         assert_close(module(*example).numpy(), fused(*example).numpy(), 1e-10)
-    if not leans(e):  # PyTorch pads such a kernel by an operator of its own; torch.fx leaves extents open
-        parts = list(walk(planned(with_extents(e, None))))
+    if not leans(e):  # PyTorch pads such a kernel by an operator of its own; torch.fx leaves sizes open
+        parts = list(walk(planned(with_sizes(e, None))))
         kernels = [p for p in parts if isinstance(p, Conv) and not p.is_weightless]
         expected = [len(kernels), sum(isinstance(p, BatchNorm) for p in parts)]
         assert fx_counts(fused) == expected
 
 
-def with_extents(e: Expr, extents: tuple[int, ...] | None) -> Expr:
-    """``e`` over sources of these extents, or of open ones; as it is where layout operators name extents."""
+def with_sizes(e: Expr, sizes: tuple[int, ...] | None) -> Expr:
+    """``e`` over sources of these sizes, or of open ones; as it is where layout operators name sizes."""
     if any(isinstance(x, Layout) for x in walk(e)):
         return e
-    shapes = {s: None if extents is None else shape_of(d) for s, d in source_shapes(e, extents or EXTENTS[0]).items()}
+    shapes = {s: None if sizes is None else shape_of(d) for s, d in source_shapes(e, sizes or EXTENTS[0]).items()}
     done: dict[Expr, Expr] = {}
     for x in walk(e):
         old = isinstance(x, Source)
@@ -183,7 +183,7 @@ def fx_counts(fused: object) -> list[int]:
 
 BACKENDS: dict[str, Callable[[Case], None]] = {"onnx": through_onnx, "fx": through_fx}
 RANK_IS_OPEN = (
-    *("bn-folding/behind-through-layouts", "bn-folding/front-through-layouts"),
+    *("bn-folding/after-through-layouts", "bn-folding/before-through-layouts"),
     "layout-cancelling/reshape-and-back",
 )
 """Cases that are not folded through torch yet: the rank of the input is fixed by nothing but the caller."""
@@ -253,7 +253,7 @@ def test_missing_cases_are_noticed() -> None:
     table = next(p for p in PASSES if p.name == "branch-merging")
     assert gaps(table, [])[0] == "a positive case"
     assert len(gaps(table, [])) == 2 + len(reasons(table)) >= 5
-    without = [c for c in ALL if c.path.stem not in ("extents", "open-even")]
+    without = [c for c in ALL if c.path.stem not in ("sizes", "open-even")]
     assert len(gaps(table, without)) == 1
 
 

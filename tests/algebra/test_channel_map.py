@@ -70,16 +70,16 @@ def moved(draw: st.DrawFn) -> tuple[Source, int, list[Expr]]:
 @given(moved())
 def test_every_element(case: tuple[Source, int, list[Expr]]) -> None:
     source, channel, steps = case
-    extents = [d.known or 0 for d in source.shape or ()]
-    width = extents[channel]
-    ones = [width if axis == len(extents) + channel else 1 for axis in range(len(extents))]
-    x = np.broadcast_to(np.arange(width, dtype=float).reshape(ones), extents)
-    route: ChannelMap | None = ChannelMap.of(len(extents), channel, width)
+    sizes = [d.known or 0 for d in source.shape or ()]
+    width = sizes[channel]
+    ones = [width if axis == len(sizes) + channel else 1 for axis in range(len(sizes))]
+    x = np.broadcast_to(np.arange(width, dtype=float).reshape(ones), sizes)
+    route: ChannelMap | None = ChannelMap.of(len(sizes), channel, width)
     for e in steps[1:]:
         expected = evaluate(e, {source: x})[0]
         route = route.through(e) if route is not None else None
         if route is None:
-            return  # it says nothing of what is behind that either
+            return  # it says nothing of what is after that either
         assert route.rank == expected.ndim
         np.testing.assert_array_equal(labels(route, expected.shape), expected)
 
@@ -133,5 +133,5 @@ def test_a_factor_for_every_head() -> None:
     found = heads.along(np.array([1.0, 2.0, 3.0]), -2)
     assert found is not None
     assert found.tolist() == [[1, 1], [2, 2], [3, 3]]
-    assert heads.along(np.array([1.0, 2.0, 3.0]), -1) is None, "another extent"
+    assert heads.along(np.array([1.0, 2.0, 3.0]), -1) is None, "another size"
     assert heads.along(np.ones(5), -3) is None, "an axis of positions"

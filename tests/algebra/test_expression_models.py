@@ -66,14 +66,14 @@ CHANNELS = """%x = source c=6 axis=-3
 
 
 @pytest.mark.parametrize("text", [BLOCK, CHANNELS], ids=["block", "channels"])
-@pytest.mark.parametrize("extents", [(8, 6), (7, 9), (9, 8)])
-def test_all_forms_of_an_expression_agree(extents: tuple[int, int], text: str) -> None:
+@pytest.mark.parametrize("sizes", [(8, 6), (7, 9), (9, 8)])
+def test_all_forms_of_an_expression_agree(sizes: tuple[int, int], text: str) -> None:
     torch = pytest.importorskip("torch")
     e = parse(text)
-    ((source, shape),) = source_shapes(e, extents).items()
+    ((source, shape),) = source_shapes(e, sizes).items()
     x = np.random.default_rng(1).standard_normal(shape)
     expected = reference(e, {source: x})
-    for static in (extents, None):
+    for static in (sizes, None):
         assert_close(expected, run(to_onnx(e, static), {"x": x.astype(np.float32)})[0], 1e-5)
     with torch.no_grad():
         assert_close(expected, to_module(e)(torch.from_numpy(x)).numpy(), 1e-12)

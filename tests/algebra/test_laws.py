@@ -72,7 +72,7 @@ def convolution(data: st.DataObject, x: Expr, width: int, spatial: int, delta: I
     dilation = tuple(draw_int(1, 2) for _ in range(spatial))
     reach = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
     given_delta = delta if delta is not None else tuple(draw_int(0, r) for r in reach)
-    # Padding in front is between nothing and all there is; the delta fixes the rest.
+    # Padding before is between nothing and all there is; the delta fixes the rest.
     offset = tuple(-draw_int(0, max(r - d, 0)) for r, d in zip(reach, given_delta, strict=True))
     weight = numbers(data, out, width // groups, *kernel)
     bias = numbers(data, out) if data.draw(st.booleans()) else None
@@ -109,11 +109,11 @@ def branch(data: st.DataObject, x: Expr, width: int, spatial: int, delta: Ints, 
     return e
 
 
-def same_extents(data: st.DataObject, extents: Ints | None, stride: Ints) -> Ints:
-    """A delta that gives the extents that 0 gives: for every input size 0 itself, for known extents any of several."""
-    if extents is None:
+def same_sizes(data: st.DataObject, sizes: Ints | None, stride: Ints) -> Ints:
+    """A delta that gives the sizes that 0 gives: for every input size 0 itself, for known sizes any of several."""
+    if sizes is None:
         return (0,) * len(stride)
-    return tuple(data.draw(st.integers(0, (h - 1) % s)) for h, s in zip(extents, stride, strict=True))
+    return tuple(data.draw(st.integers(0, (h - 1) % s)) for h, s in zip(sizes, stride, strict=True))
 
 
 def transposed(data: st.DataObject, x: Expr, width: int, spatial: int, delta: Ints) -> Conv:
@@ -177,7 +177,7 @@ def expressions(choose: st.DrawFn) -> Expr:
             case _:
                 stride = ones if choose(st.booleans()) else tuple(choose(st.integers(1, 2)) for _ in range(spatial))
                 known = fixed if isinstance(e, Source) else None
-                deltas = [same_extents(data, known, stride) for _ in range(choose(st.integers(2, 4)))]
+                deltas = [same_sizes(data, known, stride) for _ in range(choose(st.integers(2, 4)))]
                 terms = [branch(data, e, width, spatial, delta, stride) for delta in deltas]
                 if choose(st.booleans()):
                     terms.append(choose(st.sampled_from(terms)))  # one value, read twice
@@ -234,8 +234,8 @@ def shallow(e: Expr) -> Expr:
 def test_the_value_is_kept(e: Expr) -> None:
     with time_limit(20):
         after = simplify(flatten(e), PASSES).expr
-    for seed, extents in enumerate([(9, 10, 11), (12, 9, 8)]):
-        inputs = draw(source_shapes(e, extents), seed)
+    for seed, sizes in enumerate([(9, 10, 11), (12, 9, 8)]):
+        inputs = draw(source_shapes(e, sizes), seed)
         assert_close(reference(e, inputs), reference(after, inputs), 1e-10)
 
 

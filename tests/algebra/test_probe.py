@@ -29,20 +29,20 @@ def function(text: str, seed: int = 0) -> Function:
 
 
 def probe(
-    f: Function, channels: int, extents: Sequence[int | None], batch: int = 1, dtype: np.dtype = FLOAT64
+    f: Function, channels: int, sizes: Sequence[int | None], batch: int = 1, dtype: np.dtype = FLOAT64
 ) -> Conv | Declined:
-    found = find_kernel(f, Source("x"), batch, channels, extents, 8, dtype)
+    found = find_kernel(f, Source("x"), batch, channels, sizes, 8, dtype)
     return found if isinstance(found, Declined) else found[0]
 
 
 def assert_found(
-    f: Function, channels: int, extents: Sequence[int | None], batch: int = 1, shapes: Sequence[Sequence[int]] = ()
+    f: Function, channels: int, sizes: Sequence[int | None], batch: int = 1, shapes: Sequence[Sequence[int]] = ()
 ) -> Conv:
     """``f`` is found, and the kernel gives what f gives where the probe has not looked."""
-    conv = probe(f, channels, extents, batch)
+    conv = probe(f, channels, sizes, batch)
     assert isinstance(conv, Conv), conv
-    for seed, sizes in enumerate(shapes or [extents]):
-        x = np.random.default_rng(100 + seed).standard_normal((3 if shapes else batch, channels, *cast("list", sizes)))
+    for seed, tried in enumerate(shapes or [sizes]):
+        x = np.random.default_rng(100 + seed).standard_normal((3 if shapes else batch, channels, *cast("list", tried)))
         assert_close(f(x), reference(conv, {cast(Source, conv.x): x}), 1e-11)
     return conv
 
@@ -79,16 +79,16 @@ def test_a_kernel_is_found_for_one_size(text: str, channels: int, axes: int, bat
     assert_found(function(text), channels, (9, 12, 7)[:axes], batch)
 
 
-def test_one_extent_may_be_fixed() -> None:
+def test_one_size_may_be_fixed() -> None:
     assert_found(function("3->4 k=3x3 s=2 p=1 bias"), 3, [None, 11], 1, [(14, 11), (9, 11)])
 
 
-@pytest.mark.parametrize("extents", [(1, 1), (2, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (2, 2), (3, 2)])
 @pytest.mark.parametrize("text", ["3->4 k=3x3 s=1 p=1 bias", "3->3 k=1x1 s=1 p=0", "3->3 k=3x3 s=2 p=1 g=3"])
-def test_tiny_maps_are_right_or_refused(text: str, extents: tuple[int, int]) -> None:
-    conv = probe(function(text), 3, extents)
+def test_tiny_maps_are_right_or_refused(text: str, sizes: tuple[int, int]) -> None:
+    conv = probe(function(text), 3, sizes)
     if isinstance(conv, Conv):
-        x = np.random.default_rng(7).standard_normal((2, 3, *extents))
+        x = np.random.default_rng(7).standard_normal((2, 3, *sizes))
         assert_close(function(text)(x), reference(conv, {cast(Source, conv.x): x}), 1e-11)
 
 
@@ -108,10 +108,10 @@ def in_place(x: np.ndarray) -> np.ndarray:
     return y
 
 
-@pytest.mark.parametrize("extents", [(None, None), (9, 12)], ids=["any", "one"])
+@pytest.mark.parametrize("sizes", [(None, None), (9, 12)], ids=["any", "one"])
 @pytest.mark.parametrize("f", [differences, every_other, in_place])
-def test_what_slices_say_is_found(f: Function, extents: Sequence[int | None]) -> None:
-    assert_found(f, 3, extents, 1, [(17, 20), (8, 9)] if None in extents else ())
+def test_what_slices_say_is_found(f: Function, sizes: Sequence[int | None]) -> None:
+    assert_found(f, 3, sizes, 1, [(17, 20), (8, 9)] if None in sizes else ())
 
 
 def test_the_zero_function_is_a_kernel_of_zeros() -> None:
@@ -157,14 +157,14 @@ def phases(x: np.ndarray) -> np.ndarray:
 
 NONE: dict[str, Function] = {
     "relu": lambda x: OUTER(np.maximum(INNER(x), 0)),
-    "relu behind": lambda x: np.maximum(INNER(x), 0),
+    "relu after": lambda x: np.maximum(INNER(x), 0),
     "relu far from zero": lambda x: OUTER(np.maximum(INNER(x), -1000)),
     "relu far above zero": lambda x: np.minimum(INNER(x), 1000),
     "relu on one channel": one_channel_clipped,
     "leaky": lambda x: np.where(x > 0, x, 0.999 * x),
     "square": lambda x: x + 1e-6 * x**2,
     "absolute": np.abs,
-    "shift in front of zero padding": lambda x: INNER(x + 1),
+    "shift before zero padding": lambda x: INNER(x + 1),
     "pad with ones": lambda x: function("3->4 k=3x3 s=1 p=0")(
         np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=1)
     ),
@@ -191,24 +191,24 @@ NONE: dict[str, Function] = {
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
-@pytest.mark.parametrize("extents", [(None, None), (9, 12), (5, 5)], ids=["any", "one", "square"])
+@pytest.mark.parametrize("sizes", [(None, None), (9, 12), (5, 5)], ids=["any", "one", "square"])
 @pytest.mark.parametrize("name", NONE)
-def test_anything_else_is_refused(name: str, extents: Sequence[int | None]) -> None:
+def test_anything_else_is_refused(name: str, sizes: Sequence[int | None]) -> None:
     for dtype in (np.dtype(np.float64), np.dtype(np.float32)):
-        assert isinstance(probe(NONE[name], 3, extents, dtype=dtype), Declined)
+        assert isinstance(probe(NONE[name], 3, sizes, dtype=dtype), Declined)
 
 
-@pytest.mark.parametrize("extents", [(1, 1), (2, 2), (2, 3), (3, 3)])
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2), (2, 3), (3, 3)])
 @pytest.mark.parametrize("name", ["relu", "relu on one channel", "square", "reflect", "flip", "mean over the map"])
-def test_tiny_maps_hide_nothing(name: str, extents: tuple[int, int]) -> None:
+def test_tiny_maps_hide_nothing(name: str, sizes: tuple[int, int]) -> None:
     """On a map as small as the kernel some of these are convolutions; then they must equal it."""
-    if name == "reflect" and min(extents) < 2:
+    if name == "reflect" and min(sizes) < 2:
         return
     f = NONE[name]
-    conv = probe(f, 3, extents)
+    conv = probe(f, 3, sizes)
     if isinstance(conv, Conv):
         for scale in (1.0, 1e3):
-            x = scale * np.random.default_rng(9).standard_normal((1, 3, *extents))
+            x = scale * np.random.default_rng(9).standard_normal((1, 3, *sizes))
             assert_close(f(x), reference(conv, {cast(Source, conv.x): x}), 1e-9)
     if name in ("relu", "square"):
         assert isinstance(conv, Declined)

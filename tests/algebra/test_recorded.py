@@ -120,7 +120,7 @@ def test_what_is_not_needed_is_not_done() -> None:
     tape = Tape()
     a, b = (recorded(parse(NORM_BEFORE), tape).weight for _ in "ab")  # type: ignore[union-attr]
     kept = a * 2
-    b * 3
+    _ = b * 3
     program = Program(tape, [cast(Any, kept).at], values)
     assert len(program.sources) == 1
     assert len(program._steps) == 2

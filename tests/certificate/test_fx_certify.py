@@ -98,13 +98,13 @@ def test_sizes_that_vary_are_symbols() -> None:
 def test_sizes_that_may_differ_have_other_symbols() -> None:
     """Strides that agree at even sizes, axes of one length, and a second argument of one size with the first."""
 
-    class Extents(nn.Module):
+    class Sizes(nn.Module):
         def forward(self, x: Tensor, z: Tensor) -> Tensor:
             even, odd = F.avg_pool2d(x, 2, 2), F.max_pool2d(x, 3, 2, 1)
             return (even.mean((2, 3)) + odd.mean((2, 3)))[:, :, None, None] + (x + z)
 
     x = torch.randn(2, 3, 8, 8)
-    shapes = shapes_of(trace(Extents()), [x, x])
+    shapes = shapes_of(trace(Sizes()), [x, x])
     even, odd = shapes["avg_pool2d"], shapes["max_pool2d"]
     assert all(m != n for m, n in zip(even[2:], odd[2:], strict=True))
     assert shapes["x"][2] != shapes["x"][3]
@@ -619,7 +619,7 @@ def test_the_size_of_a_parameter() -> None:
 SIZES: dict[str, Callable[[Tensor], Any]] = {
     "of some": lambda y: y.shape[1:3],
     "of the last": lambda y: (y.shape[-3:][0], y.shape[-3:][1]),
-    "from behind": lambda y: (y.shape[1], y.shape[1:][-2]),
+    "from after": lambda y: (y.shape[1], y.shape[1:][-2]),
     "by name": lambda y: (y.size(1), y.size(2)),
 }
 

@@ -1,4 +1,4 @@
-"""What the certificate calls equal is equal: pairs of small models of which one was mutated, run in ONNX Runtime."""
+"""What the certificate calls equal is equal: pairs of small models, one of them mutated, run in ONNX Runtime."""
 
 from __future__ import annotations
 

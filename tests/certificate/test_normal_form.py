@@ -210,7 +210,7 @@ def test_one_wrong_coefficient_among_many(kind: str) -> None:
 
 
 def test_taps_that_read_nothing_may_be_anything_among_many() -> None:
-    """A border in front of two elements, of which one is left."""
+    """A border before two elements, of which one is left."""
     k = kernel(np.random.default_rng(15), 128, 128, 3, 1, 1, 0)
     pair = nf.leaf("x", (N, Dim(128), Dim(2)))
     other = k.weight.astype(np.float32)
@@ -290,7 +290,7 @@ def test_views() -> None:
 
 
 def test_zeros_between_make_a_transposed_kernel() -> None:
-    """Offsets that only meet zeros do not count; matrices in front and factors behind do."""
+    """Offsets that only meet zeros do not count; matrices before and factors after do."""
     rng = np.random.default_rng(10)
     k = replace(kernel(rng, 3, 3, 4, 1, 1, 1), delta=(-2,))
     matrix = rng.standard_normal((3, 3))

@@ -17,7 +17,7 @@ from reparamc.onnx.fuse import fuse_model
 
 
 def network(**options: object) -> ModelProto:
-    """Two branches and a skip connection, a depthwise link with stride, groups, and a linear layer behind a mean."""
+    """Two branches and a skip connection, a depthwise link with stride, groups, and a linear layer after a mean."""
     nodes = [
         node("Conv", "x w3", "c3", **PAD),
         batchnorm("c3", "n3", "b3"),
@@ -209,7 +209,7 @@ def test_names_that_only_one_graph_has_are_no_obstacle() -> None:
 
 
 def chain() -> ModelProto:
-    """Kernel after kernel with a BatchNorm behind each, and two heads over one mean."""
+    """Kernel after kernel with a BatchNorm after each, and two heads over one mean."""
     nodes = [
         node("Conv", "x w1", "c1"),
         batchnorm("c1", "n1", "b1"),

@@ -98,7 +98,7 @@ def like(hint: str) -> ModelProto:
 
 
 def sum_of_two(split: bool) -> ModelProto:
-    """A kernel behind a sum, or before it: not the same where one term is repeated."""
+    """A kernel after a sum, or before it: not the same where one term is repeated."""
     apart = [node("Conv", "x w", "a", pads=[1] * 4), node("Conv", "z w", "b", pads=[1] * 4), node("Add", "a b", "y")]
     at_once = [node("Add", "x z", "s"), node("Conv", "s w", "y", pads=[1] * 4)]
     return model(apart if split else at_once, {"w": rand(3, 3, 3, 3)}, IMAGE, inputs={"z": ("N", 3, "P", "Q")})
@@ -142,13 +142,13 @@ def nothing(axis: int) -> ModelProto:
 
 
 def cast(off: float) -> ModelProto:
-    """A weight in float32, and half the precision behind it."""
+    """A weight in float32, and half the precision after it."""
     nodes = [node("Mul", "x w", f"a{off}"), node("Floor", f"a{off}", f"b{off}"), node("Cast", f"b{off}", "y", to=10)]
     return model(nodes, {"w": np.array([1 - off], np.float32)}, IMAGE)
 
 
 def largest(off: float) -> ModelProto:
-    """A weight in float64, and no precision behind it."""
+    """A weight in float64, and no precision after it."""
     nodes = [node("Mul", "x w", f"a{off}"), node("ArgMax", f"a{off}", "y", axis=0)]
     return model(nodes, {"w": np.array([1, 1 + off])}, (2,), dtype=TensorProto.DOUBLE)
 
@@ -249,7 +249,7 @@ def test_a_window_that_fits_every_map_is_read(size: int | str, stride: int, bord
     assert certify_onnx(made[0], made[1]).holds
 
 
-def test_what_is_stacked_has_one_extent() -> None:
+def test_what_is_stacked_has_one_size() -> None:
     """However the sizes of the two inputs are called: a concatenation repeats nothing."""
     assert certify_onnx(stacked(True), stacked(False)).holds
 
@@ -290,7 +290,7 @@ def test_a_stride_along_one_position_is_no_difference() -> None:
     assert certify_onnx(slices[0], slices[1]).different == 0
 
 
-def times_extent(pick: Any) -> ModelProto:
+def times_size(pick: Any) -> ModelProto:
     """A map of the sizes N, 3, H, 4 times what ``pick`` takes of its shape, or times a number."""
     constants = {"one": np.array(1), "two": np.array(2), "last": whole(-1), "end": whole(2**62), "back": whole(-1)}
     nodes = [node("Relu", "x", "r"), node("Shape", "r", "s")]
@@ -307,21 +307,21 @@ PICKED = [(node("Gather", "s one", "p"), 3), (node("Slice", "s last end", "p"), 
 
 
 @pytest.mark.parametrize(("pick", "number"), PICKED)
-def test_an_extent_beside_open_ones(pick: Any, number: int) -> None:
-    original, result = times_extent(pick), times_extent(number)
+def test_an_size_beside_open_ones(pick: Any, number: int) -> None:
+    original, result = times_size(pick), times_size(number)
     assert outcome(original, {"x": rand(2, 3, 5, 4)}) == outcome(result, {"x": rand(2, 3, 5, 4)})
     assert certify_onnx(original, result).holds
-    assert not certify_onnx(original, times_extent(number + 1)).holds
+    assert not certify_onnx(original, times_size(number + 1)).holds
 
 
 OPEN = [node("Gather", "s two", "p"), node("Slice", "s last end - back", "p")]
 
 
 @pytest.mark.parametrize("pick", OPEN)
-def test_an_open_extent_is_no_number(pick: Any) -> None:
+def test_an_open_size_is_no_number(pick: Any) -> None:
     """Or may be read otherwise by another implementation: in reverse."""
     for number in (3, 4, 5):
-        assert not certify_onnx(times_extent(pick), times_extent(number)).holds
+        assert not certify_onnx(times_size(pick), times_size(number)).holds
 
 
 @pytest.mark.parametrize("wrong", ONNX_VALUES, ids=lambda f: f.name)

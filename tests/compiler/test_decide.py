@@ -34,7 +34,7 @@ class Readers(nn.Module):
         return self.build(self, x)
 
     def enter(self, x: Any) -> Any:
-        """From here on the channels are known, and nothing in front is linear."""
+        """From here on the channels are known, and nothing before is linear."""
         return F.silu(self.stem(x))
 
 
@@ -102,7 +102,7 @@ FOLDED: dict[Callable[[Any, Any], Any], dict[str, int]] = {
     averaged: {"Conv2d": 4, "avg_pool2d": 1},
 }
 CHECKS = ("silu", "dim", "eq", "_assert")
-"""What is left besides layers: the activation in front, and the checks of the rank that a norm makes."""
+"""What is left besides layers: the activation before, and the checks of the rank that a norm makes."""
 
 
 @pytest.mark.parametrize("forward", FOLDED)

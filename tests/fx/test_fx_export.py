@@ -27,7 +27,7 @@ C = CHANNELS
 
 
 class PadsAsNeeded(nn.Module):
-    """A convolution whose padding is computed from the extents of its input, with control flow."""
+    """A convolution whose padding is computed from the sizes of its input, with control flow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Standardised(nn.Module):
 
 
 class Halves(nn.Module):
-    """Two branches of stride 2 whose extents agree for even sizes alone."""
+    """Two branches of stride 2 whose sizes agree for even sizes alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class HalvesEven(Halves):
 
 
 @pytest.mark.parametrize(("make", "left"), [(Halves, 2), (HalvesEven, 2)])
-def test_extents_that_agree_for_some_sizes_only(make: Callable[[], nn.Module], left: int) -> None:
+def test_sizes_that_agree_for_some_sizes_only(make: Callable[[], nn.Module], left: int) -> None:
     torch.manual_seed(0)
     model = make().eval()
     x = torch.randn(2, C, 8, 6)
@@ -232,7 +232,7 @@ def test_arguments_keep_their_names() -> None:
         assert relative_error(fused(x, scale=3.0, shift=shift), model(x, scale=3.0, shift=shift)) < 1e-5
 
 
-# Ranks and extents
+# Ranks and sizes
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -326,7 +326,7 @@ def test_no_rank_is_asserted_where_the_model_fixes_it() -> None:
 
 @pytest.mark.parametrize("operator", [torch.add, torch.mul])
 def test_constant_with_the_rank_of_its_operand(operator: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """The extents of a constant say nothing about those of a value of unknown extents."""
+    """The sizes of a constant say nothing about those of a value of unknown sizes."""
     model = ready(
         Net(
             lambda m, x: m.n(operator(x[:, :, ::2, ::2], m.g)).sum((0, 2, 3)), n=nn.BatchNorm2d(C), g=vector(1, C, 1, 1)
@@ -339,7 +339,7 @@ def test_constant_with_the_rank_of_its_operand(operator: Callable[[Tensor, Tenso
             assert relative_error(run(fused, x), run(model, x)) < 1e-12
 
 
-def test_extents_are_those_of_their_own_axis() -> None:
+def test_sizes_are_those_of_their_own_axis() -> None:
     """A number of channels that one axis must have is not taken for another axis."""
     model = ready(
         Net(

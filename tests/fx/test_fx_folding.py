@@ -268,7 +268,7 @@ def test_values_that_are_not_finite_stay(value: float) -> None:
     torch.testing.assert_close(run(fused, x), run(model, x), equal_nan=True)
 
 
-def test_norm_in_front_of_padding_stays() -> None:
+def test_norm_before_padding_stays() -> None:
     norm, conv = nn.BatchNorm2d(CHANNELS), nn.Conv2d(CHANNELS, 6, 3, padding=1)
     assert counts(check(nn.Sequential(norm, conv))) == (1, 1)
     assert counts(check(nn.Sequential(norm, nn.Conv2d(CHANNELS, 6, 1, padding=1)))) == (1, 1)
@@ -322,7 +322,7 @@ def test_equal_lengths_of_one_dimension() -> None:
 @pytest.mark.parametrize(
     "between", [lambda x: F.glu(x, 1), lambda x: x.exp()[:, :CHANNELS], lambda x: x.sort()[0][:, ::2]]
 )
-def test_the_rank_behind_any_operator_follows_from_an_example(between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_the_rank_after_any_operator_follows_from_an_example(between: Callable[[torch.Tensor], torch.Tensor]) -> None:
     model = Net(
         lambda m, x: m.norm(m.conv(between(m.wide(x)))),
         wide=nn.Conv1d(CHANNELS, 2 * CHANNELS, 3),

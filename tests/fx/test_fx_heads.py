@@ -1,4 +1,4 @@
-"""1/sqrt(d) behind channels that have been split into heads, through PyTorch: into the projection of the queries."""
+"""1/sqrt(d) after channels that have been split into heads, through PyTorch: into the projection of the queries."""
 
 from __future__ import annotations
 

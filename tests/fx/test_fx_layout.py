@@ -39,7 +39,7 @@ BEHIND_CONV: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "unpacked": lambda m, x: _unpacked(m.a(x)),
     "copy between": lambda m, x: m.a(x).permute(0, 1, 3, 2).contiguous().view(x.shape[0], C, -1),
     "module": lambda m, x: F.adaptive_avg_pool2d(m.a(x), 1).flatten(1),
-    "norm behind flatten": lambda m, x: m.tokens(m.a[0](x).flatten(2)),
+    "norm after flatten": lambda m, x: m.tokens(m.a[0](x).flatten(2)),
     "unflatten": lambda m, x: m.n(m.a[0](x).flatten(2).unflatten(2, (x.shape[2], x.shape[3]))),
 }
 
@@ -53,7 +53,7 @@ def _unpacked(y: Tensor) -> Tensor:
     ("name", "examples"),
     [(name, given) for name in BEHIND_CONV for given in (True, False)],
 )
-def test_norm_of_a_conv_and_layouts_behind(name: str, examples: bool) -> None:
+def test_norm_of_a_conv_and_layouts_after(name: str, examples: bool) -> None:
     assert counts(check(Net(BEHIND_CONV[name], **parts()), *CUBES, examples=examples))[1] == 0
 
 
@@ -97,7 +97,7 @@ BROADCAST: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", BROADCAST)
-def test_operands_of_equal_rank_and_different_extents(name: str) -> None:
+def test_operands_of_equal_rank_and_different_sizes(name: str) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = BROADCAST[name](m, torch.relu(m.a(x)))
         return m.linear(y.reshape(-1, C)) + m.linear(y.flatten(2).reshape(-1, C))
@@ -110,9 +110,9 @@ def test_operands_of_equal_rank_and_different_extents(name: str) -> None:
 
 @pytest.mark.parametrize("examples", [False, True])
 def test_norm_over_tokens_stays(examples: bool) -> None:
-    behind = Net(lambda m, x: m.tokens(m.linear(x)), **parts())
-    in_front = Net(lambda m, x: m.linear(m.tokens(x)), **parts())
-    for model in (behind, in_front):
+    after = Net(lambda m, x: m.tokens(m.linear(x)), **parts())
+    before = Net(lambda m, x: m.linear(m.tokens(x)), **parts())
+    for model in (after, before):
         assert counts(check(model, (C, C, C), (2, C, C), examples=examples)) == (1, 1)
 
 
@@ -134,7 +134,7 @@ TOKEN_NORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "transposed": lambda m, x: m.tokens(m.linear(x).transpose(1, 2)).transpose(1, 2),
     "flattened": lambda m, x: m.tokens(m.linear(x).flatten(0, 1)),
     "flattened and back": lambda m, x: m.tokens(m.linear(x).flatten(0, 1)).reshape(x.shape[0], x.shape[1], C),
-    "in front": lambda m, x: m.linear(m.tokens(x.transpose(1, 2)).transpose(1, 2)),
+    "before": lambda m, x: m.linear(m.tokens(x.transpose(1, 2)).transpose(1, 2)),
 }
 
 
@@ -153,8 +153,8 @@ def _tokens(x: Tensor) -> Tensor:
 SCALES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "on tokens": lambda m, x: m.g * m.linear(_tokens(x)),
     "then reshaped": lambda m, x: (m.linear(_tokens(x)) * m.g).transpose(1, 2).reshape(x.shape),
-    "behind reshape": lambda m, x: m.linear(_tokens(x)).transpose(1, 2).reshape(x.shape) * m.map,
-    "behind unflatten": lambda m, x: m.linear(_tokens(x)).transpose(1, 2).unflatten(2, x.shape[2:]) * m.map,
+    "after reshape": lambda m, x: m.linear(_tokens(x)).transpose(1, 2).reshape(x.shape) * m.map,
+    "after unflatten": lambda m, x: m.linear(_tokens(x)).transpose(1, 2).unflatten(2, x.shape[2:]) * m.map,
     "residual": lambda m, x: x + m.map * m.linear(_tokens(x)).transpose(1, 2).unflatten(2, x.shape[2:]),
 }
 

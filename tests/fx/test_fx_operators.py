@@ -158,7 +158,7 @@ NORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 def _check(model: Net, shape: tuple[int, ...]) -> None:
-    """Of a model whose ``run`` ends in one operator, behind a BatchNorm that tells the channels of its operand."""
+    """Of a model whose ``run`` ends in one operator, after a BatchNorm that tells the channels of its operand."""
     forward = model.run
     model.first = NORMS[len(shape)](6) if len(shape) > 2 and shape[1] == 6 else nn.Identity()
     model.run = lambda m, x: forward(m, m.first(x))
@@ -238,7 +238,7 @@ def test_left_alone(name: str) -> None:
     assert not isinstance(found, Reading) or found.axis is None
 
 
-def test_norm_behind_a_transposed_convolution() -> None:
+def test_norm_after_a_transposed_convolution() -> None:
     strided: dict[str, Any] = {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}
     geometries: tuple[dict[str, Any], ...] = ({}, {"stride": 2}, strided)
     for options in geometries:

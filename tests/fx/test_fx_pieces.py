@@ -1,4 +1,4 @@
-"""A convolution that is cut into pieces, of which some are scaled, through PyTorch."""
+"""A convolution that is cut into pieces, some of them scaled, through PyTorch."""
 
 from __future__ import annotations
 

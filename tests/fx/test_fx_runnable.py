@@ -97,7 +97,7 @@ def test_state_and_random_numbers_are_as_before() -> None:
     assert torch.equal(x, given)
 
 
-def test_a_forward_that_raises_leaves_nothing_behind() -> None:
+def test_a_forward_that_raises_leaves_nothing_after() -> None:
     model = Stateful()
     with pytest.raises(RuntimeError):
         run(model, (torch.randn(4, 2),), {})

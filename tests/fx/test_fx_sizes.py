@@ -41,7 +41,7 @@ def size_before(m: Any, x: Tensor) -> Tensor:
     return m.a[1](y).relu().view(b, -1)
 
 
-def size_behind(m: Any, x: Tensor) -> Tensor:
+def size_after(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     z = m.a[1](y).relu()
     return z.view(y.size(0), -1, y.size(-1))
@@ -99,7 +99,7 @@ def computed(m: Any, x: Tensor) -> Tensor:
 FREED = [
     unpacked,
     size_before,
-    size_behind,
+    size_after,
     whole_size,
     whole_shape,
     keyword,
@@ -157,7 +157,7 @@ def test_a_number_that_is_needed_before_anybody_tells_it() -> None:
 
 
 def test_who_tells_a_size_is_held_to_the_rank_of_the_example() -> None:
-    """An image without a batch has its channels where the batch was: 6 behind the convolution, and 4 before."""
+    """An image without a batch has its channels where the batch was: 6 after the convolution, and 4 before."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.one(x)

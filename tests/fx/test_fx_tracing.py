@@ -503,7 +503,7 @@ def test_pickle_with_fixed_arguments() -> None:
 
 
 class InLowPrecision(nn.Module):
-    """A layer that computes in bfloat16, and a scale behind another one."""
+    """A layer that computes in bfloat16, and a scale after another one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ def wrong_padding(original: Any) -> Any:
     return lambda self, e: original(self, dataclasses.replace(e, offset=tuple(o + 1 for o in e.offset)))
 
 
-def other_extent(original: Any) -> Any:
+def other_size(original: Any) -> Any:
     return lambda self, e: original(self, dataclasses.replace(e, delta=tuple(d + 2 for d in e.delta)))
 
 
@@ -84,7 +84,7 @@ FAULTS = {
     "one weight lost": ("_tensor", scaled(0.0)),
     "bias lost": ("_conv", forgotten_bias),
     "kernel shifted": ("_conv", wrong_padding),
-    "other extent": ("_conv", other_extent),
+    "other size": ("_conv", other_size),
     "not finite": ("_tensor", not_finite),
 }
 

@@ -14,7 +14,7 @@ from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.session import random_inputs
 from reparamc.report.data import Report
 
-Extents = Sequence[int | str]
+Sizes = Sequence[int | str]
 SIZES = (7, 8)
 
 
@@ -31,17 +31,17 @@ def node(op: str, inputs: str, outputs: str, **attributes: Any) -> NodeProto:
 def model(
     nodes: Sequence[NodeProto],
     parameters: Mapping[str, Any],
-    shape: Extents = ("N", 6, "H", "W"),
+    shape: Sizes = ("N", 6, "H", "W"),
     *,
     outputs: str = "y",
     opset: int = 17,
     ir_version: int = 8,
     dtype: int = TensorProto.FLOAT,
-    inputs: Mapping[str, Extents] | None = None,
+    inputs: Mapping[str, Sizes] | None = None,
     domains: Sequence[str] = (),
     **rest: Any,
 ) -> ModelProto:
-    """A model with input ``x`` of ``shape`` (and ``inputs``) whose outputs are of unknown extents."""
+    """A model with input ``x`` of ``shape`` (and ``inputs``) whose outputs are of unknown sizes."""
     infos = [helper.make_tensor_value_info(n, dtype, s) for n, s in {"x": shape, **(inputs or {})}.items()]
     results = [helper.make_empty_tensor_value_info(name) for name in outputs.split()]
     tensors = [numpy_helper.from_array(np.asarray(a, order="C"), n) for n, a in parameters.items()]
@@ -50,7 +50,7 @@ def model(
     made = helper.make_model(graph, opset_imports=imports, ir_version=ir_version, **rest)
     inferred = shape_inference.infer_shapes(made).graph
     types = {v.name: v.type.tensor_type for v in (*inferred.input, *inferred.value_info, *inferred.output)}
-    for info in made.graph.output:  # the checker asks for a rank, extents stay unknown
+    for info in made.graph.output:  # the checker asks for a rank, sizes stay unknown
         info.type.tensor_type.elem_type = types[info.name].elem_type or dtype
         info.type.tensor_type.shape.SetInParent()
         for _ in types[info.name].shape.dim if types[info.name].HasField("shape") else shape:
@@ -101,8 +101,8 @@ def fuse(original: ModelProto, tolerance: float = 1e-5, **options: Any) -> tuple
 
 def assert_equal_outputs(original: ModelProto, fused: ModelProto, tolerance: float = 1e-5) -> None:
     assert [o.SerializeToString() for o in original.graph.output] == [o.SerializeToString() for o in fused.graph.output]
-    for seed, extent in enumerate(SIZES):
-        feeds = random_inputs(original, seed, extent)
+    for seed, size in enumerate(SIZES):
+        feeds = random_inputs(original, seed, size)
         for a, b in zip(run(original, feeds), run(fused, feeds), strict=True):
             assert_close(a, b, tolerance)
 

@@ -40,7 +40,7 @@ def test_chain_of_operators_leaves_one_constant() -> None:
     assert [tuple(t.dims) for t in fused.graph.initializer] == [(4, 6, 1, 1)]
 
 
-def test_shape_of_known_extents() -> None:
+def test_shape_of_known_sizes() -> None:
     nodes = [
         node("Shape", "x", "s"), node("Gather", "s one", "c", axis=0), node("Concat", "m c", "t", axis=0),
         node("Reshape", "x t", "y"),
@@ -61,7 +61,7 @@ def test_part_of_a_shape(start: int, end: int | None) -> None:
     assert operators(folded(model(nodes, {}, (2, 6, 4, 5))))["Shape"] == 0
 
 
-def test_shape_of_unknown_extents() -> None:
+def test_shape_of_unknown_sizes() -> None:
     nodes = [
         node("Shape", "x", "s"),
         node("Cast", "s", "f", to=1),

@@ -1,4 +1,4 @@
-"""What ONNX Runtime fuses by itself is still there for it to fuse."""
+"""What ONNX Runtime fuses on its own is still there for it to fuse."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_rewrite_that_hides_a_gelu_is_undone() -> None:
 
 
 def test_a_gelu_that_nothing_reads_any_more_is_no_loss() -> None:
-    """It stands in a branch that ends in a convolution of zeros."""
+    """It is in a branch that ends in a convolution of zeros."""
     parameters = {**NUMBERS, "w": weight(5, 5, 1, 1), "z": np.zeros((5, 5, 1, 1), np.float32)}
     nodes = [node("Relu", "x", "r"), node("Conv", "r w", "c"), *gelu("c", "g"), node("Conv", "g z", "d")]
     nodes += [*gelu("r", "h"), node("Conv", "h w", "e"), node("Add", "d e", "y")]
@@ -124,7 +124,7 @@ def test_where_all_is_undone_the_model_is_as_it_was() -> None:
 
 @pytest.mark.usefixtures("unprotected")
 def test_a_layer_norm_is_protected_too() -> None:
-    """Its scale and shift could go into the linear layer behind it."""
+    """Its scale and shift could go into the linear layer after it."""
     parameters = {"two": np.array(2, np.float32), "eps": np.array(1e-5, np.float32)}
     parameters |= {"s": 1 + weight(7), "t": weight(7), "w": weight(7, 7)}
     nodes = [

@@ -1,4 +1,4 @@
-"""1/sqrt(d) behind channels that have been split into heads: into the projection that computes the queries."""
+"""1/sqrt(d) after channels that have been split into heads: into the projection that computes the queries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from expression_models import operators
 from onnx import ModelProto, NodeProto
-from onnx_models import Extents, assert_left, fuse, model, node, rand, reasons
+from onnx_models import Sizes, assert_left, fuse, model, node, rand, reasons
 
 from reparamc.certificate.onnx import certify_onnx
 from reparamc.onnx.fuse import fuse_model
@@ -38,7 +38,7 @@ SPLIT = [
 
 
 def made(
-    *nodes: NodeProto, shape: Extents = ("N", "L", WIDTH), outputs: str = "y z", **parameters: np.ndarray
+    *nodes: NodeProto, shape: Sizes = ("N", "L", WIDTH), outputs: str = "y z", **parameters: np.ndarray
 ) -> ModelProto:
     given = {**PARAMETERS, **parameters}
     used = {name for n in nodes for name in n.input}
@@ -55,7 +55,7 @@ def folded(*nodes: NodeProto, **more: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("shape", [("N", "L", WIDTH), (2, 5, WIDTH)])
-def test_queries_of_their_own(shape: Extents) -> None:
+def test_queries_of_their_own(shape: Sizes) -> None:
     nodes = [node("MatMul", f"x w{name}", name) for name in "qk"]
     nodes += [node("Reshape", f"{name} heads", f"{name}r") for name in "qk"]
     nodes += [node("Transpose", "qr", "qt", perm=[0, 2, 1, 3]), node("Transpose", "kr", "kt", perm=[0, 2, 3, 1])]
@@ -65,7 +65,7 @@ def test_queries_of_their_own(shape: Extents) -> None:
 
 @pytest.mark.parametrize("pieces", [TAKEN, SPLIT], ids=["gather", "split"])
 @pytest.mark.parametrize("shape", [("N", "L", WIDTH), (2, 5, WIDTH)])
-def test_queries_of_one_projection(pieces: list[NodeProto], shape: Extents) -> None:
+def test_queries_of_one_projection(pieces: list[NodeProto], shape: Sizes) -> None:
     found = folded(*IN_HEADS, *pieces, node("Mul", "q half", "s"), *SCORES, shape=shape)
     assert "Mul" not in found
     assert (found["MatMul"], found["Transpose"], found["Select"]) == (2, 2, 1 if pieces is SPLIT else 3)
@@ -108,7 +108,7 @@ def test_cut_before_it_is_split_into_heads() -> None:
     assert "Mul" not in found
 
 
-def test_a_factor_in_front_of_patches() -> None:
+def test_a_factor_before_patches() -> None:
     nodes = [node("Div", "x bytes", "i"), node("Reshape", "i six", "r")]
     nodes += [node("Transpose", "r", "t", perm=[0, 2, 4, 1, 3, 5]), node("Reshape", "t flat", "p")]
     nodes += [node("MatMul", "p e", "y")]
@@ -130,7 +130,7 @@ def test_a_projection_that_is_read_whole() -> None:
     assert_left(made(*IN_HEADS, *TAKEN, node("Mul", "q half", "s"), *SCORES, node("Relu", "c", "u"), outputs="y z u"))
 
 
-def test_behind_something_that_is_not_linear() -> None:
+def test_after_something_that_is_not_linear() -> None:
     nodes = [node("Relu", "x", "c"), node("Reshape", "c heads", "r"), node("Mul", "r half", "y")]
     report = assert_left(made(*nodes, shape=("N", "L", 8), outputs="y"))
     assert "may belong to an activation" in "".join(reasons(report))

@@ -201,7 +201,7 @@ def test_a_kept_file_with_weights_beside_it_is_whole(verdict: Verdict, tmp_path:
 
 
 def test_really(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs, on a model of unknown extents; who wins is not for a test to say."""
+    """It runs, on a model of unknown sizes; who wins is not for a test to say."""
     monkeypatch.setattr(onnx_latency, "BUDGET", 0.1)
     original = conv_norm()
     fused, _ = fuse_model(original)

@@ -236,7 +236,7 @@ def test_data_that_is_too_short() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Conv", "BatchNormalization", "MatMul", "Gemm"])
-def test_an_open_extent_that_an_operator_demands(kind: str) -> None:
+def test_an_open_size_that_an_operator_demands(kind: str) -> None:
     """Inputs for the comparison of whole models have as many channels as the first operator takes."""
     parameters = N | {"w": W3, "m": rand(6, 6)}
     nodes = {
@@ -269,7 +269,7 @@ def test_a_branch_of_zeros_stays_with_a_reason() -> None:
 
 
 def forgets_the_shift(e: Expr) -> Expr | None:
-    """BatchNorm behind a convolution, its shift left out."""
+    """BatchNorm after a convolution, its shift left out."""
     if isinstance(e, BatchNorm) and isinstance(e.x, Conv):
         return scale_outputs(e.x, coefficients(e)[0], np.zeros(()))
     return None

@@ -1,4 +1,4 @@
-"""A convolution that is cut into pieces, of which some are scaled: into the rows of these pieces, or not at all."""
+"""A convolution that is cut into pieces, some of them scaled: into the rows of these pieces, or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from expression_models import operators
 from onnx import ModelProto, NodeProto
-from onnx_models import Extents, assert_left, batchnorm, fuse, model, node, norm, rand, reasons
+from onnx_models import Sizes, assert_left, batchnorm, fuse, model, node, norm, rand, reasons
 
 from reparamc.algebra.expr import Scale
 from reparamc.compiler import split_scales as pieces
@@ -32,7 +32,7 @@ CONV = node("Conv", "x w b", "c", kernel_shape=[3, 3], pads=[1, 1, 1, 1])
 SPLIT = node("Split", "c sizes", "q k v", axis=1)
 
 
-def made(*nodes: NodeProto, outputs: str = "y z k", shape: Extents = ("N", 6, "H", "W"), **more: Any) -> ModelProto:
+def made(*nodes: NodeProto, outputs: str = "y z k", shape: Sizes = ("N", 6, "H", "W"), **more: Any) -> ModelProto:
     used = {name for n in nodes for name in n.input}
     parameters = {name: a for name, a in {**PARAMETERS, **more.pop("parameters", {})}.items() if name in used}
     return model(nodes, parameters, shape, outputs=outputs, **more)
@@ -55,7 +55,7 @@ def only(fused: ModelProto, op: str) -> NodeProto:
     return found
 
 
-def test_a_norm_behind_one_piece() -> None:
+def test_a_norm_after_one_piece() -> None:
     fused, found = folded(CONV, SPLIT, batchnorm("q", "q", "y"), node("Relu", "v", "z"), outputs="y z k")
     assert found == {"Conv": 1, "Select": 1, "Relu": 1}
     assert list(only(fused, "Split").output) == ["y", "k", "v"]
@@ -66,7 +66,7 @@ def test_what_changes_in_meaning_changes_its_name() -> None:
     assert not {"c", "q"} & {name for n in fused.graph.node for name in n.output}
 
 
-def test_norms_behind_several_pieces() -> None:
+def test_norms_after_several_pieces() -> None:
     nodes = [CONV, SPLIT, batchnorm("q", "q", "a"), batchnorm("v", "v", "d")]
     nodes += [node("Relu", "a", "y"), node("Transpose", "d", "z", perm=[0, 2, 3, 1])]
     _, found = folded(*nodes, pieces=2, outputs="y z k")
@@ -79,7 +79,7 @@ def test_a_norm_and_a_scale_in_a_row() -> None:
     assert found == {"Conv": 1, "Select": 1, "Relu": 1}
 
 
-def test_behind_a_norm_of_all_pieces() -> None:
+def test_after_a_norm_of_all_pieces() -> None:
     """The first norm goes into the convolution by itself, the second into what becomes of it."""
     every = batchnorm("c", "n", "e")
     nodes = [CONV, every, node("Split", "e sizes", "q k v", axis=1), batchnorm("k", "k", "y"), node("Relu", "q", "z")]
@@ -187,7 +187,7 @@ def test_a_convolution_that_something_else_reads() -> None:
     left(CONV, SPLIT, batchnorm("q", "q", "y"), node("Relu", "c", "z"), outputs="y z k v", reason=OTHERS)
 
 
-def test_a_convolution_whose_extents_something_reads() -> None:
+def test_a_convolution_whose_sizes_something_reads() -> None:
     left(CONV, SPLIT, batchnorm("q", "q", "y"), node("Shape", "c", "z"), outputs="y z k v", reason=OTHERS)
 
 
@@ -296,7 +296,7 @@ def test_one_region_reads_two_pieces() -> None:
 
 
 def sequence(levels: Sequence[str]) -> list[NodeProto]:
-    """Convolutions in pieces, one behind the other: each is cut, and its first piece is scaled and goes on."""
+    """Convolutions in pieces, one after the other: each is cut, and its first piece is scaled and goes on."""
     nodes, x = [], "x"
     for at, level in enumerate(levels):
         nodes += [node("Conv", f"{x} u{at}", f"c{level}", kernel_shape=[1, 1])]

@@ -43,7 +43,7 @@ def shifted_by_slices(relu: bool = False, shape: Sequence[int | str] = ("N", 4, 
 
 
 def rolled(pad: bool = False) -> ModelProto:
-    """The last column put in front, which no convolution does; with ``pad`` it is a column of zeros."""
+    """The last column put before, which no convolution does; with ``pad`` it is a column of zeros."""
     last = [node("Slice", "x a e ax", "last"), node("Mul", "last zero", "edge")]
     nodes = [
         *(last if pad else [node("Slice", "x a e ax", "edge")]),
@@ -56,7 +56,7 @@ def rolled(pad: bool = False) -> ModelProto:
 
 
 def einsum(spatial: bool = False) -> ModelProto:
-    """A matrix of channels by Einsum behind a kernel; or a matrix of rows, which is another one in every place."""
+    """A matrix of channels by Einsum after a kernel; or a matrix of rows, which is another one in every place."""
     equation, matrix = ("nchw,hk->nckw", rand(8, 8)) if spatial else ("nchw,oc->nohw", rand(5, 4))
     nodes = [kernel("x", "a", pads=[0, 0, 0, 0]), node("Einsum", "a m", "y", equation=equation)]
     return model(nodes, {**WEIGHTS, "m": matrix}, (2, 4, 10, 7))
@@ -87,7 +87,7 @@ def depth_to_space(back: bool = True) -> ModelProto:
 
 
 def scattered(value: float = 0.0) -> ModelProto:
-    """The border of a padded map overwritten by a constant, in front of a kernel without padding."""
+    """The border of a padded map overwritten by a constant, before a kernel without padding."""
     rows = np.stack([np.zeros(8), np.arange(8)], axis=1).astype(np.int64)  # row 0, every column
     nodes = [
         node("Pad", "x pads", "padded"),
@@ -149,7 +149,7 @@ def padded_windows() -> ModelProto:
 
 
 def shift(row: int) -> ModelProto:
-    """Zeros in front, as much less behind: the whole map moved down, in front of a kernel."""
+    """Zeros before, as much less after: the whole map moved down, before a kernel."""
     nodes = [
         node("Pad", "x pads", "padded"),
         node("Slice", "padded a e ax", "moved"),
@@ -196,7 +196,7 @@ def test_samples_of_a_batch_stay_apart(kind: str) -> None:
 
 @pytest.mark.parametrize("fold", [False, True])
 def test_a_shift_that_the_border_already_has(fold: bool) -> None:
-    """A BatchNorm behind a 1x1, its map padded with what the norm makes of zeros: exact as a whole, and only so."""
+    """A BatchNorm after a 1x1, its map padded with what the norm makes of zeros: exact as a whole, and only so."""
     parameters = {**norm("n", 4), **WEIGHTS, "w1": rand(4, 4, 1, 1), **integers(pads=[0, 0, 1, 1, 0, 0, 1, 1])}
     first = ("Pad", "Conv") if fold else ("Conv", "Pad")
     nodes = (

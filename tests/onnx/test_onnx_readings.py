@@ -23,7 +23,7 @@ from reparamc.onnx.reference import in_float64
 
 
 def two_blocks(**attributes: Any) -> ModelProto:
-    """Conv and BatchNorm, a ReLU, and linear layers behind the mean, which a misread convolution does not touch."""
+    """Conv and BatchNorm, a ReLU, and linear layers after the mean, which a misread convolution does not touch."""
     nodes = [
         node("Conv", "x w", "c", name="conv", **{**PAD, **attributes}), batchnorm("c", "n", "b", name="norm"),
         node("Relu", "b", "r"), node("MatMul", "r k", "m", name="inner"), node("Add", "m s", "y", name="outer"),

@@ -162,7 +162,7 @@ def test_both_models_are_cut_where_regions_end() -> None:
     weight.raw_data = (np.frombuffer(weight.raw_data, np.float32) + 1).astype(np.float32).tobytes()
     found = run_alone(made, wrong, regions, inputs)
     assert found is not None
-    for name in ("b0", "b2", "b3", "y"):  # those behind do not see it
+    for name in ("b0", "b2", "b3", "y"):  # those after do not see it
         np.testing.assert_array_equal(found.actual[name], seen.actual[name])
     assert np.abs(found.actual["b1"] - seen.actual["b1"]).min() > 0.5
 

@@ -14,7 +14,7 @@ N4 = norm("n", 4)
 IMAGE = ("N", 3, "H", "W")
 
 
-def behind(
+def after(
     first: Sequence[NodeProto], constants: dict[str, np.ndarray], shape: Sequence[int | str] = IMAGE
 ) -> ModelProto:
     """``first``, the last of which computes ``c`` of 4 channels, and BatchNorm and a scale on its output."""
@@ -34,7 +34,7 @@ WEIGHTS = {"w": rand(4, 3, 3, 3), "v": rand(4, 3, 2, 2), "t": rand(3, 4, 4, 4), 
 @pytest.mark.parametrize("name", UNREAD)
 def test_padding_that_follows_from_the_size(name: str) -> None:
     first = UNREAD[name]
-    made = behind([first], {k: a for k, a in WEIGHTS.items() if k in first.input})
+    made = after([first], {k: a for k, a in WEIGHTS.items() if k in first.input})
     fused, report = fuse(made)
     assert operators(fused) == {first.op_type: 1}
     assert report.certificate is not None
@@ -47,14 +47,14 @@ def test_padding_that_follows_from_the_size(name: str) -> None:
 
 def test_a_wanted_output_shape() -> None:
     first = node("ConvTranspose", "x t", "c", output_shape=[11, 8], strides=[2, 2], group=1)
-    assert_folds(behind([first], {"t": WEIGHTS["t"]}, (2, 3, 5, 4)), ConvTranspose=1)
+    assert_folds(after([first], {"t": WEIGHTS["t"]}, (2, 3, 5, 4)), ConvTranspose=1)
 
 
 @pytest.mark.parametrize("groups", [2, 4])
 def test_groups(groups: int) -> None:
     weight = rand(4, 4 // groups, 3, 3)
     first = node("Conv", "x w", "c", auto_pad="SAME_UPPER", strides=[2, 2], group=groups)
-    assert_folds(behind([first], {"w": weight}, ("N", 4, "H", "W")), Conv=1)
+    assert_folds(after([first], {"w": weight}, ("N", 4, "H", "W")), Conv=1)
 
 
 def test_a_convolution_that_the_runtime_has_named() -> None:
@@ -95,7 +95,7 @@ CONV = node("Conv", "x w", "c", pads=[1, 1, 1, 1])
 )
 def test_whole_numbers_stay(scales: dict[str, np.ndarray]) -> None:
     stored = node("DequantizeLinear", " ".join(["q", *scales]), "w", axis=0)
-    made = behind([stored, CONV], {"q": WHOLE, **scales})
+    made = after([stored, CONV], {"q": WHOLE, **scales})
     fused = assert_folds(made, DequantizeLinear=1, Conv=1)
     held = {t.name: numpy_helper.to_array(t) for t in fused.graph.initializer}
     assert held["q"].dtype == np.int8
@@ -105,7 +105,7 @@ def test_whole_numbers_stay(scales: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT8E4M3FN, TensorProto.INT4])
 def test_coarse_numbers_stay(kind: int) -> None:
-    made = behind([node("DequantizeLinear", "q s", "w", axis=0), CONV], {"s": EACH["s"]})
+    made = after([node("DequantizeLinear", "q s", "w", axis=0), CONV], {"s": EACH["s"]})
     made.opset_import[0].version = 21
     made.ir_version = 10
     dtype = helper.tensor_dtype_to_np_dtype(kind)
@@ -138,7 +138,7 @@ def test_a_stored_matrix() -> None:
 
 
 def test_a_stored_weight_takes_no_matrix() -> None:
-    """A convolution behind it would mix its rows, which only numbers that are not stored can hold."""
+    """A convolution after it would mix its rows, which only numbers that are not stored can hold."""
     stored = node("DequantizeLinear", "q s", "w", axis=0)
     made = model(
         [stored, node("Conv", "x w", "c"), node("Conv", "c v", "y")],
@@ -149,7 +149,7 @@ def test_a_stored_weight_takes_no_matrix() -> None:
 
 
 def test_scales_in_blocks_stay() -> None:
-    made = behind(
+    made = after(
         [node("DequantizeLinear", "q s", "w", axis=1, block_size=3), CONV], {"q": WHOLE, "s": rand(4, 1, 3, 3)}
     )
     made.opset_import[0].version = 21
@@ -176,10 +176,10 @@ FORMS = {
 
 @pytest.mark.parametrize("skip", [(), ("constant-folding",)])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_weight_behind(form: str, skip: tuple[str, ...]) -> None:
+def test_a_weight_after(form: str, skip: tuple[str, ...]) -> None:
     """Also where its operator stays, because something else reads the constant."""
     first, constants = FORMS[form]
-    made = behind([*first, node("Conv", "x w", "c", pads=[1] * 4)], constants)
+    made = after([*first, node("Conv", "x w", "c", pads=[1] * 4)], constants)
     made.graph.node.append(node("ReduceSum", "o", "z"))
     made.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1] * constants["o"].ndim))
     fused, _ = fuse(made, skip=skip)

@@ -23,7 +23,7 @@ def tail(nodes: list[Any], parameters: dict[str, np.ndarray], **rest: Any) -> Mo
     return model(nodes, {"w": W3, **parameters}, **rest)
 
 
-# BatchNorm in front
+# BatchNorm before
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,11 @@ def tail(nodes: list[Any], parameters: dict[str, np.ndarray], **rest: Any) -> Mo
     ],
     ids=str,
 )
-def test_norm_in_front_of_padding(attributes: dict[str, Any]) -> None:
+def test_norm_before_padding(attributes: dict[str, Any]) -> None:
     assert_left(tail([batchnorm("x", "n", "b"), node("Conv", "b w", "y", **attributes)], N))
 
 
-def test_norm_in_front_of_padded_pointwise() -> None:
+def test_norm_before_padded_pointwise() -> None:
     assert_left(model([batchnorm("x", "n", "b"), node("Conv", "b w", "y", **PAD)], {"w": W1, **N}))
 
 
@@ -49,17 +49,17 @@ def test_norm_in_front_without_padding(attributes: dict[str, Any]) -> None:
     assert_folds(tail([batchnorm("x", "n", "b"), node("Conv", "b w", "y", **attributes)], N), Conv=1)
 
 
-def test_norm_without_shift_in_front_of_padding() -> None:
+def test_norm_without_shift_before_padding() -> None:
     centred = N | {"n.b": np.zeros(6, np.float32), "n.m": np.zeros(6, np.float32)}
     assert_folds(tail([batchnorm("x", "n", "b"), node("Conv", "b w", "y", **PAD)], centred), Conv=1)
 
 
-def test_norm_in_front_of_grouped() -> None:
+def test_norm_before_grouped() -> None:
     nodes = [batchnorm("x", "n", "b"), node("Conv", "b k", "y", group=2)]
     assert_folds(model(nodes, {"k": rand(4, 3, 3, 3), **N}), Conv=1)
 
 
-def test_norm_behind_pad() -> None:
+def test_norm_after_pad() -> None:
     nodes = [node("Pad", "x p", "q"), batchnorm("q", "n", "b"), node("Conv", "b w", "y")]
     assert_folds(tail(nodes, {"p": np.array([0, 0, 1, 1, 0, 0, 1, 1]), **N}), Conv=1)
 
@@ -70,7 +70,7 @@ def test_pad_between_norm_and_conv() -> None:
     assert operators(fused)["BatchNormalization"] == 1
 
 
-def test_norm_in_front_of_transposed_conv() -> None:
+def test_norm_before_transposed_conv() -> None:
     assert_left(model([batchnorm("x", "n", "b"), node("ConvTranspose", "b t", "y", strides=[2, 2])], {"t": W3, **N}))
 
 
@@ -79,7 +79,7 @@ def test_norm_pool_conv() -> None:
     assert_left(tail(nodes, N))
 
 
-def test_norm_behind_transposed_conv_keeps_the_value() -> None:
+def test_norm_after_transposed_conv_keeps_the_value() -> None:
     """Its weight is [in, out / groups, ...]; with in = out the wrong axis has the right length."""
     fuse(model([node("ConvTranspose", "x t", "c"), batchnorm("c", "n", "y")], {"t": W3, **N}))
 
@@ -107,7 +107,7 @@ def test_gemm_of_a_transposed_input() -> None:
     assert_left(model([node("Gemm", "x g", "c", transA=1), batchnorm("c", "n", "y")], {"g": G, **N}, (6, 6)))
 
 
-def test_norm_in_front_of_gemm() -> None:
+def test_norm_before_gemm() -> None:
     assert_folds(model([batchnorm("x", "n", "b"), node("Gemm", "b g", "y")], {"g": rand(6, 4), **N}, ("N", 6)), Gemm=1)
 
 
@@ -159,17 +159,17 @@ def test_flatten_of_one_position() -> None:
     assert_folds(model(nodes, {"g": rand(6, 5), **N}), GlobalAveragePool=1, Flatten=1, Gemm=1)
 
 
-@pytest.mark.parametrize("extents", [("N", 5, 6), ("N", "L", 6), (2, 5, 6)], ids=str)
+@pytest.mark.parametrize("sizes", [("N", 5, 6), ("N", "L", 6), (2, 5, 6)], ids=str)
 @pytest.mark.parametrize("axis", [2, -1, None], ids=str)
-def test_tokens_merged_with_the_batch_in_front_of_a_norm(extents: tuple[int | str, ...], axis: int | None) -> None:
-    """The channels stay whole, whatever the number of rows: what is -1 or merged follows from the other extents."""
+def test_tokens_merged_with_the_batch_before_a_norm(sizes: tuple[int | str, ...], axis: int | None) -> None:
+    """The channels stay whole, whatever the number of rows: what is -1 or merged follows from the other sizes."""
     merge = node("Reshape", "c s", "f") if axis is None else node("Flatten", "c", "f", axis=axis)
     nodes = [node("MatMul", "x w", "c"), merge, batchnorm("f", "n", "y")]
     parameters = {"w": rand(6, 6), **N} | ({"s": np.array([-1, 6])} if axis is None else {})
-    assert_folds(model(nodes, parameters, extents), MatMul=1, Add=1, **{merge.op_type: 1})
+    assert_folds(model(nodes, parameters, sizes), MatMul=1, Add=1, **{merge.op_type: 1})
 
 
-def test_tokens_merged_otherwise_in_front_of_a_norm() -> None:
+def test_tokens_merged_otherwise_before_a_norm() -> None:
     """Rows of two tokens, and the channels merged with the tokens: a channel of the norm is none of the product."""
     for width, nodes in ((12, [node("Reshape", "c s", "f")]), (30, [node("Flatten", "c", "f")])):
         made = [node("MatMul", "x w", "c"), *nodes, batchnorm("f", "n", "y")]
@@ -259,12 +259,12 @@ def test_division_by_zero_keeps_its_infinities() -> None:
 @pytest.mark.parametrize("attributes", [{}, {"strides": [2, 2], **PAD}], ids=["unpadded", "stride"])
 def test_skip_that_broadcasts_by_accident(attributes: dict[str, Any]) -> None:
     """A map of one position is added to all."""
-    extent = 3 if not attributes else 2
-    made = tail([node("Conv", "x w", "c", **attributes), node("Add", "c x", "y")], {}, shape=(2, 6, extent, extent))
+    size = 3 if not attributes else 2
+    made = tail([node("Conv", "x w", "c", **attributes), node("Add", "c x", "y")], {}, shape=(2, 6, size, size))
     assert_left(made)
 
 
-def test_skip_beside_stride_of_unknown_extent() -> None:
+def test_skip_beside_stride_of_unknown_size() -> None:
     made = tail([node("Conv", "x w", "c", strides=[2, 2], **PAD), node("Add", "c x", "y")], {})
     fused, _ = fuse_model(made, verify="region")
     assert fused.SerializeToString() == made.SerializeToString()
@@ -289,7 +289,7 @@ def test_skip_of_a_grouped_conv() -> None:
 
 
 def test_pooled_branch_is_added_to_every_position() -> None:
-    """Both operands have unknown extents, and one of them is a single position."""
+    """Both operands have unknown sizes, and one of them is a single position."""
     nodes = [
         CONV,
         batchnorm("c", "n", "b"),
@@ -309,7 +309,7 @@ def test_source_that_is_broadcast() -> None:
 # Grids
 
 
-def test_sizes_that_agree_for_even_extents_alone() -> None:
+def test_sizes_that_agree_for_even_sizes_alone() -> None:
     nodes = [
         node("Conv", "x w", "c", strides=[2, 2], **PAD),
         node("Conv", "x k", "d", strides=[2, 2]),
@@ -323,16 +323,16 @@ def test_sizes_that_agree_for_even_extents_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("extents", "left"), [((8, 8), 1), ((4, 6), 1), ((3, 3), 2), ((8, 3), 2), ((8, "W"), 2)], ids=str
+    ("sizes", "left"), [((8, 8), 1), ((4, 6), 1), ((3, 3), 2), ((8, 3), 2), ((8, "W"), 2)], ids=str
 )
-def test_sizes_that_agree_because_they_are_fixed(extents: tuple[Any, ...], left: int) -> None:
+def test_sizes_that_agree_because_they_are_fixed(sizes: tuple[Any, ...], left: int) -> None:
     nodes = [
         node("Conv", "x w", "c", strides=[2, 2], **PAD),
         node("Conv", "x k", "d", strides=[2, 2]),
         node("Add", "c d", "y"),
     ]
-    made = tail(nodes, {"k": rand(6, 6, 2, 2)}, shape=(2, 6, *extents))
-    fused, _ = fuse(made) if extents[1] != "W" else fuse_model(made)
+    made = tail(nodes, {"k": rand(6, 6, 2, 2)}, shape=(2, 6, *sizes))
+    fused, _ = fuse(made) if sizes[1] != "W" else fuse_model(made)
     assert operators(fused)["Conv"] == left + operators(made)["Conv"] - 2
 
 
@@ -342,13 +342,13 @@ def test_strides_whose_sizes_agree_by_luck() -> None:
 
 
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER"])
-@pytest.mark.parametrize("extents", [(7, 7), (8, 8), (7, 8), ("H", "W")], ids=str)
-def test_same_padding_with_stride(mode: str, extents: tuple[Any, ...]) -> None:
-    """The tap of the 1x1 depends on the parity of the extent; where that is unknown nothing may be done."""
+@pytest.mark.parametrize("sizes", [(7, 7), (8, 8), (7, 8), ("H", "W")], ids=str)
+def test_same_padding_with_stride(mode: str, sizes: tuple[Any, ...]) -> None:
+    """The tap of the 1x1 depends on the parity of the size; where that is unknown nothing may be done."""
     same = {"auto_pad": mode, "strides": [2, 2]}
     nodes = [node("Conv", "x w", "c", **same), node("Conv", "x k", "d", **same), node("Add", "c d", "y")]
-    made = tail(nodes, {"k": W1}, shape=(2, 6, *extents))
-    if "H" in extents:
+    made = tail(nodes, {"k": W1}, shape=(2, 6, *sizes))
+    if "H" in sizes:
         assert_left(made)
     else:
         assert_folds(made, Conv=1)
@@ -388,7 +388,7 @@ def test_large_depthwise_beside_pointwise() -> None:
     assert any("multiply-adds" in reason for reason in reasons(report))
 
 
-def test_pointwise_with_bias_in_front_of_padding() -> None:
+def test_pointwise_with_bias_before_padding() -> None:
     assert_left(model([node("Conv", "x k b", "c"), node("Conv", "c w", "y", **PAD)], {"k": W1, "b": rand(6), "w": W3}))
 
 
@@ -419,7 +419,7 @@ def test_layer_scale_with_a_residual_from_elsewhere() -> None:
     assert_folds(tail(nodes, {"s": rand(6, 1, 1)}, inputs={"z": ("N", 6, "H", "W")}), Conv=1, Add=1)
 
 
-def test_concat_behind_convs() -> None:
+def test_concat_after_convs() -> None:
     nodes = [CONV, node("Conv", "x k", "d"), node("Concat", "c d", "e", axis=1), batchnorm("e", "m", "y")]
     fuse(tail(nodes, {"k": W1, **norm("m", 12)}))
 
@@ -431,7 +431,7 @@ def test_average_pool_leaves_its_border_alone() -> None:
 
 
 def test_a_last_window_that_hangs_over_stays() -> None:
-    """With ceil_mode the divisor of the last window depends on the extent, which is open."""
+    """With ceil_mode the divisor of the last window depends on the size, which is open."""
     nodes = [
         node("Conv", "x k", "c", strides=[2, 2]),
         node("AveragePool", "x", "p", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1),
@@ -444,7 +444,7 @@ ZEROS = [0, 0, 1, 1, 0, 0, 1, 1]
 
 
 def padded(amounts: list[int], *more: str, **mode: Any) -> tuple[list[Any], dict[str, np.ndarray]]:
-    """A convolution of a padded map; ``more`` names the operands of Pad behind the amounts."""
+    """A convolution of a padded map; ``more`` names the operands of Pad after the amounts."""
     pad = helper.make_node("Pad", ["x", "p", *more], ["q"], "pad", **mode)
     return [pad, node("Conv", "q w", "y")], {"p": np.array(amounts)}
 

@@ -1,4 +1,4 @@
-"""A value that several regions read: what acts on each channel by itself goes into all of them, or into none."""
+"""A value that several regions read: what acts on each channel separately goes into all of them, or into none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from expression_models import operators
 from onnx import NodeProto
-from onnx_models import Extents, assert_left, batchnorm, fuse, model, node, norm, rand
+from onnx_models import Sizes, assert_left, batchnorm, fuse, model, node, norm, rand
 
 WEIGHTS = {name: rand(4, 6, 1, 1, seed=at) for at, name in enumerate(("wq", "wk", "wv"))}
 KERNELS = {name: rand(5, 6, 3, 3, seed=at) for at, name in enumerate(("w3", "w4"))}
@@ -25,8 +25,8 @@ def kernel(x: str, y: str, weight: str, pad: int) -> NodeProto:
 
 def counted(nodes: list[NodeProto], parameters: dict[str, np.ndarray], outputs: str, *shape: Any) -> dict[str, int]:
     """The operators that are left, outputs having been compared."""
-    extents: Extents = shape or ("N", 6, "H", "W")
-    fused, _ = fuse(model(nodes, parameters, extents, outputs=outputs))
+    sizes: Sizes = shape or ("N", 6, "H", "W")
+    fused, _ = fuse(model(nodes, parameters, sizes, outputs=outputs))
     return dict(operators(fused))
 
 
@@ -34,7 +34,7 @@ def left(nodes: list[NodeProto], parameters: dict[str, np.ndarray], outputs: str
     assert_left(model(nodes, parameters, shape or ("N", 6, "H", "W"), outputs=outputs))
 
 
-def test_a_norm_in_front_of_several_projections() -> None:
+def test_a_norm_before_several_projections() -> None:
     nodes = [batchnorm("x", "n", "b"), *pointwise("b", "q", "k", "v")]
     assert counted(nodes, {**norm("n", 6), **WEIGHTS}, "q k v") == {"Conv": 3}
 
@@ -66,7 +66,7 @@ def test_linear_layers_of_tokens() -> None:
 
 
 def pooled_attention(**pool: Any) -> dict[str, int]:
-    """A norm in front of q and of a pooling with a norm of its own, which k and v read (NextViT)."""
+    """A norm before q and of a pooling with a norm of its own, which k and v read (NextViT)."""
     nodes = [
         batchnorm("x", "n", "b"),
         node("Transpose", "b", "t", perm=[0, 2, 1]),
@@ -171,14 +171,14 @@ def test_many_readers(readers: int) -> None:
     assert found.get("BatchNormalization", 0) == int(readers > 8)
 
 
-def test_a_crop_behind_a_convolution() -> None:
+def test_a_crop_after_a_convolution() -> None:
     """Composed, they would be a kernel with padding below zero, which no runtime takes."""
     parameters = {**WEIGHTS, **{n: np.array(v, np.int64) for n, v in {"a": [1], "e": [-1], "ax": [3]}.items()}}
     nodes = [*pointwise("x", "q"), node("Slice", "q a e ax", "y")]
     assert counted(nodes, parameters, "y")["Conv"] == 1
 
 
-def test_a_crop_in_front_of_a_convolution() -> None:
+def test_a_crop_before_a_convolution() -> None:
     parameters = {**KERNELS, **{n: np.array(v, np.int64) for n, v in {"a": [1], "e": [-1], "ax": [2]}.items()}}
     nodes = [node("Slice", "x a e ax", "c"), kernel("c", "y", "w3", 0)]
     assert counted(nodes, parameters, "y")["Conv"] == 1

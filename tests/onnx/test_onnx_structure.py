@@ -37,7 +37,7 @@ def test_plain() -> None:
 
 
 @pytest.mark.parametrize("shape", [("N", 6, "H", "W"), (2, 6, 7, 9), ("N", "C", "H", "W"), (None, None, None, None)])
-def test_known_and_unknown_extents(shape: tuple[Any, ...]) -> None:
+def test_known_and_unknown_sizes(shape: tuple[Any, ...]) -> None:
     made = conv_bn(shape=shape)
     fused, _ = fuse(made) if "C" not in shape and None not in shape else fuse_with_channels(made)
     assert operators(fused) == {"Conv": 1}
@@ -146,7 +146,7 @@ def test_weight_that_is_an_input() -> None:
     assert_left(model([CONV, BN], parameters, inputs={"w": (6, 6, 3, 3)}))
 
 
-def test_weight_in_a_constant_node_behind_identities() -> None:
+def test_weight_in_a_constant_node_after_identities() -> None:
     nodes = [
         node("Constant", "", "k", value=numpy_helper.from_array(W3)), node("Identity", "k", "i"),
         node("Identity", "i", "w"), CONV, BN,
@@ -394,7 +394,7 @@ def test_what_is_said_about_the_model_survives() -> None:
     assert fused.opset_import == made.opset_import
 
 
-def test_declared_extents_of_outputs_survive() -> None:
+def test_declared_sizes_of_outputs_survive() -> None:
     made = conv_bn(shape=(1, 6, 8, 8))
     made.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 6, "rows", 8]))
     from reparamc.onnx.fuse import fuse_model

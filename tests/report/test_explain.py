@@ -37,7 +37,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def make_model() -> ModelProto:
-    """A padded convolution in front of which a norm stands, twice; a foldable norm; depthwise 3x3 beside dense 1x1."""
+    """A padded convolution after a norm, twice; a foldable norm; depthwise 3x3 beside dense 1x1."""
     rng = np.random.default_rng(0)
     norm = {name: rng.uniform(0.5, 1.5, 4) for name in ("gamma", "beta", "mean", "var")}
     weights = {"w": rng.standard_normal((4, 4, 3, 3)), "d": rng.standard_normal((4, 1, 3, 3))}

@@ -310,7 +310,7 @@ def inputs_of(model: Any, example: Any = None) -> list[Any]:
     return list(domain_of(model, example).some(12))
 
 
-def test_named_extents_vary_together() -> None:
+def test_named_sizes_vary_together() -> None:
     shapes = [(x["left"].shape, x["right"].shape) for x in inputs_of(two(("left", "right")))]
     assert all(a == b and a[1] == 2 for a, b in shapes)
     assert len(set(shapes)) == 3

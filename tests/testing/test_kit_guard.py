@@ -222,7 +222,7 @@ def test_fixture_and_marker(pytester: pytest.Pytester) -> None:
         [
             "*1 convolutions left, 0 allowed*",
             "*1 BatchNorm left, none allowed*",
-            "*2: no convolution or linear layer stands beside it*",
+            "*2: there is no convolution or linear layer beside it*",
         ]
     )
     for line in (

@@ -102,8 +102,8 @@ def test_every_form_of_a_graph_is_drawn(sample: list[Structure]) -> None:
     assert sum(max(r.values()) > 2 for r in readers) >= 20, "several readers"
     norms = [(s, step) for s in sample for step in s.steps if step.op == "batchnorm"]
     before = sum(any(o.op == "conv" and s.steps.index(n) + 1 in o.inputs for o in s.steps) for s, n in norms)
-    behind = sum(n.inputs[0] > 0 and s.steps[n.inputs[0] - 1].op == "conv" for s, n in norms)
-    assert min(before, behind) >= 8, "BatchNorm before and behind a convolution"
+    after = sum(n.inputs[0] > 0 and s.steps[n.inputs[0] - 1].op == "conv" for s, n in norms)
+    assert min(before, after) >= 8, "BatchNorm before and after a convolution"
 
 
 def test_without_activations_all_is_linear() -> None:
@@ -158,7 +158,7 @@ def test_modules_of_other_dtypes(dtype: str) -> None:
         assert (result[0] if isinstance(result, tuple) else result).dtype == kind
 
 
-def test_constants_and_extents_are_drawn() -> None:
+def test_constants_and_sizes_are_drawn() -> None:
     models = drawn(linear_onnx(), 40)
     assert {bool(m.graph.input[0].type.tensor_type.shape.dim[0].dim_param) for m in models} == {True, False}
     assert {any(n.op_type == "Constant" for n in m.graph.node) for m in models} == {True, False}

@@ -122,7 +122,7 @@ FAULTS: dict[str, tuple[ModelProto, ModelProto]] = {
             {**WEIGHTS, "p": np.array([0, 0, 1, 1, 0, 0, 1, 1])},
         ),
     ),
-    "bias in front of the padding": (
+    "bias before the padding": (
         model([node("Add", "x k", "a"), node("Conv", "a w", "y", pads=[1, 1, 1, 1])], {**WEIGHTS, "k": SHIFT}),
         model([node("Conv", "x w k", "y", pads=[1, 1, 1, 1])], {**WEIGHTS, "k": 0.5 * WEIGHTS["w"].sum((1, 2, 3))}),
     ),
@@ -355,7 +355,7 @@ def test_indices_go_as_far_as_the_original_takes_them() -> None:
     assert not result.equal
 
 
-def test_an_extent_that_two_inputs_share() -> None:
+def test_an_size_that_two_inputs_share() -> None:
     shapes = {"x": (["N", 3, "H", "W"], TensorProto.FLOAT), "u": (["N", 3, "H", "W"], TensorProto.FLOAT)}
     original = model([node("Sub", "x u", "y")], {}, shapes)
     assert verify(original, model([node("Neg", "u", "v"), node("Add", "v x", "y")], {}, shapes)).equal
