@@ -2,8 +2,6 @@
 
     python benchmarks/training.py replay [NAME ...]     # fused again, beside one forward pass of 32 images
     python benchmarks/training.py through [NAME ...]    # a step through the fusion, beside a step without
-    python benchmarks/training.py grow [NAME ...]       # branches grown, trained for two steps, and taken back
-    python benchmarks/training.py compile [NAME ...]    # torch.compile with and without
 
 NAME is one of fastvit_zoo, or timm/ and one of timm. Times are CPU seconds, the median of REPEATS; where other programs
 run, set OMP_NUM_THREADS=1. The search is the one without checks.

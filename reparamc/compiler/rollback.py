@@ -15,7 +15,7 @@ import numpy as np
 
 from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions
 from reparamc.algebra.evaluate import absolute, evaluate
-from reparamc.algebra.expr import Array, Expr, Source, release, walk
+from reparamc.algebra.expr import Array, Expr, Source, release, replaced, walk
 from reparamc.algebra.infer import channel_axes
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Host, ResultT, Trial
@@ -219,13 +219,27 @@ def _sampled(attempt: Attempt[ResultT], found: Certificate) -> dict[Edit, _Findi
         if splice.original is None or attempt.errors[splice] is not None or attempt.host.tensor(splice.root) in proven:
             continue
         try:
-            error = attempt.errors[splice] = compare_expressions(splice.original, splice.expr)
+            error = attempt.errors[splice] = compare_expressions(splice.original, _over(splice.original, splice.expr))
         except ValueError as unsampled:
             wrong[splice] = _Finding(f"it cannot be verified: {unsampled}")
             continue
         if not error <= REGION_TOLERANCE:
             wrong[splice] = _Finding(f"it differs by {error:.2g} (relative, in float64)", "rewrite")
     return wrong
+
+
+def _over(original: Expr, expr: Expr) -> Expr:
+    """``expr`` over the sources of ``original``: where regions share operators, those of another one may be in it.
+
+    Raises:
+        ValueError: it reads a value that the original does not.
+    """
+    own = {e.key: e for e in walk(original) if isinstance(e, Source)}
+    for e in [e for e in walk(expr) if isinstance(e, Source)]:
+        if e.key not in own:
+            raise ValueError("it reads another value than its region")
+        expr = replaced([expr], e, own[e.key])[expr]
+    return expr
 
 
 def _doubted(attempt: Attempt[ResultT], found: Certificate) -> dict[Edit, _Finding]:

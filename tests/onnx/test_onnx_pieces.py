@@ -188,7 +188,10 @@ def test_a_convolution_that_something_else_reads() -> None:
 
 
 def test_a_convolution_whose_sizes_something_reads() -> None:
-    left(CONV, SPLIT, batchnorm("q", "q", "y"), node("Shape", "c", "z"), outputs="y z k v", reason=OTHERS)
+    """They are asked of others."""
+    _, found = folded(CONV, SPLIT, batchnorm("q", "q", "y"), node("Shape", "c", "z"), outputs="y z k v")
+    assert found["Conv"] == 1
+    assert "BatchNormalization" not in found
 
 
 def test_a_convolution_that_is_an_output() -> None:
