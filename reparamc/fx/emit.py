@@ -55,6 +55,12 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 NORM_MODULES = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
+def channels_last(t: Tensor) -> torch.memory_format | None:
+    """The memory format of ``t`` where its channels are last; None for any other."""
+    last = CHANNELS_LAST.get(t.ndim)
+    return last if last is not None and not t.is_contiguous() and t.is_contiguous(memory_format=last) else None
+
+
 class Target:
     """A copy of a traced module, and what has been written into it.
 
@@ -100,10 +106,7 @@ class Emitter(Emission[fx.Node]):
         native = {e: cast(fx.Node, v) for e, v in splice.native.items() if not isinstance(v, Taps)}
         tensors = tensors or [t for v in native.values() if (t := readings.like(v)) is not None]
         self._like = next((t for t in tensors if t.ndim >= 4), next(iter(tensors), None))
-        self.channels_last = any(
-            t.ndim in CHANNELS_LAST and not t.is_contiguous() and t.is_contiguous(memory_format=CHANNELS_LAST[t.ndim])
-            for t in tensors
-        )
+        self.channels_last = any(channels_last(t) is not None for t in tensors)
         self.trainable = any(t.requires_grad for t in tensors)
         self.modules = [str(m.target) for m in members if m.op == "call_module"]
         self.modules = self.modules or [name.rpartition(".")[0] for name in splice.parameters if "." in name]

@@ -17,6 +17,7 @@ from reparamc.algebra.recorded import At, Program, Tape, recording
 from reparamc.errors import InputError, InputTypeError, RecipeError, VerificationError, one_line
 from reparamc.fx.arguments import call_of
 from reparamc.fx.copying import copied
+from reparamc.fx.emit import channels_last
 from reparamc.fx.fuse import fuse_fx, plain_modes
 from reparamc.fx.outcome import difference, ran
 from reparamc.fx.parts import is_leaf
@@ -267,10 +268,8 @@ DIFFERS = 1e-2
 
 
 def _like(result: Tensor, target: Tensor) -> Tensor:
-    result = result.to(target.dtype)
-    if target.ndim == 4 and not target.is_contiguous() and target.is_contiguous(memory_format=torch.channels_last):
-        return result.contiguous(memory_format=torch.channels_last)
-    return result
+    result, last = result.to(target.dtype), channels_last(target)
+    return result if last is None else result.contiguous(memory_format=last)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
