@@ -146,6 +146,25 @@ def _cfg(name: str, **options: Any) -> Any:
     return getattr(transformers, name)(**options)
 
 
+def _detr(config: str) -> Any:
+    """A configuration of DETR's kind over a small ResNet."""
+    return _cfg(
+        config,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_queries=6,
+    )
+
+
 def _detr_options() -> dict[str, Any]:
     return {
         "encoder_hidden_dim": 32,
@@ -440,59 +459,17 @@ def transformers_cases() -> dict[str, tuple[str, Callable[[], Any], Callable[[],
         ),
         "detr": (
             "DetrForObjectDetection",
-            lambda: _cfg(
-                "DetrConfig",
-                use_timm_backbone=False,
-                use_pretrained_backbone=False,
-                backbone=None,
-                backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
-                d_model=32,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=2,
-                decoder_attention_heads=2,
-                encoder_ffn_dim=48,
-                decoder_ffn_dim=48,
-                num_queries=6,
-            ),
+            lambda: _detr("DetrConfig"),
             _pixels,
         ),
         "conditional-detr": (
             "ConditionalDetrForObjectDetection",
-            lambda: _cfg(
-                "ConditionalDetrConfig",
-                use_timm_backbone=False,
-                use_pretrained_backbone=False,
-                backbone=None,
-                backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
-                d_model=32,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=2,
-                decoder_attention_heads=2,
-                encoder_ffn_dim=48,
-                decoder_ffn_dim=48,
-                num_queries=6,
-            ),
+            lambda: _detr("ConditionalDetrConfig"),
             _pixels,
         ),
         "table-transformer": (
             "TableTransformerForObjectDetection",
-            lambda: _cfg(
-                "TableTransformerConfig",
-                use_timm_backbone=False,
-                use_pretrained_backbone=False,
-                backbone=None,
-                backbone_config=_cfg("ResNetConfig", **_SMALL_RESNET, out_features=["stage4"]),
-                d_model=32,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=2,
-                decoder_attention_heads=2,
-                encoder_ffn_dim=48,
-                decoder_ffn_dim=48,
-                num_queries=6,
-            ),
+            lambda: _detr("TableTransformerConfig"),
             _pixels,
         ),
         "superpoint": ("SuperPointForKeypointDetection", lambda: _cfg("SuperPointConfig"), _pixels),

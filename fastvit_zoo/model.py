@@ -69,6 +69,16 @@ class Stage(nn.Module):
         return self.blocks(x)
 
 
+def maps_of(stem: nn.Module, stages: nn.ModuleList, image: Tensor) -> list[Tensor]:
+    """The output of every stage."""
+    x = stem(image)
+    maps: list[Tensor] = []
+    for stage in stages:
+        x = stage(x)
+        maps.append(x)
+    return maps
+
+
 class FastViT(nn.Module):
     """A FastViT image classifier: images (B, in_channels, H, W) -> logits (B, num_classes).
 
@@ -152,12 +162,7 @@ class FastViT(nn.Module):
 
     def feature_maps(self, image: Tensor) -> list[Tensor]:
         """The outputs of the stages, (B, dims[i], H / stride, W / stride) for strides 4, 8, 16 and 32."""
-        x = self.stem(image)
-        maps: list[Tensor] = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return maps_of(self.stem, self.stages, image)
 
     def forward(self, image: Tensor) -> Tensor:
         pooled = self.pool(self.final_conv(self.feature_maps(image)[-1]))
@@ -225,11 +230,7 @@ class Backbone(nn.Module):
         return self.feature_info.out_indices
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        x = self.stem(image)
-        maps: list[Tensor] = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
+        maps = maps_of(self.stem, self.stages, image)
         return [maps[i] for i in self.out_indices]
 
     def unused_names(self) -> tuple[str, ...]:

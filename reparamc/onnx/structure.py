@@ -11,6 +11,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from reparamc.errors import InputError, one_line
 from reparamc.onnx import weights
+from reparamc.onnx.values import FLOATS
 
 LARGEST = 1 << 16
 """Bytes of a constant inside a node up to which it is part of the structure."""
@@ -49,8 +50,7 @@ def _copied(message: Any, name: str, value: Any) -> None:
 
 def is_parameter(tensor: TensorProto) -> bool:
     """Whether it has to be in a checkpoint: all but scalars and whole numbers, which the graph itself is made of."""
-    floats = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    return bool(tensor.dims) and tensor.data_type in floats
+    return bool(tensor.dims) and tensor.data_type in FLOATS
 
 
 def model_of(text: str) -> ModelProto:
