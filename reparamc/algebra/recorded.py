@@ -21,7 +21,7 @@ from reparamc.errors import RecipeError
 
 if np.lib.NumpyVersion(np.__version__) < "2.0.0":
     from array_api_compat import numpy as numpy_namespace
-else:  # it follows the standard by itself; the import would take half of what all others take
+else:  # it follows the standard already; the import would take half of what all others take
     numpy_namespace: Any = np
 
 Question = Callable[..., bool]

@@ -1,7 +1,7 @@
 """Layouts: how the axes of a result are made of the axes of a base.
 
 Reshapes, transposes and means only move elements. What they make of an index is written as digits, as of a number in a
-mixed radix, so that layouts which move elements alike are equal, whatever operators they are spelled with. Sizes are
+mixed radix, so that layouts which move elements alike are equal, for all spellings of the operators. Sizes are
 products of a number and of unknowns, because a reshape needs to know products and quotients only.
 """
 

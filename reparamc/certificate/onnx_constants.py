@@ -94,7 +94,7 @@ class Constants:
     # Shapes
 
     def _of_shape(self, node: NodeProto) -> Array | None:
-        """What a node reads of sizes that are known, whatever its operand is; None for all others."""
+        """What a node reads of known sizes, for any operand; None for all others."""
         if node.op_type == "Shape":
             dims = self.shapes.known_shape(node.input[0])
             return None if dims is None else np.array(dims[bounds(node)], np.int64)
@@ -180,7 +180,7 @@ class Constants:
             return
         try:
             self._arrays.update(zip(outputs, _run(nodes, feeds, outputs, self.model), strict=True))
-        except Exception:  # each is computed by itself then, where it is asked for
+        except Exception:  # then each is computed alone, when it is asked for
             return
 
     def _small(self, name: str) -> Array | None:

@@ -13,7 +13,7 @@ from reparamc.equivalence.runnable import Tree, mapped
 from reparamc.errors import InputError
 
 PERTURBATIONS = 3
-"""Roundings of the input, the worst of which decides; one may be absorbed by a saturated layer."""
+"""Roundings of the input. The worst one decides: another may be absorbed by a saturated layer."""
 
 
 class RefusedError(Exception):

@@ -134,7 +134,7 @@ def _channels(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
 
 
 def _halves(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
-    """Multiples of a half: ties of whatever rounds, takes the larger of two, or compares."""
+    """Multiples of a half: ties of operators that round, take the larger of two, or compare."""
     return rng.integers(-9, 10, shape) / 2
 
 

@@ -1,6 +1,6 @@
-"""A convolution and the BatchNorm after it, both called in Python that no graph can stand for.
+"""A convolution and the BatchNorm after it, both called in Python that cannot be traced.
 
-The source tells that each result of the one goes to the other, whatever arguments and branches: ``self.b(self.a(x))``,
+The source tells that each result of the one goes to the other, for all arguments and branches: ``self.b(self.a(x))``,
 or ``y = self.a(x)`` right before the one use of ``y``, ``self.b(y)``. Neither is mentioned anywhere else in the class.
 Then the pair may become one operator in the place of the first, and the second passes on what it is given.
 """
@@ -19,7 +19,7 @@ from torch import nn
 
 
 def chained(module: nn.Module) -> list[tuple[str, str]]:
-    """Names of submodules of ``module`` of which the second is called on each result of the first, and on nothing else.
+    """Pairs of submodules of ``module``: the second is called on each result of the first, and on nothing else.
 
     Whether the submodules are what their names say now is for the caller to see.
     """

@@ -355,7 +355,7 @@ def fixed_argument(module: nn.Module, call: Call | None) -> str:
 
 
 def variadic_argument(graph: fx.GraphModule) -> str:
-    """An argument of which there is any number, and that is read; empty where there is none."""
+    """A variadic argument that is read; empty where there is none."""
     names = (str(node.target) for node in graph.graph.find_nodes(op="placeholder") if node.users)
     return next((name.lstrip("*") for name in names if name.startswith("*")), "")
 

@@ -1,4 +1,4 @@
-"""Each fused part of a copy by itself, fed with the original's own values.
+"""Each fused part of a copy alone, fed with the original's own values.
 
 The copy runs with its parts in place. Where one is called, what the original makes of the same arguments is noted
 beside what the fused one makes of them, and the copy goes on with the former. So no difference grows from one part
@@ -32,7 +32,7 @@ def run_parts_alone(
     """Every part, and every output of ``copy``, from the values of the original; None where it does not run.
 
     Args:
-        parts: by the id of a fused part, what it is called and the module that it stands for.
+        parts: by the id of a fused part, its name, and the module that it replaces.
         expected: what the original makes of ``call``.
     """
     seen: dict[str, list[list[Any]]] = {}
