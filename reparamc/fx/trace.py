@@ -70,6 +70,30 @@ class _Tracer(fx.Tracer):
         self.examples = examples
         self._containers: dict[fx.Node, Any] = {}
         self._parameters: dict[str, fx.Proxy] = {}
+        self._names: dict[int, str] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        for named in (root.named_modules(), root.named_buffers(), root.named_parameters()):
+            self._names |= {id(value): name for name, value in named}
+        return super().trace(root, concrete_args)
+
+    def _name(self, value: Any) -> str | None:
+        """The name of a parameter, buffer or submodule; torch.fx walks the whole model for each."""
+        name = self._names.get(id(value))
+        if not name:
+            return None
+        *path, last = name.split(".")
+        module = self.root
+        for part in path:
+            module = cast(nn.Module, module._modules.get(part))
+            if module is None:
+                return None
+        found = (held.get(last) for held in (module._parameters, module._buffers, module._modules))
+        return name if any(one is value for one in found) else None
+
+    def create_arg(self, a: Any) -> Any:
+        named = isinstance(a, torch.Tensor | nn.Module) and self._name(a)
+        return self.create_node("get_attr", named, (), {}) if named else super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -154,6 +178,10 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return attr_val
         self._parameters = parameter_proxy_cache
+        if isinstance(attr_val, nn.Parameter) and (name := self._name(attr_val)):
+            if name not in parameter_proxy_cache:
+                parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+            return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
