@@ -13,7 +13,11 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from array_api_compat import array_namespace, device, is_torch_array
+from array_api_compat import (
+    array_namespace,
+    device,  # pyright: ignore[reportUnknownVariableType]
+    is_torch_array,
+)
 
 from reparamc.algebra.recorded import Question, Recorded, assume, numpy_namespace
 
@@ -175,7 +179,7 @@ def is_all(array: Array, number: float) -> bool:
 
 
 def _equals(number: float, array: Array) -> bool:
-    return not array.size or bool(array.flat[0] == number and (array == number).all())
+    return not array.size or bool(array.ravel()[0] == number and (array == number).all())
 
 
 def largest(array: Array) -> float:

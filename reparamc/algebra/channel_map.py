@@ -72,12 +72,12 @@ class ChannelMap:
     def _without(self, gone: Ints) -> ChannelMap:
         """After axes ``gone``, of one position, have been dropped."""
         kept = [n for n, axis in enumerate(self.axes) if axis not in gone]
-        channels = self.channels.reshape([self.channels.shape[n] for n in kept])
+        channels = np.reshape(self.channels, tuple(self.channels.shape[n] for n in kept))
         axes = tuple(self.axes[n] - sum(a < self.axes[n] for a in gone) for n in kept)
         return ChannelMap(channels, axes, self.rank - len(gone))
 
     def _reshape(self, before: Shape, after: Shape) -> ChannelMap | None:
-        channels, axes = self.channels.transpose(np.argsort(self.axes)), sorted(self.axes)
+        channels, axes = np.transpose(self.channels, np.argsort(self.axes)), sorted(self.axes)
         if len(before) != self.rank or any(before[a].known != n for a, n in zip(axes, channels.shape, strict=True)):
             return None
         sizes: list[int] = []
@@ -93,7 +93,7 @@ class ChannelMap:
                 return None
             found += new
             sizes += known
-        return ChannelMap(channels.reshape(sizes), tuple(found), len(after))
+        return ChannelMap(np.reshape(channels, tuple(sizes)), tuple(found), len(after))
 
 
 def regrouped(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import ml_dtypes
 import numpy as np
 
@@ -14,7 +16,7 @@ def is_floating(dtype: np.dtype) -> bool:
 def epsilon_of(dtype: np.dtype) -> float:
     """The machine epsilon of a floating or complex dtype, 0 of every other."""
     try:
-        return float(ml_dtypes.finfo(dtype).eps)
+        return float(cast(Any, ml_dtypes.finfo(dtype)).eps)
     except ValueError:
         return 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,11 +62,11 @@ def compare_expressions(before: Expr, after: Expr, seed: int = 0) -> float:
     return worst
 
 
-def largest_by_channel(magnitudes: npt.NDArray, axis: int | None) -> npt.NDArray:
+def largest_by_channel(magnitudes: npt.NDArray[Any], axis: int | None) -> npt.NDArray[Any]:
     """The largest of each channel; of all together where the channel axis is unknown."""
     known = axis is not None and -axis <= magnitudes.ndim
-    rows = magnitudes.reshape(1, -1) if axis is None or not known else np.moveaxis(magnitudes, axis, 0)
-    return rows.reshape(rows.shape[0], -1).max(axis=1, initial=0.0)
+    rows = np.reshape(magnitudes, (1, -1)) if axis is None or not known else np.moveaxis(magnitudes, axis, 0)
+    return np.reshape(rows, (rows.shape[0], -1)).max(axis=1, initial=0.0)
 
 
 def relative(reference: Array, other: Array, terms: Array) -> float:

@@ -159,7 +159,7 @@ def _convolve(e: Conv, x: Array, places: Places | None) -> Array:
     groups, channels = max(1, most // per_group), min(per_group, most)
     for g, c in product(range(0, e.groups, groups), range(0, per_group, channels)):
         rows = weight[g : g + groups, :, c : c + channels]
-        columns = taken(x[:, g : g + groups, c : c + channels], index.reshape(-1), axis=-1)
+        columns = taken(x[:, g : g + groups, c : c + channels], index.ravel(), axis=-1)
         summed = rows.shape[2] * taps
         rows = xp.reshape(rows, (*rows.shape[:2], summed))
         columns = xp.reshape(columns, (*columns.shape[:2], summed, positions))
@@ -174,8 +174,6 @@ def _flat(tables: Sequence[Positions], sizes: Sequence[int]) -> Positions:
     index = np.zeros((1,) * 2 * n, np.intp)
     outside = np.zeros(index.shape, bool)
     for axis, (table, size) in enumerate(zip(tables, sizes, strict=True)):
-        place = table.reshape(
-            [len(table) if d == axis else table.shape[1] if d == n + axis else 1 for d in range(2 * n)]
-        )
+        place = np.expand_dims(table, tuple(d for d in range(2 * n) if d not in (axis, n + axis)))
         index, outside = index * size + place, outside | (place < 0)
-    return np.where(outside, prod(sizes), index).reshape(prod(map(len, tables)), -1)
+    return np.reshape(np.where(outside, prod(sizes), index), (prod(map(len, tables)), -1))

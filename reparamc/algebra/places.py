@@ -129,7 +129,7 @@ def reads(e: Conv, at: Sequence[Positions], size: Ints) -> list[Positions]:
 
     -1 where that is outside, or where a transposed convolution reads nothing.
     """
-    tables = []
+    tables: list[Positions] = []
     for axis, n in enumerate(size):
         taps = (e.offset[axis] + e.dilation[axis] * np.arange(e.kernel[axis]))[:, None]
         if e.transposed:

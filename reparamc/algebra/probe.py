@@ -13,9 +13,9 @@ from dataclasses import replace
 from itertools import product
 from math import gcd, prod
 
-import ml_dtypes
 import numpy as np
 
+from reparamc.algebra.dtypes import epsilon_of
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Ints, Source
 from reparamc.algebra.rewrite import Declined
@@ -50,7 +50,7 @@ def find_kernel(
             float32, where it is coarser) count as equal: a border that was computed beforehand and a
             bias that is computed now.
     """
-    slack = max(32 * min(float(ml_dtypes.finfo(dtype).eps), 2.0**-23), 1e-11)
+    slack = max(32 * min(epsilon_of(dtype), 2.0**-23), 1e-11)
     spatial = len(sizes)
     if None in sizes and reach > FARTHEST:
         return Declined("it reaches too far to be probed")
@@ -69,7 +69,7 @@ def find_kernel(
         return Declined("its result is empty")
     if at_zero.ndim != spatial + 2 or not np.isfinite(at_random).all():
         return Declined(NOT_AFFINE)
-    flat = at_zero.swapaxes(0, 1).reshape(at_zero.shape[1], -1)
+    flat: Array = np.reshape(np.moveaxis(at_zero, 1, 0), (at_zero.shape[1], -1))
     bias = np.median(flat, axis=1)
     # Per channel, so that a large one hides no small one.
     tolerance = slack * np.maximum(_largest(at_random), _largest(at_zero))
@@ -90,7 +90,7 @@ def only_moves(conv: Conv, sizes: Sequence[int | None]) -> bool:
     size = 2 + max((max(r, 0) - min(a, 0) for a, r in zip(conv.offset, conv.reach, strict=True)), default=0)
     x = np.random.default_rng(0).standard_normal((1, conv.in_channels, *(size if e is None else e for e in sizes)))
     y, _ = evaluate(replace(conv, x=(source := Source("x"))), {source: x})
-    return bool(np.isin(y, [0, *x.flat]).all())
+    return bool(np.isin(y, np.append(x, 0)).all())
 
 
 def _largest(y: Array) -> Array:
@@ -111,7 +111,8 @@ def _grid(
     f: Function, lead: Ints, seen: dict[Ints, Ints], first: Ints, sizes: Sequence[int | None]
 ) -> tuple[Ints, Ints] | None:
     """(stride, delta), so that every size of the result is floor((size - 1 - delta) / stride) + 1."""
-    strides, deltas = [], []
+    strides: list[int] = []
+    deltas: list[int] = []
     for axis, fixed in enumerate(sizes):
         points: list[tuple[int, int]] = []
         for step in range(1 if fixed is not None else 6):
@@ -152,10 +153,10 @@ def _from_impulses(
         window = (slice(None), slice(None), *near)
         ones = np.eye(channels)
         response = np.concatenate([(_impulse(f, lead, one, centre, size) - at_zero)[window] for one in ones])
-        strong = np.abs(response).max(axis=0) > 1e-3 * tolerance.reshape(-1, *[1] * len(size))
+        strong = np.abs(response).max(axis=0) > 1e-3 * np.reshape(tolerance, (-1, *[1] * len(size)))
         for place in np.argwhere(strong.any(axis=0)):
             offset = tuple(int(c - s * (a + p)) for c, s, a, p in zip(centre, stride, low, place, strict=True))
-            taps[offset] = response[(slice(None), slice(None), *place)].T
+            taps[offset] = np.transpose(response[(slice(None), slice(None), *place)])
     if not taps:
         taps[(0,) * len(size)] = np.zeros((len(bias), channels))
     spread = [sorted({t[axis] for t in taps}) for axis in range(len(size))]
@@ -204,7 +205,7 @@ def _follows(
 def _groups(weight: Array, threshold: Array) -> int:
     """The largest number of groups outside of which ``weight`` is nothing."""
     out, channels = weight.shape[:2]
-    strong = np.abs(weight).reshape(out, channels, -1).max(axis=2) > threshold[:, None]
+    strong = np.reshape(np.abs(weight), (out, channels, -1)).max(axis=2) > threshold[:, None]
     common = gcd(out, channels)
     for groups in sorted((g for g in range(2, common + 1) if common % g == 0), reverse=True):
         blocks = strong.reshape(groups, out // groups, groups, channels // groups).any(axis=(1, 3))

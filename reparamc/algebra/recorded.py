@@ -5,10 +5,14 @@ array API standard; `Program` carries that out again, with NumPy or with torch, 
 the values of a recorded array by accident: `arrays.values` asks for them, `arrays.always` for an answer to count on.
 """
 
+# A recorded array stands for those of any library: little can be said of its type.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnknownParameterType=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -320,7 +324,7 @@ _current: ContextVar[Tape | None] = ContextVar("tape", default=None)
 
 
 @contextmanager
-def recording(tape: Tape) -> Iterator[Tape]:
+def recording(tape: Tape) -> Generator[Tape, None, None]:
     """Let adapters give recorded arrays for the parameters that they read."""
     token = _current.set(tape)
     try:

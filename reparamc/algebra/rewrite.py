@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from reparamc.algebra.cost import LATENCY, Objective
 from reparamc.algebra.expr import Expr, rebuild, walk
@@ -169,7 +169,9 @@ def select(passes: Sequence[Pass], only: Iterable[str] | None = None, skip: Iter
 
 
 def _names(argument: str, value: Any) -> list[str]:
-    names = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else None
-    if names is None or not all(isinstance(name, str) for name in names):
+    is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    given: list[Any] = list(cast(Any, value)) if is_list else [None]
+    names = [name for name in given if isinstance(name, str)]
+    if names != given:
         raise InputError(f"{argument} takes the names of passes, as a list, not {value!r}")
     return names
