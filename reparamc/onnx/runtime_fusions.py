@@ -75,11 +75,11 @@ def _optimized(model: ModelProto) -> ModelProto | None:
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         with weights.holding(), tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
-            data, values = weights.for_runtime(model if weights.references(model) else weights.light(model))
-            options.add_external_initializers(list(values), list(values.values()))
+            light = weights.for_runtime(model if weights.references(model) else weights.light(model))
+            light.set_in(options)
             options.optimized_model_filepath = os.path.join(folder, "model.onnx")
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-            ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+            ort.InferenceSession(light.data, options, providers=["CPUExecutionProvider"], enable_fallback=0)
             return onnx.load(options.optimized_model_filepath, load_external_data=False)
     except Exception:  # ONNX Runtime's exceptions share no base class; a full disk is no error either
         return None

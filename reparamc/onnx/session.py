@@ -29,7 +29,11 @@ MOST_TRIED = 32
 
 
 class Run:
-    """A model in ONNX Runtime on the CPU; ``values`` are those of its references."""
+    """A model in ONNX Runtime on the CPU; ``light`` says where its weights are, unless they are in it.
+
+    Raises:
+        InputError: ONNX Runtime cannot load it.
+    """
 
     def __init__(
         self,
@@ -37,26 +41,29 @@ class Run:
         outputs: list[str],
         what: str,
         optimize: bool,
-        values: Mapping[str, Any] = {},
+        light: weights.ForRuntime | None = None,
     ) -> None:
+        self.outputs, self._light = outputs, light
+        self._model, self._what, self._optimize = path_or_bytes, what, optimize
+        self._session: Any = self._opened()
+
+    def _opened(self) -> Any:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         levels = ort.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if self._optimize else levels.ORT_DISABLE_ALL
         # Sessions that take turns must not spin in one another's.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4
-        options.add_external_initializers(list(values), list(values.values()))
-        if values and not optimize:  # they are shared with other sessions, and would be copied for a few runs
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        self.outputs, self._values = outputs, values
+        if self._light is not None:
+            self._light.set_in(options)
+            if not self._optimize:  # weights would be copied for a few runs
+                options.add_session_config_entry("session.disable_prepacking", "1")
         try:
-            self.session = ort.InferenceSession(
-                path_or_bytes, options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
+            return ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise InputError(f"ONNX Runtime cannot load {what}: {one_line(error)}") from error
+            raise InputError(f"ONNX Runtime cannot load {self._what}: {one_line(error)}") from error
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {name: np.asarray(value) for name, value in zip(self.outputs, self.run(inputs), strict=True)}
@@ -64,15 +71,20 @@ class Run:
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
         """All outputs, in order; they may be lists where they are sequences."""
         feeds = {name: np.asarray(value) for name, value in inputs.items()}  # NumPy's scalars are no arrays
-        return list(self.session.run(self.outputs, feeds))
+        self._session = self._session or self._opened()
+        try:
+            return list(self._session.run(self.outputs, feeds))
+        finally:
+            if self._light is not None and self._light.is_large and not self._optimize:
+                self._session = None
 
 
 @contextmanager
 def session(model: ModelProto, what: str, optimize: bool = False) -> Iterator[Run]:
     """``model`` ready to run, with ONNX Runtime's own optimizations if wanted."""
     with weights.holding():
-        data, values = weights.for_runtime(model if weights.references(model) else weights.light(model))
-        yield Run(data, [o.name for o in model.graph.output], what, optimize, values)
+        light = weights.for_runtime(model if weights.references(model) else weights.light(model))
+        yield Run(light.data, [o.name for o in model.graph.output], what, optimize, light)
 
 
 def first_working_inputs(

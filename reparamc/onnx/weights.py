@@ -107,6 +107,13 @@ class File:
             self._mapped = mmap.mmap(self._handle.fileno(), 0, access=mmap.ACCESS_READ)
         return memoryview(self._mapped)
 
+    def is_at(self, path: str) -> bool:
+        """Whether this file is what lies at ``path`` now."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._handle.fileno()))
+        except OSError:
+            return False
+
     def close(self) -> None:
         self._handle.close()  # a map goes with the last array that reads it
 
@@ -195,8 +202,13 @@ def is_reference(tensor: TensorProto) -> bool:
 
 def _refer(tensor: TensorProto, number: int, start: int, length: int) -> TensorProto:
     """Have ``tensor``, which holds no data, refer to bytes of the buffer ``number``."""
+    return _locate(tensor, f"{MARK}{number}", start, length)
+
+
+def _locate(tensor: TensorProto, location: str, start: int, length: int) -> TensorProto:
+    """Have ``tensor``, which holds no data, refer to bytes that lie there."""
     del tensor.external_data[:]
-    entries = {"location": f"{MARK}{number}", "offset": start, "length": length}
+    entries = {"location": location, "offset": start, "length": length}
     tensor.external_data.extend(StringStringEntryProto(key=key, value=str(value)) for key, value in entries.items())
     tensor.data_location = TensorProto.EXTERNAL
     return tensor
@@ -550,9 +562,7 @@ def moved_out(model: ModelProto, location: str) -> tuple[ModelProto, list[Piece]
         where = place(t)
         gap = -at % ALIGNED
         parts += [bytes(gap), where]
-        entries = {"location": location, "offset": at + gap, "length": where.length}
-        del t.external_data[:]
-        t.external_data.extend(StringStringEntryProto(key=key, value=str(value)) for key, value in entries.items())
+        _locate(t, location, at + gap, where.length)
         at += gap + where.length
     return copy, parts
 
@@ -603,39 +613,82 @@ def blocks(parts: Iterable[Piece]) -> Iterator[Bytes]:
 # For ONNX Runtime
 
 
-def for_runtime(model: ModelProto) -> tuple[bytes, dict[str, Any]]:
-    """A light ``model`` serialized, and the values of its references by name, which must outlive the session.
+@dataclass(frozen=True)
+class ForRuntime:
+    """A light model as a session takes it.
+
+    Attributes:
+        data: the serialized model.
+        values: those of its references that lie in memory, by name. They must outlive the session, which copies them.
+        is_large: whether two sessions should not map it at the same time.
+    """
+
+    data: bytes
+    values: dict[str, Any]
+    is_large: bool
+
+    def set_in(self, options: Any) -> None:
+        """Add to the options of a session what it needs for this model."""
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", ROOT)
+        options.add_external_initializers(list(self.values), list(self.values.values()))
+
+
+ROOT = os.path.abspath(os.sep)
+"""The folder that the places of mapped tensors are relative to: ONNX Runtime takes no absolute ones."""
+
+
+MAPS = (1, 21)
+"""The version of ONNX Runtime from which on a model in memory may have its weights in files."""
+
+
+def for_runtime(model: ModelProto) -> ForRuntime:
+    """A light ``model`` for ONNX Runtime, which maps what lies well in a file, and is given the values of the rest.
 
     Sessions that are open at the same time share values.
     """
-    from onnxruntime import OrtValue
+    from onnxruntime import OrtValue, __version__
 
     COUNTERS.sessions += 1
-    named = {t.name: t for t in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            named.update((node.output[0], a.t) for a in node.attribute if a.HasField("t"))
-    named = {name: t for name, t in named.items() if is_reference(t)}
-    values: dict[str, Any] = {}
-    inline = [t for t in named.values() if t.data_type not in _PLAIN]
-    if inline:
-        copy = ModelProto()
-        copy.CopyFrom(model)
-        wanted = {t.SerializeToString() for t in inline}
-        for t in references(copy):
-            if t.SerializeToString() in wanted:
-                _inlined(t)
-        model = copy
-    for name, t in named.items():
-        if t.data_type in _PLAIN:
+    copy, maps = ModelProto(), tuple(map(int, __version__.split(".")[:2])) >= MAPS
+    copy.CopyFrom(model)
+    for t in copy.graph.initializer:
+        if maps and is_reference(t) and (path := _mappable(t)) is not None:
             where = place(t)
-            key = (id(where.buffer), where.start, t.data_type, tuple(t.dims))
-            held = _holder().runtime
-            value = held.get(key)
-            if value is None:
-                value = held[key] = OrtValue.ortvalue_from_numpy(_aligned(t, where))
-            values[name] = value
-    return model.SerializeToString(), values
+            _locate(t, path, where.start, where.length)
+    values: dict[str, Any] = {}
+    named = [(t.name, t) for t in copy.graph.initializer]
+    for node in copy.graph.node:
+        if node.op_type == "Constant":
+            named += [(node.output[0], a.t) for a in node.attribute if a.HasField("t")]
+    for name, t in named:
+        if not is_reference(t):
+            continue
+        if t.data_type not in _PLAIN:
+            _inlined(t)
+            continue
+        where = place(t)
+        key = (id(where.buffer), where.start, t.data_type, tuple(t.dims))
+        held = _holder().runtime
+        value = held.get(key)
+        if value is None:
+            value = held[key] = OrtValue.ortvalue_from_numpy(_aligned(t, where))
+        values[name] = value
+    return ForRuntime(copy.SerializeToString(), values, total(model) > FILE_LIMIT)
+
+
+def _mappable(t: TensorProto) -> str | None:
+    """The path, relative to `ROOT`, of the file that a reference can be mapped from; None where it cannot."""
+    where, dtype = place(t), helper.tensor_dtype_to_np_dtype(t.data_type)
+    if not isinstance(where.buffer, File) or t.data_type in PACKED or where.start % dtype.itemsize:
+        return None
+    path = os.path.abspath(where.buffer.path)
+    if os.path.splitdrive(path)[0] != os.path.splitdrive(ROOT)[0] or not where.buffer.is_at(path):
+        return None
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return None
+    return os.path.relpath(path, ROOT)
 
 
 def _aligned(t: TensorProto, where: Place) -> np.ndarray:

@@ -72,6 +72,51 @@ def test_onnx_runtime_takes_weights_where_they_are(tmp_path: Path, constant: boo
         assert np.allclose(run(inputs)["y"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["m.onnx", "größe ñ.onnx"])
+def test_onnx_runtime_maps_what_lies_well_in_a_file(tmp_path: Path, name: str) -> None:
+    arrays = [numpy_helper.from_array(np.full((64, 64), n + 1, np.float32), f"w{n}") for n in range(3)]
+    nodes = [helper.make_node("MatMul", [f"x{n}", f"w{n}"], [f"x{n + 1}"]) for n in range(3)]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 64]) for n in ("x0", "x3"))
+    whole = helper.make_model(helper.make_graph(nodes, "g", [x], [y], arrays), ir_version=9)
+    with (tmp_path / name).open("wb") as file:
+        data = whole.SerializeToString()
+        file.write(data)
+    with weights.holding():
+        light = weights.for_runtime(opened(tmp_path / name))
+        starts = [data.index(t.raw_data) for t in arrays]
+        assert len(light.values) == sum(start % 4 > 0 for start in starts)
+        with session(opened(tmp_path / name), "it") as run:
+            assert np.array_equal(run({"x0": np.ones((1, 64), np.float32)})["x3"], np.full((1, 64), 6 * 64.0**3))
+
+
+def test_a_file_that_was_replaced_is_not_mapped(tmp_path: Path) -> None:
+    whole = external(tmp_path)
+    with weights.holding():
+        light = opened(tmp_path / "m.onnx")
+        for location in ("a.bin", "sub/b.bin"):
+            data = (tmp_path / location).read_bytes()
+            (tmp_path / location).rename(tmp_path / f"{location}.old")
+            (tmp_path / location).write_bytes(bytes(len(data)))
+        inputs = {"x": np.ones((2, 8, 9, 7), np.float32)}
+        (expected,) = ReferenceEvaluator(whole).run(None, inputs)
+        with session(light, "it") as run:
+            assert np.allclose(run(inputs)["y"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sessions_of_large_models_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx.save(model(), tmp_path / "m.onnx")
+    inputs = {"x": np.ones((2, 8, 9, 7), np.float32)}
+    with weights.holding():
+        with session(opened(tmp_path / "m.onnx"), "it") as run:
+            expected = run(inputs)["y"]
+            assert run._session is not None
+        monkeypatch.setattr(weights, "FILE_LIMIT", 1000)
+        with session(opened(tmp_path / "m.onnx"), "it") as run:
+            for _ in range(2):
+                assert np.array_equal(run(inputs)["y"], expected)
+                assert run._session is None
+
+
 def test_what_no_rule_reads_is_never_decoded(tmp_path: Path) -> None:
     whole, path = model(), tmp_path / "m.onnx"
     onnx.save(whole, path)
