@@ -1,59 +1,17 @@
-"""`python -m fastvit_zoo list` and `python -m fastvit_zoo export NAME -o FILE`."""
+"""`python -m fastvit_zoo list`, `export` and `train`."""
 
 import argparse
-import os
 import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 
 import onnx
 import torch
 
-from fastvit_zoo.model import CONFIGS, FastViT, create_model, list_models
+from fastvit_zoo.model import CONFIGS, create_model, list_models
+from fastvit_zoo.onnx_export import export_onnx
+from fastvit_zoo.train import command as train
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
-
-OPSET = 17
-
-
-def export_onnx(
-    model: FastViT, path: str | os.PathLike[str], *, size: int = 256, batch: int = 1, dynamic: bool = False
-) -> None:
-    """Write `model` as it is, with nothing folded, to an ONNX file of its evaluation mode (opset 17).
-
-    The input "image" is (batch, in_channels, size, size), the output "logits" (batch, num_classes); `dynamic`
-    leaves batch, height and width open. The file appears complete or not at all. The training mode of
-    every module is left as it was.
-
-    Raises OSError if the file cannot be written.
-    """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    axes = {"image": {0: "batch", 2: "height", 3: "width"}, "logits": {0: "batch"}} if dynamic else None
-    weight = next(model.parameters())
-    image = torch.zeros(batch, model.in_channels, size, size, dtype=weight.dtype, device=weight.device)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # These settings keep every BatchNorm apart from its convolution.
-            torch.onnx.export(
-                model.eval(),
-                (image,),
-                str(partial),
-                dynamo=False,
-                training=torch.onnx.TrainingMode.PRESERVE,
-                do_constant_folding=False,
-                opset_version=OPSET,
-                input_names=["image"],
-                output_names=["logits"],
-                dynamic_axes=axes,
-            )
-        os.replace(partial, target)
-    finally:
-        for module, training in modes:
-            module.training = training
-        partial.unlink(missing_ok=True)
 
 
 def _list() -> None:
@@ -114,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--batch", type=_positive, default=1, metavar="IMAGES", help="default: 1")
     export.add_argument("--dynamic", action="store_true", help="leave batch, height and width open")
     export.set_defaults(run=_export)
+    train.add(commands)
     return parser
 
 

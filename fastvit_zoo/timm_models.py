@@ -8,10 +8,13 @@ segmentation_models_pytorch.
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import register_model
 from torch import nn
 
+import fastvit_zoo.torchvision_operators  # noqa: F401
 from fastvit_zoo.model import CONFIGS, create_model
+
+# isort: split
+from timm.models import register_model
 
 _NOT_OURS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """What timm hands to every model, about weights that it would download."""

@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 
 from fastvit_zoo import create_model
-from fastvit_zoo.__main__ import export_onnx
+from fastvit_zoo.onnx_export import export_onnx
 from reparamc.onnx.fuse import fuse_model
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
 

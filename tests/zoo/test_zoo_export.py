@@ -13,7 +13,8 @@ import onnxruntime
 import torch
 
 from fastvit_zoo import create_model
-from fastvit_zoo.__main__ import export_onnx, main
+from fastvit_zoo.__main__ import main
+from fastvit_zoo.onnx_export import export_onnx
 
 
 def operators(file: Path) -> Counter[str]:

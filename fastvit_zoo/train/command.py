@@ -1,0 +1,66 @@
+"""`python -m fastvit_zoo train`."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fastvit_zoo.train.recipe import RECIPES, Recipe, recipe
+
+
+def add(commands: Any) -> None:
+    """Add the command to a parser."""
+    parser: argparse.ArgumentParser = commands.add_parser("train", help="train a classifier by the paper's recipe")
+    parser.add_argument("--model", metavar="NAME", help="default: fastvit_t8, and the small fastvit_digits for digits")
+    parser.add_argument("--recipe", default="paper", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="has train and val, and a folder per class in each")
+    parser.add_argument(
+        "--dataset", default="", metavar="KIND", help="digits, torch/NAME or hfds/NAME instead of folders of images"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for checkpoints and results")
+    parser.add_argument("--resume", action="store_true", help="go on after the last full epoch in the output folder")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to start from")
+    parser.add_argument("--teacher", metavar="NAME", help="learn from this model of timm or of the zoo as well")
+    parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the weights of the teacher")
+    parser.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images; default: 0")
+    parser.add_argument("--amp", action="store_true", help="half precision where it is safe")
+    changes = parser.add_argument_group("changes to the recipe")
+    for field in fields(Recipe):
+        kind = type(field.default) if field.default is not None else float
+        changes.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind, metavar="X", help=f"paper: {field.default}"
+        )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, then write the fused network as ONNX and a plot.
+
+    Raises ValueError or OSError for input that does not fit, ValueError if a package is missing.
+    """
+    if (arguments.teacher is None) != (arguments.teacher_checkpoint is None):
+        raise ValueError("--teacher and --teacher-checkpoint belong together")
+    changes = {f.name: getattr(arguments, f.name) for f in fields(Recipe) if getattr(arguments, f.name) is not None}
+    small = arguments.recipe == "digits"
+    model = arguments.model or ("fastvit_digits" if small else "fastvit_t8")
+    chosen = recipe(arguments.recipe, model, distilled=arguments.teacher is not None, **changes)
+    try:
+        from fastvit_zoo.train.finish import train
+        from fastvit_zoo.train.run import Options, Source, Teacher
+    except ImportError as error:
+        raise ValueError(f"training needs {error.name}: pip install 'reparamc[zoo]'") from error
+    import torch
+
+    teacher = Teacher(arguments.teacher, arguments.teacher_checkpoint) if arguments.teacher else None
+    options = Options(
+        output=arguments.output,
+        checkpoint=arguments.checkpoint,
+        teacher=teacher,
+        resume=arguments.resume,
+        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        workers=arguments.workers,
+        amp=arguments.amp,
+    )
+    kind = arguments.dataset or ("digits" if small and arguments.data is None else "")
+    train(model, chosen, Source(arguments.data, kind), options)

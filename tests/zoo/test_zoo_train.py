@@ -1,0 +1,177 @@
+"""Training runs: what is measured, what survives being killed, and what is refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+import fastvit_zoo.torchvision_operators  # noqa: F401
+
+pytest.importorskip("timm")
+
+import numpy as np
+import onnx
+import torch
+from PIL import Image
+
+import reparamc
+from fastvit_zoo import create_model, load_checkpoint
+from fastvit_zoo.__main__ import main
+from fastvit_zoo.train.finish import train
+from fastvit_zoo.train.recipe import DIGITS, RECIPES, Recipe, recipe
+from fastvit_zoo.train.run import Options, Run, Source, Teacher
+
+# timm's reader of images leaves them to the garbage collector to close.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+
+TINY = replace(DIGITS, epochs=2, warmup=0, batch=8, accumulate=2, clip=1.0, cutmix=1.0, augment="rand-m5")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, dark and light: eight images of each to train on, four of each to validate."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.RandomState(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name, low in (("dark", 0), ("light", 128)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.randint(low, low + 128, (40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
+    """A run of two epochs with all that a recipe can turn on, and a teacher."""
+    output = tmp_path_factory.mktemp("run") / "whole"
+    return output, train("fastvit_digits", TINY, Source(images), options(output))
+
+
+def options(output: Path, **changes: Any) -> Options:
+    weights = output.parent / "teacher.pt"
+    torch.manual_seed(0)
+    torch.save(create_model("fastvit_digits", num_classes=2).state_dict(), weights)
+    return Options(output, teacher=Teacher("fastvit_digits", weights), **changes)
+
+
+def test_every_epoch_has_both_accuracies(whole: tuple[Path, list[dict[str, float]]]) -> None:
+    output, epochs = whole
+    assert [e["epoch"] for e in epochs] == [0, 1]
+    for found in epochs:
+        assert found["images"] == 8
+        assert found["top1"] == found["top1_fused"]
+        assert found["differing"] == 0
+    lines = (output / "summary.csv").read_text().splitlines()
+    assert len(lines) == 3
+    assert "eval_top1,eval_top5,eval_top1_fused" in lines[0]
+
+
+def test_the_exported_file_is_the_fused_form(whole: tuple[Path, list[dict[str, float]]]) -> None:
+    kinds = {node.op_type for node in onnx.load(whole[0] / "model.onnx").graph.node}
+    assert "Conv" in kinds
+    assert "BatchNormalization" not in kinds
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    whole: tuple[Path, list[dict[str, float]]], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "killed"
+    epoch: Callable[[Run, int], float] = Run._epoch
+    monkeypatch.setattr(reparamc, "Fuser", lambda model, _: lambda: model)  # fusing takes longest, and no part in this
+
+    def killed(self: Run, number: int) -> float:
+        if number == 1:
+            raise KeyboardInterrupt
+        return epoch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            list(Run("fastvit_digits", TINY, Source(images), options(output)).epochs())
+    (found,) = Run("fastvit_digits", TINY, Source(images), options(output, resume=True)).epochs()
+    assert found["epoch"] == 1
+    assert found["loss"] == whole[1][1]["loss"]
+    states = [torch.load(folder / "last.pth.tar", weights_only=True) for folder in (output, whole[0])]
+    for kind in "state_dict", "state_dict_ema":
+        for name, value in states[0][kind].items():
+            torch.testing.assert_close(value, states[1][kind][name], rtol=0, atol=0)
+
+
+def test_checkpoints_of_a_run_load_as_weights(whole: tuple[Path, list[dict[str, float]]]) -> None:
+    model = create_model("fastvit_digits", num_classes=2)
+    load_checkpoint(model, whole[0] / "model_best.pth.tar")
+    other = create_model("fastvit_digits", num_classes=5)
+    load_checkpoint(other, whole[0] / "last.pth.tar", classifier=False)
+
+
+def test_the_digits_are_split_once() -> None:
+    pytest.importorskip("sklearn")
+    training, validation, names = Source(kind="digits").halves()
+    assert (len(training), len(validation), names) == (1437, 360, [str(i) for i in range(10)])
+    image, label = training[0]
+    assert (image.size, image.mode, names[label]) == ((8, 8), "RGB", str(training.targets[0]))
+
+
+def test_recipes_of_the_paper() -> None:
+    assert recipe("paper", "fastvit_t8") == Recipe()
+    assert (recipe("paper", "fastvit_ma36").drop_path, recipe("paper", "fastvit_ma36").mixup) == (0.35, 0.8)
+    distilled = recipe("paper", "fastvit_ma36", distilled=True, epochs=3)
+    assert (distilled.drop_path, distilled.epochs) == (0.2, 3)
+    assert (RECIPES["paper-384"].size, RECIPES["paper-384"].lr) == (384, 5e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "none"], "none is not a folder"),
+        (["--data", "flat"], "flat has no classes"),
+        (["--data", "empty"], "empty has no folder train"),
+        (["--data", "images", "--batch", "64"], "16 images for training are too few for an update of 64"),
+        (["--data", "images", "--batch", "3"], "--batch 3 is odd"),
+        (["--data", "images", "--checkpoint", "t8.pt", "--batch", "4"], "does not fit the model"),
+        (["--data", "images", "--resume", "--batch", "4"], "nothing to resume in new"),
+        (["--data", "images", "--batch", "4", "--output", "old"], "old has a run already"),
+        (["--data", "images", "--batch", "4", "--output", "old", "--resume"], "run.json has another lr: 1.0, not 0.00"),
+        (["--data", "images", "--teacher", "resnet18"], "belong together"),
+        (
+            ["--data", "images", "--batch", "4", "--teacher", "resnet18", "--teacher-checkpoint", "none.pt"],
+            "the teacher's weights none.pt do not exist",
+        ),
+        (["--recipe", "mine"], "unknown recipe 'mine'; known recipes: paper"),
+        (["--data", "images", "--model", "fastvit_t9", "--batch", "4"], "unknown model 'fastvit_t9'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("images").symlink_to(images)
+    for split in "train", "val":
+        Path("flat", split).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(Path("flat", split, "a.png"))
+    Path("empty").mkdir()
+    Path("old").mkdir()
+    kept = {"model": "fastvit_t8", "classes": ["dark", "light"], "recipe": {"epochs": 8, "warmup": 1, "cooldown": 0}}
+    kept["recipe"] |= {"batch": 4, "accumulate": 1, "optimizer": "adamw", "lr": 1.0}
+    Path("old", "run.json").write_text(json.dumps(kept))
+    with torch.device("meta"):
+        weights = create_model("fastvit_t8", num_classes=2).state_dict()
+    torch.save({name: torch.zeros(value.shape) for name, value in weights.items()}, "t8.pt")
+    model = [] if "--model" in arguments else ["--model", "fastvit_t8" if "old" in arguments else "fastvit_digits"]
+    given = ["--recipe", "digits"] if "--recipe" not in arguments else []
+    assert main(["train", "--output", "new", *given, *model, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert message in captured.err
+    assert not Path("new").exists()
