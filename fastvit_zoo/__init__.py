@@ -5,6 +5,11 @@ compiler's work. `create_model(name, deployed=True)` builds the deployed structu
 that are fused already.
 """
 
+try:
+    import torch as _  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("fastvit_zoo needs torch; install it with: pip install 'reparamc[torch]'") from error
+
 from fastvit_zoo.checkpoint import CheckpointError, load_checkpoint
 from fastvit_zoo.model import Backbone, Config, FastViT, FeatureInfo, create_model, list_models
 

@@ -67,4 +67,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'reparamc' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"reparamc.{name} needs torch; install it with: pip install 'reparamc[torch]'") from error

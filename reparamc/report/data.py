@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from reparamc import __version__
-from reparamc.report.text import counts, line, table
+from reparamc.report.text import counts, line, several, table
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,8 @@ class Report:
         """What each check found, in the lines of the table."""
         lines: list[str] = []
         if self.host is not None and (self.host.kinds or self.host.unable):
-            agree = f"{self.host.kinds} kinds of region re-run with the framework's own operators: all agree"
+            kinds = several(self.host.kinds, "kind of region", "kinds of region")
+            agree = f"{kinds} re-run with the framework's own operators: all agree"
             unable = f"; {len(self.host.unable)} more could not be run" if self.host.unable else ""
             lines.append(line("reference", agree + unable))
         lines += [line("FAILED", f"{f.where}: {f.reason}; it stays as it was") for f in self.failed[:SHOWN]]
@@ -400,7 +401,9 @@ class Report:
         if alone:
             e = max(alone, key=lambda e: e.closeness)
             error = f"largest error {e.max_rel:.1e} relative to a channel, {e.tolerance:.1e} allowed, at {e.output}"
-            lines.append(line("one by one", f"{len(alone)} regions run alone on the original's values: {error}"))
+            lines.append(
+                line("one by one", f"{several(len(alone), 'region')} run alone on the original's values: {error}")
+            )
         return lines
 
     def _ways(self) -> list[str]:

@@ -19,6 +19,11 @@ def line(label: str, text: str) -> str:
     return f"{label:<10} {text}"
 
 
+def several(n: int, noun: str, others: str | None = None) -> str:
+    """``n`` with its noun in the right number; ``others`` is the plural of a noun that takes no s."""
+    return f"{n:,} {noun if n == 1 else others or noun + 's'}"
+
+
 def counts(applied: Iterable[tuple[str, int]]) -> str:
     """How often each pass was applied; those that were not are left out."""
     return ", ".join(f"{name} {n}" for name, n in applied if n)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from reparamc import __version__
 from reparamc.algebra.dtypes import kind_of
 from reparamc.equivalence.difference import Difference, tolerance
-from reparamc.report.text import line, table
+from reparamc.report.text import line, several, table
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Verification:
     def verdict(self) -> str:
         """One line."""
         if self.failure is None:
-            inputs = f"on {self.compared} input{'s' * (self.compared != 1)}"
+            inputs = f"on {several(self.compared, 'input')}"
             if self.doubt:
                 return f"not certain: no difference found {inputs}, but {self.doubt}"
             if self.windows is None:
@@ -174,7 +174,7 @@ class Verification:
         """A few lines for a terminal."""
         lines = [line("original", self.original), line("fused", self.fused)]
         lines += [line("input", text) for text in self.inputs]
-        counts = f"{self.compared} inputs"
+        counts = several(self.compared, "input")
         counts += f", {self.refused} more that the original refuses" * bool(self.refused)
         counts += f", {self.set_aside} set aside as overflow or all rounding" * bool(self.set_aside)
         lines.append(line("compared", f"{counts} in {self.seconds:.1f} s"))

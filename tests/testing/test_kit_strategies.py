@@ -320,9 +320,12 @@ def test_inputs_of_every_size_and_kind() -> None:
         ("linear_onnx", "hypothesis", "testing"),
         ("branches", "hypothesis", "testing"),
         ("linear_modules", "torch", "torch"),
+        ("reparamc.fuse_fx", "torch", "torch"),
+        ("reparamc.Fuser", "torch", "torch"),
     ],
 )
 def test_a_missing_package_is_one_clear_line(name: str, missing: str, extra: str) -> None:
+    home, _, name = name.rpartition(".") if "." in name else ("reparamc.testing", "", name)
     code = f"""
 import sys
 class Missing:
@@ -330,16 +333,14 @@ class Missing:
         if name == "{missing}":
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
-import reparamc.testing
+import {home}
 try:
-    reparamc.testing.{name}()
+    {home}.{name}()
 except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == (
-        f"reparamc.testing.{name} needs {missing}; install it with: pip install 'reparamc[{extra}]'"
-    )
+    assert done.stdout.strip() == f"{home}.{name} needs {missing}; install it with: pip install 'reparamc[{extra}]'"
 
 
 def test_strategies_for_onnx_need_no_torch() -> None:
