@@ -155,10 +155,10 @@ class _Fusion:
             except Exception:  # whatever a module raises that does not take a size
                 continue
         self.wavers = bool(difference(run(self.runs[0].call), self.runs[0].result))
-        by_class = "transformers records its outputs by its class"
-        blocked = {place: by_class for path in recorded(self.model) for place in _around(path)}
+        classes = recorded(self.model)
+        blocked = {p: "transformers records the outputs of parts of it" for path in classes for p in _around(path)[:-1]}
         blocked |= {place: "forward changes what it holds" for path in changed for place in _around(path)}
-        return Parts(self.model, self.own, self.options, self.runs, watched, blocked)
+        return Parts(self.model, self.own, self.options, self.runs, watched, blocked, classes)
 
     def checked(self, parts: Parts, taken: Taken) -> Taken:
         """``taken``, compared with the model; of a part that is wrong, its own parts are taken instead."""
@@ -188,7 +188,7 @@ class _Fusion:
                 lambda call: run_parts_alone(module, fused, *calls[id(call)]),
             )  # fmt: skip
         except VerificationError as error:
-            return error.where, why or one_line(error)
+            return error.where, why or one_line(error).partition("; nothing was written")[0]
         return None
 
     def blamed(self, parts: Parts, taken: Taken, why: str) -> tuple[str, str]:

@@ -169,7 +169,9 @@ def _reshapes(node: fx.Node, module: nn.Module) -> bool:
 
 
 def is_known(function: Any) -> bool:
-    """Whether a function comes with Python or torch, and so writes only where its name says so."""
+    """Whether a function comes with Python or torch, and so writes only where its name says so; or makes a tuple."""
+    if isinstance(function, type) and issubclass(function, tuple):
+        return True
     home = getattr(function, "__module__", None) or ""
     return home.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "")
 

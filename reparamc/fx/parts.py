@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
@@ -21,7 +21,7 @@ from reparamc.fx.direct import chained
 from reparamc.fx.export import can_be_exported, exported
 from reparamc.fx.host import fuse_traced
 from reparamc.fx.outcome import difference, ran
-from reparamc.fx.result import HOOKS, in_place_of
+from reparamc.fx.result import HOOKS, FusedModule, in_place_of, within
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.trace import fixed_arguments, trace, traced
 from reparamc.fx.watch import LINEAR, Call, Seen, Watched, is_leaf
@@ -88,6 +88,7 @@ class Parts:
         outermost: calls of the model itself; None where it was not run.
         watched: the calls of its submodules, and which of those other code reaches into.
         blocked: submodules that no graph may take the place of, by path, with the reason.
+        classes: paths of submodules that other code finds by their class.
     """
 
     def __init__(
@@ -98,11 +99,16 @@ class Parts:
         outermost: list[Seen] | None = None,
         watched: Watched | None = None,
         blocked: Mapping[str, str] = MappingProxyType({}),
+        classes: Collection[str] = (),
     ) -> None:
         self.options = options
         self.originals = dict(model.named_modules(remove_duplicate=False))
         self.own = dict(own.named_modules(remove_duplicate=False))
-        self.blocked, self.outermost, self.watched = blocked, outermost, watched
+        self.blocked, self.outermost, self.watched = dict(blocked), outermost, watched
+        self.classes = set(classes)
+        if watched is not None:
+            cast_at = "the Python around it turns autocast on"
+            self.blocked |= {path: cast_at for path, m in self.originals.items() if id(m) in watched.cast}
         self.placed: list[Placed] = []
         self._taken: dict[int, Taken] = {}
         self._wholes: dict[str, Whole | str] = {}
@@ -208,6 +214,7 @@ class Parts:
             whole = f"a graph would fix its argument {fixed!r}, of which callers may give another value"
         elif as_graph or any(map(is_leaf, module.children())):
             whole = self.whole(path)
+            as_graph = as_graph and bool(path or isinstance(whole, str) or not counts_an_argument(whole.graph))
         if isinstance(whole, Whole) and (variadic := variadic_argument(whole.graph)):
             whole = f"a graph would fix how many there are of {variadic!r}"
         if isinstance(whole, Whole) and as_graph:
@@ -235,7 +242,7 @@ class Parts:
             taken = self.take(place)
             ways += [Way(w.where, w.how, w.why or why, w.size, w.report) if w.where == place else w for w in taken.ways]
             self._put(place, result, inner, taken.module)
-        return Taken(result, ways)
+        return Taken(within(module, result) if path in self.classes and result is not module else result, ways)
 
     def _by_export(self, path: str, taken: Taken) -> Taken:
         """As a graph by torch.export, where that folds a BatchNorm that would stay; else what was ``taken``."""
@@ -286,7 +293,8 @@ class Parts:
             calls = self.seen(_joined(path, both[0]))
             if not (isinstance(first, LINEAR) and isinstance(second, NORM)) or calls == []:
                 continue
-            if any(self.is_touched(_joined(path, name)) for name in both) or any(places[id(m)] > 1 for m in pair):
+            inner = [_joined(path, name) for name in both]
+            if any(self.is_touched(p) or p in self.blocked for p in inner) or any(places[id(m)] > 1 for m in pair):
                 continue
             if not (is_plain(first) and is_plain(second)):
                 continue
@@ -313,10 +321,22 @@ class Parts:
             self.placed.append(Placed(where, old, new, ((home, name, old, new),)))
             self.placed[-1].put()
 
+    def _keep_class(self, parts: list[Placed]) -> None:
+        for part in parts:
+            self.placed.remove(part)
+            new = within(part.old, part.new)
+            self.placed.append(Placed(part.where, part.old, new, tuple((*site[:3], new) for site in part.sites)))
+            self.placed[-1].put()
+
     def entered(self, taken: Taken, path: str, why: str) -> Taken:
-        """``taken``, with the parts of the module at ``path`` replaced instead of that module."""
+        """``taken``, with what is at ``path`` in its own class; where it is already, with its parts replaced instead."""
         why = f"the fused graph does not compute the same: {why}"
         blamed = [part for part in self.placed if part.where == path]
+        if path not in self.classes and all(isinstance(p.new, FusedModule) and len(p.sites) == 1 for p in blamed):
+            self.classes.add(path)
+            self._keep_class(blamed)
+            if blamed:
+                return taken
         gone = set(map(id, taken.module.modules())) if not path else set[int]()
         for part in blamed:
             part.put_back()
@@ -325,7 +345,9 @@ class Parts:
         self.placed = [p for p in self.placed if p not in blamed and not any(id(s[0]) in gone for s in p.sites)]
         ways = [w for w in taken.ways if w.where != path]
         if any(len(part.sites) > 1 for part in blamed):  # a pair of operators, which has no parts
-            return Taken(taken.module, [*ways, Way(path, "as it is", why, counts_of([part.old for part in blamed]))])
+            return Taken(
+                taken.module, [*ways, Way(path, "as it is", why, counts_of([s[2] for p in blamed for s in p.sites]))]
+            )
         root = taken.module if path else self.own[path]
         return Taken(root, [*ways, *self._entered(path, why).ways])
 
@@ -358,6 +380,11 @@ def variadic_argument(graph: fx.GraphModule) -> str:
     """A variadic argument that is read; empty where there is none."""
     names = (str(node.target) for node in graph.graph.find_nodes(op="placeholder") if node.users)
     return next((name.lstrip("*") for name in names if name.startswith("*")), "")
+
+
+def counts_an_argument(graph: fx.GraphModule) -> bool:
+    """Whether a graph takes only as many elements of a list, or of a mapping, as the example has."""
+    return any(node.target is len for node in graph.graph.find_nodes(op="call_function", target=len))
 
 
 def _difference(original: nn.Module, graph: nn.Module, seen: Seen) -> str:

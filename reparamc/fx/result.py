@@ -62,6 +62,14 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def within(module: nn.Module, graph: nn.Module) -> nn.Module:
+    """``module``, of its own class, with its hooks and attributes, which holds and runs nothing but ``graph``."""
+    made = object.__new__(type(module))
+    empty: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_non_persistent_buffers_set": set()}
+    give(made, vars(module) | empty | {"_modules": {"graph": graph}, "forward": graph.forward})
+    return made
+
+
 def in_place_of(module: nn.Module, graph: fx.GraphModule) -> FusedModule:
     """``graph`` with the hooks and the plain attributes of ``module``, whose forward it computes."""
     hooks = () if is_exported(module) else HOOKS  # those check the inputs of the program

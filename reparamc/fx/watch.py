@@ -49,11 +49,13 @@ class Watched:
         calls: the first calls in every run of each part that is no leaf, or a linear one, by the part's id.
         touched: ids of parts that someone reached into from outside while they did not run: read an attribute that is
             a parameter, a buffer or a submodule, or called a submodule.
+        cast: ids of parts that were called where the Python around them had turned autocast on.
     """
 
     def __init__(self, model: nn.Module, most: int = 2) -> None:
         self.calls: dict[int, list[Seen]] = {}
         self.touched: set[int] = set()
+        self.cast: set[int] = set()
         self.most = most
         self._seen = Counter[int]()
         self._running = Counter[int]()
@@ -68,6 +70,8 @@ class Watched:
 
     def started(self, module: nn.Module, call: Call) -> Seen | None:
         self._reached_around(module)
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            self.cast.add(id(module))
         self._running[id(module)] += 1
         if (is_leaf(module) and not isinstance(module, LINEAR)) or self._seen[id(module)] == self.most:
             return None

@@ -1,6 +1,6 @@
 """Operators that write into memory: a fused graph must neither lose a write nor read too late."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -225,10 +225,19 @@ def _grown(m: Any, x: Tensor) -> Tensor:
     return torch.relu(y)
 
 
+class Two(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+def _named_tuple(m: Any, x: Tensor) -> Two:
+    return Two(m.a(x), m.b(x))
+
+
 STATEMENTS = {f.__name__.strip("_"): f for f in (
     _statement, _slice_statement, _result_and_operand, _two_statements, _inner_member, _scaled_operand, _out_operand,
     _unused_write, _relu_on_input_of_norm, _relu_on_result, _relu_on_conv_after_norm, _old_name, _shortcut_then_relu,
-    _relu_then_shortcut, _chained, _grown,
+    _relu_then_shortcut, _chained, _grown, _named_tuple,
 )}  # fmt: skip
 
 
@@ -241,7 +250,9 @@ def test_statement(name: str) -> None:
 LEFT_ALONE = pytest.mark.xfail(reason="a chain of writes into a value that something else made is left alone")
 
 
-@pytest.mark.parametrize("name", ["chained", pytest.param("grown", marks=LEFT_ALONE), "relu_then_shortcut"])
+@pytest.mark.parametrize(
+    "name", ["chained", pytest.param("grown", marks=LEFT_ALONE), "relu_then_shortcut", "named_tuple"]
+)
 def test_harmless_writes_do_not_hinder(name: str) -> None:
     model = Net(STATEMENTS[name], a=conv_bn(), b=conv_bn(1), r=nn.ReLU(inplace=True))
     assert counts(check(model))[1] == 0

@@ -362,9 +362,52 @@ class AsksItsEncoder(nn.Module):
 
 @pytest.mark.parametrize("method", [False, True])
 @pytest.mark.parametrize("verify", ["full", "region", "off"])
-def test_a_part_whose_class_is_asked_is_entered(method: bool, verify: str) -> None:
+def test_a_part_whose_class_is_asked_keeps_it(method: bool, verify: str) -> None:
     model = ready(AsksItsEncoder(method))
     x = images((2, CHANNELS, 9, 7), dtype=torch.float32)[0]
     fused = fuse_fx(model, x, verify=verify)
     assert counts(fused) == (2, 0)
-    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+    assert type(fused.encoder) is Encoder
+    assert list(fused.encoder._modules) == ["graph"]
+    for again in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert relative_error(run(again, x), run(model, x)) < 1e-5
+        calls = [tuple[Any, ...]()]
+        again.encoder.register_forward_hook(lambda module, args, result, calls=calls: calls.append(args))
+        run(again, x)
+        assert len(calls) == 2
+
+
+class Lists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = conv_bn()
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        return [self.body(image) for image in images]
+
+
+def test_a_list_may_have_another_length_later(x: Tensor) -> None:
+    model = ready(Lists())
+    fused = fuse_fx(model, ([x, x],))
+    assert counts(fused) == (1, 0)
+    for given in ([x], [x, 2 * x, 3 * x]):
+        assert all(map(lambda a, b: relative_error(a, b) < 1e-5, run(fused, given), run(model, given)))
+
+
+class InBfloat16(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv_bn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize("verify", ["full", "off"])
+def test_what_runs_within_autocast_stays(verify: str, x: Tensor) -> None:
+    model = ready(InBfloat16())
+    fused = fuse_fx(model, x, verify=verify)
+    assert counts(fused) == (1, 1)
+    assert report(fused).after.batchnorm == 1
+    assert relative_error(run(fused, x), run(model, x)) == 0
