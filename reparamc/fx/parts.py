@@ -329,7 +329,7 @@ class Parts:
             self.placed[-1].put()
 
     def entered(self, taken: Taken, path: str, why: str) -> Taken:
-        """``taken``, with what is at ``path`` in its own class; where it is already, with its parts replaced instead."""
+        """``taken``, with what is at ``path`` in its own class; or, where it is already, with its parts replaced."""
         why = f"the fused graph does not compute the same: {why}"
         blamed = [part for part in self.placed if part.where == path]
         if path not in self.classes and all(isinstance(p.new, FusedModule) and len(p.sites) == 1 for p in blamed):
