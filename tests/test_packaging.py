@@ -125,6 +125,15 @@ def test_light_imports(code: str) -> None:
     assert run_python(f"{code}\n{heavy}").splitlines()[-1] == "[]"
 
 
+def test_fuse_fx_does_without_torch_compile() -> None:
+    """Its import takes as long as that of torch."""
+    code = (
+        "import sys, torch, reparamc; net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).eval(); "
+        "reparamc.fuse_fx(net, torch.ones(1, 2)); print('torch._dynamo' in sys.modules)"
+    )
+    assert run_python(code).splitlines()[-1] == "False"
+
+
 def test_a_file_is_fused_and_audited_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
     norm = {name: np.full(2, 1.5, np.float32) for name in ("gamma", "beta", "mean", "var")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -305,7 +306,10 @@ def plain_modes() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_own_random_numbers())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if (
+            "torch._dynamo" in sys.modules
+        ):  # otherwise nothing is compiled, and its import takes as long as that of torch
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

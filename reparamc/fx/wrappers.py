@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 Wrapper = Callable[[nn.Module], nn.Module]
 
@@ -14,7 +14,7 @@ Wrapper = Callable[[nn.Module], nn.Module]
 def unwrapped(model: Any) -> tuple[Any, Wrapper]:
     """What is inside of ``model``, and what puts the same around another module."""
     match model:
-        case OptimizedModule():
+        case nn.Module() if _is_compiled(model):
             inside, around = model._orig_mod, _compiled(model)
         case nn.DataParallel():
             inside, around = model.module, _parallel(model)
@@ -24,6 +24,12 @@ def unwrapped(model: Any) -> tuple[Any, Wrapper]:
             return model, lambda module: module
     inner, wrapped = unwrapped(inside)
     return inner, lambda module: around(wrapped(module))
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile made it. What that comes from takes as long to import as all of torch."""
+    home = sys.modules.get("torch._dynamo.eval_frame")
+    return home is not None and isinstance(model, home.OptimizedModule)
 
 
 def _compiled(model: Any) -> Wrapper:

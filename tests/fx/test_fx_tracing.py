@@ -516,6 +516,27 @@ class InLowPrecision(nn.Module):
         return self.high(y.float()) * self.gain
 
 
+class Synced(nn.BatchNorm2d):
+    """As libraries write it for several processes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if not self.training else x * 1
+
+
+class Checked(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        return nn.BatchNorm1d.forward(self, x)
+
+
+@pytest.mark.parametrize(("norm", "layer"), [(Synced(4), nn.Conv2d(3, 4, 3)), (Checked(4), nn.Linear(3, 4))])
+def test_batchnorm_of_a_class_of_its_own(norm: nn.Module, layer: nn.Module) -> None:
+    shape = (2, 3, 5, 5) if isinstance(layer, nn.Conv2d) else (2, 3)
+    assert counts(check(ready(nn.Sequential(layer, norm, nn.ReLU())), shape))[1] == 0
+    with pytest.raises(ValueError, match="expected"):
+        norm(torch.zeros(1, 4, 1, 1, 1))  # the check itself is in place
+
+
 def test_autocast_within_forward_is_not_lost() -> None:
     """torch.fx runs it while it traces, and records nothing."""
     torch.manual_seed(0)
