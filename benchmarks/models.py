@@ -4,7 +4,6 @@ Files are kept in ``build/bench`` and made once.
 """
 
 import argparse
-import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -72,12 +71,8 @@ def onnx_file(name: str) -> Path:
 
 def timm() -> ModuleType:
     """The package timm, made importable beside a torchvision without its compiled library."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        from conftest import _declare_torchvision_operators  # pyright: ignore[reportMissingImports]
-    finally:
-        sys.path.pop(0)
-    _declare_torchvision_operators()
+    import fastvit_zoo.torchvision_operators  # noqa: F401
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import timm

@@ -843,29 +843,6 @@ LIBRARIES: Mapping[str, tuple[str, Callable[[str], Case], Callable[[], list[str]
 # One model
 
 
-def prepared() -> None:
-    """torchvision can be imported, with an operator in Python where its compiled library does not load."""
-    import torch
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    import conftest
-
-    conftest._declare_torchvision_operators()
-    if not conftest._declared:
-        return
-
-    def nms(boxes: Any, scores: Any, threshold: float) -> Any:
-        from torchvision.ops import box_iou
-
-        order, kept = scores.argsort(descending=True), []
-        while order.numel():
-            kept.append(int(order[0]))
-            order = order[1:][box_iou(boxes[order[:1]], boxes[order[1:]])[0] <= threshold]
-        return torch.tensor(kept, dtype=torch.int64)
-
-    conftest._declared[0].impl("nms", nms, "CPU")
-
-
 def called(model: Any, given: Any) -> Any:
     import torch
     from torch.utils import _pytree as pytree
@@ -1032,7 +1009,8 @@ def _batch(given: Any, n: int) -> Any:
 def child(library: str, names: list[str], time: bool) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
     warnings.simplefilter("ignore")
-    prepared()
+    import fastvit_zoo.torchvision_operators  # noqa: F401
+
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
     for name in names:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import _declare_torchvision_operators
 from fx_checks import ready
 from test_fuser import X, block
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import fastvit_zoo.torchvision_operators  # noqa: F401
 from reparamc import fuse_fx
 from reparamc.training.backend import backend
 from reparamc.training.callbacks import lightning_callback, transformers_callback
@@ -83,7 +83,6 @@ def test_lightning_validates_the_fused_form(model: Any, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_saves_the_fused_form(model: Any, tmp_path: Path) -> None:
-    _declare_torchvision_operators()
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
