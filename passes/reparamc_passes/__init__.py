@@ -16,12 +16,14 @@ from reparamc_passes.identity_to_conv import IDENTITY_TO_CONV
 from reparamc_passes.impulse_response import IMPULSE_RESPONSE
 from reparamc_passes.layout_cancelling import LAYOUT_CANCELLING
 from reparamc_passes.like_terms import LIKE_TERMS
+from reparamc_passes.lossless_shrink import LOSSLESS_SHRINK
 from reparamc_passes.piece_folding import PIECE_FOLDING
 from reparamc_passes.repmixer import REPMIXER
 from reparamc_passes.scale_folding import SCALE_FOLDING
 from reparamc_passes.sequence_merging import SEQUENCE_MERGING
 
 PASSES: tuple[Pass, ...] = (
+    LOSSLESS_SHRINK,
     CONSTANT_FOLDING,
     REPMIXER,
     BN_FOLDING,

@@ -44,6 +44,7 @@ class Pass:
         rules: tried in order at every node.
         priced: rules that ask for prices; tried after the others.
         run: what a pass without rules does to a whole graph, a `reparamc.compiler.plan.Compilation`.
+        first: what it does to a graph before all others, as a `reparamc.compiler.plan.Plan` of its own, or None.
         refusals: the reasons that it may give, with ``...`` for what depends on the model.
     """
 
@@ -53,6 +54,7 @@ class Pass:
     rules: tuple[Rule, ...] = ()
     priced: tuple[PricedRule, ...] = ()
     run: Callable[[Any, Pass], None] | None = None
+    first: Callable[..., Any] | None = None
     refusals: tuple[str, ...] = ()
 
     def priced_by(self, objective: Objective) -> tuple[Rule, ...]:

@@ -35,6 +35,9 @@ LOSS = 256 * DOUBLE
 ON_THE_WAY = 8
 """How often what a model computes from parameters may be rounded differently, in units of the magnitudes it has."""
 
+TRACE = 2.0**-100
+"""What a model computes from constants and is smaller, and no normal number of its dtype, may be zero in a runtime."""
+
 CHUNK = 1 << 16
 """Coefficients compared at a time: few enough for a processor's cache."""
 
@@ -435,7 +438,7 @@ def _compare_vectors(
         if set(found[0]) - {None}:  # a border that a model stores in advance fits the rest up to its own rounding
             allowed += precision.unit * sum(v.size * v.rounded for v in found[0].values())
         if a.computed:
-            allowed += precision.unit * ON_THE_WAY * a.size
+            allowed += precision.unit * ON_THE_WAY * a.size + min(precision.tiny / precision.unit, TRACE)
         sums.error += gap
         sums.total += np.abs(e.value)
         ratio = _ratio(a.value, e.value, allowed)

@@ -7,6 +7,7 @@ what replaces a node says in its metadata which one (`STANDS_FOR`).
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from math import prod
@@ -33,9 +34,12 @@ from reparamc.certificate.fx_operators import (
     Read,
     Size,
     as_array,
+    is_elementwise,
     is_transposed,
+    keeps_numbers,
     weighted,
 )
+from reparamc.certificate.narrowing import Separate
 from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.proof import Certificate, Opened, Window, certify
 
@@ -444,6 +448,9 @@ class _Side:
         around = self.memory.events.get(name, ())
         return (node.op, target if isinstance(target, int | str) else id(target), key, random, around)
 
+    def narrowed(self, name: str) -> None:
+        self.shapes.pop(name, None)
+
     def sizes_told(self, name: str) -> None:
         """Reads of sizes are compared by `kind`."""
 
@@ -471,6 +478,33 @@ class _Side:
                 index[axis] = bounds
         items = tuple(index.get(axis, slice(None)) for axis in range(max(index, default=-1) + 1))
         return Described("setitem", {"input": whole, "index": items, "value": node.args[1]})
+
+    def separate(self, name: str) -> Separate | None:
+        node = self.nodes[name]
+        if name in self.memory.unsafe:
+            return None
+        if is_elementwise(node, self.module):
+            product = name_of(node) in ("mul", "imul", "mul_")
+            return Separate(lambda axis: axis, lambda known: self._computed_alone(node, known), product)
+        return Separate(lambda axis: axis, None) if keeps_numbers(node, self.module) else None
+
+    def _computed_alone(self, node: fx.Node, known: Mapping[str, Array]) -> Array:
+        """What an elementwise operator makes of numbers, one for each channel; NaN where another operand varies."""
+        given: dict[fx.Node, Any] = {}
+        for n in node.all_input_nodes:
+            if n.name in known:
+                given[n] = torch.from_numpy(known[n.name].astype(np.float32))
+            elif n.name in self.constants:
+                given[n] = self.tensor(n.name)
+            else:
+                return np.full(len(next(iter(known.values()))), np.nan)
+        with torch.no_grad():
+            if node.op == "call_module":
+                args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
+                found = copy.deepcopy(attribute(self.module, str(node.target))).float()(*args, **kwargs)
+            else:
+                found = _called(node, given)
+        return as_array(found).astype(np.float64)
 
     def leaf(self, name: str, known_as: str) -> Value:
         if name in self.memory.unsafe:

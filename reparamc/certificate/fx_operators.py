@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import reparamc.certificate.kernels as nk
 import reparamc.certificate.layouts as nl
 import reparamc.certificate.meaning as meaning
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Dim, Unrepresentable
-from reparamc.certificate.fx_calls import Described, described
+from reparamc.certificate.fx_calls import Described, attribute, described
 from reparamc.certificate.fx_memory import Memory
 from reparamc.certificate.normal_form import Array, Value
 
@@ -29,6 +30,48 @@ NUMBERS = {
     math.ceil, math.floor, math.sqrt, torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, min, max,
 }  # fmt: skip
 """Functions that make numbers of sizes."""
+
+
+ELEMENTWISE = (
+    "abs", "add", "celu", "clamp", "div", "elu", "erf", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh",
+    "leaky_relu", "log", "maximum", "minimum", "mish", "mul", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu",
+    "softplus", "softsign", "sqrt", "sub", "tanh", "truediv", "iadd", "isub", "imul", "itruediv",
+)  # fmt: skip
+"""Functions and methods whose result at a position depends on the operands at that position."""
+_ELEMENTWISE = {f for home in (torch, F, operator) for name in ELEMENTWISE if (f := getattr(home, name, None))}
+_ELEMENTWISE_MODULES = {
+    nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6,
+    nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
+}  # fmt: skip
+_POOLINGS = {
+    getattr(nn, f"{kind}{n}d") for kind in ("AdaptiveAvgPool", "AdaptiveMaxPool", "MaxPool") for n in (1, 2, 3)
+}
+_KEEPING = {F.interpolate, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+
+
+def is_elementwise(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether an operator is defined element by element."""
+    if node.op == "call_method":
+        return str(node.target).removesuffix("_") in ELEMENTWISE
+    return node.target in _ELEMENTWISE if node.op == "call_function" else _is_one_of(node, module, _ELEMENTWISE_MODULES)
+
+
+def keeps_numbers(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether an operator does to every channel the same, over positions only, and gives a constant map its number."""
+    indices = node.kwargs.get("return_indices", False) or len(node.all_input_nodes) != 1
+    if node.op == "call_function":
+        return node.target in _KEEPING and not indices
+    return not indices and _is_one_of(node, module, {nn.Upsample, *_POOLINGS})
+
+
+def _is_one_of(node: fx.Node, module: fx.GraphModule, kinds: Collection[type]) -> bool:
+    """Whether a node calls a module of exactly one of ``kinds``, and no hook."""
+    if node.op != "call_module":
+        return False
+    called = attribute(module, str(node.target))
+    return type(called) in kinds and not (
+        called._forward_hooks or called._forward_pre_hooks or getattr(called, "return_indices", False)
+    )
 
 
 class Size:

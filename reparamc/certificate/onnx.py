@@ -6,7 +6,7 @@ functions and other domains are atoms, and so is all that is not listed in `READ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -16,9 +16,18 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helpe
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.agreement import Precision
 from reparamc.certificate.axes import Dim, Unrepresentable
+from reparamc.certificate.narrowing import Separate
 from reparamc.certificate.normal_form import Array, Value
-from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, bodies, bounds, is_standard
-from reparamc.certificate.onnx_operators import MIXING, READERS, Call, is_convolution, weighted
+from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, bodies, bounds, is_standard, run_alone
+from reparamc.certificate.onnx_operators import (
+    ELEMENTWISE,
+    MIXING,
+    READERS,
+    Call,
+    is_convolution,
+    keeps_numbers,
+    weighted,
+)
 from reparamc.certificate.onnx_shapes import Shapes, Typed
 from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
 
@@ -53,7 +62,9 @@ def certify_onnx(
     declared = [v for v in result.graph.value_info if declared.get(v.name) == v]
     after = _Side("emitted", result, declared, {}, read)
     # A tensor has the sizes in the original that it has in the result, once it is proven to be the same.
-    before = _Side("original", original, declared, after.typed(), read)
+    typed, alone = after.typed(), Shapes(original, declared)
+    typed = {name: t for name, t in typed.items() if _may_be(alone.shape(name), t.dims)}
+    before = _Side("original", original, declared, typed, read)
     computed = set(before.order)
     stands_for = {name: name for name in after.order if name in computed and name not in without}
     stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
@@ -64,6 +75,12 @@ def certify_onnx(
     if not after.shapes.is_strict and Shapes(original).is_strict:
         outside.append(Window("graph", "undecided", reason="shape inference refuses the result alone"))
     return certify(before, after, outputs, stands_for, after.precision, outside, parameters)
+
+
+def _may_be(shape: Sequence[Dim] | None, dims: Sequence[int]) -> bool:
+    """Whether a tensor of that shape can have these sizes: one that lost channels has others."""
+    known = None if shape is None else [e.known for e in shape]
+    return known is None or (len(known) == len(dims) and all(m in (None, n) for m, n in zip(known, dims, strict=True)))
 
 
 def _keep_freed_blocks() -> None:
@@ -209,6 +226,29 @@ class _Side:
 
         kind = ("gathered", node.op_type, weight.shape[2:], tuple(sorted(attributes)))
         return Opened(kind, [node.input[0]], leaf, finish)
+
+    def narrowed(self, name: str) -> None:
+        if self.shape_of is not None:
+            self.shape_of.pop(name, None)
+
+    def separate(self, name: str) -> Separate | None:
+        node = self.producers[name][0]
+        if not is_standard(node) or any(node.output[1:]) or not _has_schema(node, self.opset):
+            return None
+        if node.op_type in ELEMENTWISE:
+            is_product = node.op_type == "Mul"
+            return Separate(lambda axis: axis, lambda known: self._computed_alone(node, known), is_product)
+        return Separate(lambda axis: axis, None) if keeps_numbers(node) else None
+
+    def _computed_alone(self, node: NodeProto, known: Mapping[str, Array]) -> Array:
+        """What an elementwise operator makes of numbers, one for each channel; NaN where another operand varies."""
+        count = len(next(iter(known.values())))
+        dtype = self.dtype(node.output[0]) or np.dtype(np.float32)
+        feeds = {name: row.astype(dtype) for name, row in known.items()}
+        feeds |= {n: a.reshape(-1) for n in node.input if n and (a := self.constant(n)) is not None}
+        if not feeds.keys() >= {n for n in node.input if n}:
+            return np.full(count, np.nan)
+        return run_alone([node], feeds, [node.output[0]], self.model)[0].astype(np.float64)
 
     def sizes_told(self, name: str) -> Sequence[Dim] | None:
         if name not in self._sizes:

@@ -179,7 +179,7 @@ class Constants:
         if not nodes:
             return
         try:
-            self._arrays.update(zip(outputs, _run(nodes, feeds, outputs, self.model), strict=True))
+            self._arrays.update(zip(outputs, run_alone(nodes, feeds, outputs, self.model), strict=True))
         except Exception:  # then each is computed alone, when it is asked for
             return
 
@@ -212,13 +212,13 @@ class Constants:
             return
         outputs = [name for name in node.output if name]
         try:
-            results = _run([node], feeds, outputs, self.model)
+            results = run_alone([node], feeds, outputs, self.model)
         except Exception as error:  # the runtime lacks an operator or a type, or refuses the operands
             raise Unrepresentable(f"the constant {outputs[0]!r} cannot be computed") from error
         self._arrays.update(zip(outputs, results, strict=True))
 
 
-def _run(
+def run_alone(
     nodes: Sequence[NodeProto], feeds: Mapping[str, Array], outputs: Sequence[str], model: ModelProto
 ) -> list[Array]:
     """The results of operators, as ONNX Runtime has them."""

@@ -22,6 +22,14 @@ MIXING = {"AveragePool", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"}
 """Operators with a kernel or a matrix."""
 
 
+ELEMENTWISE = {
+    "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log",
+    "Max", "Min", "Mish", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt",
+    "Sub", "Tanh", "ThresholdedRelu",
+}  # fmt: skip
+"""Operators that the specification defines element by element."""
+
+
 class Side(Protocol):
     """What readers ask of a graph; see `reparamc.certificate.onnx`."""
 
@@ -120,6 +128,20 @@ def _axes_within(axes: Sequence[int], rank: int) -> list[int]:
     if len(set(found)) != len(found):
         raise Unrepresentable("an axis is named twice")
     return found
+
+
+def keeps_numbers(node: NodeProto) -> bool:
+    """Whether an operator does to every channel the same, over positions only, and gives a constant map its number."""
+    match node.op_type:
+        case "GlobalAveragePool" | "GlobalMaxPool" | "MaxPool":
+            return True
+        case "AveragePool":
+            return not attribute(node, "count_include_pad", 0)
+        case "Resize" | "Upsample":
+            crops = attribute(node, "coordinate_transformation_mode", b"half_pixel") == b"tf_crop_and_resize"
+            return not crops and not any(node.input[3:])
+        case _:
+            return False
 
 
 # Kernels

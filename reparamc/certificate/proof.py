@@ -21,7 +21,18 @@ import numpy as np
 from reparamc.certificate.agreement import Agreement, Precision, agree
 from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.budget import BLOCK, LEAST, PER_PARAMETER, TAP, Exceeded, Meter
+from reparamc.certificate.narrowing import (
+    Narrowing,
+    Separate,
+    gone,
+    matched,
+    narrowed_axis,
+    passed,
+    put_back,
+    shape_of,
+)
 from reparamc.certificate.normal_form import Array, Value, Vector, promoted, span
+from reparamc.certificate.normal_form import leaf as nf_leaf
 
 
 class Opened(NamedTuple):
@@ -91,6 +102,14 @@ class Side(Protocol):
 
     def mixes(self, name: str) -> bool:
         """Whether the operator of ``name`` applies a kernel or a matrix."""
+        ...
+
+    def narrowed(self, name: str) -> None:
+        """Take note that ``name`` has fewer channels than the original: nothing is told of its sizes."""
+        ...
+
+    def separate(self, name: str) -> Separate | None:
+        """The operator of ``name`` as one that does the same to each channel of its operands; None if it is none."""
         ...
 
     def leaf(self, name: str, known_as: str) -> Value:
@@ -313,6 +332,8 @@ class _Proof:
         self.position = {name: at for at, name in enumerate(original.order)}
         self.last: list[list[Value]] = [[], []]
         """What the latest expansion of each graph went through, the result at the end."""
+        self.narrowings: dict[str, Narrowing] = {}
+        """The tensors of the original that have fewer channels in the emitted graph."""
         self.met: set[str] = set()
         """The tensors of the emitted graph that some proof is about."""
 
@@ -332,6 +353,8 @@ class _Proof:
         mine, other = self.sides[0].operands(before), self.sides[1].operands(after)
         if len(mine) != len(other) or self.sides[0].kind(before) != self.sides[1].kind(after):
             return False
+        if not self.narrowings.keys().isdisjoint(mine):
+            return False
         return all(self.cuts[1].get(b) == a or self.same_constant(a, b) for a, b in zip(mine, other, strict=True))
 
     def compared(self, before: str, after: str) -> Window | None:
@@ -344,6 +367,9 @@ class _Proof:
             if mine is not None and mine == other:
                 self.met.update(self._reached(1, after, set()))
                 return None
+            if self._passes_on(before, after):
+                self.met.add(after)
+                return None
         except Exception as error:
             return _stopped(before, error)
         return self.window(before, after, self.precision(after))
@@ -353,11 +379,82 @@ class _Proof:
         self.met.update(self._reached(1, after, set()))
         try:
             self.meter.start()
-            return self._jointed(before, after, precision) or self._whole(before, after, precision)
+            return (
+                self._narrowed(before, after, precision)
+                or self._jointed(before, after, precision)
+                or self._whole(before, after, precision)
+            )
         except Exceeded as error:
             return Window(before, "undecided", reason=str(error))
         except Exception as error:
             return _stopped(before, error)
+
+    def _passes_on(self, before: str, after: str) -> bool:
+        """Whether two tensors are made by one operator, channel by channel, of operands that lost the same channels."""
+        mine, other = self.sides[0].operands(before), self.sides[1].operands(after)
+        if len(mine) != len(other) or self.narrowings.keys().isdisjoint(mine):
+            return False
+        separate = self.sides[0].separate(before)
+        if separate is None or self.sides[0].kind(before) != self.sides[1].kind(after):
+            return False
+        lost = {a: self.narrowings[a] for a in mine if a in self.narrowings}
+        axis = next(iter(lost.values())).axis
+        for a, b in zip(mine, other, strict=True):
+            if self.cuts[1].get(b) != a and not self.same_constant(a, b):
+                return False
+            if a not in lost and not self._is_single(a, axis):
+                return False
+        found = passed(lost, separate)
+        if found is not None:
+            self._enter(before, after, found)
+        return found is not None
+
+    def _enter(self, before: str, after: str, narrowing: Narrowing) -> None:
+        self.narrowings[before] = narrowing
+        self.sides[1].narrowed(after)
+
+    def _is_single(self, name: str, axis: int) -> bool:
+        """Whether an operand is the same for all channels, which lie along ``axis``."""
+        constant = self.sides[0].constant(name)
+        if constant is not None:
+            return constant.size == 1
+        shape = self.sides[0].leaf(name, name).shape
+        return axis < len(shape) and shape[axis].known == 1
+
+    def _narrowed(self, before: str, after: str, precision: Precision) -> Window | None:
+        """Compare two tensors of which the emitted one has fewer channels; None where that is not so."""
+        atoms: list[_Atom] = []
+        try:
+            mine, m = self._expand(0, before, set(), atoms, None)
+            other, n = self._expand(1, after, set(), atoms, precision)
+            axis = narrowed_axis(mine, other)
+            if axis is None:
+                return None
+            match = matched(mine, other, axis)
+        except Unrepresentable:
+            return None
+        if match is None:
+            return Window(before, "different", np.inf, np.inf, "a channel of the result is none of the original", m, n)
+        narrowing, kept = match
+        found = agree(kept, other, precision)
+        doubt = self._doubt(atoms, precision) if found.verdict == "equal" else ""
+        if found.verdict == "equal" and not doubt:
+            self._enter(before, after, narrowing)
+        verdict = "undecided" if doubt else found.verdict
+        return Window(before, verdict, found.units, found.bound, doubt or found.reason, m, n, found.excess)
+
+    def _leaf(self, which: int, name: str) -> Value:
+        """A cut, by its name in the original, as a source of both graphs: as the emitted one has it."""
+        leaf = self.sides[0].leaf(name, name)
+        narrowing = self.narrowings.get(name)
+        if narrowing is None:
+            return replace(leaf, meter=self.meter)
+        whole, left = leaf.shape, gone(narrowing)
+        leaf = nf_leaf(name, shape_of(whole, narrowing, narrowing.width), self.meter)
+        if which == 1:
+            return leaf
+        rest = nf_leaf(_own(0, f"{name}, what is left of it"), shape_of(whole, narrowing, left), self.meter)
+        return put_back(leaf, rest if left else None, narrowing)
 
     def _jointed(self, before: str, after: str, precision: Precision) -> Window | None:
         """Compare two tensors link by link, so that kernels are not multiplied out; None unless all agree."""
@@ -439,7 +536,7 @@ class _Proof:
                 order.append(name)
             else:
                 # One shape for both graphs: sizes that are unknown may be named otherwise in each.
-                leaf = self.sides[0].leaf(known_as, known_as) if known_as else side.leaf(name, _own(which, name))
+                leaf = self._leaf(which, known_as) if known_as else side.leaf(name, _own(which, name))
                 values[name] = replace(leaf, meter=self.meter)
         ends = self._ends(which, order) if joints else {}
         whole: dict[str, Value] = {}  # what a joint of the original is, and what is made of it alone

@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from reparamc.algebra.expr import Array, Expr, Source, arrays, walk
+from reparamc.algebra.expr import Array, Expr, LayoutOp, Source, arrays, walk
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.readings import Reading, Value, values_in
 
@@ -64,6 +64,18 @@ class Graph(Protocol):
         """What an operator reads that is linear by its kind but has no reading; None for all others."""
         ...
 
+    def reads(self, value: Value) -> Sequence[Value]:
+        """All values that the operator of ``value`` reads."""
+        ...
+
+    def separate(self, value: Value) -> Separate | None:
+        """The operator of ``value``, which has no reading, as one that treats channels alike and each by itself."""
+        ...
+
+    def may_narrow(self, value: Value) -> bool:
+        """Whether ``value`` may have fewer channels: nothing asks for their number, and no caller sees it."""
+        ...
+
     def reach(self, value: Value) -> int:
         """The largest size, position or distance that an operator without a reading names."""
         ...
@@ -84,6 +96,24 @@ class Graph(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Separate:
+    """An operator that does the same to every channel, and reads no other one: an activation, a pooling, a resize.
+
+    Attributes:
+        operands: what it reads, constants left out; one with a single channel counts for all.
+        computes: whether an element depends on those at its own position alone; else it keeps a number that a channel
+            has everywhere.
+        multiplies: whether it is a product of its operands.
+        moves: what it does to axes.
+    """
+
+    operands: tuple[Value, ...]
+    computes: bool = True
+    multiplies: bool = False
+    moves: LayoutOp | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Splice:
     """One replacement: ``root`` is to be computed by ``expr``.
@@ -102,6 +132,7 @@ class Splice:
         origins: which of ``parameters`` an array of ``expr`` is made from, by its id; of any other, all.
         tensors: what the host made of ``expr`` when it was last carried out: new tensors, by name, and the parameters
             that each is made from.
+        narrows: the values that have fewer channels afterwards, because of this and the splices of the same unit.
     """
 
     root: Value
@@ -118,6 +149,7 @@ class Splice:
     original: Expr | None = None
     origins: Mapping[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])
     tensors: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    narrows: tuple[Value, ...] = ()
 
     def parameters_of(self, e: Expr) -> tuple[str, ...]:
         """The parameters that those of ``e``, a node of the replacement, are made from."""

@@ -52,6 +52,10 @@ class Host(Protocol[ResultT]):
         """A copy of ``graph`` (`graph`, or what it became when its constants were folded) with ``edits`` in it."""
         ...
 
+    def over(self, result: ResultT) -> Host[ResultT]:
+        """The host of a result, which is to be rewritten further."""
+        ...
+
     def size(self, result: ResultT | None) -> Counts:
         """The size of a result; of the model where that is None."""
         ...

@@ -7,10 +7,11 @@ from time import perf_counter
 
 from reparamc.algebra.cost import objective_of
 from reparamc.compiler.host import Host, Options, ResultT
-from reparamc.compiler.plan import make_plan
+from reparamc.compiler.plan import Plan, make_plan
 from reparamc.compiler.rollback import Attempt, prove, rewritten
 from reparamc.errors import InputError, one_line
 from reparamc.report.data import Report
+from reparamc.report.merge import in_a_row
 
 LEVELS = ("off", "region", "full")
 
@@ -30,14 +31,32 @@ def level_of(verify: bool | str) -> str:
 def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
     """A fused copy of the model of ``host``, and the report.
 
+    A pass that comes before all others is carried out, proven and compared by itself; the others go on with its result.
+
     Raises:
         InputError: the model cannot be read, or the framework does not accept the result.
         VerificationError: the result differs, and no edit is to blame for it.
     """
+    told: list[Report] = []
+    for p in options.passes:
+        start = perf_counter()
+        plan = None if p.first is None else p.first(host.graph, p, verify=options.level != "off")
+        if plan is not None:
+            result, report = _carried_out(host, options, plan, start)
+            told.append(report)
+            host = host.over(result) if report.changed else host
+    start = perf_counter()
+    plan = make_plan(
+        host.graph, options.passes, objective_of(options.objective), verify=options.level != "off",
+        progress=options.progress,
+    )  # fmt: skip
+    result, report = _carried_out(host, options, plan, start)
+    return result, in_a_row([*told, report])
+
+
+def _carried_out(host: Host[ResultT], options: Options, plan: Plan, start: float) -> tuple[ResultT, Report]:
     level = options.level
-    clock = [perf_counter()]
-    objective = objective_of(options.objective)
-    plan = make_plan(host.graph, options.passes, objective, verify=level != "off", progress=options.progress)
+    clock = [start]
     attempt = Attempt(host, plan)
     clock.append(perf_counter())
     kept, failed, certificate = [*plan.kept], [*plan.failed], None

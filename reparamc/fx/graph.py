@@ -16,13 +16,14 @@ from torch.fx.node import map_arg
 
 from reparamc.algebra.expr import Array, Expr
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Fold
+from reparamc.compiler.graph import Fold, Separate
 from reparamc.compiler.readings import Value
 from reparamc.fx.calls import Held
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.readers import READERS
 from reparamc.fx.readings import Readings
 from reparamc.fx.runner import run
+from reparamc.fx.separate import may_narrow, separate
 
 
 class FxGraph(Readings):
@@ -121,6 +122,15 @@ class FxGraph(Readings):
         if any(n in self.facts.dims or n in self.facts.sizes for n in operands):
             return None  # indices that are computed at run time
         return operands or None
+
+    def reads(self, value: Value) -> Sequence[Value]:
+        return [n for n in cast(fx.Node, value).all_input_nodes if n not in self.facts.known]
+
+    def separate(self, value: Value) -> Separate | None:
+        return separate(self, cast(fx.Node, value))
+
+    def may_narrow(self, value: Value) -> bool:
+        return may_narrow(self, cast(fx.Node, value))
 
     def reach(self, value: Value) -> int:
         node = cast(fx.Node, value)

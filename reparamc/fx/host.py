@@ -86,6 +86,9 @@ class FxHost:
     def carry_out(self, graph: Graph, edits: Sequence[Edit]) -> Edited:
         return Editor(cast(FxGraph, graph)).carry_out(edits)
 
+    def over(self, result: Edited) -> FxHost:
+        return FxHost(result.module, self.original, self.calls, self.expected, self.exported)
+
     def size(self, result: Edited | None) -> Counts:
         return count(self.traced if result is None else result.module)
 

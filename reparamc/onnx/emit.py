@@ -62,6 +62,7 @@ class OnnxEdit:
         self._initializers: list[TensorProto] = []
         self._replaced: set[str] = set()
         self._suspects: set[str] = set()
+        self._narrowed: set[str] = set()
 
     def carry_out(self, splices: Iterable[Splice]) -> ModelProto:
         """The copy with ``splices`` in it, in one edit, and without what is dead then."""
@@ -75,6 +76,7 @@ class OnnxEdit:
         self._inserted[root] = _Emitter(self, splice, root).run()
         self._replaced.add(root)
         self._suspects.update(str(v) for v in splice.members)
+        self._narrowed.update(map(str, splice.narrows))
 
     def add_initializer(self, wanted: str, array: Array, dtype: np.dtype) -> str:
         name = self.names.fresh(wanted)
@@ -106,7 +108,7 @@ class OnnxEdit:
         used = {name for made in self._inserted.values() for node in made for name in node.input}
         gone = self._suspects - self._replaced - used
         nodes, asked = answered(self.sizes, gone, nodes, self.names, self.add_integers)
-        commit(self.model, nodes, self._initializers, self._suspects | asked)
+        commit(self.model, nodes, self._initializers, self._suspects | asked, self._narrowed)
 
     def _complete_slices(self) -> None:
         """Give slices their bounds; those that cut a value into all its parts become one Split, the first of them."""

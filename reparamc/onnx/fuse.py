@@ -200,6 +200,9 @@ class OnnxHost:
         read = cast(OnnxGraph, graph)
         return OnnxEdit(read, read.sizes).carry_out(edit for edit in edits if isinstance(edit, Splice))
 
+    def over(self, result: ModelProto) -> OnnxHost:
+        return OnnxHost(result, self.doubted)
+
     def size(self, result: ModelProto | None) -> Counts:
         return count(self.model if result is None else result)
 

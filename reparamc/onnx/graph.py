@@ -15,7 +15,7 @@ from onnx import ModelProto
 
 from reparamc.algebra.expr import Array, Conv, Expr, Source
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Fold
+from reparamc.compiler.graph import Fold, Separate
 from reparamc.compiler.readings import Taps, Value
 from reparamc.onnx import taps
 from reparamc.onnx.constants import fold_constants
@@ -23,8 +23,9 @@ from reparamc.onnx.emit import is_rows
 from reparamc.onnx.facts import Facts, results_of
 from reparamc.onnx.operators import LAST, READERS
 from reparamc.onnx.reference import Operator, in_float64
+from reparamc.onnx.separate import may_narrow, separate
 from reparamc.onnx.sizes import Sizes, reads_size_only
-from reparamc.onnx.values import FLOATS, attribute, is_standard
+from reparamc.onnx.values import FLOATS, attribute, captured, is_standard
 
 LINEAR_KINDS = {
     "Add", "Concat", "CumSum", "DepthToSpace", "Div", "Einsum", "Expand", "Flatten", "Gather", "GatherElements",
@@ -120,6 +121,16 @@ class OnnxGraph(Facts):
         most = {"Mul": 1, "Div": 1, "MatMul": 1, "Gemm": 1, "Einsum": 1}.get(node.op_type, len(floating))
         by_itself = node.op_type == "Div" and node.input[0] in self.constants
         return tuple(floating) if 0 < len(floating) <= most and not by_itself else None
+
+    def reads(self, value: Value) -> Sequence[Value]:
+        node = self.producers[str(value)]
+        return [n for n in (*node.input, *captured(node)) if n and n not in self.constants]
+
+    def separate(self, value: Value) -> Separate | None:
+        return separate(self, str(value))
+
+    def may_narrow(self, value: Value) -> bool:
+        return may_narrow(self, str(value))
 
     def reach(self, value: Value) -> int:
         node = self.producers[str(value)]

@@ -529,12 +529,17 @@ class Names:
 
 
 def commit(
-    model: ModelProto, nodes: Sequence[NodeProto], fresh: Sequence[TensorProto], suspects: Iterable[str]
+    model: ModelProto,
+    nodes: Sequence[NodeProto],
+    fresh: Sequence[TensorProto],
+    suspects: Iterable[str],
+    reshaped: Iterable[str] = (),
 ) -> None:
     """Make ``nodes`` the body of the main graph, in one edit.
 
     Nodes that compute ``suspects``, and those that only fed them, are dropped where nothing reads
-    them any more, and so are initializers that nothing reads any more. What was dead before stays.
+    them any more, and so are initializers that nothing reads any more. What was dead before stays. What is declared of
+    values that are ``reshaped`` goes.
     """
     graph = model.graph
     was_read = set(users(graph)).union(suspects := set(suspects))
@@ -554,7 +559,7 @@ def commit(
     if model.ir_version < 4:  # every initializer is listed as an input, too
         _drop(graph.input, orphans)
         graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in fresh)
-    _drop(graph.value_info, gone | orphans)
+    _drop(graph.value_info, gone | orphans | set(reshaped))
     del graph.node[:]
     graph.node.extend(nodes)
 

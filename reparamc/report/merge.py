@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import TypeVar
 
-from reparamc.report.data import Certified, Counts, HostCheck, Report, Rewrite
+from reparamc.report.data import Certified, Counts, HostCheck, OutputError, Report, Rewrite
 
 NumberT = TypeVar("NumberT", int, float)
 
@@ -38,6 +38,37 @@ def merged(reports: Sequence[tuple[str, Report]], left: Sequence[Counts]) -> Rep
         certificate=_certified(certificates) if certificates else None,
         seconds=_summed(r.seconds for r in every),
     )
+
+
+def in_a_row(reports: Sequence[Report]) -> Report:
+    """The report of one fusion after the other: the last, with what the others did to what it started from."""
+    *others, last = reports
+    for earlier in reversed(others):
+        consumed = {p for w in last.rewrites for p in w.parameters}
+        of = earlier.provenance
+        provenance = {name: found for name, found in of.items() if name not in consumed}
+        for name, found in last.provenance.items():
+            provenance[name] = tuple(dict.fromkeys(p for n in found for p in of.get(n, (n,))))
+        certificates = [r.certificate for r in (earlier, last) if r.certificate is not None]
+        last = replace(
+            last,
+            before=earlier.before,
+            passes=_summed([earlier.passes, last.passes]),
+            rewrites=[*earlier.rewrites, *last.rewrites],
+            provenance=provenance,
+            kept=[*earlier.kept, *last.kept],
+            failed=[*earlier.failed, *last.failed],
+            end_to_end=_worst(earlier.end_to_end, last.end_to_end),
+            certificate=_certified(certificates) if certificates else None,
+            seconds=_summed([earlier.seconds, last.seconds]),
+        )
+    return last
+
+
+def _worst(earlier: Sequence[OutputError], last: Sequence[OutputError]) -> list[OutputError]:
+    """What was found of each output, the larger of two."""
+    found = {e.output: e for e in earlier}
+    return [max(e, found.pop(e.output, e), key=lambda e: e.max_rel) for e in last] + [*found.values()]
 
 
 def inside(place: str, name: str) -> str:

@@ -1,0 +1,121 @@
+"""Channels that are constant or that nothing uses: what an operator makes of them, and the operator without them.
+
+A channel is *known* where it has one number at every position, for every input. Known channels are arrays of numbers,
+with NaN for those that vary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from reparamc.algebra.arrays import values
+from reparamc.algebra.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Reshape, Scale, Select, Source, Sum
+from reparamc.algebra.kernels import coefficients
+from reparamc.algebra.shape import Dim
+
+Index = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
+
+
+def known_after(e: Expr, operands: Sequence[Array]) -> Array:
+    """The known channels of ``e``, from those of its operands."""
+    match e:
+        case Conv():
+            return _known_after_conv(e, operands[0])
+        case Scale() | BatchNorm():
+            with np.errstate(all="ignore"):
+                scale, shift = map(values, coefficients(e))
+                return np.where(scale == 0, shift, scale * operands[0] + shift)
+        case Concat():
+            return np.concatenate(operands)
+        case Select():
+            return operands[0][list(e.index)]
+        case _:
+            return sum(operands[1:], operands[0])  # a layout operator keeps its operand's
+
+
+def uses(conv: Conv) -> Mask:
+    """[group, output, input]: whether some tap of an output reads an input, numbered inside their group."""
+    return (values(conv.weight) != 0).reshape(conv.groups, -1, conv.weight.shape[1], _taps(conv)).any(-1)
+
+
+def takes_constants(conv: Conv, known: Array) -> Mask:
+    """The inputs whose known number can go into the bias: any number, or zero alone where padding is read."""
+    return known == 0 if conv.reads_padding else ~np.isnan(known)
+
+
+def _taps(conv: Conv) -> int:
+    return int(np.prod(conv.kernel, dtype=int))
+
+
+def _known_after_conv(conv: Conv, known: Array) -> Array:
+    grouped = (conv.groups, 1, conv.weight.shape[1])
+    fixed = takes_constants(conv, known)
+    varies = (uses(conv) & ~fixed.reshape(grouped)).any(-1)
+    if varies.all():
+        return np.full(conv.out_channels, np.nan)
+    summed = values(conv.weight).reshape(conv.groups, -1, conv.weight.shape[1], _taps(conv)).sum(-1)
+    total = (summed * np.where(fixed, known, 0).reshape(grouped)).sum(-1)
+    return np.where(varies, np.nan, total).reshape(-1) + values(conv.bias_or_zero)
+
+
+def is_separate(conv: Conv) -> bool:
+    """Whether every output reads one input alone."""
+    return conv.weight.shape[1] == 1 and (conv.groups > 1 or conv.out_channels == 1)
+
+
+def narrowed(
+    e: Expr, x: Sequence[Expr], out: Index, read: Sequence[Index], known: Sequence[Array], least: float = 0.0
+) -> Expr:
+    """``e`` over operands ``x`` that have the channels ``read`` of its own, as far as its outputs ``out`` go.
+
+    Args:
+        known: the known channels of its own operands: those that are gone go into the bias.
+        least: what is added to a bias there and is smaller is zero.
+    """
+    match e:
+        case Conv():
+            return _narrowed_conv(e, x[0], out, read[0], known[0], least)
+        case Scale():
+            scale, shift = (values(v)[out] if v.ndim else v for v in (e.scale, e.shift))
+            return replace(e, x=x[0], scale=scale, shift=shift)
+        case BatchNorm():
+            gamma, beta, mean, var = (values(v)[out] for v in (e.gamma, e.beta, e.mean, e.var))
+            return replace(e, x=x[0], gamma=gamma, beta=beta, mean=mean, var=var)
+        case Sum():
+            return Sum(tuple(x))
+        case Concat():
+            return Concat(tuple(x), tuple(map(len, read)), e.axis)
+        case Select():
+            index = np.searchsorted(read[0], np.asarray(e.index)[out])
+            return Select(x[0], tuple(index.tolist()), len(read[0]), e.axis)
+        case Layout():
+            return _narrowed_layout(e, x[0], len(out))
+        case Source():
+            return e
+
+
+def _narrowed_conv(conv: Conv, x: Expr, out: Index, read: Index, known: Array, least: float) -> Conv:
+    weight = values(conv.weight)[out]
+    bias = None if conv.bias is None else values(conv.bias)[out]
+    if is_separate(conv):
+        return replace(conv, x=x, weight=weight, bias=bias, groups=len(read))
+    gone = np.setdiff1d(np.flatnonzero(~np.isnan(known)), read)
+    moved = (weight[:, gone].reshape(len(out), len(gone), _taps(conv)).sum(-1) * known[gone]).sum(-1)
+    moved = np.where(np.abs(moved) < least, 0.0, moved)
+    if moved.any():
+        bias = moved if bias is None else bias + moved
+    return replace(conv, x=x, weight=np.ascontiguousarray(weight[:, read]), bias=bias)
+
+
+def _narrowed_layout(e: Layout, x: Expr, width: int) -> Layout:
+    op = e.op
+    if isinstance(op, Reshape) and e.axis is not None and e.axis_in is not None:
+        before, after = list(op.before), list(op.after)
+        before[e.axis_in], after[e.axis] = Dim(width), Dim(width)
+        op = Reshape(tuple(before), tuple(after))
+    return Layout(x, op, e.axis_in)

@@ -1,0 +1,161 @@
+"""Tensors that have fewer channels in the emitted graph: which those are, and what the others of the original are.
+
+The tensor of the original is written as a function of the emitted one: some channels are those of the emitted one, some
+are numbers, and the rest depends on a leaf that the emitted graph does not have. So whatever reads it can be compared.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import reparamc.certificate.layouts as nl
+import reparamc.certificate.normal_form as nf
+from reparamc.certificate.axes import Dim, identity_view
+from reparamc.certificate.normal_form import ONE, Array, Block, Grid, Guard, Value, Vector
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowing:
+    """How a tensor of the original is made of the one that was emitted.
+
+    Attributes:
+        axis: that of the channels, from the left.
+        index: for each channel of the original the one that it is, or -1.
+        known: the number that a channel is everywhere; NaN where it is none.
+    """
+
+    axis: int
+    index: Array
+    known: Array
+
+    @property
+    def kept(self) -> Array:
+        return np.flatnonzero(self.index >= 0)
+
+    @property
+    def width(self) -> int:
+        return len(self.kept)
+
+    def alike(self, other: Narrowing) -> bool:
+        """Whether two tensors lost the same channels."""
+        return np.array_equal(self.index, other.index)
+
+
+@dataclass(frozen=True)
+class Separate:
+    """An operator that does the same to every channel, and reads no other one.
+
+    Attributes:
+        axis: where the axis of the channels, from the left, is in the result; None where it does not stay whole.
+        computed: what it makes of numbers, one for each channel, by operand; None if it keeps them.
+        multiplies: whether it is the product of its operands.
+    """
+
+    axis: Callable[[int], int | None]
+    computed: Callable[[Mapping[str, Array]], Array] | None
+    multiplies: bool = False
+
+
+def shape_of(shape: Sequence[Dim], narrowing: Narrowing, width: int) -> list[Dim]:
+    return [Dim(width) if i == narrowing.axis else e for i, e in enumerate(shape)]
+
+
+def put_back(leaf: Value, rest: Value | None, narrowing: Narrowing) -> Value:
+    """The tensor of the original, of the ``leaf`` that was emitted and of the ``rest`` that was not."""
+    kept, axis = narrowing.kept, narrowing.axis
+    parts = [(leaf, kept, narrowing.index[kept])]
+    if rest is not None:
+        gone = np.flatnonzero((narrowing.index < 0) & np.isnan(narrowing.known))
+        parts.append((rest, gone, np.arange(len(gone))))
+    base = tuple(shape_of(leaf.base, narrowing, len(narrowing.index)))
+    tap = (Guard(0, 0, 0),) * len(base)
+    blocks = tuple(
+        Block(next(iter(v.grids)), rows, first, np.ones((len(rows), 1, 1)), np.broadcast_to(ONE, len(rows)), (tap,))
+        for v, rows, first in parts
+    )
+    numbers = np.where((narrowing.index < 0) & ~np.isnan(narrowing.known), narrowing.known, 0.0)
+    vectors = {None: Vector(numbers, np.abs(numbers), 1, True)} if numbers.any() else {}
+    grids = {next(iter(v.grids)): (Grid(),) * len(base) for v, _, _ in parts}
+    return Value(base, axis, grids, blocks, vectors, identity_view(base), meter=leaf.meter)
+
+
+def narrowed_axis(original: Value, emitted: Value) -> int | None:
+    """The only axis along which the emitted value has fewer elements; None where there is none."""
+    if original.rank != emitted.rank:
+        return None
+    both = [(m.known, n.known) for m, n in zip(original.shape, emitted.shape, strict=True)]
+    apart = [i for i, (m, n) in enumerate(both) if m is not None and n is not None and m != n]
+    fewer = [i for i in apart if (both[i][0] or 0) > (both[i][1] or 0) > 0]
+    return fewer[0] if len(apart) == len(fewer) == 1 else None
+
+
+def matched(original: Value, emitted: Value, axis: int) -> tuple[Narrowing, Value] | None:
+    """How the channels of the original are those of the emitted value, and the former that are kept.
+
+    They are found in order, by a weighted sum of what each reads: the caller is to compare them. None where an emitted
+    channel is like none that is left.
+    """
+    original = nf.unsplit(nf.with_places(original, axis)[0], axis)
+    emitted = nf.unsplit(nf.with_places(emitted, axis)[0], axis)
+    (mine, size, varies), (other, _, _) = _fingerprints(original), _fingerprints(emitted)
+    index, at = np.full(len(mine), -1), 0
+    for channel, number in enumerate(other):
+        like = np.flatnonzero(np.abs(mine[at:] - number) <= 2.0**-7 * size[at:])
+        if not len(like):
+            return None
+        best = at + int(like[0])
+        index[best], at = channel, best + 1
+    known = original.vectors[None].value if None in original.vectors else np.zeros(len(mine))
+    found = Narrowing(axis, index, np.where(varies, np.nan, known))
+    return found, nl.selected(original, found.kept.tolist(), axis)
+
+
+def _fingerprints(value: Value) -> tuple[Array, Array, Array]:
+    """For each channel a weighted sum of its coefficients, that of their magnitudes, and whether it reads anything."""
+    found, size = np.zeros(value.channels), np.zeros(value.channels)
+    varies = np.zeros(value.channels, bool)
+    for b in value.blocks:
+        of_channel = _weights(b.source.leaf, int(b.first.max(initial=0)) + b.weight.shape[1])
+        of_tap = np.array([_weights(str(tap), 1)[0] for tap in b.taps])
+        read = of_channel[b.first[:, None] + np.arange(b.weight.shape[1])]
+        products = b.left[:, None, None] * b.weight * read[:, :, None] * of_tap
+        found[b.rows] += products.sum((1, 2))
+        size[b.rows] += np.abs(products).sum((1, 2))
+        varies[b.rows] |= (products != 0).any((1, 2))
+    for where, vector in value.vectors.items():
+        weight = _weights(str(where and where[1]), 1)[0]
+        found += weight * vector.value
+        size += np.abs(weight * vector.value)
+        varies |= (vector.value != 0) if where is not None else False
+    return found, size, varies
+
+
+def _weights(name: str, count: int) -> Array:
+    """Numbers between 1 and 2 that follow from a name."""
+    return np.random.default_rng(zlib.crc32(name.encode())).uniform(1, 2, count)
+
+
+def gone(narrowing: Narrowing) -> int:
+    """How many channels of the original are neither emitted nor numbers."""
+    return int(((narrowing.index < 0) & np.isnan(narrowing.known)).sum())
+
+
+def passed(narrowings: Mapping[str, Narrowing], separate: Separate) -> Narrowing | None:
+    """The narrowing of what an operator makes of operands that all lost the same channels."""
+    first = next(iter(narrowings.values()))
+    axis = separate.axis(first.axis)
+    if axis is None or not all(first.alike(n) for n in narrowings.values()):
+        return None
+    known = first.known
+    if separate.computed is not None:
+        rows = [n.known for n in narrowings.values()]
+        fixed = ~np.isnan(rows).any(0)
+        made = separate.computed({name: np.where(fixed, n.known, 0.0) for name, n in narrowings.items()})
+        known = np.where(fixed, made, np.nan)
+        if separate.multiplies:
+            known = np.where((np.array(rows) == 0).any(0), 0.0, known)
+    return replace(first, axis=axis, known=known)
