@@ -238,7 +238,7 @@ class _Side:
         if node.op_type in ELEMENTWISE:
             is_product = node.op_type == "Mul"
             return Separate(lambda axis: axis, lambda known: self._computed_alone(node, known), is_product)
-        return Separate(lambda axis: axis, None) if keeps_numbers(node) else None
+        return Separate(lambda axis: axis, None) if keeps_numbers(node, self.constant) else None
 
     def _computed_alone(self, node: NodeProto, known: Mapping[str, Array]) -> Array:
         """What an elementwise operator makes of numbers, one for each channel; NaN where another operand varies."""

@@ -130,7 +130,7 @@ def _axes_within(axes: Sequence[int], rank: int) -> list[int]:
     return found
 
 
-def keeps_numbers(node: NodeProto) -> bool:
+def keeps_numbers(node: NodeProto, constant: Callable[[str], Array | None]) -> bool:
     """Whether an operator does to every channel the same, over positions only, and gives a constant map its number."""
     match node.op_type:
         case "GlobalAveragePool" | "GlobalMaxPool" | "MaxPool":
@@ -139,7 +139,8 @@ def keeps_numbers(node: NodeProto) -> bool:
             return not attribute(node, "count_include_pad", 0)
         case "Resize" | "Upsample":
             crops = attribute(node, "coordinate_transformation_mode", b"half_pixel") == b"tf_crop_and_resize"
-            return not crops and not any(node.input[3:])
+            scales = constant([*node.input[1:3]][-1]) if len(node.input) > 1 else None
+            return not crops and not any(node.input[3:]) and scales is not None and list(scales[:2]) == [1, 1]
         case _:
             return False
 

@@ -402,7 +402,7 @@ class _Proof:
         for a, b in zip(mine, other, strict=True):
             if self.cuts[1].get(b) != a and not self.same_constant(a, b):
                 return False
-            if a not in lost and not self._is_single(a, axis):
+            if a not in lost and not (self._is_single(a, axis) if separate.computed else a in self.sides[0].constants):
                 return False
         found = passed(lost, separate)
         if found is not None:

@@ -185,8 +185,12 @@ def _certificate(attempt: Attempt[ResultT]) -> Certificate:
         return Certificate(tuple(Window(name, "undecided", reason=reason) for name in where), 0, 0.0)
 
 
-def _shown(attempt: Attempt[ResultT]) -> dict[Edit, Collection[str]]:
-    return {edit: attempt.host.shown(edit, attempt.result) for edit in attempt.edits}
+def _shown(attempt: Attempt[ResultT]) -> dict[Edit, set[str]]:
+    host = attempt.host
+    found = {edit: set(host.shown(edit, attempt.result)) for edit in attempt.edits}
+    for splice in attempt.splices:
+        found[splice].update(map(host.tensor, splice.narrows))
+    return found
 
 
 def _reasons(found: Certificate, verdict: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from reparamc.algebra.expr import Array, Expr
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Fold, Separate
-from reparamc.compiler.readings import Value
+from reparamc.compiler.readings import Reading, Value, values_in
 from reparamc.fx.calls import Held
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.readers import READERS
@@ -124,7 +124,12 @@ class FxGraph(Readings):
         return operands or None
 
     def reads(self, value: Value) -> Sequence[Value]:
-        return [n for n in cast(fx.Node, value).all_input_nodes if n not in self.facts.known]
+        node = cast(fx.Node, value)
+        if node in self.through or node in self.inner:
+            return []  # its users read in its place
+        if isinstance(reading := self.read(node), Reading):
+            return [*values_in(reading.operands)]
+        return [n for n in node.all_input_nodes if n not in self.facts.known]
 
     def separate(self, value: Value) -> Separate | None:
         return separate(self, cast(fx.Node, value))

@@ -1,0 +1,97 @@
+"""Faults in leaving out channels that are constant or unused (`compiler.liveness`, `algebra.channels`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from fault_models import F, net, nn, node, numbers, onnx_model
+from onnx import ModelProto, NodeProto
+from planting import Fault, fault, given, result
+
+CHANNELS, LIVENESS = "reparamc.algebra.channels:", "reparamc.compiler.liveness:"
+
+
+def filters(*gone: int) -> np.ndarray:
+    made = numbers(6, 4, 1, 1)
+    made[list(gone)] = 0
+    return made
+
+
+FIRST = {"w": filters(1, 3, 4), "b": np.abs(numbers(6)) + 1, "last": numbers(4, 6, 3, 3, seed=2)}
+
+
+def between(*nodes: NodeProto, pads: int = 0, **parameters: Any) -> Callable[[], ModelProto]:
+    """A convolution with three filters of zeros, of which ``nodes`` make r, and another one that reads that."""
+    ends = node("Conv", "x w b", "c"), node("Conv", "r last", "y", pads=[pads] * 4)
+    return lambda: onnx_model([ends[0], *nodes, ends[1]], {**FIRST, **parameters})
+
+
+def torch_net(run: Callable[..., Any], pads: int = 0) -> Callable[[], tuple[Any, tuple[Any, ...]]]:
+    def make() -> tuple[Any, tuple[Any, ...]]:
+        model, inputs = net(run, nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3, padding=pads))
+        weight, bias = model.part0.weight.detach(), model.part0.bias.detach()
+        weight[[1, 3, 4]] = 0
+        bias.copy_(bias.abs() + 1)
+        return model, inputs
+
+    return make
+
+
+SIGMOID = node("Sigmoid", "c", "r")
+
+
+def activated(x: Any, c: Any, d: Any) -> Any:
+    return d(c(x).sigmoid())
+
+
+def in_two_ways(x: Any, c: Any, d: Any) -> Any:
+    y = c(x).sigmoid()
+    return d(y * F.softplus(y))
+
+
+def constants_of_the_operand(original: Any) -> Any:
+    return lambda self, value, separate, operands, width, *more: np.broadcast_to(operands[0].known, width)
+
+
+def the_next_rows(e: Any, x: Any, out: Any, *more: Any) -> tuple[Any, ...]:
+    return e, x, (np.asarray(out) + 1) % 6 if getattr(e, "out_channels", 0) == 6 else out, *more
+
+
+SHRINK: list[Fault] = [
+    fault(
+        "constants of channels lost", f"{CHANNELS}_narrowed_conv",
+        given(lambda conv, x, out, read, known, least: (conv, x, out, read, known * 0, least)),
+        onnx=between(SIGMOID), fx=torch_net(activated),
+    ),
+    fault(
+        "a constant that meets a border", f"{CHANNELS}takes_constants",
+        lambda original: lambda conv, known: ~np.isnan(known),
+        onnx=between(SIGMOID, pads=1), fx=torch_net(activated, 1),
+    ),
+    fault(
+        "constants before the activation", f"{LIVENESS}Liveness._computed", constants_of_the_operand,
+        onnx=between(SIGMOID), fx=torch_net(activated),
+    ),
+    fault(
+        "other rows than those of the channels", f"{CHANNELS}narrowed", given(the_next_rows),
+        onnx=between(SIGMOID), fx=torch_net(activated),
+    ),
+    fault(
+        "what is read taken for unread", f"{CHANNELS}uses", result(lambda mask: mask & (np.arange(mask.shape[2]) > 0)),
+        onnx=between(SIGMOID), fx=torch_net(activated),
+    ),
+    fault(
+        "a product of constants and a channel", f"{LIVENESS}Liveness._follow_separate",
+        given(lambda self, value, separate: (self, value, _of_the_first(separate))),
+        onnx=between(node("Sigmoid", "c", "s"), node("Softplus", "s", "t"), node("Mul", "s t", "r")),
+        fx=torch_net(in_two_ways),
+    ),
+]  # fmt: skip
+
+
+def _of_the_first(separate: Any) -> Any:
+    """A product that is what its first operand is."""
+    return replace(separate, computes=False) if separate.multiplies else separate

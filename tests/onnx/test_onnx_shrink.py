@@ -1,0 +1,198 @@
+"""Channels that are constant or that nothing reads leave the graph, with all that belongs to them; or stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto, NodeProto
+from onnx_models import batchnorm, fuse, model, node, norm, rand
+
+from reparamc.certificate.onnx import certify_onnx
+
+DEAD = [1, 3, 4]
+"""Of six channels."""
+SHRINK = {"passes": ["lossless-shrink"]}
+
+
+def dead(array: np.ndarray, axis: int = 0, value: float = 0.0) -> np.ndarray:
+    """``array`` with one number in the place of what belongs to the dead channels."""
+    array = array.copy()
+    np.moveaxis(array, axis, 0)[DEAD] = value
+    return array
+
+
+def conv(x: str, w: str, y: str, **attributes: Any) -> NodeProto:
+    return node("Conv", f"{x} {w} {w}b", y, **attributes)
+
+
+FIRST = {"a": dead(rand(6, 3, 3, 3)), "ab": rand(6)}
+LAST = {"z": rand(4, 6, 1, 1), "zb": rand(4)}
+PADDED: dict[str, Any] = {"pads": [1, 1, 1, 1]}
+START, END = conv("x", "a", "c", **PADDED), conv("r", "z", "y")
+SHAPE = ("N", 3, "H", "W")
+
+
+def made(*nodes: NodeProto, first: NodeProto = START, last: NodeProto = END, **parameters: Any) -> ModelProto:
+    """A convolution with three dead filters, and what reads it up to another convolution."""
+    given = {**FIRST, **LAST, **parameters}
+    used = {name for n in (first, *nodes, last) for name in n.input}
+    return model([first, *nodes, last], {k: v for k, v in given.items() if k in used}, SHAPE, opset=18)
+
+
+def widths(original: ModelProto, **options: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight in the result, by what it computes. All of it is proven, by itself and as a whole."""
+    fused, report = fuse(original, **SHRINK, **options)
+    assert report.certificate is None or not report.certificate.undecided
+    whole = certify_onnx(original, fused)
+    assert (whole.different, whole.undecided) == (0, 0), whole.windows
+    shapes = {t.name: tuple(t.dims) for t in fused.graph.initializer}
+    kernels = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    return {n.output[0]: shapes[n.input[1]] for n in fused.graph.node if n.op_type in kernels}
+
+
+GELU = [
+    node("Div", "c two", "d"), node("Erf", "d", "e"), node("Add", "e one", "f"), node("Mul", "c f", "g"),
+    node("Mul", "g half", "r"),
+]  # fmt: skip
+NUMBERS = {name: np.array(n, np.float32) for name, n in {"two": 1.41421356, "one": 1.0, "half": 0.5}.items()}
+HALVED = np.array([1, 1, 2, 2], np.float32)
+THROUGH: dict[str, tuple[list[NodeProto], dict[str, Any]]] = {
+    "relu": ([node("Relu", "c", "r")], {}),
+    "clip": ([node("Clip", "c one two", "r")], NUMBERS),
+    "gelu": (GELU, NUMBERS),
+    "max pool": ([node("MaxPool", "c", "r", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])], {}),
+    "average": ([node("Relu", "c", "p"), node("AveragePool", "p", "r", kernel_shape=[2, 2], ceil_mode=1)], {}),
+    "resize": ([node("Relu", "c", "p"), node("Resize", "p - s", "r", mode="linear")], {"s": HALVED}),
+    "norm": ([batchnorm("c", "n", "n"), node("Sigmoid", "n", "r")], norm("n", 6)),
+    "means": ([node("Relu", "c", "p"), node("GlobalAveragePool", "p", "r")], {}),
+    "depthwise": (
+        [node("Relu", "c", "p"), node("Conv", "p d db", "r", group=6)], {"d": rand(6, 1, 2, 2), "db": rand(6)},
+    ),
+    "excitation": (
+        [node("GlobalAveragePool", "c", "m"), conv("m", "s", "t"), node("HardSigmoid", "t", "u"),
+         node("Mul", "c u", "r")],
+        {"ab": dead(rand(6)), "s": rand(6, 6, 1, 1), "sb": rand(6)},
+    ),
+    "split": (
+        [node("Relu", "c", "p"), node("Split", "p parts", "p1 p2", axis=1), node("Tanh", "p2", "q"),
+         node("Concat", "q p1", "r", axis=1)],
+        {"parts": np.array([2, 4])},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_dead_filters_leave(name: str) -> None:
+    nodes, parameters = THROUGH[name]
+    found = widths(made(*nodes, **parameters))
+    assert found["c"] == (3, 3, 3, 3)
+    assert found["y"] == (4, 3, 1, 1)
+
+
+def test_a_matrix_after_the_mean() -> None:
+    last = node("Gemm", "f z zb", "y", transB=1)
+    nodes = [node("Relu", "c", "r"), node("GlobalAveragePool", "r", "m"), node("Flatten", "m", "f")]
+    assert widths(made(*nodes, last=last, z=rand(4, 6)))["y"] == (4, 3)
+
+
+@pytest.mark.parametrize("beta", [-1.0, 1.0])
+def test_a_constant_meets_a_border_only_if_it_is_zero(beta: float) -> None:
+    """What a ReLU makes zero is zero beyond the border as well."""
+    parameters = {**norm("n", 6), "a": rand(6, 3, 3, 3), "z": rand(4, 6, 3, 3)}
+    parameters |= {"n.g": dead(parameters["n.g"]), "n.b": dead(parameters["n.b"], value=beta)}
+    nodes = [batchnorm("c", "n", "n"), node("Relu", "n", "r")]
+    padded = widths(made(*nodes, last=conv("r", "z", "y", **PADDED), **parameters))
+    assert padded["c"][0] == (3 if beta < 0 else 6)
+    assert widths(made(*nodes, last=conv("r", "z", "y"), **parameters))["c"][0] == 3
+
+
+def test_what_nothing_reads_leaves() -> None:
+    parameters = {"a": rand(6, 3, 3, 3), "z": dead(rand(4, 6, 1, 1), axis=1)}
+    assert widths(made(node("Elu", "c", "r"), **parameters)) == {"c": (3, 3, 3, 3), "y": (4, 3, 1, 1)}
+
+
+def test_what_only_that_read_leaves_as_well() -> None:
+    """Of a convolution in between, the rows leave that nothing reads, and the columns that only these read."""
+    middle = rand(6, 6, 1, 1)
+    middle[[0, 2, 5]] = dead(middle[[0, 2, 5]], axis=1)
+    nodes = [node("Elu", "c", "e"), conv("e", "w", "v"), node("Elu", "v", "r")]
+    parameters = {"a": rand(6, 3, 3, 3), "w": middle, "wb": rand(6), "z": dead(rand(4, 6, 1, 1), axis=1)}
+    assert widths(made(*nodes, **parameters)) == {"c": (3, 3, 3, 3), "v": (3, 3, 1, 1), "y": (4, 3, 1, 1)}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_residual_stream_leaves_together_or_not_at_all(whole: bool) -> None:
+    second = rand(6, 6, 3, 3)
+    nodes = [
+        node("Relu", "c", "p"), node("Conv", "p w wb", "v", **PADDED), node("Add", "p v", "s"), node("Relu", "s", "r"),
+    ]  # fmt: skip
+    parameters = {"ab": dead(rand(6), value=-1.0), "w": dead(second) if whole else second, "wb": dead(rand(6))}
+    found = widths(made(*nodes, **parameters))
+    assert found == {"c": (n := 3 if whole else 6, 3, 3, 3), "v": (n, n, 3, 3), "y": (4, n, 1, 1)}
+
+
+def test_one_channel_stays() -> None:
+    found = widths(made(node("Relu", "c", "r"), a=np.zeros((6, 3, 3, 3), np.float32)))
+    assert found == {"c": (1, 3, 3, 3), "y": (4, 1, 1, 1)}
+
+
+LEFT: dict[str, tuple[list[NodeProto], dict[str, Any]]] = {
+    "softmax over channels": ([node("Softmax", "c", "r", axis=1)], {}),
+    "a size is read": (
+        [node("Shape", "c", "h", start=1, end=2), node("Cast", "h", "k", to=1), node("Mul", "c k", "r")], {},
+    ),
+    "each group reads several": ([node("Conv", "c g gb", "r", group=2)], {"g": rand(6, 3, 1, 1), "gb": rand(6)}),
+    "a factor of each channel": ([node("PRelu", "c p", "r")], {"p": rand(6, 1, 1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_it_stays(name: str) -> None:
+    nodes, parameters = LEFT[name]
+    assert widths(made(*nodes, **parameters))["c"] == (6, 3, 3, 3)
+
+
+def test_an_output_keeps_all_channels() -> None:
+    nodes = [START, node("Relu", "c", "r"), END]
+    assert widths(model(nodes, {**FIRST, **LAST}, SHAPE, outputs="y r"))["c"] == (6, 3, 3, 3)
+
+
+def test_the_rest_goes_on_with_what_is_left() -> None:
+    nodes = [conv("x", "a", "c"), batchnorm("c", "n", "n"), node("Relu", "n", "r"), END]
+    gamma = {**norm("n", 6), "n.g": dead(norm("n", 6)["n.g"])}
+    fused, report = fuse(model(nodes, {**FIRST, **LAST, **gamma}, SHAPE))
+    assert (report.passes["lossless-shrink"], report.passes["bn-folding"]) == (9 - 3, 1)
+    assert report.after.parameters == 3 * 27 + 3 + 4 * 3 + 4 < report.before.parameters
+    assert [len(n.input) for n in fused.graph.node] == [3, 1, 3]
+    assert set(report.provenance) <= {t.name for t in fused.graph.initializer}
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_blocks_with_dead_channels(data: st.DataObject) -> None:
+    """Any chain of layers, with any channels of any of them zeroed: as small as by hand, and proven equal."""
+    seed, depth = data.draw(st.integers(0, 99)), data.draw(st.integers(1, 3))
+    rng = np.random.default_rng(seed)
+    nodes, parameters, x, read = [], {}, "x", 3
+    kept = [3]
+    for layer in range(depth):
+        alive = data.draw(st.lists(st.booleans(), min_size=5, max_size=5))
+        w, bias = rng.standard_normal((5, read, 3, 3)), rng.standard_normal(5)
+        w[~np.array(alive)] = 0
+        padded = data.draw(st.booleans())
+        bias[~np.array(alive)] = -1 if padded else data.draw(st.sampled_from([-1.0, 1.0]))
+        parameters |= {f"w{layer}": w.astype(np.float32), f"w{layer}b": bias.astype(np.float32)}
+        nodes += [conv(x, f"w{layer}", f"c{layer}", **(PADDED if layer and padded else {}))]
+        nodes += [node(data.draw(st.sampled_from(["Relu", "Relu", "Sigmoid"])), f"c{layer}", f"r{layer}")]
+        x, read = f"r{layer}", 5
+        kept.append(max(sum(alive), 1))
+    nodes.append(node("Conv", f"{x} last", "y"))
+    parameters["last"] = rand(2, 5, 1, 1)
+    found = widths(model(nodes, parameters, SHAPE))
+    assert found["y"][1] >= kept[-1]
+    if all(n.op_type != "Sigmoid" for n in nodes):
+        assert [found[f"c{layer}"][0] for layer in range(depth)] == kept[1:] or min(kept) == 1
