@@ -1,0 +1,99 @@
+"""`python -m fastvit_zoo export` and `python -m fastvit_zoo targets`."""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from fastvit_zoo.export.targets import TARGETS
+from fastvit_zoo.model import CONFIGS, create_model
+from fastvit_zoo.onnx_export import export_onnx
+
+
+def add(commands: Any) -> None:
+    """Add the commands to a parser."""
+    export: argparse.ArgumentParser = commands.add_parser(
+        "export", help="write the training form of a variant as an ONNX file, or its fused form for a runtime"
+    )
+    export.add_argument("name", help=f"one of {', '.join(CONFIGS)}")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    export.add_argument(
+        "--to",
+        metavar="TARGET",
+        help=f"fuse, convert for one of {', '.join(TARGETS)}, and compare with torch",
+    )
+    export.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights of the training form; without them the weights are random, with BatchNorm statistics "
+        "and layer scales of ordinary size",
+    )
+    export.add_argument("--classes", type=_positive, default=1000, metavar="N", help="default: 1000")
+    export.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
+    export.add_argument("--size", type=_positive, default=256, metavar="PIXELS", help="default: 256")
+    export.add_argument("--batch", type=_positive, default=1, metavar="IMAGES", help="default: 1")
+    export.add_argument("--dynamic", action="store_true", help="leave batch, height and width open (not with --to)")
+    export.set_defaults(run=_export)
+
+    targets = commands.add_parser("targets", help="try every runtime that is installed: errors and latencies")
+    targets.add_argument("name", nargs="?", default="fastvit_t8", help="default: fastvit_t8")
+    targets.add_argument("--size", type=_positive, default=256, metavar="PIXELS", help="default: 256")
+    targets.add_argument("--rounds", type=_positive, default=10, metavar="N", help="turns to time; default: 10")
+    targets.set_defaults(run=_targets)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from fastvit_zoo.export.deploy import random_model, target_of
+
+    output: Path = arguments.output
+    if output.is_dir() and arguments.to != "coreml":
+        raise IsADirectoryError(f"{output} is a folder, not a file")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"the folder {output.parent} does not exist")
+    if arguments.to:
+        target_of(arguments.to)
+    if arguments.checkpoint is None:
+        model = random_model(arguments.name, arguments.seed)
+    else:
+        model = create_model(arguments.name, num_classes=arguments.classes, checkpoint=arguments.checkpoint)
+    if arguments.to:
+        _deploy(model.eval(), arguments)
+        return
+    export_onnx(model, output, size=arguments.size, batch=arguments.batch, dynamic=arguments.dynamic)
+    kinds = Counter(node.op_type for node in onnx.load(output, load_external_data=False).graph.node)
+    operators = kinds.total() - kinds["Constant"] - kinds["Identity"]
+    print(
+        f"{output}: {output.stat().st_size / 2**20:.1f} MiB, {operators} operators, "
+        f"{kinds['Conv']} Conv, {kinds['BatchNormalization']} BatchNormalization"
+    )
+
+
+def _deploy(model: torch.nn.Module, arguments: argparse.Namespace) -> None:
+    import reparamc
+    from fastvit_zoo.export.deploy import deploy
+
+    size, target = arguments.size, arguments.to
+    fused = reparamc.fuse_fx(model, torch.randn(2, 3, size, size))
+    found = deploy(fused, target, arguments.output, torch.randn(arguments.batch, 3, size, size))
+    if found.error is None:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found.operators.most_common(4))
+        print(f"{arguments.output}: converted for {target}, which does not run here; {kinds}, ...")
+    else:
+        print(f"{arguments.output}: converted for {target}, largest error against torch {found.error:.1e}")
+
+
+def _targets(arguments: argparse.Namespace) -> None:
+    from fastvit_zoo.export.deploy import matrix
+
+    print(matrix(arguments.name, arguments.size, arguments.rounds))
