@@ -1009,7 +1009,8 @@ def _batch(given: Any, n: int) -> Any:
 def child(library: str, names: list[str], time: bool) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
     warnings.simplefilter("ignore")
-    import fastvit_zoo.torchvision_operators  # noqa: F401
+    sys.path.insert(0, str(ROOT))
+    import fastvit_zoo.torchvision_operators  # noqa: F401  # torchvision can be imported
 
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere

@@ -8,8 +8,9 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
 
 from reparamc.certificate.axes import Dim
 
@@ -46,7 +47,6 @@ def shapes_of(
         runs = [sizes_of(module, args) if first is None else first]
     except Exception:  # the operators alone tell ranks then
         return {}
-    elements = sum(map(prod, runs[0].values()))
 
     def attempt(channels: str, change: Change, batch: int, single: int | None = None, along: str = "") -> bool:
         shapes = [_resized(a, change, batch, channels) for a in args]
@@ -54,7 +54,7 @@ def shapes_of(
             whole = {_channel_axis(args[single], channels)} | ({0} if along == "positions" else {*range(1, len(shape))})
             shapes[single] = [n if i in whole else min(n, 1) for i, n in enumerate(shape)]
         try:
-            found = _sizes_at(module, args, shapes, elements)
+            found = sizes_of(module, args, shapes)
         except Exception:  # whatever a module raises that does not know a size
             return False
         if found.keys() != runs[0].keys() or any(len(found[n]) != len(runs[0][n]) for n in found):
@@ -134,32 +134,59 @@ def _resized(value: Any, change: Change, batch: int, channels: str) -> list[int]
     return shape
 
 
-MOST_ELEMENTS = 1 << 26
-"""Where all tensors of a run together have more elements, it is done without any: they have shapes alone."""
+MOST_ELEMENTS = 1 << 15
+"""Where an argument has more elements, tensors have shapes alone, and nothing is computed."""
 
 
-def sizes_of(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int, ...]]:
-    """The sizes of all nodes of a traced module that are tensors, in a run on ``args``."""
+def sizes_of(
+    module: fx.GraphModule, args: Sequence[Any], shapes: Sequence[list[int] | None] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The sizes of all nodes of a traced module that are tensors, in a run on ``args``, or on others of ``shapes``."""
+    pairs = list(zip(args, [None] * len(args) if shapes is None else shapes, strict=True))
+    is_large = any(prod(a.shape if s is None else s) > MOST_ELEMENTS for a, s in pairs if isinstance(a, Tensor))
+    if is_large and _is_of_torch(module):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                return _recorded(module, [_empty(a, s, mode) if isinstance(a, Tensor) else a for a, s in pairs])
+        except Exception:  # it asks for values
+            pass
+    return _recorded(module, [a.clone() if isinstance(a, Tensor) and s is None else _like(a, s) for a, s in pairs])
+
+
+def _recorded(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int, ...]]:
     recorder = _Recorder(module)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        recorder.run(*(a.clone() if isinstance(a, Tensor) else a for a in args))
+        recorder.run(*args)
     return recorder.found
 
 
-def _sizes_at(
-    module: fx.GraphModule, args: Sequence[Any], shapes: Sequence[list[int] | None], elements: int
-) -> dict[str, tuple[int, ...]]:
-    """The sizes in a run on tensors like ``args`` that have ``shapes``; on ``args``, there are so many elements."""
-    pairs = list(zip(args, shapes, strict=True))
-    growth = max((prod(s) / max(a.numel(), 1) for a, s in pairs if s is not None), default=1.0)
-    if growth * elements <= MOST_ELEMENTS:
-        return sizes_of(module, [a if s is None else _like(a, s) for a, s in pairs])
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return sizes_of(module, [a if s is None else a.new_empty(s) for a, s in pairs])
+def _is_of_torch(module: fx.GraphModule) -> bool:
+    """Whether nothing is called but what torch defines: other code might keep a tensor without values."""
+    called = [module.get_submodule(str(n.target)) for n in module.graph.find_nodes(op="call_module")]
+    functions = [n.target for n in module.graph.nodes if n.op == "call_function"]
+    homes = [type(m).__module__ for m in called] + [
+        str(getattr(f, "__module__", "torch") or "torch") for f in functions
+    ]
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in called)
+    return not hooked and all(h.split(".")[0] in ("torch", "_operator", "builtins", "math") for h in homes)
 
 
-def _like(value: Tensor, shape: list[int]) -> Tensor:
+def _empty(value: Tensor, shape: list[int] | None, mode: FakeTensorMode) -> Tensor:
+    return mode.from_tensor(value) if shape is None else value.new_empty(shape)
+
+
+def _like(value: Any, shape: list[int] | None) -> Any:
+    if shape is None:
+        return value
     return torch.randn(shape).to(value) if value.is_floating_point() else value.new_ones(shape)
+
+
+_KEEPING = (
+    *(nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid),
+    *(nn.LeakyReLU, nn.Mish, nn.Tanh, nn.ELU, nn.Dropout, nn.LayerNorm),
+)
+_KEEPING_FUNCTIONS = (F.batch_norm, F.relu, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.sigmoid, F.leaky_relu)
+"""Modules and functions whose results have the sizes of their operands: these need not run."""
 
 
 class _Recorder(fx.Interpreter):
@@ -168,7 +195,10 @@ class _Recorder(fx.Interpreter):
         self.found: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        called = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
+        keeps = isinstance(called, _KEEPING) or (n.op == "call_function" and called in _KEEPING_FUNCTIONS)
+        given = self.env.get(n.args[0]) if keeps and n.args and isinstance(n.args[0], fx.Node) else None
+        value = given if isinstance(given, FakeTensor) else super().run_node(n)
         if isinstance(value, Tensor):
             self.found[n.name] = tuple(value.shape)
         return value

@@ -184,6 +184,9 @@ SIZES = (7, 1, 2, 3, 4, 5, 8, 9, 13, 16)
 HALVED = 64
 """Sizes from here on are about halved where another one is tried, so that this costs little."""
 
+QUARTERED = 256
+"""Sizes from here on are about a quarter then."""
+
 
 class TooLarge(InputError):
     """Arrays of these sizes do not fit into memory."""
@@ -381,12 +384,19 @@ def _sizes(names: Mapping[str, bool], base: Mapping[str, int], named: Sequence[i
     yield of(5, lambda name, at: 2 * base[name] + 1)
 
 
-def another_shape(shape: Sequence[int], channels: int) -> tuple[int, ...]:
-    """A larger batch, and all axes of the other parity but for the first and that of the ``channels``."""
-    return tuple(
-        n + 1 if axis == 0 else n if axis == channels else n + 1 if n < HALVED else n // 2 + (n // 2 - n + 1) % 2
-        for axis, n in enumerate(shape)
-    )
+def another_shape(shape: Sequence[int], channels: int, step: int = 1) -> tuple[int, ...]:
+    """A larger batch, and other axes but that of the ``channels`` shorter if they are long, so that it costs little.
+
+    They are of the other parity; or, where that is given, multiples of ``step``, each another one.
+    """
+
+    def other(axis: int, n: int) -> int:
+        less = n // (4 if n >= QUARTERED else 2) if n >= HALVED else n
+        if step > 1:
+            return n if n % step else step * (-(-less // step) + axis - 2)
+        return less + (less - n + 1) % 2
+
+    return tuple(n + 1 if axis == 0 else n if axis == channels else other(axis, n) for axis, n in enumerate(shape))
 
 
 class NoHypothesis(ImportError):

@@ -15,6 +15,9 @@ from reparamc.fx.watch import Call
 FEW = 2
 """So many examples of a batch say as much as all of them."""
 
+STRIDE = 32
+"""Detectors and segmenters take sizes that are multiples of it."""
+
 
 def call_of(model: nn.Module, example_inputs: Any) -> Call:
     """``example_inputs`` as arguments of ``model``.
@@ -35,6 +38,11 @@ def call_of(model: nn.Module, example_inputs: Any) -> Call:
     return call
 
 
+def elements(call: Call) -> int:
+    """How many numbers the tensors in ``call`` have."""
+    return sum(t.numel() for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
+
+
 def few(call: Call) -> Call | None:
     """``call`` with the first examples only of what seems to be a batch; None where none does."""
     found = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.ndim]
@@ -52,6 +60,8 @@ def others(call: Call) -> Iterator[Call]:
     if any(t.ndim > 1 for t in tensors):
         for channels in (2, 1) if any(t.ndim == 3 for t in tensors) else (1,):
             yield resized(call, channels)
+    if any(t.ndim == 4 and not t.shape[2] % STRIDE for t in tensors):
+        yield resized(call, 1, STRIDE)
     if tensors:
         yield pytree.tree_map_only(Tensor, lambda t: t.flip(tuple(range(t.ndim))) if t.ndim else t, call)
 

@@ -6,7 +6,6 @@ import copy
 import types
 import warnings
 from collections import deque
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -63,12 +62,16 @@ def _computed(model: nn.Module) -> Memo:
     return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
 
 
-def _inside(value: Any, depth: int = 3) -> Iterator[Any]:
+def _inside(value: Any, depth: int = 3) -> list[Any]:
     """``value``, and what the containers in it hold."""
-    yield value
-    if depth and isinstance(value, dict | list | tuple | set | deque):
-        for inner in list(value.values() if isinstance(value, dict) else value):
-            yield from _inside(inner, depth - 1)
+    found = [value]
+    if depth and isinstance(value, _CONTAINERS):
+        for inner in value.values() if isinstance(value, dict) else value:
+            found += _inside(inner, depth - 1) if isinstance(inner, _CONTAINERS) else [inner]
+    return found
+
+
+_CONTAINERS = (dict, list, tuple, set, deque)
 
 
 def _uncopyable(model: nn.Module) -> list[tuple[str, Any]]:
@@ -172,8 +175,9 @@ class State:
         copies = {} if backup is None else dict(backup.named_modules())
         for path, module in self._modules.items():
             again = _computed_again(module)
-            held = [v for name, value in vars(module).items() if name not in again for v in _inside(value)]
-            self._contents[path] = [(v, copy.copy(v)) for v in held if isinstance(v, dict | list | set | deque)]
+            entered = [v for k, v in vars(module).items() if isinstance(v, (*_CONTAINERS, Tensor)) and k not in again]
+            held = [v for value in entered for v in _inside(value)]
+            self._contents[path] = [(v, _shallow(v)) for v in held if isinstance(v, dict | list | set | deque)]
             parameters = {id(p): name for name, p in module._parameters.items()}
             self._tensors[path] = []
             for t in {id(v): v for v in held if isinstance(v, Tensor)}.values():
@@ -252,7 +256,13 @@ def _values(t: Tensor) -> Tensor:
         return t
 
 
+def _shallow(value: dict[Any, Any] | list[Any] | set[Any] | deque[Any]) -> Any:
+    return dict(value) if isinstance(value, dict) else set(value) if isinstance(value, set) else list(value)
+
+
 def _same_items(a: Any, b: Any) -> bool:
+    if not a and not b:
+        return True
     if isinstance(a, set):
         return a == b
     if isinstance(a, dict):

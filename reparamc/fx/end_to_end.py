@@ -54,16 +54,16 @@ def _floats(given: Given) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def resized(given: Given, channels: int) -> Given:
-    """Arguments of another batch, all other axes of another parity but for axis ``channels`` of those with three."""
+def resized(given: Given, channels: int, step: int = 1) -> Given:
+    """Arguments of another batch, all other axes of `another_shape` but for axis ``channels`` of those with three."""
     generator = torch.Generator().manual_seed(channels)
-    return pytree.tree_map_only(Tensor, lambda t: _resized(t, channels, generator), given)
+    return pytree.tree_map_only(Tensor, lambda t: _resized(t, channels, step, generator), given)
 
 
-def _resized(t: Tensor, channels: int, generator: torch.Generator) -> Tensor:
+def _resized(t: Tensor, channels: int, step: int, generator: torch.Generator) -> Tensor:
     if t.ndim < 2:
         return t
-    shape = another_shape(t.shape, channels if t.ndim == 3 else 1)
+    shape = another_shape(t.shape, channels if t.ndim == 3 else 1, step)
     if t.is_floating_point():
         drawn = torch.randn(shape, generator=generator).to(t.device) * t.double().std(correction=0) + t.double().mean()
         return drawn.to(t.dtype)

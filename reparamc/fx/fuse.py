@@ -21,7 +21,7 @@ from reparamc.compiler.host import Options
 from reparamc.compiler.pipeline import level_of
 from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
-from reparamc.fx.arguments import call_of, few, others
+from reparamc.fx.arguments import call_of, elements, few, others
 from reparamc.fx.copying import State, copied
 from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.export import is_exported, live_in_training
@@ -155,7 +155,8 @@ class _Fusion:
                 break
             except Exception:  # whatever a module raises that does not take a size
                 continue
-        self.wavers = bool(difference(run(self.runs[0].call), self.runs[0].result))
+        least = min(self.runs, key=lambda seen: elements(seen.call))
+        self.wavers = bool(difference(run(least.call), least.result))
         classes = recorded(self.model)
         blocked = {p: "transformers records the outputs of parts of it" for path in classes for p in _around(path)[:-1]}
         blocked |= {place: "forward changes what it holds" for path in changed for place in _around(path)}
