@@ -121,6 +121,10 @@ def inverse_of(e: Any) -> tuple[Any]:
     return (e,)
 
 
+def backwards(e: Concat) -> Concat:
+    return replace(e, terms=e.terms[::-1], sizes=e.sizes[::-1])
+
+
 def shared_out(of: type, change: Callable[..., tuple[Any, Any]]) -> Make:
     """Terms of a sum or concatenation are given another scale and shift."""
     return given(
@@ -352,7 +356,7 @@ ALGEBRA = [
 %1 = select %0 1:3 of 4 axis=-3""",
     ),
     fault(
-        "permutation instead of its inverse", f"{MOVING}shuffled", given(inverse_of),
+        "permutation instead of its inverse", f"{MOVING}gathered", given(inverse_of),
         text="""%x = source c=4 axis=-3
 %0 = select %x 2,0,3,1 of 4 axis=-3
 %1 = conv %0 4->4 k=1x1""",
@@ -369,6 +373,26 @@ ALGEBRA = [
 %1 = conv %z 4->5 k=1x1
 %2 = concat %0, %1 c=3,5 axis=-3
 %3 = select %2 5:8 of 8 axis=-3""",
+    ),
+    fault(
+        "columns of a repeated channel not added up", f"{KERNEL}gather_inputs",
+        instead(lambda c, x, index: replace(c, x=x, weight=c.weight[:, [*map(index.index, range(max(index) + 1))]])),
+        text="""%x = source c=3 axis=-3
+%0 = select %x 2,0,2,1 of 3 axis=-3
+%1 = conv %0 4->3 k=3x3 p=1""",
+        fx=lambda: net(lambda x, a, c: c(a(x).relu().repeat(1, 2, 1, 1)), nn.Conv2d(4, 3, 1), nn.Conv2d(6, 3, 3)),
+    ),
+    fault(
+        "terms of a concatenation in the opposite order", f"{MOVING}gathered",
+        given(lambda e: (replace(e, x=backwards(e.x)) if isinstance(getattr(e, "x", None), Concat) else e,)),
+        text="""%x = source c=3 axis=-3
+%z = source c=3 axis=-3
+%0 = concat %x, %x, %z c=3,3,3 axis=-3
+%1 = conv %0 9->3 k=3x3 p=1""",
+        fx=lambda: net(
+            lambda x, a, b, c: c(torch.cat([y := a(x).relu(), y, b(x).relu()], 1)),
+            nn.Conv2d(4, 3, 1), nn.Conv2d(4, 3, 1), nn.Conv2d(9, 3, 3),
+        ),
     ),
     fault(
         "selection of a selection", f"{MOVING}selected", by_index,
@@ -461,7 +485,7 @@ ALGEBRA = [
         instead(lambda before, after, axis: after.index(before[axis]) if before[axis] in after else None),
         text="""%x = source c=4 axis=-2 shape=[2,4,6]
 %0 = conv %x 4->4 k=1
-%1 = reshape %0 [2,4,6]->[4,2,6] axis=-2->-2
+%1 = reshape %0 [2,4,6]->[4,2,6] axis=-2->?
 %2 = scale %1 c=4 axis=-3""",
     ),
     fault(

@@ -72,6 +72,11 @@ FX_READERS = [
         ),
     ),
     fault(
+        "each channel repeated, instead of all of them", f"{READ}repeated",
+        reading(lambda e: replace(e, index=tuple(sorted(e.index)))),
+        fx=lambda: net(lambda x, c, d: d(c(x).repeat(1, 2, 1, 1)), nn.Conv2d(4, 4, 3), nn.Conv2d(8, 4, 3)),
+    ),
+    fault(
         "alpha ignored", f"{READ}arithmetic", call_with(alpha=None),
         fx=lambda: net(lambda x, c, d: torch.sub(c(x), d(x), alpha=3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)),
     ),

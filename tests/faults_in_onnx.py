@@ -117,6 +117,14 @@ ONNX_READERS = [
         ),
     ),
     fault(
+        "each channel repeated, instead of all of them", f"{READ}repeat",
+        reading(lambda e: replace(e, index=tuple(sorted(e.index)))),
+        onnx=lambda: onnx_model(
+            [conv("x", "c"), node("Tile", "c t", "d"), conv("d", "y", "v")],
+            {**square(), "t": np.array([1, 2, 1, 1]), "v": numbers(4, 8, 3, 3)},
+        ),
+    ),
+    fault(
         "c / x read as x / c", f"{READ}arithmetic",
         node_of_inputs(lambda names: names[::-1] if names[0] == "s" else names),
         onnx=lambda: onnx_model([conv("x", "c"), node("Div", "s c", "y")], {**square(), "s": numbers(4, 1, 1)}),

@@ -2,7 +2,8 @@
 
     concat(W * x + b, W' * x + b')  =  (W above W') * x + (b above b')
     (W * x + b)[i]                  =  W[i] * x + b[i]
-    W * x[p]                        =  W[:, p^-1] * x                 p a permutation
+    W * x[i]                        =  W' * x                     W'[:, j] the sum of W[:, k] over i[k] = j
+    (V, W) * concat(x, x)           =  (V + W) * x
 
 and what brings them together:
 
@@ -14,19 +15,20 @@ and what brings them together:
 
 Selections are always exact. Rows are stacked for dense convolutions of one value with equal strides and output
 sizes, if the hull of their taps costs less than they do apart. A selection of a depthwise or grouped
-convolution, and one that exchanges the terms of a concatenation, are left alone. GhostNetV3 needs this pass: it
-cuts every concatenation to the wanted number of channels, which mostly is all of them.
+convolution, and one that exchanges the terms of a concatenation, are left alone. So is one before a convolution if it
+leaves a channel out. GhostNetV3 needs this pass: it cuts every concatenation to the wanted number of channels, which
+mostly is all of them. So does a network of colour images that is given grey ones three times over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Concat, Conv, Expr, Select
-from reparamc.algebra.kernels import grid, permute_inputs, select_outputs, stack, stacked_shape
+from reparamc.algebra.kernels import gather_inputs, grid, select_outputs, stack, stacked_shape
 from reparamc.algebra.rewrite import Declined, Pass
 
 
@@ -115,21 +117,25 @@ def _select_terms(e: Select, concat: Concat) -> Expr | None:
     return _concat(parts, e.axis)
 
 
-def shuffled(e: Expr) -> Expr | None:
-    """A dense convolution of permuted channels permutes its columns instead."""
-    if not (isinstance(e, Conv) and e.groups == 1 and isinstance(e.x, Select) and e.x.axis == e.axis):
+def gathered(e: Expr) -> Expr | None:
+    """W*x[i] = W'*x: a dense convolution of channels that are permuted or repeated adds up the columns of each."""
+    if not (isinstance(e, Conv) and e.groups == 1 and isinstance(e.x, Select | Concat) and e.x.axis == e.axis):
         return None
-    index = e.x.index
-    if len(index) != e.x.width or len(set(index)) != len(index):
+    if isinstance(e.x, Select):
+        return gather_inputs(e, e.x.x, e.x.index) if set(e.x.index) == set(range(e.x.width)) else None
+    sizes = dict(zip(e.x.terms, e.x.sizes, strict=True))
+    if len(sizes) == len(e.x.terms):
         return None
-    return permute_inputs(e, e.x.x, index)
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    index = tuple(starts[t] + i for t in e.x.terms for i in range(sizes[t]))
+    return gather_inputs(e, _concat([*sizes.items()], e.axis), index)
 
 
 CHANNEL_MOVING = Pass(
     name="channel-moving",
     equation="concat(W*x + b, W'*x + b') = (W above W')*x + (b above b');  (W*x + b)[i] = W[i]*x + b[i]",
     exact_when="always for selections; stacked if strides and sizes are equal and it is cheaper",
-    rules=(flattened, selected, shuffled),
+    rules=(flattened, selected, gathered),
     priced=(stacked,),
     refusals=("stacking its branches would cost more multiply-adds than it saves",),
 )

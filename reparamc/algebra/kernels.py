@@ -102,9 +102,16 @@ def select_outputs(conv: Conv, index: Ints) -> Conv:
     return replace(conv, weight=taken(conv.weight, index), bias=bias)
 
 
-def permute_inputs(conv: Conv, x: Expr, index: Ints) -> Conv:
-    """``conv`` of all channels of ``x``, in the order of ``index``, as a convolution of x. For one group only."""
-    return replace(conv, x=x, weight=taken(conv.weight, np.argsort(index), axis=1))
+def gather_inputs(conv: Conv, x: Expr, index: Ints) -> Conv:
+    """``conv`` of the channels ``index`` of ``x``, each of them at least once, as a convolution of x: for each channel
+    the sum of the columns that read it. For one group only.
+    """
+    order, times = np.argsort(index, kind="stable"), np.bincount(index)
+    first, last, weight = np.cumsum(times) - times, len(order) - 1, conv.weight
+    if times.min() < times.max():  # some have columns of zeros among theirs
+        weight = concatenated([weight, zeros_of(weight, (weight.shape[0], 1, *conv.kernel))], axis=1)
+    turns = [np.where(turn < times, order[np.minimum(first + turn, last)], last + 1) for turn in range(times.max())]
+    return replace(conv, x=x, weight=added([taken(weight, turn, axis=1) for turn in turns]))
 
 
 def stacked_shape(convs: Sequence[Conv]) -> Conv:

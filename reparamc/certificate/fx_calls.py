@@ -57,6 +57,8 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "squeeze": ("input", "dim"),
     "unsqueeze": ("input", "dim"),
     "unflatten": ("input", "dim", "sizes"),
+    "expand": ("input", "shape"),
+    "repeat": ("input", "repeats"),
     "mean": ("input", "dim", "keepdim"),
     "avg_pool": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     "adaptive_avg_pool": ("input", "output_size"),
@@ -141,7 +143,7 @@ def described(node: fx.Node, module: fx.GraphModule) -> Described | None:
 
 def _bound(node: fx.Node, op: str, axes: int | None) -> Described | None:
     names, given = SIGNATURES.get(op, ()), node.args
-    if op in ("reshape", "permute") and len(given) > 2:
+    if op in ("reshape", "permute", "expand", "repeat") and len(given) > 2:
         given = (given[0], given[1:])
     if len(given) > len(names):
         return None

@@ -453,6 +453,28 @@ def _read_mean(call: Read) -> Value:
     return nl.averaged(x, [a % x.rank for a in axes], bool(call.get("keepdim", False)))
 
 
+def _read_expand(call: Read) -> Value:
+    x, wanted = call.x, call.dims(call.call.args["shape"])
+    if len(wanted) != x.rank:
+        raise Unrepresentable("an expansion by an axis")
+    for axis, size in enumerate(wanted):
+        if size is None or size == x.shape[axis]:
+            continue
+        if not size.known or x.shape[axis] != Dim():
+            raise Unrepresentable("an expansion that depends on the sizes")
+        x = nl.repeated(x, size.known, axis)
+    return x
+
+
+def _read_repeat(call: Read) -> Value:
+    x, times = call.x, call.integers("repeats", call.x.rank, 1)
+    if len(times) != x.rank or min(times) < 1:
+        raise Unrepresentable("repeats by an axis, or to no elements")
+    for axis, number in enumerate(times):
+        x = nl.repeated(x, number, axis)
+    return x
+
+
 def _read_reshape(call: Read) -> Value:
     return nl.regrouped(call.x, call.dims(call.call.args["shape"]))
 
@@ -529,6 +551,8 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "mean": _read_mean,
     "reshape": _read_reshape,
     "unflatten": _read_unflatten,
+    "expand": _read_expand,
+    "repeat": _read_repeat,
     **dict.fromkeys(("reshape_as", "view_as"), _read_reshape_as),
     "permute": _read_permute,
     "transpose": _read_transpose,

@@ -23,7 +23,17 @@ from reparamc.certificate.axes import (
     reshaped,
     shape_of,
 )
-from reparamc.certificate.normal_form import Grid, Guard, Source, Value, promoted, rows_of, with_channels, with_places
+from reparamc.certificate.normal_form import (
+    Grid,
+    Guard,
+    Source,
+    Value,
+    promoted,
+    rows_of,
+    unsplit,
+    with_channels,
+    with_places,
+)
 
 
 def regrouped(value: Value, target: Sequence[Dim | None]) -> Value:
@@ -159,6 +169,16 @@ def taken(value: Value, at: int, axis: int) -> Value:
     """The position ``at`` along ``axis``, which goes."""
     found = selected(value, [at], axis)
     return regrouped(found, [e for i, e in enumerate(found.shape) if i != axis])
+
+
+def repeated(value: Value, times: int, axis: int) -> Value:
+    """``value`` that many times over along ``axis``, which holds its channels and nothing else."""
+    if times == 1:
+        return value
+    value = unsplit(with_places(value, axis)[0], axis)
+    count = value.channels * times
+    value.meter.spend(16 * count * (1 + len(value.blocks) + len(value.vectors)), 4 * count)
+    return with_channels(rows_of(value, np.tile(np.arange(value.channels), times)), count, axis)
 
 
 def selected(value: Value, index: Sequence[int], axis: int) -> Value:

@@ -465,6 +465,33 @@ def _read_gather(call: Call) -> Value:
     return nl.selected(x, places, axis) if index.ndim else nl.taken(x, places[0], axis)
 
 
+def _read_tile(call: Call) -> Value:
+    x, times = call.value(), call.vector(1)
+    if len(times) != x.rank or min(times, default=1) < 1:
+        raise Unrepresentable("repeats that do not fit the axes")
+    return _repeated(x, times)
+
+
+def _read_expand(call: Call) -> Value:
+    x, wanted = call.value(), call.vector(1)
+    if len(wanted) > x.rank or min(wanted, default=1) < 1:
+        raise Unrepresentable("an expansion by an axis, or to no elements")
+    times = [1] * (x.rank - len(wanted)) + [*wanted]
+    for axis, size in enumerate(x.shape):
+        if size.known not in (1, None, times[axis]) and times[axis] != 1:
+            raise Unrepresentable("an expansion to a size that does not fit")
+        if size.known is None and times[axis] != 1:
+            raise Unrepresentable("an expansion that repeats for some input sizes only")
+        times[axis] = 1 if size.known == times[axis] else times[axis]
+    return _repeated(x, times)
+
+
+def _repeated(x: Value, times: Sequence[int]) -> Value:
+    for axis, n in enumerate(times):
+        x = nl.repeated(x, n, axis)
+    return x
+
+
 # Layouts
 
 
@@ -570,6 +597,8 @@ READERS: dict[str, Callable[[Call], Value]] = {
     "Split": _read_split,
     "Slice": _read_slice,
     "Gather": _read_gather,
+    "Tile": _read_tile,
+    "Expand": _read_expand,
     "Transpose": _read_transpose,
     "Reshape": _read_reshape,
     "Flatten": _read_flatten,

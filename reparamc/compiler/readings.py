@@ -162,6 +162,9 @@ def axis_of_constant(dims: Sequence[int], size: Callable[[int], int | None]) -> 
     return axes[0] if axes else None
 
 
+MOST_CHANNELS = 2**12
+"""Of a value whose elements along one axis are repeated: more are no channels, and their indices take room."""
+
 CUTS = "it splits or merges the channel axis"
 AVERAGES = "it averages over the channels"
 

@@ -209,7 +209,7 @@ def operation(node: fx.Node, module: nn.Module) -> Call | None:
 
 def _bound(node: fx.Node, called: Operator, axes: int | None) -> Call | None:
     given: Any = node.args
-    if len(given) > 2 and called.name in ("reshape", "permute"):
+    if len(given) > 2 and called.spread:
         given = (given[0], given[1:])
     if called.name != "same" and len(given) > len(called.arguments):
         return None

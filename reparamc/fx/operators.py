@@ -35,7 +35,8 @@ class Operator:
         linear: whether it is affine in its operands, and if so in "each" of them, or in "one", all others constant.
         any_rank: whether it means the same for values of all ranks that it takes, axes counted from the last one.
         allocates: whether its result has memory of its own; or the names for which it has.
-        takes_sizes: whether it takes several numbers as well as a torch.Size.
+        spread: whether its last argument may be several numbers in a row, as in ``x.view(2, 3)``.
+        takes_sizes: whether sizes may be given to it, as numbers or as a torch.Size.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Operator:
     linear: str | None = None
     any_rank: bool = False
     allocates: bool | tuple[str, ...] = False
+    spread: bool = False
     takes_sizes: bool = False
 
 
@@ -194,13 +196,14 @@ TABLE: tuple[Operator, ...] = (
     # Layouts
     Operator(
         "reshape", ("input", "shape"), ("reshape", "view", "_unsafe_view"), methods=("reshape", "view"),
-        keeps=("dtype",), linear="each", takes_sizes=True,
+        keeps=("dtype",), linear="each", spread=True, takes_sizes=True,
     ),
     Operator(
         "reshape_as", ("input", "other"), ("reshape_as", "view_as"), methods=("reshape_as", "view_as"), keeps=("dtype",)
     ),
     Operator(
-        "permute", ("input", "dims"), methods=("permute",), keeps=("rank", "dtype"), linear="each", any_rank=True
+        "permute", ("input", "dims"), methods=("permute",), keeps=("rank", "dtype"), linear="each", any_rank=True,
+        spread=True,
     ),
     Operator(
         "transpose", ("input", "dim0", "dim1"), ("transpose", "swapaxes"), methods=("transpose", "swapaxes"),
@@ -218,7 +221,14 @@ TABLE: tuple[Operator, ...] = (
     ),
     Operator("squeeze", ("input", "dim"), methods=("squeeze",), keeps=("dtype",), linear="each"),
     Operator("unsqueeze", ("input", "dim"), methods=("unsqueeze",), keeps=("dtype",), linear="each"),
-    Operator("expand", methods=("expand",), linear="each"),
+    Operator(
+        "expand", ("input", "shape"), methods=("expand",), keeps=("dtype",), linear="each", spread=True,
+        takes_sizes=True,
+    ),
+    Operator(
+        "repeat", ("input", "repeats"), methods=("repeat",), keeps=("dtype",), linear="each", allocates=True,
+        spread=True,
+    ),
     Operator("roll", methods=("roll",), linear="each"),
     Operator("flip", methods=("flip",), linear="each"),
     Operator("unfold", functions=(F.unfold,), linear="each"),

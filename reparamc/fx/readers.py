@@ -1,9 +1,9 @@
 """Readers: one function per torch operator, from a call in its one form to what it means as a linear operator.
 
 A reader answers None where the operator is not linear, and `Declined` with the reason where it nearly is. To add one,
-enter the operator in `reparamc.fx.operators`, write its reader here, enter that in `READERS`, and let the certificate
-read it as well; `tests/fx/test_fx_table.py` says what is missing. The first line of a reader is what the
-documentation says of its operator.
+enter the operator in `reparamc.fx.operators` and its shape in `reparamc.fx.shapes`, write its reader here, enter that
+in `READERS`, and let the certificate read it as well; `tests/fx/test_fx_table.py` says what is missing. The first line
+of a reader is what the documentation says of its operator.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.kernels import averaged, equal_taps, swap_sides, transposed
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.readings import ACTIVATION, Reading, Taps, axis_of_constant, moved, scaled
+from reparamc.algebra.shape import Dim
+from reparamc.compiler.readings import ACTIVATION, MOST_CHANNELS, Reading, Taps, axis_of_constant, moved, scaled
 from reparamc.fx.calls import Call, aten_name, integers, lookup, takes_all
 from reparamc.fx.readings import HOOKED, Reader, Readings, array
 
@@ -414,6 +415,23 @@ def _read_shuffle(graph: Readings, node: fx.Node, call: Call) -> Reading | Decli
     return _select(graph, x, _shuffled(graph, x, groups), axis)
 
 
+def _read_repeated(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
+    """The channels, a known number of times over; its operand where no axis grows."""
+    x = call.input
+    shape = graph.facts.shapes.get(x) if x is not None else None
+    times = graph.facts.times(call, shape) if shape is not None else None
+    if x is None or times is None or x in graph.facts.known:
+        return None
+    repeated = [axis for axis, n in enumerate(times) if n != Dim(1)]
+    if not repeated:
+        return _read_identity(graph, node, call)
+    channel, number = _image_axis(graph, x), times[repeated[0]].known
+    width = graph.channels(x, channel)
+    if channel is None or repeated != [len(times) + channel] or width is None or number is None:
+        return None
+    return _select(graph, x, [*range(width)] * number, channel) if 0 < width * number <= MOST_CHANNELS else None
+
+
 # Poolings and paddings: convolutions under another name
 
 
@@ -488,6 +506,7 @@ READERS: dict[str, Reader] = {
     "getitem": _read_getitem,
     "cat": _read_cat,
     "channel_shuffle": _read_shuffle,
+    **dict.fromkeys(("expand", "repeat"), _read_repeated),
     "avg_pool": _read_avg_pool,
     "pad": _read_pad,
 }

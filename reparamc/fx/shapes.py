@@ -184,8 +184,8 @@ class Values:
         count = weight.shape[0] if call.op == "conv_transpose" else count
         if -axis <= len(shape):
             dim = shape[axis]
-            if dim.factor == 1 and len(dim.symbols) == 1:
-                self.bound.setdefault(dim.symbols[0], count)
+            if len(dim.symbols) == 1 and dim.factor > 0 and count % dim.factor == 0:
+                self.bound.setdefault(dim.symbols[0], count // dim.factor)
 
     def _carry_ranks_back(self) -> None:
         """From a value whose rank is known to the operands that must have the same rank."""
@@ -288,6 +288,9 @@ class Values:
                 return (*before[:axis], Dim(len(picked)), *before[axis + 1 :])
             case "mean" | "amax":
                 return _reduced(call, before)
+            case "expand" | "repeat":
+                times = self.times(call, before)
+                return None if times is None else tuple(d * n for d, n in zip(before, times, strict=True))
             case "scaled_dot_product_attention":
                 value = self.shapes.get(call.get("value"))
                 return None if value is None else (*before[:-1], value[-1])
@@ -313,10 +316,14 @@ class Values:
             return None
         found = cast("list[Shape]", shapes)
         axis %= len(found[0])
-        sizes = [s[axis].known for s in found]
-        if None in sizes:
+        sizes = [s[axis] for s in found]
+        if len(set(sizes)) == 1:
+            total = sizes[0] * Dim(len(sizes))
+        elif any(s.known is None for s in sizes):
             return None
-        return (*found[0][:axis], Dim(sum(cast("list[int]", sizes))), *found[0][axis + 1 :])
+        else:
+            total = Dim(sum(s.factor for s in sizes))
+        return (*found[0][:axis], total, *found[0][axis + 1 :])
 
     def _split(self, node: fx.Node, call: Call, before: Shape) -> None:
         axis, parts = call.get("dim", 0), self.parts(call, before)
@@ -338,6 +345,21 @@ class Values:
             return None
         part = wanted if call.op == "split" else -(-size // wanted)
         return [min(part, size - start) for start in range(0, size, part)]
+
+    def times(self, call: Call, before: Shape) -> tuple[Dim, ...] | None:
+        """How often expand or repeat takes each axis, if that is known and there are no new axes."""
+        given = call.get("shape" if call.op == "expand" else "repeats")
+        given = (given,) if isinstance(given, int | fx.Node) else given
+        wanted = [self.dim(n) for n in given] if isinstance(given, tuple | list) else []
+        if None in wanted or len(wanted) != len(before):
+            return None
+        found = cast("list[Dim]", wanted)
+        if call.op == "repeat":
+            return tuple(found)
+        kept = [n in (d, Dim(-1)) for d, n in zip(before, found, strict=True)]
+        if any(not k and d != Dim(1) for d, k in zip(before, kept, strict=True)):
+            return None  # a size of one for some inputs only
+        return tuple(Dim(1) if k else n for n, k in zip(found, kept, strict=True))
 
     def position(self, call: Call, before: Shape) -> tuple[int, int] | None:
         """(axis, position) of what takes one position along one axis, which goes; None for anything else."""

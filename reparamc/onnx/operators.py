@@ -1,7 +1,8 @@
 """Readers: one function per ONNX operator, from a node to what it means as a linear operator.
 
 A reader answers None where the operator is not linear, and `Declined` with the reason where it nearly
-is. To add one, write it here and enter it in `READERS`.
+is. To add one, write it here, enter it in `READERS`, and let the certificate read it as well;
+`tests/onnx/test_onnx_operators.py` says what is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from reparamc.algebra.expr import (
 from reparamc.algebra.kernels import averaged, equal_taps, swap_sides, transposed
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Shape
-from reparamc.compiler.readings import ACTIVATION, Reading, axis_of_constant, moved, scaled
+from reparamc.compiler.readings import ACTIVATION, MOST_CHANNELS, Reading, axis_of_constant, moved, scaled
 from reparamc.errors import InputError
 from reparamc.onnx.facts import Facts, Reader
 from reparamc.onnx.taps import Stored, read_stored, read_taps, stored
@@ -464,6 +465,34 @@ def _read_gather(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
     return moved(graph.operand(x), Take(len(shape), axis % len(shape), positions[0]), linear=graph.is_linear(x))
 
 
+def _read_repeat(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
+    """Tile and Expand along the channels: all of them, a known number of times over."""
+    x, name = node.input[0], graph.constant(node, 1)
+    shape = graph.types.shape(x)
+    if shape is None or name is None or x in graph.constants:
+        return None
+    given = graph.constants.integers(name)
+    if node.op_type == "Expand":
+        if len(given) > len(shape):
+            return None  # it adds axes
+        given = [1] * (len(shape) - len(given)) + given
+        given = [1 if n == d.known else n for n, d in zip(given, shape, strict=True)]
+        if any(n != 1 and d.known != 1 for n, d in zip(given, shape, strict=True)):
+            return None  # it does not run, or repeats what is of size 1 for some inputs only
+    if len(given) != len(shape):
+        return None
+    repeated = [axis for axis, n in enumerate(given) if n != 1]
+    if not repeated:
+        return _read_identity(graph, node, output)
+    axis, channel = repeated[0], graph.axis(x)
+    width, times = shape[axis].known, given[axis]
+    if len(repeated) > 1 or axis == 0 or channel not in (None, axis - len(shape)):
+        return None  # images are repeated, or positions
+    if width is None or not 0 < width * times <= MOST_CHANNELS:
+        return None
+    return _selection(graph, x, axis, [*range(width)] * times)
+
+
 def _shuffle(graph: Facts, node: NodeProto) -> Reading | None:
     """Reshape, Transpose, Reshape that only permute channels: [N, g c, *] to [N, g, c, *], [N, c, g, *], back."""
     turn = graph.producers.get(node.input[0])
@@ -544,6 +573,7 @@ READERS: dict[str, Reader] = {
     "Split": _read_split,
     "Slice": _read_slice,
     "Gather": _read_gather,
+    **dict.fromkeys(("Tile", "Expand"), _read_repeat),
     "Neg": _read_neg,
     "Identity": _read_identity,
     "Dropout": _read_dropout,

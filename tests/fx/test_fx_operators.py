@@ -103,6 +103,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = 
     "unflatten": (lambda m, x: x.unflatten(-1, (1, 7)), MAP),
     "squeeze": (lambda m, x: x.unsqueeze(2).squeeze(2), MAP),
     "unsqueeze": (lambda m, x: x.unsqueeze(1), MAP),
+    "expand": (lambda m, x: x[:, 2:3].expand(-1, 3, -1, -1), MAP),
+    "expand to what is there": (lambda m, x: x.expand((x.shape[0], 6, -1, -1)), MAP),
+    "repeat": (lambda m, x: x.repeat(1, 2, 1, 1), MAP),
+    "aten repeat": (lambda m, x: aten.repeat.default(x, [1, 3, 1, 1]), MAP),
     "mean": (lambda m, x: x.mean((2, 3), keepdim=True), MAP),
     "mean of one axis": (lambda m, x: x.mean(-1), MAP),
     "a channel": (lambda m, x: x.select(1, 2), MAP),
@@ -222,6 +226,11 @@ LEFT_ALONE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "one channel": lambda m, x: x[:, 1],
     "cat of rows": lambda m, x: torch.cat([x, x], 2),
     "addmm, scaled": lambda m, x: torch.addmm(m.vector, x[0, :, :6, :6].flatten(0, 1), m.matrix, beta=2),
+    "expand of rows": lambda m, x: x[:, :, :1].expand(-1, -1, 3, -1),
+    "expand by an axis": lambda m, x: x.expand(2, -1, -1, -1, -1),
+    "repeat of images": lambda m, x: x.repeat(2, 1, 1, 1),
+    "repeat by an axis": lambda m, x: x.repeat(2, 1, 1, 1, 1),
+    "repeat of channels and rows": lambda m, x: x.repeat(1, 2, 2, 1),
     "half a shuffle": lambda m, x: x.view(2, 2, 3, 9, 7).transpose(1, 2),
     "shuffle of rows": lambda m, x: x.view(2, 6, 3, 3, 7).transpose(2, 3).reshape(2, 6, 9, 7),
 }
@@ -236,6 +245,23 @@ def test_left_alone(name: str) -> None:
     root = next(n for n in graph.graph.nodes if n.op == "output").all_input_nodes[0]
     found = graph.read(root)
     assert not isinstance(found, Reading) or found.axis is None
+
+
+GREY: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "repeat": lambda m, x: m.c(x.repeat(1, 3, 1, 1)),
+    "cat": lambda m, x: m.c(torch.cat([x, x, x], 1)),
+}
+
+
+@pytest.mark.parametrize("name", GREY)
+def test_a_grey_image_before_a_stem_for_colours(name: str) -> None:
+    model = Net(GREY[name], c=nn.Conv2d(3, 4, 3, padding=1)).eval()
+    x = images((2, 1, 9, 7))[0].float()
+    fused = fuse_fx(model, x)
+    assert [c.in_channels for c in fused.modules() if isinstance(c, nn.Conv2d)] == [1]
+    certificate = fused.meta["reparamc"].certificate
+    assert (certificate.equal, certificate.undecided) == (1, ())
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
 
 
 def test_norm_after_a_transposed_convolution() -> None:

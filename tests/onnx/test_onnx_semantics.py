@@ -59,6 +59,13 @@ def test_norm_before_grouped() -> None:
     assert_folds(model(nodes, {"k": rand(4, 3, 3, 3), **N}), Conv=1)
 
 
+@pytest.mark.parametrize("op", ["Tile", "Expand"])
+def test_a_grey_image_before_a_stem_for_colours(op: str) -> None:
+    nodes = [node(op, "x t", "e"), node("Conv", "e k", "y", **PAD)]
+    fused = assert_folds(model(nodes, {"t": np.array([1, 3, 1, 1]), "k": rand(4, 3, 3, 3)}, ("N", 1, "H", "W")), Conv=1)
+    assert [*fused.graph.initializer[0].dims] == [4, 1, 3, 3]
+
+
 def test_norm_after_pad() -> None:
     nodes = [node("Pad", "x p", "q"), batchnorm("q", "n", "b"), node("Conv", "b w", "y")]
     assert_folds(tail(nodes, {"p": np.array([0, 0, 1, 1, 0, 0, 1, 1]), **N}), Conv=1)
