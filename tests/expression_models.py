@@ -212,16 +212,22 @@ def value_infos(shapes: Mapping[str, Sequence[int | str]], dtype: int = TensorPr
 
 
 def to_onnx(root: Expr, sizes: Sequence[int] | None = None) -> ModelProto:
-    """``root`` as a float32 model with output ``y``; the sizes of its inputs stay symbols where none are given."""
+    """``root`` as a float32 model; the sizes of its inputs stay symbols where none are given.
+
+    Its output is ``y``, or ``y_`` if a source has that name.
+    """
     builder = _OnnxBuilder(root)
     declared = {}
     for s, shape in source_shapes(root, sizes or EXTENTS[0]).items():
         unsaid = ["N", shape[1], *(f"{axis}_{s.key}" for axis in "HWD")]
         symbols = [str(d) if d.known is None else d.factor for d in s.shape] if s.shape else unsaid
         declared[str(s.key)] = list(shape) if sizes else symbols[: len(shape)]
-    assert "y" not in declared, "no source may be called y: that is the output"
     graph = helper.make_graph(
-        builder.nodes, "expression", value_infos(declared), [helper.make_empty_tensor_value_info("y")], builder.tensors
+        builder.nodes,
+        "expression",
+        value_infos(declared),
+        [helper.make_empty_tensor_value_info(builder.output)],
+        builder.tensors,
     )
     graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
     for _ in range(builder.ranks[root]):
@@ -236,6 +242,7 @@ class _OnnxBuilder:
         self.names: dict[Expr, str] = {}
         self.ranks = axes(root)
         order = list(walk(root))
+        self.output = "y_" if any(isinstance(e, Source) and e.key == "y" for e in order) else "y"
         absorbed = _subtracted(order)
         for e in order:
             x = self.names.get(e.children[0]) if e.children else None
@@ -244,7 +251,7 @@ class _OnnxBuilder:
             elif e in absorbed:
                 self.names[e] = self.names[e.children[0]]  # the sum subtracts
             else:
-                self._emit(e, x or "", absorbed, "y" if e is root else f"v{len(self.names)}")
+                self._emit(e, x or "", absorbed, self.output if e is root else f"v{len(self.names)}")
 
     def _emit(self, e: Expr, x: str, absorbed: set[Expr], out: str) -> None:
         self.names[e] = out

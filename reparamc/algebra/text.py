@@ -216,7 +216,13 @@ def _read(name: str, words: list[str], named: dict[str, Expr], rng: np.random.Ge
     operands = tuple(named[n] for n in re.findall(r"%[^\s,]+", rest))
     if kind not in READERS:
         raise ValueError(f"unknown kind {kind!r}")
-    return READERS[kind](_Line(name, number, rest, operands, dict(re.findall(r"(\w+)=(\S+)", rest)), rng))
+    if unknown := [word for word in rest.split() if word.isalpha() and word not in WORDS]:
+        raise ValueError(f"unknown word {unknown[0]!r}")
+    made = READERS[kind](_Line(name, number, rest, operands, dict(re.findall(r"(\w+)=(\S+)", rest)), rng))
+    after = re.findall(r" axis=\S+->(\S+)", rest)
+    if isinstance(made, Layout) and after and after[0] != (found := "?" if made.axis is None else str(made.axis)):
+        raise ValueError(f"the channel axis is {found} afterwards")
+    return made
 
 
 def _dims(text: str) -> Shape:
@@ -245,15 +251,15 @@ def _read_conv(line: _Line) -> Conv:
     stride, dilation = (tuple(map(int, each(key)))[: len(kernel)] for key in "sd")
     pads = [tuple(map(int, p.split(":"))) for p in each("p")][: len(kernel)]
     dims = (outputs, inputs // groups, *kernel)
-    weight = np.full(dims, 1 / prod(kernel)) if rest.endswith(" average") else line.draw(*dims)
-    bias = line.draw(outputs) if rest.endswith(" bias") else None
+    weight = np.full(dims, 1 / prod(kernel)) if "average" in rest.split() else line.draw(*dims)
+    bias = line.draw(outputs) if "bias" in rest.split() else None
     begin, end = tuple(p[0] for p in pads), tuple(p[-1] for p in pads)
     conv = Conv.padded(line.x, weight, bias, stride, dilation, begin, end, groups)
     return replace(conv, transposed=True) if "transposed" in rest.split() else conv
 
 
 def _read_scale(line: _Line) -> Scale:
-    shift = line.draw(*[line.channels] * bool(line.channels)) if line.rest.endswith(" shift") else np.zeros(())
+    shift = line.draw(*[line.channels] * bool(line.channels)) if "shift" in line.rest.split() else np.zeros(())
     scale = np.array(float(line.number)) if line.number else line.draw(line.channels)
     return Scale(line.x, scale, shift, line.axis)
 
@@ -278,13 +284,16 @@ def _read_take(line: _Line) -> Layout:
 
 def _read_mean(line: _Line) -> Layout:
     rank = int(re.findall(r" of (\d+)", line.rest)[0])
-    return Layout(line.x, Mean(rank, line.ints("axes"), line.rest.endswith(" keep")), line.axis)
+    return Layout(line.x, Mean(rank, line.ints("axes"), "keep" in line.rest.split()), line.axis)
 
 
 def _read_reshape(line: _Line) -> Layout:
     before, after = map(_dims, re.findall(r"\[([^]]*)\]", line.rest))
     return Layout(line.x, Reshape(before, after), line.axis)
 
+
+WORDS = ("along", "average", "bias", "keep", "of", "shift", "taps", "transposed")
+"""All that a line may hold besides operands, numbers and options."""
 
 READERS: dict[str, Callable[[_Line], Expr]] = {
     "source": _read_source,

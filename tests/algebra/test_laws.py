@@ -422,8 +422,11 @@ def test_layouts_can_be_read_back() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "%0", "%0 = conv %x 3->4 k=3x3", "%x = source\n%0 = twist %x", "%x = source c=a", "%0 = sum %0, %0"],
-)
+    [
+        "", "%0", "%0 = conv %x 3->4 k=3x3", "%x = source\n%0 = twist %x", "%x = source c=a", "%0 = sum %0, %0",
+        "%x = source\n%0 = conv %x 3->4 bais", "%x = source\n%0 = permute %x axes=0,2,1 axis=-2->-2",
+    ],
+)  # fmt: skip
 def test_unreadable_text_is_an_input_error(text: str) -> None:
     with pytest.raises(InputError, match="expression"):
         parse(text)
