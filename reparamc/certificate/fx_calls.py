@@ -44,7 +44,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "matmul": ("input", "other"),
     "addmm": ("bias", "input", "other"),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    **dict.fromkeys(("add", "sub", "mul", "div"), ("input", "other")),
+    **dict.fromkeys(("add", "sub", "rsub", "mul", "div"), ("input", "other")),
     "neg": ("input",),
     "identity": ("input",),
     "dropout": ("input", "p", "training", "inplace"),

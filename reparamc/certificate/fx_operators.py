@@ -285,18 +285,28 @@ def _read_batch_norm(call: Read) -> Value:
 
 def _read_arithmetic(call: Read) -> Value:
     op, a, b = call.call.op, call.call.args["input"], call.call.args["other"]
-    if set(call.call.args) - {"input", "other"}:
-        raise Unrepresentable("an addition with a factor, or a division that rounds")
-    if call.is_value(a) and call.is_value(b):
-        return meaning.arithmetic(op, call.value(a), call.value(b), is_first=False)
-    is_first = not call.is_value(a)
-    x, other = call.value(b if is_first else a), a if is_first else b
-    if isinstance(other, bool | complex):
+    factor = call.get("alpha", 1)
+    if set(call.call.args) - {"input", "other", "alpha"} or type(factor) not in (int, float):
+        raise Unrepresentable("an addition with a computed factor, or a division that rounds")
+    if op == "rsub":
+        op, a, b = "sub", b, a
+    if not call.is_value(b):
+        constant = np.asarray(_operand(call, b).astype(np.float64) * factor)
+        return meaning.arithmetic(op, call.value(a), constant, is_first=False)
+    y = call.value(b) if factor == 1 else nf.scaled(call.value(b), float(factor))
+    if not call.is_value(a):
+        return meaning.arithmetic(op, y, _operand(call, a), is_first=True)
+    return meaning.arithmetic(op, call.value(a), y, is_first=False)
+
+
+def _operand(call: Read, given: Any) -> Array:
+    """A constant operand of arithmetic."""
+    if isinstance(given, bool | complex):
         raise Unrepresentable("arithmetic with a truth value")
-    given = np.asarray(float(other)) if isinstance(other, int | float) else call.array(other)
-    if given is None:
+    found = np.asarray(float(given)) if isinstance(given, int | float) else call.array(given)
+    if found is None:
         raise Unrepresentable("a parameter is computed at run time")
-    return meaning.arithmetic(op, x, given, is_first)
+    return found
 
 
 def _read_dropout(call: Read) -> Value:
@@ -535,7 +545,7 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "matmul": _read_matmul,
     "addmm": _read_addmm,
     "batch_norm": _read_batch_norm,
-    **dict.fromkeys(("add", "sub", "mul", "div"), _read_arithmetic),
+    **dict.fromkeys(("add", "sub", "rsub", "mul", "div"), _read_arithmetic),
     "neg": lambda call: nf.scaled(call.x, -1.0),
     "identity": lambda call: call.x,
     "dropout": _read_dropout,
