@@ -117,7 +117,8 @@ ROWS: dict[str, Row] = {
 @pytest.mark.parametrize("name", ROWS)
 def test_operator(name: str) -> None:
     row = ROWS[name]
-    v, y = (a.astype(np.float64) for a in run(row.model("v y"), {"x": rand(*row.shape)}))
+    x = rand(*map(int, row.shape))
+    v, y = (a.astype(np.float64) for a in run(row.model("v y"), {"x": x}))
     made = row.model("z")
     graph = OnnxGraph(made)
     reading = graph.read("y")
@@ -129,7 +130,7 @@ def test_operator(name: str) -> None:
     whole = Scale(expr, -ONE, ZERO)
     splice = Splice("z", ("y", "z"), whole, {source: "v"}, np.dtype(np.float32), Counter(), (), "", "", None)
     emitted = OnnxEdit(graph, graph.sizes).carry_out([splice])
-    np.testing.assert_allclose(run(emitted, {"x": rand(*row.shape)})[0], -y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run(emitted, {"x": x})[0], -y, rtol=1e-4, atol=1e-5)
     assert [(w.where, w.verdict, w.reason) for w in certify_onnx(made, emitted).windows] == [("z", "equal", "")]
 
 
