@@ -7,7 +7,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, cast
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from reparamc.algebra.recorded import Tape, recording, tape
 from reparamc.algebra.rewrite import Pass, select
 from reparamc.compiler.host import Options
 from reparamc.compiler.pipeline import level_of
@@ -61,7 +62,9 @@ def fuse_fx(
         model: a module in eval mode, its BatchNorms included.
         example_inputs: one tensor, a tuple of positional arguments, or a mapping of keyword
             arguments. With them the original and the copy are run and compared, and no model is refused that runs.
-        passes, skip: names of the passes to apply (default: all), and to leave out.
+        passes, skip: names of the passes to apply (default: all), and to leave out. By default no pass
+            counts on values, such as a shift of zero, so that the copy of a network that is not trained yet takes the
+            state dict of the copy of the trained one.
         verify: True or "full": every replacement in float64, the certificate of the whole result, and both modules
             on ``example_inputs``, and at another size if the model takes one; "region": all but the last; False or
             "off": nothing but that each graph computes what its module does before it is rewritten.
@@ -79,7 +82,9 @@ def fuse_fx(
     options = Options(select(pass_table, passes, skip), level_of(verify), objective)
     inner, wrapped = unwrapped(model)
     _check(inner)
-    with LOCK, plain_modes():
+    # Weights that are not trained yet tell nothing of those that are loaded later.
+    for_all_values = recording(Tape(generic=True)) if passes is None and tape() is None else nullcontext()
+    with LOCK, plain_modes(), for_all_values:
         fused = _Fusion(inner, options).run(example_inputs)
     if (warning := cast(Any, fused).meta["reparamc"].warning) is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)

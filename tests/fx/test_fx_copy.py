@@ -117,6 +117,30 @@ def test_state_dict(model: Residual, x: torch.Tensor) -> None:
     assert torch.equal(run(other, x), run(fused, x))
 
 
+class Shortcut(nn.Module):
+    """A block whose parts are merged or not by what their BatchNorms add: two shortcuts, and two kernels in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.narrow = conv_bn(bias=False), conv_bn(bias=False), conv_bn(1, bias=False)
+        self.wide, self.shortcut = conv_bn(bias=False), conv_bn(1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x).relu()
+        y = (self.b(y) + y).relu()
+        return (self.wide(self.narrow(y)) + self.shortcut(x)).relu()
+
+
+@pytest.mark.parametrize("last", [0.0, 1.0])
+def test_the_copy_of_a_new_model_takes_the_weights_of_a_trained_one(last: float, x: torch.Tensor) -> None:
+    """A last BatchNorm may begin with zeros, and all shifts are zero at first."""
+    new, trained = Shortcut().eval(), ready(Shortcut())
+    nn.init.constant_(new.b[1].weight, last)
+    empty, fused = fuse_fx(new, x), fuse_fx(trained, x)
+    empty.load_state_dict(fused.state_dict())
+    assert torch.equal(run(empty, x), run(fused, x))
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "save"])
 def test_copies_of_the_copy(model: Residual, x: torch.Tensor, how: str) -> None:
     fused = fuse_fx(model, x)
