@@ -35,7 +35,7 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(SEED)
     model = _create(name)
     randomize_layer_scales(model, SEED)
-    size = 224 if "levit" in name else 96  # LeViT knows one size
+    size = 224 if "levit" in name or "/vit" in name else 96  # these know one size
     randomize_batchnorm(model, SEED, torch.randn(8, 3, size, size))
     return model.eval()
 

@@ -2,15 +2,19 @@
 
     python benchmarks/training.py replay [NAME ...]     # fused again, beside one forward pass of 32 images
     python benchmarks/training.py through [NAME ...]    # a step through the fusion, beside a step without
+    python benchmarks/training.py grow [NAME ...]       # every recipe: grown, trained for some steps, fused
 
-NAME is one of fastvit_zoo, or timm/ and one of timm. Times are CPU seconds, the median of REPEATS; where other programs
-run, set OMP_NUM_THREADS=1. The search is the one without checks.
+NAME is one of fastvit_zoo, or timm/ and one of timm. Times are CPU seconds, the median of REPEATS, taken in turns; where
+other programs run, set OMP_NUM_THREADS=1. The search is the one without checks.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import process_time
 from typing import Any
@@ -20,20 +24,21 @@ from models import build, size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparamc import Fuser
+from reparamc import Fuser, InputError, fuse_fx, overparameterize, parameter_groups
+from reparamc.training.grow import RECIPES
 
 REPEATS = 3
 BATCH = 32
 
 
-def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
-    run()
-    taken = []
-    for _ in range(repeats):
-        start = process_time()
-        run()
-        taken.append(process_time() - start)
-    return median(taken)
+def seconds(*runs: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats + 1):  # the first is thrown away
+        for run, found in zip(runs, taken, strict=True):
+            start = process_time()
+            run()
+            found.append(process_time() - start)
+    return [median(found[1:]) for found in taken]
 
 
 def images(name: str, batch: int = BATCH) -> Tensor:
@@ -50,7 +55,7 @@ def moved(model: nn.Module) -> None:
 @torch.no_grad()
 def replay(names: list[str]) -> None:
     print(
-        f"{'model':<18} {'search':>9} {'again':>9} {'+ check':>9} {'forward':>9} {'again / forward':>16} {'differs':>9}"
+        f"{'model':<18} {'search':>9} {'again':>9} {'+ check':>9} {'forward':>9} {'/ forward':>10} {'+ check':>9} {'differs':>9}"
     )
     for name in names or ["timm/mobileone_s0", "fastvit_sa36"]:
         model, x = build(name), images(name)
@@ -58,16 +63,16 @@ def replay(names: list[str]) -> None:
         fuser = Fuser(model, x[:2], verify=False)
         search = process_time() - start
         moved(model)
-        checked = seconds(fuser)
-        fuser._check = False
-        again = seconds(fuser)
-        forward = seconds(lambda model=model, x=x: model(x), 1)
+        bare = copy.copy(fuser)
+        bare._check = False
+        checked, again = seconds(fuser, bare)
+        (forward,) = seconds(lambda model=model, x=x: model(x), repeats=1)
         expected = model(x[:4])
         error = ((fuser()(x[:4]) - expected).abs().max() / expected.abs().max()).item()
         assert fuser.searches == 1
         print(
-            f"{name:<18} {search:>7.2f} s {again:>7.3f} s {checked:>7.3f} s {forward:>7.2f} s {again / forward:>16.3f} "
-            f"{error:>9.1e}",
+            f"{name:<18} {search:>7.2f} s {again:>7.3f} s {checked:>7.3f} s {forward:>7.2f} s {again / forward:>10.3f} "
+            f"{checked / forward:>9.3f} {error:>9.1e}",
             flush=True,
         )
 
@@ -91,30 +96,74 @@ class Saved:
 
 
 def through(names: list[str]) -> None:
-    print(f"{'model':<18} {'step':>9} {'fused':>9} {'ratio':>6} {'kept for backward':>18} {'fused':>11} {'ratio':>6}")
+    print(
+        f"{'model':<18} {'step':>9} {'through':>9} {'ratio':>6} {'fused alone':>12} {'kept for backward':>18} "
+        f"{'through':>11} {'ratio':>6}"
+    )
     for name in names or ["timm/repvgg_a0", "timm/mobileone_s0", "fastvit_t8"]:
         model, x = build(name), images(name)
         labels = torch.zeros(len(x), dtype=torch.long)
-        fused = Fuser(model, x[:2], differentiable=True, verify=False)()
+        through = Fuser(model, x[:2], differentiable=True, verify=False)()
+        alone = Fuser(model, x[:2], verify=False)().requires_grad_(True)  # its kernels are parameters: nothing is folded
 
-        def step(module: nn.Module, model: nn.Module = model, x: Tensor = x, labels: Tensor = labels) -> float:
-            model.zero_grad()
-            saved = Saved(model)
+        def step(module: nn.Module, x: Tensor = x, labels: Tensor = labels) -> float:
+            module.zero_grad()
+            saved = Saved(module)
             with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
                 loss = F.cross_entropy(module(x), labels)
             loss.backward()
             return saved.mebibytes
 
-        before, after = step(model), step(fused)
-        slow, fast = (seconds(lambda m=m, step=step: step(m)) for m in (model, fused))
+        before, after = step(model), step(through)
+        slow, fast, least = seconds(*(partial(step, m) for m in (model, through, alone)))
         print(
-            f"{name:<18} {slow:>7.2f} s {fast:>7.2f} s {fast / slow:>6.2f} {before:>14.0f} MiB {after:>7.0f} MiB "
+            f"{name:<18} {slow:>7.2f} s {fast:>7.2f} s {fast / slow:>6.2f} {least / slow:>12.2f} {before:>14.0f} MiB {after:>7.0f} MiB "
             f"{after / before:>6.2f}",
             flush=True,
         )
 
 
-COMMANDS = {"replay": replay, "through": through}
+def grow(names: list[str]) -> None:
+    """Errors are the largest difference of outputs, relative to the largest output."""
+    print(f"{'model':<26} {'recipe':<10} {'parameters':>22} {'at the start':>13} {'trained':>9} {'fused':>7} {'plain':>7}")
+    for name in names or ["timm/resnet18", "timm/mobilenetv2_100", "timm/convnext_atto", "timm/vit_tiny_patch16_224"]:
+        model, x = build(name), images(name, 4)
+        plain = fuse_fx(model, x[:2], verify=False)
+        for recipe in RECIPES:
+            try:
+                grown = overparameterize(model, recipe)
+            except InputError:
+                print(f"{name:<26} {recipe:<10} no place to grow", flush=True)
+                continue
+            start = apart(grown, model, x)
+            sizes = [sum(p.numel() for p in m.parameters()) for m in (model, grown)]
+            trained(grown, x)
+            fused = fuse_fx(grown, x[:2], verify=False)
+            shapes = [Counter(tuple(t.shape) for t in m.state_dict().values()) for m in (fused, plain)]
+            print(
+                f"{name:<26} {recipe:<10} {sizes[0] / 1e6:>8.2f} M -> {sizes[1] / 1e6:>6.2f} M {start:>13.1e} "
+                f"{apart(grown, model, x):>9.2f} {apart(fused, grown, x):>7.0e} {shapes[0] == shapes[1]!s:>7}",
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def apart(a: nn.Module, b: nn.Module, x: Tensor) -> float:
+    expected = b(x)
+    return ((a(x) - expected).abs().max() / expected.abs().max()).item()
+
+
+def trained(model: nn.Module, x: Tensor, steps: int = 3) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.arange(len(x))).backward()
+        optimizer.step()
+    model.eval()
+
+
+COMMANDS = {"replay": replay, "through": through, "grow": grow}
 
 
 def main() -> None:

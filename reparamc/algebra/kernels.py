@@ -293,10 +293,11 @@ def regroup(conv: Conv, groups: int) -> Array:
     rows, columns = conv.out_channels // conv.groups, conv.in_channels // conv.groups
     xp, weight = together(conv.weight)
     blocks = xp.reshape(weight, (groups, ratio, rows, columns, *conv.kernel))
-    weight = zeros_of(weight, (groups, ratio, rows, ratio, columns, *conv.kernel))
-    for r in range(ratio):
-        weight[:, r, :, r] = blocks[:, r]
-    return xp.reshape(weight, (conv.out_channels, ratio * columns, *conv.kernel))
+    square = zeros_of(weight, (groups, ratio * ratio, rows, columns, *conv.kernel))
+    square[:, :: ratio + 1] = blocks  # the diagonal
+    square = xp.reshape(square, (groups, ratio, ratio, rows, columns, *conv.kernel))
+    turned = xp.permute_dims(square, (0, 1, 3, 2, *range(4, square.ndim)))
+    return xp.reshape(turned, (conv.out_channels, ratio * columns, *conv.kernel))
 
 
 def _span(convs: Sequence[Conv], axis: int) -> Ints:
