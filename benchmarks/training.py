@@ -1,11 +1,11 @@
 """Fusion in the training loop: what it costs.
 
     python benchmarks/training.py replay [NAME ...]     # fused again, beside one forward pass of 32 images
-    python benchmarks/training.py through [NAME ...]    # a step through the fusion, beside a step without
+    python benchmarks/training.py through [NAME ...]    # a step through the fusion, beside one without
     python benchmarks/training.py grow [NAME ...]       # every recipe: grown, trained for some steps, fused
 
-NAME is one of fastvit_zoo, or timm/ and one of timm. Times are CPU seconds, the median of REPEATS, taken in turns; where
-other programs run, set OMP_NUM_THREADS=1. The search is the one without checks.
+NAME is one of fastvit_zoo, or timm/ and one of timm. Times are CPU seconds, the median of REPEATS, taken in turns;
+where other programs run, set OMP_NUM_THREADS=1. The search is the one without checks.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ def seconds(*runs: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
     return [median(found[1:]) for found in taken]
 
 
+def row(*cells: Any) -> None:
+    """The first column is wide; numbers have three digits."""
+    shown = (f"{c:.2g}" if isinstance(c, float) else str(c) for c in cells[1:])
+    print(f"{cells[0]:<26}", *(f"{c:>14}" for c in shown), flush=True)
+
+
 def images(name: str, batch: int = BATCH) -> Tensor:
     return torch.randn(batch, 3, size(name), size(name), generator=torch.Generator().manual_seed(0))
 
@@ -54,9 +60,7 @@ def moved(model: nn.Module) -> None:
 
 @torch.no_grad()
 def replay(names: list[str]) -> None:
-    print(
-        f"{'model':<18} {'search':>9} {'again':>9} {'+ check':>9} {'forward':>9} {'/ forward':>10} {'+ check':>9} {'differs':>9}"
-    )
+    row("seconds", "search", "again", "with check", "forward", "again", "with check", "differs by")
     for name in names or ["timm/mobileone_s0", "fastvit_sa36"]:
         model, x = build(name), images(name)
         start = process_time()
@@ -70,11 +74,7 @@ def replay(names: list[str]) -> None:
         expected = model(x[:4])
         error = ((fuser()(x[:4]) - expected).abs().max() / expected.abs().max()).item()
         assert fuser.searches == 1
-        print(
-            f"{name:<18} {search:>7.2f} s {again:>7.3f} s {checked:>7.3f} s {forward:>7.2f} s {again / forward:>10.3f} "
-            f"{checked / forward:>9.3f} {error:>9.1e}",
-            flush=True,
-        )
+        row(name, search, again, checked, forward, again / forward, checked / forward, error)
 
 
 class Saved:
@@ -96,15 +96,14 @@ class Saved:
 
 
 def through(names: list[str]) -> None:
-    print(
-        f"{'model':<18} {'step':>9} {'through':>9} {'ratio':>6} {'fused alone':>12} {'kept for backward':>18} "
-        f"{'through':>11} {'ratio':>6}"
-    )
+    row("seconds, MiB for backward", "step", "through", "ratio", "fused alone", "step", "through", "ratio")
     for name in names or ["timm/repvgg_a0", "timm/mobileone_s0", "fastvit_t8"]:
         model, x = build(name), images(name)
         labels = torch.zeros(len(x), dtype=torch.long)
         through = Fuser(model, x[:2], differentiable=True, verify=False)()
-        alone = Fuser(model, x[:2], verify=False)().requires_grad_(True)  # its kernels are parameters: nothing is folded
+        alone = Fuser(model, x[:2], verify=False)().requires_grad_(
+            True
+        )  # its kernels are parameters: nothing is folded
 
         def step(module: nn.Module, x: Tensor = x, labels: Tensor = labels) -> float:
             module.zero_grad()
@@ -116,16 +115,12 @@ def through(names: list[str]) -> None:
 
         before, after = step(model), step(through)
         slow, fast, least = seconds(*(partial(step, m) for m in (model, through, alone)))
-        print(
-            f"{name:<18} {slow:>7.2f} s {fast:>7.2f} s {fast / slow:>6.2f} {least / slow:>12.2f} {before:>14.0f} MiB {after:>7.0f} MiB "
-            f"{after / before:>6.2f}",
-            flush=True,
-        )
+        row(name, slow, fast, fast / slow, least / slow, round(before), round(after), after / before)
 
 
 def grow(names: list[str]) -> None:
     """Errors are the largest difference of outputs, relative to the largest output."""
-    print(f"{'model':<26} {'recipe':<10} {'parameters':>22} {'at the start':>13} {'trained':>9} {'fused':>7} {'plain':>7}")
+    row("millions, differences", "recipe", "parameters", "grown", "at the start", "trained", "fused", "plain kernels")
     for name in names or ["timm/resnet18", "timm/mobilenetv2_100", "timm/convnext_atto", "timm/vit_tiny_patch16_224"]:
         model, x = build(name), images(name, 4)
         plain = fuse_fx(model, x[:2], verify=False)
@@ -133,18 +128,14 @@ def grow(names: list[str]) -> None:
             try:
                 grown = overparameterize(model, recipe)
             except InputError:
-                print(f"{name:<26} {recipe:<10} no place to grow", flush=True)
+                row(name, recipe, "no place to grow")
                 continue
             start = apart(grown, model, x)
-            sizes = [sum(p.numel() for p in m.parameters()) for m in (model, grown)]
+            sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, grown)]
             trained(grown, x)
             fused = fuse_fx(grown, x[:2], verify=False)
-            shapes = [Counter(tuple(t.shape) for t in m.state_dict().values()) for m in (fused, plain)]
-            print(
-                f"{name:<26} {recipe:<10} {sizes[0] / 1e6:>8.2f} M -> {sizes[1] / 1e6:>6.2f} M {start:>13.1e} "
-                f"{apart(grown, model, x):>9.2f} {apart(fused, grown, x):>7.0e} {shapes[0] == shapes[1]!s:>7}",
-                flush=True,
-            )
+            kernels = [Counter(tuple(t.shape) for t in m.state_dict().values() if t.ndim > 1) for m in (fused, plain)]
+            row(name, recipe, *sizes, start, apart(grown, model, x), apart(fused, grown, x), kernels[0] == kernels[1])
 
 
 @torch.no_grad()

@@ -89,7 +89,8 @@ def _uncopyable(model: nn.Module) -> list[tuple[str, Any]]:
                 where = f"{path}.{name}".strip(".")
                 found += [(where, v) for v in _failing(held, known)]
                 if key != "_modules" and isinstance(held, Tensor) and found and found[-1][1] is held:
-                    raise InputError(f"{where!r} cannot be copied: it is a {type(held).__name__}; take it out first")
+                    way_out = "run the model once first" if nn.parameter.is_lazy(held) else "take it out first"
+                    raise InputError(f"{where!r} cannot be copied: it is a {type(held).__name__}; {way_out}")
     return found
 
 

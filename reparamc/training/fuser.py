@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Iterable
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,6 +74,7 @@ class Fuser:
             raise InputTypeError(f"Fuser takes a torch.nn.Module, not {type(model).__name__}")
         self._model: nn.Module = unwrapped(model)[0]
         self._call = None if example_inputs is None else call_of(self._model, example_inputs)
+        self._follows = _dtypes(pytree.tree_leaves(self._call)) == _dtypes(_tensors(self._model).values())
         self._differentiable, self._check, self._options = differentiable, check, options
         self.searches, self.last = 0, ""
         self._found = self._search("")
@@ -111,21 +114,21 @@ class Fuser:
             fused = self()
             made = replaced(file, arrays_of(fused.state_dict()), "the fused model")
             if self._call is not None:
-                compared(made, fused, self._call)
+                compared(made, fused, self._fitting(self._call))
         save(made, target)
 
     def _obstacle(self) -> str:
         """Why the structure has to be searched anew; empty where the fused module is up to date."""
         found = self._found
-        if found.structure != structure(self._model):
-            return "the structure of the model has changed"
+        if (where := _changed(found.structure, structure(self._model))) is not None:
+            return f"the structure of the model has changed: {where or type(self._model).__name__}"
         if found.incomplete:
             return found.incomplete
         try:
             return (
                 found.moved(self._model)
                 or found.renew(self._model)
-                or (found.difference(self._model) if self._check else "")
+                or (found.difference(copied(self._model).eval()) if self._check else "")
             )
         except RecipeError as error:
             return str(error)
@@ -133,7 +136,7 @@ class Fuser:
     def _search(self, why: str) -> _Found:
         reference = copied(self._model).eval()
         tape = Tape(generic=self._differentiable)
-        call = None if self._call is None else _on_device(self._call, reference)
+        call = None if self._call is None else self._fitting(self._call)
         with plain_modes(), recording(tape):
             fused = fuse_fx(reference, None if call is None else call[1] or call[0], **self._options)
             one = None if call is None else _one(call)
@@ -142,6 +145,14 @@ class Fuser:
         if found.incomplete and self._differentiable:
             raise InputError(f"no gradient would reach every parameter: {found.incomplete}")
         return found
+
+    def _fitting(self, call: Call) -> Call:
+        """``call`` where the parameters of the model are, if they are in one place, and of their dtype, if it was."""
+        tensors = _tensors(self._model).values()
+        devices, dtypes = {t.device for t in tensors}, _dtypes(tensors)
+        device = devices.pop() if len(devices) == 1 else None
+        dtype = dtypes.pop() if self._follows and len(dtypes) == 1 else None
+        return pytree.tree_map_only(Tensor, lambda t: t.to(device, dtype if t.is_floating_point() else None), call)
 
 
 class _Found:
@@ -156,35 +167,34 @@ class _Found:
     def __init__(
         self, model: nn.Module, reference: nn.Module, fused: nn.Module, tape: Tape, call: Call | None, through: bool
     ) -> None:
-        self.structure, self._reference, self._fused, self._call = structure(model), reference, fused, call
-        made = [(name, t, tape.at(t)) for name, t in _tensors(fused).items()]
-        self._targets = [(name, t) for name, t, at in made if at is not None]
-        self._program = Program(tape, [at for *_, at in made if isinstance(at, At)], values)
+        self.structure, self._fused, self._call = structure(model), fused, call
+        made = {name: at for name, t in _tensors(fused).items() if isinstance(at := tape.at(t), At)}
+        self._targets = list(made)
+        self._program = Program(tape, list(made.values()), values)
         self.module = Differentiable(model, fused, self._program, self._targets) if through else fused
         self._fixed: dict[str, Tensor] = {}
-        self.incomplete = self._trial(()) if call is not None else ""
+        self.incomplete = self._trial(reference, ()) if call is not None else ""
         fixed = {name: t.clone() for name, t in _users_buffers(model).items()} if self.incomplete else {}
-        if fixed:  # tracing makes constants of what is computed from buffers
-            self._reset(model)
-            if not self._trial(fixed):
-                self._fixed, self.incomplete = fixed, ""
+        if fixed and not self._trial(copied(model).eval(), fixed):  # tracing makes constants of what buffers become
+            self._fixed, self.incomplete = fixed, ""
 
-    def _trial(self, fixed: Container[str]) -> str:
-        """What is missing, told from other weights, but for those that are ``fixed``."""
-        kept = [t.clone() for _, t in self._targets]
+    def _trial(self, reference: nn.Module, fixed: Container[str]) -> str:
+        """What is missing, told from other weights for ``reference``, but for those that are ``fixed``."""
+        targets = _tensors(self._fused)
+        kept = {name: targets[name].clone() for name in self._targets}
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for name, t in _tensors(self._reference).items():
+            for name, t in _tensors(reference).items():
                 if t.is_floating_point() and name not in fixed:
                     noise = 1 + 0.1 * torch.rand(t.shape, generator=generator, dtype=torch.float64)
                     t.copy_(torch.where((t == 0) | (t.abs() == 1), t, t * noise.to(t.device, t.dtype)))
             try:
-                self.renew(self._reference)
-                why = self._differs()
+                self.renew(reference)
+                why = self.difference(reference)
             except RecipeError:
                 why = ""  # these weights say nothing of others for which it holds
-            for (_, t), value in zip(self._targets, kept, strict=True):
-                t.copy_(value)
+            for name, value in kept.items():
+                targets[name].copy_(value)
         return f"a part of it cannot be computed again from its parameters: {why}" if why else ""
 
     def moved(self, model: nn.Module) -> str:
@@ -195,45 +205,36 @@ class _Found:
 
     def renew(self, model: nn.Module) -> str:
         """Give the fused module the weights of ``model``; why they do not fit it, empty where they do."""
-        tensors = _tensors(model)
+        tensors, targets = _tensors(model), _tensors(self._fused)
         with torch.no_grad():
             results = self._program.run(tensors.__getitem__, next(iter(tensors.values())))
             rounded = [torch.zeros((), dtype=torch.float64)]
-            for (_, target), result in zip(self._targets, results, strict=True):
+            for name, result in zip(self._targets, results, strict=True):
+                target = targets[name]
                 target.copy_(result)
                 if target.is_floating_point() and result is not target:
                     rounded.append(target.sum(dtype=torch.float64).to(rounded[0].device))
             return "" if bool(torch.stack(rounded).isfinite().all()) else "a fused parameter is not finite"
 
-    def difference(self, model: nn.Module) -> str:
-        """How the fused module differs from ``model`` on one example."""
+    def difference(self, reference: nn.Module) -> str:
+        """How the fused module differs from ``reference``, a model in eval mode, on one example."""
         if self._call is None:
             return ""
-        self._reset(model)
-        return self._differs()
-
-    def _reset(self, model: nn.Module) -> None:
-        with torch.no_grad():
-            for mine, theirs in zip(_tensors(self._reference).values(), _tensors(model).values(), strict=True):
-                mine.copy_(theirs)
-
-    def _differs(self) -> str:
-        call = cast(Call, self._call)
         try:
-            expected = ran(self._reference, call)
-            actual = ran(self._fused, call)
+            expected = ran(reference, self._call)
+            actual = ran(self._fused, self._call)
         except Exception as error:  # whatever a module raises on one example that runs on more
             return one_line(error)
-        return difference(actual, expected, lambda: ran(self._reference, perturbed(call, 0)))
+        return difference(actual, expected, lambda: ran(reference, perturbed(cast(Call, self._call), 0)))
 
 
 class Differentiable(nn.Module):
     """A fused module over the parameters of ``model``: each forward computes the fused kernels from them.
 
-    ``state_dict``, ``parameters`` and the rest are those of ``model``.
+    ``state_dict``, ``parameters`` and the rest are those of ``model``, under the name "model".
     """
 
-    def __init__(self, model: nn.Module, fused: nn.Module, program: Program, targets: list[tuple[str, Tensor]]) -> None:
+    def __init__(self, model: nn.Module, fused: nn.Module, program: Program, targets: list[str]) -> None:
         super().__init__()
         self.model = model
         self._way: Any
@@ -241,13 +242,17 @@ class Differentiable(nn.Module):
 
     def kernels(self) -> dict[str, Tensor]:
         """The parameters and buffers of the fused module, by name, as functions of those of the model."""
-        _, program, targets = self._way
-        tensors = _tensors(self.model)
+        fused, program, targets = self._way
+        tensors, made = _tensors(self.model), _tensors(fused)
         results = program.run(tensors.__getitem__, next(iter(tensors.values())))
-        return {name: _like(result, t) for (name, t), result in zip(targets, results, strict=True)}
+        return {name: _like(result, made[name]) for name, result in zip(targets, results, strict=True)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self._way[0], self.kernels(), args, kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._way[0]._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
 
 
 def compared(file: Any, fused: nn.Module, call: Call) -> None:
@@ -287,22 +292,42 @@ def _users_buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def structure(model: nn.Module) -> Hashable:
-    """What decides what is computed, all but the values of tensors and whether it is trained now."""
-    found: list[Hashable] = []
+def structure(model: nn.Module) -> dict[str, Hashable]:
+    """What decides what is computed, by place: all but the values of parameters and buffers, and modes."""
+    found: dict[str, Hashable] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         own = vars(module)
-        plain = [(k, v) for k, v in own.items() if k != "training" and not k.startswith("_") and _is_plain(v)]
+        plain = [(k, _print(v, not is_leaf(module))) for k, v in own.items() if k not in _OF_EVERY_MODULE]
         hooks = [len(own[name]) for name in HOOKS if own.get(name)]
-        found.append((path, type(module), own.get("forward"), tuple(plain), tuple(hooks)))
-    found += [(n, t.shape, t.dtype, t.device, t.requires_grad) for n, t in _tensors(model).items()]
-    return tuple(found)
+        found[path] = type(module), tuple(plain), tuple(hooks)
+    for name, t in _tensors(model).items():
+        found[name] = t.shape, t.dtype, t.device, t.requires_grad
+    return found
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | None) or (
-        isinstance(value, tuple) and all(map(_is_plain, value))
-    )
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _print(value: Any, with_tensors: bool, depth: int = 4) -> Hashable:
+    """What tells the value of an attribute from others; nothing for objects that are not looked into."""
+    inner = partial(_print, with_tensors=with_tensors, depth=depth - 1)
+    match value:
+        case Tensor():
+            given = with_tensors and value.is_leaf and not isinstance(value, nn.Parameter)  # others are computed anew
+            return (value.shape, value.dtype, hash(value.detach().cpu().double().numpy().tobytes())) if given else None
+        case dict() if depth:
+            return tuple((repr(k), inner(v)) for k, v in value.items())
+        case list() | tuple() if depth:
+            return type(value), tuple(map(inner, value))
+        case bool() | int() | float() | complex() | str() | set() | torch.dtype() | torch.device() | Enum():
+            return type(value), repr(value)
+        case _:
+            return id(value) if callable(value) else None
+
+
+def _changed(old: dict[str, Hashable], new: dict[str, Hashable]) -> str | None:
+    """The first place that differs, if any does."""
+    return next((name for name in {**new, **old} if old.get(name, name) != new.get(name, name)), None)
 
 
 def _one(call: Call) -> Call:
@@ -313,7 +338,6 @@ def _one(call: Call) -> Call:
     return pytree.tree_map_only(Tensor, lambda t: t[:1] if t.ndim else t, call)
 
 
-def _on_device(call: Call, model: nn.Module) -> Call:
-    """``call`` where the parameters of ``model`` are, if they are in one place."""
-    devices = {t.device for t in _tensors(model).values()}
-    return pytree.tree_map_only(Tensor, lambda t: t.to(next(iter(devices))), call) if len(devices) == 1 else call
+def _dtypes(values: Iterable[Any]) -> set[torch.dtype]:
+    """Those of all tensors of floating point numbers."""
+    return {t.dtype for t in values if isinstance(t, Tensor) and t.is_floating_point()}

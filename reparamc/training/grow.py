@@ -19,7 +19,7 @@ from reparamc.fx.copying import copied
 
 
 class Grown(nn.Module):
-    """``main`` and its ``branches``, added."""
+    """``main`` and its ``branches``, added. What code asks of a layer, such as its dtype, ``main`` answers."""
 
     def __init__(self, main: nn.Module, branches: list[nn.Module]) -> None:
         super().__init__()
@@ -30,6 +30,12 @@ class Grown(nn.Module):
         for branch in self.branches:
             y = y + branch(x)
         return y
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("main"), name)
 
 
 class Mixer(nn.Module):
@@ -112,8 +118,8 @@ def _branches(module: Grown | Mixer) -> list[nn.Module]:
 def _places(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Convolutions and linear layers: path, where they are held, and their name there."""
     for path, holder in root.named_modules(remove_duplicate=False):
-        if type(holder).__module__.startswith("torch.nn.modules.activation"):
-            continue  # attention reads the weights of its layers without calling them
+        if isinstance(holder, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            continue  # they read the weights of their layers without calling them
         for name, module in holder._modules.items():
             if type(module) in (nn.Conv2d, nn.Linear):
                 yield f"{path}.{name}".partition(".")[2], holder, name

@@ -172,26 +172,61 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a size": lambda m: setattr(m.a[0], "dilation", (2, 2)) or setattr(m.a[0], "padding", (2, 2)),
     "a hook": lambda m: m.last.register_forward_hook(lambda _, __, y: y + 1),
     "an attribute": lambda m: setattr(m, "factor", 3.0),
+    "a private attribute": lambda m: setattr(m, "_factor", 3.0),
+    "an item": lambda m: m.held["factors"].__setitem__(0, 3.0),
+    "a tensor that is no buffer": lambda m: m.plain.mul_(2),
+    "a function": lambda m: setattr(m, "act", torch.tanh),
     "what is trained": lambda m: m.a[0].weight.requires_grad_(False),
-    "the dtype": lambda m: m.double(),
+    "the dtype": lambda m: m.float(),
 }
 
 
+@pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_structure_is_searched_anew(name: str) -> None:
+def test_another_structure_is_searched_anew(name: str, check: bool) -> None:
     model = ready(block())
-    model.factor = 2.0
+    model.factor, model._factor, model.held = 2.0, 2.0, {"factors": [2.0]}
+    model.plain, model.act = torch.tensor(2.0, dtype=torch.float64), torch.relu
     inner = model.run
-    model.run = lambda m, x: inner(m, x) * m.factor
-    fuser = Fuser(model.float() if name == "the dtype" else model, X.float() if name == "the dtype" else X)
+    model.run = lambda m, x: m.act(inner(m, x)) * m.factor * m._factor * m.held["factors"][0] * m.plain.to(x.dtype)
+    fuser = Fuser(model, X, check=check, verify=False)
     fuser()
+    assert fuser.searches == 1
     CHANGES[name](model)
-    if name == "the dtype":
-        with pytest.raises(InputError, match="does not run on example_inputs"):
-            fuser()
-        return
+    single = name == "the dtype"  # the example follows
+    assert_fuses(fuser, model, X.float() if single else X, 1e-5 if single else 1e-12)
+    assert (fuser.searches, fuser.last[:39]) == (2, "the structure of the model has changed:")
+
+
+def test_a_change_in_an_object_that_is_not_looked_into() -> None:
+    """The check runs a copy of the model of now, with all that it holds."""
+
+    class Settings:
+        factor = 2.0
+
+    model = ready(block())
+    model.settings = Settings()
+    inner = model.run
+    model.run = lambda m, x: inner(m, x) * m.settings.factor
+    fuser = Fuser(model, X, verify=False)
+    model.settings.factor = 3.0
     assert_fuses(fuser, model)
-    assert (fuser.searches, fuser.last) == (2, "the structure of the model has changed")
+    assert fuser.last.startswith("output differs by")
+
+
+def test_what_is_returned_may_be_moved() -> None:
+    """To another dtype, with the buffers of a BatchNorm that stays."""
+    model = ready(Net(lambda m, x: torch.relu(m.norm(torch.relu(m.a(x)))), a=conv_bn(3), norm=nn.BatchNorm2d(CHANNELS)))
+    fuser = Fuser(model.double(), X, check=False)
+    through = Fuser(model, X, differentiable=True)().float()
+    model.double()
+    fuser().float()
+    fused = fuser() if changed(model) else None
+    assert fused is not None
+    with torch.no_grad():
+        torch.testing.assert_close(fused(X.float()), copied(model)(X).float(), rtol=1e-4, atol=1e-4)
+        model.float()
+        torch.testing.assert_close(through(X.float()), model(X.float()), rtol=1e-4, atol=1e-4)
 
 
 def _standardised(m: Any, x: Tensor) -> Tensor:

@@ -160,6 +160,29 @@ def test_a_convolution_by_itself() -> None:
     assert {p.dtype for p in grown.parameters()} == {torch.float16}
 
 
+class Asking(nn.Module):
+    """A forward that reads attributes of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x.to(self.conv.weight.dtype)).mean((2, 3)).view(-1, self.head.in_features))
+
+
+def test_layers_that_are_asked_for_their_attributes() -> None:
+    grown = overparameterize(Asking().double(), "mobileone")
+    trained(grown)
+    torch.testing.assert_close(fuse_fx(grown, X, verify="region")(X), grown(X), rtol=1e-9, atol=1e-9)
+
+
+def test_layers_that_torch_reads_without_a_call_stay() -> None:
+    encoder = nn.TransformerEncoderLayer(6, 2, 4, batch_first=True)
+    grown: Any = overparameterize(nn.Sequential(nn.Linear(6, 6), encoder), "lora")
+    assert (type(grown[1].linear1), type(grown[0]).__name__) == (nn.Linear, "Grown")
+
+
 @pytest.mark.parametrize("recipe", ["repvgg", "acnet", "dbb", "repmixer"])
 def test_no_place_to_grow(recipe: str) -> None:
     with pytest.raises(InputError, match=f"Tokens has no place to grow for '{recipe}', which needs a plain"):
