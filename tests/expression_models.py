@@ -25,6 +25,7 @@ from reparamc.algebra.expr import (
     Mean,
     Permute,
     Reshape,
+    Resize,
     Scale,
     Select,
     Source,
@@ -106,6 +107,14 @@ def assert_close(reference: np.ndarray, other: np.ndarray, tolerance: float) -> 
 # The value
 
 
+def _interpolated(x: Any, op: Resize) -> Any:
+    """What torch makes of a resize, nearest or linear."""
+    mode = op.mode if op.mode == "nearest" else ("linear", "bilinear", "trilinear")[len(op.scales) - 1]
+    corners = {} if op.mode == "nearest" else {"align_corners": op.place == "align_corners"}
+    scale = tuple(map(float, op.scales))
+    return _torch().nn.functional.interpolate(x, scale_factor=scale, mode=mode, **corners)
+
+
 def reference(root: Expr, inputs: Mapping[Source, np.ndarray]) -> np.ndarray:
     """The value of ``root`` in float64, by PyTorch's operators where it has them."""
     values: dict[Expr, np.ndarray] = {}
@@ -131,6 +140,8 @@ def reference(root: Expr, inputs: Mapping[Source, np.ndarray]) -> np.ndarray:
                 y = np.transpose(values[e.x], e.op.axes)
             case Layout() if isinstance(e.op, Mean):
                 y = _torch().from_numpy(values[e.x]).mean(e.op.axes, e.op.keep).numpy()
+            case Layout() if isinstance(e.op, Resize):
+                y = _interpolated(_torch().from_numpy(values[e.x]), e.op).numpy()
             case Layout() if isinstance(e.op, Take):
                 y = _torch().from_numpy(values[e.x]).select(e.op.axis, e.op.at).numpy()
             case Layout():
@@ -308,6 +319,15 @@ class _OnnxBuilder:
                 self._node("GlobalAveragePool", [x], out)
             case Layout() if isinstance(e.op, Mean):
                 self._node("ReduceMean", [x], out, axes=e.op.axes, keepdims=int(e.op.keep))
+            case Layout() if isinstance(e.op, Resize):
+                scales = np.array([1, 1, *map(float, e.op.scales)], np.float32)
+                self.tensors.append(numpy_helper.from_array(scales, f"{out}_scales"))
+                options = {
+                    "mode": e.op.mode,
+                    "coordinate_transformation_mode": e.op.place,
+                    "nearest_mode": e.op.rounding,
+                }
+                self._node("Resize", [x, "", f"{out}_scales"], out, **options)
             case Layout() if isinstance(e.op, Take):
                 self.tensors.append(numpy_helper.from_array(np.array(e.op.at, np.int64), f"{out}_at"))
                 self._node("Gather", [x, f"{out}_at"], out, axis=e.op.axis)
@@ -415,6 +435,8 @@ def to_module(root: Expr) -> Any:
                     return values[e.x].permute(e.op.axes)
                 case Layout() if isinstance(e.op, Mean):
                     return values[e.x].mean(e.op.axes, e.op.keep)
+                case Layout() if isinstance(e.op, Resize):
+                    return _interpolated(values[e.x], e.op)
                 case Layout() if isinstance(e.op, Take):
                     return values[e.x].select(e.op.axis, e.op.at)
                 case Layout():

@@ -18,6 +18,7 @@ from reparamc_passes.layout_cancelling import LAYOUT_CANCELLING
 from reparamc_passes.like_terms import LIKE_TERMS
 from reparamc_passes.lossless_shrink import LOSSLESS_SHRINK
 from reparamc_passes.piece_folding import PIECE_FOLDING
+from reparamc_passes.placing import PLACING
 from reparamc_passes.repmixer import REPMIXER
 from reparamc_passes.scale_folding import SCALE_FOLDING
 from reparamc_passes.sequence_merging import SEQUENCE_MERGING
@@ -31,6 +32,7 @@ PASSES: tuple[Pass, ...] = (
     LIKE_TERMS,
     IDENTITY_TO_CONV,
     BRANCH_MERGING,
+    PLACING,
     SEQUENCE_MERGING,
     CHANNEL_MOVING,
     LAYOUT_CANCELLING,

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reparamc.algebra.arrays import count, together
-from reparamc.algebra.expr import Array, Expr, Ints, Layout, Mean, Permute, Reshape, Select, Take
+from reparamc.algebra.expr import Array, Expr, Ints, Layout, Mean, Permute, Reshape, Resize, Select, Take
 from reparamc.algebra.shape import Dim, Shape, size
 
 
@@ -44,6 +44,8 @@ class ChannelMap:
                 if not set(self.axes).isdisjoint(op.axes):
                     return None
                 return self if op.keep else self._without(op.axes)
+            case Layout(op=Resize() as op):
+                return self if set(self.axes).isdisjoint(op.axes) else None
             case Layout(op=Reshape() as op):
                 return self._reshape(op.before, op.after)
             case _:

@@ -94,7 +94,7 @@ def narrowed(
             index = np.searchsorted(read[0], np.asarray(e.index)[out])
             return Select(x[0], tuple(index.tolist()), len(read[0]), e.axis)
         case Layout():
-            return _narrowed_layout(e, x[0], len(out))
+            return with_width(e, x[0], len(out))
         case Source():
             return e
 
@@ -112,9 +112,10 @@ def _narrowed_conv(conv: Conv, x: Expr, out: Index, read: Index, known: Array, l
     return replace(conv, x=x, weight=np.ascontiguousarray(weight[:, read]), bias=bias)
 
 
-def _narrowed_layout(e: Layout, x: Expr, width: int) -> Layout:
+def with_width(e: Layout, x: Expr, width: int) -> Layout:
+    """``e`` of ``x``, which has another number of channels."""
     op = e.op
-    if isinstance(op, Reshape) and e.axis is not None and e.axis_in is not None:
+    if isinstance(op, Reshape) and e.axis is not None and e.axis_in is not None and op.before[e.axis_in] != Dim(width):
         before, after = list(op.before), list(op.after)
         before[e.axis_in], after[e.axis] = Dim(width), Dim(width)
         op = Reshape(tuple(before), tuple(after))

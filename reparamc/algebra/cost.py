@@ -12,7 +12,21 @@ from dataclasses import dataclass
 from math import prod
 
 from reparamc.algebra.arrays import count, is_all
-from reparamc.algebra.expr import BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Source, Sum, is_negation, walk
+from reparamc.algebra.expr import (
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Mean,
+    Resize,
+    Scale,
+    Select,
+    Source,
+    Sum,
+    is_negation,
+    walk,
+)
 from reparamc.algebra.infer import channels
 from reparamc.errors import InputError
 
@@ -44,12 +58,13 @@ class Objective:
         """The price of computing ``root`` from its sources; under `LATENCY` in multiply-adds."""
         known = channels(root)
         positions: dict[Expr, float] = {}
+        starts = _starts(root)
         widths: dict[Expr, int] = {}
         cut: set[Expr] = set()  # what has other channels or none, and is priced as if it kept those of its operand
         total = 0.0
         for e in walk(root):
-            read = min((positions[c] for c in e.children), default=POSITIONS)
-            positions[e] = after(e, read) if isinstance(e, Conv) else read
+            read = min((positions[c] for c in e.children), default=starts.get(e, POSITIONS))
+            positions[e] = positions_after(e, read)
             if isinstance(e, Layout | Scale | BatchNorm) and (e.axis is None or e.x in cut):
                 cut.add(e)
             widths[e] = widths[e.children[0]] if e in cut else known[e] or CHANNELS
@@ -91,7 +106,9 @@ class Objective:
                 return multiplied + self._shift(e, width, positions)
             case Sum():
                 return (len(e.terms) - 1) * self.addition(width, positions)
-            case Layout() | Concat() | Select():
+            case Layout():
+                return self._operator(0, (positions + positions_after(e, positions)) * width)
+            case Concat() | Select():
                 return self.moving(width, positions)
             case Source():
                 return 0.0
@@ -129,6 +146,43 @@ def objective_of(name: str) -> Objective:
 def after(conv: Conv, positions: float = POSITIONS) -> float:
     """The positions of the result of ``conv`` over a map of ``positions``."""
     return min(positions * prod(conv.stride), POSITIONS) if conv.transposed else positions / prod(conv.stride)
+
+
+def positions_after(e: Expr, positions: float) -> float:
+    """The positions of the result of ``e`` over a map of ``positions``."""
+    match e:
+        case Conv():
+            return after(e, positions)
+        case Layout(op=Resize() as op):
+            return positions * float(op.growth)
+        case Layout(op=Mean() as op) if e.axis_in is not None and e.axis_in > -op.rank:
+            along = op.rank - 1 - (e.axis_in + op.rank > 0)  # neither the batch nor the channels
+            return max(positions ** (1 - len(op.axes) / along), 1.0) if along > 0 else positions
+        case _:
+            return positions
+
+
+def _starts(root: Expr) -> dict[Expr, float]:
+    """The positions of what an expression starts from, where it resizes: as many as are known, or so that they fit."""
+    order = list(walk(root))
+    if not any(isinstance(e, Layout) and isinstance(e.op, Resize) for e in order):
+        return {}
+    known = {e: _area(e) for e in order if isinstance(e, Source)}
+    if all(area is not None for area in known.values()):
+        return {e: float(area) for e, area in known.items() if area is not None}
+    wanted: dict[Expr, float] = {root: POSITIONS}
+    for e in reversed(order):
+        for child in e.children:
+            wanted[child] = max(wanted.get(child, 0.0), wanted[e] / positions_after(e, POSITIONS) * POSITIONS)
+    return wanted
+
+
+def _area(e: Source) -> int | None:
+    """The number of positions of a source, the first axis taken for a batch; None where it is open."""
+    if e.shape is None or len(e.shape) < 2:
+        return None
+    sizes = [d.known for a, d in enumerate(e.shape) if a and a - len(e.shape) != (e.axis or -len(e.shape) + 1)]
+    return None if None in sizes else prod(n for n in sizes if n is not None)
 
 
 def multiply_adds(conv: Conv, positions: float = POSITIONS) -> float:

@@ -20,6 +20,7 @@ from reparamc.algebra.expr import (
     Mean,
     Permute,
     Reshape,
+    Resize,
     Scale,
     Select,
     Source,
@@ -106,7 +107,7 @@ def _structure(e: Expr) -> tuple[Hashable, ...]:
             return (Sum,)
         case Layout(op=Permute(axes=axes)):
             return (Permute, axes)
-        case Layout(op=(Mean() | Take()) as op):
+        case Layout(op=(Mean() | Take() | Resize()) as op):
             return (op,)
         case Layout(op=Reshape() as op):
             return (Reshape, len(op.before), len(op.after), e.axis_in, e.axis)

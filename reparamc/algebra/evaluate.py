@@ -19,6 +19,7 @@ from reparamc.algebra.expr import (
     Layout,
     Mean,
     Permute,
+    Resize,
     Scale,
     Select,
     Source,
@@ -29,6 +30,7 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.kernels import coefficients
 from reparamc.algebra.places import Places, Positions, reads, result_size
+from reparamc.algebra.resample import resize_matrix
 from reparamc.algebra.shape import Shape
 
 
@@ -128,6 +130,12 @@ def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
         return xp.mean(x, axis=e.op.axes, keepdims=e.op.keep)
     if isinstance(e.op, Take):
         return x[(*[slice(None)] * e.op.axis, e.op.at)]
+    if isinstance(e.op, Resize):
+        for axis, scale in zip(e.op.axes, e.op.scales, strict=True):
+            rows = resize_matrix(x.shape[axis], scale, e.op.mode, e.op.place, e.op.rounding, e.op.cubic)
+            _, x, rows = together(x, rows)
+            x = xp.moveaxis(xp.matmul(xp.moveaxis(x, axis, -1), rows.T), -1, axis)
+        return x
     _bind(e.op.before, x, sizes)
     unknown = [s for dim in e.op.after for s in dim.symbols if s not in sizes]
     if unknown:

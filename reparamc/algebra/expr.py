@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from math import prod
 from typing import TypeAlias
@@ -292,7 +293,33 @@ class Take:
     at: int
 
 
-LayoutOp: TypeAlias = Permute | Reshape | Mean | Take
+@dataclass(frozen=True)
+class Resize:
+    """The last axes of ``rank`` made larger or smaller, one by each of ``scales``; see `reparamc.algebra.resample`.
+
+    Every result is a sum of positions with weights that sum to 1, the same ones in each channel. ``native`` as for a
+    `Reshape`.
+    """
+
+    rank: int
+    scales: tuple[Fraction, ...]
+    mode: str
+    place: str = "half_pixel"
+    rounding: str = "floor"
+    cubic: float = -0.75
+    native: Hashable = field(default=None, compare=False)
+
+    @property
+    def axes(self) -> Ints:
+        return tuple(range(self.rank - len(self.scales), self.rank))
+
+    @property
+    def growth(self) -> Fraction:
+        """By how much the number of positions grows."""
+        return prod(self.scales, start=Fraction(1))
+
+
+LayoutOp: TypeAlias = Permute | Reshape | Mean | Take | Resize
 
 
 def ranks(op: LayoutOp) -> tuple[int, int]:
@@ -306,6 +333,8 @@ def ranks(op: LayoutOp) -> tuple[int, int]:
             return op.rank, op.rank - (0 if op.keep else len(op.axes))
         case Take():
             return op.rank, op.rank - 1
+        case Resize():
+            return op.rank, op.rank
 
 
 def axis_through(op: LayoutOp, axis: int) -> int | None:
@@ -319,11 +348,13 @@ def axis_through(op: LayoutOp, axis: int) -> int | None:
             return None if axis in op.axes else axis - (0 if op.keep else sum(a < axis for a in op.axes))
         case Take():
             return None if axis == op.axis else axis - (op.axis < axis)
+        case Resize():
+            return None if axis in op.axes else axis
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Elements moved, taken or averaged within their channel: axis ``axis_in`` becomes ``axis``.
+    """Elements moved, taken, averaged or resized within their channel: axis ``axis_in`` becomes ``axis``.
 
     It commutes with everything that is done to each channel separately. Where the channel axis is split or merged
     (channels into heads), ``axis`` is None, and so are both axes of what moves such a value further: then it

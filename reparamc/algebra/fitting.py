@@ -8,9 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from math import gcd, prod
 
-from reparamc.algebra.expr import BatchNorm, Concat, Conv, Expr, Layout, Mean, Permute, Scale, Select, Source, Sum, Take
+from reparamc.algebra.expr import (
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Mean,
+    Permute,
+    Resize,
+    Scale,
+    Select,
+    Source,
+    Sum,
+    Take,
+)
+from reparamc.algebra.resample import resized_size
 from reparamc.algebra.shape import Dim, Shape, size
 
 
@@ -62,7 +78,7 @@ class Sizes:
                 self._agree(known[0], other)
             return known[0] if known else None
         if x is None or isinstance(e, Scale | BatchNorm):
-            return e.op.after if isinstance(e, Layout) and not isinstance(e.op, Permute | Mean | Take) else x
+            return e.op.after if isinstance(e, Layout) and not isinstance(e.op, Permute | Mean | Take | Resize) else x
         return self._moved(e, x) if isinstance(e, Layout) else self._computed(e, x, known)
 
     def _computed(self, e: Expr, x: Shape, inner: Sequence[Shape]) -> Shape | None:
@@ -94,6 +110,9 @@ class Sizes:
                 return tuple(Dim() if a in axes else dim for a, dim in enumerate(x) if keep or a not in axes)
             case Take(axis=axis):
                 return tuple(dim for a, dim in enumerate(x) if a != axis % len(x))
+            case Resize():
+                scales = dict(zip(e.op.axes, e.op.scales, strict=True))
+                return tuple(self._resized(dim, scales.get(a, Fraction(1))) for a, dim in enumerate(x))
             case _:
                 self._agree(x, e.op.before)
                 self._unify(size(e.op.before), size(e.op.after))
@@ -114,6 +133,13 @@ class Sizes:
             return stride * n + 1 + delta if e.transposed else (n - delta) // stride + 1
 
         return self._make(("strided", stride, delta, e.transposed), after, [dim])
+
+    def _resized(self, dim: Dim, scale: Fraction) -> Dim:
+        if scale.denominator == 1:
+            return dim * Dim(scale.numerator)
+        if dim.known is not None:
+            return Dim(resized_size(dim.known, scale))
+        return self._make(("resized", scale), lambda sizes: resized_size(sizes[0], scale), [dim])
 
     def _make(self, key: tuple[object, ...], function: Callable[[Sequence[int]], int], dims: Sequence[Dim]) -> Dim:
         """A size that is ``function`` of others; one symbol for all of one ``key`` and equal ``dims``."""

@@ -20,6 +20,7 @@ One node a line, operands first, the last line is the result. All that can be sa
     %11 = mean %y axes=2,3 of 4 axis=-3->-3 keep             # over two of four axes, which stay with size 1
     %12 = reshape %y [N,6,H,W]->[N,2,3,H,W] axis=-3->?       # the channel axis is split
     %13 = take %12 0 along 1 of 5 axis=?->?                  # the first position of axis 1, which goes
+    %14 = resize %y 2x1/2 of 4 linear half_pixel axis=-3->-3 # two times as many rows, half the columns
 
 Weights are not part of the text: the parser draws them from a seed, so a text states structure and its reader checks
 numbers.
@@ -30,6 +31,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import prod
 
 import numpy as np
@@ -45,6 +47,7 @@ from reparamc.algebra.expr import (
     Mean,
     Permute,
     Reshape,
+    Resize,
     Scale,
     Select,
     Source,
@@ -127,6 +130,10 @@ def _describe_layout(e: Layout, x: str) -> str:
             return f"mean {x} axes={','.join(map(str, op.axes))} of {op.rank} {axes}" + (" keep" if op.keep else "")
         case Take() as op:
             return f"take {x} {op.at} along {op.axis} of {op.rank} {axes}"
+        case Resize() as op:
+            words = [op.mode, op.place, op.rounding] if op.mode == "nearest" else [op.mode, op.place]
+            scales = "x".join(map(str, op.scales))
+            return f"resize {x} {scales} of {op.rank} {' '.join(words)} {axes}"
         case Reshape() as op:
             return f"reshape {x} {_shape(op.before)}->{_shape(op.after)} {axes}"
 
@@ -287,6 +294,11 @@ def _read_mean(line: _Line) -> Layout:
     return Layout(line.x, Mean(rank, line.ints("axes"), "keep" in line.rest.split()), line.axis)
 
 
+def _read_resize(line: _Line) -> Layout:
+    _, scales, _, rank, *words, _ = line.rest.split()
+    return Layout(line.x, Resize(int(rank), tuple(map(Fraction, scales.split("x"))), *words), line.axis)
+
+
 def _read_reshape(line: _Line) -> Layout:
     before, after = map(_dims, re.findall(r"\[([^]]*)\]", line.rest))
     return Layout(line.x, Reshape(before, after), line.axis)
@@ -307,5 +319,6 @@ READERS: dict[str, Callable[[_Line], Expr]] = {
     "take": _read_take,
     "mean": _read_mean,
     "reshape": _read_reshape,
+    "resize": _read_resize,
 }
 """What reads a line of each kind."""

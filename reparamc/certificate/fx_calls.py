@@ -74,6 +74,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "unbind": ("input", "dim"),
     "select": ("input", "dim", "index"),
     "channel_shuffle": ("input", "groups"),
+    "interpolate": ("input", "shape", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),
 }  # fmt: skip
 
 _NORMS_WITH_STATISTICS = (
@@ -174,9 +175,14 @@ _MODULES: dict[type, tuple[str, int | None, tuple[str, ...]]] = {
     **_by_axes("ZeroPad", "pad", "padding", "value"),
     **_by_axes("ConstantPad", "pad", "padding", "value"),
     nn.Identity: ("identity", None, ()),
+    nn.Upsample: (
+        "interpolate",
+        None,
+        ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor"),
+    ),
 }
 """The operator that a module is, over how many axes, and the attributes that are its arguments."""
-_ARGUMENTS = {("pad", "padding"): "pad", ("unflatten", "unflattened_size"): "sizes"}
+_ARGUMENTS = {("pad", "padding"): "pad", ("interpolate", "size"): "shape", ("unflatten", "unflattened_size"): "sizes"}
 
 
 def _hook_value(hook: Any, module: Any) -> tuple[str, Tensor] | None:

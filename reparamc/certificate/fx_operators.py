@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -249,6 +250,33 @@ def _read_adaptive_avg_pool(call: Read) -> Value:
     if call.integers("output_size", n, 0) != (1,) * n:
         raise Unrepresentable("an adaptive pooling to more than one element")
     return nl.averaged(x, range(x.rank - n, x.rank), keep=True)
+
+
+def _read_interpolate(call: Read) -> Value:
+    """A resize of all axes but the first two: no channel has weights of its own, and all weights sum to 1."""
+    x, mode, size = call.x, call.get("mode", "nearest"), call.call.args.get("shape")
+    n, scale = x.rank - 2, call.call.args.get("scale_factor")
+    if n < 1 or call.get("recompute_scale_factor") or mode not in INTERPOLATED:
+        raise Unrepresentable("a resize by a factor that is computed anew, or of another mode")
+    given = size if size is not None else scale
+    each = list(given) if isinstance(given, list | tuple) else [given] * n
+    factors: list[Fraction] = []
+    for one, dim in zip(each, x.shape[2:], strict=True):
+        if type(one) not in (int, float) or (size is not None and not dim.known):
+            raise Unrepresentable("a resize to sizes of run time")
+        factors.append(Fraction(one) if size is None else Fraction(one, dim.known or 1))
+    if set(factors) == {1}:
+        return x  # every result is at a position, whatever the weights
+    key = (mode, bool(call.get("align_corners", False)), bool(call.get("antialias", False)), *map(str, factors))
+    made: dict[int, Dim] = {}
+    for axis, factor in enumerate(factors, 2):
+        dim = x.shape[axis]
+        known = dim.known and dim.known * factor.numerator // factor.denominator
+        made[axis] = Dim(known) if known else Dim(1, (f"{factor} * {dim}",))
+    return nl.resized(x, key, made)
+
+
+INTERPOLATED = ("nearest", "nearest-exact", "linear", "bilinear", "bicubic", "trilinear", "area")
 
 
 def _read_linear(call: Read) -> Value:
@@ -542,6 +570,7 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "avg_pool": _read_avg_pool,
     "adaptive_avg_pool": _read_adaptive_avg_pool,
     "linear": _read_linear,
+    "interpolate": _read_interpolate,
     "matmul": _read_matmul,
     "addmm": _read_addmm,
     "batch_norm": _read_batch_norm,

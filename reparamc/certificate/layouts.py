@@ -5,7 +5,7 @@ A layout is moved down to the sources where it can be, so that two values which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -56,6 +56,30 @@ def averaged(value: Value, axes: Sequence[int], keep: bool) -> Value:
         elif keep:
             view.append(())
     return _settled(replace(value, view=tuple(view)))
+
+
+RESIZED = "resized"
+"""What the name of a leaf begins with that is a leaf of another name, resized."""
+
+
+def resized(value: Value, key: Hashable, sizes: Mapping[int, Dim]) -> Value:
+    """``value`` with the ``sizes`` along some axes that ``key`` makes of it.
+
+    That is some linear map of positions, which is not looked into: the same one for each channel, with weights that sum
+    to 1. So it commutes with matrices of channels and leaves what is added everywhere, and is taken of the sources.
+    """
+    plain = value.is_plain and value.is_pointwise and all(s == 1 for source in value.grids for s in source.spread)
+    if not plain or value.channel in sizes:
+        raise Unrepresentable("a resize of what is no matrix of channels alone")
+    moved: dict[Source, Source] = {}
+    for s in value.grids:
+        base = tuple(sizes.get(i, e) for i, e in enumerate(s.shape))
+        laid = "" if s.view == identity_view(s.base) else f" as {s.view}"
+        moved[s] = Source(f"{RESIZED} {key}: {s.leaf}{laid}", base, identity_view(base), (1,) * len(base))
+    base = tuple(sizes.get(i, e) for i, e in enumerate(value.base))
+    blocks = tuple(replace(b, source=moved[b.source]) for b in value.blocks)
+    grids = {moved[s]: g for s, g in value.grids.items()}
+    return replace(value, base=base, view=identity_view(base), blocks=blocks, grids=grids)
 
 
 def _settled(value: Value) -> Value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from math import prod
 from typing import Protocol, cast
 
@@ -576,6 +577,45 @@ def _read_mean(call: Call) -> Value:
     return nl.averaged(x, _axes_within(axes, x.rank), call.flag("keepdims", 1))
 
 
+def _read_resize(call: Call) -> Value:
+    """A resize of the axes after the first two: no channel has weights of its own, and all weights sum to 1."""
+    x = call.value()
+    place = call.text("coordinate_transformation_mode", "half_pixel")
+    if place == "tf_crop_and_resize" or x.rank < 3:
+        raise Unrepresentable("a resize that crops")
+    if call.integer("exclude_outside") or attribute(call.node, "axes"):
+        raise Unrepresentable("a resize with exclude_outside, or of chosen axes")
+    older = call.side.opset < 11 or call.node.op_type == "Upsample"
+    scales, sizes = (1, None) if older else (2, 3)
+    if any(i is not None and call.name(i) and not call.is_constant(i) for i in (scales, sizes)):
+        raise Unrepresentable("a resize to sizes of run time")
+    by = call.optional(scales)
+    after = call.side.inferred(call.node.output[0])
+    if by is not None and by.size == x.rank:
+        factors = [Fraction(float(f)) for f in by]
+    elif sizes is not None and call.name(sizes) and all(e.known for e in x.shape[2:]):
+        factors = [Fraction(1), Fraction(1)]
+        factors += [Fraction(n, e.factor) for n, e in zip(call.vector(sizes)[2:], x.shape[2:], strict=True)]
+    else:
+        raise Unrepresentable("a resize by unknown factors")
+    if factors[:2] != [1, 1] or after is None:
+        raise Unrepresentable("a resize of channels or images")
+    if set(factors) == {1}:
+        return x  # every result is at a position, whatever the weights
+    mode = call.text("mode", "nearest")
+    place, rounding = ("asymmetric", "floor") if older else (place, call.text("nearest_mode", "round_prefer_floor"))
+    cubic = attribute(call.node, "cubic_coeff_a", -0.75)
+    more = rounding if mode == "nearest" else cubic if mode == "cubic" else None
+    key = (mode, place, more, call.integer("antialias"), *map(str, factors[2:]))
+    made: dict[int, Dim] = {}
+    for axis, factor in enumerate(factors):
+        known, before = after[axis], x.shape[axis]
+        if factor != 1:
+            open_ = Dim(1, (f"{factor} * {before}",))
+            made[axis] = known if known is not None and known.known is not None else open_
+    return nl.resized(x, key, made)
+
+
 READERS: dict[str, Callable[[Call], Value]] = {
     "Conv": _read_conv,
     "FusedConv": _read_conv,
@@ -599,6 +639,7 @@ READERS: dict[str, Callable[[Call], Value]] = {
     "Gather": _read_gather,
     "Tile": _read_tile,
     "Expand": _read_expand,
+    **dict.fromkeys(("Resize", "Upsample"), _read_resize),
     "Transpose": _read_transpose,
     "Reshape": _read_reshape,
     "Flatten": _read_flatten,

@@ -21,6 +21,7 @@ import numpy as np
 from reparamc.certificate.agreement import Agreement, Precision, agree
 from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.budget import BLOCK, LEAST, PER_PARAMETER, TAP, Exceeded, Meter
+from reparamc.certificate.layouts import RESIZED
 from reparamc.certificate.narrowing import (
     Narrowing,
     Separate,
@@ -498,7 +499,9 @@ class _Proof:
             start = min((self.position.get(leaf, -1) for leaf in leaves), default=0)
             further = [leaf for leaf in union if self.position.get(leaf, -2) >= max(start, 0)]
             if not further or (not apart and len(union) == 1):
-                if apart and atoms:
+                if any(leaf.startswith(RESIZED) for leaf in apart):
+                    last = replace(seen, verdict="undecided", reason="the two resize different tensors, or otherwise")
+                elif apart and atoms:
                     last = replace(seen, verdict="undecided", reason=_unmatched(apart, atoms))
                 elif apart:
                     different = different or seen  # only inputs of the graph are left, and they are independent

@@ -13,7 +13,7 @@ from functools import partial
 
 from reparamc.algebra.cost import after
 from reparamc.algebra.evaluate import evaluate
-from reparamc.algebra.expr import Array, Conv, Expr, Layout, Source, arrays, total, walk
+from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, arrays, total, walk
 from reparamc.algebra.probe import find_kernel, only_moves
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.algebra.text import show
@@ -43,7 +43,7 @@ def _find_kernels(setting: Setting, decisions: Mapping[Value, Decision], name: s
     wide: dict[Value, Reading] = {}
     for value in graph.values():
         operands = readings[value].operands if value in readings else graph.moves(value)
-        if operands is not None:
+        if operands is not None and not _resizes(readings.get(value)):
             wide[value] = readings.get(value, Reading(total([*map(Source, operands)])))
     for members in find_regions(graph, wide, apart=wide).values():
         for tree in _trees_on_one_operand(members, wide):
@@ -53,6 +53,12 @@ def _find_kernels(setting: Setting, decisions: Mapping[Value, Decision], name: s
                 splice = _as_kernel(setting, tree, wide, left, len(unread))
                 if splice is not None:
                     yield replace(splice, counts=Counter({name: 1}))
+
+
+def _resizes(reading: Reading | None) -> bool:
+    """Whether an operator makes a map of another size, whose positions it does not treat alike."""
+    e = reading.template if reading is not None else None
+    return isinstance(e, Layout) and isinstance(e.op, Resize)
 
 
 def _trees_on_one_operand(members: Sequence[Value], readings: dict[Value, Reading]) -> Iterator[tuple[Value, ...]]:

@@ -26,6 +26,7 @@ from reparamc.algebra.expr import (
     Mean,
     Permute,
     Reshape,
+    Resize,
     Scale,
     Select,
     Source,
@@ -144,6 +145,8 @@ class Emitter(Emission[fx.Node]):
                 return self._call(torch.permute, self.value(e.x), axes)
             case Layout(op=Mean() as op):
                 return self._call(torch.mean, self.value(e.x), op.axes, op.keep)
+            case Layout(op=Resize() as op):
+                return self._resize(self.value(e.x), op)
             case Layout(op=Reshape() as op):
                 return self._reshape(self.value(e.x), op)
             case Concat():
@@ -152,6 +155,20 @@ class Emitter(Emission[fx.Node]):
                 return self._select(e)
             case _:
                 raise AssertionError(f"{type(e).__name__} is never emitted")
+
+    def _resize(self, x: fx.Node, op: Resize) -> fx.Node:
+        """As the operator of the module, which says no channels; see `readers` for what it may be."""
+        native = cast("fx.Node | None", op.native)
+        if native is not None:
+            old = self.target.copies[native]
+            moved = first_operand(old)
+            return self.target.graph.node_copy(old, lambda n: x if n is moved else n)
+        names = {"linear": ("linear", "bilinear", "trilinear"), "cubic": ("", "bicubic", "")}
+        mode = names.get(op.mode, (op.mode,) * 3)[len(op.scales) - 1]
+        options: dict[str, Any] = {"scale_factor": tuple(map(float, op.scales)), "mode": mode}
+        if op.mode != "nearest":
+            options["align_corners"] = op.place == "align_corners"
+        return self.target.graph.call_function(F.interpolate, (x,), options)
 
     def _reshape(self, x: fx.Node, op: Reshape) -> fx.Node:
         native = cast("fx.Node | None", op.native)

@@ -241,7 +241,10 @@ TABLE: tuple[Operator, ...] = (
     _pool("adaptive_avg_pool", "AdaptiveAvgPool", "output_size"),
     _pool("adaptive_max_pool", "AdaptiveMaxPool", "output_size"),
     Operator(
-        "interpolate", ("input", "size", "scale_factor"), (), functions=(F.interpolate,), modules=_any(nn.Upsample),
+        "interpolate",
+        ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"), (),
+        functions=(F.interpolate,), modules=_any(nn.Upsample),
+        attributes=("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor"),
         keeps=("rank", "dtype"), allocates=True, takes_sizes=True,
     ),
     Operator(

@@ -9,6 +9,8 @@ of a reader is what the documentation says of its operator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +30,7 @@ from reparamc.algebra.expr import (
     Mean,
     Permute,
     Reshape,
+    Resize,
     Scale,
     Select,
     Sum,
@@ -283,6 +286,40 @@ def _moved(graph: Readings, x: fx.Node, op: LayoutOp) -> Reading | Declined | No
     return moved(graph.operand(x), op, linear=isinstance(graph.read(x), Reading))
 
 
+_INTERPOLATED = {"nearest": "nearest", "linear": "linear", "bilinear": "linear", "trilinear": "linear",
+                 "bicubic": "cubic"}  # fmt: skip
+
+
+def _read_interpolate(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
+    """A resize by whole numbers or by halves, nearest, linear or cubic."""
+    x = call.input
+    shape = graph.facts.shapes.get(x) if x is not None else None
+    if x is None or shape is None or x in graph.facts.known or len(shape) < 3:
+        return None
+    if not call.plain or call.get("antialias", False) is not False or call.get("recompute_scale_factor") is not None:
+        return Declined("it resizes with antialias, or with a scale that is computed anew")
+    mode = _INTERPOLATED.get(call.get("mode", "nearest"))
+    axes, size, scale = len(shape) - 2, call.args.get("size"), call.args.get("scale_factor")
+    factors: list[Fraction] = []
+    for at in range(axes):
+        one = (size if size is not None else scale)[at] if isinstance(size or scale, tuple | list) else (size or scale)
+        known = shape[2 + at].known
+        if isinstance(one, int | float) and size is None:
+            factors.append(Fraction(one))
+        elif isinstance(one, int) and known:
+            factors.append(Fraction(one, known))
+    exact = all(f.denominator == 1 or (f.numerator == 1 and f.denominator.bit_count() == 1) for f in factors)
+    if mode is None or len(factors) < axes or not exact:
+        return Declined("it resizes by a factor that is no whole number and no power of a half, or one of run time")
+    corners = call.get("align_corners", False) is True
+    place = "asymmetric" if mode == "nearest" else "align_corners" if corners else "half_pixel"
+    source = graph.operand(x)
+    op = Resize(len(shape), tuple(factors), mode, place, native=node)
+    if op.growth == 1 == max(op.scales):
+        return Reading(source)  # every result is at a position
+    return moved(source if source.axis is not None else replace(source, axis=1 - len(shape)), op)
+
+
 def _read_mean(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A mean over some axes; over all spatial axes for an adaptive pooling to one element."""
     x = call.input
@@ -507,6 +544,7 @@ READERS: dict[str, Reader] = {
     "cat": _read_cat,
     "channel_shuffle": _read_shuffle,
     **dict.fromkeys(("expand", "repeat"), _read_repeated),
+    "interpolate": _read_interpolate,
     "avg_pool": _read_avg_pool,
     "pad": _read_pad,
 }

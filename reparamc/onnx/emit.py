@@ -23,6 +23,7 @@ from reparamc.algebra.expr import (
     Mean,
     Permute,
     Reshape,
+    Resize,
     Scale,
     Select,
     Source,
@@ -212,6 +213,8 @@ class _Emitter(Emission[str]):
                 return self._node("Gather", [x, index], output, axis=axis)
             case Mean():
                 return self._mean(x, op, output)
+            case Resize():
+                return self._resize(x, op, output)
             case Reshape():
                 return self._reshape(x, op, output)
 
@@ -259,6 +262,21 @@ class _Emitter(Emission[str]):
             return self._node("ReduceMean", [x], output, axes=op.axes, keepdims=int(op.keep))
         axes = self.graph.add_integers(f"{self.base}.axes", op.axes)
         return self._node("ReduceMean", [x, axes], output, keepdims=int(op.keep))
+
+    def _resize(self, x: str, op: Resize, output: str | None) -> str:
+        scales = np.array([1, 1, *map(float, op.scales)], np.float32)
+        names = [self.graph.add_initializer(f"{self.base}.scales", scales, np.dtype(np.float32))]
+        if self.graph.facts.opset < 11:
+            kind = "Resize" if self.graph.facts.opset == 10 else "Upsample"
+            return self._node(kind, [x, *names], output, mode=op.mode)
+        attributes: dict[str, Any] = {"mode": op.mode, "coordinate_transformation_mode": op.place}
+        attributes |= {"nearest_mode": op.rounding} if op.mode == "nearest" else {}
+        attributes |= {"cubic_coeff_a": op.cubic} if op.mode == "cubic" else {}
+        if self.graph.facts.opset < 13:  # then a region of interest has to be there, if empty
+            names = [self.graph.add_initializer(f"{self.base}.roi", np.zeros(0), np.dtype(np.float32)), *names]
+        else:
+            names = ["", *names]
+        return self._node("Resize", [x, *names], output, **attributes)
 
     def _reshape(self, x: str, op: Reshape, output: str | None) -> str:
         node = self.graph.facts.producers.get(str(op.native))

@@ -8,6 +8,8 @@ is. To add one, write it here, enter it in `READERS`, and let the certificate re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import cast
 
 import numpy as np
@@ -25,12 +27,14 @@ from reparamc.algebra.expr import (
     Mean,
     Permute,
     Reshape,
+    Resize,
     Scale,
     Select,
     Take,
     total,
 )
 from reparamc.algebra.kernels import averaged, equal_taps, swap_sides, transposed
+from reparamc.algebra.resample import MODES, PLACES, ROUNDINGS
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.readings import ACTIVATION, MOST_CHANNELS, Reading, axis_of_constant, moved, scaled
@@ -531,6 +535,57 @@ def _read_mean(graph: Facts, node: NodeProto, output: str) -> Reading | Declined
     return moved(graph.operand(x), Mean(rank, tuple(sorted(a % rank for a in axes)), keep))
 
 
+def _read_resize(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
+    """A resize by whole numbers, or by halves, of all axes but the batch and the channels."""
+    x = node.input[0]
+    before, after = graph.types.shape(x), graph.types.shape(output)
+    if before is None or after is None or len(before) < 3:
+        return None
+    op = _resize_op(graph, node, before, after)
+    if not isinstance(op, Resize):
+        return op
+    source = graph.operand(x)
+    if op.growth == 1 == max(op.scales):
+        return Reading(source)  # every result is at a position
+    return moved(source if source.axis is not None else replace(source, axis=1 - len(before)), op)
+
+
+def _resize_op(graph: Facts, node: NodeProto, before: Shape, after: Shape) -> Resize | Declined | None:
+    given = [operand(node, i) for i in range(1, 4)]
+    if node.op_type == "Upsample" or graph.opset < 11:  # nothing but scales
+        given = [None, given[0], None]
+    scales, sizes = (name if name is None or name in graph.constants else "" for name in given[1:])
+    place = cast(bytes, attribute(node, "coordinate_transformation_mode", b"half_pixel")).decode()
+    mode = cast(bytes, attribute(node, "mode", b"nearest")).decode()
+    rounding = cast(bytes, attribute(node, "nearest_mode", b"round_prefer_floor")).decode()
+    if graph.opset < 11:
+        place, rounding = "asymmetric", "floor"
+    if "" in (scales, sizes) or (scales is None and sizes is None):
+        return Declined("its size is computed at run time")
+    if any(attribute(node, name) for name in ("antialias", "exclude_outside", "axes", "keep_aspect_ratio_policy")):
+        return Declined("it resizes with antialias, exclude_outside or chosen axes")
+    if place not in PLACES or mode not in MODES or (mode == "nearest" and rounding not in ROUNDINGS):
+        return Declined(f"it resizes with mode {mode!r} and coordinates {place!r}")
+    factors = _factors(graph, scales if scales and graph.constants.shape(scales) != (0,) else None, before, after)
+    if factors is None:
+        return Declined("it resizes the channels, or by a factor that is no whole number and no power of a half")
+    cubic = cast(float, attribute(node, "cubic_coeff_a", -0.75))
+    return Resize(len(before), factors, mode, place, rounding, float(cubic), node.output[0])
+
+
+def _factors(graph: Facts, scales: str | None, before: Shape, after: Shape) -> tuple[Fraction, ...] | None:
+    """The factors along all axes but the first two, if they are exact in float32."""
+    if scales is not None:
+        found = [Fraction(float(s)) for s in graph.constants.array(scales).ravel()]
+    else:
+        sizes = [(m.known, n.known) for m, n in zip(before, after, strict=True)]
+        if any(not m or not n for m, n in sizes[2:]) or before[:2] != after[:2]:
+            return None
+        found = [Fraction(1), Fraction(1), *(Fraction(n or 1, m or 1) for m, n in sizes[2:])]
+    exact = all(f.denominator == 1 or (f.numerator == 1 and f.denominator.bit_count() == 1) for f in found)
+    return tuple(found[2:]) if exact and found[:2] == [1, 1] and len(found) == len(before) else None
+
+
 def _read_layout(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     before, after = graph.types.shape(node.input[0]), graph.types.shape(node.output[0])
     if before is None or after is None:
@@ -579,5 +634,6 @@ READERS: dict[str, Reader] = {
     "Dropout": _read_dropout,
     "FusedConv": _read_conv,
     **dict.fromkeys(("GlobalAveragePool", "ReduceMean"), _read_mean),
+    **dict.fromkeys(("Resize", "Upsample"), _read_resize),
     **dict.fromkeys(("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"), _read_layout),
 }

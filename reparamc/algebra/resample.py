@@ -1,0 +1,72 @@
+"""Resizing along one axis as a matrix: which positions each result reads, and with which weights."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+
+from reparamc.algebra.arrays import Array
+
+MODES = ("nearest", "linear", "cubic")
+PLACES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
+ROUNDINGS = ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")
+
+
+def resized_size(size: int, scale: Fraction) -> int:
+    return size * scale.numerator // scale.denominator
+
+
+def resize_matrix(size: int, scale: Fraction, mode: str, place: str, rounding: str, cubic: float) -> Array:
+    """[result, position] of a map of ``size``; every row sums to 1."""
+    out = resized_size(size, scale)
+    at = _positions(size, out, scale, place)
+    found = np.zeros((out, size))
+    rows = np.arange(out)
+    if mode == "nearest":
+        found[rows, np.clip(_rounded(at, rounding), 0, size - 1)] = 1
+        return found
+    first = np.floor(at).astype(int)
+    rest = at - first
+    if mode == "linear":
+        at = np.clip(at, 0, size - 1)
+        first = np.floor(at).astype(int)
+        taps = {0: 1 - (at - first), 1: at - first}
+    else:
+        taps = {n: _cubic(np.abs(rest - n), cubic) for n in (-1, 0, 1, 2)}
+    for n, weight in taps.items():
+        np.add.at(found, (rows, np.clip(first + n, 0, size - 1)), weight)
+    return found
+
+
+def _positions(size: int, out: int, scale: Fraction, place: str) -> Array:
+    """Where each result lies among the positions of the map."""
+    at, step = np.arange(out, dtype=np.float64), float(1 / scale)
+    match place:
+        case "align_corners":
+            return at * (size - 1) / (out - 1) if out > 1 else at * 0
+        case "asymmetric":
+            return at * step
+        case "pytorch_half_pixel" if out == 1:
+            return at * 0
+        case _:
+            return (at + 0.5) * step - 0.5
+
+
+def _rounded(at: Array, rounding: str) -> Array:
+    match rounding:
+        case "floor":
+            found = np.floor(at)
+        case "ceil":
+            found = np.ceil(at)
+        case "round_prefer_floor":
+            found = np.ceil(at - 0.5)
+        case _:
+            found = np.floor(at + 0.5)
+    return found.astype(int)
+
+
+def _cubic(distance: Array, a: float) -> Array:
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
