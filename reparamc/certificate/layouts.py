@@ -24,9 +24,11 @@ from reparamc.certificate.axes import (
     shape_of,
 )
 from reparamc.certificate.normal_form import (
+    Block,
     Grid,
     Guard,
     Source,
+    Tap,
     Value,
     promoted,
     rows_of,
@@ -66,20 +68,30 @@ def resized(value: Value, key: Hashable, sizes: Mapping[int, Dim]) -> Value:
     """``value`` with the ``sizes`` along some axes that ``key`` makes of it.
 
     That is some linear map of positions, which is not looked into: the same one for each channel, with weights that sum
-    to 1. So it commutes with matrices of channels and leaves what is added everywhere, and is taken of the sources.
+    to 1. So it commutes with matrices of channels, leaves what is added everywhere, and is taken of what a tap reads.
     """
-    plain = value.is_plain and value.is_pointwise and all(s == 1 for source in value.grids for s in source.spread)
-    if not plain or value.channel in sizes:
-        raise Unrepresentable("a resize of what is no matrix of channels alone")
-    moved: dict[Source, Source] = {}
-    for s in value.grids:
-        base = tuple(sizes.get(i, e) for i, e in enumerate(s.shape))
-        laid = "" if s.view == identity_view(s.base) else f" as {s.view}"
-        moved[s] = Source(f"{RESIZED} {key}: {s.leaf}{laid}", base, identity_view(base), (1,) * len(base))
+    spread = any(s != 1 for source in value.grids for s in source.spread)
+    if not value.is_plain or spread or value.channel in sizes or not set(value.vectors) <= {None}:
+        raise Unrepresentable("a resize of what meets a border, or is laid out otherwise")
     base = tuple(sizes.get(i, e) for i, e in enumerate(value.base))
-    blocks = tuple(replace(b, source=moved[b.source]) for b in value.blocks)
-    grids = {moved[s]: g for s, g in value.grids.items()}
-    return replace(value, base=base, view=identity_view(base), blocks=blocks, grids=grids)
+    grids: dict[Source, tuple[Grid, ...]] = {}
+    blocks: list[Block] = []
+    for b in value.blocks:
+        for n, tap in enumerate(b.taps):
+            source = _resized_tap(b.source, tap, value, base, key)
+            grids[source] = (Grid(),) * len(base)
+            weight, size = b.weight[:, :, n : n + 1], None if b.size is None else b.size[:, :, n : n + 1]
+            blocks.append(replace(b, source=source, weight=weight, size=size, taps=((Guard(0, 0, 0),) * len(base),)))
+    return replace(value, base=base, view=identity_view(base), blocks=tuple(blocks), grids=grids)
+
+
+def _resized_tap(s: Source, tap: Tap, value: Value, base: Sequence[Dim], key: Hashable) -> Source:
+    """What a tap reads of ``s``, resized, as a leaf: by its name, that of another graph is the same one."""
+    shape = tuple(s.shape[i] if i == value.channel else e for i, e in enumerate(base))
+    laid = "" if s.view == identity_view(s.base) else f" as {s.view}"
+    whole = all(g == (1, 0) for g in value.grids[s]) and all(g == (0, 0, 0) for g in tap)
+    read = "" if whole else f" at {[tuple(g) for g in tap]} of {[tuple(g) for g in value.grids[s]]}"
+    return Source(f"{RESIZED} {key}: {s.leaf}{laid}{read}", shape, identity_view(shape), (1,) * len(shape))
 
 
 def _settled(value: Value) -> Value:

@@ -60,6 +60,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "flatten": (lambda: nn.Flatten(2), MAP),
     "unflatten": (lambda: nn.Unflatten(2, (3, 3)), MAP),
     "mean": (lambda: nn.AdaptiveAvgPool2d(1), MAP),
+    "resize": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), MAP),
 }
 FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
     "conv": (lambda m, x: F.conv2d(x, m.w, None, 2, (1, 0), groups=2), MAP),
@@ -69,6 +70,11 @@ FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = 
     "mm": (lambda m, x: torch.mm(x, m.matrix), (3, 6)),
     "addmm": (lambda m, x: torch.addmm(m.vector, x, m.matrix), (3, 6)),
     "pool": (lambda m, x: F.avg_pool2d(x, 3, stride=2), MAP),
+    "resize": (lambda m, x: F.interpolate(x, scale_factor=(2, 3)), MAP),
+    "resize, corners": (lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True), MAP),
+    "resize, cubic": (lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic"), MAP),
+    "resize, smaller": (lambda m, x: F.interpolate(x, scale_factor=0.5, mode="linear"), ROW),
+    "resize, larger": (lambda m, x: F.interpolate(x, scale_factor=2.0, mode="trilinear"), CUBE),
     "pad": (lambda m, x: F.pad(x, (1, 0, 2, 3)), MAP),
     "pad of one axis": (lambda m, x: F.pad(x, [1, 2]), MAP),
     "cat": (lambda m, x: torch.cat([x, x, x], dim=1), MAP),

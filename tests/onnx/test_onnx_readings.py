@@ -151,6 +151,14 @@ OPERATORS: dict[str, tuple[NodeProto, dict[str, np.ndarray], int]] = {
         17,
     ),
     "transposed depthwise": (node("ConvTranspose", "x w", "y", group=6, **PAD), {"w": rand(6, 1, 3, 3)}, 17),
+    "resize": (node("Resize", "x - by", "y", mode="linear"), {"by": np.array([1, 1, 2, 3], np.float32)}, 18),
+    "resize, cubic": (
+        node("Resize", "x - by", "y", mode="cubic", cubic_coeff_a=-0.5, coordinate_transformation_mode="align_corners"),
+        {"by": np.array([1, 1, 2, 0.5], np.float32)},
+        13,
+    ),
+    "resize, nearest": (node("Resize", "x - by", "y"), {"by": np.array([1, 1, 2, 0.5], np.float32)}, 13),
+    "upsample": (node("Upsample", "x by", "y"), {"by": np.array([1, 1, 3, 2], np.float32)}, 9),
     "average": (node("AveragePool", "x", "y", kernel_shape=[3, 2], count_include_pad=1, **PAD), {}, 17),
 }
 

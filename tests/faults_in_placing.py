@@ -1,0 +1,89 @@
+"""Faults in placing matrices of channels among resizes, poolings and means (the pass placing, readers of Resize)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from fault_models import F, net, nn, node, numbers, onnx_model, torch
+from onnx import ModelProto
+from planting import Fault, Make, fault, given, result
+
+from reparamc.algebra.expr import Layout, Resize
+from reparamc.compiler.readings import Reading
+
+PLACING = "reparamc_passes.placing:"
+TENSORS = {
+    "w": numbers(8, 4, 1, 1), "b": numbers(8), "m": numbers(6, 16, 1, 1), "c": numbers(6),
+    "by": np.array([1, 1, 2, 2], np.float32), "far": numbers(64, 128, 1, 1), "farb": numbers(64),
+}  # fmt: skip
+PARTS = [
+    node("Conv", "x w b", "l"), node("AveragePool", "l", "s", kernel_shape=[2, 2], strides=[2, 2]),
+    node("Relu", "s", "r"), node("Resize", "r - by", "t", mode="linear"), node("Concat", "t l", "k", axis=1),
+    node("Conv", "k m c", "y"),
+]  # fmt: skip
+
+
+def parts() -> ModelProto:
+    """A map and the same one pooled and resized, side by side, and a matrix of both."""
+    return onnx_model(PARTS, TENSORS, ("N", 4, 16, 12))
+
+
+def pooled(pads: int) -> Callable[[], ModelProto]:
+    """A matrix, and a pooling of what it makes, which divides by its whole window."""
+    window = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [pads] * 4, "count_include_pad": 1}
+    nodes = [node("Conv", "x far farb", "l"), node("AveragePool", "l", "y", **window)]
+    return lambda: onnx_model(nodes, TENSORS, ("N", 128, 13, 12))
+
+
+def parts_of_torch() -> tuple[Any, tuple[Any, ...]]:
+    def run(x: Any, w: Any, m: Any) -> Any:
+        y = w(x)
+        small = F.interpolate(w(F.avg_pool2d(x, 2)), scale_factor=2, mode="bilinear")
+        return m(torch.cat([small, y], 1))
+
+    return net(run, nn.Conv2d(4, 8, 1), nn.Conv2d(16, 6, 1), shapes=((2, 4, 8, 6),))
+
+
+def pooled_by_torch() -> tuple[Any, tuple[Any, ...]]:
+    return net(lambda x, w: F.avg_pool2d(w(x), 3, 2, 1), nn.Conv2d(128, 64, 1), shapes=((2, 128, 13, 12),))
+
+
+def resize_with(**other: Any) -> Make:
+    """For a reader: the resize is another one."""
+
+    def changed(found: Any) -> Any:
+        e = found.template if isinstance(found, Reading) else None
+        if not isinstance(e, Layout) or not isinstance(e.op, Resize):
+            return found
+        return Reading(replace(e, op=replace(e.op, native=None, **other)))
+
+    return result(changed)
+
+
+PLACED: list[Fault] = [
+    fault(
+        "the bias of a matrix in each of its parts", f"{PLACING}_columns",
+        given(lambda e, runs, x, bias: (e, runs, x, e.bias)), onnx=parts, fx=parts_of_torch,
+    ),
+    fault(
+        "columns of another part", f"{PLACING}_columns",
+        given(lambda e, runs, x, bias: (e, [(8 - at, n) for at, n in runs], x, bias)), onnx=parts, fx=parts_of_torch,
+    ),
+    fault(
+        "a bias before a pooling that reads zeros", f"{PLACING}_passes",
+        lambda original: lambda e, chain: e.is_pointwise and not e.is_weightless,
+        onnx=pooled(1), fx=pooled_by_torch,
+    ),
+    fault(
+        "a resize from the corners", "reparamc.onnx.operators:_read_resize", resize_with(place="align_corners"),
+        onnx=parts,
+    ),
+    fault("the nearest position", "reparamc.onnx.operators:_read_resize", resize_with(mode="nearest"), onnx=parts),
+    fault(
+        "a resize from the corners", "reparamc.fx.readers:_read_interpolate", resize_with(place="align_corners"),
+        fx=parts_of_torch,
+    ),
+]  # fmt: skip
