@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Hashable, Iterable
+from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -128,7 +128,7 @@ class Fuser:
             return (
                 found.moved(self._model)
                 or found.renew(self._model)
-                or (found.difference(copied(self._model).eval()) if self._check else "")
+                or (found.difference(found.current(self._model)) if self._check else "")
             )
         except RecipeError as error:
             return str(error)
@@ -168,6 +168,7 @@ class _Found:
         self, model: nn.Module, reference: nn.Module, fused: nn.Module, tape: Tape, call: Call | None, through: bool
     ) -> None:
         self.structure, self._fused, self._call = structure(model), fused, call
+        self._reference = None if UNKNOWN in self.structure else reference
         made = {name: at for name, t in _tensors(fused).items() if isinstance(at := tape.at(t), At)}
         self._targets = list(made)
         self._program = Program(tape, list(made.values()), values)
@@ -175,7 +176,7 @@ class _Found:
         self._fixed: dict[str, Tensor] = {}
         self.incomplete = self._trial(reference, ()) if call is not None else ""
         fixed = {name: t.clone() for name, t in _users_buffers(model).items()} if self.incomplete else {}
-        if fixed and not self._trial(copied(model).eval(), fixed):  # tracing makes constants of what buffers become
+        if fixed and not self._trial(self.current(model), fixed):  # tracing makes constants of what buffers become
             self._fixed, self.incomplete = fixed, ""
 
     def _trial(self, reference: nn.Module, fixed: Container[str]) -> str:
@@ -215,6 +216,15 @@ class _Found:
                 if target.is_floating_point() and result is not target:
                     rounded.append(target.sum(dtype=torch.float64).to(rounded[0].device))
             return "" if bool(torch.stack(rounded).isfinite().all()) else "a fused parameter is not finite"
+
+    def current(self, model: nn.Module) -> nn.Module:
+        """A copy of ``model``, which is of this structure, in eval mode."""
+        if self._reference is None:
+            return copied(model).eval()
+        with torch.no_grad():
+            for mine, theirs in zip(_tensors(self._reference).values(), _tensors(model).values(), strict=True):
+                mine.copy_(theirs)
+        return self._reference
 
     def difference(self, reference: nn.Module) -> str:
         """How the fused module differs from ``reference``, a model in eval mode, on one example."""
@@ -297,7 +307,8 @@ def structure(model: nn.Module) -> dict[str, Hashable]:
     found: dict[str, Hashable] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         own = vars(module)
-        plain = [(k, _print(v, not is_leaf(module))) for k, v in own.items() if k not in _OF_EVERY_MODULE]
+        ours = is_leaf(module)
+        plain = [(k, _print(v, found, ours)) for k, v in own.items() if k not in _OF_EVERY_MODULE]
         hooks = [len(own[name]) for name in HOOKS if own.get(name)]
         found[path] = type(module), tuple(plain), tuple(hooks)
     for name, t in _tensors(model).items():
@@ -307,22 +318,30 @@ def structure(model: nn.Module) -> dict[str, Hashable]:
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
+UNKNOWN = "?"
+"""Where a structure says that a model holds objects that are not looked into; no module has such a name."""
 
-def _print(value: Any, with_tensors: bool, depth: int = 4) -> Hashable:
-    """What tells the value of an attribute from others; nothing for objects that are not looked into."""
-    inner = partial(_print, with_tensors=with_tensors, depth=depth - 1)
+
+def _print(value: Any, found: dict[str, Hashable], ours: bool, depth: int = 4) -> Hashable:
+    """What tells the value of an attribute, of a module that is torch's ``ours`` or not, from others."""
     match value:
-        case Tensor():
-            given = with_tensors and value.is_leaf and not isinstance(value, nn.Parameter)  # others are computed anew
-            return (value.shape, value.dtype, hash(value.detach().cpu().double().numpy().tobytes())) if given else None
-        case dict() if depth:
-            return tuple((repr(k), inner(v)) for k, v in value.items())
-        case list() | tuple() if depth:
-            return type(value), tuple(map(inner, value))
-        case bool() | int() | float() | complex() | str() | set() | torch.dtype() | torch.device() | Enum():
+        case bool() | int() | float() | complex() | str() | None | torch.dtype() | torch.device() | Enum():
             return type(value), repr(value)
+        case Tensor():
+            if ours or not value.is_leaf or isinstance(value, nn.Parameter):
+                return None  # computed anew, or counted elsewhere
+            return value.shape, value.dtype, hash(value.detach().cpu().double().numpy().tobytes())
+        case dict() if depth:
+            return tuple((repr(k), _print(v, found, ours, depth - 1)) for k, v in value.items())
+        case list() | tuple() if depth:
+            return type(value), tuple(_print(v, found, ours, depth - 1) for v in value)
+        case _ if callable(value):
+            return id(value)
+        case _ if is_dataclass(value) and depth:
+            return type(value), tuple(_print(getattr(value, f.name), found, ours, depth - 1) for f in fields(value))
         case _:
-            return id(value) if callable(value) else None
+            found[UNKNOWN] = True
+            return None
 
 
 def _changed(old: dict[str, Hashable], new: dict[str, Hashable]) -> str | None:
