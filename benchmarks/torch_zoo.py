@@ -5,8 +5,9 @@
 Every model has random weights and random BatchNorm statistics, and is called as its users call it, on small inputs.
 Each library runs in a process of its own; a model that takes longer than LIMIT seconds is ended. Results are kept in
 ``build/torch_zoo.json``: what is there is not run again without ``--again``. The table is ``docs/torch_zoo.md``.
-Libraries that are not installed are left out. ``--time`` measures, on one thread: `fuse_fx` without and with
-verification, and one forward of a batch of 32 at the same size.
+Libraries that are not installed are left out. ``--time`` measures those that have a result: the CPU time of `fuse_fx`,
+verification included, and of one forward of a batch of 32, on one thread, on images of the size that the model is made
+for where that is in SIDES.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "build" / "torch_zoo.json", ROOT / "docs" / "torch_zoo.md"
 LIMIT = 600
+SIDES = {"torchvision": 224, "timm": 224, "mmpretrain": 224, "segmentation_models_pytorch": 256, "ultralytics": 640}
 
 
 @dataclass
@@ -930,7 +932,7 @@ def in_float64(case: Case) -> tuple[Any, Any]:
     return copy.deepcopy(case.model).double(), example
 
 
-def measured(library: str, name: str, time: bool) -> dict[str, Any]:
+def measured(library: str, name: str) -> dict[str, Any]:
     """One row of the table."""
     import torch
 
@@ -972,28 +974,33 @@ def measured(library: str, name: str, time: bool) -> dict[str, Any]:
                 row["own error"] = error_of(called(own, case.example), expected)
         except Exception as error:
             row["own"] = f"{type(error).__name__}: {error}"[:100]
-    if time:
-        row |= timed(case)
     return row
 
 
-def timed(case: Case) -> dict[str, float]:
+def timed(library: str, name: str) -> dict[str, float]:
+    """CPU seconds of `fuse_fx`, and of one forward of a batch of 32, as four of eight."""
     import torch
+    from torch.utils import _pytree as pytree
 
     from reparamc import fuse_fx
 
     torch.set_num_threads(1)
-    found: dict[str, float] = {}
-    batch = _batch(case.example, 32)
-    for _ in range(2):
-        start = process_time()
-        called(case.model, batch)
-        found["forward"] = min(found.get("forward", 1e9), process_time() - start)
-    for level in ("off", "full"):
-        start = process_time()
-        fuse_fx(case.model, case.example, verify=level)
-        found[level] = process_time() - start
-    return found
+    case = LIBRARIES[library][1](name)
+    case.model.eval()
+    side = 224 if name.endswith("-cls") else SIDES.get(library)
+
+    def of_real_size(t: torch.Tensor) -> torch.Tensor:
+        return torch.randn(2, t.shape[1], side, side) if side and t.ndim == 4 and t.is_floating_point() else t
+
+    example = pytree.tree_map_only(torch.Tensor, of_real_size, case.example)
+    batch = _batch(example, 8)
+    called(case.model, example)
+    start = process_time()
+    called(case.model, batch)
+    forward = 4 * (process_time() - start)
+    start = process_time()
+    fuse_fx(case.model, example)
+    return {"forward": forward, "fuse": process_time() - start}
 
 
 def _batch(given: Any, n: int) -> Any:
@@ -1016,7 +1023,7 @@ def child(library: str, names: list[str], time: bool) -> None:
     os.dup2(2, 1)  # what libraries print goes elsewhere
     for name in names:
         try:
-            row = measured(library, name, time)
+            row = timed(library, name) if time else measured(library, name)
         except Exception as error:
             import traceback
 
@@ -1057,7 +1064,11 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         own = " / ".join(map(str, row["own"])) if isinstance(row.get("own"), list | tuple) else ""
         norms, convs = (f"{a} > {b}" for a, b in zip(row["before"], row["after"], strict=True))
         errors = (_shown(row.get(key)) for key in ("example", "other", "float64"))
-        lines.append(f"| {library} | {model} | {row['way']} | {norms} | {convs} | {own} | {' | '.join(errors)} |")
+        times = (
+            f"{row['fuse']:.1f} / {row['forward']:.1f} = {row['fuse'] / row['forward']:.1f}" if "fuse" in row else ""
+        )
+        cells = [library, model, row["way"], norms, convs, own, *errors, times]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -1077,10 +1088,12 @@ included) are counted before and after; *own method* has the same two numbers af
 (`fuse`, `reparameterize_model`, `switch_to_deploy`), where it has one. Errors are the largest difference relative to
 the largest value of the output, in float32, on the example and on another batch and size ("refused": the model itself
 takes no other size). Where the first is above 0.001, *float64* shows that rounding is all there is to it: random
-networks may amplify it.
+networks may amplify it. *Time*: `fuse_fx` with verification / one forward of a batch of 32, in CPU seconds on one
+thread, measured by `python benchmarks/torch_zoo.py --time`; images are of the size that the model is made for (224,
+segmentation_models_pytorch 256, detectors 640), those of transformers as small as in the rest of the table.
 
-| library | model | way | BatchNorm | Conv | own method | example | other size | float64 |
-|---|---|---|---|---|---|---|---|---|"""
+| library | model | way | BatchNorm | Conv | own method | example | other size | float64 | time |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
@@ -1099,10 +1112,14 @@ def main() -> None:
         if importlib.util.find_spec(package) is None:
             continue
         chosen = [n for n in names() if any(fnmatch.fnmatch(f"{library}/{n}", p) for p in options.only.split(","))]
-        done = {name for name, row in results.items() if "error" not in row and not options.again}
-        chosen = [n for n in chosen if f"{library}/{n}" not in done]
+        done = {name for name, row in results.items() if "error" not in row}
+        if options.time:
+            chosen = [n for n in chosen if f"{library}/{n}" in done]
+            done = {name for name in done if "fuse" in results[name]}
+        chosen = [n for n in chosen if f"{library}/{n}" not in done or options.again]
         for row in rows(library, chosen, options.time):
-            results[f"{library}/{row.pop('name')}"] = row
+            name = f"{library}/{row.pop('name')}"
+            results[name] = {**results[name], **row} if options.time else row
             RESULTS.write_text(json.dumps(results, indent=1))
             print(list(results)[-1], {k: v for k, v in row.items() if k != "trace"}, flush=True)
     PAGE.write_text(table(results))

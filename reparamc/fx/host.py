@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from reparamc.certificate.fx import certify_fx
 from reparamc.certificate.fx_shapes import shapes_of, sizes_of
@@ -160,7 +160,8 @@ class FxHost:
 def _sums(module: nn.Module) -> list[str]:
     """What tells that a parameter or buffer has been written into."""
     tensors = [*module.parameters(), *module.buffers()]
-    plain = [t for t in tensors if t.layout == torch.strided and not (t.is_meta or t.is_quantized or t.is_complex())]
+    dense = [t for t in tensors if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
+    plain = [t for t in dense if not (t.is_meta or t.is_quantized or t.is_complex())]
     return [repr(t.detach().sum(dtype=torch.float64).item()) for t in plain]
 
 

@@ -232,7 +232,7 @@ def traced(
             _refuse_reserved(graph, model)
             graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
             called = _called_as_they_are(graph, model)
-            return fx.GraphModule(tracer.root, graph, type(model).__name__), tracer.opaque | called
+            return fx.GraphModule(tracer.root, graph, type(model).__name__), called | tracer.opaque
         except Reserved:
             raise
         except _Anew:
