@@ -548,6 +548,7 @@ def transformers_cases() -> dict[str, tuple[str, Callable[[], Any], Callable[[],
             "AlignModel",
             lambda: _cfg(
                 "AlignConfig",
+                projection_dim=80,
                 text_config=_TINY_BERT,
                 vision_config={"hidden_dim": 640, "width_coefficient": 0.25, "depth_coefficient": 0.3},
             ),
@@ -737,7 +738,8 @@ def of_smp(name: str) -> Case:
 
     architecture, encoder = name.split("/")
     model = getattr(smp, architecture)(encoder_name=encoder, encoder_weights=None, classes=3)
-    return Case(model, images(2, 64), images(3, 96, 64))
+    size = 128 if architecture == "PAN" else 64
+    return Case(model, images(2, size), images(3, size + 32, size))
 
 
 SMP = names(
@@ -881,9 +883,9 @@ def error_of(actual: Any, expected: Any) -> float | str:
     """The largest difference of any tensor relative to its largest value; or how else two results differ."""
     import torch
 
-    from reparamc.fx.outcome import leaves
+    from reparamc.equivalence.runnable import leaves
 
-    found, wanted = dict(leaves(actual)), dict(leaves(expected))
+    found, wanted = dict(leaves(actual, types=True)), dict(leaves(expected, types=True))
     if list(found) != list(wanted):
         return "another structure"
     worst = 0.0

@@ -52,11 +52,11 @@ class Runnable(Protocol):
     def __call__(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> Outputs: ...
 
 
-def leaves(tree: Tree) -> list[tuple[str, Any]]:
+def leaves(tree: Tree, types: bool = False) -> list[tuple[str, Any]]:
     """The values in ``tree``, each with its place, as in ``output[0]['logits']`` or ``output.boxes``.
 
-    Tuples, lists, mappings, dataclasses and other objects that hold something are entered. What holds itself is
-    entered once.
+    Tuples, lists, mappings, dataclasses and other objects that hold something are entered, and with ``types`` the type
+    of each is there, too. What holds itself is entered once.
     """
     found: list[tuple[str, Any]] = []
     stack: list[tuple[str, Any, frozenset[int]]] = [("output", tree, frozenset())]
@@ -66,6 +66,7 @@ def leaves(tree: Tree) -> list[tuple[str, Any]]:
         if parts is None:
             found.append((place, value))
         elif id(value) not in inside:
+            found += [(place, type(value))] * types
             stack += reversed([(f"{place}{at}", part, inside | {id(value)}) for at, part in parts])
     return found
 

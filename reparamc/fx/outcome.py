@@ -1,59 +1,21 @@
-"""What a module makes of its arguments, taken apart and compared: tensors, and all that holds them."""
+"""What a module makes of its arguments, compared: tensors, and all that holds them."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from reparamc.equivalence.runnable import leaves
 from reparamc.fx.runnable import same_random_numbers
 from reparamc.fx.watch import Call
 
-DEPTH = 12
-"""How deep results are taken apart; what holds itself has no end."""
-
 ROUNDING = 100
 """Units of rounding, relative to the largest value, by which a traced graph may differ without a second look."""
-
-
-def leaves(result: Any, path: str = "", depth: int = DEPTH) -> Iterator[tuple[str, Any]]:
-    """Every value in ``result`` by its place, and the type of everything that holds others."""
-    inner = _inner(result) if depth else None
-    if inner is None:
-        yield path, result
-        return
-    yield path, type(result)
-    for step, value in inner:
-        yield from leaves(value, path + step, depth - 1)
-
-
-def _inner(value: Any) -> list[tuple[str, Any]] | None:
-    match value:
-        case Tensor() | str() | bytes() | int() | float() | complex() | None | type() | nn.Module():
-            return None
-        case Mapping():
-            return [(f"[{k!r}]", v) for k, v in value.items()]
-        case tuple() if hasattr(value, "_fields"):
-            return [(f".{k}", v) for k, v in zip(cast(Any, value)._fields, value, strict=True)]
-        case list() | tuple() | deque():
-            return [(f"[{i}]", v) for i, v in enumerate(value)]
-        case _ if dataclasses.is_dataclass(value) or any(isinstance(v, Tensor) for v in _held(value)):
-            return [(f".{k}", v) for k, v in vars(value).items()] if hasattr(value, "__dict__") else None
-        case _:
-            return None
-
-
-def _held(value: Any) -> Iterator[Any]:
-    for inner in vars(value).values() if hasattr(value, "__dict__") else ():
-        yield inner
-        if isinstance(inner, list | tuple | dict):
-            yield from inner.values() if isinstance(inner, dict) else inner
 
 
 def ran(module: Callable[..., Any], call: Call) -> Any:
@@ -75,17 +37,17 @@ def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = 
     ``wavering`` gives what becomes of ``expected`` where inputs change at rounding level; it is asked when values
     differ by more than a few units of rounding.
     """
-    found, wanted = list(leaves(actual)), list(leaves(expected))
+    found, wanted = leaves(actual, types=True), leaves(expected, types=True)
     if [p for p, _ in found] != [p for p, _ in wanted]:
         return "it returns another structure"
     noise: dict[str, Any] | None = None
     for (path, a), (_, e) in zip(found, wanted, strict=True):
         if not isinstance(e, Tensor) or not isinstance(a, Tensor):
             if not _equal(a, e):
-                return f"output{path} is {_shown(a)} instead of {_shown(e)}"
+                return f"{path} is {_shown(a)} instead of {_shown(e)}"
             continue
         if (a.shape, a.dtype) != (e.shape, e.dtype):
-            return f"output{path} is of another shape or dtype"
+            return f"{path} is of another shape or dtype"
         error, epsilon = _error(a, e)
         if error > ROUNDING * epsilon and wavering is not None:
             noise = dict(leaves(wavering())) if noise is None else noise
@@ -93,7 +55,7 @@ def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = 
             if isinstance(other, Tensor) and other.shape == e.shape:
                 epsilon = max(epsilon, _error(other, e)[0] / 10)
         if error > ROUNDING * epsilon:
-            return f"output{path} differs by {error:.1e} of its largest value"
+            return f"{path} differs by {error:.1e} of its largest value"
     return ""
 
 

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from reparamc.equivalence.difference import Outputs
 from reparamc.equivalence.end_to_end import Alone
-from reparamc.fx.outcome import leaves, ran
+from reparamc.equivalence.runnable import leaves
+from reparamc.fx.outcome import ran
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.watch import Call, replaced
 
