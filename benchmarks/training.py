@@ -3,6 +3,8 @@
     python benchmarks/training.py replay [NAME ...]     # fused again, beside one forward pass of 32 images
     python benchmarks/training.py through [NAME ...]    # a step through the fusion, beside one without
     python benchmarks/training.py grow [NAME ...]       # every recipe: grown, trained for some steps, fused
+    python benchmarks/training.py compile [NAME ...]    # torch.compile of the model, of its fused form, and the backend
+    python benchmarks/training.py cost [NAME ...]       # fuse_fx once, beside forward passes
 
 NAME is one of fastvit_zoo, or timm/ and one of timm. Times are CPU seconds, the median of REPEATS, taken in turns;
 where other programs run, set OMP_NUM_THREADS=1. The search is the one without checks.
@@ -20,11 +22,13 @@ from time import process_time
 from typing import Any
 
 import torch
+import torch._inductor.config
 from models import build, size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparamc import Fuser, InputError, fuse_fx, overparameterize, parameter_groups
+from reparamc.training.backend import backend
 from reparamc.training.grow import RECIPES
 
 REPEATS = 3
@@ -139,7 +143,7 @@ def grow(names: list[str]) -> None:
 
 
 @torch.no_grad()
-def apart(a: nn.Module, b: nn.Module, x: Tensor) -> float:
+def apart(a: Callable[[Tensor], Tensor], b: nn.Module, x: Tensor) -> float:
     expected = b(x)
     return ((a(x) - expected).abs().max() / expected.abs().max()).item()
 
@@ -154,7 +158,42 @@ def trained(model: nn.Module, x: Tensor, steps: int = 3) -> None:
     model.eval()
 
 
-COMMANDS = {"replay": replay, "through": through, "grow": grow}
+@torch.no_grad()
+def compile(names: list[str]) -> None:
+    """By inductor, which needs a compiler of C++; eight images."""
+    row("seconds", "eager", "fused", "compiled", "frozen", "fused, compiled", "backend", "differs by")
+    for name in names or ["timm/repvgg_a0"]:
+        model, x = build(name), images(name, 8)
+        fused = fuse_fx(model, x[:2], verify=False)
+        runs: list[Callable[[Tensor], Tensor]] = [model, fused, torch.compile(model)]
+        runs[2](x)
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(freezing=True):
+            runs.append(torch.compile(model))
+            runs[3](x)
+        torch._dynamo.reset()
+        runs += [torch.compile(fused), torch.compile(model, backend=backend)]
+        error = max(apart(run, model, x) for run in runs)
+        row(name, *seconds(*(partial(run, x) for run in runs)), error)
+
+
+@torch.no_grad()
+def cost(names: list[str]) -> None:
+    """Without verification beside eight images, with it beside 32."""
+    row("seconds", "unverified", "8 images", "ratio", "full", "32 images", "ratio")
+    for name in names or ["fastvit_t8", "timm/mobileone_s0", "timm/repvit_m0_9", "fastvit_sa12", "fastvit_sa36"]:
+        model, x = build(name), images(name)
+        bare, few, full = seconds(
+            lambda model=model, x=x: fuse_fx(model, x[:2], verify=False),
+            lambda model=model, x=x: model(x[:8]),
+            lambda model=model, x=x: fuse_fx(model, x[:2]),
+            repeats=1,
+        )
+        (many,) = seconds(lambda model=model, x=x: model(x), repeats=1)
+        row(name, bare, few, bare / few, full, many, full / many)
+
+
+COMMANDS = {"replay": replay, "through": through, "grow": grow, "compile": compile, "cost": cost}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastvit_zoo.torchvision_operators  # noqa: F401
-from reparamc import fuse_fx
+from reparamc import Fuser, fuse_fx
 from reparamc.training.backend import backend
 from reparamc.training.callbacks import lightning_callback, transformers_callback
 
@@ -106,3 +106,25 @@ def test_transformers_saves_the_fused_form(model: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = copy.deepcopy(task).eval()(X32)["logits"]
         torch.testing.assert_close(callback.fused(x=X32)["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_timm_validates_the_averaged_weights(timm: Any) -> None:
+    """The steps of its train.py."""
+    from timm.optim import create_optimizer_v2
+    from timm.utils import ModelEmaV3
+
+    network = timm.create_model("test_byobnet", num_classes=5).train()
+    average = ModelEmaV3(network, decay=0.5)
+    fuser = Fuser(average.module, torch.randn(2, 3, 48, 48), verify="region")
+    optimizer = create_optimizer_v2(network, opt="adamw", lr=1e-3, weight_decay=0.05)
+    x = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    for step in range(2):
+        optimizer.zero_grad()
+        network(x).square().mean().backward()
+        optimizer.step()
+        average.update(network, step=step)
+        expected = copy.deepcopy(average.module).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(fuser()(x), expected(x), rtol=1e-4, atol=1e-5)
+    assert fuser.searches <= 2
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fuser().modules())
