@@ -1,4 +1,4 @@
-"""`python -m fastvit_zoo list`, `export`, `targets` and `train`."""
+"""`python -m fastvit_zoo`: `list`, `export`, `targets`, `train` and the tasks."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ import torch
 
 from fastvit_zoo.export import command as export
 from fastvit_zoo.model import create_model, list_models
+from fastvit_zoo.tasks import command as tasks
 from fastvit_zoo.train import command as train
 
 
@@ -23,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     listing = commands.add_parser("list", help="print the variants and their parameter counts")
     listing.set_defaults(run=lambda _: _list())
-    for part in export, train:
+    for part in export, train, tasks:
         part.add(commands)
     return parser
 

@@ -1,4 +1,4 @@
-"""`python -m fastvit_zoo train`."""
+"""`python -m fastvit_zoo train` and `evaluate`."""
 
 import argparse
 from dataclasses import fields
@@ -9,7 +9,8 @@ from fastvit_zoo.train.recipe import RECIPES, Recipe, recipe
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser."""
+    """Add the commands to a parser."""
+    _add_evaluate(commands)
     parser: argparse.ArgumentParser = commands.add_parser("train", help="train a classifier by the paper's recipe")
     parser.add_argument("--model", metavar="NAME", help="default: fastvit_t8, and the small fastvit_digits for digits")
     parser.add_argument("--recipe", default="paper", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
@@ -64,3 +65,45 @@ def run(arguments: argparse.Namespace) -> None:
     )
     kind = arguments.dataset or ("digits" if small and arguments.data is None else "")
     train(model, chosen, Source(arguments.data, kind), options)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "evaluate", help="accuracy of both forms: on a folder of images, corrupted, on some of the classes"
+    )
+    parser.add_argument("--model", default="fastvit_t8", metavar="NAME", help="default: fastvit_t8")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights of the training form")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder per class, or val with them")
+    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="default: 256")
+    parser.add_argument("--crop", type=float, default=0.9, metavar="SHARE", help="of the image; default: 0.9")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--corruptions", nargs="*", metavar="KIND", help="these, or all 15 of ImageNet-C")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    try:
+        from fastvit_zoo.train.evaluate import ALEXNET, Agreement, evaluate
+
+        if arguments.corruptions is not None:
+            import imagecorruptions  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"this needs {error.name}: pip install 'reparamc[zoo]' imagecorruptions-imaug") from error
+    kinds = () if arguments.corruptions is None else arguments.corruptions or tuple(ALEXNET)
+    found = evaluate(
+        arguments.model,
+        arguments.checkpoint,
+        arguments.data,
+        size=arguments.size,
+        crop=arguments.crop,
+        batch=arguments.batch,
+        corruptions=kinds,
+    )
+    for name, value in found.items():
+        if not isinstance(value, Agreement):
+            print(f"{name}: {value:.2f} %")
+        else:
+            print(
+                f"{name}: top-1 {value.top1:.2f} %, fused {value.top1_fused:.2f} % "
+                f"({value.differing} of {value.images} predictions differ)"
+            )
