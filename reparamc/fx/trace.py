@@ -258,7 +258,7 @@ class _Anew(BaseException):
 
 def _called_as_they_are(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
     """Modules with parts that the graph calls: those whose hooks, or replaced forward, are to stay in force."""
-    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
+    called = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="call_module"))
     return {
         path: "it has hooks, or computes its weights" for path in called if any(model.get_submodule(path).children())
     }

@@ -411,11 +411,14 @@ class Report:
         if not self.parts:
             return []
         fused = sum(p.how != "as it is" for p in self.parts)
-        left = sorted((p for p in self.parts if p.how == "as it is"), key=lambda p: -p.batchnorm)
-        lines = [line("parts", f"{fused} followed as graphs, {len(left)} left as they are")]
-        for p in left[:SHOWN]:
-            what = f"{p.conv} Conv and {p.batchnorm} BatchNorm stay in it"
-            lines.append(line("", f"{p.where or 'the model itself'}: {what}" + (f"; {p.why}" if p.why else "")))
+        left: dict[str, list[Part]] = {}
+        for p in sorted((p for p in self.parts if p.how == "as it is"), key=lambda p: -p.batchnorm):
+            left.setdefault(p.why, []).append(p)
+        lines = [line("parts", f"{fused} followed as graphs, {len(self.parts) - fused} left as they are")]
+        for why, alike in [*left.items()][:SHOWN]:
+            where = f"{alike[0].where or 'the model itself'}{f' and {len(alike) - 1} more' if alike[1:] else ''}"
+            what = f"{sum(p.conv for p in alike)} Conv and {sum(p.batchnorm for p in alike)} BatchNorm stay"
+            lines.append(line("", f"{where}: {what}{f'; {why}' if why else ''}"))
         return lines
 
 

@@ -251,6 +251,21 @@ def test_a_trace_goes_on_after_what_cannot_be_followed(x: Tensor) -> None:
     assert not report(fused).parts  # one graph, and nothing inside what it calls
 
 
+class Chosen(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(CHANNELS, CHANNELS, 1), nn.Conv2d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if x.sum() > 0 else self.other(x)
+
+
+def test_parts_that_stay_for_one_reason_are_one_line(x: Tensor) -> None:
+    fused = fuse_fx(ready(nn.Sequential(conv_bn(), Chosen(), Chosen(), Chosen())), x)
+    (line,) = (line for line in str(report(fused)).splitlines() if " stay; " in line)
+    assert "1 and 2 more: 6 Conv and 0 BatchNorm stay; torch.fx cannot" in line
+
+
 class Unfolded(nn.Module):
     """torch.export can follow it, and nothing folds in it."""
 
