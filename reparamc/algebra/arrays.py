@@ -32,13 +32,19 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
         names: those that the host graph gives to what it is made of.
         shape: known without loading.
         origin: what the host graph holds, if the adapter needs it.
+        look: gives the values in the dtype that they are stored in.
     """
 
     def __init__(
-        self, names: tuple[str, ...], shape: tuple[int, ...], load: Callable[[], Array], origin: Any = None
+        self,
+        names: tuple[str, ...],
+        shape: tuple[int, ...],
+        load: Callable[[], Array],
+        origin: Any = None,
+        look: Callable[[], npt.NDArray[Any]] | None = None,
     ) -> None:
         self.names, self.shape, self.origin = names, shape, origin
-        self.load = load
+        self.load, self.look = load, look or load
         self._value: Array | None = None
 
     @property
@@ -84,8 +90,9 @@ def derived(array: Array, shape: tuple[int, ...], function: Callable[[Array], Ar
     """``function`` of ``array``, which has that shape; of a `Parameter` it is computed when it is loaded."""
     if not isinstance(array, Parameter):
         return function(array)
-    load = array.load
-    return cast(Array, Parameter(array.names, shape, lambda: function(load()), array.origin))
+    load, look = array.load, array.look
+    made = Parameter(array.names, shape, lambda: function(load()), array.origin, lambda: function(look()))
+    return cast(Array, made)
 
 
 def _is_numpy(array: Any) -> bool:
@@ -143,6 +150,11 @@ def values(array: Array) -> Array:
     if not _is_numpy(array) and is_torch_array(array):
         array = cast(Any, array).detach().cpu()
     return np.asarray(array)
+
+
+def glanced(array: Array) -> npt.NDArray[Any]:
+    """As `values`, for one look: in the dtype that it is stored in, and not kept, unless it is loaded already."""
+    return array.look() if isinstance(array, Parameter) and not array.is_loaded else values(array)
 
 
 def fixed(array: Array) -> Array:

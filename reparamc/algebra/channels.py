@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from reparamc.algebra.arrays import values
+from reparamc.algebra.arrays import glanced, values
 from reparamc.algebra.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Reshape, Scale, Select, Source, Sum
 from reparamc.algebra.kernels import coefficients
 from reparamc.algebra.shape import Dim
@@ -21,11 +21,11 @@ Index = npt.NDArray[np.intp]
 Mask = npt.NDArray[np.bool_]
 
 
-def known_after(e: Expr, operands: Sequence[Array]) -> Array:
-    """The known channels of ``e``, from those of its operands."""
+def known_after(e: Expr, operands: Sequence[Array], read: Mask | None = None) -> Array:
+    """The known channels of ``e``, from those of its operands; ``read`` is what a kernel `uses`."""
     match e:
         case Conv():
-            return _known_after_conv(e, operands[0])
+            return _known_after_conv(e, operands[0], uses(e) if read is None else read)
         case Scale() | BatchNorm():
             with np.errstate(all="ignore"):
                 scale, shift = map(values, coefficients(e))
@@ -40,7 +40,7 @@ def known_after(e: Expr, operands: Sequence[Array]) -> Array:
 
 def uses(conv: Conv) -> Mask:
     """[group, output, input]: whether some tap of an output reads an input, numbered inside their group."""
-    return (values(conv.weight) != 0).reshape(conv.groups, -1, conv.weight.shape[1], _taps(conv)).any(-1)
+    return (glanced(conv.weight) != 0).reshape(conv.groups, -1, conv.weight.shape[1], _taps(conv)).any(-1)
 
 
 def takes_constants(conv: Conv, known: Array) -> Mask:
@@ -52,10 +52,10 @@ def _taps(conv: Conv) -> int:
     return int(np.prod(conv.kernel, dtype=int))
 
 
-def _known_after_conv(conv: Conv, known: Array) -> Array:
+def _known_after_conv(conv: Conv, known: Array, read: Mask) -> Array:
     grouped = (conv.groups, 1, conv.weight.shape[1])
     fixed = takes_constants(conv, known)
-    varies = (uses(conv) & ~fixed.reshape(grouped)).any(-1)
+    varies = (read & ~fixed.reshape(grouped)).any(-1)
     if varies.all():
         return np.full(conv.out_channels, np.nan)
     summed = values(conv.weight).reshape(conv.groups, -1, conv.weight.shape[1], _taps(conv)).sum(-1)

@@ -333,6 +333,12 @@ def recording(tape: Tape) -> Generator[Tape, None, None]:
         _current.reset(token)
 
 
+def follows_values() -> bool:
+    """Whether what is made may follow from the values that parameters have now."""
+    on = _current.get()
+    return on is None or not on.generic
+
+
 def tape() -> Tape | None:
     """The tape that is recorded on, if any."""
     return _current.get()

@@ -15,6 +15,7 @@ from reparamc.algebra.cost import after
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, arrays, total, walk
 from reparamc.algebra.probe import find_kernel, only_moves
+from reparamc.algebra.recorded import follows_values
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.algebra.text import show
 from reparamc.compiler.consider import Decision, Setting, rounding_obstacle
@@ -49,7 +50,8 @@ def _find_kernels(setting: Setting, decisions: Mapping[Value, Decision], name: s
         for tree in _trees_on_one_operand(members, wide):
             left = [decisions[v] for v in tree if v in decisions]
             unread = [v for v in tree if v not in readings]
-            if (unread and len(tree) > 1) or any(r.at_border for d in left for r in d.refusals):
+            at_border = follows_values() and any(r.at_border for d in left for r in d.refusals)
+            if (unread and len(tree) > 1) or at_border:
                 splice = _as_kernel(setting, tree, wide, left, len(unread))
                 if splice is not None:
                     yield replace(splice, counts=Counter({name: 1}))

@@ -179,11 +179,12 @@ class Liveness:
         operands = [self._of(x) for x in e.children]
         axis = axes[e]
         assert axis is not None
-        channels = self._enter(e, axis, known_after(e, [x.known for x in operands]))
+        read = uses(e) if isinstance(e, Conv) else None
+        channels = self._enter(e, axis, known_after(e, [x.known for x in operands], read))
         if any(x.axis != axes[c] for x, c in zip(operands, e.children, strict=True)):
             self._stays += [channels.numbers, *(x.numbers for x in operands)]
-        elif isinstance(e, Conv) and not is_separate(e):
-            entries, x = uses(e)[0], operands[0]
+        elif isinstance(e, Conv) and read is not None and not is_separate(e):
+            entries, x = read[0], operands[0]
             self.is_worthwhile |= not entries.any(0).all()
             takes = takes_constants(e, x.known)
             self._matrices.append(_Matrix(channels, x, None if entries.all() else entries, takes))

@@ -7,7 +7,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, cast
@@ -47,12 +47,16 @@ def fuse_fx(
     skip: Iterable[str] = (),
     verify: bool | str = True,
     objective: str = "latency",
+    specialize: bool = False,
     pass_table: tuple[Pass, ...] | None = None,
 ) -> Any:
     """A fused copy of ``model``: every linear structure between two non-linearities collapsed.
 
     ``model`` stays bitwise as it is and shares no storage with the copy. Dtype, device, memory format
     and ``requires_grad`` of parameters carry over. The `Report` is at ``result.meta["reparamc"]``.
+
+    The structure of the copy does not depend on the values of parameters: a model that is fused before a checkpoint is
+    loaded, and one that is fused after it, have the same parameters.
 
     A model that torch.fx can follow comes back as a `torch.fx.GraphModule`. Any other one, and one whose forward has
     arguments that can be left out, comes back as a module of its own class: the parts in it that torch.fx can follow
@@ -62,13 +66,14 @@ def fuse_fx(
         model: a module in eval mode, its BatchNorms included.
         example_inputs: one tensor, a tuple of positional arguments, or a mapping of keyword
             arguments. With them the original and the copy are run and compared, and no model is refused that runs.
-        passes, skip: names of the passes to apply (default: all), and to leave out. By default no pass
-            counts on values, such as a shift of zero, so that the copy of a network that is not trained yet takes the
-            state dict of the copy of the trained one.
+        passes, skip: names of the passes to apply (default: all), and to leave out.
         verify: True or "full": every replacement in float64, the certificate of the whole result, and both modules
             on ``example_inputs``, and at another size if the model takes one; "region": all but the last; False or
             "off": nothing but that each graph computes what its module does before it is rewritten.
         objective: what to minimize: "latency", "macs" (multiply-adds) or "params" (parameters).
+        specialize: let the structure follow from the values of now as well: a branch of zeros and channels that are
+            constant leave (lossless-shrink), a shift that is zero may pass a padding. The weights of another
+            checkpoint need not fit the copy then.
         pass_table: the passes to choose from, instead of the built-in ones.
 
     Raises:
@@ -82,9 +87,10 @@ def fuse_fx(
     options = Options(select(pass_table, passes, skip), level_of(verify), objective)
     inner, wrapped = unwrapped(model)
     _check(inner)
-    # Weights that are not trained yet tell nothing of those that are loaded later.
-    for_all_values = recording(Tape(generic=True)) if passes is None and tape() is None else nullcontext()
-    with LOCK, plain_modes(), for_all_values:
+    with LOCK, plain_modes(), ExitStack() as stack:
+        # Weights that are not trained yet tell nothing of those that are loaded later. A `Fuser` records by itself.
+        if not specialize and tape() is None:
+            stack.enter_context(recording(Tape(generic=True)))
         fused = _Fusion(inner, options).run(example_inputs)
     if (warning := cast(Any, fused).meta["reparamc"].warning) is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)

@@ -27,6 +27,7 @@ from reparamc.onnx.values import (
     read_elsewhere,
     users,
 )
+from reparamc.onnx.weights import COUNTERS, LARGE
 
 Reader = Callable[["Facts", NodeProto, str], "Reading | Declined | None"]
 """From a graph, a node of it and one output of that node to the reading of that output."""
@@ -116,10 +117,15 @@ class Facts:
             stored = TensorProto.DataType.Name(kind).lower()
             raise InputError(f"the parameter {name!r} is of type {stored}, where a floating type is needed")
 
-        def load() -> Array:
-            return self.constants.array(name).astype(np.float64)
+        def look() -> np.ndarray:
+            return self.constants.array(name)
 
-        self._parameters[name] = found = Parameter((name,), self.constants.shape(name), load)
+        def load() -> Array:
+            stored = look()
+            COUNTERS.decoded += stored.nbytes if stored.nbytes > LARGE else 0
+            return stored.astype(np.float64)
+
+        self._parameters[name] = found = Parameter((name,), self.constants.shape(name), load, look=look)
         return cast(Array, found)
 
     def is_stored(self, array: Parameter, dtype: np.dtype) -> bool:

@@ -64,7 +64,7 @@ class Counters:
     """What was done with weights; it does not depend on the clock.
 
     Attributes:
-        decoded: bytes that became arrays.
+        decoded: bytes that became arrays of float64.
         made: bytes of arrays that were stored as new tensors.
         sessions: how often ONNX Runtime loaded a model with weights.
     """
@@ -240,7 +240,6 @@ def array(tensor: TensorProto) -> np.ndarray:
 
 
 def _decoded(tensor: TensorProto, found: Place) -> np.ndarray:
-    COUNTERS.decoded += found.length
     data = found.buffer.read(found.start, found.length)
     if tensor.data_type in PACKED or tensor.data_type in UNEVEN or sys.byteorder == "big":
         whole = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=bytes(data))

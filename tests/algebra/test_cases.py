@@ -148,7 +148,7 @@ def through_fx(case: Case) -> None:
     module = to_module(e)
     inputs = draw(source_shapes(e, case.sizes[0]))
     example = tuple(torch.from_numpy(inputs[s]) for s in sources(e))
-    fused = fuse_fx(module, example)
+    fused = fuse_fx(module, example, specialize=True)
     with torch.no_grad():
         assert_close(module(*example).numpy(), fused(*example).numpy(), 1e-10)
     if not leans(e):  # PyTorch pads such a kernel by an operator of its own; torch.fx leaves sizes open
