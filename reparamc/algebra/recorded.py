@@ -45,22 +45,25 @@ class Tape:
     Attributes:
         steps: a function of earlier results and of numbers, each; the name of a function of the standard; or a value.
         sources: what was given as a parameter, by place.
+        learned: which of them training changes by gradients.
     """
 
     def __init__(self, generic: bool = False) -> None:
         self.generic = generic
         self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self.sources: dict[At, Any] = {}
+        self.learned: set[At] = set()
         self._places: dict[int, tuple[Any, At]] = {}  # of objects of a host, by id; they are held, so that ids stay
         self._known: dict[Any, At] = {}
         self._namespace = _Namespace(self)
 
-    def source(self, thing: object, name: object) -> None:
-        """Count ``thing``, an array of a host, as the parameter ``name``."""
+    def source(self, thing: object, name: object, learned: bool = True) -> None:
+        """Count ``thing``, an array of a host, as the parameter ``name``; statistics are not ``learned``."""
         at = self._known.get(("source", name))
         if at is None:
             at = self._known["source", name] = self.note(None)
             self.sources[at] = name
+            self.learned |= {at} if learned else set()
         self.place(thing, at)
 
     def place(self, thing: object, at: At) -> None:
@@ -87,6 +90,24 @@ class Tape:
         if ("exact", at) not in self._known:
             self._known["exact", at] = self.note(_exact, at)
         return Recorded(self, value, self._known["exact", at])
+
+    def elsewhere(self, arrays: Sequence[Recorded], values: Callable[[Any], Any]) -> list[Any]:
+        """What ``arrays`` would hold if all that is learned had other values: a sample of what always holds.
+
+        Statistics stay: tracing makes constants of what a forward computes from them.
+
+        Args:
+            values: makes an array of NumPy of any array.
+        """
+        held = {self.sources[at]: (at, thing) for thing, at in self._places.values() if at in self.sources}
+
+        def moved(name: Any) -> Any:
+            at, thing = held[name]
+            rng = np.random.default_rng(at)  # the same at each call
+            return thing * rng.uniform(0.8, 1.2) + rng.uniform(0.1, 0.2) if at in self.learned else thing
+
+        program = Program(self, [a.at for a in arrays], values)
+        return [values(made) for made in program.run(moved, next(iter(held.values()))[1])]
 
     def note(self, function: Any, *args: Any, **kwargs: Any) -> At:
         """A new step."""

@@ -11,11 +11,14 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
+from reparamc.algebra.arrays import loaded, values
 from reparamc.algebra.cost import after
 from reparamc.algebra.evaluate import evaluate
-from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, arrays, total, walk
+from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, array_fields, arrays, rebuild, total, walk
 from reparamc.algebra.probe import find_kernel, only_moves
-from reparamc.algebra.recorded import follows_values
+from reparamc.algebra.recorded import Recorded, follows_values, tape
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.algebra.text import show
 from reparamc.compiler.consider import Decision, Setting, rounding_obstacle
@@ -50,8 +53,7 @@ def _find_kernels(setting: Setting, decisions: Mapping[Value, Decision], name: s
         for tree in _trees_on_one_operand(members, wide):
             left = [decisions[v] for v in tree if v in decisions]
             unread = [v for v in tree if v not in readings]
-            at_border = follows_values() and any(r.at_border for d in left for r in d.refusals)
-            if (unread and len(tree) > 1) or at_border:
+            if (unread and len(tree) > 1) or any(r.at_border for d in left for r in d.refusals):
                 splice = _as_kernel(setting, tree, wide, left, len(unread))
                 if splice is not None:
                     yield replace(splice, counts=Counter({name: 1}))
@@ -96,17 +98,15 @@ def _as_kernel(
     shape = graph.source(root).shape
     if (channels := source.shape[1].known) is None or (shape is not None and len(shape) != len(source.shape)):
         return None
-    batch, sizes = source.shape[0].known, [d.known for d in source.shape[2:]]
+    reach = _reach(graph, tree, wide, readings)
+    sizes = [d.known for d in source.shape[2:]]
     if unread:
         function = _function(graph, tree, operand, wide, readings)
+        found = find_kernel(function, source, source.shape[0].known, channels, sizes, reach, dtype)
     else:
-        whole = lifted(graph, tree, readings, {})[root]
-        if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
-            return None
-        (source,) = (e for e in walk(whole) if isinstance(e, Source))
-        function, batch, sizes = partial(_evaluated, whole, source), 1, [None] * len(sizes)
-    found = find_kernel(function, source, batch, channels, sizes, _reach(graph, tree, wide, readings), dtype)
-    if isinstance(found, Declined):
+        sizes = [None] * len(sizes)
+        found = _read_as_kernel(lifted(graph, tree, readings, {})[root], channels, sizes, reach, dtype)
+    if found is None or isinstance(found, Declined):
         return None
     conv, error = found
     moved = objective.moving(
@@ -125,6 +125,34 @@ def _as_kernel(
     text = "\n".join(graph.name(v) for v in tree)
     native = {conv.x: operand}
     return Splice(root, tree, conv, native, dtype, Counter(), parameters, text, show(conv), error)
+
+
+def _read_as_kernel(
+    whole: Expr, channels: int, sizes: Sequence[None], reach: int, dtype: np.dtype
+) -> tuple[Conv, float] | Declined | None:
+    """The kernel that ``whole`` is, with whatever parameters if nothing is to follow from their values."""
+    if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
+        return None
+    (source,) = (e for e in walk(whole) if isinstance(e, Source))
+    found: tuple[Conv, float] | Declined | None = None
+    for one in [whole] if follows_values() else [_elsewhere(whole), whole]:
+        found = find_kernel(partial(_evaluated, one, source), source, 1, channels, sizes, reach, dtype)
+        if isinstance(found, Declined):
+            break
+    return found
+
+
+def _elsewhere(whole: Expr) -> Expr:
+    """``whole`` with other values of all parameters: what it is then, it is by its structure."""
+    on, done = tape(), dict[Expr, Expr]()
+    for e in walk(whole):
+        done[e] = rebuild(e, [done[c] for c in e.children])
+        fields = {name: loaded(a) for name, a in array_fields(e).items()}
+        recorded = {name: a for name, a in fields.items() if isinstance(a, Recorded)}
+        if on is not None and recorded:
+            made = on.elsewhere([*recorded.values()], values)
+            done[e] = replace(done[e], **dict(zip(recorded, made, strict=True)))
+    return done[whole]
 
 
 def _evaluated(whole: Expr, source: Source, x: Array) -> Array:

@@ -452,4 +452,4 @@ def remembered(module: nn.Module, path: str = "") -> None:
             *module.named_parameters(remove_duplicate=False),
             *module.named_buffers(remove_duplicate=False),
         ):
-            on.source(t, _joined(path, name))
+            on.source(t, _joined(path, name), isinstance(t, nn.Parameter))
