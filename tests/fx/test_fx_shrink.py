@@ -32,7 +32,7 @@ def net(forward: Callable[[Any, Any], Any], **parts: nn.Module) -> Net:
 def widths(model: nn.Module, shape: tuple[int, ...] = (2, 4, 9, 7), level: str = "full") -> list[tuple[int, ...]]:
     """The shapes of the weights of convolutions and linear layers in the result, all of which is proven."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    fused = fuse_fx(model, x, verify=level)
+    fused = fuse_fx(model, x, verify=level, specialize=True)
     assert relative_error(run(fused, x[:1]), run(model, x[:1])) < 1e-5
     found = report(fused)
     assert not found.failed
