@@ -40,6 +40,11 @@ class Narrowing:
     def width(self) -> int:
         return len(self.kept)
 
+    @property
+    def emitted(self) -> Narrowing:
+        """The tensor that was emitted, as a function of itself: its numbers are known as well."""
+        return Narrowing(self.axis, np.arange(self.width), self.known[self.kept])
+
     def alike(self, other: Narrowing) -> bool:
         """Whether two tensors lost the same channels."""
         return np.array_equal(self.index, other.index)
@@ -65,8 +70,8 @@ def shape_of(shape: Sequence[Dim], narrowing: Narrowing, width: int) -> list[Dim
 
 
 def put_back(leaf: Value, rest: Value | None, narrowing: Narrowing) -> Value:
-    """The tensor of the original, of the ``leaf`` that was emitted and of the ``rest`` that was not."""
-    kept, axis = narrowing.kept, narrowing.axis
+    """The tensor of the original, of the ``leaf`` that was emitted and of the ``rest`` that was not; numbers stay so."""
+    kept, axis = np.flatnonzero((narrowing.index >= 0) & np.isnan(narrowing.known)), narrowing.axis
     parts = [(leaf, kept, narrowing.index[kept])]
     if rest is not None:
         gone = np.flatnonzero((narrowing.index < 0) & np.isnan(narrowing.known))
@@ -76,8 +81,9 @@ def put_back(leaf: Value, rest: Value | None, narrowing: Narrowing) -> Value:
     blocks = tuple(
         Block(next(iter(v.grids)), rows, first, np.ones((len(rows), 1, 1)), np.broadcast_to(ONE, len(rows)), (tap,))
         for v, rows, first in parts
+        if len(rows)
     )
-    numbers = np.where((narrowing.index < 0) & ~np.isnan(narrowing.known), narrowing.known, 0.0)
+    numbers = np.nan_to_num(narrowing.known)
     vectors = {None: Vector(numbers, np.abs(numbers), 1, True)} if numbers.any() else {}
     grids = {next(iter(v.grids)): (Grid(),) * len(base) for v, _, _ in parts}
     return Value(base, axis, grids, blocks, vectors, identity_view(base), meter=leaf.meter)

@@ -453,7 +453,7 @@ class _Proof:
         whole, left = leaf.shape, gone(narrowing)
         leaf = nf_leaf(name, shape_of(whole, narrowing, narrowing.width), self.meter)
         if which == 1:
-            return leaf
+            return put_back(leaf, None, narrowing.emitted)
         rest = nf_leaf(_own(0, f"{name}, what is left of it"), shape_of(whole, narrowing, left), self.meter)
         return put_back(leaf, rest if left else None, narrowing)
 
