@@ -59,7 +59,7 @@ def of_smp(kind: str, encoder: str) -> nn.Module:
 
 def pruned() -> nn.Module:
     """A ResNet-50 with half of the gammas zeroed at random, the same ones along each residual stream."""
-    model = of_timm("resnet50")
+    model = of_timm("resnet50", zero_init_last=False)
     generator = torch.Generator().manual_seed(0)
     streams: dict[int, torch.Tensor] = {}
     with torch.no_grad():
