@@ -70,7 +70,7 @@ def shape_of(shape: Sequence[Dim], narrowing: Narrowing, width: int) -> list[Dim
 
 
 def put_back(leaf: Value, rest: Value | None, narrowing: Narrowing) -> Value:
-    """The tensor of the original, of the ``leaf`` that was emitted and of the ``rest`` that was not; numbers stay so."""
+    """The tensor of the original, of the emitted ``leaf`` and of the ``rest`` that was not emitted; numbers stay."""
     kept, axis = np.flatnonzero((narrowing.index >= 0) & np.isnan(narrowing.known)), narrowing.axis
     parts = [(leaf, kept, narrowing.index[kept])]
     if rest is not None:

@@ -380,11 +380,7 @@ class _Proof:
         self.met.update(self._reached(1, after, set()))
         try:
             self.meter.start()
-            return (
-                self._narrowed(before, after, precision)
-                or self._jointed(before, after, precision)
-                or self._whole(before, after, precision)
-            )
+            return self._jointed(before, after, precision) or self._whole(before, after, precision)
         except Exceeded as error:
             return Window(before, "undecided", reason=str(error))
         except Exception as error:
@@ -422,27 +418,19 @@ class _Proof:
         shape = self.sides[0].leaf(name, name).shape
         return axis < len(shape) and shape[axis].known == 1
 
-    def _narrowed(self, before: str, after: str, precision: Precision) -> Window | None:
-        """Compare two tensors of which the emitted one has fewer channels; None where that is not so."""
-        atoms: list[_Atom] = []
-        try:
-            mine, m = self._expand(0, before, set(), atoms, None)
-            other, n = self._expand(1, after, set(), atoms, precision)
-            axis = narrowed_axis(mine, other)
-            if axis is None:
-                return None
-            match = matched(mine, other, axis)
-        except Unrepresentable:
-            return None
+    def _narrowed(
+        self, before: str, after: str, mine: Value, other: Value, axis: int, precision: Precision
+    ) -> Agreement:
+        """Compare two tensors of which the emitted one has fewer channels along ``axis``, and note what they are."""
+        match = matched(mine, other, axis)
         if match is None:
-            return Window(before, "different", np.inf, np.inf, "a channel of the result is none of the original", m, n)
+            reason = "a channel of the result is none of the original"
+            return Agreement("different", np.inf, np.inf, reason, np.inf)
         narrowing, kept = match
         found = agree(kept, other, precision)
-        doubt = self._doubt(atoms, precision) if found.verdict == "equal" else ""
-        if found.verdict == "equal" and not doubt:
+        if found.verdict == "equal":
             self._enter(before, after, narrowing)
-        verdict = "undecided" if doubt else found.verdict
-        return Window(before, verdict, found.units, found.bound, doubt or found.reason, m, n, found.excess)
+        return found
 
     def _leaf(self, which: int, name: str) -> Value:
         """A cut, by its name in the original, as a source of both graphs: as the emitted one has it."""
@@ -480,7 +468,11 @@ class _Proof:
             try:
                 mine, m = self._expand(0, before, through, atoms, None)
                 other, n = self._expand(1, after, through, atoms, precision)
-                found = agree(mine, other, precision)
+                axis = None if through else narrowed_axis(mine, other)
+                if axis is None:
+                    found = agree(mine, other, precision)
+                else:
+                    found = self._narrowed(before, after, mine, other, axis, precision)
             except Unrepresentable as error:
                 last = Window(before, "undecided", reason=str(error))
                 break
