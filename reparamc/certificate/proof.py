@@ -186,6 +186,7 @@ class Certificate:
         return max((w.bound for w in self.windows if w.verdict == "equal"), default=0.0)
 
 
+@np.errstate(all="ignore")  # what is not finite is compared as what it is
 def certify(
     original: Side,
     emitted: Side,

@@ -334,3 +334,14 @@ def test_what_the_rewriter_knows_is_not_believed(wrong: Fault) -> None:
         found = certify_onnx(original, emitted)
     assert not found.holds
     assert certify_onnx(original, fuse_model(original, verify="off")[0]).holds
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2), (2, 3), (2, 2)])
+@pytest.mark.parametrize("op", ["Relu", "Sigmoid"])
+def test_one_value_that_is_added_several_times(op: str, before: int, after: int) -> None:
+    """Also where neither graph has a name for it that the other knows."""
+    made = [
+        model([node(op, "x", name), node("Sum", " ".join([name] * times), "y")], {}, ("N", 3))
+        for name, times in (("s", before), ("t", after))
+    ]
+    assert certify_onnx(*made).holds == (before == after)
