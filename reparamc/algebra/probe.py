@@ -55,9 +55,11 @@ def find_kernel(
     if None in sizes and reach > FARTHEST:
         return Declined("it reaches too far to be probed")
     tried = list(_sizes(sizes, reach))
-    batches = [batch or 2 + n for n in range(len(tried))]
-    batch = batches[0]
-    if batch * channels**2 * prod(tried[0]) > LARGEST:
+    trials = [(batch or 2 + n, size) for n, size in enumerate(tried)]
+    if batch is None:
+        trials.append((reach + 2, tried[0]))  # no position along the batch may be singled out, either
+    batch = trials[0][0]
+    if max(batch * channels, trials[-1][0]) * channels * prod(tried[0]) > LARGEST:
         return Declined("it is too large to be probed")
     rng = np.random.default_rng(0)
     try:
@@ -81,14 +83,15 @@ def find_kernel(
     if not _follows(f, (batch, channels), tried[0], grid[0], at_zero[:1], tolerance, rng):
         return Declined(NOT_AFFINE)
     conv = _from_impulses(f, x, (batch, channels), tried[0], at_zero[:1], bias, grid, tolerance)
-    error = _difference(f, conv, channels, list(zip(batches, tried, strict=True)), rng)
+    error = _difference(f, conv, channels, trials, rng)
     return (conv, error) if error <= slack else Declined(NOT_AFFINE)
 
 
 def only_moves(conv: Conv, sizes: Sequence[int | None]) -> bool:
     """Whether every result is zero or one element of the operand: no runtime gets that faster from a convolution."""
     size = 2 + max((max(r, 0) - min(a, 0) for a, r in zip(conv.offset, conv.reach, strict=True)), default=0)
-    x = np.random.default_rng(0).standard_normal((1, conv.in_channels, *(size if e is None else e for e in sizes)))
+    shape = (1, conv.in_channels, *(size if e is None else min(e, size) for e in sizes))
+    x = np.random.default_rng(0).standard_normal(shape)
     y, _ = evaluate(replace(conv, x=(source := Source("x"))), {source: x})
     return bool(np.isin(y, np.append(x, 0)).all())
 

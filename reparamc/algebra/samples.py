@@ -31,6 +31,9 @@ ORDINARY, ODD = Size(), Size(extra=1)
 SIZES = (ORDINARY, ODD, *(Size(tiny=n) for n in (1, 2, 3)))
 """Sizes to compare at; the first is enough where no position meets another."""
 
+MOST_DECLARED = 2**26
+"""Elements of inputs of sizes that the model itself fixes."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -68,8 +71,8 @@ def samples(
     """Inputs on which expressions over the same sources are compared.
 
     Args:
-        largest: how many elements inputs may have together, which are then given everywhere; None: any number, of
-            which few are given where all would take long.
+        largest: how many elements inputs may have together, which are then given everywhere; None: as many as is
+            sensible, of which few are given where all would take long.
 
     Raises:
         ValueError: no input just larger than the kernels fits all branches, or it is too large.
@@ -112,7 +115,7 @@ def draw(roots: Sequence[Expr], size: Size, rng: np.random.Generator, largest: i
     whole = Sum(tuple(roots)) if len(roots) > 1 else roots[0]
     if has_layout(whole):
         shapes, symbols = _declared(roots[0], whole, size)
-        _check(shapes, largest)
+        _check(shapes, MOST_DECLARED if largest is None else largest)
         return Sample({e: rng.standard_normal(shape) for e, shape in shapes.items()}, symbols)
     shapes = _just_larger(roots[0], whole, size)
     _check(shapes, largest)

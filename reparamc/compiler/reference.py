@@ -103,9 +103,9 @@ class Reference:
         if failure is None and worst <= REGION_TOLERANCE:
             return worst
         exact = _exact(before)
-        if exact is not None and sum(x.size for x in exact.values()) <= LARGEST_EXACT:
+        if exact is not None and sum(x.size for x in exact[0].values()) <= LARGEST_EXACT:
             try:
-                return self._difference(members, before, exact, {})
+                return self._difference(members, before, *exact)
             except Exception as error:  # as above
                 failure = error
         if failure is not None:
@@ -143,14 +143,11 @@ def _in_rank(e: Source, x: Array) -> Array:
     return np.reshape(x, [1] * (rank - x.ndim) + list(x.shape)) if rank >= x.ndim else x[0] if rank == x.ndim - 1 else x
 
 
-def _exact(before: Expr) -> dict[Source, Array] | None:
-    """Inputs of the sizes that the graph declares; None where it leaves one open, but for the batch."""
+def _exact(before: Expr) -> tuple[dict[Source, Array], Mapping[str, int]] | None:
+    """Inputs of the sizes that the graph declares, and the sizes that it leaves open; None where a rank is unknown."""
     rng = np.random.default_rng(0)
-    inputs: dict[Source, Array] = {}
-    for e in walk(before):
-        if isinstance(e, Source):
-            sizes = [d.known for d in e.shape or ()]
-            if not sizes or None in sizes[1:]:
-                return None
-            inputs[e] = rng.standard_normal([n or 1 for n in sizes])
-    return inputs
+    sources = [e for e in walk(before) if isinstance(e, Source)]
+    open_sizes = {s: 3 for e in sources for dim in e.shape or () for s in dim.symbols}
+    if not all(e.shape for e in sources):
+        return None
+    return {e: rng.standard_normal([d.at(open_sizes) for d in e.shape or ()]) for e in sources}, open_sizes

@@ -40,7 +40,7 @@ def _sizes(root: Expr, axis: int, spatial: int) -> Iterable[int]:
     if known:
         return {n for n in known if n is not None}
     spans = (r - min(a, 0) for e in walk(root) if isinstance(e, Conv) for a, r in zip(e.offset, e.reach, strict=True))
-    return range(1, max(spans, default=0) + 3)
+    return range(max(spans, default=0) + 3)
 
 
 def _size(root: Expr, axis: int, spatial: int, operand: int, pools_clamp: bool) -> int | None:
@@ -56,7 +56,7 @@ def _size(root: Expr, axis: int, spatial: int, operand: int, pools_clamp: bool) 
             size = result_size(e, (found[e.x],) * spatial)[axis]
             moves = e.is_weightless and max(e.kernel) == 1  # a slice or a padding
             if size == 0 and not moves:
-                if not e.is_weightless or not pools_clamp:
+                if not e.is_weightless or not pools_clamp or not found[e.x]:
                     return None
                 size = 1
             found[e] = size

@@ -370,6 +370,7 @@ class _Emitter(Emission[str]):
     def _node(self, op: str, inputs: list[str], output: str | None, **attributes: Any) -> str:
         output = output or self.graph.names.fresh(f"{self.base}_{op.lower()}")
         name = self.graph.names.fresh(f"{self.base}/fused_{op}")
+        attributes = {key: value for key, value in attributes.items() if value not in ((), [])}  # axes of a number
         node = helper.make_node(op, inputs, [output], name, doc_string=self.note, **attributes)
         if (origin := self._origin(op)) is not None:
             node.metadata_props.extend(origin.metadata_props)

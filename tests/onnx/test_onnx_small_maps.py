@@ -13,7 +13,7 @@ from onnx_models import PAD, batchnorm, model, node, norm, rand
 from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.session import session
 
-SIZES = (1, 2, 3, 4, 7)
+SIZES = (0, 1, 2, 3, 4, 7)
 WEIGHTS = {
     "w": rand(6, 6, 3, 3),
     "w1": rand(6, 6, 1, 1),
