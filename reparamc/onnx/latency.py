@@ -33,8 +33,8 @@ def compare_latency(original: ModelProto, result: ModelProto) -> Latency:
         InputError: ONNX Runtime cannot run the original on random inputs.
     """
     with (
-        session(original, "the model", optimize=True) as run_original,
-        session(result, "the rewritten model", optimize=True) as run_result,
+        session(original, "the model", optimize=True, narrowed=False) as run_original,
+        session(result, "the rewritten model", optimize=True, narrowed=False) as run_result,
     ):
         try:
             inputs, _ = first_working_inputs(original, run_original, 0, EXTENTS)

@@ -13,7 +13,6 @@ import numpy as np
 from onnx import ModelProto, ValueInfoProto, helper
 
 from reparamc.equivalence.end_to_end import Alone, Region
-from reparamc.equivalence.pair import perturbed
 from reparamc.onnx.reference import float64, in_float64
 from reparamc.onnx.session import session
 from reparamc.onnx.values import constant_tensor, defined_names, opset_of
@@ -40,7 +39,7 @@ def run_alone(
         given = {operand: expected[operand] for operand in operands}
         cut, names = cut_at(showing(original, roots), given)
         with session(cut, "the model, cut before its regions") as run:
-            noises = [_named(run(perturbed({**inputs, **given}, seed + n)), names) for n in range(2)]
+            noises = [_named(run(run.perturbed({**inputs, **given}, seed + n)), names) for n in range(2)]
         given = {root: expected[root] for root in roots}
         cut, names = cut_at(result, given)
         with session(cut, "the rewritten model, cut after its regions") as run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import numpy as np
@@ -13,23 +13,29 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from reparamc.algebra.dtypes import epsilon_of, is_floating
+from reparamc.equivalence.pair import perturbed
 from reparamc.equivalence.trials import GUESSES, TooLarge, check_size
 from reparamc.errors import InputError, one_line
 from reparamc.onnx import weights
+from reparamc.onnx.in_float32 import DTYPES, in_float32
 from reparamc.onnx.values import forget_negative_sizes, inferred, known_size, skeleton
 
 MOST_DRAWN = 2**25
 """Elements of random inputs of open sizes in all: a size that a model takes is found among small ones."""
-MOST_COMPUTED = 2**25
-"""Elements of one tensor that trial inputs of open sizes may lead to."""
+MOST_COMPUTED, MOST_FIXED = 2**25, 2**28
+"""Elements of one tensor that trial inputs may lead to: those of open sizes, and those of the sizes of the model."""
 PATIENCE = 5.0
-"""Seconds after which no further sizes are tried."""
+"""Seconds of processor time after which no further sizes are tried."""
 MOST_TRIED = 32
 """Combinations of small sizes that are tried where no guess runs."""
 
 
 class Run:
-    """A model in ONNX Runtime on the CPU; ``light`` says where its weights are, unless they are in it.
+    """A model in ONNX Runtime on the CPU.
+
+    Args:
+        light: says where its weights are, unless they are in it.
+        narrowed: whether the model is given as `in_float32`; inputs are converted.
 
     Raises:
         InputError: ONNX Runtime cannot load it.
@@ -42,8 +48,9 @@ class Run:
         what: str,
         optimize: bool,
         light: weights.ForRuntime | None = None,
+        narrowed: bool = False,
     ) -> None:
-        self.outputs, self._light = outputs, light
+        self.outputs, self._light, self.narrowed = outputs, light, narrowed
         self._model, self._what, self._optimize = path_or_bytes, what, optimize
         self._session: Any = self._opened()
 
@@ -71,6 +78,8 @@ class Run:
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
         """All outputs, in order; they may be lists where they are sequences."""
         feeds = {name: np.asarray(value) for name, value in inputs.items()}  # NumPy's scalars are no arrays
+        if self.narrowed:
+            feeds = {name: a.astype(np.float32) if a.dtype in DTYPES else a for name, a in feeds.items()}
         self._session = self._session or self._opened()
         try:
             return list(self._session.run(self.outputs, feeds))
@@ -78,13 +87,35 @@ class Run:
             if self._light is not None and self._light.is_large and not self._optimize:
                 self._session = None
 
+    def perturbed(self, inputs: Mapping[str, np.ndarray], seed: int) -> Mapping[str, np.ndarray]:
+        """``inputs`` moved by one rounding of what the model computes in."""
+        if self.narrowed:
+            inputs = {name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in inputs.items()}
+        return perturbed(inputs, seed)
+
 
 @contextmanager
-def session(model: ModelProto, what: str, optimize: bool = False) -> Iterator[Run]:
-    """``model`` ready to run, with ONNX Runtime's own optimizations if wanted."""
+def session(model: ModelProto, what: str, optimize: bool = False, narrowed: bool = True) -> Iterator[Run]:
+    """``model`` ready to run, with ONNX Runtime's own optimizations if wanted.
+
+    Where it lacks an operator of doubles or bfloat16, the model runs in float32, if that may be (``narrowed``).
+    """
     with weights.holding():
-        light = weights.for_runtime(model if weights.references(model) else weights.light(model))
-        yield Run(light.data, [o.name for o in model.graph.output], what, optimize, light)
+        given = model if weights.references(model) else weights.light(model)
+        outputs = [o.name for o in model.graph.output]
+        try:
+            light = weights.for_runtime(given)
+            run = Run(light.data, outputs, what, optimize, light)
+        except InputError as error:
+            copy = in_float32(given) if narrowed else None
+            if copy is None:
+                raise
+            light = weights.for_runtime(copy)
+            try:
+                run = Run(light.data, outputs, what, optimize, light, narrowed=True)
+            except InputError:
+                raise error from error.__cause__
+        yield run
 
 
 def first_working_inputs(
@@ -105,16 +136,15 @@ def working(
     failure: Exception | None = None
     too_large: TooLarge | None = None
     of_nothing: tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]] | None = None
-    start, left = perf_counter(), MOST_DRAWN
-    light = skeleton(model) if has_open_sizes(model) else None
+    start, left = thread_time(), MOST_DRAWN
+    light, is_open = skeleton(model), has_open_sizes(model)
     for guess, sizes in _attempts(model, guesses):
         kinds = input_kinds(model, guess, sizes)
         drawn = sum(prod(shape) for shape, _ in kinds.values())
         try:
             check_size({name: shape for name, (shape, _) in kinds.items()})
-            if light is not None:
-                check_computed(light, kinds)
-            if light is not None and drawn > left:
+            check_computed(light, kinds, MOST_COMPUTED if is_open else MOST_FIXED)
+            if is_open and drawn > left:
                 raise TooLarge(f"random inputs of {drawn} elements are too many")
             inputs = _drawn_inputs(kinds, seed)
         except TooLarge as error:
@@ -122,13 +152,13 @@ def working(
             continue
         try:
             found = guess, inputs, run(inputs)
-            if light is None or any(a.size for a in found[2].values()):
+            if not is_open or any(a.size for a in found[2].values()):
                 return found
             of_nothing = of_nothing or found
         except Exception as error:  # as above; another size may fit
             failure = failure or error
         left -= drawn
-        if perf_counter() - start > PATIENCE:
+        if thread_time() - start > PATIENCE:
             break
     if of_nothing is not None and too_large is None:
         return of_nothing
@@ -137,8 +167,8 @@ def working(
     raise InputError(f"ONNX Runtime cannot run the model on random inputs: {one_line(failure)}; try --verify region")
 
 
-def check_computed(light: ModelProto, inputs: Mapping[str, tuple[list[int], np.dtype]]) -> None:
-    """See that no tensor of a model becomes vast on ``inputs`` of these shapes, as far as shape inference can tell.
+def check_computed(light: ModelProto, inputs: Mapping[str, tuple[list[int], np.dtype]], most: int) -> None:
+    """See that no tensor gets ``most`` elements on ``inputs`` of these shapes, as far as shape inference can tell.
 
     Args:
         light: its `skeleton`, which is changed.
@@ -153,7 +183,7 @@ def check_computed(light: ModelProto, inputs: Mapping[str, tuple[list[int], np.d
     found = inferred(light, {"data_prop": True}).graph
     for value in (*found.value_info, *found.output):
         sizes = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        if prod(sizes) > MOST_COMPUTED:
+        if prod(sizes) > most:
             raise TooLarge(f"{value.name!r} would have {prod(sizes)} elements on random inputs")
 
 

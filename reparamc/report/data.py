@@ -115,6 +115,7 @@ class OutputError:
         tolerance: None where rounding alone makes another output of it, so that its regions were judged instead.
         alone: this is no output but a region, named by where it ends, that was fed with the original's own values.
             Figures are those of its worst channel.
+        in_float32: the runtime lacks operators of the dtype of the model, and both models ran in float32.
     """
 
     output: str
@@ -122,6 +123,7 @@ class OutputError:
     max_rel: float
     tolerance: float | None
     alone: bool = False
+    in_float32: bool = False
 
     @property
     def closeness(self) -> float:
@@ -394,7 +396,8 @@ class Report:
         outputs = sorted((e for e in self.end_to_end if not e.alone), key=lambda e: -e.closeness)
         for e in outputs[:SHOWN]:
             allowed = "which rounding alone explains" if e.tolerance is None else f"{e.tolerance:.1e} allowed"
-            lines.append(line("output", f"{e.output}: largest error {e.max_rel:.1e} relative, {allowed}"))
+            where = " in float32" * e.in_float32
+            lines.append(line("output", f"{e.output}: largest error {e.max_rel:.1e} relative{where}, {allowed}"))
         if len(outputs) > SHOWN:
             lines.append(line("", f"and {len(outputs) - SHOWN} more outputs that are closer"))
         alone = [e for e in self.end_to_end if e.alone and e.tolerance]

@@ -154,6 +154,10 @@ def verify_onnx(
         first, second = (
             stack.enter_context(_session(m, n, optimize)) for m, n in zip((original, fused), names, strict=True)
         )
+        if first.narrowed != second.narrowed:
+            raise InputError(
+                f"ONNX Runtime lacks operators of the dtype of {names[second.narrowed]}, and of that alone"
+            )
         clock = _Clock(start, seconds, perf_counter() - loading)
         search = _Search(_Pair(interface, first, second, given), result, clock, seed, target)
         search.branches = branches
@@ -226,8 +230,14 @@ def _session(model: ModelOrPath, what: str, optimize: bool) -> Iterator[Run]:
     if isinstance(model, ModelProto):
         with session(model, what, optimize) as run:
             yield run
+        return
+    try:
+        run = Run(os.fspath(model), [], what, optimize)
+    except InputError:  # it may lack an operator of the dtype
+        with session(load(Path(model)), what, optimize) as run:
+            yield run
     else:
-        yield Run(os.fspath(model), [], what, optimize)
+        yield run
 
 
 def _loaded(model: ModelOrPath) -> ModelProto:
@@ -286,7 +296,7 @@ class _Pair:
     def __init__(self, interface: Interface, original: Run, fused: Run, given: tuple[float, float] | None) -> None:
         self.interface = interface
         self._original, self._fused = original, fused
-        self._pair = Pair(self.original, self.fused)
+        self._pair = Pair(self.original, self.fused, perturb=original.perturbed)
         self._given = given
         self._typical: dict[str, float] = {}
         """The noise of each output on the first inputs, for the figures where none was needed to decide."""

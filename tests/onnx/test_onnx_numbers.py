@@ -9,8 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from expression_models import operators, run
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import (
+    BN,
+    CONV,
     PAD,
     W1,
     W3,
@@ -34,6 +36,8 @@ from reparamc.certificate.proof import Certificate
 from reparamc.errors import InputError, VerificationError
 from reparamc.onnx.emit import OnnxEdit
 from reparamc.onnx.fuse import fuse_model
+from reparamc.onnx.values import FLOATS
+from reparamc.verify.search import verify_onnx
 from reparamc_passes import PASSES
 
 
@@ -73,9 +77,9 @@ def test_half_whose_folded_weight_falls_below_the_range() -> None:
 
 
 def test_bfloat16() -> None:
-    """No runtime at hand computes it, so regions are the only judge."""
     made = in_type(conv_bn(), TensorProto.BFLOAT16)
-    fused, _ = fuse_model(made, verify="region")
+    fused, report = fuse_model(made)
+    assert report.end_to_end[0].in_float32
     assert operators(fused) == {"Conv": 1}
     assert {t.data_type for t in fused.graph.initializer} == {TensorProto.BFLOAT16}
     weight = numpy_helper.to_array(fused.graph.initializer[0])
@@ -103,17 +107,33 @@ def test_double_conv_is_exact_to_the_last_digits() -> None:
     np.testing.assert_allclose(bias, beta - mean * scale, rtol=1e-13)
 
 
-def test_double_conv_in_a_runtime_without_one() -> None:
-    """Folded and verified, or refused in one line; never a foreign exception."""
+@pytest.mark.parametrize("kind", [TensorProto.DOUBLE, TensorProto.BFLOAT16])
+def test_types_for_which_the_runtime_has_no_operators(kind: int) -> None:
+    """Both models run in float32; what is stored is proven and checked in its own type."""
+    cast = [node("Cast", "y", "t", to=kind), node("If", "k", "z", then_branch=_body("Neg"), else_branch=_body("Relu"))]
+    made = in_type(model([CONV, BN, *cast], {"w": W3, **N, "k": np.array(True)}, outputs="z"), kind)
+    fused, report = fuse_model(made)
+    assert operators(fused) == {"Conv": 1, "Cast": 1, "Neg": 1}, operators(fused)
+    assert report.end_to_end[0].in_float32
+    assert verify_onnx(made, fused, seconds=0.1).equal
+    (bias,) = (t for t in fused.graph.initializer if len(t.dims) == 1)
+    off = numpy_helper.to_array(bias).astype(np.float64) + 1
+    bias.CopyFrom(numpy_helper.from_array(off.astype(FLOATS[kind]), bias.name))
+    found = verify_onnx(made, fused, seconds=0.1)
+    assert found.doubt or not found.equal
+
+
+def _body(op: str) -> GraphProto:
+    return helper.make_graph([node(op, "t", "r")], op, [], [helper.make_empty_tensor_value_info("r")])
+
+
+def test_a_double_that_float32_does_not_hold() -> None:
     made = in_type(conv_bn(), TensorProto.DOUBLE)
-    try:
-        fused, _ = fuse_model(made)
-    except InputError as error:
-        message = str(error)
-    else:
-        message = ""
-        assert operators(fused) == {"Conv": 1}
-    assert "\n" not in message
+    weight = made.graph.initializer[0]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1e200, weight.name))
+    with pytest.raises(InputError, match="--verify region"):
+        fuse_model(made)
+    assert operators(fuse_model(made, verify="region")[0]) == {"Conv": 1}
 
 
 def test_mixed_types() -> None:
