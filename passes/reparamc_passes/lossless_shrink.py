@@ -13,7 +13,8 @@ product (squeeze and excitation). They are followed through concatenations, spli
 resizes. What reads all channels at once (LayerNorm, softmax, an output of the model) needs all of them. One channel of
 each value stays.
 
-It comes before all other passes, and is proven by itself. `reparamc.compiler.liveness` finds the channels, and
+It follows from the values of parameters, so that `fuse_fx` does it with ``specialize=True`` only. It comes before all
+other passes, and is proven by itself. `reparamc.compiler.liveness` finds the channels, and
 `reparamc.compiler.shrink` carries it out. Files of PaddleOCR, and networks pruned by their BatchNorms, need it.
 """
 
