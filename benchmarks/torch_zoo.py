@@ -1123,7 +1123,7 @@ def main() -> None:
             name = f"{library}/{row.pop('name')}"
             results[name] = {**results[name], **row} if options.time else row
             RESULTS.write_text(json.dumps(results, indent=1))
-            print(list(results)[-1], {k: v for k, v in row.items() if k != "trace"}, flush=True)
+            print(name, {k: v for k, v in row.items() if k != "trace"}, flush=True)
     PAGE.write_text(table(results))
 
 

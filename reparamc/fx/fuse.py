@@ -159,7 +159,8 @@ class _Fusion:
                 break
             except Exception as error:  # whatever the user's forward raises
                 if given is call:
-                    raise InputError(f"the model does not run on example_inputs: {one_line(error)}") from error
+                    where = f" ({watched.raised!r} fails)" if watched.raised else ""
+                    raise InputError(f"the model does not run on example_inputs{where}: {one_line(error)}") from error
         for other in others(self.runs[0].call):
             try:
                 self.runs.append(seen(other))

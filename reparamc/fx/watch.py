@@ -50,17 +50,20 @@ class Watched:
         touched: ids of parts that someone reached into from outside while they did not run: read an attribute that is
             a parameter, a buffer or a submodule, or called a submodule.
         cast: ids of parts that were called where the Python around them had turned autocast on.
+        raised: the path of the innermost part that raised an error in this run.
     """
 
     def __init__(self, model: nn.Module, most: int = 2) -> None:
         self.calls: dict[int, list[Seen]] = {}
         self.touched: set[int] = set()
         self.cast: set[int] = set()
+        self.raised: str | None = None
         self.most = most
         self._seen = Counter[int]()
         self._running = Counter[int]()
         self._around: dict[int, list[list[int]]] = {}
         paths = dict(model.named_modules(remove_duplicate=False))
+        self._paths = {id(module): path for path, module in model.named_modules()}
         for path, module in paths.items():
             around = list[int]()
             while path:
@@ -96,8 +99,13 @@ class Watched:
             if n == min(steps):
                 self.touched.update(i for i in around if not self._running[i])
 
+    def failed(self, module: nn.Module) -> None:
+        if self.raised is None:
+            self.raised = self._paths.get(id(module), "")
+
     def next_run(self) -> None:
         self._seen.clear()
+        self.raised = None
 
     def forget_run(self) -> None:
         """Drop the calls of the last run, which did not end well."""
@@ -117,6 +125,9 @@ def watching(watched: Watched) -> Iterator[None]:
         seen = watched.started(self, (args, kwargs))
         try:
             result = call(self, *args, **kwargs)
+        except Exception:  # whatever the user's forward raises
+            watched.failed(self)
+            raise
         finally:
             watched.ended(self)
         if seen is not None:

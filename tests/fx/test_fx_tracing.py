@@ -246,6 +246,12 @@ def test_wrong_examples(forward: Any, example: object) -> None:
         fuse_fx(ready(Net(forward, a=conv_bn())), example)
 
 
+def test_the_part_that_takes_no_example_is_named() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(conv_bn(), nn.Conv2d(CHANNELS + 1, 2, 1))).eval()
+    with pytest.raises(InputError, match=r"does not run on example_inputs \('1.1' fails\): "):
+        fuse_fx(model, images((1, CHANNELS, 4, 4), dtype=torch.float32))
+
+
 @pytest.mark.parametrize("wrong", [None, 3, "model.pt", nn.ReLU, lambda x: x, {}])
 def test_wrong_types(wrong: Any) -> None:
     with pytest.raises(InputTypeError, match=r"takes a torch\.nn\.Module, not"):
