@@ -1,4 +1,4 @@
-"""`python -m fastvit_zoo export` and `python -m fastvit_zoo targets`."""
+"""`python -m fastvit_zoo export`, `targets` and `study`."""
 
 import argparse
 from collections import Counter
@@ -44,6 +44,13 @@ def add(commands: Any) -> None:
     targets.add_argument("--size", type=_positive, default=256, metavar="PIXELS", help="default: 256")
     targets.add_argument("--rounds", type=_positive, default=10, metavar="N", help="turns to time; default: 10")
     targets.set_defaults(run=_targets)
+
+    study = commands.add_parser("study", help="the paper's comparisons of latency, as ratios")
+    study.add_argument("--sizes", type=_positive, nargs="+", default=[224, 384, 768], metavar="PIXELS")
+    study.add_argument("--runtimes", nargs="+", default=["onnx", "torch"], metavar="NAME", help="targets, or torch")
+    study.add_argument("--rounds", type=_positive, default=3, metavar="N", help="turns to time; default: 3")
+    study.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios, as PNG or SVG")
+    study.set_defaults(run=_study)
 
 
 def _positive(text: str) -> int:
@@ -97,3 +104,16 @@ def _targets(arguments: argparse.Namespace) -> None:
     from fastvit_zoo.export.deploy import matrix
 
     print(matrix(arguments.name, arguments.size, arguments.rounds))
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from fastvit_zoo.export.study import line, plot, study
+
+    rows = []
+    for row in study(arguments.sizes, arguments.runtimes, arguments.rounds):
+        if not rows:
+            print(f"| runtime | size | {' | '.join(row[2])} |\n|---|---{'|---' * len(row[2])}|")
+        print(line(row), flush=True)
+        rows.append(row)
+    if arguments.plot:
+        plot(rows, arguments.plot)

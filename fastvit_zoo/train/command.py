@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--recipe", default="paper", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
     parser.add_argument("--data", type=Path, metavar="DIR", help="has train and val, and a folder per class in each")
     parser.add_argument(
-        "--dataset", default="", metavar="KIND", help="digits, torch/NAME or hfds/NAME instead of folders of images"
+        "--dataset", default="", metavar="KIND", help="digits, hfds or torch/NAME instead of folders of images"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for checkpoints and results")
     parser.add_argument("--resume", action="store_true", help="go on after the last full epoch in the output folder")

@@ -43,8 +43,8 @@ class Digits(Dataset):
 class Source:
     """Where images come from: the folder `root`, read as `kind`.
 
-    `kind` is "" for a folder per class below `root`/train and `root`/val (or validation), "digits", or a name that timm
-    reads: "torch/cifar10", "hfds/NAME", ... Nothing is downloaded.
+    `kind` is "" for a folder per class below `root`/train and `root`/val (or validation), "digits", "hfds" for a data
+    set of Hugging Face in the folder, or a name that timm reads: "torch/cifar10", ... Nothing is downloaded.
     """
 
     root: Path | None = None
@@ -58,11 +58,12 @@ class Source:
             raise ValueError("no images: give --data DIR, or --dataset digits")
         if not self.root.is_dir():
             raise ValueError(f"{self.root} is not a folder")
-        names = ("train", "training") if training else ("val", "valid", "validation", "eval", "evaluation")
+        names = ("train", "training") if training else ("validation", "val", "valid", "eval", "evaluation")
         if not self.kind and not any((self.root / name).is_dir() for name in names):
             raise ValueError(f"{self.root} has no folder {names[0]}")
         try:
-            return create_dataset(self.kind, root=str(self.root), split=names[0])
+            kind, root = (f"hfds/{self.root}", None) if self.kind == "hfds" else (self.kind, str(self.root))
+            return create_dataset(kind, root=root, split=names[0])
         except (RuntimeError, AssertionError, ImportError) as error:
             raise ValueError(f"{self.root}: {str(error).splitlines()[0]}") from error
 

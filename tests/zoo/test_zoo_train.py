@@ -118,6 +118,22 @@ def test_the_digits_are_split_once() -> None:
     assert (image.size, image.mode, names[label]) == ((8, 8), "RGB", str(training.targets[0]))
 
 
+def test_data_sets_of_other_libraries(images: Path, tmp_path: Path) -> None:
+    training, validation, names = Source(images, "torch/image_folder").halves()
+    assert (len(training), len(validation), names) == (16, 8, ["dark", "light"])
+    with pytest.raises(ValueError, match="Dataset not found"):
+        Source(images, "torch/cifar10").halves()
+    datasets = pytest.importorskip("datasets")
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])}
+    table = {"image": [Image.new("RGB", (9, 9))] * 4, "label": [0, 1, 0, 1]}
+    made = datasets.Dataset.from_dict(table, features=datasets.Features(kinds))
+    for split in "train", "validation":
+        made.to_parquet(str(tmp_path / f"{split}-0.parquet"))
+    training, validation, names = Source(tmp_path, "hfds").halves()
+    assert (len(training), len(validation), names) == (4, 4, ["dark", "light"])
+    assert training[1][1] == 1
+
+
 def test_recipes_of_the_paper() -> None:
     assert recipe("paper", "fastvit_t8") == Recipe()
     assert (recipe("paper", "fastvit_ma36").drop_path, recipe("paper", "fastvit_ma36").mixup) == (0.35, 0.8)
