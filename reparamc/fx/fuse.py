@@ -74,7 +74,7 @@ def fuse_fx(
         specialize: let the structure follow from the values of now as well: a branch of zeros and channels that are
             constant leave (lossless-shrink), a shift that is zero may pass a padding. The weights of another
             checkpoint need not fit the copy then.
-        pass_table: the passes to choose from, instead of the built-in ones.
+        pass_table: the passes to choose from, instead of the built-in ones; they count on values.
 
     Raises:
         InputTypeError: ``model`` is no kind of module that can be fused.
@@ -82,6 +82,7 @@ def fuse_fx(
             is unknown.
         VerificationError: the copy computes something else.
     """
+    specialize = specialize or pass_table is not None
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
     options = Options(select(pass_table, passes, skip), level_of(verify), objective)
