@@ -207,7 +207,8 @@ def certify(
         parameters: how many the original has; the proof may cost more where there are many.
     """
     start = perf_counter()
-    proof = _Proof(original, emitted, stands_for, precision, Meter(LEAST + PER_PARAMETER * parameters))
+    whole = {name for pair in outputs for name in pair}
+    proof = _Proof(original, emitted, stands_for, precision, Meter(LEAST + PER_PARAMETER * parameters), whole)
     windows: list[Window] = list(outside)
     for name in sorted(set(stands_for.values())):
         if name.startswith((_own(0, ""), _own(1, ""))):
@@ -323,8 +324,11 @@ class _Proof:
         stands_for: Mapping[str, str],
         precision: Callable[[str], Precision],
         meter: Meter,
+        whole: Collection[str],
     ) -> None:
         self.sides, self.precision, self.meter = (original, emitted), precision, meter
+        self.whole = whole
+        """The tensors that callers see, which may lose no channel."""
         counterparts = Counter(stands_for.values())
         # Tensors that replace the same one are proven apart, and read as themselves.
         self.cuts: tuple[Mapping[str, str], Mapping[str, str]] = (
@@ -390,7 +394,7 @@ class _Proof:
     def _passes_on(self, before: str, after: str) -> bool:
         """Whether two tensors are made by one operator, channel by channel, of operands that lost the same channels."""
         mine, other = self.sides[0].operands(before), self.sides[1].operands(after)
-        if len(mine) != len(other) or self.narrowings.keys().isdisjoint(mine):
+        if len(mine) != len(other) or self.narrowings.keys().isdisjoint(mine) or before in self.whole:
             return False
         separate = self.sides[0].separate(before)
         if separate is None or self.sides[0].kind(before) != self.sides[1].kind(after):
@@ -469,7 +473,7 @@ class _Proof:
             try:
                 mine, m = self._expand(0, before, through, atoms, None)
                 other, n = self._expand(1, after, through, atoms, precision)
-                axis = None if through else narrowed_axis(mine, other)
+                axis = None if through or before in self.whole else narrowed_axis(mine, other)
                 if axis is None:
                     found = agree(mine, other, precision)
                 else:

@@ -345,3 +345,16 @@ def test_one_value_that_is_added_several_times(op: str, before: int, after: int)
         for name, times in (("s", before), ("t", after))
     ]
     assert certify_onnx(*made).holds == (before == after)
+
+
+@pytest.mark.parametrize("before", ["Concat", "Sum"])
+@pytest.mark.parametrize("after", ["Identity", "Neg", "Relu"])
+def test_an_output_loses_no_channel(before: str, after: str) -> None:
+    """Within a graph a tensor may have fewer channels than it had, for what reads it says what is left of it."""
+    axis = {"axis": 1} if before == "Concat" else {}
+    made = [
+        model([node("Relu", "x", name), last], {}, ("N", 3))
+        for name, last in (("t", node(before, "t t", "y", **axis)), ("u", node(after, "u", "y")))
+    ]
+    made[1].graph.output[0].CopyFrom(made[0].graph.output[0])
+    assert not certify_onnx(*made).holds
