@@ -67,7 +67,7 @@ def largest_by_channel(magnitudes: npt.NDArray[Any], axis: int | None) -> npt.ND
     """The largest of each channel; of all together where the channel axis is unknown."""
     known = axis is not None and -axis <= magnitudes.ndim
     rows = np.reshape(magnitudes, (1, -1)) if axis is None or not known else np.moveaxis(magnitudes, axis, 0)
-    return np.reshape(rows, (rows.shape[0], -1)).max(axis=1, initial=0.0)
+    return rows.max(axis=tuple(range(1, rows.ndim)), initial=0.0)
 
 
 def relative(reference: Array, other: Array, terms: Array) -> float:
