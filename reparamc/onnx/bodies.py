@@ -71,13 +71,13 @@ def resolve(model: ModelProto) -> int:
         probe = ModelProto()
         probe.CopyFrom(model)
         fold_constants(probe)
-        constants, nodes, found = Constants(probe), [], 0
+        constants, nodes, found, names = Constants(probe), [], 0, Names(defined_names(model.graph))
         for node in model.graph.node:
             branch = _taken(node, constants)
             if branch is None:
                 nodes.append(node)
             else:
-                nodes += _opened(model, node, branch)
+                nodes += _opened(model, node, branch, names)
                 found += 1
         if not found:
             break
@@ -99,9 +99,8 @@ def _taken(node: NodeProto, constants: Constants) -> GraphProto | None:
     return branch if fits else None
 
 
-def _opened(model: ModelProto, node: NodeProto, branch: GraphProto) -> list[NodeProto]:
-    """The nodes of ``branch`` under names that are free in the main graph of ``model``, which gets its constants."""
-    names = Names(defined_names(model.graph))
+def _opened(model: ModelProto, node: NodeProto, branch: GraphProto, names: Names) -> list[NodeProto]:
+    """The nodes of ``branch`` under free ``names``; the main graph of ``model`` gets its constants."""
     renamed = {name: names.fresh(name) for name in defined(branch)}
     computed = {name for inner in branch.node for name in inner.output}
     for inner, outer in zip(branch.output, node.output, strict=True):
