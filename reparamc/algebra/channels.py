@@ -55,12 +55,12 @@ def _taps(conv: Conv) -> int:
 def _known_after_conv(conv: Conv, known: Array, read: Mask) -> Array:
     grouped = (conv.groups, 1, conv.weight.shape[1])
     fixed = takes_constants(conv, known)
-    varies = (read & ~fixed.reshape(grouped)).any(-1)
+    varies = (read & ~np.reshape(fixed, grouped)).any(-1)
     if varies.all():
         return np.full(conv.out_channels, np.nan)
-    summed = values(conv.weight).reshape(conv.groups, -1, conv.weight.shape[1], _taps(conv)).sum(-1)
-    total = (summed * np.where(fixed, known, 0).reshape(grouped)).sum(-1)
-    return np.where(varies, np.nan, total).reshape(-1) + values(conv.bias_or_zero)
+    summed = np.reshape(values(conv.weight), (conv.groups, -1, conv.weight.shape[1], _taps(conv))).sum(-1)
+    total = (summed * np.reshape(np.where(fixed, known, 0), grouped)).sum(-1)
+    return np.where(varies, np.nan, total).ravel() + values(conv.bias_or_zero)
 
 
 def is_separate(conv: Conv) -> bool:
@@ -105,7 +105,8 @@ def _narrowed_conv(conv: Conv, x: Expr, out: Index, read: Index, known: Array, l
     if is_separate(conv):
         return replace(conv, x=x, weight=weight, bias=bias, groups=len(read))
     gone = np.setdiff1d(np.flatnonzero(~np.isnan(known)), read)
-    moved = (weight[:, gone].reshape(len(out), len(gone), _taps(conv)).sum(-1) * known[gone]).sum(-1)
+    taps = np.reshape(weight[:, gone], (len(out), len(gone), _taps(conv)))
+    moved = (taps.sum(-1) * known[gone]).sum(-1)
     moved = np.where(np.abs(moved) < least, 0.0, moved)
     if moved.any():
         bias = moved if bias is None else bias + moved

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from reparamc.algebra.arrays import Array
 
@@ -24,19 +26,24 @@ def resize_matrix(size: int, scale: Fraction, mode: str, place: str, rounding: s
     found = np.zeros((out, size))
     rows = np.arange(out)
     if mode == "nearest":
-        found[rows, np.clip(_rounded(at, rounding), 0, size - 1)] = 1
+        found[rows, _inside(_rounded(at, rounding), size)] = 1
         return found
     first = np.floor(at).astype(int)
     rest = at - first
     if mode == "linear":
-        at = np.clip(at, 0, size - 1)
+        at = np.minimum(np.maximum(at, 0), size - 1)
         first = np.floor(at).astype(int)
         taps = {0: 1 - (at - first), 1: at - first}
     else:
         taps = {n: _cubic(np.abs(rest - n), cubic) for n in (-1, 0, 1, 2)}
     for n, weight in taps.items():
-        np.add.at(found, (rows, np.clip(first + n, 0, size - 1)), weight)
+        np.add.at(found, (rows, _inside(first + n, size)), weight)
     return found
+
+
+def _inside(at: npt.NDArray[Any], size: int) -> npt.NDArray[np.intp]:
+    """Positions beyond a map of ``size`` are those at its border."""
+    return np.minimum(np.maximum(at, 0), size - 1).astype(np.intp)
 
 
 def _positions(size: int, out: int, scale: Fraction, place: str) -> Array:

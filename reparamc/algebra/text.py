@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -297,7 +298,8 @@ def _read_mean(line: _Line) -> Layout:
 
 def _read_resize(line: _Line) -> Layout:
     _, scales, _, rank, *words, _ = line.rest.split()
-    return Layout(line.x, Resize(int(rank), tuple(map(Fraction, scales.split("x"))), *words), line.axis)
+    given: Any = words
+    return Layout(line.x, Resize(int(rank), tuple(map(Fraction, scales.split("x"))), *given), line.axis)
 
 
 def _read_reshape(line: _Line) -> Layout:

@@ -262,7 +262,7 @@ def _read_interpolate(call: Read) -> Value:
     each = list(given) if isinstance(given, list | tuple) else [given] * n
     factors: list[Fraction] = []
     for one, dim in zip(each, x.shape[2:], strict=True):
-        if type(one) not in (int, float) or (size is not None and not dim.known):
+        if one is None or type(one) not in (int, float) or (size is not None and not dim.known):
             raise Unrepresentable("a resize to sizes of run time")
         factors.append(Fraction(one) if size is None else Fraction(one, dim.known or 1))
     if set(factors) == {1}:

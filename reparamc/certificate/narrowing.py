@@ -15,7 +15,7 @@ import numpy as np
 import reparamc.certificate.layouts as nl
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Dim, identity_view
-from reparamc.certificate.normal_form import ONE, Array, Block, Grid, Guard, Value, Vector
+from reparamc.certificate.normal_form import ONE, Array, Block, Grid, Guard, Value, Vector, Where
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ def put_back(leaf: Value, rest: Value | None, narrowing: Narrowing) -> Value:
         if len(rows)
     )
     numbers = np.nan_to_num(narrowing.known)
-    vectors = {None: Vector(numbers, np.abs(numbers), 1, True)} if numbers.any() else {}
+    vectors: dict[Where, Vector] = {None: Vector(numbers, np.abs(numbers), 1, True)} if numbers.any() else {}
     grids = {next(iter(v.grids)): (Grid(),) * len(base) for v, _, _ in parts}
     return Value(base, axis, grids, blocks, vectors, identity_view(base), meter=leaf.meter)
 

@@ -200,9 +200,9 @@ class Liveness:
         if len(told) < len(operands) or len({x.axis for x in told}) > 1 or not width:
             return False
         axis: int | None = told[0].axis
-        if separate.moves is not None and axis is not None:
+        if separate.moves is not None:
             before, after = ranks(separate.moves)
-            through = axis_through(separate.moves, before + axis)
+            through = axis_through(separate.moves, before + told[0].axis)
             axis = None if through is None else through - after
         shape = self.graph.source(value).shape
         if axis is None or shape is None or -axis > len(shape) or shape[axis].known != width:
@@ -225,15 +225,15 @@ class Liveness:
     ) -> Array:
         """What the operator of ``value`` makes of the channels that are known in all its operands."""
         rows = [np.broadcast_to(x.known, width) for x in operands]
-        fixed = np.logical_and.reduce([~np.isnan(row) for row in rows])
+        fixed = np.all([~np.isnan(row) for row in rows], axis=0)
         found = np.full(width, np.nan)
         if separate.multiplies:
-            found[np.logical_or.reduce([row == 0 for row in rows])] = 0.0
+            found[np.any([row == 0 for row in rows], axis=0)] = 0.0
         if fixed.any():
             shape = [1] * rank
             shape[axis] = int(fixed.sum())
-            given = {v: row[fixed].reshape(shape) for v, row in zip(separate.operands, rows, strict=True)}
-            made = self.graph.run(value, given).reshape(-1)
+            given = {v: np.reshape(row[fixed], shape) for v, row in zip(separate.operands, rows, strict=True)}
+            made = self.graph.run(value, given).ravel()
             found[fixed] = np.where(np.isfinite(made), made, np.nan)
         return found
 
@@ -286,7 +286,7 @@ def _groups(count: int, links: Sequence[tuple[Index, Index]]) -> Index:
     a, b = (np.concatenate(side) for side in zip(*links, strict=True))
     while True:
         least = np.minimum(group[a], group[b])
-        new = group.copy()
+        new: Index = np.array(group)
         for side in (a, b):
             np.minimum.at(new, side, least)
             np.minimum.at(new, group[side], least)

@@ -302,7 +302,8 @@ def _read_interpolate(graph: Readings, node: fx.Node, call: Call) -> Reading | D
     axes, size, scale = len(shape) - 2, call.args.get("size"), call.args.get("scale_factor")
     factors: list[Fraction] = []
     for at in range(axes):
-        one = (size if size is not None else scale)[at] if isinstance(size or scale, tuple | list) else (size or scale)
+        given: Any = scale if size is None else size
+        one = given[at] if isinstance(given, tuple | list) else given
         known = shape[2 + at].known
         if isinstance(one, int | float) and size is None:
             factors.append(Fraction(one))

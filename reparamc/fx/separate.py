@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from reparamc.algebra.expr import Mean, Permute, Reshape
+from reparamc.algebra.shape import Shape
 from reparamc.compiler.graph import Separate
 from reparamc.fx.calls import Call, class_of, integers, lookup
 from reparamc.fx.readings import Readings
@@ -83,7 +84,7 @@ def _moving(graph: Readings, node: fx.Node, call: Call, x: fx.Node) -> Separate 
     found = graph.facts.layout(node)
     if found is None or found[0] is None:
         return None
-    before, after, axes = found
+    before, after, axes = cast("tuple[Shape, Shape, tuple[int, ...] | None]", found)
     return Separate((x,), computes=False, moves=Reshape(before, after, node) if axes is None else Permute(axes))
 
 

@@ -264,7 +264,7 @@ class _Emitter(Emission[str]):
         return self._node("ReduceMean", [x, axes], output, keepdims=int(op.keep))
 
     def _resize(self, x: str, op: Resize, output: str | None) -> str:
-        scales = np.array([1, 1, *map(float, op.scales)], np.float32)
+        scales = np.array([1, 1, *map(float, op.scales)])
         names = [self.graph.add_initializer(f"{self.base}.scales", scales, np.dtype(np.float32))]
         if self.graph.facts.opset < 11:
             kind = "Resize" if self.graph.facts.opset == 10 else "Upsample"
