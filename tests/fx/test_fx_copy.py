@@ -135,7 +135,7 @@ class Shortcut(nn.Module):
 def test_the_copy_of_a_new_model_takes_the_weights_of_a_trained_one(last: float, x: torch.Tensor) -> None:
     """A last BatchNorm may begin with zeros, and all shifts are zero at first."""
     new, trained = Shortcut().eval(), ready(Shortcut())
-    nn.init.constant_(new.b[1].weight, last)
+    nn.init.constant_(new.get_parameter("b.1.weight"), last)
     empty, fused = fuse_fx(new, x), fuse_fx(trained, x)
     empty.load_state_dict(fused.state_dict())
     assert torch.equal(run(empty, x), run(fused, x))

@@ -525,12 +525,12 @@ class InLowPrecision(nn.Module):
 class Synced(nn.BatchNorm2d):
     """As libraries write it for several processes."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(x) if not self.training else x * 1
 
 
 class Checked(nn.BatchNorm1d):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._check_input_dim(x)
         return nn.BatchNorm1d.forward(self, x)
 

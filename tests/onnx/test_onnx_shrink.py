@@ -102,7 +102,7 @@ def test_a_matrix_after_the_mean() -> None:
 @pytest.mark.parametrize("beta", [-1.0, 1.0])
 def test_a_constant_meets_a_border_only_if_it_is_zero(beta: float) -> None:
     """What a ReLU makes zero is zero beyond the border as well."""
-    parameters = {**norm("n", 6), "a": rand(6, 3, 3, 3), "z": rand(4, 6, 3, 3)}
+    parameters: dict[str, Any] = {**norm("n", 6), "a": rand(6, 3, 3, 3), "z": rand(4, 6, 3, 3)}
     parameters |= {"n.g": dead(parameters["n.g"]), "n.b": dead(parameters["n.b"], value=beta)}
     nodes = [batchnorm("c", "n", "n"), node("Relu", "n", "r")]
     padded = widths(made(*nodes, last=conv("r", "z", "y", **PADDED), **parameters))
@@ -111,7 +111,7 @@ def test_a_constant_meets_a_border_only_if_it_is_zero(beta: float) -> None:
 
 
 def test_what_nothing_reads_leaves() -> None:
-    parameters = {"a": rand(6, 3, 3, 3), "z": dead(rand(4, 6, 1, 1), axis=1)}
+    parameters: dict[str, Any] = {"a": rand(6, 3, 3, 3), "z": dead(rand(4, 6, 1, 1), axis=1)}
     assert widths(made(node("Elu", "c", "r"), **parameters)) == {"c": (3, 3, 3, 3), "y": (4, 3, 1, 1)}
 
 
@@ -120,7 +120,12 @@ def test_what_only_that_read_leaves_as_well() -> None:
     middle = rand(6, 6, 1, 1)
     middle[[0, 2, 5]] = dead(middle[[0, 2, 5]], axis=1)
     nodes = [node("Elu", "c", "e"), conv("e", "w", "v"), node("Elu", "v", "r")]
-    parameters = {"a": rand(6, 3, 3, 3), "w": middle, "wb": rand(6), "z": dead(rand(4, 6, 1, 1), axis=1)}
+    parameters: dict[str, Any] = {
+        "a": rand(6, 3, 3, 3),
+        "w": middle,
+        "wb": rand(6),
+        "z": dead(rand(4, 6, 1, 1), axis=1),
+    }
     assert widths(made(*nodes, **parameters)) == {"c": (3, 3, 3, 3), "v": (3, 3, 1, 1), "y": (4, 3, 1, 1)}
 
 
@@ -130,7 +135,11 @@ def test_a_residual_stream_leaves_together_or_not_at_all(whole: bool) -> None:
     nodes = [
         node("Relu", "c", "p"), node("Conv", "p w wb", "v", **PADDED), node("Add", "p v", "s"), node("Relu", "s", "r"),
     ]  # fmt: skip
-    parameters = {"ab": dead(rand(6), value=-1.0), "w": dead(second) if whole else second, "wb": dead(rand(6))}
+    parameters: dict[str, Any] = {
+        "ab": dead(rand(6), value=-1.0),
+        "w": dead(second) if whole else second,
+        "wb": dead(rand(6)),
+    }
     found = widths(made(*nodes, **parameters))
     assert found == {"c": (n := 3 if whole else 6, 3, 3, 3), "v": (n, n, 3, 3), "y": (4, n, 1, 1)}
 

@@ -110,8 +110,8 @@ def test_transformers_saves_the_fused_form(model: Any, tmp_path: Path) -> None:
 
 def test_timm_validates_the_averaged_weights(timm: Any) -> None:
     """The steps of its train.py."""
-    from timm.optim import create_optimizer_v2
-    from timm.utils import ModelEmaV3
+    from timm.optim._optim_factory import create_optimizer_v2
+    from timm.utils.model_ema import ModelEmaV3
 
     network = timm.create_model("test_byobnet", num_classes=5).train()
     average = ModelEmaV3(network, decay=0.5)
