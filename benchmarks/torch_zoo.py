@@ -1083,7 +1083,8 @@ PAGE_TEXT = """# Model libraries of torch
 `python benchmarks/torch_zoo.py` makes this table. Each model has random weights and random BatchNorm statistics that
 fit what the layers see, and is called as its users call it, on small inputs: positional or keyword arguments, lists of
 images, tokens. None of these {models} models is refused, and all return results of the same type; no BatchNorm stays in
-{whole} of them. Models that the script knows and that are not in the table were not run yet.
+{whole} of them. Models that the script knows and that are not in the table were not run yet. Rows were
+made while `fuse_fx` was worked on, most of them before the last changes; `--again` makes them all again.
 
 *Way*: the result is one graph, or a module of the same class in which parts are fused. *BatchNorm* and *Conv* (matrices
 included) are counted before and after; *own method* has the same two numbers after the library's own method
