@@ -240,7 +240,7 @@ class Torch:
     def fuse(self, level: str) -> tuple[Any, Report]:
         from reparamc import fuse_fx
 
-        fused = fuse_fx(self.model, self.cases[0][0].to(self.dtype), verify=level)
+        fused = fuse_fx(self.model, self.cases[0][0].to(self.dtype), verify=level, specialize=True)
         return fused, fused.meta["reparamc"]
 
     def difference(self, result: Any) -> str:

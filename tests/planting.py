@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from types import CodeType, FunctionType
 from typing import Any
@@ -222,7 +222,7 @@ def _onnx_error(model: ModelProto, other: ModelProto) -> float:
         with session(model, "the model") as original:
             expected = original(feeds)
         try:
-            with session(other, "the result") as result:
+            with session(other, "the result", narrowed=False) as result:
                 found = result(feeds)
         except Exception:  # whatever a wrong graph raises
             return float("inf")
@@ -252,8 +252,15 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 # torch
 
 
-def judge_fx(fault: Fault, model: Any, inputs: tuple[Any, ...]) -> Verdict:
+def _fuse_fx() -> Any:
+    """`fuse_fx` with plain arrays, for which faults are written."""
     from reparamc.fx.fuse import fuse_fx
+
+    return partial(fuse_fx, specialize=True)
+
+
+def judge_fx(fault: Fault, model: Any, inputs: tuple[Any, ...]) -> Verdict:
+    fuse_fx = _fuse_fx()
 
     with planted(fault.changes):
         with _unchecked():
@@ -272,7 +279,7 @@ def _unchecked() -> Any:
 
 def _region_fx(layer: str) -> Callable[[Any, Any, tuple[Any, ...]], bool]:
     """As `_region_onnx`."""
-    from reparamc.fx.fuse import fuse_fx
+    fuse_fx = _fuse_fx()
 
     def sees(model: Any, wrong: Any, inputs: tuple[Any, ...]) -> bool:
         found: list[Any] = []
@@ -359,7 +366,7 @@ def escapes(fault: Fault, way: str) -> list[str]:
         model = _onnx_model(fault)
         fusions = {"region": lambda: fuse_model(model, verify="region")[0]}
         return _escaped(fault, fusions, lambda result: _onnx_error(model, result))
-    from reparamc.fx.fuse import fuse_fx
+    fuse_fx = _fuse_fx()
 
     module, inputs = _fx_model(fault)
     fusions = {

@@ -35,14 +35,14 @@ def run_alone(
     operands = [v for v in dict.fromkeys(o for r in regions for o in r.operands) if v in computed]
     try:
         with session(showing(original, [*roots, *operands]), "the model") as run:
-            expected = run(inputs)
+            expected, narrowed = run(inputs), run.narrowed
         given = {operand: expected[operand] for operand in operands}
         cut, names = cut_at(showing(original, roots), given)
         with session(cut, "the model, cut before its regions") as run:
             noises = [_named(run(run.perturbed({**inputs, **given}, seed + n)), names) for n in range(2)]
         given = {root: expected[root] for root in roots}
         cut, names = cut_at(result, given)
-        with session(cut, "the rewritten model, cut after its regions") as run:
+        with session(cut, "the rewritten model, cut after its regions", narrowed=narrowed) as run:
             actual = _named(run({**inputs, **given}), names)
     except Exception:  # ONNX Runtime's exceptions share no base class
         return None

@@ -27,7 +27,7 @@ x = torch.randn(32, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 y = torch.arange(32) % 10
 
 def train(name, *_):
-    print(json.dumps([name, digits_train(x, y, x[:8], y[:8], epochs=2)[0]]), flush=True)
+    os.write(1, (json.dumps([name, digits_train(x, y, x[:8], y[:8], epochs=2)[0]]) + "\\n").encode())
 
 digits_train, digits.digits = digits.train, lambda: (x, y)
 rank = 0 if os.fork() else 1
