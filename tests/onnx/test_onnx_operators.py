@@ -106,6 +106,11 @@ ROWS: dict[str, Row] = {
     "mean over the map": Row(node("GlobalAveragePool", "v", "y")),
     "mean": Row(node("ReduceMean", "v", "y", axes=[-1, 2], keepdims=0)),
     "mean 18": Row(node("ReduceMean", "v a", "y"), {"a": ints(3)}, opset=18),
+    "resize": Row(
+        node("Resize", "v - s", "y", mode="linear", coordinate_transformation_mode="half_pixel"),
+        {"s": np.array([1, 1, 2, 3], np.float32)},
+    ),
+    "resize 9": Row(node("Upsample", "v s", "y", mode="nearest"), {"s": np.array([1, 1, 2, 3], np.float32)}, opset=9),
     "flatten": Row(node("Flatten", "v", "y", axis=2)),
     "reshape": Row(node("Reshape", "v t", "y"), {"t": ints(0, 0, -1)}),
     "transpose": Row(node("Transpose", "v", "y", perm=[0, 2, 3, 1])),
