@@ -102,18 +102,19 @@ def narrowed_axis(original: Value, emitted: Value) -> int | None:
 def matched(original: Value, emitted: Value, axis: int) -> tuple[Narrowing, Value] | None:
     """How the channels of the original are those of the emitted value, and the former that are kept.
 
-    They are found in order, by a weighted sum of what each reads: the caller is to compare them. None where an emitted
-    channel is like none that is left.
+    They are found in order, by a weighted sum of what each reads, the nearest first: the caller is to compare them. None
+    where an emitted channel is like none that is left.
     """
     original = nf.unsplit(nf.with_places(original, axis)[0], axis)
     emitted = nf.unsplit(nf.with_places(emitted, axis)[0], axis)
     (mine, size, varies), (other, _, _) = _fingerprints(original), _fingerprints(emitted)
     index, at = np.full(len(mine), -1), 0
     for channel, number in enumerate(other):
-        like = np.flatnonzero(np.abs(mine[at:] - number) <= 2.0**-7 * size[at:])
-        if not len(like):
+        apart = np.abs(mine[at:] - number) / np.maximum(size[at:], np.finfo(np.float64).tiny)
+        nearest = apart.min(initial=np.inf)
+        if not nearest <= 2.0**-7:
             return None
-        best = at + int(like[0])
+        best = at + int(np.flatnonzero(apart <= max(4 * nearest, 2.0**-20))[0])
         index[best], at = channel, best + 1
     known = original.vectors[None].value if None in original.vectors else np.zeros(len(mine))
     found = Narrowing(axis, index, np.where(varies, np.nan, known))
