@@ -102,8 +102,8 @@ def narrowed_axis(original: Value, emitted: Value) -> int | None:
 def matched(original: Value, emitted: Value, axis: int) -> tuple[Narrowing, Value] | None:
     """How the channels of the original are those of the emitted value, and the former that are kept.
 
-    They are found in order, by a weighted sum of what each reads, the nearest first: the caller is to compare them. None
-    where an emitted channel is like none that is left.
+    They are found in order, by a weighted sum of what each reads, the nearest first: the caller is to compare them.
+    None where an emitted channel is like none that is left.
     """
     original = nf.unsplit(nf.with_places(original, axis)[0], axis)
     emitted = nf.unsplit(nf.with_places(emitted, axis)[0], axis)

@@ -202,6 +202,6 @@ def test_blocks_with_dead_channels(data: st.DataObject) -> None:
     nodes.append(node("Conv", f"{x} last", "y"))
     parameters["last"] = rand(2, 5, 1, 1)
     found = widths(model(nodes, parameters, SHAPE))
-    assert found["y"][1] >= kept[-1]
+    assert found["y"][1] >= kept[-1] or min(kept) == 1  # what reads nothing but numbers is one as well
     if bias_of_dead < 0 and all(n.op_type != "Sigmoid" for n in nodes):
         assert [found[f"c{layer}"][0] for layer in range(depth)] == kept[1:] or min(kept) == 1
