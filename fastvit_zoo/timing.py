@@ -1,4 +1,4 @@
-"""Latency as a ratio: functions timed in turns, so that whatever else the machine does meets all of them."""
+"""Latency as a ratio: functions timed in turns, so that other work on the machine slows all of them."""
 
 from collections.abc import Callable, Sequence
 from time import perf_counter, process_time

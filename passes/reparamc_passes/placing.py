@@ -27,7 +27,7 @@ from dataclasses import replace
 from reparamc.algebra.arrays import together
 from reparamc.algebra.channels import with_width
 from reparamc.algebra.cost import Objective
-from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Mean, Reshape, Resize, Take, total
+from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Mean, Reshape, Resize, Take, total
 from reparamc.algebra.kernels import cannot_compose, compose
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.algebra.shape import sizes_after
@@ -59,10 +59,12 @@ def apart(e: Expr, objective: Objective) -> Expr | Declined | None:
         return None
     parts: list[Expr] = []
     rest: list[tuple[Expr, int, int]] = []
+    bias = e.bias if all(map(_is_resized, e.x.terms)) else None  # of the first term, if nothing else takes it
     at = 0
     for term, size in zip(e.x.terms, e.x.sizes, strict=True):
         if _is_resized(term):
-            parts.append(_placed(_columns(e, [(at, size)], term, None), objective))
+            parts.append(_placed(_columns(e, [(at, size)], term, bias), objective))
+            bias = None
         else:
             rest.append((term, at, size))
         at += size
@@ -71,10 +73,6 @@ def apart(e: Expr, objective: Objective) -> Expr | Declined | None:
             tuple(t for t, _, _ in rest), tuple(n for _, _, n in rest), e.axis
         )  # fmt: skip
         parts.append(_placed(_columns(e, [(at, n) for _, at, n in rest], joined, e.bias), objective))
-    elif e.bias is not None:
-        first = parts[0]
-        parts[0] = _placed(_columns(e, [(0, e.x.sizes[0])], e.x.terms[0], e.bias), objective)
-        assert first is not parts[0]
     found = total(parts)
     return found if objective.cost(found) < objective.cost(e) else Declined(DEARER)
 
@@ -83,11 +81,11 @@ def _placed(e: Conv, objective: Objective) -> Expr:
     return _cheapest(e, objective) or e
 
 
-def _columns(e: Conv, runs: list[tuple[int, int]], x: Expr, bias: object) -> Conv:
-    """``e`` of the channels in ``runs`` (first, number) alone, which are ``x``."""
+def _columns(e: Conv, runs: list[tuple[int, int]], x: Expr, bias: Array | None) -> Conv:
+    """``e`` with this bias, of the channels in ``runs`` (first, number) alone, which are ``x``."""
     xp, weight = together(e.weight)
     columns = xp.concat([weight[:, at : at + n] for at, n in runs], axis=1)
-    return replace(e, x=x, weight=columns, bias=e.bias if bias is not None else None)
+    return replace(e, x=x, weight=columns, bias=bias)
 
 
 def _cheapest(e: Conv, objective: Objective) -> Expr | None:

@@ -99,11 +99,11 @@ class Tape:
         Args:
             values: makes an array of NumPy of any array.
         """
+        rng = np.random.default_rng(0)
         held = {self.sources[at]: (at, thing) for thing, at in self._places.values() if at in self.sources}
 
         def moved(name: Any) -> Any:
             at, thing = held[name]
-            rng = np.random.default_rng(at)  # the same at each call
             return thing * rng.uniform(0.8, 1.2) + rng.uniform(0.1, 0.2) if at in self.learned else thing
 
         program = Program(self, [a.at for a in arrays], values)

@@ -72,7 +72,7 @@ def samples(
 
     Args:
         largest: how many elements inputs may have together, which are then given everywhere; None: as many as is
-            sensible, of which few are given where all would take long.
+            sensible; few of them are given where all would take long.
 
     Raises:
         ValueError: no input just larger than the kernels fits all branches, or it is too large.

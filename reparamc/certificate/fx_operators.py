@@ -266,7 +266,7 @@ def _read_interpolate(call: Read) -> Value:
             raise Unrepresentable("a resize to sizes of run time")
         factors.append(Fraction(one) if size is None else Fraction(one, dim.known or 1))
     if set(factors) == {1}:
-        return x  # every result is at a position, whatever the weights
+        return x  # every result is at a position, for all weights
     key = (mode, bool(call.get("align_corners", False)), bool(call.get("antialias", False)), *map(str, factors))
     made: dict[int, Dim] = {}
     for axis, factor in enumerate(factors, 2):

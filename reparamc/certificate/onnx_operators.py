@@ -601,7 +601,7 @@ def _read_resize(call: Call) -> Value:
     if factors[:2] != [1, 1] or after is None:
         raise Unrepresentable("a resize of channels or images")
     if set(factors) == {1}:
-        return x  # every result is at a position, whatever the weights
+        return x  # every result is at a position, for all weights
     mode = call.text("mode", "nearest")
     place, rounding = ("asymmetric", "floor") if older else (place, call.text("nearest_mode", "round_prefer_floor"))
     cubic = attribute(call.node, "cubic_coeff_a", -0.75)

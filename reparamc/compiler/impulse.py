@@ -145,13 +145,16 @@ def _read_as_kernel(
 def _elsewhere(whole: Expr) -> Expr:
     """``whole`` with other values of all parameters: what it is then, it is by its structure."""
     on, done = tape(), dict[Expr, Expr]()
+    fields = [(e, name, loaded(a)) for e in walk(whole) for name, a in array_fields(e).items()]
+    recorded = [(e, name, a) for e, name, a in fields if isinstance(a, Recorded)]
+    made = on.elsewhere([a for *_, a in recorded], values) if on is not None and recorded else []
+    others: dict[Expr, dict[str, Array]] = {}
+    for (e, name, _), array in zip(recorded, made, strict=False):
+        others.setdefault(e, {})[name] = array
     for e in walk(whole):
         done[e] = rebuild(e, [done[c] for c in e.children])
-        fields = {name: loaded(a) for name, a in array_fields(e).items()}
-        recorded = {name: a for name, a in fields.items() if isinstance(a, Recorded)}
-        if on is not None and recorded:
-            made = on.elsewhere([*recorded.values()], values)
-            done[e] = replace(done[e], **dict(zip(recorded, made, strict=True)))
+        if e in others:
+            done[e] = replace(done[e], **others[e])
     return done[whole]
 
 
