@@ -38,6 +38,20 @@ def known_after(e: Expr, operands: Sequence[Array], read: Mask | None = None) ->
             return sum(operands[1:], operands[0])  # a layout operator keeps its operand's
 
 
+def frees_channels(e: Expr) -> bool:
+    """Whether ``e`` makes a known channel of any operand, or leaves a channel of its operand unread."""
+    match e:
+        case Conv():
+            read = uses(e)
+            return not (read.any(2).all() and read.any(1).all())
+        case Scale() | BatchNorm():
+            return bool(np.any(values(coefficients(e)[0]) == 0))
+        case Select():
+            return len(set(e.index)) < e.width
+        case _:
+            return False
+
+
 def uses(conv: Conv) -> Mask:
     """[group, output, input]: whether some tap of an output reads an input, numbered inside their group."""
     return (glanced(conv.weight) != 0).reshape(conv.groups, -1, conv.weight.shape[1], _taps(conv)).any(-1)

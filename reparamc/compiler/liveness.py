@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reparamc.algebra.channels import Index, Mask, is_separate, known_after, takes_constants, uses
+from reparamc.algebra.channels import Index, Mask, frees_channels, is_separate, known_after, takes_constants, uses
 from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Select, Source, axis_through, ranks, rebuild, walk
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.compiler.graph import Graph, Separate
@@ -65,12 +65,13 @@ class Liveness:
         self._stays: list[Index] = []
         self._matrices: list[_Matrix] = []
         self._readings = {v: r for v in graph.values() if isinstance(r := graph.read(v), Reading)}
+        if not any(frees_channels(e) for r in self._readings.values() for e in walk(r.template)):
+            self.needed = np.ones(0, bool)
+            return
         self._demands = self._demanded()
-        self.is_worthwhile = False
-        """Whether anything is known or unused at all."""
         for value in graph.values():
             self._follow(value)
-        self.needed = self._needed() if self.is_worthwhile else np.ones(self._count, bool)
+        self.needed = self._needed()
 
     def kept(self, key: Hashable) -> Index:
         """The channels of a value, or of a node in `exprs`, that have to stay."""
@@ -92,7 +93,6 @@ class Liveness:
     def _enter(self, key: Hashable, axis: int, known: Array) -> Channels:
         channels = self.found[key] = Channels(self._count, axis, known)
         self._count += len(known)
-        self.is_worthwhile |= bool((~np.isnan(known)).any())
         return channels
 
     def _operand(self, value: Value) -> Channels | None:
@@ -185,7 +185,6 @@ class Liveness:
             self._stays += [channels.numbers, *(x.numbers for x in operands)]
         elif isinstance(e, Conv) and read is not None and not is_separate(e):
             entries, x = read[0], operands[0]
-            self.is_worthwhile |= not entries.any(0).all()
             takes = takes_constants(e, x.known)
             self._matrices.append(_Matrix(channels, x, None if entries.all() else entries, takes))
         else:

@@ -115,6 +115,12 @@ def test_what_nothing_reads_leaves() -> None:
     assert widths(made(node("Elu", "c", "r"), **parameters)) == {"c": (3, 3, 3, 3), "y": (4, 3, 1, 1)}
 
 
+def test_what_a_selection_leaves_out_leaves() -> None:
+    nodes = [node("Elu", "c", "e"), node("Gather", "e some", "r", axis=1)]
+    parameters: dict[str, Any] = {"a": rand(6, 3, 3, 3), "some": np.array([4, 0]), "z": rand(4, 2, 1, 1)}
+    assert widths(made(*nodes, **parameters)) == {"c": (2, 3, 3, 3), "y": (4, 2, 1, 1)}
+
+
 def test_what_only_that_read_leaves_as_well() -> None:
     """Of a convolution in between, the rows leave that nothing reads, and the columns that only these read."""
     middle = rand(6, 6, 1, 1)
