@@ -26,6 +26,7 @@ setup: .venv/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-timm.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m compileall -q reparamc passes fastvit_zoo
 	@touch $@
 
 demo: setup
@@ -34,7 +35,7 @@ demo: setup
 	$(BIN)/reparamc fuse build/fastvit_t8.onnx -o build/fastvit_t8.fused.onnx
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: setup types
 	$(BIN)/ruff check
