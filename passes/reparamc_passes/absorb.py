@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from reparamc.algebra.arrays import concatenated, is_all, taken, together
-from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, rebuild
+from reparamc.algebra.arrays import Array, concatenated, is_all, taken, together
+from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, acts_on, rebuild
 from reparamc.algebra.kernels import VARYING, coefficients, scale_inputs, scale_outputs, scaled_again
 from reparamc.algebra.rewrite import Declined
 
@@ -46,7 +46,7 @@ def _absorb(e: Expr, scale: Array, shift: Array, axis: int | None, depth: int = 
             inner: Expr | Declined | None = scale_outputs(e, scale, shift)
         case Sum() | Concat() if depth < DEPTH:
             inner = _share_out(e, scale, shift, axis, depth)
-        case Scale() | BatchNorm() if depth and (axis == e.axis or (axis is None and not scale.ndim)):
+        case Scale() | BatchNorm() if depth and axis in (None, e.axis):
             inner = _scaled(e, scale, shift)
         case _:
             inner = None
@@ -93,7 +93,7 @@ def into_consumer(conv: Conv, kind: type[Scale] | type[BatchNorm]) -> Expr | Dec
         e, index = e.x, e.index
     if not isinstance(e, kind):
         return None
-    if any(f not in (None, axis) for f in (e.axis, outer.axis if isinstance(outer, Select) else None)):
+    if not acts_on(e, axis) or (isinstance(outer, Select) and outer.axis != axis):
         return Declined(OTHER_AXIS)
     scale, shift = coefficients(e)
     if isinstance(outer, Select):
@@ -116,7 +116,7 @@ def _columns(
     refusal: Declined | None = None
     for term, size in zip(e.terms, e.sizes, strict=True):
         s, t = ONE, ZERO
-        if isinstance(term, kind) and term.axis in (None, e.axis):
+        if isinstance(term, kind) and acts_on(term, e.axis):
             found = coefficients(term)
             if not is_all(found[1], 0) and conv.reads_padding:
                 refusal = Declined(_border(conv), at_border=True)

@@ -21,8 +21,8 @@ from collections.abc import Hashable
 from itertools import zip_longest
 from typing import cast
 
-from reparamc.algebra.cost import Objective, after
-from reparamc.algebra.expr import BatchNorm, Conv, Expr, Scale, Sum, total
+from reparamc.algebra.cost import Objective, positions_after
+from reparamc.algebra.expr import BatchNorm, Conv, Expr, Scale, Sum, acts_on, total
 from reparamc.algebra.kernels import coefficients, grid, merge, merged_shape, scale_outputs
 from reparamc.algebra.rewrite import Declined, Pass
 
@@ -57,10 +57,7 @@ def _kernel(e: Expr) -> Conv | None:
     match e:
         case Conv():
             return e
-        case Scale(x=Conv() as crop) | BatchNorm(x=Conv() as crop) if crop.skips_border and e.axis in (
-            None,
-            crop.axis,
-        ):
+        case Scale(x=Conv() as crop) | BatchNorm(x=Conv() as crop) if crop.skips_border and acts_on(e, crop.axis):
             return scale_outputs(crop, *coefficients(e))
         case _:
             return None
@@ -76,7 +73,7 @@ def _merge_while_cheaper(convs: list[Conv], objective: Objective) -> list[Conv]:
 def _if_cheaper(convs: list[Conv], objective: Objective) -> list[Conv]:
     if len(convs) == 1:
         return convs
-    added = objective.addition(convs[0].out_channels, after(convs[0]))
+    added = objective.addition(convs[0].out_channels, positions_after(convs[0]))
     apart = sum(map(objective.price, convs)) + (len(convs) - 1) * added
     shape = merged_shape(convs)
     return [merge(convs)] if objective.price(shape) < apart and not shape.skips_border else convs

@@ -14,7 +14,7 @@ and keeps the size for every input. If one does not, the other passes do what ca
 
 from __future__ import annotations
 
-from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum
+from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Conv, Expr, Scale, Sum, acts_on
 from reparamc.algebra.kernels import coefficients, merge, pointwise, scale_outputs
 from reparamc.algebra.rewrite import Pass
 
@@ -65,7 +65,7 @@ def _kernel(e: Expr, x: Expr, like: Conv, depth: int = 0) -> Conv | None:
             return None
         case Conv(groups=groups) if e.x is x and e.axis == like.axis and e.keeps_grid:
             return e if groups == e.in_channels == e.out_channels else None
-        case Scale() | BatchNorm() if e.axis in (None, like.axis):
+        case Scale() | BatchNorm() if acts_on(e, like.axis):
             inner = _kernel(e.x, x, like, depth + 1)
             scale, shift = coefficients(e)
             return inner and scale_outputs(inner, scale, shift)

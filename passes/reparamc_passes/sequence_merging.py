@@ -18,7 +18,7 @@ from collections.abc import Hashable
 from itertools import accumulate
 from math import inf
 
-from reparamc.algebra.cost import POSITIONS, Objective, after, multiply_adds
+from reparamc.algebra.cost import POSITIONS, Objective, multiply_adds, positions_after
 from reparamc.algebra.expr import Conv, Expr, Sum, total
 from reparamc.algebra.kernels import NOT_COMPOSED, cannot_compose, compose, composed_shape, grid, merge, merged_shape
 from reparamc.algebra.rewrite import Declined, Pass
@@ -62,7 +62,7 @@ def in_a_sum(e: Expr, objective: Objective) -> Expr | None:
     for group in ways.values():
         if len(group) > 1 and any(len(row) > 1 for _, row, _ in group):
             one = group[0][2]
-            apart = (len(group) - 1) * objective.addition(one.out_channels, after(one))
+            apart = (len(group) - 1) * objective.addition(one.out_channels, positions_after(one))
             apart += sum(sum(map(objective.price, row, _positions(row))) for _, row, _ in group)
             merged = merged_shape([shape for *_, shape in group])
             if objective.price(merged) < apart and not merged.skips_border:
@@ -89,7 +89,7 @@ def _positions(row: list[Conv]) -> list[float]:
     """Positions of the maps that the convolutions of ``row`` read, the last of which reads a nominal one."""
     found = [POSITIONS]
     for conv in reversed(row[1:]):
-        found.append(after(conv, found[-1]))
+        found.append(positions_after(conv, found[-1]))
     return found[::-1]
 
 

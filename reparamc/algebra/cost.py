@@ -60,12 +60,13 @@ class Objective:
         positions: dict[Expr, float] = {}
         starts = _starts(root)
         widths: dict[Expr, int] = {}
-        cut: set[Expr] = set()  # what has other channels or none, and is priced as if it kept those of its operand
+        cut: set[Expr] = set()  # values whose channels are split, which are priced as if they were whole
         total = 0.0
         for e in walk(root):
             read = min((positions[c] for c in e.children), default=starts.get(e, POSITIONS))
             positions[e] = positions_after(e, read)
-            if isinstance(e, Layout | Scale | BatchNorm) and (e.axis is None or e.x in cut):
+            splits = isinstance(e, Layout) and e.splits_channels
+            if splits or (isinstance(e, Layout | Scale | BatchNorm) and e.x in cut):
                 cut.add(e)
             widths[e] = widths[e.children[0]] if e in cut else known[e] or CHANNELS
             total += self._price(e, widths[e], read)
@@ -143,16 +144,13 @@ def objective_of(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def after(conv: Conv, positions: float = POSITIONS) -> float:
-    """The positions of the result of ``conv`` over a map of ``positions``."""
-    return min(positions * prod(conv.stride), POSITIONS) if conv.transposed else positions / prod(conv.stride)
-
-
-def positions_after(e: Expr, positions: float) -> float:
+def positions_after(e: Expr, positions: float = POSITIONS) -> float:
     """The positions of the result of ``e`` over a map of ``positions``."""
     match e:
+        case Conv(transposed=True):
+            return min(positions * prod(e.stride), POSITIONS)
         case Conv():
-            return after(e, positions)
+            return positions / prod(e.stride)
         case Layout(op=Resize() as op):
             return positions * float(op.growth)
         case Layout(op=Mean() as op) if e.axis_in is not None and e.axis_in > -op.rank:

@@ -187,7 +187,7 @@ def _is_average(taps: Array) -> bool:
 class Scale:
     """``y = scale * x + shift`` per channel: each is (channels,), or () for the same in every channel.
 
-    ``axis`` is None only when both are (): then there is no channel axis to speak of.
+    ``axis`` is None for a `is_scalar` scale, which needs no channel axis.
     """
 
     x: Expr
@@ -198,6 +198,11 @@ class Scale:
     @property
     def children(self) -> tuple[Expr, ...]:
         return (self.x,)
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether one factor and one shift apply to all elements, so that it commutes with every layout."""
+        return self.axis is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,9 +361,8 @@ def axis_through(op: LayoutOp, axis: int) -> int | None:
 class Layout:
     """Elements moved, taken, averaged or resized within their channel: axis ``axis_in`` becomes ``axis``.
 
-    It commutes with everything that is done to each channel separately. Where the channel axis is split or merged
-    (channels into heads), ``axis`` is None, and so are both axes of what moves such a value further: then it
-    commutes with what is the same for all elements.
+    It commutes with everything that is done to each channel separately. If it `splits_channels`, only a scalar
+    commutes with it.
     """
 
     x: Expr
@@ -374,11 +378,21 @@ class Layout:
         return None if found is None else found - rank_out
 
     @property
+    def splits_channels(self) -> bool:
+        """Whether no axis of the result holds the channels: they are split or merged here (into heads), or before."""
+        return self.axis is None
+
+    @property
     def children(self) -> tuple[Expr, ...]:
         return (self.x,)
 
 
 Expr: TypeAlias = Source | Conv | Scale | BatchNorm | Sum | Concat | Select | Layout
+
+
+def acts_on(e: Scale | BatchNorm, axis: int | None) -> bool:
+    """Whether ``e`` has a factor for each position of ``axis``, or one for all elements."""
+    return e.axis in (None, axis)
 
 
 def rebuild(e: Expr, children: Sequence[Expr]) -> Expr:

@@ -17,7 +17,7 @@ def channel_axes(root: Expr) -> dict[Expr, int | None]:
         match e:
             case Sum():
                 found[e] = next((axis for t in e.terms if (axis := found[t]) is not None), None)
-            case Scale() if e.axis is None:
+            case Scale() if e.is_scalar:
                 found[e] = found[e.x]
             case _:
                 found[e] = e.axis
@@ -56,13 +56,13 @@ def channels(root: Expr) -> dict[Expr, int | None]:
             found[e] = told[2]
         elif isinstance(e, Source):
             found[e] = e.channels
-        elif isinstance(e, Layout) and e.axis is None:
+        elif isinstance(e, Layout) and e.splits_channels:
             found[e] = None
         else:
             found[e] = next((c for x in e.children if (c := found[x]) is not None), None)
     for e in reversed(order):
         told = _told(e)
-        if isinstance(e, Layout) and e.axis is None:
+        if isinstance(e, Layout) and e.splits_channels:
             continue
         wanted: Sequence[int | None] = told[1] if told is not None else (found[e],) * len(e.children)
         for child, want in zip(e.children, wanted, strict=True):
@@ -83,7 +83,7 @@ def misfit(root: Expr) -> str | None:
             made[e] = None if e.axis is None or e.channels is None else (e.axis, e.channels)
         elif isinstance(e, Layout):
             inner = made[e.x]
-            whole = e.axis is not None and inner is not None and inner[0] == e.axis_in
+            whole = not e.splits_channels and inner is not None and inner[0] == e.axis_in
             made[e] = (e.axis, inner[1]) if whole and inner is not None else None
         else:
             made[e] = next((m for x in e.children if (m := made[x]) is not None), None)

@@ -95,7 +95,7 @@ def _describe(e: Expr, names: dict[Expr, str]) -> str:
             return _describe_conv(e, names[e.x])
         case Scale():
             number = "" if e.scale.ndim else f"={float(values(e.scale)):g}"
-            channels = "" if e.axis is None else f" c={count(e.scale if e.scale.ndim else e.shift)} axis={e.axis}"
+            channels = "" if e.is_scalar else f" c={count(e.scale if e.scale.ndim else e.shift)} axis={e.axis}"
             return f"scale{number} {names[e.x]}{channels}" + ("" if is_all(e.shift, 0) else " shift")
         case BatchNorm():
             return f"batchnorm {names[e.x]} c={count(e.gamma)} axis={e.axis}"

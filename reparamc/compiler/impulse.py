@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from reparamc.algebra.arrays import loaded, values
-from reparamc.algebra.cost import after
+from reparamc.algebra.cost import positions_after
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, array_fields, arrays, rebuild, total, walk
 from reparamc.algebra.probe import find_kernel, only_moves
@@ -109,9 +109,8 @@ def _as_kernel(
     if found is None or isinstance(found, Declined):
         return None
     conv, error = found
-    moved = objective.moving(
-        min(conv.in_channels, conv.out_channels), after(conv)
-    )  # what reads a part moves no more than that
+    # What reads a part moves no more than this.
+    moved = objective.moving(min(conv.in_channels, conv.out_channels), positions_after(conv))
     if (
         not objective.cost(conv) < sum(objective.cost(d.expr) for d in left) + unread * moved
         or conv.skips_border

@@ -180,7 +180,7 @@ def moved(x: Source, op: LayoutOp, *, linear: bool = False) -> Reading | Decline
     if x.axis is not None and -x.axis > rank:
         return None
     found = Layout(x, op, x.axis)
-    if found.axis is None:
+    if found.splits_channels:
         unknown = isinstance(op, Reshape) and size(op.before) != size(op.after)  # so that it could not be evaluated
         if isinstance(op, Mean) or unknown or not linear:
             return None if x.axis is None else Declined(AVERAGES if isinstance(op, Mean) else CUTS)
