@@ -1,4 +1,4 @@
-"""Faults in folding scales into pieces of a convolution that several regions share (`compiler.split_scales`)."""
+"""Faults in folding scales into pieces of a convolution that several regions share (`compiler.pieces`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from planting import Fault, Make, fault, given, result
 
 from reparamc.algebra.expr import Permute, Take
 
-PIECES_OF, ROUTE = "reparamc.compiler.split_scales:", "reparamc.algebra.channel_map:"
+PIECES_OF, ROUTE = "reparamc.compiler.pieces:", "reparamc.algebra.channel_map:"
 CONV = node("Conv", "x w bias", "c", kernel_shape=[1, 1])
 PARAMETERS = {"w": numbers(8, 4, 1, 1), "bias": numbers(8), **statistics()}
 HALVES = node("Split", "c", "q k", axis=1)

@@ -12,7 +12,7 @@ the channel axis (q, k and v before the heads, or inside each). A scale may be a
 that is made of channels.
 
 Exact when nothing else that uses `W * x + b` reads the channels at i. Several regions change together, or none,
-because otherwise both convolutions would be computed: `reparamc.compiler.split_scales` carries it out, after
+because otherwise both convolutions would be computed: `reparamc.compiler.pieces` carries it out, after
 all other passes. At most 16 regions may read the convolution. It needs scale-folding, also for a BatchNorm.
 
 | declined because | example |
@@ -25,7 +25,7 @@ all other passes. At most 16 regions may read the convolution. It needs scale-fo
 from __future__ import annotations
 
 from reparamc.algebra.rewrite import Pass
-from reparamc.compiler.split_scales import OTHERS, READ_TWICE, WRITTEN, fold_pieces
+from reparamc.compiler.pieces import OTHERS, READ_TWICE, WRITTEN, fold_pieces
 
 PIECE_FOLDING = Pass(
     name="piece-folding",

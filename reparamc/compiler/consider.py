@@ -23,7 +23,7 @@ from reparamc.compiler.graph import Graph, Splice, not_native
 from reparamc.compiler.readings import Reading, Value, values_in
 from reparamc.compiler.reference import Reference
 from reparamc.compiler.regions import LIFT, lifted
-from reparamc.compiler.smallest import REASON, refuses_more
+from reparamc.compiler.small_maps import REFUSED, refuses_more
 from reparamc.report.data import FailedRegion
 
 
@@ -80,7 +80,7 @@ def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...]) -
     reason = splice.reason if isinstance(splice, Declined) else f"it failed its check: {splice.reason}"
     refusals = [*refusals, Declined(reason, by=steps[-1].name)]
     apart = frozenset[Value]()
-    if isinstance(splice, Declined) and splice.reason == REASON:
+    if isinstance(splice, Declined) and splice.reason == REFUSED:
         apart = frozenset(v for v in members[:-1] if isinstance(e := found.exprs[v], Conv) and e.is_weightless)
     return Decision(before, None, refusals, members, isinstance(splice, FailedRegion), apart)
 
@@ -198,7 +198,7 @@ def _obstacle(
             if (reason := rounding_obstacle(a, dtype)) is not None:
                 return reason
     if refuses_more(before, after, made, graph.pools_clamp):
-        return REASON
+        return REFUSED
     return graph.obstacle(root, members, sources, made)
 
 

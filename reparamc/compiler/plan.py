@@ -18,7 +18,7 @@ from reparamc.compiler.graph import Fold, Graph, Splice
 from reparamc.compiler.readings import Reading, Value
 from reparamc.compiler.reference import Reference
 from reparamc.compiler.regions import LIFT, lifted
-from reparamc.compiler.storage import REASON, unpaid
+from reparamc.compiler.storage import STORED_TWICE, unpaid
 from reparamc.report.data import FailedRegion, HostCheck, Refusal
 
 
@@ -106,7 +106,7 @@ class Compilation:
         for root in sorted(decisions, key=self.place):
             decision = decisions[root]
             if decision.splice is not None and decision.splice.unit in stored:
-                kept = Refusal(self.graph.name(root), [*decision.splice.counts][-1], REASON)
+                kept = Refusal(self.graph.name(root), [*decision.splice.counts][-1], STORED_TWICE)
                 plan.kept.append(kept)
                 continue
             if decision.splice is not None:

@@ -14,7 +14,7 @@ from reparamc.compiler.consider import Setting
 from reparamc.compiler.graph import Splice
 from reparamc.compiler.readings import Value
 
-REASON = "its parameters are used elsewhere as well, and would be stored once more"
+STORED_TWICE = "its parameters are used elsewhere as well, and would be stored once more"
 
 
 def unpaid(setting: Setting, splices: Sequence[Splice]) -> set[Value]:

@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto
 from onnx_models import Sizes, assert_left, batchnorm, fuse, model, node, norm, rand, reasons
 
 from reparamc.algebra.expr import Scale
-from reparamc.compiler import split_scales as pieces
+from reparamc.compiler import pieces
 from reparamc.onnx import fuse as onnx_fuse
 from reparamc.report.data import Report
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Source, Sum, walk
 from reparamc.algebra.places import result_size
 
-REASON = "the rewritten form would refuse maps that are smaller than its kernel, which the region takes"
+REFUSED = "the rewritten form would refuse maps that are smaller than its kernel, which the region takes"
 
 
 def refuses_more(before: Expr, after: Expr, made: Collection[Expr], pools_clamp: bool) -> bool:
