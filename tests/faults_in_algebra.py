@@ -30,7 +30,7 @@ from fault_models import (
     torch,
     vector,
 )
-from planting import Make, fault, given, instead, result
+from planting import NO_SHRINK, Make, fault, given, instead, result
 
 from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Concat, Conv, Layout, Mean, Permute, Scale, Select, Sum
 from reparamc.algebra.kernels import coefficients
@@ -351,6 +351,7 @@ ALGEBRA = [
         lambda original: lambda c, index: replace(
             original(c, index), bias=None if c.bias is None else c.bias[: len(index)]
         ),
+        NO_SHRINK,
         text="""%x = source c=4 axis=-3
 %0 = conv %x 4->4 k=3x3 p=1 bias
 %1 = select %0 1:3 of 4 axis=-3""",
@@ -367,6 +368,7 @@ ALGEBRA = [
     fault(
         "the first channels of a term instead of those selected", f"{MOVING}_select_terms",
         result(lambda e: replace(e, index=tuple(range(len(e.index)))) if isinstance(e, Select) else e),
+        NO_SHRINK,
         text="""%x = source c=4 axis=-3
 %z = source c=4 axis=-3
 %0 = conv %x 4->3 k=1x1
@@ -395,7 +397,7 @@ ALGEBRA = [
         ),
     ),
     fault(
-        "selection of a selection", f"{MOVING}selected", by_index,
+        "selection of a selection", f"{MOVING}selected", by_index, NO_SHRINK,
         text="""%x = source c=4 axis=-3
 %0 = select %x 1,3,2 of 4 axis=-3
 %1 = select %0 2,0 of 3 axis=-3

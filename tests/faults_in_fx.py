@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from fault_makers import UNCHECKED_PROBE, call_with, geometry, reading
 from fault_models import F, net, nn, torch, vector
-from planting import Make, fault, given, instead, result
+from planting import NO_SHRINK, Make, fault, given, instead, result
 
 from reparamc.algebra.expr import Layout, Permute, Scale, Source, Sum
 from reparamc.algebra.shape import Dim
@@ -309,7 +309,7 @@ FX_WRITERS = [
     ),
     fault(
         "a slice that starts at zero", f"{EMIT}_select",
-        written_as(lambda e: replace(e, index=tuple(range(len(e.index))))),
+        written_as(lambda e: replace(e, index=tuple(range(len(e.index))))), NO_SHRINK,
         fx=lambda: net(
             lambda x, c: halves(c(x).relu(), slice(1, 2), slice(2, 4)), nn.Conv2d(4, 4, 3)
         ),

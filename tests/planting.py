@@ -74,6 +74,10 @@ def fault(name: str, where: str, make: Make, *more: Replace, **models: Any) -> F
     return Fault(name, (Replace(where, make), *more), **models)
 
 
+NO_SHRINK = Replace("reparamc.compiler.shrink:shrink", lambda _: lambda *_, **__: None)
+"""For faults in selections: otherwise lossless-shrink leaves none."""
+
+
 def given(change: Callable[..., Any]) -> Make:
     """The function gets other arguments: ``change`` returns all positional ones, as a tuple."""
     return lambda original: lambda *args, **kwargs: original(*change(*args), **kwargs)
