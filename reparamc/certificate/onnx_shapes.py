@@ -95,6 +95,12 @@ def _has_vast_sizes(light: ModelProto) -> bool:
     return any(2**20 < n < 2**62 for n in numbers)
 
 
+def _has_rest(tensor: TensorProto) -> bool:
+    """Whether a shape has an entry of -1, which a reshape takes for the rest."""
+    small = tensor.data_type == TensorProto.INT64 and prod(tensor.dims) <= WEIGHT and not tensor.external_data
+    return small and -1 in numpy_helper.to_array(tensor)
+
+
 def _tell_ranks(light: ModelProto) -> bool:
     """Note the ranks that only the weights of convolutions tell; whether there is any."""
     graph = light.graph
@@ -151,9 +157,17 @@ class Shapes:
         self._meaning: dict[str, Dim] = {}
         """What a symbol that inference made up is, where that is known."""
         given = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim}
+        rests = {t.name for t in light.graph.initializer if _has_rest(t)}
         for node in light.graph.node:  # operands come first
-            if node.op_type in ("Flatten", "Reshape") and not node.domain:
-                self._explain(node.input[0], node.output[0], given)
+            if node.domain:
+                continue
+            if node.op_type in ("Flatten", "Reshape"):
+                is_rest = node.op_type == "Flatten" or node.input[1] in rests
+                self._explain(node.input[0], node.output[0], given, is_rest)
+            elif (node.op_type in ("Concat", "Identity") and not rests.isdisjoint(node.input)) or any(
+                _has_rest(a.t) or -1 in a.ints for a in node.attribute if node.op_type == "Constant"
+            ):
+                rests.add(node.output[0])
 
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype of a floating tensor; None for other types and where it is unknown."""
@@ -187,8 +201,11 @@ class Shapes:
     def _open(self, symbol: str) -> Dim:
         return self._meaning.get(symbol, Dim(1, (symbol,)))
 
-    def _explain(self, operand: str, name: str, given: set[str]) -> None:
-        """Learn the one size of a reshape that inference made up: what is left of the elements."""
+    def _explain(self, operand: str, name: str, given: set[str], is_rest: bool) -> None:
+        """Learn the one size of a reshape that inference made up: what is left of the elements.
+
+        Empty tensors tell nothing of it, unless the runtime takes it for the rest, too (``is_rest``): it refuses them.
+        """
         before, after = self._read(operand), self._read(name)
         if before is None or after is None:
             return
@@ -201,5 +218,5 @@ class Shapes:
             elements = elements.times(e)
         for e in after:
             others = others if e == new[0] else others.times(e)
-        if (rest := elements.over(others)) is not None:
+        if (rest := elements.over(others)) is not None and (is_rest or not others.symbols):
             self._meaning[new[0].symbols[0]] = rest

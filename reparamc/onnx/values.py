@@ -394,6 +394,18 @@ def _tell_ranks(light: ModelProto) -> bool:
     return bool(found)
 
 
+def _with_rest(graph: GraphProto) -> set[str]:
+    """The constants and concatenations that have an entry of -1, which a reshape takes for the rest."""
+    tensors = [(t.name, t) for t in graph.initializer]
+    tensors += [(node.output[0], t) for node in graph.node if (t := constant_tensor(node)) is not None]
+    whole = [(name, t) for name, t in tensors if t.data_type == TensorProto.INT64 and not is_reference(t)]
+    found = {name for name, t in whole if prod(t.dims) <= SMALL and -1 in numpy_helper.to_array(t)}
+    for node in graph.node:
+        if node.op_type in ("Concat", "Identity") and not found.isdisjoint(node.input):
+            found.add(node.output[0])
+    return found
+
+
 class Types:
     """Inferred element types and shapes of every value of a main graph."""
 
@@ -413,19 +425,24 @@ class Types:
         self._shapes: dict[str, Shape | None] = {}
         self._products: dict[str, Dim] = {}
         given = {symbol for v in model.graph.input for dim in self._shape(v.name) or () for symbol in dim.symbols}
+        left = _with_rest(light.graph)
         for node in model.graph.node:
             if node.op_type in ("Flatten", "Reshape") and is_standard(node):
-                self._learn_product(node, given)
+                self._learn_product(node, given, node.op_type == "Flatten" or node.input[1] in left)
 
-    def _learn_product(self, node: NodeProto, given: set[str]) -> None:
-        """Where one size of a reshape is all that inference left open, the others tell it: -1, a merged batch."""
+    def _learn_product(self, node: NodeProto, given: set[str], is_rest: bool) -> None:
+        """Where one size of a reshape is all that inference left open, the others tell it: -1, a merged batch.
+
+        They do not where it is no rest (``is_rest``) and one of the others may be 0.
+        """
         before, after = self._shape(node.input[0]), self._shape(node.output[0])
         if before is None or after is None:
             return
         known = given.union(*(dim.symbols for dim in before), self._products)
         fresh = [dim for dim in after if dim.factor == 1 and len(dim.symbols) == 1 and dim.symbols[0] not in known]
-        rest = size(before).divided_by(size([dim for dim in after if dim not in fresh])) if len(fresh) == 1 else None
-        if rest is not None:
+        others = size([dim for dim in after if dim not in fresh])
+        rest = size(before).divided_by(others) if len(fresh) == 1 else None
+        if rest is not None and (is_rest or not others.symbols):
             self._products[fresh[0].symbols[0]] = rest
 
     def dtype(self, name: str) -> np.dtype | None:

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 from onnx_models import W3, batchnorm, conv_bn, fuse, model, node, norm, rand
 
 from reparamc import verify_onnx
+from reparamc.certificate.onnx import certify_onnx
 from reparamc.errors import InputError
 from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.session import random_inputs
@@ -53,6 +54,23 @@ def test_nothing_is_legal(name: str, level: str) -> None:
     for a, b in zip(run(made, feeds), run(fused, feeds), strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rest", "folds"), [(False, False), (True, True)])
+def test_a_size_that_an_empty_batch_leaves_open(rest: bool, folds: bool) -> None:
+    """A shape that is computed may be another one of no elements; ONNX Runtime refuses -1 of nothing."""
+    sizes = [] if rest else [node("Slice", "s one big two", "t"), node("Shape", "t", "shape")]
+    constants = {"one": np.array([1]), "big": np.array([2**31]), "two": np.array([2])}
+    constants = norm("n", 4) | ({"shape": np.array([0, 4, -1])} if rest else constants)
+    inputs = {"s": ("N", 4, "M")}
+    nodes = [*sizes, node("Neg", "x", "z"), node("Reshape", "z shape", "r"), batchnorm("r", "n", "y")]
+    made = model(nodes, constants, ("N", 4, "L"), inputs=inputs)
+    without = model([node("Neg", "x", "z"), batchnorm("z", "n", "y")], norm("n", 4), ("N", 4, "L"), inputs=inputs)
+    assert ("Reshape" not in operators(fuse_model(made, verify="off")[0])) == folds
+    assert certify_onnx(made, without).holds == folds
+    if not folds:
+        feeds = {"x": np.zeros((0, 4, 5), np.float32), "s": np.zeros((0, 4, 3), np.float32)}
+        assert [a.shape for a in run(made, feeds)] != [a.shape for a in run(without, feeds)]
 
 
 def test_an_image_of_an_open_batch() -> None:
