@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -223,7 +223,7 @@ def _add_verify(verify: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
 
 
@@ -233,7 +233,7 @@ def _positive(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
@@ -255,13 +255,17 @@ def _output(arguments: argparse.Namespace) -> Path:
     return given[0]
 
 
-def _fuse(arguments: argparse.Namespace) -> int:
-    output = _output(arguments)
-    # A misspelt name should not cost the loading of a large model.
+def _check_names(arguments: argparse.Namespace) -> None:
+    """Refuse a misspelt pass before a large model is loaded."""
     from reparamc.algebra.rewrite import select
     from reparamc_passes import PASSES
 
     select(PASSES, arguments.passes, arguments.skip)
+
+
+def _fuse(arguments: argparse.Namespace) -> int:
+    output = _output(arguments)
+    _check_names(arguments)
     from reparamc.onnx import weights
     from reparamc.onnx.files import (
         STANDARD,
@@ -321,10 +325,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from reparamc.algebra.rewrite import select
-    from reparamc_passes import PASSES
-
-    select(PASSES, arguments.passes, arguments.skip)
+    _check_names(arguments)
     from reparamc.onnx import weights
     from reparamc.onnx.files import STANDARD, from_standard_input, opened
     from reparamc.onnx.fuse import fuse_light
@@ -434,13 +435,8 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
 
-@contextmanager
-def _silence() -> Iterator[Callable[[int, int], None]]:
-    yield lambda done, of: None
-
-
 def _progress(quiet: bool) -> AbstractContextManager[Callable[[int, int], None]]:
-    return _silence() if quiet or not sys.stderr.isatty() else _bar()
+    return nullcontext(lambda done, of: None) if quiet or not sys.stderr.isatty() else _bar()
 
 
 def _passes(arguments: argparse.Namespace) -> int:

@@ -14,8 +14,8 @@ reaches farther than 64 positions is left alone. The framework's own operators r
 units in the last place of the stored dtype (of float32, if that is coarser), because a border may have been
 computed beforehand in it. Each channel is held to its own magnitude.
 
-The drivers carry it out, after all other passes, if it pays. It declines silently: what stays has the reason of
-the pass that declined before it.
+`reparamc.compiler.impulse` carries it out, after the rules, if it pays. It declines silently: what stays has the
+reason of the pass that declined before it.
 
 | not taken because | example |
 |---|---|

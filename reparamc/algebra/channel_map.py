@@ -1,8 +1,7 @@
 """Where the channels of a value are after it has been moved: reshaped into heads, transposed, cut into q, k and v.
 
-An index of a channel is a number with several digits once its axis is split: channel ``(3 h + i) d + j`` stands at
-``[..., h, i, j, ...]``. A `ChannelMap` holds the channel at each combination of positions along
-these axes.
+Once its axis is split, a channel has several indices: channel ``(3 h + i) d + j`` is at ``[..., h, i, j, ...]``. A
+`ChannelMap` holds the channel at each combination of positions along these axes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from reparamc.algebra.shape import Dim, Shape, size
 
 @dataclass(frozen=True)
 class ChannelMap:
-    """In a value of ``rank`` stands the channel ``channels[i, j, ...]`` at the positions i, j, ... along ``axes``."""
+    """A value of ``rank`` has the channel ``channels[i, j, ...]`` at the positions i, j, ... along ``axes``."""
 
     channels: npt.NDArray[np.int64]
     axes: Ints
@@ -28,7 +27,7 @@ class ChannelMap:
 
     @staticmethod
     def of(rank: int, axis: int, width: int) -> ChannelMap:
-        """That of a value which has not been moved yet."""
+        """The map of a value that has not been moved yet."""
         return ChannelMap(np.arange(width), (rank + axis,), rank)
 
     def through(self, e: Expr) -> ChannelMap | None:

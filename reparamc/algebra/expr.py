@@ -343,7 +343,7 @@ def ranks(op: LayoutOp) -> tuple[int, int]:
 
 
 def axis_through(op: LayoutOp, axis: int) -> int | None:
-    """Where ``axis`` stands after ``op``, both counted from the left; None where it does not stay whole."""
+    """Where ``axis`` is after ``op``, both counted from the left; None where it does not stay whole."""
     match op:
         case Permute():
             return op.axes.index(axis)
@@ -444,7 +444,7 @@ def flatten(root: Expr) -> Expr:
 
 
 def replaced(roots: Sequence[Expr], old: Expr, new: Expr) -> dict[Expr, Expr]:
-    """What every node under ``roots`` becomes when ``new`` stands in the place of ``old``."""
+    """What every node under ``roots`` becomes when ``new`` replaces ``old``."""
     found: dict[Expr, Expr] = {old: new}
     for root in roots:
         for e in walk(root, stop=found.__contains__):

@@ -61,7 +61,7 @@ class Sample:
         return replace(self, inputs={e: np.abs(x) for e, x in self.inputs.items()})
 
     def zeros(self) -> Sample:
-        """Zeros in the place of the inputs."""
+        """Zeros instead of the inputs."""
         return replace(self, inputs={e: np.zeros_like(x) for e, x in self.inputs.items()})
 
 
@@ -105,7 +105,7 @@ def draw(roots: Sequence[Expr], size: Size, rng: np.random.Generator, largest: i
     batch: of ordinary values, and at the ordinary size also of zeros, where nothing hides a shift, and of values that
     differ by six decades, among which a large weight does not always hide a small one.
 
-    Where layout operators stand, the sources' own shapes are used, with small numbers for their symbols, and values
+    With layout operators, the sources' own shapes are used, with small numbers for their symbols, and values
     are ordinary.
 
     Raises:

@@ -77,7 +77,7 @@ def sizes_after(before: Shape, after: Shape) -> list[int] | None:
 
 
 def axis_through_reshape(before: Shape, after: Shape, axis: int) -> int | None:
-    """Where ``axis`` of ``before`` stands in ``after``, or None when the reshape splits or merges it.
+    """Where ``axis`` of ``before`` is in ``after``, or None when the reshape splits or merges it.
 
     Row-major order keeps an axis whole exactly when its size and the product of the sizes to its
     left are found again. Sizes of one are skipped over: they may be added or dropped anywhere.

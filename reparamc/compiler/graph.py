@@ -27,7 +27,7 @@ class Graph(Protocol):
         ...
 
     def read(self, value: Value) -> Reading | Declined | None:
-        """The operator behind ``value`` as a linear one; Declined with the reason when it nearly is."""
+        """The operator of ``value`` as a linear one; Declined with the reason when it nearly is."""
         ...
 
     def users(self, value: Value) -> Sequence[Value | None]:
@@ -88,7 +88,7 @@ class Graph(Protocol):
         ...
 
     def kind(self, value: Value) -> Hashable:
-        """The operator behind ``value`` with its attributes; without weights, and numbers of channels if possible."""
+        """The operator of ``value`` with its attributes; without weights, and numbers of channels if possible."""
         ...
 
     def folded(self) -> tuple[Graph, Sequence[Fold]]:
@@ -164,7 +164,7 @@ class Splice:
 
     @property
     def unit(self) -> Value:
-        """What splices have in common of which all are made, or none."""
+        """Edits of one unit are all made, or none."""
         return self.root if self.shared is None else self.shared
 
 

@@ -144,7 +144,7 @@ def fold_constants(compilation: Compilation, p: Pass) -> None:
 
 
 LEFT = "region"
-"""Stands for the name of a pass where a region ends for a reason that no pass gives."""
+"""Takes the place of the name of a pass in a refusal: a region ends for a reason that no pass gives."""
 
 
 def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value]) -> str | None:

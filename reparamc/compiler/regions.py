@@ -1,8 +1,8 @@
 """Where regions end, and what they compute.
 
 A **region** is a maximal tree of linear operators: every member but the root has exactly one user,
-and that is a member too. So all members can die when the root is replaced, and no rewrite can make
-work double by absorbing a value that is needed elsewhere as well. Finding them is one sweep from the
+and that is a member too. So all members can go when the root is replaced, and nothing is computed
+twice because a value was absorbed that is needed elsewhere as well. Finding them is one sweep from the
 outputs to the inputs.
 
 There is one exception. What scales or moves each channel separately (a BatchNorm before q, k and
@@ -19,7 +19,7 @@ from reparamc.compiler.graph import Graph
 from reparamc.compiler.readings import Reading, Value
 
 LIFT = "lift"
-"""Stands for the name of a pass where an operator is not read as the linear one that it looks like."""
+"""Takes the place of the name of a pass in a refusal: an operator is not read as the linear one it looks like."""
 
 MOST_SHARED = 8
 """Regions that one value may be a member of."""

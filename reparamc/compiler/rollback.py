@@ -1,6 +1,6 @@
 """A plan carried out, and undone where it is wrong or not proven.
 
-Of some splices all are made, or none; what these have in common is their unit.
+Edits are undone by the unit: those of one `unit` are all made, or none.
 """
 
 from __future__ import annotations

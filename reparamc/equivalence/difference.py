@@ -1,7 +1,7 @@
 """Outputs of two models against one another: structure, shapes, dtypes, NaN and infinities, and then values.
 
-What was measured is here, and what of it rounding explains. What is made of that is for those who ask: an exception
-(`verify`), a verdict (`verification`) or an assertion (`testing.assertions`).
+Here is what was measured, and how much of it rounding explains. Callers make of it an exception (`end_to_end`), a
+verdict (`reparamc.verify`) or an assertion (`reparamc.testing.assertions`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Difference:
         max_rel: ``max_abs`` relative to `size`.
         size: largest finite magnitude expected; 0 of what does not round.
         same_kind: shapes agree, and NaN and infinities are in the same places.
-        same_shape: the former at least; also of equal values that are no arrays.
+        same_shape: shapes agree; also True of equal values that are not arrays.
     """
 
     expected: Any = field(repr=False)

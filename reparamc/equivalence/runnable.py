@@ -132,7 +132,7 @@ class Domain:
         at = self.base[name]
         wanted = dict.fromkeys(_BATCHES if is_batch else (*SIZES, at, at - 1, at + 1))
         found = [n for n in wanted if n > 0 and (n == at or self.accepts({**self.base, name: n}))]
-        # An size of one alone proves nothing: it may have been repeated along a longer one.
+        # A size of one alone proves nothing: it may have been repeated along a longer one.
         return tuple(found) if set(found) - {1, at} else (at,)
 
     @property

@@ -183,7 +183,7 @@ class Origin:
 
     Attributes:
         sha256: the hash, in hexadecimal digits.
-        of: what it is taken of: "file", "serialized ModelProto", "parameters and buffers".
+        of: what is hashed: "file", "serialized ModelProto", "parameters and buffers".
         data: hashes of the files beside a model that hold its weights, by their names.
     """
 
@@ -333,18 +333,15 @@ class Report:
     @property
     def warning(self) -> str | None:
         """One line about what is odd, and the regions that failed their check; None when all is well."""
-        if not self.failed:
-            return "; ".join(self.remarks) or None
-        first, more = self.failed[0], len(self.failed) - 1
-        others = f" and {more} more" if more else ""
-        return (
-            "; ".join(self.remarks)
-            + "; " * bool(self.remarks)
-            + (
+        lines = [*self.remarks]
+        if self.failed:
+            first, more = self.failed[0], len(self.failed) - 1
+            others = f" and {more} more" if more else ""
+            lines.append(
                 f"region {first.where!r}{others} failed verification and stays as it was: {first.reason}. "
                 "The rest is rewritten and verified. Please report this as a bug, with the model"
             )
-        )
+        return "; ".join(lines) or None
 
     def to_json(self) -> str:
         data: dict[str, Any] = asdict(self)

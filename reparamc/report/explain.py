@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from reparamc.report.data import Refusal, Report
-from reparamc.report.text import counts
+from reparamc.report.text import counts, several
 
 FEW = 3
 """Places shown of each reason, unless all are wanted."""
@@ -37,18 +37,19 @@ def explain_text(report: Report, *, everything: bool = False) -> str:
     Args:
         everything: list every place, not the first few of each kind.
     """
-    lines = [f"would be replaced: {_count(len(report.rewrites), 'region')}"]
-    places = [f"{r.where}: {_count(len(r.operators), 'operator')}, {counts(r.passes.items())}" for r in report.rewrites]
+    rewrites = report.rewrites
+    lines = [f"would be replaced: {several(len(rewrites), 'region')}"]
+    places = [f"{r.where}: {several(len(r.operators), 'operator')}, {counts(r.passes.items())}" for r in rewrites]
     lines += _listed(places, everything)
-    folded = sum(report.passes.values()) - sum(n for r in report.rewrites for n in r.passes.values())
+    folded = sum(report.passes.values()) - sum(n for r in rewrites for n in r.passes.values())
     if folded:
-        lines.append(f"would be computed once: {_count(folded, 'constant')}")
+        lines.append(f"would be computed once: {several(folded, 'constant')}")
     before, after = report.before, report.after
     lines.append(
         f"that would leave {after.ops:,} of {before.ops:,} operators and {after.parameters:,} of {before.parameters:,} "
         "parameters"
     )
-    lines += ["", f"would stay: {_count(len(report.kept), 'place')}"]
+    lines += ["", f"would stay: {several(len(report.kept), 'place')}"]
     for reason, group in grouped(report.kept).items():
         lines.append(f"{len(group):>6}  {reason}")
         differ = any(r.reason != reason for r in group)
@@ -78,7 +79,3 @@ def _listed(places: list[str], everything: bool) -> list[str]:
     shown = places if everything or len(places) <= FEW + 1 else places[:FEW]
     rest = len(places) - len(shown)
     return [f"    {place}" for place in shown] + ([f"    and {rest} more (--all)"] if rest else [])
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"

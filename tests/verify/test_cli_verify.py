@@ -545,9 +545,9 @@ def test_what_cannot_be_compared(run: Run, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--examples", "-1"], "'-1' is no number"),
-        (["--seconds", "0"], "no number above 0"),
-        (["--seconds", "nan"], "no number above 0"),
+        (["--examples", "-1"], "'-1' is not a whole number"),
+        (["--seconds", "0"], "not a number above 0"),
+        (["--seconds", "nan"], "not a number above 0"),
         (["--rtol", "-1"], "a tolerance cannot be -1"),
         (["--atol", "nan"], "a tolerance cannot be nan"),
         (["--save", "a.onnx"], "is the input itself"),
