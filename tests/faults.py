@@ -6,10 +6,22 @@ them and asks who notices, `test_faults.py` demands that somebody does, `benchma
 
 from faults_in_algebra import ALGEBRA
 from faults_in_fx import FX_READERS, FX_WRITERS
+from faults_in_norms import NORMED
 from faults_in_onnx import ONNX_READERS, ONNX_VALUES, ONNX_WRITERS
 from faults_in_pieces import PIECES
 from faults_in_placing import PLACED
 from faults_in_shrink import SHRINK
 
-ALL = [*ALGEBRA, *PIECES, *PLACED, *SHRINK, *ONNX_READERS, *ONNX_VALUES, *ONNX_WRITERS, *FX_READERS, *FX_WRITERS]
+ALL = [
+    *ALGEBRA,
+    *PIECES,
+    *PLACED,
+    *NORMED,
+    *SHRINK,
+    *ONNX_READERS,
+    *ONNX_VALUES,
+    *ONNX_WRITERS,
+    *FX_READERS,
+    *FX_WRITERS,
+]
 """Every fault."""

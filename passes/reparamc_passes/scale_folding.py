@@ -3,6 +3,7 @@
     s (W * x + b) + t  =  (s W) * x + (s b + t)
     W * (s x + t) + b  =  (W s) * x + (b + sum W t)
     s (s' x + t') + t  =  (s s') x + (s t' + t)
+    s (g N(x) + h) + t  =  (s g) N(x) + (s h + t)        N a normalization with weight g and bias h
     s P(x) + t  =  P(s x + t)               P a layout that keeps the channel axis whole; any, for scalars s and t
 
 Layer scale (FastViT, CaiT), and every multiplication or addition of a constant that is a scalar or varies along
@@ -12,6 +13,10 @@ which is a scale with other parameters.
 A scalar goes through reshapes that split or merge the channel axis as well: 1/sqrt(d) after a split into heads
 goes into the projection of the queries, and 1/255 before an image is cut into patches goes into the layer after
 it. If one projection computes q, k and v, piece-folding does it.
+
+LayerNorm, RMSNorm, GroupNorm and InstanceNorm end in a factor and a shift for each channel, which take scales and
+BatchNorms after them; sequence-merging brings depthwise 1x1 convolutions there. So the token mixer of RIFormer, a
+depthwise 1x1 convolution of a norm less that norm, is the norm alone. A norm that another region reads stays.
 
 Left alone: a constant that varies along several axes or may broadcast its operand; a scalar after a non-linear
 operator and the scale of a normalisation, because runtimes recognise GELU, SiLU, LayerNorm and attention by

@@ -22,6 +22,7 @@ from reparamc.algebra.cost import POSITIONS, Objective, multiply_adds, positions
 from reparamc.algebra.expr import Conv, Expr, Sum, total
 from reparamc.algebra.kernels import NOT_COMPOSED, cannot_compose, compose, composed_shape, grid, merge, merged_shape
 from reparamc.algebra.rewrite import Declined, Pass
+from reparamc.compiler.readings import is_norm
 
 LONGEST = 8
 """Convolutions in a row that are weighed against one another."""
@@ -32,7 +33,7 @@ def in_a_row(e: Expr, objective: Objective) -> Expr | Declined | None:
     if not isinstance(e, Conv) or not isinstance(e.x, Conv):
         return None
     if reason := cannot_compose(e, e.x):
-        return Declined(reason, at_border=True)
+        return None if is_norm(e.x) else Declined(reason, at_border=True)
     convs = _row(e)
     shapes = _shapes(convs)
     read = _positions(convs)

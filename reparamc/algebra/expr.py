@@ -157,13 +157,17 @@ class Conv:
         return isinstance(self.x, Source) and self.x.taps
 
     @property
+    def is_per_channel(self) -> bool:
+        """Whether it has one group for each channel, and gives as many as it reads."""
+        return self.groups == self.in_channels == self.out_channels
+
+    @property
     def is_weightless(self) -> bool:
         """Whether it averages windows of each channel: a pooling, or for one tap a padding, a crop, a stride.
 
         Host graphs have operators for these that hold no weights. An identity is none of them.
         """
-        depthwise = self.groups == self.in_channels == self.out_channels
-        if self.transposed or self.bias is not None or not depthwise or self.is_pointwise or self.reads_taps:
+        if self.transposed or self.bias is not None or not self.is_per_channel or self.is_pointwise or self.reads_taps:
             return False
         return always(_is_average, self.weight)
 

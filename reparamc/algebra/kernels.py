@@ -18,12 +18,13 @@ from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints,
 from reparamc.algebra.infer import sizes
 
 OF_AN_OPERATOR = "it is the weight of an operator into which only a matrix of channels can be multiplied"
+ONE_EACH = "it is the weight of an operator that has one factor for each channel"
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the next convolution"
 VARYING = "before a transposed convolution its shift is not uniform: outputs receive different numbers of taps"
 TRANSPOSED = "a transposed convolution only composes with a 1x1 convolution"
 OTHER_AXES = "it acts on other axes than the next convolution"
 READS_ZEROS = "the next convolution pads this result with zeros, which a composed kernel would not read"
-NOT_COMPOSED = (OF_AN_OPERATOR, BIAS_MEETS_PADDING, VARYING, TRANSPOSED, OTHER_AXES, READS_ZEROS)
+NOT_COMPOSED = (OF_AN_OPERATOR, ONE_EACH, BIAS_MEETS_PADDING, VARYING, TRANSPOSED, OTHER_AXES, READS_ZEROS)
 """What `cannot_compose` may say."""
 
 
@@ -202,6 +203,8 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
         return OTHER_AXES
     if inner.reads_taps and not outer.is_pointwise:
         return OF_AN_OPERATOR
+    if inner.reads_taps and inner.is_per_channel and not outer.is_per_channel:
+        return ONE_EACH
     if outer.transposed or inner.transposed:
         if inner.transposed:
             return None if outer.is_pointwise and not outer.transposed else TRANSPOSED

@@ -28,15 +28,18 @@ from reparamc.certificate.fx_calls import Described, attribute, described, name_
 from reparamc.certificate.fx_memory import Memory
 from reparamc.certificate.fx_operators import (
     KERNELS,
+    NORMS,
     NUMBERS,
     ON_PARAMETERS,
     READERS,
     Read,
     Size,
     as_array,
+    axis_of_norm,
     is_elementwise,
     is_transposed,
     keeps_numbers,
+    rescaled,
     weighted,
 )
 from reparamc.certificate.narrowing import Separate
@@ -542,9 +545,11 @@ class _Side:
         return value
 
     def opened(self, name: str) -> Opened | None:
-        """A kernel over what it gathers, wherever that may be: at reflected positions, or at computed ones."""
+        """A normalization before its scale; a kernel over what it gathers, at reflected positions or computed ones."""
         node = self.nodes[name]
         call = self._described(node)
+        if call is not None and call.plain and call.op in NORMS:
+            return self._normalized(node, call)
         if call is None or not call.plain or call.op not in KERNELS:
             return None
         parameters = ("weight", "bias", "groups", "transposed")
@@ -561,6 +566,28 @@ class _Side:
             return self._read(node, call, lambda _: gathered, lambda read: weighted(read, gathered))
 
         return Opened(("gathered", is_transposed(call), weight.shape[2:], key), [n.name for n in given], leaf, finish)
+
+    def _normalized(self, node: fx.Node, call: Described) -> Opened | None:
+        """A normalization before its scale, if that is one of constants for each channel."""
+        shape, held = call.args.get("normalized_shape", 1), [call.args.get(key) for key in ("weight", "bias")]
+        if not isinstance(shape, int) and len(shape) != 1:
+            return None
+        if any(isinstance(a, fx.Node) and a.name not in self.constants for a in held):
+            return None
+        options = {k: v for k, v in sorted(call.args.items()) if k not in ("weight", "bias") and v is not None}
+        given, key = self._flat(node, options)
+
+        def leaf(known_as: str) -> Value:
+            sizes = list(self.leaf(node.name, known_as).shape)
+            counts = [t.numel() for t in map(self._stored, held) if t is not None]
+            if counts:
+                sizes[axis_of_norm(call, len(sizes))] = Dim(counts[0])
+            return nf.leaf(known_as, sizes)
+
+        def finish(normal: Value) -> Value:
+            return self._read(node, call, lambda _: normal, lambda read: rescaled(read, normal))
+
+        return Opened((call.op, key), [n.name for n in given], leaf, finish)
 
 
 def _within(axes: int | slice, index: Any) -> int | None:

@@ -44,6 +44,10 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "matmul": ("input", "other"),
     "addmm": ("bias", "input", "other"),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
+    "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
+    "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div"), ("input", "other")),
     "neg": ("input",),
     "identity": ("input",),
@@ -108,7 +112,19 @@ _OF_TORCH = {
     if callable(f := getattr(home, name, None))
     and not (
         home is torch
-        and name in ("batch_norm", "pad", "dropout", "convolution", "constant_pad_nd", *_NORMS_WITH_STATISTICS)
+        and name
+        in (
+            "batch_norm",
+            "group_norm",
+            "instance_norm",
+            "layer_norm",
+            "rms_norm",
+            "pad",
+            "dropout",
+            "convolution",
+            "constant_pad_nd",
+            *_NORMS_WITH_STATISTICS,
+        )
     )
 }
 
@@ -165,6 +181,10 @@ _MODULES: dict[type, tuple[str, int | None, tuple[str, ...]]] = {
     **_by_axes("BatchNorm", "batch_norm", *_OF_NORM),
     nn.BatchNorm1d: ("batch_norm", None, _OF_NORM),
     nn.SyncBatchNorm: ("batch_norm", None, _OF_NORM),
+    nn.LayerNorm: ("layer_norm", None, ("normalized_shape", "weight", "bias", "eps")),
+    nn.RMSNorm: ("rms_norm", None, ("normalized_shape", "weight", "eps")),
+    nn.GroupNorm: ("group_norm", None, ("num_groups", "weight", "bias", "eps")),
+    **_by_axes("InstanceNorm", "instance_norm", *_OF_NORM, "track_running_stats"),
     **_by_axes("AvgPool", "avg_pool", *SIGNATURES["avg_pool"][1:]),
     **_by_axes("AdaptiveAvgPool", "adaptive_avg_pool", "output_size"),
     **_by_axes("Dropout", "dropout", "training"),

@@ -232,6 +232,23 @@ def weighted(call: Read, gathered: Value) -> Value:
     return meaning.weighted(gathered, weight, bias, call.get("groups", 1), is_transposed(call.call))
 
 
+NORMS = ("group_norm", "instance_norm", "layer_norm", "rms_norm")
+"""Operators that normalize, and then have a factor and a shift for each channel."""
+
+
+def axis_of_norm(call: Described, rank: int) -> int:
+    """The axis along which the factors of one of `NORMS` lie."""
+    if call.op in ("layer_norm", "rms_norm"):
+        return rank - 1
+    return rank - 1 - call.axes if call.op == "instance_norm" and call.axes is not None else 1
+
+
+def rescaled(call: Read, normal: Value) -> Value:
+    """What one of `NORMS` makes of what it has normalized."""
+    weight, bias = (call.array(call.call.args.get(key)) for key in ("weight", "bias"))
+    return meaning.rescaled(normal, weight, bias, axis_of_norm(call.call, normal.rank))
+
+
 def _read_avg_pool(call: Read) -> Value:
     x, n = call.x, call.call.axes or 2
     size = call.integers("kernel_size", n, 1)

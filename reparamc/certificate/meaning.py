@@ -114,6 +114,13 @@ def matrix(x: Value | None, y: Value | None, weight: Array | None) -> Value:
     return nk.mixed(y, weight, y.rank - 2)
 
 
+def rescaled(normal: Value, weight: Array | None, bias: Array | None, axis: int) -> Value:
+    """What a normalization does after it has normalized: a factor and a shift for each channel."""
+    if any(a is not None and a.shape != (normal.shape[axis].known,) for a in (weight, bias)):
+        raise Unrepresentable("a normalization whose parameters do not fit the channels")
+    return biased(normal if weight is None else nf.scaled(normal, weight, axis), bias, axis)
+
+
 def normalized(x: Value, gamma: Array | None, beta: Array | None, mean: Array, var: Array, epsilon: float) -> Value:
     """BatchNorm with stored statistics."""
     axis = 1 if x.rank > 1 else 0

@@ -22,10 +22,12 @@ from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, b
 from reparamc.certificate.onnx_operators import (
     ELEMENTWISE,
     MIXING,
+    NORMS,
     READERS,
     Call,
     is_convolution,
     keeps_numbers,
+    rescaled,
     weighted,
 )
 from reparamc.certificate.onnx_shapes import Shapes, Typed
@@ -207,12 +209,16 @@ class _Side:
         return name not in self.producers
 
     def opened(self, name: str) -> Opened | None:
-        """A convolution over what it gathers, wherever that may be: its padding follows from the size of the input."""
-        if name not in self.producers or not is_convolution(node := self.producers[name][0]):
+        """A normalization before its scale; a convolution over what it gathers, which may depend on the input size."""
+        node = self.producers[name][0] if name in self.producers else None
+        is_norm = node is not None and is_standard(node) and node.op_type in NORMS and not any(node.output[1:])
+        if node is None or not (is_norm or is_convolution(node)):
             return None
         call = Call(self, node, 0, lambda _: nf.leaf("", ()))
         if not call.is_constant(1) or (call.name(2) is not None and not call.is_constant(2)):
             return None
+        if is_norm:
+            return self._normalized(name, call)
         weight = call.constant(1)
         attributes = (a.SerializeToString(deterministic=True) for a in node.attribute if a.name != "group")
 
@@ -226,6 +232,15 @@ class _Side:
 
         kind = ("gathered", node.op_type, weight.shape[2:], tuple(sorted(attributes)))
         return Opened(kind, [node.input[0]], leaf, finish)
+
+    def _normalized(self, name: str, call: Call) -> Opened:
+        attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in call.node.attribute))
+
+        def finish(normal: Value) -> Value:
+            return rescaled(call, normal)
+
+        kind = ("normalized", call.node.op_type, attributes)
+        return Opened(kind, [call.node.input[0]], lambda known_as: self.leaf(name, known_as), finish)
 
     def narrowed(self, name: str) -> None:
         if self.shape_of is not None:

@@ -230,6 +230,18 @@ def weighted(call: Call, gathered: Value) -> Value:
     return meaning.weighted(gathered, weight, bias, groups, is_transposed)
 
 
+NORMS = {"InstanceNormalization": 1, "LayerNormalization": -1, "RMSNormalization": -1}
+"""Operators that normalize, and then have a factor and a shift for each channel; along which axis these lie."""
+
+
+def rescaled(call: Call, normal: Value) -> Value:
+    """What one of `NORMS` makes of what it has normalized."""
+    axis = NORMS[call.node.op_type] % normal.rank
+    if axis == normal.rank - 1 and NORMS[call.node.op_type] < 0 and call.axis(normal.rank, -1) != axis:
+        raise Unrepresentable("a normalization over several axes")
+    return meaning.rescaled(normal, call.parameter(1), call.optional_parameter(2), axis)
+
+
 def _read_conv_transpose(call: Call) -> Value:
     x, weight, groups = call.value(), _weight(call), call.integer("group", 1)
     kernel = weight.shape[2:]

@@ -24,7 +24,7 @@ from reparamc.algebra.text import show
 from reparamc.compiler.consider import Decision, Setting, rounding_obstacle
 from reparamc.compiler.graph import Graph, Splice
 from reparamc.compiler.plan import Compilation
-from reparamc.compiler.readings import Reading, Taps, Value
+from reparamc.compiler.readings import Reading, Taps, Value, is_norm
 from reparamc.compiler.regions import find_regions, lifted
 
 MOST_AXES = 3
@@ -47,7 +47,7 @@ def _find_kernels(setting: Setting, decisions: Mapping[Value, Decision], name: s
     wide: dict[Value, Reading] = {}
     for value in graph.values():
         operands = readings[value].operands if value in readings else graph.moves(value)
-        if operands is not None and not _resizes(readings.get(value)):
+        if operands is not None and not _is_no_kernel(readings.get(value)):
             wide[value] = readings.get(value, Reading(total([*map(Source, operands)])))
     for members in find_regions(graph, wide, apart=wide).values():
         for tree in _trees_on_one_operand(members, wide):
@@ -59,10 +59,10 @@ def _find_kernels(setting: Setting, decisions: Mapping[Value, Decision], name: s
                     yield replace(splice, counts=Counter({name: 1}))
 
 
-def _resizes(reading: Reading | None) -> bool:
-    """Whether an operator makes a map of another size, whose positions it does not treat alike."""
+def _is_no_kernel(reading: Reading | None) -> bool:
+    """Whether an operator does not treat all positions alike (a resize), or its operand (a normalization)."""
     e = reading.template if reading is not None else None
-    return isinstance(e, Layout) and isinstance(e.op, Resize)
+    return e is not None and (is_norm(e) or (isinstance(e, Layout) and isinstance(e.op, Resize)))
 
 
 def _trees_on_one_operand(members: Sequence[Value], readings: dict[Value, Reading]) -> Iterator[tuple[Value, ...]]:

@@ -15,7 +15,7 @@ from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.compiler.consider import Decision, Setting
 from reparamc.compiler.decide import decide
 from reparamc.compiler.graph import Fold, Graph, Splice
-from reparamc.compiler.readings import Reading, Value
+from reparamc.compiler.readings import Reading, Value, is_norm
 from reparamc.compiler.reference import Reference
 from reparamc.compiler.regions import LIFT, lifted
 from reparamc.compiler.storage import STORED_TWICE, unpaid
@@ -149,12 +149,14 @@ LEFT = "region"
 
 def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value]) -> str | None:
     """Why the linear operators of a region in its final form stay; None for one convolution between non-linear ones."""
+    kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat) and not _stays(e)]
     users = graph.users(root)
+    if not kinds and is_norm(expr):
+        return None
     if len(users) > 1 and any(r in readings for r in users):
         nonlinear = [r for r in users if r not in readings]  # these are in the way of the linear ones
         other = (nonlinear or [r for r in users[1:] if r != users[0]] or users)[0]
         return f"second consumer at {'the output of the model' if other is None else graph.name(other)}"
-    kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat) and not _is_bias(e)]
     if len(kinds) > 1 and any(isinstance(e, Conv) and is_all(e.weight, 0) for e in kinds):
         return "its weights are all zero, and the sizes of its constant result follow those of its operand"
     if kinds and not any(isinstance(e, Conv) for e in kinds):
@@ -162,6 +164,6 @@ def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value])
     return "its parts start from different values, or act on different axes" if len(kinds) > 1 else None
 
 
-def _is_bias(e: Expr) -> bool:
-    """Whether ``e`` adds the bias of a linear layer, which ONNX writes as a product and a sum."""
-    return isinstance(e, Scale) and not (is_multiplied(e) or is_shifted(e) or is_negation(e))
+def _stays(e: Expr) -> bool:
+    """Whether ``e`` is part of another operator: a normalization, or a linear layer that ONNX writes as two."""
+    return is_norm(e) or (isinstance(e, Scale) and not (is_multiplied(e) or is_shifted(e) or is_negation(e)))

@@ -37,13 +37,15 @@ class Taps:
     """What the operator ``of`` multiplies by its weight, at each position of its result; it exists only in there.
 
     A convolution that pads by reflection, or one whose padding is computed at run time, is no kernel over its operand.
-    But it is a matrix over what it gathers there, so that its weight can take in what is done to its result.
+    But it is a matrix over what it gathers there, so that its weight can take in what is done to its result. So is a
+    normalization: its weight and bias are a factor and a shift for each channel of what it makes of its operand.
 
     Attributes:
         kind: what decides, together with ``operands``, what is gathered: equal for operators that gather alike.
         operands: the values that the operator reads, parameters left out.
         channels: how many numbers it gathers.
         spatial: how many axes are to the right of the channel axis, in its result.
+        norm: whether it is a normalization, which gives one number for each channel.
     """
 
     kind: Hashable
@@ -51,6 +53,7 @@ class Taps:
     channels: int
     spatial: int
     of: Value = field(compare=False)
+    norm: bool = False
 
     def __str__(self) -> str:
         return f"{self.of}.taps"
@@ -68,6 +71,11 @@ class Taps:
         shape = (weight.shape[0], self.channels // groups, *ones)
         rows = derived(weight, shape, lambda w: together(w)[0].reshape(w, shape))
         return Reading(Conv(self.source(None), rows, bias, ones, ones, zeros, zeros, groups))
+
+
+def is_norm(e: Expr) -> bool:
+    """Whether ``e`` is the weight and bias of a normalization."""
+    return isinstance(e, Conv) and isinstance(e.x, Source) and isinstance(e.x.key, Taps) and e.x.key.norm
 
 
 def values_in(operands: Iterable[Value]) -> Iterator[Value]:

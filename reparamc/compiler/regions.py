@@ -5,9 +5,9 @@ and that is a member too. So all members can go when the root is replaced, and n
 twice because a value was absorbed that is needed elsewhere as well. Finding them is one sweep from the
 outputs to the inputs.
 
-There is one exception. What scales or moves each channel separately (a BatchNorm before q, k and
+There are two exceptions. What scales or moves each channel separately (a BatchNorm before q, k and
 v), after something non-linear, is a member of every region that reads it, if all its users are
-linear.
+linear. And a normalization, whose weight and bias are linear, may have several users in one region.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Container, Mapping, Sequence
 
 from reparamc.algebra.expr import Expr
 from reparamc.compiler.graph import Graph
-from reparamc.compiler.readings import Reading, Value
+from reparamc.compiler.readings import Reading, Value, is_norm
 
 LIFT = "lift"
 """Takes the place of the name of a pass in a refusal: an operator is not read as the linear one it looks like."""
@@ -53,7 +53,8 @@ def find_regions(
         roots = tuple(dict.fromkeys(root for user in users for root in roots_of.get(user, ())))
         alone = len(users) == 1 and len(roots) == 1
         free = readings[value].commutes and value not in apart and not folds_down[value]
-        shared = free and 0 < len(roots) <= MOST_SHARED
+        most = MOST_SHARED if free else 1 if is_norm(readings[value].template) else 0
+        shared = 0 < len(roots) <= most
         roots_of[value] = roots = roots if known and value not in ends and (alone or shared) else (value,)
         for root in roots:
             members.setdefault(root, []).append(value)

@@ -41,6 +41,7 @@ from reparamc.compiler.emit import Emission
 from reparamc.compiler.graph import Splice
 from reparamc.compiler.readings import Taps, Value
 from reparamc.fx.calls import Call, first_operand, lookup, with_arguments
+from reparamc.fx.operators import OPERATORS
 from reparamc.fx.readings import Readings
 
 TensorT = TypeVar("TensorT", bound=Tensor)
@@ -203,6 +204,8 @@ class Emitter(Emission[fx.Node]):
         taps = cast(Taps, cast(Source, e.x).key)
         native = cast(fx.Node, taps.of)
         call = cast(Call, self.readings.facts.calls[native])
+        if taps.norm:
+            return self._norm(e, native, call.op)
         weight, _ = cast("tuple[Tensor, Any]", self.readings.facts.held(call.args["weight"]))
         matrix = e.weight.reshape(e.out_channels, -1, *weight.shape[2:])
         holder = nn.Module()
@@ -216,16 +219,35 @@ class Emitter(Emission[fx.Node]):
             )  # fmt: skip
         bias = self._bias(e)
         self._fill(holder, swap_sides(matrix, e.groups) if call.op == "conv_transpose" else matrix, bias)
-        path = self._add(holder)
+        groups = {"groups": e.groups} if e.groups != call.get("groups", 1) else {}
+        return self._copied(native, call.op, holder, groups | {"bias": None})
+
+    def _norm(self, e: Conv, native: fx.Node, op: str) -> fx.Node:
+        """The normalization ``native`` with the weight and bias of ``e``; one without a bias has it added."""
+        holder, bias = nn.Module(), self._bias(e)
         if native.op == "call_module":
-            made = self.target.graph.node_copy(self.target.copies[native])
+            holder = copy.deepcopy(lookup(self.readings.module, str(native.target)))
+            for flag in ("elementwise_affine", "affine"):
+                if hasattr(holder, flag):
+                    setattr(holder, flag, True)
+        takes = "bias" in OPERATORS[op].arguments
+        self._fill(holder, e.weight.reshape(-1), bias if takes else None)
+        made = self._copied(native, op, holder, {})
+        if bias is not None and not takes:
+            shift = bias.reshape(-1, *[1] * e.spatial)
+            made = self.target.graph.call_function(operator.add, (made, self._operand(shift, e.axis)))
+        return made
+
+    def _copied(self, native: fx.Node, op: str, holder: Any, named: dict[str, Any]) -> fx.Node:
+        """``native`` with the parameters of ``holder``: that module, or a function with those."""
+        path = self._add(holder)
+        made = self.target.graph.node_copy(self.target.copies[native])
+        if native.op == "call_module":
             made.target = path
             return made
-        named: dict[str, Any] = {"weight": self.target.graph.get_attr(f"{path}.weight")}
-        named |= {"groups": e.groups} if e.groups != call.get("groups", 1) else {}
-        named["bias"] = self.target.graph.get_attr(f"{path}.bias") if bias is not None else None
-        made = self.target.graph.node_copy(self.target.copies[native])
-        made.args, made.kwargs = with_arguments(made, call.op, named)
+        with self.target.graph.inserting_before(made):
+            held = {name: self.target.graph.get_attr(f"{path}.{name}") for name, _ in holder.named_parameters()}
+        made.args, made.kwargs = with_arguments(made, op, named | held)
         return made
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from reparamc.algebra.expr import Array, Expr
+from reparamc.algebra.expr import Array, Conv, Expr
+from reparamc.algebra.kernels import ONE_EACH
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Fold, Separate
-from reparamc.compiler.readings import Reading, Value, values_in
+from reparamc.compiler.readings import Reading, Value, is_norm, values_in
 from reparamc.fx.calls import Held
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.readers import READERS
@@ -82,6 +83,8 @@ class FxGraph(Readings):
     ) -> str | None:
         """Devices and dtypes must agree, and nothing that is written in place may look different to any reader."""
         nodes = cast(Sequence[fx.Node], members)
+        if any(is_norm(e) and not cast(Conv, e).is_per_channel for e in made):
+            return ONE_EACH
         if len({t.device for t in self.tensors(nodes)}) > 1:
             return "its parameters are on different devices"
         recorded = [n.meta.get("val") for n in (*nodes, *cast(Sequence[fx.Node], sources)) if self.exported]

@@ -96,11 +96,11 @@ def _pool(name: str, kind: str, *arguments: str, linear: bool = False) -> Operat
 _WINDOW = ("kernel_size", "stride", "padding")
 _SAME = (
     "relu", "relu6", "gelu", "silu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish", "tanh",
-    "softmax", "layer_norm", "group_norm", "hardtanh", "softplus", "prelu", "celu", "selu", "abs",
+    "softmax", "hardtanh", "softplus", "prelu", "celu", "selu", "abs",
 )  # fmt: skip
 _SAME_MODULES = (
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.Mish,
-    nn.Tanh, nn.Softmax, nn.LayerNorm, nn.PReLU, nn.GroupNorm, nn.Hardtanh, nn.Softplus, nn.SELU, nn.CELU,
+    nn.Tanh, nn.Softmax, nn.PReLU, nn.Hardtanh, nn.Softplus, nn.SELU, nn.CELU,
 )  # fmt: skip
 _STATISTICS = (
     "native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "_batch_norm_no_update",
@@ -114,6 +114,17 @@ _OPAQUE = (
 
 def _batch_norm_mode(module: Any) -> dict[str, Any]:
     return {"training": module.training or module.running_mean is None}
+
+
+def _norm(
+    name: str, modules: Mapping[type[nn.Module], int | None], *options: str, bias: tuple[str, ...] = ("bias",)
+) -> Operator:
+    """A normalization by statistics of its operand, then a factor and a shift for each channel."""
+    parameters = ("weight", *bias)
+    return Operator(
+        name, ("input", *options, *parameters, "eps"), (), (name,), functions=(getattr(F, name),),
+        modules=modules, parameters=parameters, attributes=(*options, "eps"), keeps=ALL, any_rank=True, allocates=True,
+    )  # fmt: skip
 
 
 def _arithmetic(name: str, *others: str, linear: str, also: tuple[Callable[..., Any], ...]) -> Operator:
@@ -165,6 +176,16 @@ TABLE: tuple[Operator, ...] = (
     Operator(
         "native_batch_norm", ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
         (), _STATISTICS, allocates=True,
+    ),
+    _norm("layer_norm", _any(nn.LayerNorm), "normalized_shape"),
+    _norm("rms_norm", _any(nn.RMSNorm), "normalized_shape", bias=()),
+    _norm("group_norm", _any(nn.GroupNorm), "num_groups"),
+    Operator(
+        "instance_norm",
+        ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+        (), ("instance_norm",), functions=(F.instance_norm,), modules=_ranked("InstanceNorm"),
+        parameters=("weight", "bias", "running_mean", "running_var"),
+        attributes=("eps",), keeps=ALL, allocates=True,
     ),
     _arithmetic("add", linear="each", also=(operator.add, operator.iadd)),
     _arithmetic("sub", "subtract", linear="each", also=(operator.sub, operator.isub)),

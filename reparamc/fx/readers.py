@@ -173,6 +173,28 @@ def _read_batchnorm(graph: Readings, node: fx.Node, call: Call) -> Reading | Dec
     return Reading(BatchNorm(graph.operand(x), gamma, beta, mean, var, float(eps), -1 - max(rank - 2, 0)))
 
 
+def _read_norm(graph: Readings, node: fx.Node, call: Call) -> Reading | None:
+    """A normalization by statistics of its operand, as a factor and a shift of each channel of what that gives."""
+    x, rank = call.input, graph.facts.rank(node)
+    if x is None or x in graph.facts.known or rank is None or not call.plain or call.get("running_mean") is not None:
+        return None
+    axis = graph.facts.axis_of_norm(call, rank)
+    given = [call.args.get(key) for key in ("weight", "bias")]
+    held = [graph.leaf(value) for value in given]
+    shape, counts = graph.facts.shapes.get(x), {p.shape for p in held if p is not None}
+    if shape is not None and -axis <= rank and shape[axis].known is not None:
+        counts.add((shape[axis].known,))
+    if "normalized_shape" in call.args:
+        counts.add(tuple(integers(call.get("normalized_shape"), 1) or ()))
+    channels = counts.pop() if len(counts) == 1 else ()
+    if len(channels) != 1 or any(v is not None and p is None for v, p in zip(given, held, strict=True)):
+        return None
+    weight, bias = map(_array, held)
+    options = sorted((key, str(value)) for key, value in call.args.items() if key not in ("input", "weight", "bias"))
+    taps = Taps((call.op, *options), (x,), channels[0], -1 - axis, node, norm=True)
+    return taps.reading(np.ones(channels) if weight is None else weight, bias, channels[0])
+
+
 def _read_neg(graph: Readings, node: fx.Node, call: Call) -> Reading | None:
     """A factor of -1."""
     x = call.input
@@ -533,6 +555,7 @@ READERS: dict[str, Reader] = {
     "matmul": _read_product,
     "addmm": _read_product,
     "batch_norm": _read_batchnorm,
+    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "instance_norm"), _read_norm),
     "neg": _read_neg,
     "identity": _read_identity,
     "dropout": _read_dropout,

@@ -173,7 +173,7 @@ class Readings:
             elif isinstance(reading, Reading) and reading.leaves:
                 found, at = reading.leaves[0].origin, None
             elif isinstance(reading, Reading):
-                at = cast(fx.Node, reading.operands[0])
+                at = cast(fx.Node, next(values_in(reading.operands)))
             else:
                 call = self.facts.calls.get(at)
                 kept = call is not None and "dtype" in OPERATORS[call.op].keeps and "dtype" not in call.args

@@ -174,18 +174,24 @@ class Values:
         shape = self.shapes.get(x) if x is not None else None
         if call is None or shape is None or call.op not in _CHANNEL_COUNTS:
             return
-        is_norm = call.op in _NORMS
-        found = self.held(call.get("running_mean" if is_norm else "weight"))
-        if found is None or not call.plain or (not is_norm and found[0].ndim < 2):
+        found = self.held(call.get("running_mean" if call.op in _NORMS else "weight"))
+        if found is None or not call.plain or found[0].ndim < (2 if call.op in _KERNELS else 1):
             return
         weight = found[0]
-        axis = -1 - max(len(shape) - 2, 0) if is_norm else 1 - weight.ndim
+        axis = 1 - weight.ndim if call.op in _KERNELS else self.axis_of_norm(call, len(shape))
         count = weight.shape[1] * call.get("groups", 1) if call.op == "conv" else weight.shape[-1]
         count = weight.shape[0] if call.op == "conv_transpose" else count
         if -axis <= len(shape):
             dim = shape[axis]
             if len(dim.symbols) == 1 and dim.factor > 0 and count % dim.factor == 0:
                 self.bound.setdefault(dim.symbols[0], count // dim.factor)
+
+    @staticmethod
+    def axis_of_norm(call: Call, rank: int) -> int:
+        """The axis along which the parameters of a normalization lie, or the last of several."""
+        if call.op in ("layer_norm", "rms_norm"):
+            return -1
+        return -1 - (call.axes if call.op == "instance_norm" and call.axes else max(rank - 2, 0))
 
     def _carry_ranks_back(self) -> None:
         """From a value whose rank is known to the operands that must have the same rank."""
@@ -593,7 +599,8 @@ def _random_states(values: Iterable[Any]) -> list[Tensor]:
 
 _SWEEPS = 4
 _NORMS = ("batch_norm", "native_batch_norm")
-_CHANNEL_COUNTS = ("conv", "conv_transpose", "linear", *_NORMS)
+_KERNELS = ("conv", "conv_transpose", "linear")
+_CHANNEL_COUNTS = (*_KERNELS, *_NORMS, "layer_norm", "rms_norm", "group_norm", "instance_norm")
 _POOLS = ("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool")
 
 

@@ -40,7 +40,7 @@ from reparamc.algebra.shape import Shape
 from reparamc.compiler.readings import ACTIVATION, MOST_CHANNELS, Reading, axis_of_constant, moved, scaled
 from reparamc.errors import InputError
 from reparamc.onnx.facts import Facts, Reader
-from reparamc.onnx.taps import Stored, read_stored, read_taps, stored
+from reparamc.onnx.taps import NORMS, Stored, read_norm, read_stored, read_taps, stored
 from reparamc.onnx.values import attribute, is_standard, operand
 
 NORMALISATION = "it belongs to a normalisation that runtimes fuse"
@@ -618,6 +618,7 @@ READERS: dict[str, Reader] = {
     "AveragePool": _read_average_pool,
     "Pad": _read_pad,
     "BatchNormalization": _read_batchnorm,
+    **dict.fromkeys(NORMS, read_norm),
     "Gemm": _read_gemm,
     "MatMul": _read_matmul,
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _read_arithmetic),

@@ -17,11 +17,11 @@ from onnx import NodeProto, helper
 
 from reparamc.algebra.arrays import Array, derived
 from reparamc.algebra.expr import Conv, Source
-from reparamc.algebra.kernels import swap_sides
+from reparamc.algebra.kernels import ONE_EACH, swap_sides
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.readings import Reading, Taps
+from reparamc.compiler.readings import Reading, Taps, is_norm
 from reparamc.onnx.facts import Facts
-from reparamc.onnx.values import FLOATS, attribute, is_standard
+from reparamc.onnx.values import FLOATS, attribute, is_standard, operand
 
 OF_THE_WEIGHT = ("group", "alpha", "beta")
 """Attributes that decide what is done with what is gathered, or with the bias."""
@@ -65,6 +65,27 @@ class Stored:
     scale: str
     axis: int
     out: int
+
+
+NORMS = ("InstanceNormalization", "LayerNormalization", "RMSNormalization")
+"""Operators that normalize by statistics of their operand, and then have a factor and a shift for each channel."""
+
+
+def read_norm(graph: Facts, node: NodeProto, output: str) -> Reading | None:
+    """A normalization as a factor and a shift of each channel of what it gives without them."""
+    shape, along_last = graph.types.shape(node.input[0]), node.op_type in ("LayerNormalization", "RMSNormalization")
+    names = [graph.constant(node, i) for i in (1, 2)]
+    if shape is None or any(name is None and operand(node, i) for i, name in enumerate(names, 1)) or not names[0]:
+        return None
+    if any(node.output[1:]) or (along_last and attribute(node, "axis", -1) not in (-1, len(shape) - 1)):
+        return None
+    channels = shape[-1 if along_last else 1].known
+    if channels is None or any(name and graph.constants.shape(name) != (channels,) for name in names):
+        return None
+    attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
+    spatial = 0 if along_last else len(shape) - 2
+    taps = Taps((node.op_type, attributes), (node.input[0],), channels, spatial, node.output[0], norm=True)
+    return taps.reading(graph.parameter(names[0]), graph.parameter(names[1]) if names[1] else None, channels)
 
 
 def stored(graph: Facts, node: NodeProto) -> Stored | Declined | None:
@@ -124,6 +145,8 @@ def read_stored(graph: Facts, node: NodeProto, bias: str | None) -> Reading | De
 
 def obstacle(graph: Facts, e: Conv) -> str | None:
     """Why the operator whose taps ``e`` reads cannot have the weight of ``e``; None when it can."""
+    if is_norm(e) and not e.is_per_channel:
+        return ONE_EACH
     found = stored(graph, graph.producers[_operator(e)])
     if isinstance(found, Stored) and not (e.groups == found.out == e.out_channels):
         return "its weight is stored as whole numbers, which only a factor for each channel leaves as they are"
@@ -156,14 +179,16 @@ def with_weight(
     if isinstance(found, Stored):
         weight = _rescaled(graph, found, e.weight.ravel(), parameter, copies, add)
         attributes.pop("beta", None)
+    elif is_norm(e):
+        weight = parameter("scale", e.weight.ravel())
     else:
         kernel = graph.constants.shape(node.input[1])[2:]
         matrix = e.weight.reshape(e.out_channels, -1, *kernel)
         weight = parameter("weight", swap_sides(matrix, e.groups) if node.op_type == "ConvTranspose" else matrix)
         attributes["group"] = e.groups
     inputs = [node.input[0], weight]
-    if node.op_type == "MatMul" and e.bias is not None:
-        return add("Add", [add("MatMul", inputs, None), parameter("bias", e.bias)], output)
+    if node.op_type in ("MatMul", "RMSNormalization") and e.bias is not None:
+        return add("Add", [add(node.op_type, inputs, None, **attributes), parameter("bias", e.bias)], output)
     inputs += [parameter("bias", e.bias)] if e.bias is not None else []
     return add(node.op_type, inputs, output, **attributes)
 

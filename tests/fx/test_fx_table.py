@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 
 import torch
 from fx_checks import Net
+from test_fx_norms import NORMS
 from test_fx_operators import FUNCTIONS, MODULES, _parts
 from torch import fx
 
@@ -31,7 +32,7 @@ def test_every_operator_has_one_record() -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_what_is_read_is_proven(name: str) -> None:
-    assert name in certificate.READERS
+    assert name in {*certificate.READERS, *certificate.NORMS}
 
 
 def test_what_is_read_is_tested() -> None:
@@ -46,7 +47,7 @@ def test_what_is_read_is_tested() -> None:
         graphs.append(exported)
         assert run is model.run
     calls = {call.op for g in graphs for n in g.graph.nodes if (call := operation(n, g)) is not None}
-    assert set(READERS) <= calls
+    assert set(READERS) <= {*calls, *NORMS}
 
 
 def test_what_is_read_is_documented() -> None:

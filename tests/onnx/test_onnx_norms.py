@@ -1,0 +1,77 @@
+"""Normalizations take scales and shifts of their results into their scale and bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import ModelProto, NodeProto
+from onnx_models import batchnorm, fuse, model, node, norm, rand
+
+from reparamc.onnx.taps import NORMS
+
+C = 6
+MAP, TOKENS = (2, C, 5, 4), ("N", 5, C)
+PARAMETERS: dict[str, np.ndarray] = {
+    "g": rand(C) + 1, "h": rand(C), "s": rand(C) + 1, "t": rand(C), "s3": rand(C, 1, 1) + 1, "d": rand(C, 1, 1, 1),
+    "w": rand(C, 4), "row": rand(5, 1), "g2": rand(5, C), "k": rand(C, 1, 3, 3), **norm("n", C),
+}  # fmt: skip
+
+
+def made(*nodes: NodeProto, shape: Any = TOKENS, opset: int = 21) -> ModelProto:
+    used = {name for n in nodes for name in n.input}
+    return model(nodes, {k: v for k, v in PARAMETERS.items() if k in used}, shape, opset=opset)
+
+
+def order(original: ModelProto) -> list[str]:
+    """The operators of the result; everything is proven."""
+    fused, report = fuse(original)
+    assert report.certificate is None or not report.certificate.undecided
+    return [n.op_type for n in fused.graph.node]
+
+
+SCALED = (node("Mul", "v s", "m"), node("Add", "m t", "y"))
+ROWS = {
+    "layer": made(node("LayerNormalization", "x g h", "v", epsilon=0.1), *SCALED),
+    "layer without bias": made(node("LayerNormalization", "x g", "v", axis=2), *SCALED, opset=17),
+    "rms": made(node("RMSNormalization", "x g", "v"), *SCALED, opset=23),
+    "instance": made(node("InstanceNormalization", "x g h", "v"), batchnorm("v", "n", "y"), shape=MAP),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_scale_after_a_norm(name: str) -> None:
+    first = ROWS[name].graph.node[0].op_type
+    assert order(ROWS[name]) == [first, *(["Add"] if name == "rms" else [])]  # which has no bias
+
+
+def test_every_norm_is_tested() -> None:
+    assert set(NORMS) == {row.graph.node[0].op_type for row in ROWS.values()}
+
+
+def test_an_affine_token_mixer_is_its_norm() -> None:
+    nodes = [
+        node("InstanceNormalization", "x g h", "v"), node("Conv", "v d t", "a", group=C), node("Sub", "a v", "b"),
+        node("Mul", "b s3", "c"), node("Add", "x c", "y"),
+    ]  # fmt: skip
+    assert order(made(*nodes, shape=("N", C, "H", "W"))) == ["InstanceNormalization", "Add"]
+
+
+LEFT: dict[str, ModelProto] = {
+    "a matrix": made(node("LayerNormalization", "x g h", "v"), node("MatMul", "v w", "m"), node("Relu", "m", "y")),
+    "another axis": made(node("LayerNormalization", "x g h", "v"), node("Mul", "v row", "y")),
+    "weights at each position": made(node("LayerNormalization", "x g2", "v", axis=1), node("Mul", "v s", "y")),
+    "a kernel": made(
+        node("InstanceNormalization", "x g h", "v"), node("Conv", "v k", "y", group=C, pads=[1] * 4), shape=MAP
+    ),
+    "another user": made(
+        node("LayerNormalization", "x g h", "v"), node("Mul", "v s", "m"), node("Relu", "v", "r"),
+        node("Sub", "m r", "y"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left_alone(name: str) -> None:
+    assert order(LEFT[name]) == [n.op_type for n in LEFT[name].graph.node]
