@@ -176,6 +176,11 @@ class Conv:
         """Stride one and equal sizes for every input size: an identity may be beside it."""
         return all(s == 1 for s in self.stride) and not any(self.delta)
 
+    def size_after(self, axis: int, size: int) -> int:
+        """The size of the result along an axis of the kernel, where the operand has this one; below 1 if none fits."""
+        stride, delta = self.stride[axis], self.delta[axis]
+        return stride * (size - 1) + 1 + delta if self.transposed else (size - 1 - delta) // stride + 1
+
     @property
     def bias_or_zero(self) -> Array:
         return np.zeros(self.out_channels) if self.bias is None else self.bias

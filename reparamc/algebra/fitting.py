@@ -127,12 +127,7 @@ class Sizes:
         stride, delta = e.stride[axis], e.delta[axis]
         if stride == 1 and delta == 0:
             return dim
-
-        def after(sizes: Sequence[int]) -> int:
-            n = sizes[0] - 1
-            return stride * n + 1 + delta if e.transposed else (n - delta) // stride + 1
-
-        return self._make(("strided", stride, delta, e.transposed), after, [dim])
+        return self._make(("strided", stride, delta, e.transposed), lambda sizes: e.size_after(axis, sizes[0]), [dim])
 
     def _resized(self, dim: Dim, scale: Fraction) -> Dim:
         if scale.denominator == 1:

@@ -144,8 +144,4 @@ def _size(conv: Conv, axis: int, dim: Dim) -> Dim | None:
     """What ``conv`` makes of the size ``dim``."""
     if conv.stride[axis] == 1 and conv.delta[axis] == 0:
         return dim
-    if dim.known is None:
-        return None
-    if conv.transposed:
-        return Dim(conv.stride[axis] * (dim.known - 1) + 1 + conv.delta[axis])
-    return Dim((dim.known - 1 - conv.delta[axis]) // conv.stride[axis] + 1)
+    return None if dim.known is None else Dim(conv.size_after(axis, dim.known))

@@ -244,10 +244,9 @@ def grid(conv: Conv) -> Hashable:
     They agree for every input size if strides and deltas do. Where the sizes of the input are known,
     those of the result are all that counts.
     """
-    known = sizes(conv.x, conv.spatial)
+    known = zip(sizes(conv.x, conv.spatial), conv.delta, strict=True)
     rows = [
-        d if h is None or conv.transposed else ("size", (h - 1 - d) // s + 1)
-        for h, d, s in zip(known, conv.delta, conv.stride, strict=True)
+        d if n is None or conv.transposed else ("size", conv.size_after(axis, n)) for axis, (n, d) in enumerate(known)
     ]
     return conv.stride, tuple(rows), conv.axis, conv.transposed
 

@@ -117,11 +117,7 @@ def _needed(
 
 def result_size(e: Conv, size: Ints) -> Ints:
     """The sizes of the spatial axes that ``e`` makes of those of its operand; 0 where nothing fits."""
-    if e.transposed:
-        found = [s * (n - 1) + 1 + d for n, d, s in zip(size, e.delta, e.stride, strict=True)]
-    else:
-        found = [(n - 1 - d) // s + 1 for n, d, s in zip(size, e.delta, e.stride, strict=True)]
-    return tuple(max(n, 0) for n in found)
+    return tuple(max(e.size_after(axis, n), 0) for axis, n in enumerate(size))
 
 
 def reads(e: Conv, at: Sequence[Positions], size: Ints) -> list[Positions]:
