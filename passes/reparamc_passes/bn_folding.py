@@ -20,7 +20,7 @@ operand must be the result of something non-linear, and all users, eight at most
 stays. Reshapes, transpositions and average poolings without padding may come between it and its users, and be
 shared as well: they are computed once (NextViT pools the tokens between the norm and k and v).
 
-A BatchNorm before a padded convolution could be kept exact in three ways, none of which saves anything: fold
+A BatchNorm before a padded convolution could be kept exact in three ways, but none saves anything: fold
 the factor and keep an addition of h/g; pad with -h/g, which Pad cannot do per channel; add a map that corrects
 the border. Networks that mean to be fused write the border themselves, filled with what BatchNorm makes of zero
 (DBB) or with the bias (ECB). Then the whole is one convolution, and impulse-response finds it.

@@ -53,7 +53,7 @@ def collected(e: Expr) -> Expr | Declined | None:
 
 
 def _cancel(scale: Array, shift: Array, *scales: Array) -> bool:
-    """Whether terms that are no zeros add up to zeros, in some channel: positive ones, whatever their operand is."""
+    """Whether non-zero terms add up to zero in some channel: to +0, whatever the sign of their operand."""
     nothing = (scale == 0) & (shift == 0)
     return bool(np.any(nothing & np.any(np.broadcast_arrays(*(s != 0 for s in scales)), axis=0)))
 

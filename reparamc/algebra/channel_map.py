@@ -53,7 +53,7 @@ class ChannelMap:
     def along(self, vector: Array, axis: int | None) -> Array | None:
         """A factor for each of ``channels``, where ``vector`` has one for each position along ``axis``.
 
-        None where that is no axis of channels.
+        None where that axis holds no channels.
         """
         if axis is None or not vector.ndim:
             return together(vector)[0].broadcast_to(vector, self.channels.shape)

@@ -76,7 +76,7 @@ class Objective:
         """The price of one convolution over a map of ``positions``."""
         growth = prod(conv.stride) if conv.transposed else 1 / prod(conv.stride)
         moved = positions * (conv.in_channels + conv.out_channels * growth)
-        if conv.is_weightless:  # it reads no weights, and its sums are no matter
+        if conv.is_weightless:  # it reads no weights, and its sums are cheap
             return self._operator(0, moved)
         bias = 0 if conv.bias is None else count(conv.bias)
         return self._operator(multiply_adds(conv, positions), moved + count(conv.weight), count(conv.weight) + bias)

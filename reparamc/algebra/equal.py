@@ -35,7 +35,7 @@ REGION_TOLERANCE = 1e-11
 
 
 def compare_expressions(before: Expr, after: Expr, seed: int = 0) -> float:
-    """Largest error of ``after`` over the same sources, each element relative to its own terms; NaN or inf in kind.
+    """Largest error of ``after`` over the same sources, relative to the terms of each element; inf if unlike in kind.
 
     Both are evaluated in float64: on inputs just larger than their kernels, so that every border case occurs, at two
     sizes of different parity, and on results of 1, 2 and 3 elements along each axis, where the region takes such
@@ -112,4 +112,4 @@ def _structure(e: Expr) -> tuple[Hashable, ...]:
         case Layout(op=Reshape() as op):
             return (Reshape, len(op.before), len(op.after), e.axis_in, e.axis)
         case _:
-            raise AssertionError(f"{type(e).__name__} is no expression")
+            raise AssertionError(f"{type(e).__name__} is not an expression")

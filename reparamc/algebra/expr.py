@@ -165,7 +165,7 @@ class Conv:
     def is_weightless(self) -> bool:
         """Whether it averages windows of each channel: a pooling, or for one tap a padding, a crop, a stride.
 
-        Host graphs have operators for these that hold no weights. An identity is none of them.
+        Host graphs have operators for these that hold no weights. An identity is not one of them.
         """
         if self.transposed or self.bias is not None or not self.is_per_channel or self.is_pointwise or self.reads_taps:
             return False

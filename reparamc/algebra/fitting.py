@@ -46,7 +46,7 @@ class Sizes:
             shapes[e] = self._shape(e, [shapes[c] for c in e.children])
 
     def bind(self, symbols: Sequence[str], free: Callable[[str, int], int]) -> dict[str, int]:
-        """The sizes of ``symbols``; ``free`` gives that of one which nothing fixes, as the number it is given."""
+        """The sizes of ``symbols``; ``free`` gives that of one that nothing fixes, from its name and its number."""
         found: dict[str, int] = {}
 
         def at(dim: Dim) -> int:
@@ -155,7 +155,7 @@ class Sizes:
         return dim
 
     def _unify(self, a: Dim, b: Dim) -> None:
-        """Make both one size, by what a symbol of one of them stands for; what cannot be solved is left as it is."""
+        """Make two sizes equal by solving for a symbol of one of them; what cannot be solved is left as it is."""
         a, b = self._now(a), self._now(b)
         common = gcd(a.factor, b.factor) or 1
         left, right = Counter(a.symbols), Counter(b.symbols)

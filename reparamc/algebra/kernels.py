@@ -193,7 +193,7 @@ def compose(outer: Conv, inner: Conv) -> Conv:
 
 
 def cannot_compose(outer: Conv, inner: Conv) -> str | None:
-    """Why ``outer(inner(x))`` is no convolution of x; None when it is one.
+    """Why ``outer(inner(x))`` is not a convolution of x; None when it is.
 
     What the outer kernel reads beyond the size of the inner result is zero. The composition computes
     those values from x instead, which gives zero only for an inner kernel of one tap without bias

@@ -58,7 +58,7 @@ class Places:
 def places(roots: Sequence[Expr], sources: Mapping[Source, Ints], rng: np.random.Generator) -> Places | None:
     """Where to compute ``roots`` on maps of these sizes: at as many positions as `WORK` allows, ends first.
 
-    None stands for everywhere: where that costs little, where operators act along the axes of the maps, and where
+    None means everywhere: where that costs little, where operators act along the axes of the maps, and where
     sizes do not fit together.
     """
     order = list(walk(Sum(tuple(roots))))[:-1]

@@ -1,4 +1,4 @@
-"""The kernel of an unlisted operator, from its impulse response.
+"""The kernel of an operator without a reader, from its impulse response.
 
 An affine map that is the same everywhere is a convolution, whatever it is made of. So a function of
 which nothing is known is asked: what it makes of zero is the bias, what it makes of a one in one place
@@ -206,7 +206,7 @@ def _follows(
 
 
 def _groups(weight: Array, threshold: Array) -> int:
-    """The largest number of groups outside of which ``weight`` is nothing."""
+    """The largest number of groups so that ``weight`` is zero outside them."""
     out, channels = weight.shape[:2]
     strong = np.reshape(np.abs(weight), (out, channels, -1)).max(axis=2) > threshold[:, None]
     common = gcd(out, channels)

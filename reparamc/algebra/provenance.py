@@ -11,7 +11,7 @@ Names = frozenset[str]
 
 
 def names_through(named: Mapping[int, Names], steps: Sequence[Step]) -> dict[int, Names]:
-    """``named``, the names that each array stands for, by its id; with the arrays that ``steps`` made added.
+    """The parameters that each array is made from, by its id: ``named``, and those of the arrays that ``steps`` made.
 
     A new array is made from those of all operators that its step took away: from no others, but where one step makes
     several operators, perhaps not from all.

@@ -70,7 +70,7 @@ def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...]) -
     if not steps or isclose(cost(after), cost(before), rel_tol=1e-12):
         return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
     native = {e: v for v, e in found.exprs.items() if v != members[-1]}
-    native.update((found.exprs[v], v) for v in found.exprs if v not in members)  # not what passes them on
+    native.update((found.exprs[v], v) for v in found.exprs if v not in members)  # not what hands operands on
     splice: Splice | Declined | FailedRegion = Declined("the rewritten form would cost more than it saves")
     if cost(after) < cost(before) or not _is_finite(before):
         counts = Counter(step.name for step in steps)

@@ -1,6 +1,6 @@
 """Duplicate removal: regions that compute what an earlier one computes take its result.
 
-It is no matter of one expression, so it has no rules: the final forms of all regions are compared.
+It concerns several regions, so it has no rules: the final forms of all are compared.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ class Graph(Protocol):
         ...
 
     def users(self, value: Value) -> Sequence[Value | None]:
-        """The values computed from ``value``; None for a user that is no value (a graph output)."""
+        """The values computed from ``value``; None for a user that is not a value (a graph output)."""
         ...
 
     def holders(self, parameter: str) -> Sequence[Value | None]:
-        """What uses a parameter, apart from operators that are read; None for what is no value."""
+        """What uses a parameter, apart from operators that are read; None for a user that is not a value."""
         ...
 
     def source(self, value: Value) -> Source:
@@ -128,7 +128,7 @@ class Splice:
         error: largest difference between region and replacement in float64, relative (None: unchecked).
         shared: the value that this and other splices compute anew together: all are made, or none, because one
             alone would not pay.
-        original: the region as an expression; None where it is none.
+        original: the region as an expression; None if it has none.
         origins: which of ``parameters`` an array of ``expr`` is made from, by its id; of any other, all.
         tensors: what the host made of ``expr`` when it was last carried out: new tensors, by name, and the parameters
             that each is made from.

@@ -35,7 +35,7 @@ class Plan:
 
 
 class Compilation:
-    """A graph on its way through the passes; each that is no set of rules changes it by its `Pass.run`.
+    """A graph on its way through the passes; a pass that is not a set of rules changes it by its `Pass.run`.
 
     The first that asks for `decisions` has the operators read and the rules applied, so that what comes before it in
     the table of passes may still change `graph`.

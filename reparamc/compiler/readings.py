@@ -36,9 +36,9 @@ Value: TypeAlias = Hashable
 class Taps:
     """What the operator ``of`` multiplies by its weight, at each position of its result; it exists only in there.
 
-    A convolution that pads by reflection, or one whose padding is computed at run time, is no kernel over its operand.
-    But it is a matrix over what it gathers there, so that its weight can take in what is done to its result. So is a
-    normalization: its weight and bias are a factor and a shift for each channel of what it makes of its operand.
+    A convolution that pads by reflection, or one whose padding is computed at run time, is not a kernel over its
+    operand. But it is a matrix over what it gathers there, so that its weight can take in what is done to its result.
+    So is a normalization: its weight and bias are a factor and a shift for each channel of its normalized operand.
 
     Attributes:
         kind: what decides, together with ``operands``, what is gathered: equal for operators that gather alike.
@@ -171,7 +171,7 @@ def axis_of_constant(dims: Sequence[int], size: Callable[[int], int | None]) -> 
 
 
 MOST_CHANNELS = 2**12
-"""Of a value whose elements along one axis are repeated: more are no channels, and their indices take room."""
+"""Channels that a repetition along one axis may make. More are not taken for channels: their indices take room."""
 
 CUTS = "it splits or merges the channel axis"
 AVERAGES = "it averages over the channels"

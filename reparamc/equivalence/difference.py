@@ -23,7 +23,7 @@ class Difference:
     """How far a value lies from the one that is expected.
 
     Attributes:
-        max_abs: largest absolute difference of finite entries. Of what is no number that rounds (whole numbers, masks,
+        max_abs: largest absolute difference of finite entries. Of what does not round (whole numbers, masks,
             indices, strings, anything but arrays) the share of entries that differ.
         max_rel: ``max_abs`` relative to `size`.
         size: largest finite magnitude expected; 0 of what does not round.
@@ -86,7 +86,7 @@ class Difference:
 
     @property
     def ulps(self) -> int | None:
-        """`ulps` of the two, None where they are no arrays."""
+        """`ulps` of the two, None where they are not arrays."""
         return ulps(self.expected, self.actual) if self.arrays else None
 
 

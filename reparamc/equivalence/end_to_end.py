@@ -225,8 +225,8 @@ def region_error(
 ) -> tuple[float, float, float]:
     """How far a region that was run is from the original, as `by_channel` says it.
 
-    An original that rounds where large constants cancel is no measure of a result that does not. So what differs by
-    more than a few roundings is held to the truth where that is known, up to the rounding of the terms of the result.
+    An original may round where large constants cancel, and the result may not. So what differs by more than a few
+    roundings is compared with the truth in float64, if that is known, up to the rounding of the terms of the result.
     """
     reference, other = seen.expected[region.root], seen.actual[region.root]
     noises = [n[region.root] for n in seen.noises]

@@ -163,7 +163,7 @@ THRESHOLDS, BELOW_ZERO = "thresholds", "below zero"
 """The values of a slot, their neighbours, and the ends of whole numbers; whole numbers that count rows from the end."""
 
 NON_FINITE = ("nan", "inf", "-inf")
-"""Patterns of normal values with one entry that is no number; only where asked for."""
+"""Patterns of normal values with one entry that is NaN or infinite; only where asked for."""
 
 ORDER = (*PATTERNS, THRESHOLDS, BELOW_ZERO, *NON_FINITE)
 """All patterns, the simplest first."""

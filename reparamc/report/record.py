@@ -32,7 +32,7 @@ def compact(record: Record) -> str:
 
 
 LEVELS_OF_NESTING = 16
-"""A record has five; what nests deeper is none, and would take the reader of JSON to its limits."""
+"""A record has five. What nests deeper is not a record, and could exhaust the reader of JSON."""
 
 _COUNTS = {str: "a count"}
 _SIZE = dict.fromkeys(("ops", "conv", "batchnorm", "parameters"), "a count")
