@@ -20,7 +20,7 @@ from reparamc.algebra.provenance import names_through
 from reparamc.algebra.rewrite import Declined, Pass, Step, simplify
 from reparamc.algebra.text import show
 from reparamc.compiler.graph import Graph, Splice, not_native
-from reparamc.compiler.readings import Reading, Value, values_in
+from reparamc.compiler.readings import Reading, Value, is_norm, values_in
 from reparamc.compiler.reference import Reference
 from reparamc.compiler.regions import LIFT, lifted
 from reparamc.compiler.small_maps import REFUSED, refuses_more
@@ -45,7 +45,8 @@ class Setting:
 class Decision:
     """What becomes of one region: its final form, the splice that makes it so, what was declined, what went wrong.
 
-    ``apart`` are members without which the rest may be rewritten: they take maps that a convolution refuses.
+    ``apart`` are members without which the rest may be rewritten: they take maps that a convolution refuses, or would
+    be computed several times.
     """
 
     expr: Expr
@@ -69,6 +70,8 @@ def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...]) -
     before, after, steps, refusals = found.before, found.after, found.steps, found.refusals
     if not steps or isclose(cost(after), cost(before), rel_tol=1e-12):
         return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
+    if sum(map(is_norm, walk(after))) > sum(map(is_norm, walk(before))):  # one for each of several users
+        return Decision(before, None, (), members, apart=frozenset(v for v in members[:-1] if is_norm(found.exprs[v])))
     native = {e: v for v, e in found.exprs.items() if v != members[-1]}
     native.update((found.exprs[v], v) for v in found.exprs if v not in members)  # not what hands operands on
     splice: Splice | Declined | FailedRegion = Declined("the rewritten form would cost more than it saves")

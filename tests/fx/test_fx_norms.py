@@ -140,3 +140,12 @@ def test_nothing_is_said_of_norms_before_linear_layers() -> None:
         lambda m, x: (lambda n: m.q(n) * m.k(n))(m.n(x)), n=nn.LayerNorm(C), q=nn.Linear(C, C), k=nn.Linear(C, C)
     )
     assert not report(fuse_fx(model.eval(), torch.randn(TOKENS))).kept
+
+
+def test_a_norm_is_not_computed_twice() -> None:
+    parts = {"n": affine(nn.LayerNorm(C)), "s": vector()}
+    model = Net(lambda m, x: (lambda n: m.v(m.w(n)) + n * m.s)(m.n(x)), w=nn.Linear(C, C), v=nn.Linear(C, C), **parts)
+    proven(model, torch.randn(TOKENS), 2)  # the norm, and one linear layer
+    parts = {"n": affine(nn.GroupNorm(1, C)), "s": nn.Parameter(torch.rand(C, 1, 1))}
+    pool = Net(lambda m, x: (lambda n: m.s * (F.avg_pool2d(n, 3, 1, 1) - n))(m.n(x)), **parts)
+    proven(pool, torch.randn(MAP), 2)  # the norm, and one kernel for each channel
