@@ -92,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
             tried += 1
             read = {v.name for v in made.graph.input}
             verdict, where = fused_at(LEVELS, made, [{k: a for k, a in given.items() if k in read}])
+            if verdict == "refused" and "uses opset" in where:
+                verdict = "too old"
             counts[verdict] += 1
             if verdict in BAD:
                 print(f"{verdict:<10} {name}{form}: {where}", flush=True)

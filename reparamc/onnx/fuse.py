@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -79,7 +80,14 @@ def fuse_light(
     options = Options(select(pass_table, passes, skip), level_of(verify), objective, progress)
     given, model = model, in_execution_order(model)
     said = check(model)
-    result, report = _Whole(model, options, pass_table, doubted=said is not None).fused()
+    try:
+        result, report = _Whole(model, options, pass_table, doubted=said is not None).fused()
+    except _Refused as error:  # a runtime may object to a constant where it takes what computes the same
+        rest = tuple(p for p in options.passes if p.run is not fold_constants)
+        if rest == options.passes:
+            raise
+        result, report = _Whole(model, replace(options, passes=rest), pass_table, doubted=said is not None).fused()
+        report.remarks.append(f"no constants are folded: {error}")
     if model is not given:
         report.remarks.append("the operators of the model are not in execution order; those of the result are")
         if not report.changed:
@@ -97,6 +105,17 @@ def fuse_light(
     if report.changed:
         report.structure = structure_of(model, [p.name for p in options.passes], objective)
     return result, report
+
+
+class _Refused(InputError):
+    """Neither the checker nor ONNX Runtime takes a result."""
+
+
+def _check_result(result: ModelProto) -> str | None:
+    try:
+        return check(result)
+    except InputError as error:
+        raise _Refused(str(error).replace("the model", "the result", 1)) from error
 
 
 MOST_FUNCTIONS = 8
@@ -176,7 +195,7 @@ class _Whole:
         if self.options.level == "full":
             from reparamc.onnx.end_to_end import verify_end_to_end
 
-            check(result)
+            _check_result(result)
             report.end_to_end = verify_end_to_end(start, result)
         return result, report
 
@@ -254,7 +273,7 @@ class OnnxHost:
         return {unit: reason(kind) for unit, kind in harmful(units, Counter(kernels.values()), left).items()}
 
     def check(self, result: ModelProto) -> None:
-        said = check(result)
+        said = _check_result(result)
         if said is not None and not self.doubted:
             raise InputError(f"the result does not pass the ONNX checker: {said}")
 
