@@ -7,9 +7,10 @@ from time import perf_counter
 
 from reparamc.algebra.cost import objective_of
 from reparamc.algebra.recorded import tape
+from reparamc.compiler.attempt import Attempt, rewritten
 from reparamc.compiler.host import Host, Options, ResultT
 from reparamc.compiler.plan import Plan, make_plan
-from reparamc.compiler.rollback import Attempt, prove, rewritten
+from reparamc.compiler.rollback import prove
 from reparamc.errors import InputError, one_line
 from reparamc.report.data import Report
 from reparamc.report.merge import in_a_row

@@ -1,128 +1,25 @@
-"""A plan carried out, and undone where it is wrong or not proven.
-
-Edits are undone by the unit: those of one `unit` are all made, or none.
-"""
+"""What is wrong or not proven in a plan that was carried out is undone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions
-from reparamc.algebra.evaluate import absolute, evaluate
-from reparamc.algebra.expr import Array, Expr, Source, release, replaced, walk
-from reparamc.algebra.infer import channel_axes
-from reparamc.compiler.graph import Edit, Graph, Splice
-from reparamc.compiler.host import Host, ResultT, Trial
-from reparamc.compiler.plan import Plan
-from reparamc.compiler.readings import Value
+from reparamc.algebra.expr import Expr, Source, replaced, walk
+from reparamc.compiler.attempt import Attempt
+from reparamc.compiler.graph import Edit, Splice
+from reparamc.compiler.host import ResultT, Trial
 from reparamc.errors import VerificationError, one_line
-from reparamc.report.data import Certified, FailedRegion, Refusal, Rewrite
+from reparamc.report.data import Certified, FailedRegion, Refusal
 
 if TYPE_CHECKING:  # without verification these are not needed
     from reparamc.certificate.proof import Certificate
-    from reparamc.equivalence.difference import Outputs
     from reparamc.equivalence.end_to_end import Region
-
-
-class Attempt(Generic[ResultT]):
-    """A plan carried out, but for some units.
-
-    Attributes:
-        without: the units that are left out.
-        result: the outcome.
-        tensors: what is new in it, of each of ``splices``, and which parameters it is made from.
-        errors: the largest error of each splice on samples; None where it was not sampled.
-    """
-
-    def __init__(self, host: Host[ResultT], plan: Plan) -> None:
-        self.host, self.plan = host, plan
-        self.errors = {s: s.error for s in plan.splices}
-        self.without: frozenset[str] = frozenset()
-        self._carry_out()
-
-    def _carry_out(self) -> None:
-        self.result = self.made(self.without)
-        self.tensors = [dict(s.tensors) for s in self.splices]
-
-    def unit(self, edit: Edit) -> str:
-        return self.host.tensor(edit.unit)
-
-    @property
-    def edits(self) -> list[Edit]:
-        """What is carried out."""
-        return self._edits(self.without)
-
-    @property
-    def splices(self) -> list[Splice]:
-        return [edit for edit in self.edits if isinstance(edit, Splice)]
-
-    def _edits(self, without: Collection[str]) -> list[Edit]:
-        return [e for e in (*self.plan.splices, *self.plan.folds) if self.unit(e) not in without]
-
-    def made(self, without: Collection[str]) -> ResultT:
-        """The result without some units; a copy of the model where nothing is left to do."""
-        edits = self._edits(without)
-        return self.host.carry_out(self.plan.graph if edits else self.host.graph, edits)
-
-    def leave_out(self, units: Collection[str]) -> None:
-        """Make the result anew, without ``units`` as well."""
-        if not self.without.issuperset(units):
-            self.without = self.without.union(units)
-            self._carry_out()
-
-    def regions(self) -> list[Region]:
-        """What was rewritten, for those who compare the two models."""
-        from reparamc.equivalence.end_to_end import Region
-
-        tensor = self.host.tensor
-        return [
-            Region(
-                tensor(s.root), (*map(tensor, s.operands),), self.plan.graph.name(s.root), s.before, s.after,
-                channel_axes(s.expr)[s.expr], s.original and partial(_read, s.original, s.expr, tensor),
-            )
-            for s in self.splices
-            if not s.narrows  # the values in it have other channels
-        ]  # fmt: skip
-
-    def without_objections(self) -> list[Refusal]:
-        """Leave out what the framework does better without; what the report says of that."""
-
-        def without(units: Collection[str]) -> ResultT:
-            return self.made(self.without.union(units))
-
-        harm = self.host.objections(self.splices, self.result, without)
-        harmful = [s for s in self.splices if self.unit(s) in harm]
-        self.leave_out(harm)
-        return [Refusal(self.plan.graph.name(s.root), [*s.counts][-1], harm[self.unit(s)]) for s in harmful]
-
-
-def _read(
-    original: Expr, replacement: Expr, name: Callable[[Value], str], values: Outputs
-) -> tuple[Array, Array, Array]:
-    """What ``original`` is in float64, from values by name, and the magnitudes of its terms and the other's."""
-    found: list[Array] = []
-    for root, signs in ((original, True), (original, False), (replacement, False)):
-        given = {e: values[name(e.key)].astype(np.float64) for e in walk(root) if isinstance(e, Source)}
-        if not signs:
-            root, given = absolute(root), {e: np.abs(x) for e, x in given.items()}
-        found.append(evaluate(root, given)[0])
-    release(original)
-    release(replacement)
-    return found[0], found[1], found[2]
-
-
-def rewritten(graph: Graph, splice: Splice, error: float | None, tensors: Iterable[str]) -> Rewrite:
-    """The entry of ``splice``, with its largest error on samples."""
-    operators = tuple(graph.name(v) for v in splice.members)
-    where, counts = graph.name(splice.root), dict(splice.counts)
-    return Rewrite(where, operators, counts, splice.parameters, splice.before, splice.after, error, tuple(tensors))
-
 
 UNPROVEN = "the result could not be proven equal to the original"
 
