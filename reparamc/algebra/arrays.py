@@ -163,6 +163,11 @@ def fixed(array: Array) -> Array:
     return array.value if isinstance(array, Recorded) else array
 
 
+def beside(x: Array, array: Array) -> Array:
+    """``array``, with a memory of how it was made only if ``x`` has one."""
+    return loaded(array) if isinstance(x, Recorded) else fixed(array)
+
+
 def same(a: Array, b: Array) -> bool:
     """Whether two arrays are equal and will be."""
     a, b = loaded(a), loaded(b)

@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from reparamc.algebra.arrays import added, concatenated, fixed, largest, taken, together, zeros_of
+from reparamc.algebra.arrays import added, beside, concatenated, fixed, largest, taken, together, zeros_of
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -75,7 +75,7 @@ def _computed(
     x = operands[0]
     match e:
         case Scale() | BatchNorm():
-            _, x, *factors = together(x, *map(fixed, coefficients(e)))
+            _, x, *factors = together(x, *(beside(x, c) for c in coefficients(e)))
             scale, shift = (_along(v, e.axis) for v in factors)
             return x * scale + shift
         case Sum():
@@ -158,7 +158,7 @@ def _convolve(e: Conv, x: Array, places: Places | None) -> Array:
         tables = [np.where(t < 0, t, np.searchsorted(has, t)) for t, has in zip(tables, places.at[e.x], strict=True)]
     index, outs = _flat(tables, held), tuple(map(len, at))
     per_group, (taps, positions) = e.weight.shape[1], index.shape
-    xp, x, weight, bias = together(x, fixed(e.weight), fixed(e.bias_or_zero))
+    xp, x, weight, bias = together(x, beside(x, e.weight), beside(x, e.bias_or_zero))
     images = (prod(batch), e.groups, per_group)
     x = xp.concat([xp.reshape(x, (*images, prod(held))), zeros_of(x, (*images, 1))], axis=-1)
     weight = xp.reshape(weight, (e.groups, e.out_channels // e.groups, per_group, taps))

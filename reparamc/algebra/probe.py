@@ -8,10 +8,11 @@ found must give what the function gives, on random inputs of several sizes, up t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from math import gcd, prod
+from typing import Any
 
 import numpy as np
 
@@ -50,11 +51,11 @@ def find_kernel(
             float32, where it is coarser) count as equal: a border that was computed beforehand and a
             bias that is computed now.
     """
-    slack = max(32 * min(epsilon_of(dtype), 2.0**-23), 1e-11)
+    slack = slack_of(dtype)
     spatial = len(sizes)
     if None in sizes and reach > FARTHEST:
         return Declined("it reaches too far to be probed")
-    tried = list(_sizes(sizes, reach))
+    tried = tried_sizes(sizes, reach)
     trials = [(batch or 2 + n, size) for n, size in enumerate(tried)]
     if batch is None:
         trials.append((reach + 2, tried[0]))  # no position along the batch may be singled out, either
@@ -87,6 +88,40 @@ def find_kernel(
     return (conv, error) if error <= slack else Declined(NOT_AFFINE)
 
 
+def slack_of(dtype: np.dtype) -> float:
+    """The relative difference up to which a function and a kernel count as equal."""
+    return max(32 * min(epsilon_of(dtype), 2.0**-23), 1e-11)
+
+
+def measured(f: Function, conv: Conv, size: Ints, batch: int | None, zeros: Callable[[Ints], Any]) -> Conv:
+    """``conv``, the kernel of ``f``, as ``f`` gives it for arrays of ``size`` that ``zeros`` makes.
+
+    Where these remember how they were made, so does the kernel.
+    """
+    per_group = conv.weight.shape[1]
+    lead = batch or per_group
+    at_zero = f(zeros((lead, conv.in_channels, *size)))
+    ends = at_zero.shape[2:]
+    weight = zeros(conv.weight.shape)
+    responses: dict[tuple[Ints, int], Array] = {}
+    taps = list(product(*map(range, conv.weight.shape[2:])))
+    for tap, first in product(taps, range(0, per_group, lead)):
+        offset = tuple(o + d * k for o, d, k in zip(conv.offset, conv.dilation, tap, strict=True))
+        centre = tuple(n // 2 // s * s + t % s for n, s, t in zip(size, conv.stride, offset, strict=True))
+        place = tuple((c - t) // s for c, s, t in zip(centre, conv.stride, offset, strict=True))
+        if not _inside(centre, size) or not _inside(place, ends):
+            continue
+        if (centre, first) not in responses:
+            ones = zeros((lead, conv.in_channels, *size))
+            for n in range(min(lead, per_group - first)):
+                ones[(n, slice(first + n, None, per_group), *centre)] = np.ones(conv.groups)
+            responses[centre, first] = f(ones) - at_zero
+        columns = responses[centre, first][(slice(0, per_group - first), slice(None), *place)]
+        weight[(slice(None), slice(first, first + lead), *tap)] = columns.T
+    bias = at_zero[(0, slice(None), *(n // 2 for n in ends))]
+    return replace(conv, weight=weight, bias=bias)
+
+
 def only_moves(conv: Conv, sizes: Sequence[int | None]) -> bool:
     """Whether every result is zero or one element of the operand: no runtime gets that faster from a convolution."""
     size = 2 + max((max(r, 0) - min(a, 0) for a, r in zip(conv.offset, conv.reach, strict=True)), default=0)
@@ -101,13 +136,15 @@ def _largest(y: Array) -> Array:
     return np.abs(y).max(axis=(0, *range(2, y.ndim)), initial=0.0)
 
 
-def _sizes(sizes: Sequence[int | None], reach: int) -> Iterator[Ints]:
+def tried_sizes(sizes: Sequence[int | None], reach: int) -> list[Ints]:
     """Sizes to try, the first of them for impulses: beyond the reach, odd and even, unequal; and small ones."""
     least = max(13, reach + 5)
-    for start in (least, least + 1, 8, 5, 3, 2, 1):
-        yield tuple(start + (0, 2, 1)[axis] if e is None else e for axis, e in enumerate(sizes))
-        if None not in sizes:
-            return
+    starts = (least, least + 1, 8, 5, 3, 2, 1) if None in sizes else (0,)
+    return [tuple(n + (0, 2, 1)[axis] if e is None else e for axis, e in enumerate(sizes)) for n in starts]
+
+
+def _inside(place: Ints, sizes: Sequence[int]) -> bool:
+    return all(0 <= p < n for p, n in zip(place, sizes, strict=True))
 
 
 def _grid(
@@ -194,7 +231,7 @@ def _follows(
     for steps in ([1] * len(size), [c // s - 1 for c, s in zip(centre, stride, strict=True)]):
         for back in (tuple(steps), tuple(-k for k in steps)):
             place = tuple(c - s * k for c, s, k in zip(centre, stride, back, strict=True))
-            if any(p < 0 or p >= n for p, n in zip(place, size, strict=True)):
+            if not _inside(place, size):
                 continue
             there = _impulse(f, lead, values, place, size) - at_zero
             rest = (slice(None), slice(None))
@@ -228,9 +265,14 @@ def _difference(
             expected = f(x)
         except Exception:  # a size too small for its operators
             continue
-        found, magnitude = evaluate(conv, {e: x for e in conv.children if isinstance(e, Source)})
-        if expected.shape != found.shape or not np.isfinite(expected).all():
-            return float("inf")
-        scales = np.maximum(_largest(expected), 2.0**-50 * magnitude)
-        errors.append(float(np.max(_largest(expected - found) / np.maximum(scales, np.finfo(np.float64).tiny))))
+        errors.append(difference(conv, x, expected))
     return max(errors) if len(errors) >= min(2 * len(sizes), 4) else float("inf")
+
+
+def difference(conv: Conv, x: Array, expected: Array) -> float:
+    """How far ``conv`` of ``x`` lies from ``expected``, relative; infinite when they differ in kind."""
+    found, magnitude = evaluate(conv, {e: x for e in conv.children if isinstance(e, Source)})
+    if expected.shape != found.shape or not np.isfinite(expected).all():
+        return float("inf")
+    scales = np.maximum(_largest(expected), 2.0**-50 * magnitude)
+    return float(np.max(_largest(expected - found) / np.maximum(scales, np.finfo(np.float64).tiny)))

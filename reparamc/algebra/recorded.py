@@ -55,7 +55,7 @@ class Tape:
         self.learned: set[At] = set()
         self._places: dict[int, tuple[Any, At]] = {}  # of objects of a host, by id; they are held, so that ids stay
         self._known: dict[Any, At] = {}
-        self._namespace = _Namespace(self)
+        self.namespace = _Namespace(self)
 
     def source(self, thing: object, name: object, learned: bool = True) -> None:
         """Count ``thing``, an array of a host, as the parameter ``name``; statistics are not ``learned``."""
@@ -94,11 +94,13 @@ class Tape:
     def elsewhere(self, arrays: Sequence[Recorded], values: Callable[[Any], Any]) -> list[Any]:
         """What ``arrays`` would hold if all that is learned had other values: a sample of what always holds.
 
-        Statistics stay: tracing makes constants of what a forward computes from them.
+        Statistics stay: tracing makes constants of what a forward computes from them. Questions are left out.
 
         Args:
             values: makes an array of NumPy of any array.
         """
+        if not self.sources:
+            return [a.value for a in arrays]
         rng = np.random.default_rng(0)
         held = {self.sources[at]: (at, thing) for thing, at in self._places.values() if at in self.sources}
 
@@ -106,7 +108,7 @@ class Tape:
             at, thing = held[name]
             return thing * rng.uniform(0.8, 1.2) + rng.uniform(0.1, 0.2) if at in self.learned else thing
 
-        program = Program(self, [a.at for a in arrays], values)
+        program = Program(self, [a.at for a in arrays])
         return [values(made) for made in program.run(moved, next(iter(held.values()))[1])]
 
     def note(self, function: Any, *args: Any, **kwargs: Any) -> At:
@@ -175,7 +177,7 @@ class Recorded:
         return self.tape.generic
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
-        return self.tape._namespace
+        return self.tape.namespace
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError("what is made of the values of a recorded array would not be recorded")
@@ -271,16 +273,16 @@ class Program:
 
     Args:
         wanted: the steps that make the results.
-        values: makes an array of NumPy of any array, for questions.
+        values: makes an array of NumPy of any array, for questions; without it there are none.
     """
 
-    def __init__(self, tape: Tape, wanted: Sequence[At], values: Callable[[Any], Any]) -> None:
+    def __init__(self, tape: Tape, wanted: Sequence[At], values: Callable[[Any], Any] | None = None) -> None:
         self.wanted, self._values = list(wanted), values
         needed = set(self.wanted)
         used: dict[int, At] = {}  # the last step that reads a result
         for at in reversed(range(len(tape.steps))):
             function, args, _ = tape.steps[at]
-            if at in needed or function is _assumed:
+            if at in needed or (values is not None and function is _assumed):
                 read = [a for arg in args for a in (arg if isinstance(arg, list) else [arg]) if isinstance(a, At)]
                 needed.update(read)
                 needed.add(At(at))
@@ -352,12 +354,6 @@ def recording(tape: Tape) -> Generator[Tape, None, None]:
         yield tape
     finally:
         _current.reset(token)
-
-
-def follows_values() -> bool:
-    """Whether what is made may follow from the values that parameters have now."""
-    on = _current.get()
-    return on is None or not on.generic
 
 
 def tape() -> Tape | None:

@@ -13,12 +13,12 @@ from functools import partial
 
 import numpy as np
 
-from reparamc.algebra.arrays import loaded, values
+from reparamc.algebra.arrays import values
 from reparamc.algebra.cost import positions_after
 from reparamc.algebra.evaluate import evaluate
-from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, array_fields, arrays, rebuild, total, walk
-from reparamc.algebra.probe import find_kernel, only_moves
-from reparamc.algebra.recorded import Recorded, follows_values, tape
+from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, arrays, total, walk
+from reparamc.algebra.probe import difference, find_kernel, measured, only_moves, slack_of, tried_sizes
+from reparamc.algebra.recorded import tape
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.algebra.text import show
 from reparamc.compiler.consider import Decision, Setting, rounding_obstacle
@@ -99,14 +99,17 @@ def _as_kernel(
     if (channels := source.shape[1].known) is None or (shape is not None and len(shape) != len(source.shape)):
         return None
     reach = _reach(graph, tree, wide, readings)
-    sizes = [d.known for d in source.shape[2:]]
+    sizes, batch = [d.known for d in source.shape[2:]], source.shape[0].known
     if unread:
         function = _function(graph, tree, operand, wide, readings)
-        found = find_kernel(function, source, source.shape[0].known, channels, sizes, reach, dtype)
     else:
-        sizes = [None] * len(sizes)
-        found = _read_as_kernel(lifted(graph, tree, readings, {})[root], channels, sizes, reach, dtype)
-    if found is None or isinstance(found, Declined):
+        sizes, batch, whole = [None] * len(sizes), None, lifted(graph, tree, readings, {})[root]
+        if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
+            return None
+        (given,) = (e for e in walk(whole) if isinstance(e, Source))
+        function = partial(_evaluated, whole, given)
+    found = find_kernel(function, source, batch if unread else 1, channels, sizes, reach, dtype)
+    if isinstance(found, Declined):
         return None
     conv, error = found
     # What reads a part moves no more than this.
@@ -120,41 +123,33 @@ def _as_kernel(
         return None
     if graph.is_written(root) or graph.obstacle(root, tree, [operand], [conv]) is not None:
         return None
+    if (conv := _remembered(function, conv, tried_sizes(sizes, reach)[0], batch, dtype)) is None:
+        return None
     parameters = tuple(dict.fromkeys(p for v in tree if v in readings for p in readings[v].parameters))
     text = "\n".join(graph.name(v) for v in tree)
     native = {conv.x: operand}
     return Splice(root, tree, conv, native, dtype, Counter(), parameters, text, show(conv), error)
 
 
-def _read_as_kernel(
-    whole: Expr, channels: int, sizes: Sequence[None], reach: int, dtype: np.dtype
-) -> tuple[Conv, float] | Declined | None:
-    """The kernel that ``whole`` is, with whatever parameters if nothing is to follow from their values."""
-    if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
+def _remembered(
+    f: Callable[[Array], Array], conv: Conv, size: Sequence[int], batch: int | None, dtype: np.dtype
+) -> Conv | None:
+    """``conv``, the kernel of ``f``, recorded as it is made of parameters, if parameters are recorded.
+
+    It is None where ``f`` is no such kernel for others, or cannot be recorded.
+    """
+    on = tape()
+    if on is None:
+        return conv
+    try:
+        made = measured(f, conv, tuple(size), batch, on.namespace.zeros)
+    except NotImplementedError:
         return None
-    (source,) = (e for e in walk(whole) if isinstance(e, Source))
-    found: tuple[Conv, float] | Declined | None = None
-    for one in [whole] if follows_values() else [_elsewhere(whole), whole]:
-        found = find_kernel(partial(_evaluated, one, source), source, 1, channels, sizes, reach, dtype)
-        if isinstance(found, Declined):
-            break
-    return found
-
-
-def _elsewhere(whole: Expr) -> Expr:
-    """``whole`` with other values of all parameters: what it is then, it is by its structure."""
-    on, done = tape(), dict[Expr, Expr]()
-    fields = [(e, name, loaded(a)) for e in walk(whole) for name, a in array_fields(e).items()]
-    recorded = [(e, name, a) for e, name, a in fields if isinstance(a, Recorded)]
-    made = on.elsewhere([a for *_, a in recorded], values) if on is not None and recorded else []
-    others: dict[Expr, dict[str, Array]] = {}
-    for (e, name, _), array in zip(recorded, made, strict=False):
-        others.setdefault(e, {})[name] = array
-    for e in walk(whole):
-        done[e] = rebuild(e, [done[c] for c in e.children])
-        if e in others:
-            done[e] = replace(done[e], **others[e])
-    return done[whole]
+    x = np.random.default_rng(0).standard_normal((batch or 2, conv.in_channels, *size))
+    weight, bias, expected = on.elsewhere([made.weight, made.bias, f(on.namespace.asarray(x))], values)
+    if difference(replace(conv, weight=weight, bias=bias), x, expected) > slack_of(dtype):
+        return None
+    return made if conv.bias is not None or bias.any() else replace(made, bias=None)
 
 
 def _evaluated(whole: Expr, source: Source, x: Array) -> Array:

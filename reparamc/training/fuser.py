@@ -134,10 +134,14 @@ class Fuser:
             return str(error)
 
     def _search(self, why: str) -> _Found:
+        with plain_modes():
+            return self._recorded(why)
+
+    def _recorded(self, why: str) -> _Found:
         reference = copied(self._model).eval()
         tape = Tape(generic=self._differentiable)
         call = None if self._call is None else self._fitting(self._call)
-        with plain_modes(), recording(tape):
+        with recording(tape):
             fused = fuse_fx(reference, None if call is None else call[1] or call[0], **self._options)
             one = None if call is None else _one(call)
             found = _Found(self._model, reference, fused, tape, one, self._differentiable)
@@ -208,7 +212,7 @@ class _Found:
         """Give the fused module the weights of ``model``; why they do not fit it, empty where they do."""
         tensors, targets = _tensors(model), _tensors(self._fused)
         with torch.no_grad():
-            results = self._program.run(tensors.__getitem__, next(iter(tensors.values())))
+            results = self._program.run(tensors.__getitem__, next(iter(tensors.values()), torch.zeros(())))
             rounded = [torch.zeros((), dtype=torch.float64)]
             for name, result in zip(self._targets, results, strict=True):
                 target = targets[name]
@@ -248,21 +252,31 @@ class Differentiable(nn.Module):
         super().__init__()
         self.model = model
         self._way: Any
+        for name in targets:
+            if (t := _tensors(fused)[name]).is_leaf and t.requires_grad:
+                t.register_hook(_hidden)
         self.__dict__["_way"] = fused, program, targets  # no submodule: its parameters are computed
 
     def kernels(self) -> dict[str, Tensor]:
         """The parameters and buffers of the fused module, by name, as functions of those of the model."""
         fused, program, targets = self._way
         tensors, made = _tensors(self.model), _tensors(fused)
-        results = program.run(tensors.__getitem__, next(iter(tensors.values())))
+        results = program.run(tensors.__getitem__, next(iter(tensors.values()), torch.zeros(())))
         return {name: _like(result, made[name]) for name, result in zip(targets, results, strict=True)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self._way[0], self.kernels(), args, kwargs)
+        kernels, held = self.kernels(), _tensors(self._way[0])
+        for name, kernel in kernels.items():  # what a checkpoint runs again finds them there
+            held[name].data = kernel.detach()
+        return torch.func.functional_call(self._way[0], kernels, args, kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._way[0]._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+
+def _hidden(gradient: Tensor) -> None:
+    raise InputError("a checkpoint hides the fused kernels from autograd; give it use_reentrant=False")
 
 
 def compared(file: Any, fused: nn.Module, call: Call) -> None:
