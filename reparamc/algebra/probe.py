@@ -116,7 +116,7 @@ def measured(f: Function, conv: Conv, size: Ints, batch: int | None, zeros: Call
             for n in range(min(lead, per_group - first)):
                 ones[(n, slice(first + n, None, per_group), *centre)] = np.ones(conv.groups)
             responses[centre, first] = f(ones) - at_zero
-        columns = responses[centre, first][(slice(0, per_group - first), slice(None), *place)]
+        columns: Any = responses[centre, first][(slice(0, per_group - first), slice(None), *place)]
         weight[(slice(None), slice(first, first + lead), *tap)] = columns.T
     bias = at_zero[(0, slice(None), *(n // 2 for n in ends))]
     return replace(conv, weight=weight, bias=bias)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from reparamc.algebra.cost import positions_after
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, arrays, total, walk
 from reparamc.algebra.probe import difference, find_kernel, measured, only_moves, slack_of, tried_sizes
-from reparamc.algebra.recorded import tape
+from reparamc.algebra.recorded import Recorded, tape
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.algebra.text import show
 from reparamc.compiler.consider import Decision, Setting, rounding_obstacle
@@ -146,7 +147,8 @@ def _remembered(
     except NotImplementedError:
         return None
     x = np.random.default_rng(0).standard_normal((batch or 2, conv.in_channels, *size))
-    weight, bias, expected = on.elsewhere([made.weight, made.bias, f(on.namespace.asarray(x))], values)
+    recorded = cast("list[Recorded]", [made.weight, made.bias, f(cast(Array, on.namespace.asarray(x)))])
+    weight, bias, expected = on.elsewhere(recorded, values)
     if difference(replace(conv, weight=weight, bias=bias), x, expected) > slack_of(dtype):
         return None
     return made if conv.bias is not None or bias.any() else replace(made, bias=None)
