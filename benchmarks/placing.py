@@ -79,7 +79,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "smp/segformer-mit_b0": (lambda: of_smp("Segformer", "mit_b0"), 512),
     "smp/unet-resnet34": (lambda: of_smp("Unet", "resnet34"), 256),
     "smp/fpn-resnet34": (lambda: of_smp("FPN", "resnet34"), 256),
-    "smp/upernet-resnet34": (lambda: of_smp("UPerNet", "resnet34"), 256),
+    "smp/upernet-resnet34": (lambda: of_smp("UPerNet", "resnet34"), 192),
     "smp/deeplabv3+-resnet34": (lambda: of_smp("DeepLabV3Plus", "resnet34"), 256),
     "timm/densenet121": (lambda: of_timm("densenet121"), 224),
     "timm/hrnet_w18_small": (lambda: of_timm("hrnet_w18_small"), 224),
