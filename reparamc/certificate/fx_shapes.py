@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from itertools import product
 from math import prod
@@ -189,6 +190,31 @@ _KEEPING_FUNCTIONS = (F.batch_norm, F.relu, F.silu, F.gelu, F.hardswish, F.hards
 """Modules and functions whose results have the sizes of their operands: these need not run."""
 
 
+def _computed(called: Any, args: Sequence[Any]) -> FakeTensor | None:
+    """What has the sizes of the result, where they follow from those of ``args``; None where ``called`` has to run."""
+    x = args[0]
+    if not isinstance(x, FakeTensor):
+        return None
+    if type(called) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return _convolved(called, x)
+    if isinstance(called, nn.Module):
+        return x if isinstance(called, _KEEPING) else None
+    if called in (operator.add, operator.mul, torch.add, torch.mul) and len(args) == 2:
+        y = args[1]
+        alike = isinstance(y, FakeTensor) and (y.shape, y.dtype) == (x.shape, x.dtype)
+        return x if alike else None
+    return x if called in _KEEPING_FUNCTIONS else None
+
+
+def _convolved(conv: Any, x: Tensor) -> Any:
+    known = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.ndim == conv.weight.ndim
+    if not known or x.shape[1] != conv.in_channels or x.dtype != conv.weight.dtype:
+        return None
+    windows = zip(x.shape[2:], conv.padding, conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, k, d, s in windows]
+    return x.new_empty(x.shape[0], conv.out_channels, *sizes) if min(sizes) > 0 else None
+
+
 class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -196,9 +222,9 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         called = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
-        keeps = isinstance(called, _KEEPING) or (n.op == "call_function" and called in _KEEPING_FUNCTIONS)
-        given = self.env.get(n.args[0]) if keeps and n.args and isinstance(n.args[0], fx.Node) else None
-        value = given if isinstance(given, FakeTensor) else super().run_node(n)
+        value = _computed(called, [self.env[a] if isinstance(a, fx.Node) else a for a in n.args]) if n.args else None
+        if value is None or n.op not in ("call_module", "call_function"):
+            value = super().run_node(n)
         if isinstance(value, Tensor):
             self.found[n.name] = tuple(value.shape)
         return value

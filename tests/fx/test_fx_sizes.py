@@ -4,15 +4,17 @@ import pytest
 
 pytest.importorskip("torch")
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, report, run
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from reparamc import fuse_fx
+from reparamc.certificate import fx_shapes
 
 C = CHANNELS
 SHAPES = ((2, C, 7, 6), (1, C, 8, 9), (3, C, 12, 5))
@@ -214,3 +216,22 @@ def test_in_place_operators_keep_a_shape() -> None:
 def test_one_size_given_by_keyword_is_no_shape() -> None:
     check(Net(lambda m, x: m.a(x).flatten().reshape(x.numel() // x.size(0)), **parts()), (1, C, 4, 4))
     check(Net(lambda m, x: m.n(m.a(x)).mean((1, 2, 3)).relu().reshape(x.size(dim=0)), **parts()), *SHAPES)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sizes_of_convolutions_are_those_of_a_run(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    rank, size = rng.choice([1, 2, 3]), rng.randint(5, 9)
+
+    def some(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randint(low, high) for _ in range(rank))
+
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    convs = [kind(4, 4, some(1, 3), some(1, 2), some(0, 2), some(1, 2), groups=rng.choice([1, 4])) for _ in range(2)]
+    convs.insert(1, kind(4, 4, 3, padding="same", padding_mode=rng.choice(["zeros", "circular"])))
+    module = fx.symbolic_trace(nn.Sequential(*convs, nn.ReLU()).eval())
+    x = torch.randn(3, 4, *(size + 4 * n for n in range(rank)))
+    wanted = fx_shapes.sizes_of(module, (x,))  # it is small: this runs
+    monkeypatch.setattr(fx_shapes, "MOST_ELEMENTS", 0)
+    assert fx_shapes.sizes_of(module, (x,)) == wanted
+    assert wanted["_3"] == tuple(module(x).shape)
