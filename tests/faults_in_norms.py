@@ -41,7 +41,8 @@ def read_as(change: Any) -> Make:
 
 def without_epsilon(e: Conv) -> Conv:
     assert isinstance(e.x, Source)
-    return replace(e, x=replace(e.x, key=replace(e.x.key, kind=())))
+    key: Any = e.x.key
+    return replace(e, x=replace(e.x, key=replace(key, kind=())))
 
 
 READERS = {"onnx": "reparamc.onnx.taps:read_norm", "fx": "reparamc.fx.readers:_read_norm"}

@@ -210,7 +210,7 @@ def _convolved(conv: Any, x: Tensor) -> Any:
     known = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.ndim == conv.weight.ndim
     if not known or x.shape[1] != conv.in_channels or x.dtype != conv.weight.dtype:
         return None
-    windows = zip(x.shape[2:], conv.padding, conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    windows: Any = zip(x.shape[2:], conv.padding, conv.kernel_size, conv.dilation, conv.stride, strict=True)
     sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, k, d, s in windows]
     return x.new_empty(x.shape[0], conv.out_channels, *sizes) if min(sizes) > 0 else None
 

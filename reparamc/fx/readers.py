@@ -182,8 +182,8 @@ def _read_norm(graph: Readings, node: fx.Node, call: Call) -> Reading | None:
     given = [call.args.get(key) for key in ("weight", "bias")]
     held = [graph.leaf(value) for value in given]
     shape, counts = graph.facts.shapes.get(x), {p.shape for p in held if p is not None}
-    if shape is not None and -axis <= rank and shape[axis].known is not None:
-        counts.add((shape[axis].known,))
+    if shape is not None and -axis <= rank and (size := shape[axis].known) is not None:
+        counts.add((size,))
     if "normalized_shape" in call.args:
         counts.add(tuple(integers(call.get("normalized_shape"), 1) or ()))
     channels = counts.pop() if len(counts) == 1 else ()

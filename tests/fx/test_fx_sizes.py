@@ -223,10 +223,10 @@ def test_sizes_of_convolutions_are_those_of_a_run(seed: int, monkeypatch: pytest
     rng = random.Random(seed)
     rank, size = rng.choice([1, 2, 3]), rng.randint(5, 9)
 
-    def some(low: int, high: int) -> tuple[int, ...]:
+    def some(low: int, high: int) -> Any:
         return tuple(rng.randint(low, high) for _ in range(rank))
 
-    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
     convs = [kind(4, 4, some(1, 3), some(1, 2), some(0, 2), some(1, 2), groups=rng.choice([1, 4])) for _ in range(2)]
     convs.insert(1, kind(4, 4, 3, padding="same", padding_mode=rng.choice(["zeros", "circular"])))
     module = fx.symbolic_trace(nn.Sequential(*convs, nn.ReLU()).eval())

@@ -30,7 +30,7 @@ PARAMETERS = {
 }
 CONV = node("Conv", "x w b", "c", kernel_shape=[3, 3], pads=[1, 1, 1, 1])
 SPLIT = node("Split", "c sizes", "q k v", axis=1)
-ALONE = {"skip": ["lossless-shrink"]}
+ALONE: dict[str, Any] = {"skip": ["lossless-shrink"]}
 """Channels that no piece takes leave first otherwise."""
 
 
