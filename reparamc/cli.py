@@ -389,7 +389,7 @@ def _refresh(arguments: argparse.Namespace) -> int:
     check_target(arguments.model, output, in_place=True)
     check_target(checkpoint, output)
     model = load(arguments.model)
-    if checkpoint.suffix in (".npz", ".safetensors", ".onnx"):
+    if checkpoint.suffix.lower() in (".npz", ".safetensors", ".onnx"):
         weights = read_weights(checkpoint)
     else:
         try:

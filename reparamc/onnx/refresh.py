@@ -90,8 +90,16 @@ def _with(model: ModelProto, weights: Weights, checkpoint: object) -> ModelProto
                 f"{checkpoint} does not fit: {tensor.name!r} is {list(given.shape)} there, {list(shape)} in the model"
             )
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if _is_floating(given.dtype) != _is_floating(dtype):
+            raise InputError(f"{checkpoint} does not fit: {tensor.name!r} is {given.dtype} there, {dtype} in the model")
+        if np.isnan(given).any():
+            raise InputError(f"{checkpoint} holds NaN in {tensor.name!r}; take weights from before training diverged")
         tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(given).astype(dtype), tensor.name))
     return model
+
+
+def _is_floating(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "fV"  # V: those of ml_dtypes
 
 
 def _refuse_merged(
@@ -103,7 +111,7 @@ def _refuse_merged(
     shared = [(t.name, w) for t, w in zip(model.graph.initializer, used, strict=True) if users[t.name] > 1]
     taken = {id(w) for w in used}
     for key, other in weights.items():
-        if id(other) in taken or not other.ndim or other.dtype.kind not in "fV":
+        if id(other) in taken or not other.ndim or not _is_floating(other.dtype):
             continue
         alike = {name: w for name, w in shared if w is not None and w.shape == other.shape}
         if alike and not any(np.array_equal(w, other) for w in alike.values()):
@@ -170,21 +178,30 @@ def read_weights(path: Path) -> Weights:
     Raises:
         InputError: it cannot be read.
     """
-    if path.suffix == ".onnx":
+    suffix = path.suffix.lower()
+    if suffix == ".onnx":
         return {t.name: numpy_helper.to_array(t) for t in load(path).graph.initializer}
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
+        if suffix == ".npz":
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 return dict(file)
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         header.pop("__metadata__", None)
         return {name: _tensor(data, 8 + length, entry) for name, entry in header.items()}
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     except Exception as error:  # whatever a damaged file leads to
-        raise InputError(f"{path} cannot be read as {path.suffix}: {one_line(error)}") from error
+        wrong = f"it is empty, cut short, or no {suffix} file of plain numbers; save it again"
+        raise InputError(f"{path} cannot be read: {wrong}") from error
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """What is said of a checkpoint that the system does not let us read."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path}: no such file")
+    return InputError(f"{path} cannot be read: {error.strerror or one_line(error)}")
 
 
 def _tensor(data: bytes, start: int, entry: Mapping[str, Any]) -> np.ndarray:

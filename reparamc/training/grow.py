@@ -38,16 +38,16 @@ class Grown(nn.Module):
             return getattr(super().__getattr__("main"), name)
 
 
-class Mixer(nn.Module):
-    """FastViT's token mixer: ``x + scale * (mixer(x) - norm(x))``."""
+class Mixer(Grown):
+    """FastViT's token mixer: ``x + scale * (mixer(x) - norm(x))``; here ``norm`` starts as the identity."""
 
-    def __init__(self, mixer: nn.Module, norm: nn.Module, channels: int) -> None:
-        super().__init__()
-        self.mixer, self.norm = mixer, norm
+    def __init__(self, main: nn.Module, branches: list[nn.Module], norm: nn.Module, channels: int) -> None:
+        super().__init__(main, branches)
+        self.norm = norm
         self.scale = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale * (self.mixer(x) - self.norm(x))
+        return x + self.scale * (super().forward(x) - (x + self.norm(x)))
 
 
 def overparameterize(
@@ -82,10 +82,10 @@ def overparameterize(
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"overparameterize takes a torch.nn.Module, not {type(model).__name__}")
-    if recipe not in RECIPES:
+    if recipe not in [*RECIPES]:
         raise InputError(f"unknown recipe {recipe!r}; the recipes are {', '.join(RECIPES)}")
-    if branches < 1 or rank < 1:
-        raise InputError("branches and rank are numbers from 1")
+    if not all(isinstance(n, int) and n >= 1 for n in (branches, rank)):
+        raise InputError(f"branches and rank are whole numbers from 1, not {branches!r} and {rank!r}")
     grow, place = RECIPES[recipe]
     root = nn.Module()
     root.model = copied(model)
@@ -96,23 +96,22 @@ def overparameterize(
             made = grow(old, branches, rank) if is_plain(old) and where(path, old) else None
             replaced[id(old)] = old if made is None else _alike(made, old)
         holder._modules[name] = replaced[id(old)]
-    if not any(isinstance(m, Grown | Mixer) for m in replaced.values()):
+    if not any(isinstance(m, Grown) for m in replaced.values()):
         raise InputError(f"{type(model).__name__} has no place to grow for {recipe!r}, which needs {place}")
     return root.model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters of ``model`` for an optimizer: those of BatchNorms in branches are not decayed."""
-    grown = [part for m in model.modules() if isinstance(m, Grown | Mixer) for part in _branches(m)]
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"parameter_groups takes a torch.nn.Module, not {type(model).__name__}")
+    mixers = [m for m in model.modules() if isinstance(m, Mixer)]
+    grown = [*(m.branches for m in model.modules() if isinstance(m, Grown)), *(m.norm for m in mixers)]
     norms = [n for part in grown for n in part.modules() if isinstance(n, nn.modules.batchnorm._BatchNorm)]
     bare = {id(p): p for n in norms for p in n.parameters(recurse=False)}
-    bare |= {id(m.scale): m.scale for m in model.modules() if isinstance(m, Mixer)}
+    bare |= {id(m.scale): m.scale for m in mixers}
     rest = [p for p in model.parameters() if id(p) not in bare]
     return [{"params": rest, "weight_decay": weight_decay}, {"params": [*bare.values()], "weight_decay": 0.0}]
-
-
-def _branches(module: Grown | Mixer) -> list[nn.Module]:
-    return [module.norm] if isinstance(module, Mixer) else [*module.branches]
 
 
 def _places(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -230,11 +229,8 @@ def _repmixer(module: Any, branches: int, rank: int) -> nn.Module | None:
         return None
     if _margin(module) != (0, 0) or max(module.stride) > 1 or max(module.kernel_size) == 1:
         return None
-    at = tuple(k // 2 for k in module.kernel_size)
-    with torch.no_grad():
-        module.weight[(..., *at)] -= 1  # the skip connection
-    mixer = Grown(module, [_conv_bn(module, (1, 1), (0, 0))])
-    return Mixer(mixer, _silent(nn.BatchNorm2d(module.out_channels)), module.out_channels)
+    channels = module.out_channels
+    return Mixer(module, [_conv_bn(module, (1, 1), (0, 0))], _silent(nn.BatchNorm2d(channels)), channels)
 
 
 def _lora(module: Any, branches: int, rank: int) -> nn.Module | None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from fx_checks import Net
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from reparamc import InputError, InputTypeError, fuse_fx, overparameterize, parameter_groups
 from reparamc.testing import randomize_batchnorm
+from reparamc.training.grow import RECIPES
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -177,6 +179,17 @@ def test_layers_that_are_asked_for_their_attributes() -> None:
     torch.testing.assert_close(fuse_fx(grown, X, verify="region")(X), grown(X), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_layers_that_share_a_weight_or_are_asked_for_it(recipe: str) -> None:
+    """No recipe changes a weight: another layer may hold it, or the model may read it."""
+    a, b = (nn.Conv2d(4, 4, 3, padding=1, groups=4).double() for _ in range(2))
+    b.weight = a.weight
+    run = lambda m, x: m.last(m.b(torch.relu(m.a(x.to(m.b.weight.dtype)))))  # noqa: E731
+    model = Net(run, a=a, b=b, last=nn.Conv2d(4, 5, 1).double())
+    grown, x = overparameterize(model, recipe), torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(grown(x), model(x), rtol=1e-9, atol=1e-9)
+
+
 def test_layers_that_torch_reads_without_a_call_stay() -> None:
     encoder = nn.TransformerEncoderLayer(6, 2, 4, batch_first=True)
     grown: Any = overparameterize(nn.Sequential(nn.Linear(6, 6), encoder), "lora")
@@ -194,3 +207,8 @@ def test_bad_arguments() -> None:
         overparameterize(resnet(), "vgg")
     with pytest.raises(InputTypeError, match=r"takes a torch\.nn\.Module, not int"):
         overparameterize(3, "lora")  # type: ignore[arg-type]
+    with pytest.raises(InputTypeError, match=r"takes a torch\.nn\.Module, not int"):
+        parameter_groups(3, 0.1)  # type: ignore[arg-type]
+    for wrong in ({"branches": 0}, {"branches": "4"}, {"rank": 1.5}):
+        with pytest.raises(InputError, match="branches and rank are whole numbers from 1"):
+            overparameterize(resnet(), "mobileone", **wrong)  # type: ignore[arg-type]

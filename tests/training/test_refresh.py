@@ -58,12 +58,14 @@ def saved(model: nn.Module, path: Path) -> Path:
         pytest.importorskip("safetensors.torch").save_file(state, path)
     elif path.stem == "nested":
         torch.save({"epoch": 3, "state_dict": {f"module.{n}": t for n, t in state.items()}}, path)
+    elif path.stem == "deep":
+        torch.save({"optimizer": {"state": {0: {"step": torch.ones(1)}}}, "net": {"weights": state}}, path)
     else:
         torch.save(state, path)
     return path
 
 
-@pytest.mark.parametrize("name", ["new.pth", "nested.pth", "new.npz", "new.safetensors", "new.onnx"])
+@pytest.mark.parametrize("name", ["new.pth", "nested.pth", "deep.pth", "new.npz", "new.safetensors", "new.onnx"])
 def test_from_a_checkpoint(name: str, model: Any, fused: Path, tmp_path: Path) -> None:
     checkpoint, target = saved(changed(model), tmp_path / name), tmp_path / "out.onnx"
     before = fused.read_bytes()
@@ -105,6 +107,15 @@ WRONG = {
         lambda s: s | {"last.bias": torch.zeros(7)},
         r"does not fit: 'last.bias' is \[7\] there, \[3\] in the",
     ),
+    "not numbers": (lambda s: s | {"last.bias": torch.full((3,), torch.nan)}, r"holds NaN in 'last.bias'; take"),
+    "whole": (lambda s: s | {"last.bias": torch.zeros(3, dtype=torch.int8)}, r"'last.bias' is int8 there, float32 in"),
+    "unknown": (
+        lambda s: s | {"last.bias": torch.zeros(3).to(torch.float8_e4m3fn)},
+        r"'last.bias' is torch.float8_e4m3fn on cpu, which cannot be read; save it as float",
+    ),
+    "numbered": (lambda s: {1: torch.zeros(1)}, r"new.pth holds no state_dict; save that of the model"),
+    "two": (lambda s: {"a": s, "b": s}, r"new.pth holds several state_dicts: a, b; save one of them alone"),
+    "module": (lambda s: nn.Linear(2, 2), r"holds more than tensors, and no code is run; save the state_dict of"),
     "other": (lambda s: {"x": torch.zeros(1)}, r"does not fit: it has no '[ab].0.weight'"),
 }
 
@@ -123,18 +134,24 @@ def test_a_checkpoint_that_does_not_fit(
     assert not target.exists()
 
 
+DAMAGED = "it is empty, cut short, or no "
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".npz", ".safetensors", ".st"])
 @pytest.mark.parametrize(
-    "name", ["none.pth", "none.npz", "none.safetensors", "none.onnx", "bad.pth", "bad.npz", "bad.st"]
+    ("held", "message"),
+    [(None, ": no such file"), (b"", DAMAGED), (b"hello", DAMAGED), (b"PK\x03\x04", DAMAGED), (b"\x80\x04.", DAMAGED)],
 )
 def test_a_checkpoint_that_cannot_be_read(
-    name: str, fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    suffix: str, held: bytes | None, message: str, fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / name
-    if name.startswith("bad"):
-        path.write_bytes(b"nothing of the kind")
+    path = tmp_path / f"wrong{suffix}"
+    if held is not None:
+        path.write_bytes(held)
     assert main(["refresh", str(fused), "--checkpoint", str(path), "-o", str(tmp_path / "out.onnx")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(path) in line
+    assert message in line
 
 
 def test_a_file_without_a_structure(
