@@ -2,6 +2,7 @@
 
 The source tells that each result of the one goes to the other, for all arguments and branches: ``self.b(self.a(x))``,
 or ``y = self.a(x)`` right before the one use of ``y``, ``self.b(y)``. Neither is mentioned anywhere else in the class.
+A class derived from `nn.Sequential` tells it of its neighbours where it leaves running them to ``super().forward``.
 Then the pair may become one operator in the place of the first, and the second passes on what it is given.
 """
 
@@ -23,7 +24,12 @@ def chained(module: nn.Module) -> list[tuple[str, str]]:
 
     Whether the submodules are what their names say now is for the caller to see.
     """
-    return [] if "forward" in vars(module) else list(_chained(type(module)))
+    if "forward" in vars(module):
+        return []
+    found = list(_chained(type(module)))
+    if isinstance(module, nn.Sequential) and (named := _named_beside_super(type(module))) is not None:
+        found += [pair for pair in pairwise(module._modules) if named.isdisjoint(pair)]
+    return found
 
 
 @cache
@@ -38,6 +44,39 @@ def _chained(kind: type[nn.Module]) -> tuple[tuple[str, str], ...]:
             if pair[0] != pair[1] and mentioned[pair[0]] == mentioned[pair[1]] == 1
         )
     )
+
+
+@cache
+def _named_beside_super(kind: type[nn.Sequential]) -> frozenset[str] | None:
+    """The names in the methods of ``kind``, where only ``super().forward`` runs what it holds; or None."""
+    names = set[str]()
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.") or base is object:
+            continue
+        methods = _methods(base)
+        plain = {name for name, value in vars(base).items() if callable(value) and name != "__init__"}
+        if not plain <= {m.name for m in methods} or not all(map(_leaves_children_alone, methods)):
+            return None
+        names.update(name for method in methods for name in _mentions(method))
+    return frozenset(names)
+
+
+_OWN = frozenset(("_modules", *dir(nn.Sequential))) - {"training"}
+
+
+def _leaves_children_alone(method: ast.FunctionDef) -> bool:
+    """Whether ``self`` and ``super()`` are only there for their attributes, none of them one that gives submodules."""
+    owner, fine = method.args.args[0].arg, set[ast.AST]()
+    for node in ast.walk(method):
+        match node:
+            case ast.Attribute(ast.Name(name) as own, attr) if name == owner and attr not in _OWN:
+                fine.add(own)
+            case ast.Attribute(ast.Call(ast.Name("super"), arguments) as call, "forward"):
+                fine.update((call.func, *arguments))
+            case _:
+                continue
+    named = (node for node in ast.walk(method) if isinstance(node, ast.Name) and node.id in (owner, "super"))
+    return all(node in fine for node in named)
 
 
 def _methods(kind: type) -> list[ast.FunctionDef]:

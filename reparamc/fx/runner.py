@@ -36,7 +36,8 @@ def run(readings: Readings, value: Value, operands: Mapping[Value, Array], sizes
         return region([*given], *given.values())
     if any([*m.parameters(), *m.buffers()] for m in modules.values()):
         raise NotImplementedError("parameters of a module that has no reading are not recorded")
-    held = {n: array(t) for n, t in values.items() if isinstance(t, Tensor) and on.at(t) is not None}
+    numbers = {n: t for n, t in values.items() if isinstance(t, Tensor) and t.is_floating_point()}  # no indices
+    held = {n: array(t) for n, t in numbers.items() if on.at(t) is not None}
     return cast(Array, on.computed(partial(region, [*given, *held]), *given.values(), *held.values()))
 
 

@@ -237,6 +237,39 @@ def test_operators_that_python_calls_one_after_the_other(kind: type[nn.Module], 
             fused.c(torch.ones(2, 3, CHANNELS))
 
 
+class Odd(nn.Sequential):
+    """Its forward leaves running what it holds to that of its base."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(super().forward(x if x.shape[-1] % 2 == 0 else x[..., 1:]))
+
+    def after(self, x: Tensor) -> Tensor:
+        return x * 2 if self.training else x
+
+
+class Peeks(Odd):
+    def after(self, x: Tensor) -> Tensor:
+        return x if len(x) == 1 else x + self[0](x).mean()
+
+
+class Stops(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self if len(x) else ():
+            x = module(x)
+            x = x * 2 if x.shape[-1] % 2 else x
+        return x
+
+
+@pytest.mark.parametrize(("kind", "left"), [(Odd, (2, 0)), (Peeks, (2, 2)), (Stops, (2, 2))])
+def test_operators_that_a_sequential_runs_one_after_the_other(kind: type[nn.Module], left: tuple[int, int]) -> None:
+    layers = [nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4)]
+    model = ready(kind(*layers))
+    fused = fuse_fx(model, torch.ones(1, 4, 8, 8))
+    assert (type(fused), counts(fused)) == (kind, left)
+    for x in images((3, 4, 7, 7), (1, 4, 5, 8), dtype=torch.float32):
+        assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
 class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2 if x.sum() > 0 else x
