@@ -86,13 +86,20 @@ def _inferred(light: ModelProto) -> tuple[ModelProto, bool]:
 
 def _has_vast_sizes(light: ModelProto) -> bool:
     """Whether a size is named that onnx, which follows the entries of vectors, would take minutes for."""
-    nodes = (a.t for n in light.graph.node if n.op_type == "Constant" for a in n.attribute if a.HasField("t"))
-    tensors = [
-        t for t in (*light.graph.initializer, *nodes) if t.data_type == TensorProto.INT64 and not t.external_data
-    ]
-    numbers = [n for t in tensors if prod(t.dims) <= WEIGHT for n in numpy_helper.to_array(t).ravel().tolist()]
+    constants = (n for n in light.graph.node if n.op_type == "Constant" and n.output)
+    nodes = {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
+    tensors = {t.name: t for t in light.graph.initializer} | nodes
+    held = {name: t for name, t in tensors.items() if t.data_type != TensorProto.STRING and not t.external_data}
+    small = {name: t for name, t in held.items() if prod(t.dims) <= WEIGHT}
+    whole = [numpy_helper.to_array(t) for t in small.values() if t.data_type == TensorProto.INT64]
+    numbers = [n for array in whole for n in array.ravel().tolist()]
     numbers += [d.dim_value for v in light.graph.input for d in v.type.tensor_type.shape.dim]
-    return any(2**20 < n < 2**62 for n in numbers)
+    ends = [
+        [float(numpy_helper.to_array(small[name]).sum()) for name in node.input]
+        for node in light.graph.node
+        if node.op_type == "Range" and len(node.input) == 3 and set(small).issuperset(node.input)
+    ]
+    return any(2**20 < n < 2**62 for n in numbers) or any(abs(b - a) > 2**20 * abs(step) for a, b, step in ends)
 
 
 def _has_rest(tensor: TensorProto) -> bool:

@@ -4,6 +4,7 @@
   it is run as that of opset 15, which means the same with one output.
 - ConvTranspose with several groups keeps the first channel of each, and adds biases of other groups; it is run group by
   group, and the bias is added here.
+- A number among the attributes is a numpy float32, which has numpy compute in float32: the weights of a cubic Resize.
 """
 
 from __future__ import annotations
@@ -68,6 +69,9 @@ def _evaluator(
     evaluator = ReferenceEvaluator(
         helper.make_model(body, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
     )
+    for implementation in evaluator.rt_nodes_:
+        numbers = {k: float(v) for k, v in vars(implementation).items() if isinstance(v, np.float32)}
+        vars(implementation).update(numbers)
 
     def run(values: Mapping[str, Array]) -> Array:
         (found,) = cast("list[Array]", evaluator.run(None, {name: values[name] for name in operands}))

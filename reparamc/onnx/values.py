@@ -354,19 +354,36 @@ def inferred(light: ModelProto, *ways: dict[str, bool]) -> ModelProto:
 
 STRICT = {"strict_mode": True, "data_prop": True}
 
+COUNTING = (TensorProto.INT64, TensorProto.INT32, TensorProto.INT16, TensorProto.FLOAT, TensorProto.DOUBLE)
+"""The types of Range."""
+
 VAST, LAST = 2**20, 2**62
 """Numbers between these are sizes that onnx, which follows the entries of vectors, would take minutes for."""
 
 
 def _names_vast_sizes(light: ModelProto) -> bool:
     sizes = [d.dim_value for v in light.graph.input for d in v.type.tensor_type.shape.dim]
-    tensors = [*light.graph.initializer, *filter(None, map(constant_tensor, light.graph.node))]
-    arrays = [
-        numpy_helper.to_array(t)
-        for t in tensors
-        if t.data_type == TensorProto.INT64 and prod(t.dims) <= SMALL and not is_reference(t)
-    ]
-    return any(VAST < n < LAST for n in sizes) or any(((a > VAST) & (a < LAST)).any() for a in arrays)
+    constants = {t.name: t for t in light.graph.initializer}
+    constants |= {n.output[0]: t for n in light.graph.node if (t := constant_tensor(n)) is not None}
+    arrays = {
+        name: numpy_helper.to_array(t)
+        for name, t in constants.items()
+        if t.data_type in COUNTING and prod(t.dims) <= SMALL and not is_reference(t)
+    }
+    ranges = [[arrays.get(n) for n in node.input] for node in light.graph.node if node.op_type == "Range"]
+    whole = (a for a in arrays.values() if a.dtype == np.int64)
+    return (
+        any(VAST < n < LAST for n in sizes)
+        or any(((a > VAST) & (a < LAST)).any() for a in whole)
+        or any(_is_far(*ends) for ends in ranges if len(ends) == 3)
+    )
+
+
+def _is_far(start: np.ndarray | None, limit: np.ndarray | None, step: np.ndarray | None) -> bool:
+    """Whether a Range has more than `VAST` entries."""
+    if start is None or limit is None or step is None or not start.size == limit.size == step.size == 1:
+        return False
+    return abs(float(limit.item()) - float(start.item())) > VAST * abs(float(step.item()))
 
 
 def _tell_ranks(light: ModelProto) -> bool:
