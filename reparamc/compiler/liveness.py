@@ -131,7 +131,9 @@ class Liveness:
             return False
         axes, widths = channel_axes(expr), channels(expr)
         order = list(walk(expr))
-        if any(axes[e] is None or widths[e] is None for e in order) or not all(self._fits(e, widths) for e in order):
+        if any(axes[e] is None or widths[e] is None for e in order):
+            return False
+        if not all(self._fits(e, widths) and _keeps_to_axis(e, axes) for e in order):
             return False
         for e in order:
             if not isinstance(e, Source):
@@ -181,9 +183,7 @@ class Liveness:
         assert axis is not None
         read = uses(e) if isinstance(e, Conv) else None
         channels = self._enter(e, axis, known_after(e, [x.known for x in operands], read))
-        if any(x.axis != axes[c] for x, c in zip(operands, e.children, strict=True)):
-            self._stays += [channels.numbers, *(x.numbers for x in operands)]
-        elif isinstance(e, Conv) and read is not None and not is_separate(e):
+        if isinstance(e, Conv) and read is not None and not is_separate(e):
             entries, x = read[0], operands[0]
             takes = takes_constants(e, x.known)
             self._matrices.append(_Matrix(channels, x, None if entries.all() else entries, takes))
@@ -262,6 +262,12 @@ class Liveness:
                 rows = kept[group[m.out.numbers]] & ~known[m.out.numbers]
                 columns = np.full(m.read.width, rows.any()) if m.entries is None else m.entries[rows].any(0)
                 kept[group[m.read.numbers[columns & ~m.takes]]] = True
+
+
+def _keeps_to_axis(e: Expr, axes: dict[Expr, int | None]) -> bool:
+    """Whether what ``e`` takes for channels of its operands are those that are followed."""
+    wanted = e.axis_in if isinstance(e, Layout) else axes[e]
+    return all(axes[x] == wanted for x in e.children)
 
 
 def _joined(e: Expr, channels: Channels, operands: Sequence[Channels]) -> list[tuple[Index, Index]]:

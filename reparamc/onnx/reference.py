@@ -70,7 +70,7 @@ def _evaluator(
         helper.make_model(body, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
     )
     for implementation in evaluator.rt_nodes_:
-        numbers = {k: float(v) for k, v in vars(implementation).items() if isinstance(v, np.float32)}
+        numbers = {k: float(v) for k, v in vars(implementation).items() if isinstance(v, np.floating)}
         vars(implementation).update(numbers)
 
     def run(values: Mapping[str, Array]) -> Array:

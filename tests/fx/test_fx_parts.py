@@ -240,7 +240,8 @@ def test_operators_that_python_calls_one_after_the_other(kind: type[nn.Module], 
 class Odd(nn.Sequential):
     """Its forward leaves running what it holds to that of its base."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         return self.after(super().forward(x if x.shape[-1] % 2 == 0 else x[..., 1:]))
 
     def after(self, x: Tensor) -> Tensor:
@@ -253,7 +254,8 @@ class Peeks(Odd):
 
 
 class Stops(Odd):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         for module in self if len(x) else ():
             x = module(x)
             x = x * 2 if x.shape[-1] % 2 else x

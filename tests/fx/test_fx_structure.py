@@ -54,6 +54,8 @@ class Scaled(nn.Module):
 class Picked(nn.Module):
     """Channels chosen by a buffer, which is no parameter of what is measured."""
 
+    chosen: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5)

@@ -121,6 +121,13 @@ def test_what_a_selection_leaves_out_leaves() -> None:
     assert widths(made(*nodes, **parameters)) == {"c": (2, 3, 3, 3), "y": (4, 2, 1, 1)}
 
 
+def test_a_selection_of_images_is_none_of_channels() -> None:
+    """As many as there are channels."""
+    given: dict[str, Any] = {"a": rand(6, 3, 3, 3), "ab": rand(6), "some": np.array([4, 0])}
+    nodes = [START, node("Gather", "c some", "r", axis=0), node("Elu", "r", "y")]
+    assert widths(model(nodes, given, (6, 3, "H", "W"), opset=18)) == {"c": (6, 3, 3, 3)}
+
+
 def test_what_only_that_read_leaves_as_well() -> None:
     """Of a convolution in between, the rows leave that nothing reads, and the columns that only these read."""
     middle = rand(6, 6, 1, 1)
