@@ -15,7 +15,7 @@ from reparamc.certificate.onnx import certify_onnx
 
 DEAD = [1, 3, 4]
 """Of six channels."""
-SHRINK = {"passes": ["lossless-shrink"]}
+SHRINK: dict[str, Any] = {"passes": ["lossless-shrink"]}
 
 
 def dead(array: np.ndarray, axis: int = 0, value: float = 0.0) -> np.ndarray:
