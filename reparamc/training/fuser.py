@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -212,7 +212,7 @@ class _Found:
         """Give the fused module the weights of ``model``; why they do not fit it, empty where they do."""
         tensors, targets = _tensors(model), _tensors(self._fused)
         with torch.no_grad():
-            results = self._program.run(tensors.__getitem__, next(iter(tensors.values()), torch.zeros(())))
+            results = _run(self._program, tensors)
             rounded = [torch.zeros((), dtype=torch.float64)]
             for name, result in zip(self._targets, results, strict=True):
                 target = targets[name]
@@ -252,8 +252,9 @@ class Differentiable(nn.Module):
         super().__init__()
         self.model = model
         self._way: Any
+        made = _tensors(fused)
         for name in targets:
-            if (t := _tensors(fused)[name]).is_leaf and t.requires_grad:
+            if (t := made[name]).is_leaf and t.requires_grad:
                 t.register_hook(_hidden)
         self.__dict__["_way"] = fused, program, targets  # no submodule: its parameters are computed
 
@@ -261,7 +262,7 @@ class Differentiable(nn.Module):
         """The parameters and buffers of the fused module, by name, as functions of those of the model."""
         fused, program, targets = self._way
         tensors, made = _tensors(self.model), _tensors(fused)
-        results = program.run(tensors.__getitem__, next(iter(tensors.values()), torch.zeros(())))
+        results = _run(program, tensors)
         return {name: _like(result, made[name]) for name, result in zip(targets, results, strict=True)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -305,6 +306,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers, by each of their names."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return dict(named)
+
+
+def _run(program: Program, tensors: Mapping[str, Tensor]) -> Sequence[Any]:
+    """What ``program`` makes of the parameters and buffers of a model; a model may have none."""
+    return program.run(tensors.__getitem__, next(iter(tensors.values()), torch.zeros(())))
 
 
 def _users_buffers(model: nn.Module) -> dict[str, Tensor]:
