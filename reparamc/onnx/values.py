@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -363,13 +363,7 @@ VAST, LAST = 2**20, 2**62
 
 def _names_vast_sizes(light: ModelProto) -> bool:
     sizes = [d.dim_value for v in light.graph.input for d in v.type.tensor_type.shape.dim]
-    constants = {t.name: t for t in light.graph.initializer}
-    constants |= {n.output[0]: t for n in light.graph.node if (t := constant_tensor(n)) is not None}
-    arrays = {
-        name: numpy_helper.to_array(t)
-        for name, t in constants.items()
-        if t.data_type in COUNTING and prod(t.dims) <= SMALL and not is_reference(t)
-    }
+    arrays = _small_constants(light.graph, COUNTING)
     ranges = [[arrays.get(n) for n in node.input] for node in light.graph.node if node.op_type == "Range"]
     whole = (a for a in arrays.values() if a.dtype == np.int64)
     return (
@@ -377,6 +371,17 @@ def _names_vast_sizes(light: ModelProto) -> bool:
         or any(((a > VAST) & (a < LAST)).any() for a in whole)
         or any(_is_far(*ends) for ends in ranges if len(ends) == 3)
     )
+
+
+def _small_constants(graph: GraphProto, types: Collection[int]) -> dict[str, np.ndarray]:
+    """The constants of few elements and these types, by name."""
+    constants = {t.name: t for t in graph.initializer}
+    constants |= {n.output[0]: t for n in graph.node if (t := constant_tensor(n)) is not None}
+    return {
+        name: numpy_helper.to_array(t)
+        for name, t in constants.items()
+        if t.data_type in types and prod(t.dims) <= SMALL and not is_reference(t)
+    }
 
 
 def _is_far(start: np.ndarray | None, limit: np.ndarray | None, step: np.ndarray | None) -> bool:
@@ -413,10 +418,7 @@ def _tell_ranks(light: ModelProto) -> bool:
 
 def _with_rest(graph: GraphProto) -> set[str]:
     """The constants and concatenations that have an entry of -1, which a reshape takes for the rest."""
-    tensors = [(t.name, t) for t in graph.initializer]
-    tensors += [(node.output[0], t) for node in graph.node if (t := constant_tensor(node)) is not None]
-    whole = [(name, t) for name, t in tensors if t.data_type == TensorProto.INT64 and not is_reference(t)]
-    found = {name for name, t in whole if prod(t.dims) <= SMALL and -1 in numpy_helper.to_array(t)}
+    found = {name for name, a in _small_constants(graph, (TensorProto.INT64,)).items() if -1 in a}
     for node in graph.node:
         if node.op_type in ("Concat", "Identity") and not found.isdisjoint(node.input):
             found.add(node.output[0])
