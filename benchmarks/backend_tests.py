@@ -15,7 +15,6 @@ import argparse
 import io
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -24,7 +23,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 import numpy as np
-from fuzz_graphs import BAD, fused_at
+from fuzz_graphs import fused_at, tally
 from onnx import ModelProto, load, load_tensor, numpy_helper
 from onnx.backend.test.case import node as cases
 from onnx.backend.test.loader import DATA_DIR
@@ -81,24 +80,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("wanted", nargs="*", help="how the names of modules, or of kinds of models, begin")
     wanted = parser.parse_args(argv).wanted
     warnings.simplefilter("ignore")
-    counts: Counter[str] = Counter()
-    tried = 0
+    return tally("files", outcomes(wanted))
+
+
+def outcomes(wanted: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """The name, the verdict and what is wrong, of each form of each test."""
     for name, model, arrays in tests(wanted):
         given = dict(zip((v.name for v in model.graph.input), arrays, strict=False))
         forms = {"": model, " (constants)": with_constants(model, given)}
         for form, made in forms.items():
             if made is None:
                 continue
-            tried += 1
             read = {v.name for v in made.graph.input}
             verdict, where = fused_at(LEVELS, made, [{k: a for k, a in given.items() if k in read}])
             if verdict == "refused" and "uses opset" in where:
                 verdict = "too old"
-            counts[verdict] += 1
-            if verdict in BAD:
-                print(f"{verdict:<10} {name}{form}: {where}", flush=True)
-    print(f"{tried} files: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
-    return int(any(counts[what] for what in BAD))
+            yield f"{name}{form}", verdict, where
 
 
 if __name__ == "__main__":

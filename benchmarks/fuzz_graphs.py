@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from time import process_time
 from typing import Any
@@ -527,14 +527,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first graph")
     given = parser.parse_args(argv)
     warnings.simplefilter("ignore")
+    seeds = range(given.seed, given.seed + given.count)
+    quick = ("off", "region")
+    return tally("graphs", ((f"seed {n}", *try_one(n, quick if n % 10 else (*quick, "full"))) for n in seeds))
+
+
+def tally(what: str, outcomes: Iterable[tuple[str, str, str]]) -> int:
+    """Print what is bad of (name, verdict, where), and how many there are of each verdict; 1 if any is bad."""
     counts: Counter[str] = Counter()
-    for seed in range(given.seed, given.seed + given.count):
-        verdict, where = try_one(seed, ("off", "region", "full") if seed % 10 == 0 else ("off", "region"))
+    for name, verdict, where in outcomes:
         counts[verdict] += 1
         if verdict in BAD:
-            print(f"{verdict:<10} seed {seed}: {where}", flush=True)
-    print(f"{given.count} graphs: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
-    return int(any(counts[what] for what in BAD))
+            print(f"{verdict:<10} {name}: {where}", flush=True)
+    print(f"{counts.total()} {what}: " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items())))
+    return int(any(counts[verdict] for verdict in BAD))
 
 
 if __name__ == "__main__":
