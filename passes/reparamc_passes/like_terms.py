@@ -53,7 +53,7 @@ def collected(e: Expr) -> Expr | Declined | None:
 
 
 def _cancel(scale: Array, shift: Array, *scales: Array) -> bool:
-    """Whether non-zero terms add up to zero in some channel: to +0, whatever the sign of their operand."""
+    """Whether non-zero terms cancel in some channel. Their sum is +0 then, whatever the sign of their operand is."""
     nothing = (scale == 0) & (shift == 0)
     return bool(np.any(nothing & np.any(np.broadcast_arrays(*(s != 0 for s in scales)), axis=0)))
 
