@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import cast
 
 import numpy as np
@@ -18,6 +17,7 @@ from reparamc.algebra.arrays import values
 from reparamc.algebra.cost import positions_after
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, arrays, total, walk
+from reparamc.algebra.places import result_size
 from reparamc.algebra.probe import difference, find_kernel, measured, only_moves, slack_of, tried_sizes
 from reparamc.algebra.recorded import Recorded, tape
 from reparamc.algebra.rewrite import Declined, Pass
@@ -101,14 +101,11 @@ def _as_kernel(
         return None
     reach = _reach(graph, tree, wide, readings)
     sizes, batch = [d.known for d in source.shape[2:]], source.shape[0].known
-    if unread:
-        function = _function(graph, tree, operand, wide, readings)
-    else:
+    if not unread:
         sizes, batch, whole = [None] * len(sizes), None, lifted(graph, tree, readings, {})[root]
         if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
             return None
-        (given,) = (e for e in walk(whole) if isinstance(e, Source))
-        function = partial(_evaluated, whole, given)
+    function = _function(graph, tree, operand, wide, readings)
     found = find_kernel(function, source, batch if unread else 1, channels, sizes, reach, dtype)
     if isinstance(found, Declined):
         return None
@@ -120,6 +117,7 @@ def _as_kernel(
         or conv.skips_border
         or any(rounding_obstacle(a, dtype) for a in arrays(conv))
         or only_moves(conv, sizes)
+        or _refuses_more(function, conv, [d.known for d in source.shape[2:]])
     ):
         return None
     if graph.is_written(root) or graph.obstacle(root, tree, [operand], [conv]) is not None:
@@ -154,9 +152,20 @@ def _remembered(
     return made if conv.bias is not None or bias.any() else replace(made, bias=None)
 
 
-def _evaluated(whole: Expr, source: Source, x: Array) -> Array:
-    """``whole``, whose only operand is ``source``, on ``x``."""
-    return evaluate(whole, {source: x})[0]
+def _refuses_more(f: Callable[[Array], Array], conv: Conv, sizes: Sequence[int | None]) -> bool:
+    """Whether ``conv`` refuses a map that ``f`` takes, because it has no element, or makes none of it."""
+    whole = tried_sizes(sizes, 0)[0]
+    for axis, known in enumerate(sizes):
+        for n in range(max(conv.reach[axis], 0) - min(conv.offset[axis], 0) + 1 if known is None else 0):
+            size = tuple(n if i == axis else m for i, m in enumerate(whole))
+            if n and all(result_size(conv, size)):
+                continue
+            try:
+                f(np.zeros((1, conv.in_channels, *size)))
+            except Exception:  # whatever a host's operators raise for a size that does not fit them
+                continue
+            return True
+    return False
 
 
 def _function(
@@ -172,11 +181,17 @@ def _function(
             operands = {v: values[v] for v in wide[value].operands}
             if value in exprs:
                 values[value], _ = evaluate(exprs[value], {sources[v]: y for v, y in operands.items()})
+                if not values[value].size and _has_kernel(exprs[value]):
+                    raise ValueError("a convolution refuses a map that it makes nothing of")
             else:
                 values[value] = graph.run(value, operands)
         return values[tree[-1]]
 
     return run
+
+
+def _has_kernel(e: Expr) -> bool:
+    return any(isinstance(part, Conv) and not part.is_weightless for part in walk(e))
 
 
 def _reach(graph: Graph, tree: Sequence[Value], wide: dict[Value, Reading], readings: Container[Value]) -> int:

@@ -375,6 +375,9 @@ def _read_einsum(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
         return None
     ones, zeros = (1,) * spatial, (0,) * spatial
     shape = (*graph.constants.shape(weight)[:: 1 if matrix[0] == outer else -1], *ones)
+    sizes = graph.types.shape(x)
+    if sizes is None or sizes[-1 - spatial].known != shape[1]:
+        return Declined("a size of 1 would be broadcast, and that of its operand is unknown")
     rows = derived(graph.parameter(weight), shape, lambda w: (w if matrix[0] == outer else w.T).reshape(shape))
     return Reading(Conv(graph.operand(x), rows, None, ones, ones, zeros, zeros))
 

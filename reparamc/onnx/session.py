@@ -139,6 +139,8 @@ def working(
     start, left = thread_time(), MOST_DRAWN
     light, is_open = skeleton(model), has_open_sizes(model)
     for guess, sizes in _attempts(model, guesses):
+        if of_nothing is not None and 0 in sizes.values():
+            continue  # not of more
         kinds = input_kinds(model, guess, sizes)
         drawn = sum(prod(shape) for shape, _ in kinds.values())
         try:

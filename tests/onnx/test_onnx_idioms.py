@@ -10,6 +10,8 @@ from expression_models import operators
 from onnx import NodeProto
 from onnx_models import W1, W3, N, assert_folds, batchnorm, fuse, model, node, rand
 
+from reparamc.algebra.rewrite import Declined
+
 CONV = node("Conv", "x w", "c", pads=[1, 1, 1, 1])
 STATISTICS = {
     "g": rand(6, 1, 1), "b": rand(6, 1, 1, seed=1), "m": rand(6, 1, 1, seed=2), "v": np.abs(rand(6, 1, 1)) + 0.5,
@@ -134,3 +136,11 @@ def test_an_einsum_that_is_no_linear_layer(equation: str) -> None:
     weight = rand(5, 5)
     made = model([node("Einsum", "x w", "y", equation=equation)], {"w": weight}, (2, 5, 5))
     assert OnnxGraph(made).read("y") is None
+
+
+@pytest.mark.parametrize("shape", [("N", 5, "C"), (2, 5, 1)])
+def test_an_einsum_that_may_broadcast_a_size_of_one(shape: Sequence[int | str]) -> None:
+    from reparamc.onnx.graph import OnnxGraph
+
+    made = model([node("Einsum", "x w", "y", equation="blc,cd->bld")], {"w": rand(5, 4)}, shape)
+    assert isinstance(OnnxGraph(made).read("y"), Declined)

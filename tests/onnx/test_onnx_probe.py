@@ -227,3 +227,14 @@ def test_no_convolution_of_doubles(dtype: int) -> None:
     assert report.passes["impulse-response"] == (dtype == TensorProto.FLOAT)
     x = rand(2, 5, 4).astype(kind)
     assert_close(run(original, {"x": x})[0], run(fused, {"x": x})[0], 1e-5)
+
+
+@pytest.mark.parametrize(("height", "folds"), [(5, 1), ("H", 0)])
+def test_an_empty_map_that_no_convolution_takes(height: int | str, folds: int) -> None:
+    """Twice its operand beside it, which is a 1x1 convolution, but for maps without an element."""
+    nodes = [node("Concat", "x x", "c", axis=1), node("Add", "c x", "y")]
+    original = model(nodes, {}, ("N", 1, height, 4))
+    fused, report = fuse(original)
+    assert (operators(fused)["Conv"], report.passes["impulse-response"]) == (folds, folds)
+    x = rand(2, 1, 5 if folds else 0, 4)
+    assert run(fused, {"x": x})[0].shape == run(original, {"x": x})[0].shape
