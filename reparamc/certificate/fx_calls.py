@@ -16,7 +16,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 def attribute(module: Any, path: str) -> Any:
     for part in path.split("."):
-        module = getattr(module, part)
+        inner = vars(module)["_modules"].get(part) if isinstance(module, nn.Module) else None  # torch takes longer
+        module = getattr(module, part) if inner is None else inner
     return module
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from math import prod
 from typing import Any
@@ -14,6 +16,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from reparamc.certificate.axes import Dim
+from reparamc.certificate.fx_calls import attribute
 
 Change = Callable[[int, int], int]
 """The size that an axis gets instead of that of the example."""
@@ -97,6 +100,7 @@ def shapes_of(
         if len(shape) == 4 and not any(len(set(ns)) == 1 for ns in shape[2:])
     }
 
+    @cache
     def dim(ns: tuple[int, ...]) -> Dim:
         if ns in areas:
             return dim(areas[ns][0]).times(dim(areas[ns][1]))
@@ -147,23 +151,27 @@ def sizes_of(
     is_large = any(prod(a.shape if s is None else s) > MOST_ELEMENTS for a, s in pairs if isinstance(a, Tensor))
     if is_large and _is_of_torch(module):
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                return _recorded(module, [_empty(a, s, mode) if isinstance(a, Tensor) else a for a, s in pairs])
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                return _recorded(module, [_Sized.like(a, s) if isinstance(a, Tensor) else a for a, s in pairs])
         except Exception:  # it asks for values
             pass
     return _recorded(module, [a.clone() if isinstance(a, Tensor) and s is None else _like(a, s) for a, s in pairs])
 
 
 def _recorded(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int, ...]]:
-    recorder = _Recorder(module)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        recorder.run(*args)
-    return recorder.found
+        return run_recorded(module, args)[1]
+
+
+def run_recorded(module: fx.GraphModule, args: Sequence[Any]) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """What ``module`` makes of ``args``, and the sizes of all nodes that are tensors."""
+    recorder = _Recorder(module)
+    return recorder.run(*args), recorder.found
 
 
 def _is_of_torch(module: fx.GraphModule) -> bool:
     """Whether nothing is called but what torch defines: other code might keep a tensor without values."""
-    called = [module.get_submodule(str(n.target)) for n in module.graph.find_nodes(op="call_module")]
+    called = [attribute(module, str(n.target)) for n in module.graph.find_nodes(op="call_module")]
     functions = [n.target for n in module.graph.nodes if n.op == "call_function"]
     homes = [type(m).__module__ for m in called] + [
         str(getattr(f, "__module__", "torch") or "torch") for f in functions
@@ -172,47 +180,64 @@ def _is_of_torch(module: fx.GraphModule) -> bool:
     return not hooked and all(h.split(".")[0] in ("torch", "_operator", "builtins", "math") for h in homes)
 
 
-def _empty(value: Tensor, shape: list[int] | None, mode: FakeTensorMode) -> Tensor:
-    return mode.from_tensor(value) if shape is None else value.new_empty(shape)
-
-
 def _like(value: Any, shape: list[int] | None) -> Any:
     if shape is None:
         return value
     return torch.randn(shape).to(value) if value.is_floating_point() else value.new_ones(shape)
 
 
+@dataclass(frozen=True)
+class _Sized:
+    """What is known of a tensor that has no values; a fake one is made of it where torch has to tell the sizes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def like(cls, value: Tensor, shape: Sequence[int] | None = None) -> _Sized:
+        return cls(tuple(value.shape if shape is None else shape), value.dtype, value.device)
+
+    def fake(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
 _KEEPING = (
     *(nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid),
-    *(nn.LeakyReLU, nn.Mish, nn.Tanh, nn.ELU, nn.Dropout, nn.LayerNorm),
+    *(nn.LeakyReLU, nn.Mish, nn.Tanh, nn.ELU, nn.Dropout, nn.LayerNorm, nn.Identity),
 )
 _KEEPING_FUNCTIONS = (F.batch_norm, F.relu, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.sigmoid, F.leaky_relu)
 """Modules and functions whose results have the sizes of their operands: these need not run."""
 
 
-def _computed(called: Any, args: Sequence[Any]) -> FakeTensor | None:
-    """What has the sizes of the result, where they follow from those of ``args``; None where ``called`` has to run."""
-    x = args[0]
-    if not isinstance(x, FakeTensor):
+_ARITHMETIC = (operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.mul)
+
+
+def _computed(called: Any, args: Sequence[Any]) -> Any:
+    """The result, where it follows from the sizes of ``args``; None where ``called`` has to run."""
+    x = args[0] if args else None
+    if not isinstance(x, _Sized):
         return None
     if type(called) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return _convolved(called, x)
     if isinstance(called, nn.Module):
         return x if isinstance(called, _KEEPING) else None
-    if called in (operator.add, operator.mul, torch.add, torch.mul) and len(args) == 2:
+    if called is getattr and args[1] in ("shape", "ndim", "dtype", "device"):
+        return torch.Size(x.shape) if args[1] == "shape" else len(x.shape) if args[1] == "ndim" else getattr(x, args[1])
+    if called in _ARITHMETIC and len(args) == 2:
         y = args[1]
-        alike = isinstance(y, FakeTensor) and (y.shape, y.dtype) == (x.shape, x.dtype)
-        return x if alike else None
+        alike = isinstance(y, _Sized) and (y.dtype, y.device) == (x.dtype, x.device)
+        return replace(x, shape=tuple(torch.broadcast_shapes(x.shape, y.shape))) if alike else None
     return x if called in _KEEPING_FUNCTIONS else None
 
 
-def _convolved(conv: Any, x: Tensor) -> Any:
-    known = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.ndim == conv.weight.ndim
+def _convolved(conv: Any, x: _Sized) -> _Sized | None:
+    known = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and len(x.shape) == conv.weight.ndim
     if not known or x.shape[1] != conv.in_channels or x.dtype != conv.weight.dtype:
         return None
     windows: Any = zip(x.shape[2:], conv.padding, conv.kernel_size, conv.dilation, conv.stride, strict=True)
     sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, k, d, s in windows]
-    return x.new_empty(x.shape[0], conv.out_channels, *sizes) if min(sizes) > 0 else None
+    return replace(x, shape=(x.shape[0], conv.out_channels, *sizes)) if min(sizes) > 0 else None
 
 
 class _Recorder(fx.Interpreter):
@@ -221,10 +246,18 @@ class _Recorder(fx.Interpreter):
         self.found: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        called = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
-        value = _computed(called, [self.env[a] if isinstance(a, fx.Node) else a for a in n.args]) if n.args else None
-        if value is None or n.op not in ("call_module", "call_function"):
+        called = attribute(self.module, str(n.target)) if n.op in ("call_module", "get_attr") else n.target
+        value = None
+        if n.op == "get_attr":
+            value = called
+        elif n.op.startswith("call_"):
+            value = _computed(called, [self.env[a] if isinstance(a, fx.Node) else a for a in n.args])
+        if value is None:
+            fakes = {given: v.fake() for given in n.all_input_nodes if isinstance(v := self.env[given], _Sized)}
+            self.env.update(fakes)
             value = super().run_node(n)
-        if isinstance(value, Tensor):
+            self.env.update((given, _Sized.like(v)) for given, v in fakes.items())  # it may have another shape now
+            value = _Sized.like(value) if isinstance(value, FakeTensor) else value
+        if isinstance(value, Tensor | _Sized):
             self.found[n.name] = tuple(value.shape)
         return value

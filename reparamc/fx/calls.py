@@ -61,9 +61,11 @@ _OTHER_NAMES = {
 
 def lookup(module: nn.Module, target: str) -> Any:
     """The attribute that a dotted ``target`` names."""
+    found: Any = module
     for part in target.split("."):
-        module = getattr(module, part)
-    return module
+        inner = vars(found)["_modules"].get(part) if isinstance(found, nn.Module) else None  # torch takes longer
+        found = getattr(found, part) if inner is None else inner
+    return found
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import operator
 import types
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ Memo = dict[int, Any]
 """What replaces an object in a copy, by its id; as `copy.deepcopy` keeps it."""
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_REFERRING = (types.FunctionType, types.MethodType, partial, dict, list)
 
 
 def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
@@ -33,11 +36,11 @@ def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch, about its own exported programs
-        memo = _computed(model)
+        memo = _begun(model)
         try:
             made = copy.deepcopy(model, memo)
         except Exception:  # whatever the attributes of the user's module raise
-            memo = _computed(model)
+            memo = _begun(model)
             for name, value in _uncopyable(model):
                 memo[id(value)] = value
                 if shared is not None:
@@ -47,7 +50,7 @@ def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
             except Exception as error:
                 raise InputError(f"{type(model).__name__} cannot be copied: {one_line(error)}") from error
     for module in made.modules():
-        for name, value in list(vars(module).items()):
+        for name, value in [(n, v) for n, v in vars(module).items() if isinstance(v, _REFERRING) and v]:
             if (moved := _moved(value, memo)) is not value:
                 vars(module)[name] = moved
     if is_exported(model):
@@ -56,10 +59,16 @@ def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
     return made
 
 
-def _computed(model: nn.Module) -> Memo:
-    """Copies of the tensors among the attributes of ``model`` that come out of a computation."""
-    held = (v for m in model.modules() for value in vars(m).values() for v in _inside(value))
-    return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
+def _begun(model: nn.Module) -> Memo:
+    """Copies of what `copy.deepcopy` refuses (tensors that were computed), or is slow at (empty registries)."""
+    memo: Memo = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) is OrderedDict and not value:
+                memo[id(value)] = OrderedDict()
+            elif isinstance(value, (*_CONTAINERS, Tensor)):
+                memo |= {id(t): t.detach().clone() for t in _inside(value) if isinstance(t, Tensor) and not t.is_leaf}
+    return memo
 
 
 def _inside(value: Any, depth: int = 3) -> list[Any]:
@@ -67,7 +76,10 @@ def _inside(value: Any, depth: int = 3) -> list[Any]:
     found = [value]
     if depth and isinstance(value, _CONTAINERS):
         for inner in value.values() if isinstance(value, dict) else value:
-            found += _inside(inner, depth - 1) if isinstance(inner, _CONTAINERS) else [inner]
+            if isinstance(inner, _CONTAINERS):
+                found += _inside(inner, depth - 1)
+            else:
+                found.append(inner)
     return found
 
 
@@ -81,7 +93,7 @@ def _uncopyable(model: nn.Module) -> list[tuple[str, Any]]:
         InputError: one is a parameter or buffer.
     """
     found: list[tuple[str, Any]] = []
-    known = _computed(model) | {id(m): m for m in model.modules()}
+    known = _begun(model) | {id(m): m for m in model.modules()}
     for path, module in model.named_modules():
         for key, value in vars(module).items():
             named = value.items() if key in _REGISTRIES else [(key, value)]
@@ -166,79 +178,95 @@ class State:
     Args:
         model: the module.
         backup: a copy of it, which has the values of its parameters; without one they are not looked at.
+
+    Attributes:
+        has_written_parameters: whether a parameter had another value when it was put back.
     """
 
     def __init__(self, model: nn.Module, backup: nn.Module | None = None) -> None:
-        self._modules = dict(model.named_modules())
-        self._attributes = {path: dict(vars(m)) for path, m in self._modules.items()}
-        self._contents: dict[str, list[tuple[Any, Any]]] = {}
-        self._tensors: dict[str, list[tuple[Tensor, Any]]] = {}
         copies = {} if backup is None else dict(backup.named_modules())
-        for path, module in self._modules.items():
-            again = _computed_again(module)
-            entered = [v for k, v in vars(module).items() if isinstance(v, (*_CONTAINERS, Tensor)) and k not in again]
-            held = [v for value in entered for v in _inside(value)]
-            self._contents[path] = [(v, _shallow(v)) for v in held if isinstance(v, dict | list | set | deque)]
-            parameters = {id(p): name for name, p in module._parameters.items()}
-            self._tensors[path] = []
-            for t in {id(v): v for v in held if isinstance(v, Tensor)}.values():
-                if id(t) not in parameters:
-                    self._tensors[path].append((t, _values(t)))
-                elif path in copies:
-                    self._tensors[path].append((t, copies[path]._parameters[parameters[id(t)]]))
+        self._snapshots = {path: _Snapshot(m, copies.get(path)) for path, m in model.named_modules()}
+        self.has_written_parameters = False
+
+    def restore(self) -> list[str]:
+        """Put everything back; the paths of all modules that held something else."""
+        changed = self.changed()
+        for path in changed:
+            self.has_written_parameters |= self._snapshots[path].restore()
+        return changed
 
     def changed(self) -> list[str]:
         """The paths of all modules that hold something else than before."""
-        return [path for path in self._modules if self._is_changed(path)]
-
-    def has_written_parameters(self) -> bool:
-        """Whether a parameter has another value than before."""
-        return any(
-            isinstance(t, nn.Parameter) and not same_values(t, value)
-            for path in self._modules
-            for t, value in self._tensors[path]
-        )
+        return [path for path, snapshot in self._snapshots.items() if snapshot.is_changed()]
 
     def first_change(self) -> str:
         """The first attribute that holds something else than before, by its path."""
-        for path in self.changed():
-            module, before = self._modules[path], self._attributes[path]
-            moved = [t for t, value in self._tensors[path] if not same_values(t, value)]
-            held = {**vars(module), **module._parameters, **module._buffers}
-            for name, value in held.items():
-                if any(value is t for t in moved) or (name in vars(module) and before.get(name) is not value):
-                    return f"{path}.{name}".lstrip(".")
-            return path
+        return next((f"{path}.{self._snapshots[path].first_change()}".strip(".") for path in self.changed()), "")
+
+
+class _Snapshot:
+    """What one module holds, its submodules left out."""
+
+    __slots__ = ("attributes", "contents", "empty", "module", "tensors")
+
+    def __init__(self, module: nn.Module, copy: nn.Module | None) -> None:
+        self.module, self.attributes = module, dict(vars(module))
+        again = _computed_again(module)
+        held: list[Any] = []
+        self.empty: list[Any] = []
+        for name, value in self.attributes.items():
+            if isinstance(value, (*_CONTAINERS, Tensor)) and name not in again:
+                if isinstance(value, Tensor) or value:
+                    held += _inside(value)
+                elif not isinstance(value, tuple):
+                    self.empty.append(value)
+        self.contents = [(v, _shallow(v)) for v in held if isinstance(v, dict | list | set | deque)]
+        names = {id(p): name for name, p in module._parameters.items()}
+        self.tensors: list[tuple[Tensor, Any]] = []
+        for t in {id(v): v for v in held if isinstance(v, Tensor)}.values():
+            if id(t) not in names:
+                self.tensors.append((t, _values(t)))
+            elif copy is not None:
+                self.tensors.append((t, copy._parameters[names[id(t)]]))
+
+    def is_changed(self) -> bool:
+        before, now = self.attributes, vars(self.module)
+        if before.keys() != now.keys() or any(self.empty):
+            return True
+        if not all(map(operator.is_, before.values(), now.values())):
+            again = _computed_again(self.module)
+            if any(now[k] is not v and k not in again for k, v in before.items()):
+                return True
+        return not all(starmap(_same_items, self.contents)) or not all(starmap(same_values, self.tensors))
+
+    def first_change(self) -> str:
+        moved = [t for t, value in self.tensors if not same_values(t, value)]
+        held = {**vars(self.module), **self.module._parameters, **self.module._buffers}
+        for name, value in held.items():
+            if any(value is t for t in moved) or (name in vars(self.module) and self.attributes.get(name) is not value):
+                return name
         return ""
 
-    def _is_changed(self, path: str) -> bool:
-        before, now = self._attributes[path], vars(self._modules[path])
-        if before.keys() != now.keys():
-            return True
-        again = _computed_again(self._modules[path])
-        if any(now[k] is not v and k not in again for k, v in before.items()):
-            return True
-        if any(not _same_items(a, b) for a, b in self._contents[path]):
-            return True
-        return any(not same_values(a, b) for a, b in self._tensors[path])
-
-    def restore(self) -> None:
-        for path, module in self._modules.items():
-            if not self._is_changed(path):
-                continue
-            vars(module).clear()
-            vars(module).update(self._attributes[path])
-            for container, content in self._contents[path]:
-                if not _same_items(container, content):
-                    container.clear()
-                    container.extend(content) if isinstance(container, list | deque) else container.update(content)
-            for tensor, value in self._tensors[path]:
-                if not same_values(tensor, value):
-                    _put_back(tensor, value)
+    def restore(self) -> bool:
+        """Put everything back; whether that was a parameter, too."""
+        vars(self.module).clear()
+        vars(self.module).update(self.attributes)
+        for container in self.empty:
+            container.clear()
+        for container, content in self.contents:
+            if not _same_items(container, content):
+                container.clear()
+                container.extend(content) if isinstance(container, list | deque) else container.update(content)
+        moved = [(t, value) for t, value in self.tensors if not same_values(t, value)]
+        for tensor, value in moved:
+            _put_back(tensor, value)
+        return any(isinstance(t, nn.Parameter) for t, _ in moved)
 
 
 def _computed_again(module: nn.Module) -> set[str]:
     """The tensors that hooks of torch's own (weight_norm, spectral_norm, pruning) compute before each call."""
+    if not module._forward_pre_hooks:
+        return set()
     hooks = [h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils")]
     return {str(getattr(h, "name", getattr(h, "_tensor_name", ""))) for h in hooks}
 
@@ -273,11 +301,14 @@ def _same_items(a: Any, b: Any) -> bool:
 
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal, NaN included; true where they cannot say."""
-    if a is b:
-        return True
+    try:
+        if a is b or torch.equal(a, b):  # which refuses other types and devices
+            return True
+    except Exception:
+        pass
     try:
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return False
-        return a.is_meta or torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+        return a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all())
     except Exception:  # a subclass that has no comparison
         return True

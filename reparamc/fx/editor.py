@@ -16,10 +16,10 @@ from reparamc.algebra.recorded import tape
 from reparamc.compiler.graph import Fold, Splice
 from reparamc.compiler.readings import Value
 from reparamc.fx.emit import Emitter, Target
-from reparamc.fx.memory import Memory, only_asserted, reads_size_only
+from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.operators import OPERATORS
 from reparamc.fx.readings import Readings
-from reparamc.fx.shapes import Values
+from reparamc.fx.result import FusedModule
 from reparamc.fx.sizes import Mover
 
 
@@ -124,7 +124,7 @@ class Editor:
                 self.graph.erase_node(node)
         self._mover.drop_unused()
         self.graph.lint()
-        fused = fx.GraphModule(self.module, self.graph, type(self.module).__name__)
+        fused = FusedModule(self.module, self.graph, type(self.source.module).__name__)
         fused.training = False
         for module in fused.modules():
             if type(module) is nn.Module:  # a container that tracing made; the modules in it keep their modes
@@ -173,7 +173,7 @@ class Editor:
         source = self.source
         seen = {*self._ranked, *self._mover.ranked}
         if not source.exported and seen:
-            alone = Values(source.module, {}, Memory(source.graph, source.module))
+            alone = source.facts.without_examples()
 
             def is_open(n: fx.Node) -> bool:
                 return n not in alone.known and n not in alone.pieces and alone.rank(n) is None

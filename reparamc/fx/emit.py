@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph_module import _copy_attr
 from torch.nn import functional as F
 
 from reparamc.algebra.arrays import is_all, loaded, values, zeros_of
@@ -76,7 +77,10 @@ class Target:
         self.graph: fx.Graph = copy.deepcopy(source.graph, self.copies)
         (end,), (copied_end,) = (g.find_nodes(op="output") for g in (source.graph, self.graph))
         self.copies[end] = copied_end
-        self.module = fx.GraphModule(source, self.graph, type(source).__name__)
+        self.module = fx.GraphModule(source, fx.Graph(), type(source).__name__)
+        for node in self.graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                _copy_attr(source, self.module, str(node.target))
         self.emitted: dict[Expr, fx.Node] = {}
         self.spliced: dict[fx.Node, fx.Node] = {}
         """What has taken the place of a node."""

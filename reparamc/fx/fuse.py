@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 import sys
@@ -88,7 +89,7 @@ def fuse_fx(
     options = Options(select(pass_table, passes, skip), level_of(verify), objective)
     inner, wrapped = unwrapped(model)
     _check(inner)
-    with LOCK, plain_modes(), ExitStack() as stack:
+    with LOCK, plain_modes(), _collecting_new_garbage(), ExitStack() as stack:
         # Weights that are not trained yet tell nothing of those that are loaded later. A `Fuser` records by itself.
         if not specialize and tape() is None:
             stack.enter_context(recording(Tape(generic=True)))
@@ -112,6 +113,7 @@ class _Fusion:
         self.compared: list[OutputError] = []
         self.writes_parameters = False
         self.wavers = False
+        """Whether the model was seen to compute something else each time."""
 
     def run(self, example_inputs: Any) -> nn.Module:
         """The fused copy, with its report."""
@@ -132,25 +134,18 @@ class _Fusion:
     def watched(self, call: Call, state: State) -> Parts:
         """The parts of the model, after it was run on the example and on other arguments, if it takes some."""
         changed: set[str] = set()
-
-        def run(given: Call) -> Any:
-            try:
-                return ran(self.model, given)
-            finally:
-                self.writes_parameters |= state.has_written_parameters()
-                changed.update(state.changed())
-                state.restore()
-
         watched = Watched(self.model)
 
         def seen(given: Call) -> Seen:
             one = Seen(given)
             try:
                 with watching(watched):
-                    one.ended(run(given))
+                    one.ended(ran(self.model, given))
             except Exception:
                 watched.forget_run()
                 raise
+            finally:
+                changed.update(state.restore())
             return one
 
         smaller = few(call)
@@ -168,8 +163,7 @@ class _Fusion:
                 break
             except Exception:  # whatever a module raises that does not take a size
                 continue
-        least = min(self.runs, key=lambda seen: elements(seen.call))
-        self.wavers = bool(difference(run(least.call), least.result))
+        self.writes_parameters = state.has_written_parameters
         classes = recorded(self.model)
         blocked = {p: "transformers records the outputs of parts of it" for path in classes for p in _around(path)[:-1]}
         blocked |= {place: "forward changes what it holds" for path in changed for place in _around(path)}
@@ -177,9 +171,13 @@ class _Fusion:
 
     def checked(self, parts: Parts, taken: Taken) -> Taken:
         """``taken``, compared with the model; of a part that is wrong, its own parts are taken instead."""
-        if self.wavers or self.writes_parameters or (taken.module is not self.own and not parts.placed):
+        if self.writes_parameters or (taken.module is not self.own and not parts.placed):
             return taken
         while (fault := self.fault(taken.module, parts.placed)) is not None:
+            least = min(self.runs, key=lambda seen: elements(seen.call))
+            self.wavers = self.wavers or bool(difference(ran(self.model, least.call), least.result))
+            if self.wavers:
+                return taken
             where, why = fault
             if not any(part.where == where for part in parts.placed):
                 where, why = self.blamed(parts, taken, why)
@@ -309,6 +307,19 @@ def _own_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def _collecting_new_garbage() -> Iterator[None]:
+    """What is there before is not looked through each time that Python collects garbage: torch alone is a lot."""
+    is_frozen = bool(gc.get_freeze_count())
+    if not is_frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not is_frozen:
+            gc.unfreeze()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -39,6 +40,7 @@ def fuse_traced(
     options: Options,
     *,
     exported: bool = False,
+    sizes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> fx.GraphModule:
     """A fused form of ``traced``, which shares its other modules with it; the report is in its ``meta``.
 
@@ -48,11 +50,12 @@ def fuse_traced(
         calls: arguments of ``model`` and of ``traced``; none where they are not known.
         expected: what ``model`` makes of them; none where the result is not compared end to end.
         exported: whether torch.export made the graph, for inputs of these sizes.
+        sizes: of its nodes in the first of ``calls``, where they are known already.
 
     Raises:
         VerificationError: the result computes something else.
     """
-    result, report = fuse(FxHost(traced, model, calls, expected, exported), options)
+    result, report = fuse(FxHost(traced, model, calls, expected, exported, sizes), options)
     result.module.meta["reparamc"] = report
     return result.module
 
@@ -67,11 +70,12 @@ class FxHost:
         calls: Sequence[Given],
         expected: Sequence[Outputs],
         exported: bool,
+        sizes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
         self.traced, self.original, self.calls, self.expected = traced, original, calls, expected
         self.exported = exported
         self._positional = self._by_position(calls[0]) if calls else None
-        self._sizes = _of_runs(sizes_of, self.original, traced, self._positional)
+        self._sizes = dict(sizes) or _of_runs(sizes_of, self.original, traced, self._positional)
         ranks = {name: len(shape) for name, shape in self._sizes.items()}
         examples = examples_of(original, *calls[0]) if calls else {}
         self.graph = FxGraph(traced, examples, ranks, exported=exported)

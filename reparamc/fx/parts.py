@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from reparamc.algebra.recorded import tape
+from reparamc.certificate.fx_shapes import run_recorded
 from reparamc.compiler.host import Options
 from reparamc.errors import InputError, one_line
 from reparamc.fx.calls import is_plain, operation
@@ -21,6 +23,7 @@ from reparamc.fx.direct import chained
 from reparamc.fx.export import can_be_exported, exported
 from reparamc.fx.host import fuse_traced
 from reparamc.fx.outcome import difference, ran
+from reparamc.fx.regions_alone import by_position
 from reparamc.fx.result import HOOKS, FusedModule, in_place_of, within
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.trace import fixed_arguments, trace, traced
@@ -51,10 +54,16 @@ class Taken:
 
 @dataclass(frozen=True)
 class Whole:
-    """A module as a graph that was seen to compute the same; ``opaque``: what it calls as it is, and why."""
+    """A module as a graph that was seen to compute the same.
+
+    Attributes:
+        opaque: what it calls as it is, and why.
+        sizes: of its nodes, in the first of the calls that were seen; empty where they were not noted.
+    """
 
     graph: fx.GraphModule
     opaque: dict[str, str]
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ class Parts:
         why = ""
         for _ in range(4):
             found = self._traced(path, calls, opaque)
-            if isinstance(found, str) or not (why := self._disagreement(path, found.graph, calls or [])):
+            if isinstance(found, str) or not (why := self._disagreement(path, found.graph, calls or [], found.sizes)):
                 return found
             more = self._suspects(path, found.opaque)
             if not more:
@@ -164,12 +173,18 @@ class Parts:
         finally:
             state.restore()
 
-    def _disagreement(self, path: str, graph: nn.Module, calls: list[Seen]) -> str:
-        """How a graph differs from the module, on every recorded call."""
-        original = self.originals[path]
+    def _disagreement(
+        self, path: str, graph: fx.GraphModule, calls: list[Seen], sizes: dict[str, tuple[int, ...]] | None = None
+    ) -> str:
+        """How a graph differs from the module, on every recorded call; ``sizes`` is given those in the first."""
+        original, ways = self.originals[path], list[Callable[..., Any]]()
         if any(vars(original).get(name) for name in HOOKS):
-            graph = in_place_of(original, cast(fx.GraphModule, graph))
-        return next((why for seen in calls if (why := _difference(original, graph, seen))), "")
+            graph = in_place_of(original, graph)
+        elif sizes is not None and len(calls) > 1:
+            ways.append(partial(_interpreted, graph, sizes))
+        ways += [graph] * (len(calls) - len(ways))
+        pairs = zip(ways, calls, strict=True)
+        return next((why for way, seen in pairs if (why := _difference(original, way, seen))), "")
 
     def _suspects(self, path: str, opaque: Mapping[str, str]) -> dict[str, str]:
         """Submodules of ``path`` that cannot be followed, although they were."""
@@ -231,7 +246,8 @@ class Parts:
         module = self.own[path]
         seen = self.seen(path) or []
         expected = [] if path or whole.opaque else [plain(one.result) for one in seen]
-        graph = fuse_traced(whole.graph, self.originals[path], [one.call for one in seen], expected, self.options)
+        calls = [one.call for one in seen]
+        graph = fuse_traced(whole.graph, self.originals[path], calls, expected, self.options, sizes=whole.sizes)
         report: Report = graph.meta.pop("reparamc")
         result: nn.Module = in_place_of(module, graph) if report.changed or not path else module
         ways = [Way(path, "torch.fx", "", report=report)]
@@ -387,7 +403,17 @@ def counts_an_argument(graph: fx.GraphModule) -> bool:
     return any(node.target is len for node in graph.graph.find_nodes(op="call_function", target=len))
 
 
-def _difference(original: nn.Module, graph: nn.Module, seen: Seen) -> str:
+def _interpreted(graph: fx.GraphModule, sizes: dict[str, tuple[int, ...]], *args: Any, **kwargs: Any) -> Any:
+    """What ``graph`` makes of arguments, node by node; ``sizes`` is given those of the nodes."""
+    given = by_position(graph, args, kwargs)
+    if given is None:
+        return graph(*args, **kwargs)
+    result, found = run_recorded(graph, given)
+    sizes.update(found)
+    return result
+
+
+def _difference(original: nn.Module, graph: Callable[..., Any], seen: Seen) -> str:
     """How ``graph`` differs from ``original`` on the arguments of one call.
 
     What was recorded of the call decides where they agree. Where not, it was overwritten since, or another state of

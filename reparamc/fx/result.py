@@ -71,10 +71,15 @@ def within(module: nn.Module, graph: nn.Module) -> nn.Module:
 
 
 def in_place_of(module: nn.Module, graph: fx.GraphModule) -> FusedModule:
-    """``graph`` with the hooks and the plain attributes of ``module``, whose forward it computes."""
+    """``graph`` with the hooks and the plain attributes of ``module``, whose forward it computes.
+
+    A `FusedModule` is given these; of any other graph it is a copy.
+    """
     hooks = () if is_exported(module) else HOOKS  # those check the inputs of the program
-    made = FusedModule(graph, copy.deepcopy(graph.graph), type(module).__name__)
-    made.meta.update(graph.meta)
+    made = graph
+    if not isinstance(made, FusedModule):
+        made = FusedModule(graph, copy.deepcopy(graph.graph), type(module).__name__)
+        made.meta.update(graph.meta)
     give(made, {name: vars(module)[name] for name in hooks if name in vars(module)})
     give(made, attributes(module))
     for part in made.modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -47,17 +48,26 @@ class Values:
         self.known: dict[fx.Node, Any] = {}
         self.names: dict[fx.Node, tuple[str, ...]] = {}
         self.ranks, self.batched = dict(ranks), batched
-        self.assumed: dict[fx.Node, int] = {}
         self.bound: dict[str, int] = {}
         self._evaluate_constants()
+        self._sweep()
+
+    def without_examples(self) -> Values:
+        """What is known where nothing is told or assumed of the arguments."""
+        alone = copy.copy(self)
+        alone.ranks, alone.bound, alone.batched = {}, {}, False
+        alone._sweep()
+        return alone
+
+    def _sweep(self) -> None:
         for _ in range(_SWEEPS):
             self.shapes: dict[fx.Node, Shape] = {}
             self.dims: dict[fx.Node, Dim] = {}
             self.sizes: dict[fx.Node, Shape] = {}
             self.pieces: dict[fx.Node, list[Shape]] = {}
-            self.assumed.clear()
+            self.assumed: dict[fx.Node, int] = {}
             before = len(self.bound) + len(self.ranks)
-            for node in module.graph.nodes:
+            for node in self.module.graph.nodes:
                 if node not in self.known:
                     self._visit(node)
             self._carry_ranks_back()
