@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, cast
@@ -28,7 +28,7 @@ from reparamc.fx.copying import State, copied
 from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.export import is_exported, live_in_training
 from reparamc.fx.outcome import difference, ran
-from reparamc.fx.parts import Parts, Placed, Taken, Way, has_options, remembered
+from reparamc.fx.parts import Parts, Placed, Taken, Way, Whole, has_options, remembered
 from reparamc.fx.parts_alone import run_parts_alone
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.watch import LOCK, Call, Seen, Watched, watching
@@ -123,29 +123,35 @@ class _Fusion:
             if isinstance(why := parts.whole(""), str):
                 raise InputError(why)
             return self.reported(parts.take("", as_graph), "not run end to end: no example_inputs")
-        state = State(self.model, self.own)
+        call, self.state = call_of(self.model, example_inputs), State(self.model, self.own)
         try:
-            parts = self.watched(call_of(self.model, example_inputs), state)
+            classes = recorded(self.model)
+            first = Parts(self.model, self.own, self.options, [Seen(call)]).traced("", {})
+            parts = None
+            if as_graph and isinstance(first, Whole) and not first.opaque:  # then its parts need not be watched
+                parts = self.parts(call, None, classes, first)
+            if parts is None or isinstance(parts.whole(""), str):
+                parts = self.parts(call, Watched(self.model), classes, first)
             taken = self.checked(parts, parts.take("", as_graph))
         finally:
-            state.restore()
+            self.state.restore()
         return self.reported(taken, "")
 
-    def watched(self, call: Call, state: State) -> Parts:
+    def parts(self, call: Call, watched: Watched | None, classes: list[str], first: Whole | str) -> Parts:
         """The parts of the model, after it was run on the example and on other arguments, if it takes some."""
         changed: set[str] = set()
-        watched = Watched(self.model)
 
         def seen(given: Call) -> Seen:
             one = Seen(given)
             try:
-                with watching(watched):
+                with nullcontext() if watched is None else watching(watched):
                     one.ended(ran(self.model, given))
             except Exception:
-                watched.forget_run()
+                if watched is not None:
+                    watched.forget_run()
                 raise
             finally:
-                changed.update(state.restore())
+                changed.update(self.state.restore())
             return one
 
         smaller = few(call)
@@ -154,6 +160,8 @@ class _Fusion:
                 self.runs = [seen(given)]
                 break
             except Exception as error:  # whatever the user's forward raises
+                if given is call and watched is None:
+                    return self.parts(call, Watched(self.model), classes, first)
                 if given is call:
                     where = f" ({watched.raised!r} fails)" if watched.raised else ""
                     raise InputError(f"the model does not run on example_inputs{where}: {one_line(error)}") from error
@@ -163,11 +171,10 @@ class _Fusion:
                 break
             except Exception:  # whatever a module raises that does not take a size
                 continue
-        self.writes_parameters = state.has_written_parameters
-        classes = recorded(self.model)
+        self.writes_parameters = self.state.has_written_parameters
         blocked = {p: "transformers records the outputs of parts of it" for path in classes for p in _around(path)[:-1]}
         blocked |= {place: "forward changes what it holds" for path in changed for place in _around(path)}
-        return Parts(self.model, self.own, self.options, self.runs, watched, blocked, classes)
+        return Parts(self.model, self.own, self.options, self.runs, watched, blocked, classes, first)
 
     def checked(self, parts: Parts, taken: Taken) -> Taken:
         """``taken``, compared with the model; of a part that is wrong, its own parts are taken instead."""

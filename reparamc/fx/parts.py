@@ -98,6 +98,7 @@ class Parts:
         watched: the calls of its submodules, and which of those other code reaches into.
         blocked: submodules that no graph may take the place of, by path, with the reason.
         classes: paths of submodules that other code finds by their class.
+        first: what `traced` makes of the model, if it was asked before.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Parts:
         watched: Watched | None = None,
         blocked: Mapping[str, str] = MappingProxyType({}),
         classes: Collection[str] = (),
+        first: Whole | str | None = None,
     ) -> None:
         self.options = options
         self.originals = dict(model.named_modules(remove_duplicate=False))
@@ -121,14 +123,15 @@ class Parts:
         self.placed: list[Placed] = []
         self._taken: dict[int, Taken] = {}
         self._wholes: dict[str, Whole | str] = {}
+        self._first = first
 
     # What can be followed
 
     def seen(self, path: str) -> list[Seen] | None:
         """The calls of the module at ``path``; None where they are not known."""
-        if self.watched is None:
-            return None
-        return self.watched.calls.get(id(self.originals[path]), []) if path else self.outermost
+        if not path:
+            return self.outermost
+        return None if self.watched is None else self.watched.calls.get(id(self.originals[path]), [])
 
     def is_touched(self, path: str) -> bool:
         """Whether other code reaches into the module at ``path``."""
@@ -149,7 +152,7 @@ class Parts:
         opaque = {inner: why for place, why in self.blocked.items() if (inner := _below(path, place))}
         why = ""
         for _ in range(4):
-            found = self._traced(path, calls, opaque)
+            found = self._first if self._first is not None and not (path or opaque) else self.traced(path, opaque)
             if isinstance(found, str) or not (why := self._disagreement(path, found.graph, calls or [], found.sizes)):
                 return found
             more = self._suspects(path, found.opaque)
@@ -158,8 +161,9 @@ class Parts:
             opaque = found.opaque | more
         return f"what torch.fx makes of it computes something else: {why}"
 
-    def _traced(self, path: str, calls: list[Seen] | None, opaque: Mapping[str, str]) -> Whole | str:
-        module = self.own[path]
+    def traced(self, path: str, opaque: Mapping[str, str]) -> Whole | str:
+        """The module at ``path`` as a graph that may not agree with it; or why there is none."""
+        module, calls = self.own[path], self.seen(path)
         state = State(module, self.originals[path])
         try:
             found = Whole(*traced(module, calls[0].call if calls else None, opaque))

@@ -34,7 +34,11 @@ class Seen:
 
     def ended(self, result: Any) -> None:
         self.result = _held(result)
-        tensors = pytree.tree_leaves((self.call, self.result))
+        args, kwargs = self.call
+        if type(self.result) is Tensor and not kwargs and all(type(a) is Tensor for a in args):
+            tensors = [*args, self.result]
+        else:
+            tensors = pytree.tree_leaves((self.call, self.result))
         self._versions = [(t, t._version) for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
 
     def is_kept(self) -> bool:
@@ -147,7 +151,12 @@ def watching(watched: Watched) -> Iterator[None]:
 
 def _held(value: Any) -> Any:
     """``value`` in containers of its own: others may change those that they are given."""
-    return pytree.tree_map(lambda v: v, value)
+    kind = type(value)
+    if kind is Tensor:  # most are
+        return value
+    if kind is tuple or kind is list:
+        return kind(map(_held, value))
+    return value if kind is dict and not value else pytree.tree_map(lambda v: v, value)
 
 
 def is_leaf(module: nn.Module) -> bool:
