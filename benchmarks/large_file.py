@@ -24,7 +24,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="large-", dir=os.environ.get("TMPDIR")) as folder:
         source, target = Path(folder) / "large.onnx", Path(folder) / "fused.onnx"
         total = make(source, round(size * 1e9 / MATRIX))
-        code = "from reparamc.cli import main; import sys; raise SystemExit(main(sys.argv[1:]))"
+        code = "from reparamc.__main__ import main; import sys; raise SystemExit(main(sys.argv[1:]))"
         process = subprocess.Popen(
             [sys.executable, "-c", code, "fuse", source, "-o", target, "--verify", level, "--no-record"]
         )

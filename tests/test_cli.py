@@ -15,7 +15,8 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import reparamc_passes
-from reparamc import __version__, cli
+from reparamc import __main__ as cli
+from reparamc import __version__
 from reparamc.algebra.expr import BatchNorm, Expr
 from reparamc.algebra.rewrite import Pass
 from reparamc.certificate.proof import Certificate
@@ -632,7 +633,7 @@ def test_standard_input_that_is_closed() -> None:
 def test_a_signal_leaves_nothing_after(model: Path) -> None:
     """What a task manager sends while the file is written, and its temporary folder is there."""
     code = (
-        "import os, signal, sys; from reparamc import cli\n"
+        "import os, signal, sys; from reparamc import __main__ as cli\n"
         "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"sys.argv[1:] = ['fuse', {str(model)!r}, {str(model.with_name(OUT))!r}]; sys.exit(cli.main())"
     )

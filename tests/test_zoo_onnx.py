@@ -29,7 +29,7 @@ LIMITS = {
 }
 LONGER = ("fastvit_sa24", "fastvit_sa36")
 """SA12 with more blocks; `benchmarks/structure.py` has them."""
-IMAGES = 6
+IMAGES = 3
 
 
 def operators(model: onnx.ModelProto) -> Counter[str]:

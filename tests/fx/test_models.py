@@ -84,7 +84,7 @@ def test_zoo(name: str) -> None:
     torch.manual_seed(0)
     model = randomized(create_model(name, num_classes=40))
     nn.init.normal_(model.get_parameter("head.weight"), std=0.1)
-    (check if name in ("fastvit_t8", "fastvit_sa12") else check_quickly)(model, ZOO[name])
+    (check if name == "fastvit_sa12" else check_quickly)(model, ZOO[name])
 
 
 def test_all_variants_are_tested() -> None:
@@ -98,7 +98,7 @@ def test_timm(timm: ModuleType, name: str) -> None:
     for name_of, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and "head" in name_of:
             nn.init.normal_(layer.weight, std=0.1)
-    check(randomized(model), TIMM[name])
+    (check_quickly if name == "fastvit_sa12" else check)(randomized(model), TIMM[name])
 
 
 def test_zoo_in_half_precision() -> None:

@@ -39,7 +39,7 @@ def test_without_verification_nothing_is_imported_for_it(tmp_path: Path) -> None
     onnx.save(blocks(1), tmp_path / "in.onnx")
     code = f"""
 import sys
-from reparamc.cli import main
+from reparamc.__main__ import main
 assert main(["fuse", "in.onnx", "-o", "out.onnx", "--verify", "off"]) == 0
 print(sorted({set(UNUSED)!r} & sys.modules.keys()))
 """

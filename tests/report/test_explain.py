@@ -12,7 +12,8 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import reparamc_passes
-from reparamc import cli, fuse_onnx
+from reparamc import __main__ as cli
+from reparamc import fuse_onnx
 from reparamc.algebra.expr import BatchNorm, Expr
 from reparamc.algebra.rewrite import Pass
 from reparamc.errors import InputError

@@ -13,7 +13,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import batchnorm, model, node, norm, rand
 
 import reparamc
-from reparamc import __version__, cli, fuse_onnx
+from reparamc import __main__ as cli
+from reparamc import __version__, fuse_onnx
 from reparamc.errors import InputError
 from reparamc.onnx.record import KEY, STRUCTURE, graph_hash, model_origin, records
 from reparamc.report.record import Record, parsed

@@ -20,7 +20,7 @@ from test_fuser import X, block, changed
 from torch import nn
 
 from reparamc import Fuser, InputError, fuse_onnx
-from reparamc.cli import main
+from reparamc.__main__ import main
 from reparamc.onnx.record import KEY, STRUCTURE, records
 from reparamc.testing import assert_equivalent
 
@@ -213,7 +213,7 @@ def test_through_a_fuser(model: Any, fused: Path, tmp_path: Path) -> None:
 def test_without_torch(fused: Path, model: Any, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from reparamc.cli import main\n"
+        "from reparamc.__main__ import main\n"
         "sys.exit(main(['refresh', sys.argv[1], '--checkpoint', sys.argv[2], '-o', sys.argv[3], '-q']))"
     )
     for name, expected in (("new.npz", 0), ("new.pth", 2)):

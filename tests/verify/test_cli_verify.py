@@ -14,7 +14,7 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import reparamc
-from reparamc import cli
+from reparamc import __main__ as cli
 from reparamc.certificate.proof import Certificate, Window
 from reparamc.equivalence import trials as trial
 from reparamc.equivalence.difference import difference, ulps

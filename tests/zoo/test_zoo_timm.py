@@ -25,7 +25,7 @@ def randomized_peer(timm: ModuleType, name: str, dtype: torch.dtype) -> tuple[nn
     nn.init.zeros_(peer.head.fc.bias)  # a large constant would hide differences
     randomize_layer_scales(peer)
     randomize_batchnorm(peer, example_inputs=torch.randn(4, 3, 64, 64))
-    return peer.to(dtype), torch.randn(2, 3, 97, 70, dtype=dtype)
+    return peer.to(dtype), torch.randn(2, 3, 65, 42, dtype=dtype)
 
 
 @pytest.mark.parametrize(
