@@ -1,4 +1,4 @@
-"""Faults in leaving out channels that are constant or unused (`compiler.liveness`, `algebra.channels`)."""
+"""Faults in leaving out what is known: channels (`compiler.liveness`, `algebra.channels`), activations (`ranges`)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,41 @@ def the_next_rows(e: Any, x: Any, out: Any, *more: Any) -> tuple[Any, ...]:
     return e, x, (np.asarray(out) + 1) % 6 if getattr(e, "out_channels", 0) == 6 else out, *more
 
 
+def activations(*nodes: NodeProto) -> Callable[[], ModelProto]:
+    """``nodes`` from a convolution, c, to y."""
+    return lambda: onnx_model([node("Conv", "x w", "c"), *nodes], {"w": numbers(4, 4, 1, 1)})
+
+
+def summed(x: Any, c: Any) -> Any:
+    return F.relu(c(x).relu() + c(x))
+
+
+def written(x: Any, c: Any) -> Any:
+    y = c(x).sigmoid()
+    y.sub_(0.6)
+    return y.relu()
+
+
+RANGES: list[Fault] = [
+    fault(
+        "every sum taken for positive", "reparamc.compiler.ranges:_sign", lambda original: lambda parts: (0.0, np.inf),
+        onnx=activations(node("Relu", "c", "r"), node("Add", "c r", "a"), node("Relu", "a", "y")),
+        fx=lambda: net(summed, nn.Conv2d(4, 4, 1)),
+    ),
+    fault(
+        "an activation outside of its interval", "reparamc.compiler.ranges:_is_identity",
+        lambda original: lambda bounded, found: bounded.keeps is not None,
+        onnx=activations(node("LeakyRelu", "c", "y", alpha=0.5)),
+        fx=lambda: net(lambda x, c: F.leaky_relu(c(x), 0.5), nn.Conv2d(4, 4, 1)),
+    ),
+    fault(
+        "an interval before a write in place", "reparamc.fx.graph:FxGraph.is_written",
+        lambda original: lambda *_, **__: False, fx=lambda: net(written, nn.Conv2d(4, 4, 1)),
+    ),
+]  # fmt: skip
+
 SHRINK: list[Fault] = [
+    *RANGES,
     fault(
         "constants of channels lost", f"{CHANNELS}_narrowed_conv",
         given(lambda conv, x, out, read, known, least: (conv, x, out, read, known * 0, least)),

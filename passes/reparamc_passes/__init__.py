@@ -19,11 +19,13 @@ from reparamc_passes.like_terms import LIKE_TERMS
 from reparamc_passes.lossless_shrink import LOSSLESS_SHRINK
 from reparamc_passes.piece_folding import PIECE_FOLDING
 from reparamc_passes.placing import PLACING
+from reparamc_passes.redundant_activation import REDUNDANT_ACTIVATION
 from reparamc_passes.repmixer import REPMIXER
 from reparamc_passes.scale_folding import SCALE_FOLDING
 from reparamc_passes.sequence_merging import SEQUENCE_MERGING
 
 PASSES: tuple[Pass, ...] = (
+    REDUNDANT_ACTIVATION,
     LOSSLESS_SHRINK,
     CONSTANT_FOLDING,
     REPMIXER,

@@ -43,6 +43,13 @@ RESHAPING = {
 """Operators that change what a tensor is, not what is in it."""
 
 
+_WITH_INPLACE = {
+    "celu", "dropout", "elu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu6", "selu",
+    "silu",
+}  # fmt: skip
+"""Functions whose last argument says whether they write into the first."""
+
+
 def written_by(node: fx.Node, module: fx.GraphModule) -> list[fx.Node]:
     """The operands into which a node may write."""
     out = node.kwargs.get("out")
@@ -85,11 +92,7 @@ def _writes(node: fx.Node, module: fx.GraphModule) -> bool:
         or (node.op == "call_method" and name in _AS_METHODS)
         or (name.endswith("_") and not name.endswith("__"))
         or bool(node.kwargs.get("inplace"))
-        or (
-            len(node.args) > 2
-            and node.args[-1] is True
-            and name in ("relu", "silu", "dropout", "hardswish", "leaky_relu")
-        )
+        or (len(node.args) > 1 and node.args[-1] is True and name in _WITH_INPLACE)
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.nn import functional as F
 
 import reparamc.certificate.kernels as nk
@@ -18,9 +20,10 @@ import reparamc.certificate.layouts as nl
 import reparamc.certificate.meaning as meaning
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Dim, Unrepresentable
-from reparamc.certificate.fx_calls import Described, attribute, described
+from reparamc.certificate.fx_calls import Described, attribute, described, name_of
 from reparamc.certificate.fx_memory import Memory
 from reparamc.certificate.normal_form import Array, Value
+from reparamc.certificate.ranges import ANY, SIGNED, Bound, bound_of, clamp
 
 ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "addmm", "add", "sub", "mul"}
 """Operators that are linear in parameters, so that they are off by as much as these."""
@@ -73,6 +76,63 @@ def _is_one_of(node: fx.Node, module: fx.GraphModule, kinds: Collection[type]) -
     return type(called) in kinds and not (
         called._forward_hooks or called._forward_pre_hooks or getattr(called, "return_indices", False)
     )
+
+
+_OPTIONS = {
+    "add": ("other",), "avgpool": ("kernel_size", "stride", "padding", "ceil_mode", "count", "divisor_override"),
+    "clamp": ("min", "max"), "clip": ("min", "max"), "hardtanh": ("min_val", "max_val"),
+    "interpolate": ("size", "scale_factor", "mode"), "leakyrelu": ("negative_slope",), "mul": ("other",),
+    "pad": ("pad", "mode", "value"), "prelu": ("weight",), "upsample": ("size", "scale_factor", "mode"),
+}  # fmt: skip
+"""Arguments after the first, of which some decide the sizes of a result."""
+
+_HOMES = (torch, F, operator)
+
+
+def _plain_name(node: fx.Node, module: fx.GraphModule) -> str:
+    """The name of one of torch's own operators, alike for all spellings; empty for anything else."""
+    name = name_of(node)
+    if node.op == "call_module":
+        called = attribute(module, str(node.target))
+        own = type(called).__module__.startswith("torch.nn.modules") and "forward" not in vars(called)
+        own, name = own and not (called._forward_hooks or called._forward_pre_hooks), type(called).__name__
+    elif isinstance(node.target, OpOverload):
+        own = node.target.namespace == "aten"
+    else:
+        own = node.op == "call_method" or any(node.target is getattr(home, name, None) for home in _HOMES)
+    name = re.sub(r"_|\d+d$", "", name.lower())
+    return {"imul": "mul", "iadd": "add"}.get(name, name) if own else ""
+
+
+def bound(node: fx.Node, module: fx.GraphModule, given: Sequence[str], tensor: Callable[[Any], Tensor | None]) -> Bound:
+    """What the documentation says of the sizes of what a node gives; ``given`` are its operands."""
+    name = _plain_name(node, module)
+    names = _OPTIONS.get(name, ())
+    options = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    if node.op == "call_module":
+        options = {key: getattr(attribute(module, str(node.target)), key, None) for key in names}
+    signed = Bound(signed=given[:1])
+    match name:
+        case "clamp" | "clip" | "hardtanh":
+            default = (-1.0, 1.0) if name == "hardtanh" else ANY
+            ends = [d if (e := options.get(key)) is None else e for key, d in zip(names, default, strict=True)]
+            return clamp(*ends) if all(isinstance(e, int | float) for e in ends) else Bound()
+        case "leakyrelu" if options.get("negative_slope") == 1:
+            return Bound(same_in=ANY)
+        case "prelu" if (slope := tensor(options.get("weight"))) is not None and bool((slope == 1).all()):
+            return Bound(same_in=ANY)
+        case "mul" if len(given) == 2 and given[0] == given[1]:
+            return Bound(SIGNED)
+        case "mul" | "add":
+            return Bound(signed=given) if len(given) == len(node.args) == 2 and not node.kwargs else Bound()
+        case "pad":
+            return signed if node.op != "call_module" and options.get("value") in (None, 0) else Bound()
+        case "interpolate" | "upsample":
+            return Bound() if options.get("mode") == "bicubic" else signed
+        case "avgpool":
+            return signed if options.get("divisor_override") is None else Bound()
+        case _:
+            return bound_of(name, given)
 
 
 class Size:

@@ -7,6 +7,7 @@ functions and other domains are atoms, and so is all that is not listed in `READ
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -25,6 +26,7 @@ from reparamc.certificate.onnx_operators import (
     NORMS,
     READERS,
     Call,
+    bound,
     is_convolution,
     keeps_numbers,
     rescaled,
@@ -32,6 +34,7 @@ from reparamc.certificate.onnx_operators import (
 )
 from reparamc.certificate.onnx_shapes import Shapes, Typed
 from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
+from reparamc.certificate.ranges import Bound, unchanged
 
 PRECISIONS = {
     "float64": Precision(2.0**-53, 2.0**-1075),
@@ -292,6 +295,20 @@ class _Side:
             return sum(parts, ())
         sizes, places = parts[0], [e.factor for e in parts[1]]
         return tuple(sizes[i] for i in places) if all(-len(sizes) <= i < len(sizes) for i in places) else None
+
+    def unchanged(self, name: str) -> str | None:
+        return self._unchanged.get(name)
+
+    @cached_property
+    def _unchanged(self) -> dict[str, str]:
+        return unchanged(self.order, self._bound, self.operands)
+
+    def _bound(self, name: str) -> Bound:
+        node, at = self.producers[name]
+        first = not at or node.op_type == "Split"
+        if not first or not is_standard(node) or not _has_schema(node, self.opset) or self.dtype(name) is None:
+            return Bound()
+        return bound(Call(self, node, at, lambda _: nf.leaf("", ())))
 
     def unread(self, met: Collection[str]) -> Sequence[str]:
         met = set(met)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from math import prod
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
+import ml_dtypes
 import numpy as np
 from onnx import NodeProto
 
@@ -18,6 +19,7 @@ import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.onnx_shapes import attribute, is_plain_fused
+from reparamc.certificate.ranges import ANY, SIGNED, Bound, bound_of, clamp
 
 MIXING = {"AveragePool", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"}
 """Operators with a kernel or a matrix."""
@@ -419,6 +421,46 @@ def _read_dropout(call: Call) -> Value:
     if call.at or call.side.opset < 7 or (training is not None and training.any()):
         raise Unrepresentable("Dropout in training mode")
     return call.value()
+
+
+# Intervals
+
+
+def bound(call: Call) -> Bound:
+    """What the specification says of the sizes of what a node gives."""
+    inputs = [n for n in call.node.input if n]
+    match call.node.op_type:
+        case "Clip":
+            return _bound_of_clip(call) if call.side.opset >= 6 else Bound()
+        case "LeakyRelu" if attribute(call.node, "alpha", 0.01) == 1:
+            return Bound(same_in=ANY)
+        case "PRelu" if call.is_constant(1) and (call.constant(1) == 1).all():
+            return Bound(same_in=ANY)
+        case "Mul" if inputs[0] == inputs[1]:
+            return Bound(SIGNED)
+        case "Mul" | "Add" | "Sum" | "Mean":
+            return Bound(signed=inputs)
+        case "Pad" if len(inputs) < 3 and attribute(call.node, "value", 0.0) == 0:
+            return Bound(signed=inputs[:1])
+        case "Resize" | "Upsample":
+            outside = call.text("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+            return Bound() if outside or call.text("mode", "nearest") == "cubic" else Bound(signed=inputs[:1])
+        case kind:
+            return bound_of(kind, inputs)
+
+
+def _bound_of_clip(call: Call) -> Bound:
+    dtype = call.side.dtype(call.node.output[0])
+    if dtype is None:
+        return Bound()
+    largest = float(cast(Any, ml_dtypes).finfo(dtype).max)  # the default
+    ends = [cast(float, attribute(call.node, key, end)) for key, end in (("min", -largest), ("max", largest))]
+    for i in (0, 1):
+        if call.name(1 + i) is not None:
+            if not call.is_constant(1 + i) or (given := call.constant(1 + i)).size != 1:
+                return Bound()
+            ends[i] = float(given.reshape(()))
+    return clamp(*ends)
 
 
 # Channels

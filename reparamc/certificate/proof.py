@@ -113,6 +113,10 @@ class Side(Protocol):
         """The operator of ``name`` as one that does the same to each channel of its operands; None if it is none."""
         ...
 
+    def unchanged(self, name: str) -> str | None:
+        """The operand that the operator of ``name``, an activation, gives as it is; None where it may change it."""
+        ...
+
     def leaf(self, name: str, known_as: str) -> Value:
         """``name`` as a source that both graphs call ``known_as``; raises Unrepresentable where its rank is unknown."""
         ...
@@ -545,7 +549,8 @@ class _Proof:
             try:
                 value = side.value(name, values.__getitem__)
             except Unrepresentable:
-                value = self._atom(which, name, values, atoms, precision)
+                same = side.unchanged(name)
+                value = values[same] if same else self._atom(which, name, values, atoms, precision)
             if joints and name in ends and _is_dense(value):
                 if precision is None:
                     whole[name] = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -12,6 +13,10 @@ import numpy as np
 from reparamc.algebra.expr import Array, Expr, LayoutOp, Source, arrays, walk
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.readings import Reading, Value, values_in
+
+Interval: TypeAlias = tuple[float, float]
+
+ALL: Interval = (-inf, inf)
 
 
 class Graph(Protocol):
@@ -56,8 +61,8 @@ class Graph(Protocol):
         """Why new operators ``made`` just before ``root`` could not replace ``members``; None when they can."""
         ...
 
-    def is_written(self, value: Value) -> bool:
-        """Whether something writes into the memory of ``value`` after it has been computed."""
+    def is_written(self, value: Value, but: Value | None = None) -> bool:
+        """Whether something other than ``but`` writes into the memory of ``value`` after it has been computed."""
         ...
 
     def moves(self, value: Value) -> tuple[Value, ...] | None:
@@ -70,6 +75,10 @@ class Graph(Protocol):
 
     def separate(self, value: Value) -> Separate | None:
         """The operator of ``value``, which has no reading, as one that treats channels alike and each by itself."""
+        ...
+
+    def bounded(self, value: Value) -> Bounded | None:
+        """What is known of the results of the operator of ``value``, which has no reading; None if nothing is."""
         ...
 
     def may_narrow(self, value: Value) -> bool:
@@ -112,6 +121,25 @@ class Separate:
     computes: bool = True
     multiplies: bool = False
     moves: LayoutOp | None = None
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """What is known of the results of an operator without a reading.
+
+    Attributes:
+        operands: what it reads, constants left out.
+        gives: the interval of its results.
+        keeps: where it is the identity of its only operand; None if nowhere.
+        chooses: whether each result is an element of an operand (a maximum over positions).
+        signed: whether no result is negative if no element of its operands is (a product, an average).
+    """
+
+    operands: tuple[Value, ...] = ()
+    gives: Interval = ALL
+    keeps: Interval | None = None
+    chooses: bool = False
+    signed: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ from collections import Counter
 from time import perf_counter
 
 from reparamc.algebra.cost import objective_of
-from reparamc.algebra.recorded import tape
 from reparamc.compiler.attempt import Attempt, rewritten
 from reparamc.compiler.host import Host, Options, ResultT
 from reparamc.compiler.plan import Plan, make_plan
@@ -34,7 +33,6 @@ def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
     """A fused copy of the model of ``host``, and the report.
 
     A pass that comes before all others is carried out, proven and compared by itself; the others go on with its result.
-    It follows from the values of parameters, so that it is left out where these may become others.
 
     Raises:
         InputError: the model cannot be read, or the framework does not accept the result.
@@ -43,7 +41,7 @@ def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
     told: list[Report] = []
     for p in options.passes:
         start = perf_counter()
-        plan = None if p.first is None or tape() is not None else p.first(host.graph, p, verify=options.level != "off")
+        plan = None if p.first is None else p.first(host.graph, p, verify=options.level != "off")
         if plan is not None:
             result, report = _carried_out(host, options, plan, start)
             told.append(report)

@@ -30,6 +30,7 @@ from reparamc.algebra.expr import (
     release,
     walk,
 )
+from reparamc.algebra.recorded import tape
 from reparamc.algebra.rewrite import Pass
 from reparamc.algebra.shape import Dim
 from reparamc.algebra.text import show
@@ -47,7 +48,9 @@ MOST_TRIES = 8
 
 
 def shrink(graph: Graph, p: Pass, *, verify: bool) -> Plan | None:
-    """The operators without channels that are known or unused; None where there are none of these."""
+    """The operators without channels that are known or unused; None where there are none of these, or may be none."""
+    if tape() is not None:
+        return None  # parameters may get other values
     stuck = set[Value]()
     for _ in range(MOST_TRIES):
         live = Liveness(graph, stuck)

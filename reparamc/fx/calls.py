@@ -213,7 +213,7 @@ def _bound(node: fx.Node, called: Operator, axes: int | None) -> Call | None:
     given: Any = node.args
     if len(given) > 2 and called.spread:
         given = (given[0], given[1:])
-    if called.name != "same" and len(given) > len(called.arguments):
+    if len(given) > len(called.arguments):
         return None
     if called.name == "addmm" and set(node.kwargs) - {"alpha", "beta"}:
         return None

@@ -17,8 +17,9 @@ from torch.fx.node import map_arg
 from reparamc.algebra.expr import Array, Conv, Expr
 from reparamc.algebra.kernels import ONE_EACH
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Fold, Separate
+from reparamc.compiler.graph import Bounded, Fold, Separate
 from reparamc.compiler.readings import Reading, Value, is_norm, values_in
+from reparamc.fx.bounds import bounded
 from reparamc.fx.calls import Held
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.readers import READERS
@@ -110,9 +111,9 @@ class FxGraph(Readings):
                     return f"{writer.name!r} changes an operand in place"
         return None
 
-    def is_written(self, value: Value) -> bool:
+    def is_written(self, value: Value, but: Value | None = None) -> bool:
         node = cast(fx.Node, value)
-        return any(self.order[w] > self.order[node] for w in self.memory.writers(node))
+        return any(w is not but and self.order[w] > self.order[node] for w in self.memory.writers(node))
 
     def moves(self, value: Value) -> tuple[Value, ...] | None:
         node = cast(fx.Node, value)
@@ -136,6 +137,9 @@ class FxGraph(Readings):
 
     def separate(self, value: Value) -> Separate | None:
         return separate(self, cast(fx.Node, value))
+
+    def bounded(self, value: Value) -> Bounded | None:
+        return bounded(self, cast(fx.Node, value))
 
     def may_narrow(self, value: Value) -> bool:
         return may_narrow(self, cast(fx.Node, value))

@@ -94,22 +94,25 @@ def _pool(name: str, kind: str, *arguments: str, linear: bool = False) -> Operat
 
 
 _WINDOW = ("kernel_size", "stride", "padding")
-_SAME = (
-    "relu", "relu6", "gelu", "silu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish", "tanh",
-    "softmax", "hardtanh", "softplus", "prelu", "celu", "selu", "abs",
-)  # fmt: skip
-_SAME_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.Mish,
-    nn.Tanh, nn.Softmax, nn.PReLU, nn.Hardtanh, nn.Softplus, nn.SELU, nn.CELU,
-)  # fmt: skip
 _STATISTICS = (
     "native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "_batch_norm_no_update",
     "cudnn_batch_norm", "miopen_batch_norm",
 )  # fmt: skip
 _OPAQUE = (
-    "exp", "log", "sqrt", "rsqrt", "reciprocal", "amin", "max", "min", "var", "std", "bmm", "clamp", "index",
+    "exp", "log", "sqrt", "rsqrt", "reciprocal", "amin", "max", "min", "var", "std", "bmm", "index",
     "upsample_bilinear2d",
 )  # fmt: skip
+
+
+def _activation(
+    name: str, module: type[nn.Module] | None, *arguments: str, parameters: tuple[str, ...] = ()
+) -> Operator:
+    """An operator whose result has the shape and dtype of its input."""
+    return Operator(
+        name, ("input", *arguments, *parameters), methods=(name,) if hasattr(torch.Tensor, name) else (),
+        modules={} if module is None else {module: None}, parameters=parameters,
+        attributes=tuple(a for a in arguments if a not in ("inplace", "dtype")), keeps=ALL, allocates=True,
+    )  # fmt: skip
 
 
 def _batch_norm_mode(module: Any) -> dict[str, Any]:
@@ -195,10 +198,26 @@ TABLE: tuple[Operator, ...] = (
         "neg", ("input",), ("neg", "negative"), methods=("neg",), functions=(operator.neg,), keeps=ALL, linear="each",
         any_rank=True, allocates=True,
     ),
-    Operator(
-        "same", ("input",), _SAME, methods=("relu", "sigmoid", "tanh", "softmax", "abs"), modules=_any(*_SAME_MODULES),
-        keeps=ALL, allocates=True,
-    ),
+    # Activations
+    _activation("relu", nn.ReLU, "inplace"),
+    _activation("relu6", nn.ReLU6, "inplace"),
+    _activation("gelu", nn.GELU, "approximate"),
+    _activation("silu", nn.SiLU, "inplace"),
+    _activation("sigmoid", nn.Sigmoid),
+    _activation("hardswish", nn.Hardswish, "inplace"),
+    _activation("hardsigmoid", nn.Hardsigmoid, "inplace"),
+    _activation("leaky_relu", nn.LeakyReLU, "negative_slope", "inplace"),
+    _activation("elu", nn.ELU, "alpha", "inplace"),
+    _activation("celu", nn.CELU, "alpha", "inplace"),
+    _activation("selu", nn.SELU, "inplace"),
+    _activation("mish", nn.Mish, "inplace"),
+    _activation("tanh", nn.Tanh),
+    _activation("softmax", nn.Softmax, "dim", "_stacklevel", "dtype"),
+    _activation("hardtanh", nn.Hardtanh, "min_val", "max_val", "inplace"),
+    _activation("softplus", nn.Softplus, "beta", "threshold"),
+    _activation("prelu", nn.PReLU, parameters=("weight",)),
+    _activation("abs", None),
+    Operator("clamp", ("input", "min", "max"), ("clamp", "clip"), methods=("clamp", "clip"), allocates=True),
     # Nothing is computed
     Operator(
         "identity", ("input",), ("detach", "alias"), methods=("detach",), modules=_any(nn.Identity), keeps=ALL,
@@ -311,7 +330,7 @@ TABLE: tuple[Operator, ...] = (
     ),
 )  # fmt: skip
 """All operators of which something is known. A "copy" is looked through by no one: a view after it may need its layout
-in memory. "same" is any operator whose result has the shape and dtype of its input."""
+in memory."""
 
 OPERATORS: Mapping[str, Operator] = {o.name: o for o in TABLE}
 """The records by name."""

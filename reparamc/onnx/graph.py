@@ -15,9 +15,10 @@ from onnx import ModelProto
 
 from reparamc.algebra.expr import Array, Conv, Expr, Source
 from reparamc.algebra.rewrite import Declined
-from reparamc.compiler.graph import Fold, Separate
+from reparamc.compiler.graph import Bounded, Fold, Separate
 from reparamc.compiler.readings import Taps, Value
 from reparamc.onnx import taps
+from reparamc.onnx.bounds import bounded
 from reparamc.onnx.constants import fold_constants
 from reparamc.onnx.emit import is_rows
 from reparamc.onnx.facts import Facts, results_of
@@ -100,7 +101,7 @@ class OnnxGraph(Facts):
         shape = self.types.shape(name)
         return shape is not None and prod(dim.factor for dim in shape) > MOST_ELEMENTS
 
-    def is_written(self, value: Value) -> bool:
+    def is_written(self, value: Value, but: Value | None = None) -> bool:
         return False
 
     def moves(self, value: Value) -> tuple[Value, ...] | None:
@@ -128,6 +129,9 @@ class OnnxGraph(Facts):
 
     def separate(self, value: Value) -> Separate | None:
         return separate(self, str(value))
+
+    def bounded(self, value: Value) -> Bounded | None:
+        return bounded(self, str(value))
 
     def may_narrow(self, value: Value) -> bool:
         return may_narrow(self, str(value))
