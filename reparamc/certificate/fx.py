@@ -170,6 +170,8 @@ class _Side:
         self.positions = {name: at for at, name in enumerate(self.nodes)}
         self.inputs = [n.name for n in _inputs(module)]
         self.memory = Memory(module)
+        self._calls: dict[fx.Node, Described | None] = {}
+        self._flats: dict[fx.Node, tuple[list[fx.Node], Hashable]] = {}
         self.sizes: dict[fx.Node, Size] = {}
         self.plain: set[fx.Node] = set()
         """What is no tensor, but follows from operands: dtypes, devices, arithmetic with sizes."""
@@ -303,7 +305,7 @@ class _Side:
         nodes = list(self.nodes.values())
         for order in (nodes, reversed(nodes), nodes):
             for node in order:
-                call = described(node, self.module)
+                call = self.call(node)
                 if call is None or not node.op.startswith("call_"):
                     continue
                 first = call.args.get("input")
@@ -348,10 +350,16 @@ class _Side:
             inside = weight.shape[1] * call.args.get("groups", 1) if call.op != "batch_norm" else weight.shape[0]
             self.counts.setdefault(given, inside)
 
+    def call(self, node: fx.Node) -> Described | None:
+        """What a node calls."""
+        if node not in self._calls:
+            self._calls[node] = described(node, self.module)
+        return self._calls[node]
+
     # The protocol
 
     def _is_cut_up(self, node: fx.Node) -> bool:
-        call = described(node, self.module)
+        call = self.call(node)
         return call is not None and call.op in ("split", "chunk", "unbind", "batch_norm_with_statistics")
 
     def _is_piece(self, node: fx.Node) -> bool:
@@ -372,7 +380,11 @@ class _Side:
 
     def flat(self, node: fx.Node, but_numbers: bool = False) -> tuple[list[fx.Node], Hashable]:
         """The nodes among the arguments, and a key of all else; in which all numbers are alike if wanted."""
-        return self._flat(node, (node.args, node.kwargs), but_numbers)
+        if but_numbers:
+            return self._flat(node, (node.args, node.kwargs), but_numbers=True)
+        if node not in self._flats:
+            self._flats[node] = self._flat(node, (node.args, node.kwargs))
+        return self._flats[node]
 
     def _flat(self, node: fx.Node, what: Any, but_numbers: bool = False) -> tuple[list[fx.Node], Hashable]:
         """`flat` of ``what``, some arguments of ``node``."""
@@ -456,6 +468,7 @@ class _Side:
 
     def narrowed(self, name: str) -> None:
         self.shapes.pop(name, None)
+        self._flats.clear()
 
     def sizes_told(self, name: str) -> None:
         """Reads of sizes are compared by `kind`."""
@@ -476,18 +489,18 @@ class _Side:
         return bound(self.nodes[name], self.module, given, self._stored)
 
     def mixes(self, name: str) -> bool:
-        call = described(self.nodes[name], self.module)
+        call = self.call(self.nodes[name])
         return call is not None and call.op in ("conv", "conv_transpose", "linear", "matmul", "addmm", "avg_pool")
 
     def _described(self, node: fx.Node) -> Described | None:
         """What a node calls; a copy into a slice is an assignment."""
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node) or first not in self.memory.parts:
-            return described(node, self.module)
+            return self.call(node)
         whole, slices = self.memory.whole(first)
         index: dict[int, Any] = {}
         for part in slices:
-            call = described(part, self.module)
+            call = self.call(part)
             for axis, bounds in (_sliced_axes(call) if call is not None else None) or [(-1, None)]:
                 if bounds == slice(None):
                     continue

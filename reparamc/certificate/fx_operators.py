@@ -20,7 +20,7 @@ import reparamc.certificate.layouts as nl
 import reparamc.certificate.meaning as meaning
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Dim, Unrepresentable
-from reparamc.certificate.fx_calls import Described, attribute, described, name_of
+from reparamc.certificate.fx_calls import Described, attribute, name_of
 from reparamc.certificate.fx_memory import Memory
 from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.ranges import ANY, SIGNED, Bound, bound_of, clamp
@@ -156,6 +156,8 @@ class Side(Protocol):
     memory: Memory
     constants: set[str]
     sizes: dict[fx.Node, Size]
+
+    def call(self, node: fx.Node) -> Described | None: ...
 
     def tensor(self, name: str) -> Tensor | None: ...
     def magnitude(self, name: str) -> Array | None: ...
@@ -455,7 +457,7 @@ def _read_index_select(call: Read) -> Value:
 
 def _read_getitem(call: Read) -> Value:
     given, index = call.call.args["input"], call.call.args["index"]
-    inner = described(given, call.side.module) if isinstance(given, fx.Node) else None
+    inner = call.side.call(given) if isinstance(given, fx.Node) else None
     if inner is not None and inner.op in ("split", "chunk") and isinstance(index, int):
         return _piece(call, inner, index)
     if inner is not None and inner.op == "batch_norm_with_statistics":

@@ -24,6 +24,26 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _REFERRING = (types.FunctionType, types.MethodType, partial, dict, list)
 
 
+def submodules(model: nn.Module) -> dict[str, nn.Module]:
+    """As `nn.Module.named_modules`, which takes longer the deeper they are nested."""
+    found, seen, stack = dict[str, nn.Module](), set[int](), [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[path] = module
+            inner = [(f"{path}.{name}".lstrip("."), m) for name, m in module._modules.items() if m is not None]
+            stack += reversed(inner)
+    return found
+
+
+def tensors(model: nn.Module) -> list[Tensor]:
+    """All parameters, and all buffers."""
+    modules = submodules(model).values()
+    held = [t for m in modules for t in m._parameters.values()] + [t for m in modules for t in m._buffers.values()]
+    return [*{id(t): t for t in held if t is not None}.values()]
+
+
 def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
     """A copy that shares no storage with ``model``, tensors that were computed and kept as attributes included.
 
@@ -66,7 +86,7 @@ def _begun(model: nn.Module) -> Memo:
         for value in vars(module).values():
             if type(value) is OrderedDict and not value:
                 memo[id(value)] = OrderedDict()
-            elif isinstance(value, (*_CONTAINERS, Tensor)):
+            elif isinstance(value, _HOLDING):
                 memo |= {id(t): t.detach().clone() for t in _inside(value) if isinstance(t, Tensor) and not t.is_leaf}
     return memo
 
@@ -84,6 +104,7 @@ def _inside(value: Any, depth: int = 3) -> list[Any]:
 
 
 _CONTAINERS = (dict, list, tuple, set, deque)
+_HOLDING = (*_CONTAINERS, Tensor)
 
 
 def _uncopyable(model: nn.Module) -> list[tuple[str, Any]]:
@@ -184,8 +205,8 @@ class State:
     """
 
     def __init__(self, model: nn.Module, backup: nn.Module | None = None) -> None:
-        copies = {} if backup is None else dict(backup.named_modules())
-        self._snapshots = {path: _Snapshot(m, copies.get(path)) for path, m in model.named_modules()}
+        copies = {} if backup is None else submodules(backup)
+        self._snapshots = {path: _Snapshot(m, copies.get(path)) for path, m in submodules(model).items()}
         self.has_written_parameters = False
 
     def restore(self) -> list[str]:
@@ -215,7 +236,7 @@ class _Snapshot:
         held: list[Any] = []
         self.empty: list[Any] = []
         for name, value in self.attributes.items():
-            if isinstance(value, (*_CONTAINERS, Tensor)) and name not in again:
+            if isinstance(value, _HOLDING) and name not in again:
                 if isinstance(value, Tensor) or value:
                     held += _inside(value)
                 elif not isinstance(value, tuple):

@@ -162,7 +162,7 @@ class _Fusion:
             except Exception as error:  # whatever the user's forward raises
                 if given is call and watched is None:
                     return self.parts(call, Watched(self.model), classes, first)
-                if given is call:
+                if given is call and watched is not None:
                     where = f" ({watched.raised!r} fails)" if watched.raised else ""
                     raise InputError(f"the model does not run on example_inputs{where}: {one_line(error)}") from error
         for other in others(self.runs[0].call):

@@ -22,6 +22,7 @@ from reparamc.equivalence.end_to_end import Alone, Region
 from reparamc.errors import VerificationError
 from reparamc.fx.arguments import examples_of
 from reparamc.fx.calls import operation
+from reparamc.fx.copying import tensors
 from reparamc.fx.editor import Edited, Editor
 from reparamc.fx.end_to_end import Given, epsilon_of, verify_end_to_end
 from reparamc.fx.graph import FxGraph
@@ -163,8 +164,7 @@ class FxHost:
 
 def _sums(module: nn.Module) -> list[str]:
     """What tells that a parameter or buffer has been written into."""
-    tensors = [*module.parameters(), *module.buffers()]
-    dense = [t for t in tensors if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
+    dense = [t for t in tensors(module) if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
     plain = [t for t in dense if not (t.is_meta or t.is_quantized or t.is_complex())]
     return [repr(t.detach().sum(dtype=torch.float64).item()) for t in plain]
 

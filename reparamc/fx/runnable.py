@@ -17,7 +17,7 @@ from reparamc.equivalence.difference import Outputs, nudged
 from reparamc.equivalence.runnable import Domain, NoArrayError, Tree, bounds_of, leaves
 from reparamc.equivalence.trials import GUESSES, Slot
 from reparamc.errors import InputError
-from reparamc.fx.copying import State
+from reparamc.fx.copying import State, tensors
 
 
 class TorchRunnable:
@@ -32,7 +32,7 @@ class TorchRunnable:
         variadic = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
         self.names = None if variadic else tuple(p.name for p in parameters)
         self.epsilon = max((torch.finfo(t.dtype).eps for t in floats(module)), default=0.0)
-        self.device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+        self.device = next((t.device for t in tensors(module)), torch.device("cpu"))
 
     def __call__(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> Outputs:
         with unchanged(self.module), torch.no_grad():
@@ -122,7 +122,7 @@ def run(model: nn.Module, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> O
     Tensors that are no arrays are made dense or plain ones. What cannot be compared is given by its type.
     """
     with unchanged(model), torch.no_grad():
-        devices = [t.device for t in (*model.parameters(), *model.buffers())]
+        devices = [t.device for t in tensors(model)]
         return plain(called(model, args, kwargs, next(iter(devices), "cpu")))
 
 
@@ -166,12 +166,12 @@ def same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
 
 def own_randomness(module: nn.Module) -> AbstractContextManager[None]:
     """`same_random_numbers` on the devices of ``module``."""
-    return same_random_numbers([t.device for t in (*module.parameters(), *module.buffers())])
+    return same_random_numbers([t.device for t in tensors(module)])
 
 
 def floats(module: nn.Module) -> list[Tensor]:
     """The parameters and buffers that round."""
-    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    return [t for t in tensors(module) if t.is_floating_point()]
 
 
 def perturbed(given: Tree, seed: int) -> Tree:
