@@ -413,19 +413,36 @@ def rebuild(e: Expr, children: Sequence[Expr]) -> Expr:
     return replace(e, x=children[0])
 
 
-def walk(root: Expr, stop: Callable[[Expr], bool] = lambda _: False) -> Iterator[Expr]:
+def walk(root: Expr, stop: Callable[[Expr], bool] | None = None) -> Iterator[Expr]:
     """Each node once, operands first; nodes for which ``stop`` holds are yielded, not entered."""
+    if stop is not None:
+        return iter(_ordered(root, stop))
+    found: tuple[Expr, ...] | None = vars(root).get(_BELOW)
+    if found is None:
+        found = tuple(_ordered(root, lambda _: False)[:-1])
+        if len(found) <= _MOST_KEPT:
+            object.__setattr__(root, _BELOW, found)
+    return iter((*found, root))
+
+
+_BELOW, _MOST_KEPT = "_below", 64
+"""Where a node that is walked over keeps what is below it, and how much: all of a chain would be quadratic."""
+
+
+def _ordered(root: Expr, stop: Callable[[Expr], bool]) -> list[Expr]:
+    order: list[Expr] = []
     seen: set[Expr] = set()
     stack: list[tuple[Expr, bool]] = [(root, False)]
     while stack:
         e, entered = stack.pop()
         if entered:
-            yield e
+            order.append(e)
         elif e not in seen:
             seen.add(e)
             stack.append((e, True))
             if not stop(e):
                 stack.extend((c, False) for c in reversed(e.children))
+    return order
 
 
 def flatten(root: Expr) -> Expr:

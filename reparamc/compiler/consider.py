@@ -66,16 +66,18 @@ def consider(setting: Setting, parts: Sequence[tuple[Value, ...]]) -> Decision:
 
 
 def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...]) -> Decision:
-    cost = setting.objective.cost
     before, after, steps, refusals = found.before, found.after, found.steps, found.refusals
-    if not steps or isclose(cost(after), cost(before), rel_tol=1e-12):
-        return Decision(before, None, refusals, members)  # nothing to do, or another way to say the same
+    if not steps:
+        return Decision(before, None, refusals, members)
+    cost, price = map(setting.objective.cost, (before, after))
+    if isclose(price, cost, rel_tol=1e-12):
+        return Decision(before, None, refusals, members)  # another way to say the same
     if sum(map(is_norm, walk(after))) > sum(map(is_norm, walk(before))):  # one for each of several users
         return Decision(before, None, (), members, apart=frozenset(v for v in members[:-1] if is_norm(found.exprs[v])))
     native = {e: v for v, e in found.exprs.items() if v != members[-1]}
     native.update((found.exprs[v], v) for v in found.exprs if v not in members)  # not what hands operands on
     splice: Splice | Declined | FailedRegion = Declined("the rewritten form would cost more than it saves")
-    if cost(after) < cost(before) or not _is_finite(before):
+    if price < cost or not _is_finite(before):
         counts = Counter(step.name for step in steps)
         splice = checked(setting, members, before, after, native, counts)
     if isinstance(splice, Splice):
