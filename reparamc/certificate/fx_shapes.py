@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn import functional as F
 
 from reparamc.certificate.axes import Dim
@@ -166,7 +167,18 @@ def _recorded(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[in
 def run_recorded(module: fx.GraphModule, args: Sequence[Any]) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """What ``module`` makes of ``args``, and the sizes of all nodes that are tensors."""
     recorder = _Recorder(module)
-    return recorder.run(*args), recorder.found
+    return _as_written(recorder.run(*args)), recorder.found
+
+
+def _as_written(result: Any) -> Any:
+    """A result with lists and dicts of their own class, which torch.fx replaces in a graph."""
+    if isinstance(result, immutable_dict):
+        return {key: _as_written(value) for key, value in result.items()}
+    if isinstance(result, immutable_list):
+        return [*map(_as_written, result)]
+    if type(result) is tuple:
+        return tuple(map(_as_written, cast("tuple[Any, ...]", result)))
+    return type(result)(*map(_as_written, result)) if hasattr(result, "_fields") else result
 
 
 def _is_of_torch(module: fx.GraphModule) -> bool:
