@@ -67,7 +67,7 @@ class Expressions:
     def obstacle(self, root: Expr, members: object, sources: object, made: object) -> None:
         return None
 
-    def is_written(self, e: Expr) -> bool:
+    def is_written(self, e: Expr, but: Expr | None = None) -> bool:
         return False
 
     def moves(self, e: Expr) -> None:

@@ -450,6 +450,62 @@ class Upsampling(nn.Module):
         return total(branch(x) for branch in self.branches)
 
 
+class RePaViT(nn.Module):
+    """Xu et al., "RePaViT: Scalable Vision Transformer Acceleration via Structural Reparameterization", 2025.
+
+    A feed-forward layer, most channels of which go around the activation, on images or tokens.
+    """
+
+    def __init__(self, channels: int, *, in_parts: bool = False, tokens: bool = True) -> None:
+        super().__init__()
+        self.axis, self.hidden = -1 if tokens else 1, (channels, 3 * channels)
+        self.norm = nn.Identity() if tokens else nn.BatchNorm2d(channels)
+
+        def matrix(inputs: int, outputs: int) -> nn.Module:
+            return nn.Linear(inputs, outputs) if tokens else nn.Conv2d(inputs, outputs, 1)
+
+        outputs = self.hidden if in_parts else (sum(self.hidden),)
+        self.up = nn.ModuleList(matrix(channels, n) for n in outputs)
+        self.down = matrix(sum(self.hidden), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        parts = [up(y) for up in self.up]
+        active, idle = parts if len(parts) == 2 else parts[0].split(self.hidden, self.axis)
+        return x + self.down(torch.cat([F.relu(active), idle], self.axis))
+
+
+class RIFormer(nn.Module):
+    """Wang et al., "RIFormer: Keep Your Vision Backbone Effective But Removing Token Mixer", 2023: a block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, channels), nn.GroupNorm(1, channels)
+        self.affine = nn.Conv2d(channels, channels, 1, groups=channels)
+        self.up, self.down = nn.Conv2d(channels, 4 * channels, 1), nn.Conv2d(4 * channels, channels, 1)
+        self.scale1, self.scale2 = factor(channels, 1, 1), factor(channels, 1, 1)
+        for norm in (self.norm1, self.norm2):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, -1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.scale1 * (self.affine(y) - y)
+        return x + self.scale2 * self.down(F.relu(self.up(self.norm2(x))))
+
+
+PARTLY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, int]]] = {
+    "repavit": (lambda: RePaViT(16), (2, 9, 16), (3, 3)),
+    "repavit, in parts": (lambda: RePaViT(16, in_parts=True), (2, 9, 16), (3, 3)),
+    "repavit, images": (lambda: RePaViT(16, tokens=False), (2, 16, 7, 5), (3, 3)),
+    "riformer": (lambda: RIFormer(8), (2, 8, 7, 5), (3, 2)),
+}
+"""Blocks with something non-linear in them: an input, and how many kernels and matrices are left in ONNX and in torch.
+
+The exporter writes a GroupNorm with a factor and a shift after it, of which one depthwise 1x1 is left.
+"""
+
+
 IMAGES = ((7, 6), (8, 9), (2, 5), (1, 1))
 UNPADDED = ((7, 6), (8, 9), (5, 6), (5, 5))
 """Sizes at which an unpadded kernel of 5 has a result."""

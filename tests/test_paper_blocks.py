@@ -16,13 +16,14 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from paper_blocks import CASES, Case
+from paper_blocks import CASES, PARTLY, Case
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from reparamc import fuse_fx
 from reparamc.fx.calls import lookup
 from reparamc.onnx.fuse import fuse_model
+from reparamc.testing import randomize_batchnorm
 
 FX_NAMES = {"Conv": ("Conv2d", "conv2d"), "Linear": ("Linear", "linear")}
 FX_NAMES["ConvTranspose"] = ("ConvTranspose2d", "conv_transpose2d")
@@ -112,6 +113,28 @@ def test_onnx(case: Case) -> None:
     inputs = case.inputs()[:1] if case.fixed else case.inputs()
     assert_equal(block, run_onnx(fused), inputs, ONNX_TOLERANCE)
     assert_one(onnx_operators(fused), ONNX_NAMES[case.operator])
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_what_is_linear_in_a_block(name: str) -> None:
+    """Of a block that is not linear as a whole."""
+    build, shape, (of_onnx, of_torch) = PARTLY[name]
+    torch.manual_seed(3)
+    x = torch.randn(shape, dtype=torch.float64)
+    block = randomize_batchnorm(build(), 5, x.float()).eval()
+    file: Any = io.BytesIO()
+    torch.onnx.export(block, (x.float(),), file, dynamo=False, input_names=["x"], output_names=["y"])
+    model, report = fuse_model(onnx.load_from_string(file.getvalue()))
+    assert report.certificate is not None
+    assert report.certificate.undecided == ()
+    assert_equal(block, run_onnx(model), [x], ONNX_TOLERANCE)
+    assert sum(onnx_operators(model)[kind] for kind in ("Conv", "Gemm", "MatMul")) == of_onnx
+    fused = fuse_fx(block, x)
+    assert fused.meta["reparamc"].certificate.undecided == ()
+    assert_equal(block, run_torch(fused), [x], FX_TOLERANCE)
+    found = fx_operators(fused)
+    assert sum(found[kind] for kind in ("Conv2d", "Linear")) == of_torch
+    assert found["cat"] == found["split"] == 0
 
 
 @pytest.mark.parametrize("optimize", [False, True])

@@ -3,12 +3,14 @@
     W R(x) + b              =  R(W x + b)                           R a map of positions: a resize, a mean, a pooling
     W concat(R(x), y) + b   =  R(W' x) + (W" y + b)                 W' and W" the columns of x and of y
     W P(W' x + b') + b      =  P((W W') x + (W b' + b))             P a layout, a resize or a mean
+    W concat(f(x), W'x) + b =  W1 f(x) + ((W2 W') x + b)            W1 and W2 the columns of f(x) and of W'x
 
 Maps that act on positions only (a resize, a mean, a pooling, a crop, a reshape of positions) commute with maps that act
 on channels only (a 1x1 convolution, a linear layer). Which comes first decides how many positions the matrix is applied
 to, and how many channels the other one moves. SegFormer resizes the results of four linear layers, puts them side by
 side and multiplies by a matrix: at a sixteenth of the positions, and once with the linear layers, it takes half the
-time. DenseNet halves its maps after a 1x1 convolution.
+time. DenseNet halves its maps after a 1x1 convolution. And RePaViT sends most channels of its feed-forward layers
+around the activation: what is linear becomes one matrix from end to end, beside what is not.
 
 Exact because the map of positions has the same coefficients for every channel, and every row of them sums to 1, so that
 it leaves a bias as it is. A pooling or padding that reads zeros beyond the border does not: then it is done only
@@ -28,7 +30,7 @@ from reparamc.algebra.arrays import together
 from reparamc.algebra.channels import with_width
 from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Mean, Reshape, Resize, Take, total
-from reparamc.algebra.kernels import cannot_compose, compose
+from reparamc.algebra.kernels import cannot_compose, compose, composed_shape
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.algebra.shape import sizes_after
 
@@ -52,17 +54,19 @@ def outwards(e: Expr, objective: Objective) -> Expr | None:
 
 
 def apart(e: Expr, objective: Objective) -> Expr | Declined | None:
-    """W concat(R(x), y) = R(W'x) + W"y, where W' is cheaper before R."""
+    """W concat(R(x), y) = R(W'x) + W"y, where W' is cheaper before R, or as one with a matrix that is a term."""
     if not (isinstance(e, Conv) and e.is_pointwise and e.groups == 1 and isinstance(e.x, Concat)):
         return None
-    if e.x.axis != e.axis or not any(_is_resized(t) for t in e.x.terms):
+    moving = [_is_resized(t) or (isinstance(t, Conv) and t.axis == e.axis) for t in e.x.terms]
+    if e.x.axis != e.axis or not any(moving):
         return None
     parts: list[Expr] = []
     rest: list[tuple[Expr, int, int]] = []
-    bias = e.bias if all(map(_is_resized, e.x.terms)) else None  # of the first term, if nothing else takes it
+    resized = any(map(_is_resized, e.x.terms))
+    bias, left = (e.bias, None) if all(moving) or not resized else (None, e.bias)  # beside that of a matrix
     at = 0
-    for term, size in zip(e.x.terms, e.x.sizes, strict=True):
-        if _is_resized(term):
+    for term, size, moves in zip(e.x.terms, e.x.sizes, moving, strict=True):
+        if moves:
             parts.append(_placed(_columns(e, [(at, size)], term, bias), objective))
             bias = None
         else:
@@ -72,12 +76,17 @@ def apart(e: Expr, objective: Objective) -> Expr | Declined | None:
         joined = rest[0][0] if len(rest) == 1 else Concat(
             tuple(t for t, _, _ in rest), tuple(n for _, _, n in rest), e.axis
         )  # fmt: skip
-        parts.append(_placed(_columns(e, [(at, n) for _, at, n in rest], joined, e.bias), objective))
+        parts.append(_placed(_columns(e, [(at, n) for _, at, n in rest], joined, left), objective))
     found = total(parts)
-    return found if objective.cost(found) < objective.cost(e) else Declined(DEARER)
+    if objective.cost(found) < objective.cost(e):
+        return found
+    return Declined(DEARER) if resized else None
 
 
 def _placed(e: Conv, objective: Objective) -> Expr:
+    x = e.x
+    if isinstance(x, Conv) and not x.is_weightless and cannot_compose(e, x) is None:
+        return compose(e, x) if objective.price(composed_shape(e, x)) < sum(map(objective.price, (e, x))) else e
     return _cheapest(e, objective) or e
 
 

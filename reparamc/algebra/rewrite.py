@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from reparamc.algebra.cost import LATENCY, Objective
-from reparamc.algebra.expr import Expr, rebuild, walk
+from reparamc.algebra.expr import Expr, Sum, rebuild, walk
 from reparamc.errors import InputError, RewriteLimitError
 
 
@@ -129,6 +129,8 @@ class _Simplifier:
                 stack.extend(reversed(pending))
                 continue
             rebuilt = rebuild(e, [done[c] for c in e.children])
+            if isinstance(rebuilt, Sum) and rebuilt is not e:  # of a sum that a rule has made
+                rebuilt = Sum(tuple(t for c, x in zip(e.children, rebuilt.terms, strict=True) for t in _terms(c, x)))
             if rebuilt is e:
                 done[e] = e
             else:
@@ -151,6 +153,10 @@ class _Simplifier:
 
     def _standing(self, final: Expr) -> Iterable[Declined]:
         return [r for e in walk(final) for r in self.refusals.get(e, [])]
+
+
+def _terms(before: Expr, after: Expr) -> tuple[Expr, ...]:
+    return after.terms if isinstance(after, Sum) and after is not before else (after,)
 
 
 def select(passes: Sequence[Pass], only: Iterable[str] | None = None, skip: Iterable[str] = ()) -> tuple[Pass, ...]:

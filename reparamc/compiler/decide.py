@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from reparamc.algebra.expr import Conv, Expr, Layout, rebuild, walk
 from reparamc.compiler.consider import Decision, Setting, consider
 from reparamc.compiler.graph import Splice
-from reparamc.compiler.joining import joined
+from reparamc.compiler.joining import joined, parted
 from reparamc.compiler.readings import Reading, Value
 from reparamc.compiler.regions import find_regions
 
@@ -42,7 +42,7 @@ def decide(setting: Setting, progress: Callable[[int, int], None]) -> dict[Value
         still = _still_there(setting.readings, decisions, shared)
         alone = {v for decision in decisions.values() for v in decision.apart}
         if not still and not alone:
-            return _copied_once(joined(setting, decisions), shared)
+            return parted(setting, _copied_once(joined(setting, decisions), shared))
         stuck |= still
         ends |= alone
 
