@@ -15,7 +15,9 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from math import prod
 from time import process_time
 from typing import Any
@@ -518,7 +520,9 @@ def _difference(a: np.ndarray, b: np.ndarray) -> str:
     return f"off by {gap:.2g} of {size:.2g}" if gap > 1e-3 * max(size, 1.0) else ""
 
 
-BAD = ("traceback", "hang", "wrong", "alarm", "refused")
+BAD = ("traceback", "hang", "wrong", "alarm", "refused", "died")
+LEVELS = ("off", "region", "full")
+"""The last one for each tenth graph."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -526,10 +530,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the first graph")
     given = parser.parse_args(argv)
+    return tally("graphs", _outcomes(range(given.seed, given.seed + given.count)))
+
+
+def _outcomes(seeds: Sequence[int]) -> Iterator[tuple[str, str, str]]:
+    """What came of the graph of each seed, in another process: ONNX Runtime may end it."""
+    while seeds:
+        done = 0
+        with ProcessPoolExecutor(1) as pool:
+            try:
+                for found in pool.map(_one, seeds):
+                    yield f"seed {seeds[done]}", *found
+                    done += 1
+            except BrokenProcessPool:
+                yield f"seed {seeds[done]}", *_died(seeds[done])
+                done += 1
+        seeds = seeds[done:]
+
+
+def _one(seed: int) -> tuple[str, str]:
     warnings.simplefilter("ignore")
-    seeds = range(given.seed, given.seed + given.count)
-    quick = ("off", "region")
-    return tally("graphs", ((f"seed {n}", *try_one(n, quick if n % 10 else (*quick, "full"))) for n in seeds))
+    return try_one(seed, LEVELS if seed % 10 == 0 else LEVELS[:2])
+
+
+def _died(seed: int) -> tuple[str, str]:
+    """Whether the original alone ends the process, too."""
+    with ProcessPoolExecutor(1) as pool:
+        try:
+            pool.submit(try_one, seed, ()).result()
+        except BrokenProcessPool:
+            return "unusable", ""
+    return "died", "the process ended"
 
 
 def tally(what: str, outcomes: Iterable[tuple[str, str, str]]) -> int:
