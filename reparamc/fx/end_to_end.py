@@ -61,7 +61,7 @@ def resized(given: Given, channels: int, step: int = 1) -> Given:
 
 
 def _resized(t: Tensor, channels: int, step: int, generator: torch.Generator) -> Tensor:
-    if t.ndim < 2:
+    if t.ndim < 2 or not t.numel():
         return t
     shape = another_shape(t.shape, channels if t.ndim == 3 else 1, step)
     if t.is_floating_point():

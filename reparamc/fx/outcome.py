@@ -46,6 +46,7 @@ def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = 
             if not _equal(a, e):
                 return f"{path} is {_shown(a)} instead of {_shown(e)}"
             continue
+        a, e = _dense(a), _dense(e)
         if (a.shape, a.dtype) != (e.shape, e.dtype):
             return f"{path} is of another shape or dtype"
         error, epsilon = _error(a, e)
@@ -57,6 +58,15 @@ def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = 
         if error > ROUNDING * epsilon:
             return f"{path} differs by {error:.1e} of its largest value"
     return ""
+
+
+def _dense(t: Tensor) -> Tensor:
+    """``t`` as an ordinary tensor that holds the same numbers."""
+    if t.is_nested:
+        return torch.cat([inner.reshape(-1) for inner in t.unbind()])
+    if t.is_quantized:
+        return t.dequantize()
+    return t if t.layout == torch.strided else t.to_dense()
 
 
 def _equal(a: Any, b: Any) -> bool:

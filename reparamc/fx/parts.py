@@ -182,7 +182,7 @@ class Parts:
     ) -> str:
         """How a graph differs from the module, on every recorded call; ``sizes`` is given those in the first."""
         original, ways = self.originals[path], list[Callable[..., Any]]()
-        if any(vars(original).get(name) for name in HOOKS):
+        if has_hooks(original):
             graph = in_place_of(original, graph)
         elif sizes is not None and len(calls) > 1:
             ways.append(partial(_interpreted, graph, sizes))
@@ -249,7 +249,8 @@ class Parts:
         """The fused graph, what it calls as it is being taken in turn; a part in which nothing folds stays."""
         module = self.own[path]
         seen = self.seen(path) or []
-        expected = [] if path or whole.opaque else [plain(one.result) for one in seen]
+        is_alone = not path and not whole.opaque and not has_hooks(module)  # or else it is compared with what is around
+        expected = [plain(one.result) for one in seen] if is_alone else []
         calls = [one.call for one in seen]
         graph = fuse_traced(whole.graph, self.originals[path], calls, expected, self.options, sizes=whole.sizes)
         report: Report = graph.meta.pop("reparamc")
@@ -384,6 +385,11 @@ def has_options(module: nn.Module) -> bool:
     """Whether forward takes arguments that can be left out, or any number of them."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of ``module`` itself run before or after its forward."""
+    return any(vars(module).get(name) for name in HOOKS)
 
 
 def fixed_argument(module: nn.Module, call: Call | None) -> str:
