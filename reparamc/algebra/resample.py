@@ -12,6 +12,8 @@ from reparamc.algebra.arrays import Array
 
 MODES = ("nearest", "linear", "cubic")
 PLACES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
+OTHER = "other"
+"""A mode of which nothing is known but that every row sums to 1; its place tells one such resize from another."""
 ROUNDINGS = ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")
 
 
@@ -20,7 +22,9 @@ def resized_size(size: int, scale: Fraction) -> int:
 
 
 def resize_matrix(size: int, scale: Fraction, mode: str, place: str, rounding: str, cubic: float) -> Array:
-    """[result, position] of a map of ``size``; every row sums to 1."""
+    """[result, position] of a map of ``size``; every row sums to 1. A linear one speaks for `OTHER`."""
+    if mode == OTHER:
+        mode, place = "linear", "half_pixel"
     out = resized_size(size, scale)
     at = _positions(size, out, scale, place)
     found = np.zeros((out, size))

@@ -56,7 +56,7 @@ from reparamc.algebra.expr import (
     Take,
     walk,
 )
-from reparamc.algebra.resample import MODES, PLACES, ROUNDINGS
+from reparamc.algebra.resample import MODES, OTHER, PLACES, ROUNDINGS
 from reparamc.algebra.shape import Dim, Shape, shape_of, size
 from reparamc.errors import InputError
 
@@ -307,7 +307,7 @@ def _read_reshape(line: _Line) -> Layout:
     return Layout(line.x, Reshape(before, after), line.axis)
 
 
-WORDS = ("along", "average", "bias", "keep", "of", "shift", "taps", "transposed", *MODES, *PLACES, *ROUNDINGS)
+WORDS = ("along", "average", "bias", "keep", "of", "shift", "taps", "transposed", *MODES, OTHER, *PLACES, *ROUNDINGS)
 """All that a line may hold besides operands, numbers and options."""
 
 READERS: dict[str, Callable[[_Line], Expr]] = {

@@ -100,6 +100,10 @@ _SPELLINGS = {
     "alias": ("identity", None), "mm": ("matmul", None), "split_with_sizes": ("split", None),
     "constant_pad_nd": ("pad", None), "swapaxes": ("transpose", None),
     **dict.fromkeys(_NORMS_WITH_STATISTICS, ("batch_norm_with_statistics", None)),
+    **{f"upsample_{kind}": ("interpolate", None) for kind in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")},
+    **{f"upsample_nearest{n}d": ("interpolate", None) for n in (1, 2, 3)},
+    **{f"_upsample_nearest_exact{n}d": ("interpolate", None) for n in (1, 2, 3)},
+    **{f"_upsample_{kind}2d_aa": ("interpolate", None) for kind in ("bilinear", "bicubic")},
 }  # fmt: skip
 _RENAMED = {
     "self": "input", "axis": "dim", "size": "shape", "split_size_or_sections": "sizes", "split_size": "sizes",
@@ -154,9 +158,24 @@ def described(node: fx.Node, module: fx.GraphModule) -> Described | None:
         args = {renamed.get(k, k): v for k, v in given.items()}
         if name == "constant_pad_nd":
             args["mode"] = "constant"
-        return Described(op, args, axes)
+        return Described(op, _upsampled(name, args) if op == "interpolate" else args, axes)
     name = _OF_TORCH.get(node.target) if callable(node.target) else None
     return None if name is None else _bound(node, *_SPELLINGS[name])
+
+
+def _upsampled(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an ATen operator as those of `torch.nn.functional.interpolate`."""
+    kind = name.partition("upsample_")[2].partition("_aa")[0]
+    scaled = any(args.get(key) is not None for key in ("scales", "scales_d", "scales_h", "scales_w"))
+    return {
+        "input": args["input"],
+        "shape": args.get("output_size"),
+        "scale_factor": args.get("scale_factors"),
+        "mode": kind[:-2].replace("_", "-"),
+        "align_corners": args.get("align_corners"),
+        "recompute_scale_factor": scaled,
+        "antialias": "_aa" in name,
+    }
 
 
 def _bound(node: fx.Node, op: str, axes: int | None) -> Described | None:
@@ -196,10 +215,9 @@ _MODULES: dict[type, tuple[str, int | None, tuple[str, ...]]] = {
     **_by_axes("ZeroPad", "pad", "padding", "value"),
     **_by_axes("ConstantPad", "pad", "padding", "value"),
     nn.Identity: ("identity", None, ()),
-    nn.Upsample: (
-        "interpolate",
-        None,
-        ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor"),
+    **dict.fromkeys(
+        (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+        ("interpolate", None, ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")),
     ),
 }
 """The operator that a module is, over how many axes, and the attributes that are its arguments."""

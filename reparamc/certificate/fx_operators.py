@@ -7,7 +7,7 @@ import operator
 import re
 from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -334,25 +334,38 @@ def _read_adaptive_avg_pool(call: Read) -> Value:
 def _read_interpolate(call: Read) -> Value:
     """A resize of all axes but the first two: no channel has weights of its own, and all weights sum to 1."""
     x, mode, size = call.x, call.get("mode", "nearest"), call.call.args.get("shape")
-    n, scale = x.rank - 2, call.call.args.get("scale_factor")
-    if n < 1 or call.get("recompute_scale_factor") or mode not in INTERPOLATED:
-        raise Unrepresentable("a resize by a factor that is computed anew, or of another mode")
-    given = size if size is not None else scale
-    each = list(given) if isinstance(given, list | tuple) else [given] * n
-    factors: list[Fraction] = []
-    for one, dim in zip(each, x.shape[2:], strict=True):
-        if one is None or type(one) not in (int, float) or (size is not None and not dim.known):
-            raise Unrepresentable("a resize to sizes of run time")
-        factors.append(Fraction(one) if size is None else Fraction(one, dim.known or 1))
-    if set(factors) == {1}:
-        return x  # every result is at a position, for all weights
-    key = (mode, bool(call.get("align_corners", False)), bool(call.get("antialias", False)), *map(str, factors))
+    n, scale, anew = x.rank - 2, call.call.args.get("scale_factor"), bool(call.get("recompute_scale_factor", False))
+    if n < 1 or mode not in INTERPOLATED:
+        raise Unrepresentable("a resize of another mode")
+    options = (mode, bool(call.get("align_corners", False)), bool(call.get("antialias", False)), anew)
+    if size is not None:
+        outs = _sizes_of_run_time(call, size, n)
+        if outs == list(x.shape[2:]) and not (options[2] or anew):
+            return x  # every result is at a position, for all weights
+        return nl.resized(x, (*options, *map(str, x.shape[2:]), "to", *map(str, outs)), dict(enumerate(outs, 2)))
+    each = list(scale) if isinstance(scale, list | tuple) else [scale] * n
+    if not all(type(one) in (int, float) for one in each):
+        raise Unrepresentable("a resize by a factor of run time")
+    factors = [Fraction(one) for one in each]
+    if set(factors) == {1} and not options[2]:
+        return x
     made: dict[int, Dim] = {}
     for axis, factor in enumerate(factors, 2):
         dim = x.shape[axis]
         known = dim.known and dim.known * factor.numerator // factor.denominator
         made[axis] = Dim(known) if known else Dim(1, (f"{factor} * {dim}",))
-    return nl.resized(x, key, made)
+    return nl.resized(x, (*options, *map(str, factors)), made)
+
+
+def _sizes_of_run_time(call: Read, size: Any, n: int) -> list[Dim]:
+    """The sizes that a resize is given, as numbers or as what is read from a shape."""
+    told = call.side.told(size) if isinstance(size, fx.Node) else size
+    each = list(told) if isinstance(told, list | tuple) else [told] * n
+    found = [call.side.told(one) if isinstance(one, fx.Node) else one for one in each]
+    dims = [Dim(one) if type(one) is int else one for one in found]
+    if len(dims) != n or not all(isinstance(dim, Dim) for dim in dims):
+        raise Unrepresentable("a resize to sizes of run time")
+    return cast("list[Dim]", dims)
 
 
 INTERPOLATED = ("nearest", "nearest-exact", "linear", "bilinear", "bicubic", "trilinear", "area")

@@ -92,7 +92,7 @@ def _of_reading(reading: Reading, found: Mapping[Value, Interval]) -> Interval:
         match e:
             case Source():
                 done[e] = found.get(e.key, ALL)
-            case Layout(op=Resize(mode="cubic")):
+            case Layout(op=Resize(mode="cubic" | "other")):
                 done[e] = ALL
             case Sum() | Layout(op=Mean() | Resize()):
                 done[e] = _sign(parts)

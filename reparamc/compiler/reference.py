@@ -17,8 +17,9 @@ import numpy as np
 
 from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions, relative, structure
 from reparamc.algebra.evaluate import absolute, evaluate
-from reparamc.algebra.expr import Array, Expr, Source, walk
+from reparamc.algebra.expr import Array, Expr, Layout, Resize, Source, walk
 from reparamc.algebra.infer import has_layout
+from reparamc.algebra.resample import OTHER
 from reparamc.algebra.samples import TooLargeError, samples
 from reparamc.compiler.graph import Graph
 from reparamc.compiler.readings import Reading, Taps, Value
@@ -52,9 +53,11 @@ class Reference:
     def error(self, members: Sequence[Value], before: Expr) -> float | None:
         """The largest error of ``before``, the expression of ``members``, relative to its terms; None if unknown.
 
-        It is that of the first region of this kind. No operator tells its `Taps`.
+        It is that of the first region of this kind. No operator tells its `Taps`, or the weights of any other resize.
         """
         if any(isinstance(o, Taps) for v in members for o in self.readings[v].operands):
+            return None
+        if any(isinstance(e, Layout) and isinstance(e.op, Resize) and e.op.mode == OTHER for e in walk(before)):
             return None
         kind = self._kind(members, before)
         if kind not in self._asked:

@@ -255,7 +255,20 @@ def _aten_call(node: fx.Node, target: OpOverload, called: Operator, axes: int | 
         op = "conv_transpose" if transposed else "conv"
         if not transposed:
             args.pop("output_padding", None)
-    return Call(op, args, axes)
+    return Call(op, _upsampled(name, args) if op == "interpolate" else args, axes)
+
+
+def _upsampled(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ATen's ``name``, as `torch.nn.functional.interpolate` takes them."""
+    kind = name.removeprefix("_").removeprefix("upsample_").replace("_exact", "-exact")
+    scaled = any(
+        value is not None for key, value in args.items() if key in ("scales", "scales_d", "scales_h", "scales_w")
+    )
+    return {
+        "input": args["input"], "size": args.get("output_size"), "scale_factor": args.get("scale_factors"),
+        "mode": kind.removesuffix("_aa")[:-2], "align_corners": args.get("align_corners"),
+        "recompute_scale_factor": scaled or None, "antialias": kind.endswith("_aa"),
+    }  # fmt: skip
 
 
 _STRANGE = {("transpose", "Dimname"), ("flatten", "named_out_dim"), ("mean", "default"), ("squeeze", "default")}

@@ -98,9 +98,13 @@ _STATISTICS = (
     "native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "_batch_norm_no_update",
     "cudnn_batch_norm", "miopen_batch_norm",
 )  # fmt: skip
+UPSAMPLED = (
+    *(f"upsample_{kind}" for kind in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")),
+    *(f"{kind}{n}d" for kind in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3)),
+    *(f"_upsample_{kind}2d_aa" for kind in ("bilinear", "bicubic")),
+)
 _OPAQUE = (
     "exp", "log", "sqrt", "rsqrt", "reciprocal", "amin", "max", "min", "var", "std", "bmm", "index",
-    "upsample_bilinear2d",
 )  # fmt: skip
 
 
@@ -283,7 +287,7 @@ TABLE: tuple[Operator, ...] = (
     Operator(
         "interpolate",
         ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"), (),
-        functions=(F.interpolate,), modules=_any(nn.Upsample),
+        aten=UPSAMPLED, functions=(F.interpolate,), modules=_any(nn.Upsample),
         attributes=("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor"),
         keeps=("rank", "dtype"), allocates=True, takes_sizes=True,
     ),

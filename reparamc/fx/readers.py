@@ -37,6 +37,7 @@ from reparamc.algebra.expr import (
     Take,
 )
 from reparamc.algebra.kernels import averaged, equal_taps, swap_sides, transposed
+from reparamc.algebra.resample import OTHER
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Dim
 from reparamc.compiler.readings import ACTIVATION, MOST_CHANNELS, Reading, Taps, axis_of_constant, moved, scaled
@@ -308,19 +309,21 @@ def _moved(graph: Readings, x: fx.Node, op: LayoutOp) -> Reading | Declined | No
     return moved(graph.operand(x), op, linear=isinstance(graph.read(x), Reading))
 
 
-_INTERPOLATED = {"nearest": "nearest", "linear": "linear", "bilinear": "linear", "trilinear": "linear",
-                 "bicubic": "cubic"}  # fmt: skip
+_INTERPOLATED = {
+    "nearest": "nearest", "linear": "linear", "bilinear": "linear", "trilinear": "linear", "bicubic": "cubic",
+    "nearest-exact": OTHER, "area": OTHER,
+}  # fmt: skip
 
 
 def _read_interpolate(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
-    """A resize by whole numbers or by halves, nearest, linear or cubic."""
+    """A resize: known if it is by whole numbers or by halves, nearest, linear or cubic; or else some linear map."""
     x = call.input
     shape = graph.facts.shapes.get(x) if x is not None else None
-    if x is None or shape is None or x in graph.facts.known or len(shape) < 3:
-        return None
-    if not call.plain or call.get("antialias", False) is not False or call.get("recompute_scale_factor") is not None:
-        return Declined("it resizes with antialias, or with a scale that is computed anew")
     mode = _INTERPOLATED.get(call.get("mode", "nearest"))
+    if x is None or shape is None or x in graph.facts.known or len(shape) < 3 or mode is None or not call.plain:
+        return None
+    if call.get("antialias", False) is not False or call.get("recompute_scale_factor") is not None:
+        mode = OTHER
     axes, size, scale = len(shape) - 2, call.args.get("size"), call.args.get("scale_factor")
     factors: list[Fraction] = []
     for at in range(axes):
@@ -332,13 +335,16 @@ def _read_interpolate(graph: Readings, node: fx.Node, call: Call) -> Reading | D
         elif isinstance(one, int) and known:
             factors.append(Fraction(one, known))
     exact = all(f.denominator == 1 or (f.numerator == 1 and f.denominator.bit_count() == 1) for f in factors)
-    if mode is None or len(factors) < axes or not exact:
-        return Declined("it resizes by a factor that is no whole number and no power of a half, or one of run time")
+    if len(factors) < axes or not exact:
+        mode = OTHER
     corners = call.get("align_corners", False) is True
     place = "asymmetric" if mode == "nearest" else "align_corners" if corners else "half_pixel"
+    if mode == OTHER:
+        place = ",".join(f"{key}={value}".replace(" ", "") for key, value in call.args.items() if key != "input")
+        factors = factors if len(factors) == axes else [Fraction(2)] * axes
     source = graph.operand(x)
     op = Resize(len(shape), tuple(factors), mode, place, native=node)
-    if op.growth == 1 == max(op.scales):
+    if mode != OTHER and op.growth == 1 == max(op.scales):
         return Reading(source)  # every result is at a position
     return moved(source if source.axis is not None else replace(source, axis=1 - len(shape)), op)
 

@@ -150,7 +150,7 @@ class Readings:
     def tensors(self, members: Sequence[Value]) -> list[Tensor]:
         """The parameters of ``members``, or else a tensor of the dtype and device of the last of them."""
         readings = [self.read(m) for m in members]
-        found: list[Tensor] = [leaf.origin for r in readings if isinstance(r, Reading) for leaf in r.leaves]
+        found = [t for r in readings if isinstance(r, Reading) for t in _that_round(r)]
         if not found and (like := self.like(cast(fx.Node, members[-1]))) is not None:
             return [like]
         return found
@@ -170,8 +170,8 @@ class Readings:
             reading = self.read(at)
             if isinstance(value, Tensor) and (at.op == "placeholder" or self.exported):
                 found, at = value, None
-            elif isinstance(reading, Reading) and reading.leaves:
-                found, at = reading.leaves[0].origin, None
+            elif isinstance(reading, Reading) and (tensors := _that_round(reading)):
+                found, at = tensors[0], None
             elif isinstance(reading, Reading):
                 at = cast(fx.Node, next(values_in(reading.operands)))
             else:
@@ -228,6 +228,11 @@ class Readings:
         older = [a for a in aliases if self.order[a] < self.order[writer]]
         late = any(self.order[u] > self.order[writer] for a in older for u in a.users if not reads_size_only(u))
         return aliases[0].op not in ("placeholder", "get_attr") and not late
+
+
+def _that_round(reading: Reading) -> list[Tensor]:
+    """The parameters in a reading that tell the dtype of the result: whole numbers give way."""
+    return [leaf.origin for leaf in reading.leaves if leaf.origin.is_floating_point()]
 
 
 def find_shuffle(facts: Values, node: fx.Node) -> tuple[fx.Node, int, list[fx.Node]] | None:

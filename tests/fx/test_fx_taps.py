@@ -272,3 +272,43 @@ def test_the_structure_of_the_copy_does_not_depend_on_a_shift_of_zero() -> None:
         x = torch.randn(2, CHANNELS, 7, 6)
         with torch.no_grad():
             assert torch.equal(empty(x), trained(x))
+
+
+RESIZES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "nearest-exact": lambda x, y: F.interpolate(y, scale_factor=2, mode="nearest-exact"),
+    "area": lambda x, y: F.interpolate(y, size=(3, 5), mode="area"),
+    "to the size of another": lambda x, y: F.interpolate(y, size=x.shape[2:], mode="bilinear", align_corners=True),
+    "by one and a half": lambda x, y: F.interpolate(y, scale_factor=1.5),
+    "antialias": lambda x, y: F.interpolate(y, scale_factor=0.7, mode="bicubic", antialias=True),
+    "computed anew": lambda x, y: F.interpolate(y, scale_factor=1.3, mode="bilinear", recompute_scale_factor=True),
+    "aten": lambda x, y: torch.ops.aten.upsample_bilinear2d.vec(y, None, True, [2.0, 3.0]),
+    "aten, to a size": lambda x, y: torch.ops.aten.upsample_bicubic2d.default(y, [9, 5], False, 1.5, None),
+}
+
+
+@pytest.mark.parametrize("name", RESIZES)
+def test_batchnorm_after_any_resize(name: str) -> None:
+    resize = RESIZES[name]
+    model = Net(
+        lambda m, x: m.norm(resize(x, m.conv(x))).relu(),
+        conv=nn.Conv2d(4, 4, 3, stride=2, padding=1), norm=nn.BatchNorm2d(4),
+    )  # fmt: skip
+    proven(model, torch.randn(2, CHANNELS, 9, 8))
+
+
+def test_resizes_of_several_kinds_stay_apart() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        return F.interpolate(y, size=(5, 4), mode="area") + F.interpolate(y, size=(5, 4), mode="nearest-exact")
+
+    model = ready(Net(forward, conv=nn.Conv2d(4, 4, 3)))
+    fused, x = fuse_fx(model, torch.randn(2, CHANNELS, 9, 8)), torch.randn(1, CHANNELS, 8, 11)
+    assert relative_error(fused(x), model(x)) < 1e-5
+
+
+def test_factors_that_are_whole_numbers() -> None:
+    for factor in (torch.tensor([1, 2, 0, 3]).reshape(4, 1, 1), torch.tensor(3), torch.tensor([True, False] * 2)):
+        shaped = factor.reshape(-1, 1, 1) if factor.ndim == 1 else factor
+        model = Net(lambda m, x: m.norm(m.conv(x) * m.factor), conv=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4))
+        model.register_buffer("factor", shaped)
+        proven(model, torch.randn(2, CHANNELS, 9, 8))
