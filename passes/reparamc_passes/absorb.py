@@ -3,6 +3,7 @@
 Operators that move whole channels commute with it, and a sum shares it out:
 
     s P(x) + t  =  P(s x + t)                        P a layout operator that keeps the channel axis whole,
+                                                     or splits it, so that s and t are the same in each part,
                                                      or any, where s and t are scalars
     s (a + b) + t  =  (s a + t) + s b
     s concat(a, b) + t  =  concat(s' a + t', s'' b + t'')
@@ -13,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from reparamc.algebra.arrays import Array, concatenated, is_all, taken, together
+from reparamc.algebra.channel_map import brought_back
 from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, acts_on, rebuild
 from reparamc.algebra.kernels import VARYING, coefficients, scale_inputs, scale_outputs, scaled_again
 from reparamc.algebra.rewrite import Declined
@@ -35,7 +37,10 @@ def into_producer(e: Scale | BatchNorm) -> Expr | Declined | None:
 def _absorb(e: Expr, scale: Array, shift: Array, axis: int | None, depth: int = 0) -> Expr | Declined | None:
     layouts, e, below = through_layouts(e, axis, shifted=not is_all(shift, 0))
     if axis is not None and below is None:
-        return Declined(OTHER_AXIS) if isinstance(e, Conv) else None
+        found = _brought_back(layouts, scale, shift, axis)
+        if found is None:
+            return Declined(OTHER_AXIS) if isinstance(e, Conv) else None
+        scale, shift, below = found
     axis = below
     match e:
         case Conv() if not e.is_weightless or (e.reads_padding and not e.skips_border):
@@ -51,6 +56,26 @@ def _absorb(e: Expr, scale: Array, shift: Array, axis: int | None, depth: int = 
         case _:
             inner = None
     return under(layouts, inner) if inner is not None and not isinstance(inner, Declined) else inner
+
+
+def _brought_back(
+    layouts: list[Layout | Conv], scale: Array, shift: Array, axis: int
+) -> tuple[Array, Array, int] | None:
+    """What acts along ``axis`` after ``layouts``, which split or merge the channels, as what acts before them."""
+    for layout in layouts:
+        if isinstance(layout, Conv):
+            if axis != layout.axis:
+                return None
+            continue
+        at, vectors = axis, list[Array]()
+        for v in (scale, shift):
+            found = brought_back(layout.op, v, axis) if v.ndim else (v, at)
+            if found is None:
+                return None
+            vectors.append(found[0])
+            at = found[1]
+        (scale, shift), axis = vectors, at
+    return scale, shift, axis
 
 
 def _share_out(e: Sum | Concat, scale: Array, shift: Array, axis: int | None, depth: int) -> Expr | None:

@@ -13,7 +13,22 @@ import numpy as np
 import numpy.typing as npt
 
 from reparamc.algebra.arrays import count, together
-from reparamc.algebra.expr import Array, Expr, Ints, Layout, Mean, Permute, Reshape, Resize, Select, Take
+from reparamc.algebra.expr import (
+    Array,
+    Expr,
+    Ints,
+    Layout,
+    LayoutOp,
+    Mean,
+    Permute,
+    Reshape,
+    Resize,
+    Select,
+    Spread,
+    Take,
+    axis_through,
+    ranks,
+)
 from reparamc.algebra.shape import Dim, Shape, size
 
 
@@ -95,6 +110,34 @@ class ChannelMap:
             found += new
             sizes += known
         return ChannelMap(np.reshape(channels, tuple(sizes)), tuple(found), len(after))
+
+
+def brought_back(op: LayoutOp, vector: Array, axis: int) -> tuple[Array, int] | None:
+    """A ``vector`` that acts along ``axis`` of what ``op`` makes, as one that acts along an axis of the operand.
+
+    None where it would vary along several axes there.
+    """
+    rank, rank_out = ranks(op)
+    at = rank_out + axis
+    if isinstance(op, Spread) and axis == -3:
+        return _repeated(vector, (op.block, op.block)), axis
+    if isinstance(op, Reshape):
+        old, new = next(pair for pair in regrouped(op.before, op.after) if at in pair[1])
+        sizes = [op.after[a].known for a in new]
+        if len(old) != 1 or None in sizes or op.after[at].known != count(vector):
+            return None
+        known = [n for n in sizes if n is not None]
+        xp, vector = together(vector)
+        shaped = xp.reshape(vector, tuple(n if a == at else 1 for a, n in zip(new, known, strict=True)))
+        return xp.reshape(xp.broadcast_to(shaped, tuple(known)), (-1,)), old[0] - rank
+    found = next((a for a in range(rank) if axis_through(op, a) == at), None)
+    return None if found is None else (vector, found - rank)
+
+
+def _repeated(vector: Array, times: Ints) -> Array:
+    xp, vector = together(vector)
+    wide = xp.broadcast_to(xp.reshape(vector, (-1, *[1] * len(times))), (count(vector), *times))
+    return xp.reshape(wide, (-1,))
 
 
 def regrouped(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]:

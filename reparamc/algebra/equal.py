@@ -24,6 +24,7 @@ from reparamc.algebra.expr import (
     Scale,
     Select,
     Source,
+    Spread,
     Sum,
     Take,
     walk,
@@ -107,7 +108,7 @@ def _structure(e: Expr) -> tuple[Hashable, ...]:
             return (Sum,)
         case Layout(op=Permute(axes=axes)):
             return (Permute, axes)
-        case Layout(op=(Mean() | Take() | Resize()) as op):
+        case Layout(op=(Mean() | Take() | Resize() | Spread()) as op):
             return (op,)
         case Layout(op=Reshape() as op):
             return (Reshape, len(op.before), len(op.after), e.axis_in, e.axis)

@@ -23,6 +23,7 @@ from reparamc.algebra.expr import (
     Scale,
     Select,
     Source,
+    Spread,
     Sum,
     Take,
     rebuild,
@@ -136,6 +137,12 @@ def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
             _, x, rows = together(x, rows)
             x = xp.moveaxis(xp.matmul(xp.moveaxis(x, axis, -1), rows.T), -1, axis)
         return x
+    if isinstance(e.op, Spread):
+        *lead, c, h, w = x.shape
+        n, b = len(lead), e.op.block
+        x = xp.reshape(x, (*lead, c // b**2, b, b, h, w))
+        x = xp.permute_dims(x, (*range(n), n, n + 3, n + 1, n + 4, n + 2))
+        return xp.reshape(x, (*lead, c // b**2, h * b, w * b))
     _bind(e.op.before, x, sizes)
     unknown = [s for dim in e.op.after for s in dim.symbols if s not in sizes]
     if unknown:

@@ -333,7 +333,19 @@ class Resize:
         return prod(self.scales, start=Fraction(1))
 
 
-LayoutOp: TypeAlias = Permute | Reshape | Mean | Take | Resize
+@dataclass(frozen=True)
+class Spread:
+    """Channels as positions (pixel shuffle): ``block * block`` channels become one, ``block`` times as high and wide.
+
+    The channels are the third axis from the right. ``native`` as for a `Reshape`.
+    """
+
+    rank: int
+    block: int
+    native: Hashable = field(default=None, compare=False)
+
+
+LayoutOp: TypeAlias = Permute | Reshape | Mean | Take | Resize | Spread
 
 
 def ranks(op: LayoutOp) -> tuple[int, int]:
@@ -347,7 +359,7 @@ def ranks(op: LayoutOp) -> tuple[int, int]:
             return op.rank, op.rank - (0 if op.keep else len(op.axes))
         case Take():
             return op.rank, op.rank - 1
-        case Resize():
+        case Resize() | Spread():
             return op.rank, op.rank
 
 
@@ -364,6 +376,8 @@ def axis_through(op: LayoutOp, axis: int) -> int | None:
             return None if axis == op.axis else axis - (op.axis < axis)
         case Resize():
             return None if axis in op.axes else axis
+        case Spread():
+            return None if axis >= op.rank - 3 else axis
 
 
 @dataclass(frozen=True, eq=False)

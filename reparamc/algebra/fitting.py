@@ -19,10 +19,12 @@ from reparamc.algebra.expr import (
     Layout,
     Mean,
     Permute,
+    Reshape,
     Resize,
     Scale,
     Select,
     Source,
+    Spread,
     Sum,
     Take,
 )
@@ -78,7 +80,7 @@ class Sizes:
                 self._agree(known[0], other)
             return known[0] if known else None
         if x is None or isinstance(e, Scale | BatchNorm):
-            return e.op.after if isinstance(e, Layout) and not isinstance(e.op, Permute | Mean | Take | Resize) else x
+            return e.op.after if isinstance(e, Layout) and isinstance(e.op, Reshape) else x
         return self._moved(e, x) if isinstance(e, Layout) else self._computed(e, x, known)
 
     def _computed(self, e: Expr, x: Shape, inner: Sequence[Shape]) -> Shape | None:
@@ -110,6 +112,8 @@ class Sizes:
                 return tuple(Dim() if a in axes else dim for a, dim in enumerate(x) if keep or a not in axes)
             case Take(axis=axis):
                 return tuple(dim for a, dim in enumerate(x) if a != axis % len(x))
+            case Spread(block=b):
+                return (*x[:-3], x[-3].divided_by(Dim(b * b)) or x[-3], x[-2] * Dim(b), x[-1] * Dim(b))
             case Resize():
                 scales = dict(zip(e.op.axes, e.op.scales, strict=True))
                 return tuple(self._resized(dim, scales.get(a, Fraction(1))) for a, dim in enumerate(x))

@@ -52,6 +52,7 @@ from reparamc.algebra.expr import (
     Scale,
     Select,
     Source,
+    Spread,
     Sum,
     Take,
     walk,
@@ -132,6 +133,8 @@ def _describe_layout(e: Layout, x: str) -> str:
             return f"mean {x} axes={','.join(map(str, op.axes))} of {op.rank} {axes}" + (" keep" if op.keep else "")
         case Take() as op:
             return f"take {x} {op.at} along {op.axis} of {op.rank} {axes}"
+        case Spread() as op:
+            return f"spread {x} {op.block} of {op.rank} {axes}"
         case Resize() as op:
             words = [op.mode, op.place, op.rounding] if op.mode == "nearest" else [op.mode, op.place]
             scales = "x".join(map(str, op.scales))
@@ -302,6 +305,11 @@ def _read_resize(line: _Line) -> Layout:
     return Layout(line.x, Resize(int(rank), tuple(map(Fraction, scales.split("x"))), *given), line.axis)
 
 
+def _read_spread(line: _Line) -> Layout:
+    block, _, rank, _ = line.rest.split()
+    return Layout(line.x, Spread(int(rank), int(block)), line.axis)
+
+
 def _read_reshape(line: _Line) -> Layout:
     before, after = map(_dims, re.findall(r"\[([^]]*)\]", line.rest))
     return Layout(line.x, Reshape(before, after), line.axis)
@@ -323,5 +331,6 @@ READERS: dict[str, Callable[[_Line], Expr]] = {
     "mean": _read_mean,
     "reshape": _read_reshape,
     "resize": _read_resize,
+    "spread": _read_spread,
 }
 """What reads a line of each kind."""

@@ -79,6 +79,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "unbind": ("input", "dim"),
     "select": ("input", "dim", "index"),
     "channel_shuffle": ("input", "groups"),
+    "pixel_shuffle": ("input", "upscale_factor"),
     "interpolate": ("input", "shape", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),
 }  # fmt: skip
 
@@ -212,6 +213,7 @@ _MODULES: dict[type, tuple[str, int | None, tuple[str, ...]]] = {
     nn.Flatten: ("flatten", None, ("start_dim", "end_dim")),
     nn.Unflatten: ("unflatten", None, ("dim", "unflattened_size")),
     nn.ChannelShuffle: ("channel_shuffle", None, ("groups",)),
+    nn.PixelShuffle: ("pixel_shuffle", None, ("upscale_factor",)),
     **_by_axes("ZeroPad", "pad", "padding", "value"),
     **_by_axes("ConstantPad", "pad", "padding", "value"),
     nn.Identity: ("identity", None, ()),

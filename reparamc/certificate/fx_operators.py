@@ -346,7 +346,7 @@ def _read_interpolate(call: Read) -> Value:
     each = list(scale) if isinstance(scale, list | tuple) else [scale] * n
     if not all(type(one) in (int, float) for one in each):
         raise Unrepresentable("a resize by a factor of run time")
-    factors = [Fraction(one) for one in each]
+    factors = [Fraction(cast("float", one)) for one in each]
     if set(factors) == {1} and not options[2]:
         return x
     made: dict[int, Dim] = {}
@@ -575,6 +575,19 @@ def _read_channel_shuffle(call: Read) -> Value:
     return nl.selected(x, np.arange(width).reshape(groups, -1).T.reshape(-1).tolist(), 1)
 
 
+def _read_pixel_shuffle(call: Read) -> Value:
+    x, block = call.x, call.call.args["upscale_factor"]
+    *lead, channels, height, width = x.shape
+    inner = channels.over(Dim(block * block)) if type(block) is int else None
+    if inner is None:
+        raise Unrepresentable("the number of channels is unknown")
+    n, b = len(lead), Dim(block)
+    apart = nl.permuted(
+        nl.regrouped(x, [*lead, inner, b, b, height, width]), [*range(n + 1), n + 3, n + 1, n + 4, n + 2]
+    )
+    return nl.regrouped(apart, [*lead, inner, height.times(b), width.times(b)])
+
+
 def _read_mean(call: Read) -> Value:
     x, dims = call.x, call.call.args.get("dim")
     if dims is None or set(call.call.args) - {"input", "dim", "keepdim"}:
@@ -679,6 +692,7 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "getitem": _read_getitem,
     "setitem": _read_setitem,
     "channel_shuffle": _read_channel_shuffle,
+    "pixel_shuffle": _read_pixel_shuffle,
     "mean": _read_mean,
     "reshape": _read_reshape,
     "unflatten": _read_unflatten,

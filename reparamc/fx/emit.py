@@ -31,6 +31,7 @@ from reparamc.algebra.expr import (
     Scale,
     Select,
     Source,
+    Spread,
     Sum,
     Take,
     is_negation,
@@ -150,7 +151,7 @@ class Emitter(Emission[fx.Node]):
                 return self._call(torch.permute, self.value(e.x), axes)
             case Layout(op=Mean() as op):
                 return self._call(torch.mean, self.value(e.x), op.axes, op.keep)
-            case Layout(op=Resize() as op):
+            case Layout(op=(Resize() | Spread()) as op):
                 return self._resize(self.value(e.x), op)
             case Layout(op=Reshape() as op):
                 return self._reshape(self.value(e.x), op)
@@ -161,13 +162,18 @@ class Emitter(Emission[fx.Node]):
             case _:
                 raise AssertionError(f"{type(e).__name__} is never emitted")
 
-    def _resize(self, x: fx.Node, op: Resize) -> fx.Node:
+    def _again(self, native: fx.Node, x: fx.Node) -> fx.Node:
+        """The operator ``native`` of ``x``."""
+        old = self.target.copies[native]
+        moved = first_operand(old)
+        return self.target.graph.node_copy(old, lambda n: x if n is moved else n)
+
+    def _resize(self, x: fx.Node, op: Resize | Spread) -> fx.Node:
         """As the operator of the module, which says no channels; see `readers` for what it may be."""
-        native = cast("fx.Node | None", op.native)
-        if native is not None:
-            old = self.target.copies[native]
-            moved = first_operand(old)
-            return self.target.graph.node_copy(old, lambda n: x if n is moved else n)
+        if op.native is not None:
+            return self._again(cast(fx.Node, op.native), x)
+        if isinstance(op, Spread):
+            return self._call(F.pixel_shuffle, x, op.block)
         names = {"linear": ("linear", "bilinear", "trilinear"), "cubic": ("", "bicubic", "")}
         mode = names.get(op.mode, (op.mode,) * 3)[len(op.scales) - 1]
         options: dict[str, Any] = {"scale_factor": tuple(map(float, op.scales)), "mode": mode}
@@ -178,9 +184,7 @@ class Emitter(Emission[fx.Node]):
     def _reshape(self, x: fx.Node, op: Reshape) -> fx.Node:
         native = cast("fx.Node | None", op.native)
         if native is not None and self.readings.facts.layout(native) == (op.before, op.after, None):
-            old = self.target.copies[native]
-            moved = first_operand(old)
-            return self.target.graph.node_copy(old, lambda n: x if n is moved else n)
+            return self._again(native, x)
         sizes = sizes_after(op.before, op.after)
         assert sizes is not None, f"the sizes of {op} are not told by its operand"
         kept = {at: self.target.graph.call_method("size", (x, at)) for at, n in enumerate(sizes) if n == 0}

@@ -277,7 +277,11 @@ TABLE: tuple[Operator, ...] = (
     Operator("flip", methods=("flip",), linear="each"),
     Operator("unfold", functions=(F.unfold,), linear="each"),
     Operator("fold", linear="each"),
-    Operator("pixel_shuffle", linear="each", any_rank=True),
+    Operator(
+        "pixel_shuffle", ("input", "groups"), modules=_any(nn.PixelShuffle),
+        derived=lambda module: {"groups": module.upscale_factor}, keeps=("rank", "dtype"), linear="each", any_rank=True,
+        allocates=True,
+    ),
     Operator("pixel_unshuffle", linear="each", any_rank=True),
     # Poolings and paddings
     _pool("avg_pool", "AvgPool", *_WINDOW, "ceil_mode", "count_include_pad", "divisor_override", linear=True),

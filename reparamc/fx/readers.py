@@ -33,6 +33,7 @@ from reparamc.algebra.expr import (
     Resize,
     Scale,
     Select,
+    Spread,
     Sum,
     Take,
 )
@@ -481,6 +482,17 @@ def _read_shuffle(graph: Readings, node: fx.Node, call: Call) -> Reading | Decli
     return _select(graph, x, _shuffled(graph, x, groups), axis)
 
 
+def _read_pixel_shuffle(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
+    """Channels as positions."""
+    x, block = call.input, call.get("groups")
+    rank = graph.facts.rank(x) if x is not None else None
+    if x is None or rank is None or x in graph.facts.known or type(block) is not int or _image_axis(graph, x) != -3:
+        return None
+    if graph.channels(x, -3) is None:
+        return Declined(CHANNELS_UNKNOWN)
+    return _moved(graph, x, Spread(rank, block, node))
+
+
 def _read_repeated(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """The channels, a known number of times over; its operand where no axis grows."""
     x = call.input
@@ -573,6 +585,7 @@ READERS: dict[str, Reader] = {
     "getitem": _read_getitem,
     "cat": _read_cat,
     "channel_shuffle": _read_shuffle,
+    "pixel_shuffle": _read_pixel_shuffle,
     **dict.fromkeys(("expand", "repeat"), _read_repeated),
     "interpolate": _read_interpolate,
     "avg_pool": _read_avg_pool,

@@ -274,6 +274,10 @@ class Values:
                 return (*before[: -len(outs)], *outs)
             case op if op in _POOLS and call.axes and len(before) > call.axes:
                 return self._convolved(node, before, before[-1 - call.axes], call.axes)
+            case "pixel_shuffle" if len(before) >= 3 and isinstance(block := call.get("groups"), int):
+                *lead, c, h, w = before
+                inner = c.divided_by(Dim(block * block))
+                return None if inner is None else (*lead, inner, h * Dim(block), w * Dim(block))
             case "interpolate" if len(before) >= 3:
                 return self._convolved(node, before, before[1], len(before) - 2)
             case "pad":
@@ -478,6 +482,13 @@ class Values:
         if isinstance(value, int | torch.SymInt):
             self.dims[node] = _dim(value)
             return
+        if node.target in (operator.mul, operator.floordiv):
+            a, b = (self.dim(arg) for arg in node.args[:2])
+            if a is not None and b is not None and node.target is operator.mul:
+                self.dims[node] = a * b
+            elif a is not None and b is not None and a.known is not None and b.known:
+                self.dims[node] = Dim(a.known // b.known)
+            return
         x = first_operand(node)
         if x is None:
             return
@@ -495,12 +506,6 @@ class Values:
                 self.dims[node] = picked
             elif picked is not None:
                 self.sizes[node] = picked
-        elif node.target in (operator.mul, operator.floordiv):
-            a, b = (self.dim(arg) for arg in node.args[:2])
-            if a is not None and b is not None and node.target is operator.mul:
-                self.dims[node] = a * b
-            elif a is not None and b is not None and a.known is not None and b.known:
-                self.dims[node] = Dim(a.known // b.known)
 
     def dim(self, arg: Any) -> Dim | None:
         """An argument of a reshape as a size."""

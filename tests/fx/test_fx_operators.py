@@ -61,6 +61,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "unflatten": (lambda: nn.Unflatten(2, (3, 3)), MAP),
     "mean": (lambda: nn.AdaptiveAvgPool2d(1), MAP),
     "resize": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), MAP),
+    "positions of channels": (lambda: nn.Sequential(nn.Conv2d(6, 8, 1), nn.PixelShuffle(2)), MAP),
 }
 FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
     "conv": (lambda m, x: F.conv2d(x, m.w, None, 2, (1, 0), groups=2), MAP),
@@ -114,6 +115,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = 
     "expand": (lambda m, x: x[:, 2:3].expand(-1, 3, -1, -1), MAP),
     "expand to what is there": (lambda m, x: x.expand((x.shape[0], 6, -1, -1)), MAP),
     "repeat": (lambda m, x: x.repeat(1, 2, 1, 1), MAP),
+    "positions of channels": (lambda m, x: F.pixel_shuffle(x.repeat(1, 3, 1, 1), 3), MAP),
+    "aten resize": (lambda m, x: aten.upsample_bilinear2d.vec(x, None, True, [2.0, 3.0]), MAP),
+    "aten resize, nearest": (lambda m, x: aten.upsample_nearest2d.vec(x, None, [2.0, 0.5]), MAP),
     "aten repeat": (lambda m, x: aten.repeat.default(x, [1, 3, 1, 1]), MAP),
     "mean": (lambda m, x: x.mean((2, 3), keepdim=True), MAP),
     "mean of one axis": (lambda m, x: x.mean(-1), MAP),

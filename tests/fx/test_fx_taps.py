@@ -296,6 +296,34 @@ def test_batchnorm_after_any_resize(name: str) -> None:
     proven(model, torch.randn(2, CHANNELS, 9, 8))
 
 
+def shuffled_by_hand(y: Tensor) -> Tensor:
+    n, c, h, w = y.shape
+    return y.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
+
+
+@pytest.mark.parametrize("shuffle", [nn.PixelShuffle(2), lambda y: F.pixel_shuffle(y, 2), shuffled_by_hand])
+@pytest.mark.parametrize("factor", [False, True])
+def test_batchnorm_after_a_pixel_shuffle(shuffle: Any, factor: bool) -> None:
+    parts: dict[str, Any] = {"shuffle": shuffle} if isinstance(shuffle, nn.Module) else {}
+    norm = nn.BatchNorm2d(2)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(shuffle(m.conv(x)))
+        return (y * m.factor if factor else y).relu()
+
+    parts |= {"factor": nn.Parameter(torch.tensor([0.5, 3.0]).reshape(2, 1, 1))} if factor else {}
+    proven(Net(forward, conv=nn.Conv2d(4, 8, 3, padding=1), norm=norm, **parts), torch.randn(2, CHANNELS, 9, 8))
+
+
+def test_a_norm_of_positions_does_not_pass_a_pixel_unshuffle() -> None:
+    model = ready(
+        Net(lambda m, x: m.norm(F.pixel_unshuffle(m.conv(x), 2)), conv=nn.Conv2d(4, 2, 1), norm=nn.BatchNorm2d(8))
+    )
+    fused, x = fuse_fx(model, torch.randn(2, CHANNELS, 4, 6)), torch.randn(1, CHANNELS, 6, 4)
+    assert report(fused).after.batchnorm == 1
+    assert relative_error(fused(x), model(x)) < 1e-5
+
+
 def test_resizes_of_several_kinds_stay_apart() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.conv(x)
