@@ -107,6 +107,8 @@ def _plain_name(node: fx.Node, module: fx.GraphModule) -> str:
 def bound(node: fx.Node, module: fx.GraphModule, given: Sequence[str], tensor: Callable[[Any], Tensor | None]) -> Bound:
     """What the documentation says of the sizes of what a node gives; ``given`` are its operands."""
     name = _plain_name(node, module)
+    if any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
+        return Bound()  # the same bits may mean another value
     names = _OPTIONS.get(name, ())
     options = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
     if node.op == "call_module":

@@ -3,6 +3,7 @@
 An activation is the identity on an interval: ReLU where its operand is not negative, Clip between its bounds. Hosts say
 the interval of each operator without a reading; what has a reading is followed here. A NaN counts as inside: all of
 these activations keep it. Nothing is computed, so no rounding can leave an interval, but for the upper end of a sum.
+Only floating numbers are followed through arithmetic: an integer that overflows changes its sign.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def remove_redundant(graph: Graph, p: Pass, *, verify: bool) -> Plan | None:
         operands = reading.operands if isinstance(reading, Reading) else bounded.operands if bounded is not None else ()
         given = {x: found[x] for x in operands if x in found and not graph.is_written(x, but=value)}
         if isinstance(reading, Reading):
-            found[value] = _of_reading(reading, given)
+            found[value] = _of_reading(reading, given) if graph.dtype([value]) is not None else ALL
         elif bounded is not None:
             found[value] = _interval(bounded, [given.get(x, ALL) for x in operands])
             if _is_identity(bounded, given):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import inf
 from typing import cast
 
+import torch
 from torch import fx
 
 from reparamc.algebra.arrays import Array, is_all
@@ -29,6 +30,10 @@ def bounded(graph: Readings, node: fx.Node) -> Bounded | None:
     if call is None or call.input is None:
         return Bounded(operands, POSITIVE) if found[0].name == "exp" and node.op != "call_module" else None
     x, name = call.input, call.op
+    if any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
+        return None  # the same bits may mean another value
+    if name in ("adaptive_avg_pool", "mean", "mul") and graph.dtype(operands) is None:
+        return None  # an integer that overflows changes its sign
     match name:
         case "clamp":
             return _clip(call, "min", "max", -inf, inf) if graph.dtype([x]) is not None else None

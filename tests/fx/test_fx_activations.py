@@ -63,6 +63,10 @@ def written_later(m: Any, y: Any) -> Any:
     return torch.cat([y, z], 1)
 
 
+def squared(y: Any) -> Any:
+    return y * y
+
+
 STAYS: dict[str, Forward] = {
     "leaky": lambda m, y: F.leaky_relu(y, 0.1).relu(),
     "prelu": lambda m, y: m.prelu(y),
@@ -76,6 +80,8 @@ STAYS: dict[str, Forward] = {
     "clamp below": lambda m, y: y.clamp(max=2.0).relu(),
     "cubic": lambda m, y: F.interpolate(y.relu(), scale_factor=2, mode="bicubic").relu(),
     "padded": lambda m, y: F.pad(y.relu(), (1, 1, 1, 1), value=-1.0).relu(),
+    "other bits": lambda m, y: F.hardtanh(y, 0.0, 1.0).view(torch.int32).clamp(0, 1),
+    "integers that overflow": lambda m, y: squared((y * 4e9).long()).relu(),
     "written": written_between,
     "written later": written_later,
 }
