@@ -63,13 +63,37 @@ def resize_with(**other: Any) -> Make:
     return result(changed)
 
 
+def doubled(**how: Any) -> Callable[[], ModelProto]:
+    options = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"} | how
+    nodes = [node("Resize", "x - by", "u", **options), node("Conv", "u k", "y", pads=[1] * 4)]
+    return lambda: onnx_model(nodes, {"by": TENSORS["by"], "k": numbers(6, 32, 3, 3)}, ("N", 32, 6, 5))
+
+
+def doubled_by_torch() -> tuple[Any, tuple[Any, ...]]:
+    conv = nn.Conv2d(32, 6, 3, padding=1)
+    return net(lambda x, w: w(F.interpolate(x, scale_factor=2)), conv, shapes=((2, 32, 6, 5),))
+
+
+def turned(conv: Any) -> Any:
+    return None if conv is None else replace(conv, weight=conv.weight[:, :, ::-1])
+
+
 PLACED: list[Fault] = [
     fault(
-        "the bias of a matrix in each of its parts", f"{PLACING}_columns",
+        "the taps of a transposed kernel in reverse", "reparamc_passes.upsampling:_transposed", result(turned),
+        onnx=doubled(), fx=doubled_by_torch,
+    ),
+    fault(
+        "any nearest resize taken for a repetition", "reparamc_passes.upsampling:_times",
+        lambda original: lambda x, axis: (2, 2) if isinstance(x, Layout) and isinstance(x.op, Resize) else None,
+        onnx=doubled(coordinate_transformation_mode="align_corners"),
+    ),
+    fault(
+        "the bias of a matrix in each of its parts", f"{PLACING}columns",
         given(lambda e, runs, x, bias: (e, runs, x, e.bias)), onnx=parts, fx=parts_of_torch,
     ),
     fault(
-        "columns of another part", f"{PLACING}_columns",
+        "columns of another part", f"{PLACING}columns",
         given(lambda e, runs, x, bias: (e, [(8 - at, n) for at, n in runs], x, bias)), onnx=parts, fx=parts_of_torch,
     ),
     fault(

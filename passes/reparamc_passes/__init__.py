@@ -23,6 +23,7 @@ from reparamc_passes.redundant_activation import REDUNDANT_ACTIVATION
 from reparamc_passes.repmixer import REPMIXER
 from reparamc_passes.scale_folding import SCALE_FOLDING
 from reparamc_passes.sequence_merging import SEQUENCE_MERGING
+from reparamc_passes.upsampling import UPSAMPLING
 
 PASSES: tuple[Pass, ...] = (
     REDUNDANT_ACTIVATION,
@@ -35,6 +36,7 @@ PASSES: tuple[Pass, ...] = (
     IDENTITY_TO_CONV,
     BRANCH_MERGING,
     PLACING,
+    UPSAMPLING,
     SEQUENCE_MERGING,
     CHANNEL_MOVING,
     LAYOUT_CANCELLING,

@@ -67,7 +67,7 @@ def apart(e: Expr, objective: Objective) -> Expr | Declined | None:
     at = 0
     for term, size, moves in zip(e.x.terms, e.x.sizes, moving, strict=True):
         if moves:
-            parts.append(_placed(_columns(e, [(at, size)], term, bias), objective))
+            parts.append(_placed(columns(e, [(at, size)], term, bias), objective))
             bias = None
         else:
             rest.append((term, at, size))
@@ -76,7 +76,7 @@ def apart(e: Expr, objective: Objective) -> Expr | Declined | None:
         joined = rest[0][0] if len(rest) == 1 else Concat(
             tuple(t for t, _, _ in rest), tuple(n for _, _, n in rest), e.axis
         )  # fmt: skip
-        parts.append(_placed(_columns(e, [(at, n) for _, at, n in rest], joined, left), objective))
+        parts.append(_placed(columns(e, [(at, n) for _, at, n in rest], joined, left), objective))
     found = total(parts)
     if objective.cost(found) < objective.cost(e):
         return found
@@ -90,7 +90,7 @@ def _placed(e: Conv, objective: Objective) -> Expr:
     return _cheapest(e, objective) or e
 
 
-def _columns(e: Conv, runs: list[tuple[int, int]], x: Expr, bias: Array | None) -> Conv:
+def columns(e: Conv, runs: list[tuple[int, int]], x: Expr, bias: Array | None) -> Conv:
     """``e`` with this bias, of the channels in ``runs`` (first, number) alone, which are ``x``."""
     xp, weight = together(e.weight)
     columns = xp.concat([weight[:, at : at + n] for at, n in runs], axis=1)

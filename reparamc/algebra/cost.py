@@ -8,7 +8,7 @@ a nominal number of positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from reparamc.algebra.arrays import count, is_all
@@ -32,7 +32,7 @@ from reparamc.algebra.infer import channels
 from reparamc.errors import InputError
 
 POSITIONS = 196.0
-"""Nominal positions of a map: 14 x 14. Strides divide them; a transposed convolution gives no more than these."""
+"""Nominal positions of a map: 14 x 14. Strides divide them; what makes a map larger starts from fewer."""
 
 CHANNELS = 64
 """Nominal channels of a value where nothing tells their number."""
@@ -47,6 +47,7 @@ class Objective:
         element: reading or writing one element, weights included.
         mac: one multiply-add; an elementwise operation counts as one per element.
         parameter: one element of a stored parameter.
+        transposed: how many multiply-adds of a convolution one of a transposed convolution takes as long as.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Objective:
     element: float
     mac: float
     parameter: float
+    transposed: float = 1.0
 
     def cost(self, root: Expr) -> float:
         """The price of computing ``root`` from its sources; under `LATENCY` in multiply-adds."""
@@ -80,7 +82,10 @@ class Objective:
         if conv.is_weightless:  # it reads no weights, and its sums are cheap
             return self._operator(0, moved)
         bias = 0 if conv.bias is None else count(conv.bias)
-        return self._operator(multiply_adds(conv, positions), moved + count(conv.weight), count(conv.weight) + bias)
+        share = self.transposed if conv.transposed else 1.0
+        return self._operator(
+            share * multiply_adds(conv, positions), moved + count(conv.weight), count(conv.weight) + bias
+        )
 
     def moving(self, channels: int, positions: float = POSITIONS) -> float:
         """The price of an operator that moves the elements of a map and computes nothing."""
@@ -122,7 +127,10 @@ class Objective:
         return self.parameter * count(e.shift) if not is_all(e.shift, 0) else 0.0
 
 
-LATENCY = Objective("latency", node=20_000.0, element=4.0, mac=1.0, parameter=0.0)
+TARGETS = {"onnxruntime": 1.5, "openvino": 1.4}
+"""`Objective.transposed` of runtimes, as measured by ``python benchmarks/targets.py``."""
+
+LATENCY = Objective("latency", node=20_000.0, element=4.0, mac=1.0, parameter=0.0, transposed=TARGETS["onnxruntime"])
 """Time. Round figures for a CPU or a phone, where a multiply-add is cheap beside an element read from memory."""
 
 MACS = Objective("macs", node=20_000e-9, element=4e-9, mac=1.0, parameter=0.0)
@@ -135,21 +143,25 @@ OBJECTIVES = {o.name: o for o in (LATENCY, MACS, PARAMS)}
 
 
 def objective_of(name: str) -> Objective:
-    """The objective ``name``.
+    """The objective ``name``; ``latency@openvino`` is the latency on that one of `TARGETS`.
 
     Raises:
         InputError: there is no such objective.
     """
-    if name not in OBJECTIVES:
-        raise InputError(f"unknown objective {name!r}; the objectives are {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name]
+    plain, _, target = name.partition("@")
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if plain == LATENCY.name and target in TARGETS:
+        return replace(LATENCY, name=name, transposed=TARGETS[target])
+    known = f"{', '.join(OBJECTIVES)}, and latency@ with one of {', '.join(TARGETS)}"
+    raise InputError(f"unknown objective {name!r}; the objectives are {known}")
 
 
 def positions_after(e: Expr, positions: float = POSITIONS) -> float:
     """The positions of the result of ``e`` over a map of ``positions``."""
     match e:
         case Conv(transposed=True):
-            return min(positions * prod(e.stride), POSITIONS)
+            return positions * prod(e.stride)
         case Conv():
             return positions / prod(e.stride)
         case Layout(op=Resize() as op):
@@ -166,7 +178,7 @@ def positions_after(e: Expr, positions: float = POSITIONS) -> float:
 def _starts(root: Expr) -> dict[Expr, float]:
     """The positions of what an expression starts from, where it resizes: as many as are known, or so that they fit."""
     order = list(walk(root))
-    if not any(isinstance(e, Layout) and isinstance(e.op, Resize) for e in order):
+    if not any(isinstance(e.op, Resize) if isinstance(e, Layout) else is_spreading(e) for e in order):
         return {}
     known = {e: _area(e) for e in order if isinstance(e, Source)}
     if all(area is not None for area in known.values()):
@@ -176,6 +188,11 @@ def _starts(root: Expr) -> dict[Expr, float]:
         for child in e.children:
             wanted[child] = max(wanted.get(child, 0.0), wanted[e] / positions_after(e, POSITIONS) * POSITIONS)
     return wanted
+
+
+def is_spreading(e: Expr) -> bool:
+    """Whether ``e`` is a transposed convolution whose result is larger than its operand."""
+    return isinstance(e, Conv) and e.transposed and prod(e.stride) > 1
 
 
 def _area(e: Source) -> int | None:

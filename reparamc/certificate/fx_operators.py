@@ -344,6 +344,10 @@ def _read_interpolate(call: Read) -> Value:
         outs = _sizes_of_run_time(call, size, n)
         if outs == list(x.shape[2:]) and not (options[2] or anew):
             return x  # every result is at a position, for all weights
+        known = [(a.known, b.known) for a, b in zip(outs, x.shape[2:], strict=True)]
+        whole = mode == "nearest" and all(a and b and a % b == 0 for a, b in known)
+        if whole and (found := meaning.repeated(x, [(a or 1) // (b or 1) for a, b in known])) is not None:
+            return found
         return nl.resized(x, (*options, *map(str, x.shape[2:]), "to", *map(str, outs)), dict(enumerate(outs, 2)))
     each = list(scale) if isinstance(scale, list | tuple) else [scale] * n
     if not all(type(one) in (int, float) for one in each):
@@ -351,6 +355,9 @@ def _read_interpolate(call: Read) -> Value:
     factors = [Fraction(cast("float", one)) for one in each]
     if set(factors) == {1} and not options[2]:
         return x
+    whole = mode == "nearest" and all(f.denominator == 1 for f in factors)
+    if whole and (found := meaning.repeated(x, [f.numerator for f in factors])) is not None:
+        return found
     made: dict[int, Dim] = {}
     for axis, factor in enumerate(factors, 2):
         dim = x.shape[axis]

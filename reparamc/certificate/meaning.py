@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from math import prod
 
@@ -83,6 +84,22 @@ def pooled(x: Value, kernel: Numbers, stride: Numbers, dilation: Numbers, begin:
     channels = channels_of(x, kernel_axes(x, len(kernel))[0])
     weight = np.full((channels, 1, *kernel), 1 / prod(kernel))
     return convolved(x, weight, None, channels, stride, dilation, begin, end, 0)
+
+
+def repeated(x: Value, times: Numbers) -> Value | None:
+    """Each position that many times over: what a kernel of ones writes, its stride as its size.
+
+    None where that cannot be said of ``x``, which is a result of a kernel.
+    """
+    ones, zeros = (1,) * len(times), (0,) * len(times)
+    try:
+        channels = channels_of(x, kernel_axes(x, len(times))[0])
+        everywhere = x.vectors if x.vectors.keys() == {None} else {}  # what is added everywhere stays so
+        bare = replace(x, vectors={}) if everywhere else x
+        found = transposed(bare, np.ones((channels, 1, *times)), None, channels, times, ones, zeros, zeros, zeros)
+        return replace(found, vectors={**found.vectors, **everywhere})
+    except Unrepresentable:
+        return None
 
 
 def channels_of(x: Value, axis: int = 1) -> int:

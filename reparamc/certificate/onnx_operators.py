@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from math import prod
+from math import ceil, floor, prod
 from typing import Any, Protocol, cast
 
 import ml_dtypes
@@ -658,6 +658,9 @@ def _read_resize(call: Call) -> Value:
         return x  # every result is at a position, for all weights
     mode = call.text("mode", "nearest")
     place, rounding = ("asymmetric", "floor") if older else (place, call.text("nearest_mode", "round_prefer_floor"))
+    whole = mode == "nearest" and all(_repeats(f, place, rounding) for f in factors)
+    if whole and (found := meaning.repeated(x, [f.numerator for f in factors[2:]])) is not None:
+        return found
     cubic = attribute(call.node, "cubic_coeff_a", -0.75)
     more = rounding if mode == "nearest" else cubic if mode == "cubic" else None
     key = (mode, place, more, call.integer("antialias"), *map(str, factors[2:]))
@@ -668,6 +671,21 @@ def _read_resize(call: Call) -> Value:
             open_ = Dim(1, (f"{factor} * {before}",))
             made[axis] = known if known is not None and known.known is not None else open_
     return nl.resized(x, key, made)
+
+
+def _repeats(factor: Fraction, place: str, rounding: str) -> bool:
+    """Whether the nearest position is that of which there are ``factor`` copies."""
+    if factor.denominator != 1 or place not in ("asymmetric", "half_pixel", "pytorch_half_pixel"):
+        return False
+    shift = Fraction(0) if place == "asymmetric" else (1 / factor - 1) / 2
+    at = [Fraction(o) / factor + shift for o in range(factor.numerator)]
+    half = Fraction(1, 2)
+    match rounding:
+        case "floor" | "ceil":
+            found = [floor(a) if rounding == "floor" else ceil(a) for a in at]
+        case _:
+            found = [ceil(a - half) if rounding == "round_prefer_floor" else floor(a + half) for a in at]
+    return not any(found)
 
 
 READERS: dict[str, Callable[[Call], Value]] = {

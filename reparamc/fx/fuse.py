@@ -71,7 +71,7 @@ def fuse_fx(
         verify: True or "full": every replacement in float64, the certificate of the whole result, and both modules
             on ``example_inputs``, and at another size if the model takes one; "region": all but the last; False or
             "off": nothing but that each graph computes what its module does before it is rewritten.
-        objective: what to minimize: "latency", "macs" (multiply-adds) or "params" (parameters).
+        objective: what to minimize: "latency" (on a runtime: "latency@openvino"), "macs" (multiply-adds) or "params".
         specialize: let the structure follow from the values of now as well: a branch of zeros and channels that are
             constant leave (lossless-shrink), a shift that is zero may pass a padding. The weights of another
             checkpoint need not fit the copy then.

@@ -307,7 +307,7 @@ def fuse_onnx(
         passes, skip: names of passes to apply (default: all) and to leave out.
         verify: True or "full": every replacement in float64, the certificate of the whole result, and both models
             in ONNX Runtime; "region": all but the last; False or "off": nothing.
-        objective: what to minimize: "latency", "macs" (multiply-adds) or "params" (parameters).
+        objective: what to minimize: "latency" (on a runtime: "latency@openvino"), "macs" (multiply-adds) or "params".
         only_if_faster: time both models in ONNX Runtime; unless the result is faster beyond noise,
             return or write the original. The report has the figures.
         on_report: called with the `Report`.

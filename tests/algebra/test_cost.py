@@ -115,5 +115,12 @@ def test_ties_are_broken_also_beside_large_numbers(objective: Objective) -> None
 
 
 def test_an_unknown_objective() -> None:
-    with pytest.raises(InputError, match="unknown objective 'size'; the objectives are latency, macs, params"):
+    with pytest.raises(InputError, match="unknown objective 'size'; the objectives are latency, macs, params, and "):
         objective_of("size")
+
+
+def test_a_target_has_its_own_price_of_transposed_convolutions() -> None:
+    x = Source("x")
+    transposed = Conv(x, RNG.standard_normal((4, 4, 4, 4)), None, (2, 2), (1, 1), (-1, -1), (1, 1), transposed=True)
+    prices = [objective_of(name).price(transposed) for name in ("latency", "latency@onnxruntime", "latency@openvino")]
+    assert prices[0] == prices[1] != prices[2]
