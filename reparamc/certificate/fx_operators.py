@@ -117,7 +117,7 @@ def bound(node: fx.Node, module: fx.GraphModule, given: Sequence[str], tensor: C
     match name:
         case "clamp" | "clip" | "hardtanh":
             default = (-1.0, 1.0) if name == "hardtanh" else ANY
-            ends = [d if (e := options.get(key)) is None else e for key, d in zip(names, default, strict=True)]
+            ends: list[Any] = [d if (e := options.get(k)) is None else e for k, d in zip(names, default, strict=True)]
             return clamp(*ends) if all(isinstance(e, int | float) for e in ends) else Bound()
         case "leakyrelu" if options.get("negative_slope") == 1:
             return Bound(same_in=ANY)

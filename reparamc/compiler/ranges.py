@@ -49,7 +49,8 @@ def remove_redundant(graph: Graph, p: Pass, *, verify: bool) -> Plan | None:
     splices: dict[Value, Splice] = {}
     for value in graph.values():
         reading, bounded = graph.read(value), graph.bounded(value)
-        operands = reading.operands if isinstance(reading, Reading) else bounded.operands if bounded is not None else ()
+        known = reading if isinstance(reading, Reading) else bounded
+        operands: Sequence[Value] = () if known is None else known.operands
         given = {x: found[x] for x in operands if x in found and not graph.is_written(x, but=value)}
         if isinstance(reading, Reading):
             found[value] = _of_reading(reading, given) if graph.dtype([value]) is not None else ALL

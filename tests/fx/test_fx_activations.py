@@ -81,7 +81,7 @@ STAYS: dict[str, Forward] = {
     "cubic": lambda m, y: F.interpolate(y.relu(), scale_factor=2, mode="bicubic").relu(),
     "padded": lambda m, y: F.pad(y.relu(), (1, 1, 1, 1), value=-1.0).relu(),
     "other bits": lambda m, y: F.hardtanh(y, 0.0, 1.0).view(torch.int32).clamp(0, 1),
-    "integers that overflow": lambda m, y: squared((y * 4e9).long()).relu(),
+    "integers that overflow": lambda m, y: squared(y.long() * 0 + 3_037_000_500).relu(),
     "written": written_between,
     "written later": written_later,
 }
