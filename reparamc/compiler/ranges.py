@@ -50,7 +50,7 @@ def remove_redundant(graph: Graph, p: Pass, *, verify: bool) -> Plan | None:
     for value in graph.values():
         reading, bounded = graph.read(value), graph.bounded(value)
         known = reading if isinstance(reading, Reading) else bounded
-        operands: Sequence[Value] = () if known is None else known.operands
+        operands = [] if known is None else [*known.operands]
         given = {x: found[x] for x in operands if x in found and not graph.is_written(x, but=value)}
         if isinstance(reading, Reading):
             found[value] = _of_reading(reading, given) if graph.dtype([value]) is not None else ALL
