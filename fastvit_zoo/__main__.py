@@ -1,7 +1,10 @@
-"""`python -m fastvit_zoo`: `list`, `export`, `targets`, `train` and the tasks."""
+"""`python -m fastvit_zoo`: `list`, `train`, `evaluate`, the tasks, `export`, `targets` and `study`.
+
+Exit codes: 0 done, 2 bad usage or bad input, in one line on standard error, 130 interrupted."""
 
 import argparse
 import sys
+from typing import NoReturn
 
 import torch
 
@@ -19,8 +22,15 @@ def _list() -> None:
         print(f"{name:13} {counts[0]:>11,} parameters in training form, {counts[1]:>11,} deployed")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fastvit_zoo: error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fastvit_zoo", description="FastViT in its training form.")
+    parser = Parser(prog="python -m fastvit_zoo", description="FastViT in its training form.")
     commands = parser.add_subparsers(required=True)
     listing = commands.add_parser("list", help="print the variants and their parameter counts")
     listing.set_defaults(run=lambda _: _list())
@@ -30,13 +40,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns 0, or 2 after one line on stderr that says what is wrong."""
+    """Run one command.
+
+    Returns 0, 2 after one line on stderr that says what is wrong, or 130 if it was interrupted.
+    """
     parsed = _parser().parse_args(arguments)
     try:
         parsed.run(parsed)
     except (OSError, ValueError) as error:
-        print(f"fastvit_zoo: error: {error}", file=sys.stderr)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # What a process that reads images reports is a traceback, the error last.
+        print(f"fastvit_zoo: error: {lines[-1] if lines[0].startswith('Caught ') else lines[0]}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fastvit_zoo: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

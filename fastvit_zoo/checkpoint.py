@@ -101,7 +101,7 @@ def load_checkpoint(
     Raises CheckpointError, leaving the model as it was, if anything is missing, left over or of another
     shape; OSError if the file cannot be opened.
     """
-    content = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    content = checkpoint if isinstance(checkpoint, Mapping) else read(Path(checkpoint))
     weights = _translate(_tensors(content))
     expected = model.state_dict()
     _check_form("stem.0.conv.weight" in weights, model.deployed)
@@ -112,7 +112,8 @@ def load_checkpoint(
     model.load_state_dict({name: tensor for name, (_, tensor) in weights.items()}, strict=False)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read(path: Path) -> Mapping[str, Any]:
+    """What a file of `torch.save` or safetensors holds. Raises CheckpointError if it is something else, or OSError."""
     if path.suffix == ".safetensors":
         try:
             import safetensors
@@ -129,7 +130,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{path}: not a torch.save file of plain tensors; other contents are refused, for safety"
         ) from None
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # there is no such file
         raise CheckpointError(f"{path}: damaged or not written by torch.save ({_first_line(error)})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__} where named tensors were expected")

@@ -47,6 +47,9 @@ def roi_align(
 
     The mean of `sampling_ratio` squared samples per cell; if it is not positive, of as many as a cell has pixels.
     """
+    if maps.dtype != boxes.dtype:  # half precision, outside
+        found = roi_align(maps.to(boxes.dtype), boxes, scale, height, width, sampling_ratio, aligned)
+        return found.to(maps.dtype)
     low, high = boxes[:, 1:3] * scale, boxes[:, 3:5] * scale
     if aligned:
         low, high = low - 0.5, high - 0.5

@@ -1,6 +1,7 @@
 """`python -m fastvit_zoo export`, `targets` and `study`."""
 
 import argparse
+import importlib.util
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from fastvit_zoo.export.targets import TARGETS
 from fastvit_zoo.model import CONFIGS, create_model
 from fastvit_zoo.onnx_export import export_onnx
+from fastvit_zoo.options import positive
+
+KINDS = ("mixers", "variants")
 
 
 def add(commands: Any) -> None:
@@ -32,32 +36,28 @@ def add(commands: Any) -> None:
         help="weights of the training form; without them the weights are random, with BatchNorm statistics "
         "and layer scales of ordinary size",
     )
-    export.add_argument("--classes", type=_positive, default=1000, metavar="N", help="default: 1000")
+    export.add_argument("--classes", type=positive, default=1000, metavar="N", help="default: 1000")
     export.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
-    export.add_argument("--size", type=_positive, default=256, metavar="PIXELS", help="default: 256")
-    export.add_argument("--batch", type=_positive, default=1, metavar="IMAGES", help="default: 1")
+    export.add_argument("--size", type=positive, default=256, metavar="PIXELS", help="default: 256")
+    export.add_argument("--batch", type=positive, default=1, metavar="IMAGES", help="default: 1")
     export.add_argument("--dynamic", action="store_true", help="leave batch, height and width open (not with --to)")
     export.set_defaults(run=_export)
 
     targets = commands.add_parser("targets", help="try every runtime that is installed: errors and latencies")
     targets.add_argument("name", nargs="?", default="fastvit_t8", help="default: fastvit_t8")
-    targets.add_argument("--size", type=_positive, default=256, metavar="PIXELS", help="default: 256")
-    targets.add_argument("--rounds", type=_positive, default=10, metavar="N", help="turns to time; default: 10")
+    targets.add_argument("--size", type=positive, default=256, metavar="PIXELS", help="default: 256")
+    targets.add_argument("--rounds", type=positive, default=10, metavar="N", help="turns to time; default: 10")
     targets.set_defaults(run=_targets)
 
     study = commands.add_parser("study", help="the paper's comparisons of latency, as ratios")
-    study.add_argument("--sizes", type=_positive, nargs="+", default=[224, 384, 768], metavar="PIXELS")
-    study.add_argument("--runtimes", nargs="+", default=["onnx", "torch"], metavar="NAME", help="targets, or torch")
-    study.add_argument("--rounds", type=_positive, default=3, metavar="N", help="turns to time; default: 3")
+    study.add_argument("--sizes", type=positive, nargs="+", default=[224, 384, 768], metavar="PIXELS")
+    study.add_argument(
+        "--runtimes", nargs="+", default=["onnx", "torch"], metavar="NAME", help="targets, torch, compiled"
+    )
+    study.add_argument("--rounds", type=positive, default=3, metavar="N", help="turns to time; default: 3")
     study.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios, as PNG or SVG")
+    study.add_argument("--of", choices=KINDS, default="mixers", help="token mixers and kernels, or the variants")
     study.set_defaults(run=_study)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -70,6 +70,8 @@ def _export(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(f"the folder {output.parent} does not exist")
     if arguments.to:
         target_of(arguments.to)
+        if arguments.dynamic:
+            raise ValueError("--dynamic and --to do not go together: a converted file has one size")
     if arguments.checkpoint is None:
         model = random_model(arguments.name, arguments.seed)
     else:
@@ -109,11 +111,17 @@ def _targets(arguments: argparse.Namespace) -> None:
 def _study(arguments: argparse.Namespace) -> None:
     from fastvit_zoo.export.study import line, plot, study
 
+    picture: Path | None = arguments.plot
+    if picture is not None:
+        if picture.suffix not in (".png", ".svg") or picture.is_dir() or not picture.parent.is_dir():
+            raise ValueError(f"--plot {picture} should be a PNG or SVG file in a folder that exists")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install 'reparamc[zoo]'")
     rows = []
-    for row in study(arguments.sizes, arguments.runtimes, arguments.rounds):
+    for row in study(arguments.sizes, arguments.runtimes, arguments.rounds, arguments.of):
         if not rows:
             print(f"| runtime | size | {' | '.join(row[2])} |\n|---|---{'|---' * len(row[2])}|")
         print(line(row), flush=True)
         rows.append(row)
-    if arguments.plot:
-        plot(rows, arguments.plot)
+    if picture is not None:
+        plot(rows, picture)

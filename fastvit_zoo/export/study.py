@@ -1,7 +1,7 @@
 """The paper's comparisons of latency: token mixers, branches and kernel sizes, over resolutions and runtimes."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import reparamc
 from fastvit_zoo.blocks import Block
 from fastvit_zoo.export.deploy import target_of
 from fastvit_zoo.export.targets import Target
-from fastvit_zoo.model import FastViT, create_model
+from fastvit_zoo.model import FastViT, create_model, list_models
 from fastvit_zoo.timing import milliseconds
+from reparamc.testing import randomize_layer_scales
 
 BASE = "RepMixer"
 
-Row = tuple[str, int, dict[str, float]]
-"""A runtime, a size, and the latency of every network relative to that of `BASE`."""
+Row = tuple[str, int, dict[str, tuple[float, float]]]
+"""A runtime, a size, and the latencies of every network fused and unfused, relative to the first one fused."""
 
 
 class Pooling(nn.Module):
@@ -32,32 +34,34 @@ class Pooling(nn.Module):
         return x + (self.pool(x) - x)
 
 
-def networks() -> Mapping[str, nn.Module]:
-    """S12 as it is deployed, and what the paper compares it with; weights are random."""
-    base = create_model("fastvit_s12", deployed=True)
-    pooling = create_model("fastvit_s12", deployed=True)
+def mixers() -> dict[str, nn.Module]:
+    """S12 in training form, and what the paper compares it with; weights are random."""
+    base, pooling, small = (create_model("fastvit_s12") for _ in range(3))
     for block in _blocks(pooling):
         block.token_mixer = Pooling()
-    two = create_model("fastvit_sa12", deployed=True)
+    two = create_model("fastvit_sa12")
     config = two.config
-    third = [
-        Block(config.dims[2], config.mlp_ratio, attention=True, layer_scale_init=0.1, drop_path=0.0, deployed=True)
-        for _ in range(config.depths[2])
-    ]
-    two.get_submodule("stages.2").blocks = nn.Sequential(*third)
-    small = create_model("fastvit_s12", deployed=True)
+    two.get_submodule("stages.2").blocks = nn.Sequential(
+        *(
+            Block(config.dims[2], config.mlp_ratio, attention=True, layer_scale_init=0.1, drop_path=0.0, deployed=False)
+            for _ in range(config.depths[2])
+        )
+    )
     for module in small.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (7, 7):
             _shrink(module)
-    made = {
+    return {
         BASE: base,
         "pooling": pooling,
-        "attention in stage 4": create_model("fastvit_sa12", deployed=True),
+        "attention in stage 4": create_model("fastvit_sa12"),
         "attention in stages 3 and 4": two,
         "kernels of 3 for 7": small,
-        "with branches": create_model("fastvit_s12"),
     }
-    return {name: network.eval() for name, network in made.items()}
+
+
+def variants() -> dict[str, nn.Module]:
+    """The seven variants in training form; weights are random."""
+    return {name: create_model(name) for name in list_models()}
 
 
 def _blocks(network: FastViT) -> list[Block]:
@@ -70,29 +74,38 @@ def _shrink(conv: nn.Conv2d) -> None:
     conv.weight = nn.Parameter(conv.weight[:, :, 2:5, 2:5].detach().clone())
 
 
-def study(sizes: Sequence[int], runtimes: Sequence[str], rounds: int = 3) -> Iterator[Row]:
-    """Time all networks in turns, by CPU time on one thread. Raises ValueError if a runtime is not installed."""
-    targets = {runtime: target_of(runtime) for runtime in runtimes if runtime != "torch"}
-    forms = networks()
+def study(sizes: Sequence[int], runtimes: Sequence[str], rounds: int = 3, of: str = "mixers") -> Iterator[Row]:
+    """Time every network, fused by `reparamc` and unfused, in turns with the first one: CPU time, on one thread.
+
+    `of` is "mixers" or "variants". Raises ValueError if a runtime is not installed.
+    """
+    targets = {runtime: target_of(runtime) for runtime in runtimes if runtime not in ("torch", "compiled")}
+    if elsewhere := [runtime for runtime, target in targets.items() if target.load is None]:
+        raise ValueError(f"{elsewhere[0]} runs on another machine: it cannot be timed here")
+    forms: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for name, network in (mixers if of == "mixers" else variants)().items():
+        randomize_layer_scales(network.eval())
+        forms[name] = reparamc.fuse_fx(network, torch.randn(2, 3, 64, 64)), network
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for runtime in runtimes:
+            call = partial(_call, runtime, targets.get(runtime), Path(folder) / "network")
             for size in sizes:
                 image = torch.randn(1, 3, size, size)
-                calls = [
-                    _call(network, image, targets.get(runtime), Path(folder) / f"{i}_{size}")
-                    for i, network in enumerate(forms.values())
-                ]
-                times = dict(zip(forms, milliseconds(calls, rounds), strict=True))
-                yield runtime, size, {name: time / times[BASE] for name, time in times.items()}
+                first = call(next(iter(forms.values()))[0], image)
+                found: dict[str, tuple[float, float]] = {}
+                for name, pair in forms.items():
+                    known = first if not found else call(pair[0], image)
+                    times = milliseconds([first, known, call(pair[1], image)], rounds)
+                    found[name] = (times[1] / times[0] if found else 1.0), times[2] / times[0]
+                yield runtime, size, found
 
 
-def _call(network: nn.Module, image: Tensor, target: Target | None, path: Path) -> Callable[[], Any]:
+def _call(runtime: str, target: Target | None, path: Path, network: nn.Module, image: Tensor) -> Callable[[], Any]:
     """One pass of the network over the image, in torch if there is no target."""
     if target is None:
-        return partial(network, image)
-    if target.load is None:
-        raise ValueError(f"{target.packages[0]} converts, but its runtime needs another machine")
+        return partial(torch.compile(network) if runtime == "compiled" else network, image)
+    assert target.load is not None
     path = path.with_suffix(target.suffix)
     target.convert(network, image, path)
     return partial(target.load(path), image.numpy())
@@ -101,7 +114,9 @@ def _call(network: nn.Module, image: Tensor, target: Target | None, path: Path) 
 def line(row: Row) -> str:
     """A row of a table in Markdown."""
     runtime, size, ratios = row
-    return f"| {runtime} | {size} | {' | '.join(f'{ratio:.2f}' for ratio in ratios.values())} |"
+    return (
+        f"| {runtime} | {size} | {' | '.join(f'{fused:.2f} ({unfused:.2f})' for fused, unfused in ratios.values())} |"
+    )
 
 
 def plot(table: Sequence[Row], picture: Path) -> None:
@@ -112,9 +127,11 @@ def plot(table: Sequence[Row], picture: Path) -> None:
     figure = Figure(figsize=(4 * len(runtimes) + 2, 3.5), layout="constrained")
     for axes, runtime in zip(figure.subplots(1, len(runtimes), squeeze=False)[0], runtimes, strict=True):
         rows = [row for row in table if row[0] == runtime]
-        for name in rows[0][2]:
-            axes.plot([row[1] for row in rows], [row[2][name] for row in rows], "o-", label=name)
-        axes.set(title=runtime, xlabel="pixels", ylabel=f"latency, {BASE} = 1")
+        for number, name in enumerate(rows[0][2]):
+            for form, style in enumerate(("o-", "o:")):
+                values = [row[2][name][form] for row in rows]
+                axes.plot([row[1] for row in rows], values, style, color=f"C{number}", label=None if form else name)
+        axes.set(title=f"{runtime} (dotted: unfused)", xlabel="pixels", ylabel=f"latency, {next(iter(rows[0][2]))} = 1")
         axes.set_ylim(bottom=0)
     figure.axes[-1].legend(fontsize="small")
     figure.savefig(picture)

@@ -5,6 +5,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fastvit_zoo.options import Options, add_options, changes_of, options_of
+from fastvit_zoo.tasks.steps import Steps
+
 TASKS = {
     "segment": ("fastvit_zoo.tasks.segmentation", "train a Semantic FPN on folders in the layout of ADE20K"),
     "detect": ("fastvit_zoo.tasks.detection", "train a Mask R-CNN on data in the layout of COCO"),
@@ -22,26 +25,24 @@ def add(commands: Any) -> None:
             "--recipe", choices=("paper", "tiny"), default="paper", help="tiny: scenes made from digits"
         )
         parser.add_argument("--data", type=Path, metavar="DIR")
-        parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for weights and the fused file")
-        parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of the backbone to start from")
-        parser.add_argument("--updates", type=int, metavar="N", help="instead of those of the recipe")
-        parser.add_argument("--batch", type=int, metavar="N", help="instead of that of the recipe")
-        parser.add_argument("--lr", type=float, metavar="RATE", help="instead of that of the recipe")
-        parser.set_defaults(run=_run, task=task, mano=None)
+        if task == "segment":
+            parser.add_argument("--classes", type=int, metavar="N", help="default: 150, those of ADE20K")
         if task == "hands":
             parser.add_argument("--mano", type=Path, metavar="FILE", help="MANO_RIGHT.pkl, from the authors of MANO")
+        add_options(parser, Steps)
+        parser.set_defaults(run=_run, task=task)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     module, _ = TASKS[arguments.task]
-    try:
-        function = getattr(import_module(module), arguments.task)
-    except ImportError as error:
-        raise ValueError(f"this needs {error.name}: pip install 'reparamc[zoo]'") from error
     tiny = arguments.recipe == "tiny"
     model = arguments.model or ("fastvit_digits" if tiny else "fastvit_sa12")
-    given = ((name, getattr(arguments, name)) for name in ("updates", "batch", "lr", "mano"))
-    changes = {name: value for name, value in given if value is not None}
-    found = function(model, arguments.data, arguments.output, tiny=tiny, checkpoint=arguments.checkpoint, **changes)
+    more = {name: getattr(arguments, name, None) for name in ("classes", "mano")}
+    changes = changes_of(arguments, Steps) | {name: value for name, value in more.items() if value is not None}
+    options = Options(**options_of(arguments))
+    try:
+        found = getattr(import_module(module), arguments.task)(model, arguments.data, options, tiny=tiny, **changes)
+    except ImportError as error:
+        raise ValueError(f"this needs {error.name}: pip install 'reparamc[zoo]'") from error
     for name, value in found.items():
         print(f"{name}: {value:.2e}" if 0 < value < 0.01 else f"{name}: {value:.2f}")

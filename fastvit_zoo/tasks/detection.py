@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import json
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from torch import Tensor, nn
 
 import reparamc
 from fastvit_zoo.model import Backbone
-from fastvit_zoo.tasks.fit import Steps, backbone, deploy, fit, forever
+from fastvit_zoo.options import Options
+from fastvit_zoo.tasks.fit import backbone, deploy, fit, moved, opened, place, size_of, source
 from fastvit_zoo.tasks.pyramid import Pyramid
 from fastvit_zoo.tasks.scenes import compose, write_coco
+from fastvit_zoo.tasks.steps import Steps
 
 # isort: split
-from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
@@ -75,34 +79,104 @@ def fused(network: MaskRCNN, image: Tensor) -> nn.Module:
     return reparamc.fuse_fx(network.eval(), ([*image],))
 
 
+KEYS = {
+    "images": ("id", "file_name", "width", "height"),
+    "categories": ("id",),
+    "annotations": ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"),
+}
+"""What is needed of the lists in a file of annotations."""
+
+
+def check_annotations(file: Path, folder: Path) -> None:
+    """Raise ValueError if a file is not in the layout of COCO, or not of the images of `folder`."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    known: dict[str, dict[Any, Any]] = {}
+    for part, keys in KEYS.items():
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{file} has no list {part!r}: the layout is that of COCO")
+        for entry in entries:
+            if lacking := [key for key in keys if key not in entry]:
+                raise ValueError(f"{file}: an entry of {part!r} has no {lacking[0]!r}: the layout is that of COCO")
+        known[part] = {entry["id"]: entry for entry in entries}
+    if odd := [number for number in known["categories"] if not (isinstance(number, int) and number > 0)]:
+        raise ValueError(f"{file}: the category {odd[0]!r} should be a number above 0, which is the background")
+    for number, entry in known["annotations"].items():
+        where, image = f"{file}: annotation {number}", known["images"].get(entry["image_id"])
+        if image is None or entry["category_id"] not in known["categories"]:
+            raise ValueError(f"{where} is of an image or a category that is not listed")
+        box, shape = entry["bbox"], entry["segmentation"]
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
+            raise ValueError(f"{where} has the box {box}: it should be left, top, width and height")
+        if not _is_mask(shape, [image["height"], image["width"]]):
+            raise ValueError(f"{where} has no mask of the size of its image, {image['width']} x {image['height']}")
+    for image in known["images"].values():
+        size = size_of(folder / image["file_name"])
+        if size != (image["width"], image["height"]):
+            raise ValueError(f"{folder / image['file_name']} is {size[0]} x {size[1]}, {file} says something else")
+
+
+def _is_mask(shape: Any, size: list[int]) -> bool:
+    """Whether it is run lengths for an image of `size`, or polygons of three corners or more."""
+    if isinstance(shape, dict):
+        return shape.get("size") == size and isinstance(shape.get("counts"), list | str)
+    polygons = shape if isinstance(shape, list) else []
+    return bool(polygons) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
+
+
 class Coco(torch.utils.data.Dataset):
-    """`train2017` or `val2017` below a folder. Raises ValueError or OSError if there are no annotated images."""
+    """`train2017` or `val2017` below a folder: images (3, H, W) from 0 to 1, and their boxes, labels and masks.
+
+    For training, only images with objects, and no crowds. Raises ValueError or OSError if there are no such images, or
+    the annotations are not in the layout of COCO.
+    """
 
     def __init__(self, root: Path, training: bool) -> None:
         split = "train2017" if training else "val2017"
-        self.file = root / "annotations" / f"instances_{split}.json"
+        self.folder, self.file = root / split, root / "annotations" / f"instances_{split}.json"
         if not self.file.exists():
             raise FileNotFoundError(f"{self.file} does not exist: the layout is that of COCO")
-        flip = [v2.RandomHorizontalFlip()] if training else []
-        transform = v2.Compose([v2.ToImage(), *flip, v2.ToDtype(torch.float32, scale=True)])
+        check_annotations(self.file, self.folder)
+        from pycocotools import coco  # pyright: ignore[reportMissingImports]
+
         with contextlib.redirect_stdout(io.StringIO()):
-            plain = CocoDetection(str(root / split), str(self.file), transforms=transform)
-        self.coco = plain.coco
-        plain.ids = [i for i in plain.ids if self.coco.getAnnIds(i)]
-        self.ids = plain.ids
-        if not self.ids:
+            self.coco: Any = coco.COCO(str(self.file))
+        self.ids = [i for i in sorted(self.coco.imgs) if self._objects(i) or not training]
+        if not any(self._objects(i) for i in self.ids):
             raise ValueError(f"{self.file} has no annotated images")
-        keys = {"image_id", "boxes", "labels", "masks"}
-        self.images = wrap_dataset_for_transforms_v2(plain, target_keys=keys)
+        flip = [v2.RandomHorizontalFlip()] if training else []
+        self.transform = v2.Compose([v2.ToImage(), *flip, v2.ToDtype(torch.float32, scale=True)])
         self.classes = max(self.coco.getCatIds()) + 1
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _objects(self, image: int) -> list[tuple[dict[str, Any], list[float]]]:
+        """The annotations of an image and their boxes, as corners, that are in it and are not empty."""
+        width, height = self.coco.imgs[image]["width"], self.coco.imgs[image]["height"]
+        found = []
+        for entry in self.coco.imgToAnns[image]:
+            x, y, w, h = entry["bbox"]
+            box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
+            if not entry["iscrowd"] and box[0] < box[2] and box[1] < box[3]:
+                found.append((entry, box))
+        return found
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        image, target = self.images[index]
-        tensors = {k: v.as_subclass(Tensor) if isinstance(v, Tensor) else v for k, v in target.items()}
-        return image.as_subclass(Tensor), tensors
+        image = self.ids[index]
+        entry = self.coco.imgs[image]
+        picture = opened(self.folder / entry["file_name"]).convert("RGB")
+        objects, canvas = self._objects(image), (entry["height"], entry["width"])
+        corners = torch.tensor([box for _, box in objects]).reshape(-1, 4).float()
+        masks = np.array([self.coco.annToMask(one) for one, _ in objects]).reshape(-1, *canvas)
+        boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=canvas)  # pyright: ignore[reportCallIssue]
+        pixels, target = self.transform(picture, {"boxes": boxes, "masks": tv_tensors.Mask(masks)})
+        plain: dict[str, Any] = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        labels = torch.tensor([one["category_id"] for one, _ in objects], dtype=torch.long)
+        return pixels.as_subclass(Tensor), {**plain, "labels": labels, "image_id": image}
 
 
 def average_precision(network: nn.Module, dataset: Coco) -> dict[str, float]:
@@ -112,9 +186,10 @@ def average_precision(network: nn.Module, dataset: Coco) -> dict[str, float]:
     from pycocotools.cocoeval import COCOeval  # pyright: ignore[reportMissingImports]
 
     results: list[dict[str, Any]] = []
+    device = place(network)
     with torch.no_grad():
-        for image, target in dataset:
-            (found,) = network([image])
+        for image, target in (dataset[i] for i in range(len(dataset))):
+            (found,) = moved(network([image.to(device)]), torch.device("cpu"))
             corners = found["boxes"].numpy()
             for i, (label, score) in enumerate(zip(found["labels"], found["scores"], strict=True)):
                 x, y, right, bottom = corners[i].tolist()
@@ -137,33 +212,29 @@ def average_precision(network: nn.Module, dataset: Coco) -> dict[str, float]:
     return figures
 
 
-def detect(
-    name: str, data: Path | None, output: Path, *, tiny: bool = False, checkpoint: Path | None = None, **changes: Any
-) -> dict[str, float]:
+def detect(name: str, data: Path | None, options: Options, *, tiny: bool = False, **changes: Any) -> dict[str, float]:
     """Train a Mask R-CNN, measure both forms, and write `model.pt` and the fused `model.onnx`.
 
-    `tiny` over-fits 8 scenes made from digits. Raises ValueError or OSError if the data or the checkpoint do not fit.
+    `tiny` over-fits 8 scenes made from digits, or `data`. Raises ValueError or OSError if the data, the checkpoint or
+    the run in the output folder do not fit.
     """
     steps = replace(TINY if tiny else PAPER, **changes)
-    if tiny:
-        data = data or output / "scenes"
-        if not data.exists():
-            write_coco(compose(8, steps.size), data)
-    if data is None:
-        raise ValueError("no images: give --data DIR, or --recipe tiny")
-    training, validation = Coco(data, True), Coco(data, False)
-    torch.manual_seed(steps.seed)
-    network = detector(backbone(name, checkpoint), training.classes, steps.size, tiny=tiny)
+    scenes = partial(write_coco, compose(8, steps.size)) if tiny and data is None else None
+    with source(data, scenes) as root:
+        training, validation = Coco(root, True), Coco(root, False)
+        torch.manual_seed(steps.seed)
+        network = detector(backbone(name, options.checkpoint), training.classes, steps.size, tiny=tiny)
 
-    def loss(batch: list[tuple[Tensor, dict[str, Any]]]) -> Tensor:
-        images, targets = zip(*batch, strict=True)
-        return sum(network(list(images), list(targets)).values(), torch.zeros(()))
+        def loss(batch: list[tuple[Tensor, dict[str, Any]]]) -> Tensor:
+            images, targets = zip(*batch, strict=True)
+            parts = network(list(images), list(targets)).values()
+            return sum(parts, torch.zeros((), device=images[0].device))
 
-    losses = fit(network, loss, forever(training, steps, collate=list), steps)
-    output.mkdir(parents=True, exist_ok=True)
-    torch.save(network.state_dict(), output / "model.pt")
-    image = validation[0][0][None]
-    plain = fused(network, image)
-    before, after = average_precision(network, validation), average_precision(plain, validation)
-    error = deploy(Detections(plain).eval(), output / "model.onnx", image, ("boxes", "labels", "scores", "masks"))
+        about = {"task": "detect", "model": name, "classes": training.classes}
+        losses = fit(network, loss, training, steps, options, about=about, collate=list)
+        image = validation[0][0][None]
+        plain = fused(network, image.to(place(network)))
+        before, after = average_precision(network, validation), average_precision(plain, validation)
+    outputs = ("boxes", "labels", "scores", "masks")
+    error = deploy(Detections(plain).eval(), options.output / "model.onnx", image, outputs)
     return {"loss": losses[-1], **before, **{f"{k} fused": v for k, v in after.items()}, "error in ONNX Runtime": error}

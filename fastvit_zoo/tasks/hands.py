@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 
 import reparamc
 from fastvit_zoo.model import Backbone
-from fastvit_zoo.tasks.fit import Steps, backbone, deploy, fit, forever
+from fastvit_zoo.options import Options
+from fastvit_zoo.tasks.fit import backbone, deploy, fit, opened, place, source
 from fastvit_zoo.tasks.mano import Hand, load_hand
+from fastvit_zoo.tasks.steps import Steps
 
 PAPER = Steps(updates=100 * 4070, batch=32, lr=1e-4, schedule="multistep", milestones=(0.5,), size=224)
 TINY = Steps(updates=300, batch=8, lr=2e-3, schedule="multistep", milestones=(0.7, 0.9), size=64)
@@ -77,21 +80,32 @@ def aligned_error(found: Tensor, known: Tensor) -> Tensor:
     return (turned - known).norm(dim=-1).mean(1)
 
 
+def numbers(file: Path, *shape: int) -> Tensor:
+    """What a JSON file has for every hand, (N, *shape). Raises FileNotFoundError or ValueError."""
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist: the layout is that of FreiHAND")
+    try:
+        found = torch.tensor(json.loads(file.read_text()), dtype=torch.float32)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is no list of {shape} numbers: {str(error).splitlines()[0]}") from error
+    if found.shape[1:] != shape or not found.isfinite().all():
+        raise ValueError(f"{file} has {tuple(found.shape)} numbers, not {shape} for every hand")
+    return found
+
+
 class Images(torch.utils.data.Dataset):
-    """`training` of FreiHAND: images, joints in metres from the wrist, and where they are seen, from -1 to 1.
+    """A half of FreiHAND: images, joints in metres from the wrist, and where they are seen, from -1 to 1.
 
     Raises OSError if a file is missing, ValueError if the numbers of images and hands do not fit.
     """
 
-    def __init__(self, root: Path, size: int) -> None:
-        if not (root / "training_xyz.json").exists():
-            raise FileNotFoundError(f"{root / 'training_xyz.json'} does not exist: the layout is that of FreiHAND")
-        self.files = sorted((root / "training" / "rgb").glob("*.jpg"))
-        self.joints = torch.tensor(json.loads((root / "training_xyz.json").read_text()), dtype=torch.float32)
-        self.cameras = torch.tensor(json.loads((root / "training_K.json").read_text()), dtype=torch.float32)
+    def __init__(self, root: Path, size: int, split: str = "training") -> None:
+        self.joints, self.cameras = numbers(root / f"{split}_xyz.json", 21, 3), numbers(root / f"{split}_K.json", 3, 3)
+        self.files = sorted((root / split / "rgb").glob("*.jpg"))
         self.size = size
-        if not self.files or len(self.files) % len(self.joints):
-            raise ValueError(f"{root} has {len(self.files)} images for {len(self.joints)} hands")
+        if not self.files or len(self.files) % len(self.joints) or len(self.joints) != len(self.cameras):
+            counts = f"{len(self.files)} images, {len(self.joints)} hands and {len(self.cameras)} cameras"
+            raise ValueError(f"{root} has {counts} for {split}: the layout is that of FreiHAND")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -99,7 +113,7 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         # The same hands come again with other backgrounds.
         joints, camera = self.joints[index % len(self.joints)], self.cameras[index % len(self.joints)]
-        picture = Image.open(self.files[index]).convert("RGB")
+        picture = opened(self.files[index]).convert("RGB")
         points = joints @ camera.T
         places = points[:, :2] / points[:, 2:] / torch.tensor(picture.size) * 2 - 1
         pixels = np.asarray(picture.resize((self.size, self.size)), np.float32) / 255
@@ -122,7 +136,7 @@ def write_strokes(count: int, folder: Path, size: int, seed: int = 0) -> None:
     far, focal = 1.0, 2.2 * size
     joints = joints + torch.tensor([0, -0.08, far])
     camera = [[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]]
-    (folder / "training" / "rgb").mkdir(parents=True)
+    (folder / "training" / "rgb").mkdir(parents=True, exist_ok=True)
     for i, points in enumerate(joints):
         digit = digits[random.randint(len(digits))].astype(np.uint8)
         ground = Image.fromarray(digit).resize((size, size)).convert("RGB")
@@ -138,51 +152,50 @@ def write_strokes(count: int, folder: Path, size: int, seed: int = 0) -> None:
 
 def measure(network: nn.Module, hand: Hand, dataset: Any) -> float:
     """PA-MPJPE in millimetres."""
-    errors = []
+    errors, device = [], place(network)
     with torch.no_grad():
         for image, joints, _ in torch.utils.data.DataLoader(dataset, 8):
-            _, pose, shape = network(image)
-            errors.append(aligned_error(hand(rotations(pose), shape)[1], joints))
+            _, pose, shape = network(image.to(device))
+            errors.append(aligned_error(hand(rotations(pose), shape)[1].cpu(), joints))
     return 1000 * torch.cat(errors).mean().item()
 
 
 def hands(
-    name: str, data: Path | None, output: Path, *, tiny: bool = False, checkpoint: Path | None = None,
-    mano: Path | None = None, **changes: Any,
-) -> dict[str, float]:  # fmt: skip
-    """Train a `HandNet`, measure both forms on the training images, and write `model.pt` and the fused `model.onnx`.
+    name: str, data: Path | None, options: Options, *, tiny: bool = False, mano: Path | None = None, **changes: Any
+) -> dict[str, float]:
+    """Train a `HandNet`, measure both forms, and write `model.pt` and the fused `model.onnx`.
 
-    `tiny` over-fits 16 hands of strokes with the stand-in. Raises ValueError or OSError if something does not fit.
+    They are measured on the half for evaluation, or if it is not there on the images that were trained on. `tiny`
+    over-fits 16 hands of strokes, or `data`, with the stand-in. Raises ValueError or OSError if the data, the
+    checkpoint, the hand or the run in the output folder do not fit.
     """
     steps = replace(TINY if tiny else PAPER, **changes)
     if not tiny and mano is None:
         raise ValueError("no model of a hand: give --mano FILE (MANO_RIGHT.pkl), or --recipe tiny")
-    hand = load_hand(mano)
-    if tiny:
-        data = data or output / "strokes"
-        if not data.exists():
-            write_strokes(16, data, steps.size)
-    if data is None:
-        raise ValueError("no images: give --data DIR, or --recipe tiny")
-    dataset = Images(data, steps.size)
-    torch.manual_seed(steps.seed)
-    network = HandNet(backbone(name, checkpoint), 256 if tiny else 1024)
+    if steps.batch < 2:
+        raise ValueError("--batch must be 2 or more: the head has a BatchNorm")
+    hand = load_hand(mano).to(options.device)
+    strokes = partial(write_strokes, 16, size=steps.size) if tiny and data is None else None
+    with source(data, strokes) as root:
+        training = Images(root, steps.size)
+        evaluated = Images(root, steps.size, "evaluation") if (root / "evaluation_xyz.json").exists() else training
+        torch.manual_seed(steps.seed)
+        network = HandNet(backbone(name, options.checkpoint), 256 if tiny else 1024)
 
-    def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        image, known, places = batch
-        camera, pose, shape = network(image)
-        _, found = hand(rotations(pose), shape)
-        found = found - found[:, :1]
-        return 20 * F.l1_loss(found, known) + F.l1_loss(seen(found, camera), places) + 1e-4 * shape.square().mean()
+        def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            image, known, places = batch
+            camera, pose, shape = (part.float() for part in network(image))
+            with torch.autocast(image.device.type, enabled=False):  # millimetres need all digits
+                _, found = hand(rotations(pose), shape)
+                found = found - found[:, :1]
+                away = F.l1_loss(seen(found, camera), places)
+                return 20 * F.l1_loss(found, known) + away + 1e-4 * shape.square().mean()
 
-    losses = fit(network, loss, forever(dataset, steps), steps)
-    output.mkdir(parents=True, exist_ok=True)
-    torch.save(network.state_dict(), output / "model.pt")
-    images = torch.stack([dataset[i][0] for i in range(2)])
-    fused = reparamc.fuse_fx(network, images)
-    return {
-        "loss": losses[-1],
-        "PA-MPJPE mm": measure(network, hand, dataset),
-        "PA-MPJPE mm fused": measure(fused, hand, dataset),
-        "error in ONNX Runtime": deploy(fused, output / "model.onnx", images[:1], ("camera", "pose", "shape")),
-    }
+        losses = fit(network, loss, training, steps, options, about={"task": "hands", "model": name})
+        images = torch.stack([evaluated[i % len(evaluated)][0] for i in range(2)])
+        fused = reparamc.fuse_fx(network, images.to(place(network)))
+        found = {"PA-MPJPE mm": network, "PA-MPJPE mm fused": fused}
+        figures = {name: measure(form, hand, evaluated) for name, form in found.items()}
+    outputs = ("camera", "pose", "shape")
+    error = deploy(fused, options.output / "model.onnx", images[:1], outputs)
+    return {"loss": losses[-1], **figures, "error in ONNX Runtime": error}

@@ -1,10 +1,10 @@
 """`python -m fastvit_zoo train` and `evaluate`."""
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fastvit_zoo.options import add_options, changes_of, options_of, positive
 from fastvit_zoo.train.recipe import RECIPES, Recipe, recipe
 
 
@@ -18,20 +18,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--dataset", default="", metavar="KIND", help="digits, hfds or torch/NAME instead of folders of images"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for checkpoints and results")
-    parser.add_argument("--resume", action="store_true", help="go on after the last full epoch in the output folder")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to start from")
     parser.add_argument("--teacher", metavar="NAME", help="learn from this model of timm or of the zoo as well")
     parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the weights of the teacher")
-    parser.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images; default: 0")
-    parser.add_argument("--amp", action="store_true", help="half precision where it is safe")
-    changes = parser.add_argument_group("changes to the recipe")
-    for field in fields(Recipe):
-        kind = type(field.default) if field.default is not None else float
-        changes.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, metavar="X", help=f"paper: {field.default}"
-        )
+    add_options(parser, Recipe)
     parser.set_defaults(run=run)
 
 
@@ -42,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if (arguments.teacher is None) != (arguments.teacher_checkpoint is None):
         raise ValueError("--teacher and --teacher-checkpoint belong together")
-    changes = {f.name: getattr(arguments, f.name) for f in fields(Recipe) if getattr(arguments, f.name) is not None}
+    changes = changes_of(arguments, Recipe)
     small = arguments.recipe == "digits"
     model = arguments.model or ("fastvit_digits" if small else "fastvit_t8")
     chosen = recipe(arguments.recipe, model, distilled=arguments.teacher is not None, **changes)
@@ -51,18 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
         from fastvit_zoo.train.run import Options, Source, Teacher
     except ImportError as error:
         raise ValueError(f"training needs {error.name}: pip install 'reparamc[zoo]'") from error
-    import torch
-
     teacher = Teacher(arguments.teacher, arguments.teacher_checkpoint) if arguments.teacher else None
-    options = Options(
-        output=arguments.output,
-        checkpoint=arguments.checkpoint,
-        teacher=teacher,
-        resume=arguments.resume,
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        workers=arguments.workers,
-        amp=arguments.amp,
-    )
+    options = Options(**options_of(arguments), teacher=teacher)
     kind = arguments.dataset or ("digits" if small and arguments.data is None else "")
     train(model, chosen, Source(arguments.data, kind), options)
 
@@ -74,9 +53,9 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--model", default="fastvit_t8", metavar="NAME", help="default: fastvit_t8")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights of the training form")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder per class, or val with them")
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="default: 256")
+    parser.add_argument("--size", type=positive, default=256, metavar="PIXELS", help="default: 256")
     parser.add_argument("--crop", type=float, default=0.9, metavar="SHARE", help="of the image; default: 0.9")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="default: 64")
     parser.add_argument("--corruptions", nargs="*", metavar="KIND", help="these, or all 15 of ImageNet-C")
     parser.set_defaults(run=_evaluate)
 
@@ -85,20 +64,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     try:
         from fastvit_zoo.train.evaluate import ALEXNET, Agreement, evaluate
 
-        if arguments.corruptions is not None:
-            import imagecorruptions  # noqa: F401  # pyright: ignore[reportMissingImports]
+        found = evaluate(
+            arguments.model,
+            arguments.checkpoint,
+            arguments.data,
+            size=arguments.size,
+            crop=arguments.crop,
+            batch=arguments.batch,
+            corruptions=() if arguments.corruptions is None else arguments.corruptions or tuple(ALEXNET),
+        )
     except ImportError as error:
         raise ValueError(f"this needs {error.name}: pip install 'reparamc[zoo]' imagecorruptions-imaug") from error
-    kinds = () if arguments.corruptions is None else arguments.corruptions or tuple(ALEXNET)
-    found = evaluate(
-        arguments.model,
-        arguments.checkpoint,
-        arguments.data,
-        size=arguments.size,
-        crop=arguments.crop,
-        batch=arguments.batch,
-        corruptions=kinds,
-    )
     for name, value in found.items():
         if not isinstance(value, Agreement):
             print(f"{name}: {value:.2f} %")

@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 # timm exports its names without saying so.
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ class Source:
             raise ValueError(f"{self.root} is not a folder")
         names = ("train", "training") if training else ("validation", "val", "valid", "eval", "evaluation")
         if not self.kind and not any((self.root / name).is_dir() for name in names):
-            raise ValueError(f"{self.root} has no folder {names[0]}")
+            raise ValueError(f"{self.root} has no folder {'train' if training else 'val'}")
+        if self.kind not in ("", "hfds") and not self.kind.startswith(("torch/", "tfds/", "wds/")):
+            raise ValueError(f"unknown data set {self.kind!r}: --dataset is digits, hfds or torch/NAME")
         try:
             kind, root = (f"hfds/{self.root}", None) if self.kind == "hfds" else (self.kind, str(self.root))
             return create_dataset(kind, root=root, split=names[0])
@@ -120,8 +123,8 @@ def loaders(
         "device": device,
         "pin_memory": device.type == "cuda",
     }
-    return (
-        create_loader(
+    try:
+        batches = create_loader(
             training,
             is_training=True,
             re_prob=recipe.erasing,
@@ -132,7 +135,15 @@ def loaders(
             auto_augment=recipe.augment or None,
             collate_fn=mix if mixing else None,
             **common,
-        ),
-        create_loader(validation, crop_pct=recipe.crop, **common),
-        names,
-    )
+        )
+    except AssertionError as error:
+        raise ValueError(f"--augment {recipe.augment}: {error}") from error
+    return batches, create_loader(validation, crop_pct=recipe.crop, **common), names
+
+
+def readable(loader: Any) -> Iterator[Any]:
+    """The batches of a loader. Raises ValueError if images cannot be read; timm skips a few of them, and says so."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise ValueError(f"images cannot be read: {str(error).strip().splitlines()[-1]}") from error

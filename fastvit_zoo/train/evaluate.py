@@ -3,11 +3,11 @@
 # pyright: reportPrivateImportUsage=false
 # timm exports its names without saying so.
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import reparamc
 from fastvit_zoo.model import create_model
-from fastvit_zoo.train.data import classes
+from fastvit_zoo.options import run_of
+from fastvit_zoo.train.data import classes, readable
 from fastvit_zoo.train.validate import Agreement, compare
 
 # isort: split
@@ -35,7 +36,10 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 class Corrupted:
-    """A transform that corrupts the image as the network would see it; the same image always alike."""
+    """A transform that corrupts the image as the network would see it; the same image always alike.
+
+    The package draws from numpy's old state, and from generators without a seed: both are replaced for a while.
+    """
 
     def __init__(self, kind: str, severity: int) -> None:
         self.kind, self.severity = kind, severity
@@ -44,10 +48,12 @@ class Corrupted:
         from imagecorruptions import corrupt  # pyright: ignore[reportMissingImports]
 
         pixels = np.asarray(image)
-        state = np.random.get_state()
-        np.random.seed(int(pixels.sum()) % 2**32)
+        state, seed = np.random.get_state(), int(pixels.sum()) % 2**32
+        generator = np.random.default_rng(seed)
+        np.random.seed(seed)
         try:
-            made = corrupt(pixels, corruption_name=self.kind, severity=self.severity)
+            with patch.object(np.random, "default_rng", lambda *_: generator):
+                made = corrupt(pixels, corruption_name=self.kind, severity=self.severity)
         finally:
             np.random.set_state(state)
         return Image.fromarray(np.asarray(made).astype(np.uint8))
@@ -68,7 +74,10 @@ def names_of(checkpoint: Path) -> list[str]:
     """The classes of a checkpoint: those of the run in its folder, else the 1000 of ImageNet by their WordNet ids."""
     run = checkpoint.parent / "run.json"
     if run.exists():
-        return json.loads(run.read_text())["classes"]
+        names = run_of(run).get("classes")
+        if not isinstance(names, list):
+            raise ValueError(f"{run} has no names of classes: it is not that of a classifier")
+        return names
     info = ImageNetInfo("imagenet-1k")
     return [info.index_to_label_name(i) for i in range(info.num_classes())]
 
@@ -91,7 +100,7 @@ def batches(dataset: Any, size: int, crop: float, batch: int, corruption: Corrup
         return image  # pyright: ignore[reportReturnType]
 
     dataset.transform = transform
-    yield from torch.utils.data.DataLoader(dataset, batch)
+    yield from readable(torch.utils.data.DataLoader(dataset, batch))
 
 
 def mean_corruption_error(errors: dict[str, list[float]]) -> float:
@@ -110,15 +119,23 @@ def evaluate(
     """
     if unknown := [kind for kind in corruptions if kind not in ALEXNET]:
         raise ValueError(f"unknown corruption {unknown[0]!r}; known corruptions: {', '.join(ALEXNET)}")
+    if corruptions and size < 32:
+        raise ValueError(f"--size {size} is too small: the corruptions need images of 32 pixels")
+    if not 0 < crop <= 1:
+        raise ValueError(f"--crop must be above 0 and at most 1, not {crop}")
     if not data.is_dir():
         raise ValueError(f"{data} is not a folder")
+    if corruptions:
+        import imagecorruptions  # noqa: F401  # pyright: ignore[reportMissingImports]
     known = names_of(checkpoint)
     model: nn.Module = create_model(name, num_classes=len(known), checkpoint=checkpoint).eval()
     try:
         dataset = create_dataset("", root=str(data), split="val")
     except RuntimeError as error:
         raise ValueError(f"{data}: {str(error).splitlines()[0]}") from error
-    indices = indices_of(classes(dataset), known)
+    if not any(names := classes(dataset)):
+        raise ValueError(f"{data} has no classes: images of each class belong in a folder of their own")
+    indices = indices_of(names, known)
     fused = reparamc.fuse_fx(model, torch.randn(2, 3, size, size))
     forms = Subset(model, indices), Subset(fused, indices)
     results: dict[str, Agreement | float] = {"clean": compare(*forms, batches(dataset, size, crop, batch, None))}

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastvit_zoo.options import check
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -40,6 +42,25 @@ class Recipe:
     layer_scale: float | None = None
     distillation: float = 0.5
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            positive=("epochs", "batch", "accumulate", "lr", "size", "crop", "smallest"),
+            natural=(
+                "warmup",
+                "cooldown",
+                "warmup_lr",
+                "min_lr",
+                "weight_decay",
+                "clip",
+                "jitter",
+                "mixup",
+                "cutmix",
+                "seed",
+            ),
+            shares=("ema", "crop", "smallest", "erasing", "flip", "mixing", "smoothing", "drop_path", "distillation"),
+        )
 
 
 PAPER = Recipe()

@@ -3,7 +3,6 @@
 # pyright: reportPrivateImportUsage=false
 # timm exports its names without saying so.
 
-import json
 import logging
 import os
 import sys
@@ -21,11 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastvit_zoo.torchvision_operators  # noqa: F401
 import reparamc
+from fastvit_zoo import options
 from fastvit_zoo.checkpoint import CheckpointError, load_checkpoint
 from fastvit_zoo.model import FastViT, create_model
 from fastvit_zoo.timing import milliseconds
-from fastvit_zoo.train.data import Source, loaders
+from fastvit_zoo.train.data import Source, loaders, readable
 from fastvit_zoo.train.recipe import Recipe
+from fastvit_zoo.train.step import Stepper
 from fastvit_zoo.train.validate import compare
 
 # isort: split
@@ -38,8 +39,6 @@ from timm.utils import (
     AverageMeter,
     CheckpointSaver,
     ModelEmaV3,
-    NativeScaler,
-    dispatch_clip_grad,
     distribute_bn,
     random_seed,
 )
@@ -56,20 +55,10 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What of a run is no hyper-parameter: where it runs, and what it starts from.
+class Options(options.Options):
+    """Those of every run, and a teacher. A classifier of other classes in `checkpoint` is dropped."""
 
-    `checkpoint` gives first weights, whose classifier is dropped if the classes are others. `resume` continues the run
-    in the folder `output` after its last full epoch. `amp` computes in half precision where that is safe.
-    """
-
-    output: Path
-    checkpoint: Path | None = None
     teacher: Teacher | None = None
-    resume: bool = False
-    device: str = "cpu"
-    workers: int = 0
-    amp: bool = False
 
 
 class Run:
@@ -78,16 +67,16 @@ class Run:
     Raises ValueError, CheckpointError or OSError before anything is trained or written if an input does not fit.
     """
 
-    def __init__(self, model: str, recipe: Recipe, source: Source, options: Options) -> None:
-        self.name, self.recipe, self.options = model, recipe, options
+    def __init__(self, model: str, recipe: Recipe, source: Source, chosen: Options) -> None:
+        self.name, self.recipe, self.options = model, recipe, chosen
         for module in ("timm.utils.checkpoint_saver", "timm.models._helpers", "timm.utils.summary"):
             logging.getLogger(module).setLevel(logging.WARNING)
-        group = init_distributed_device_so(device=options.device)
+        group = init_distributed_device_so(device=chosen.device)
         self.device = torch.device(group["device"])
         self.rank, self.size = int(group["global_rank"]), int(group["world_size"])
         random_seed(recipe.seed, 0)  # the same first weights everywhere
         self.training, self.validation, self.classes = loaders(
-            source, recipe, self.device, workers=options.workers, distributed=self.size > 1
+            source, recipe, self.device, workers=chosen.workers, distributed=self.size > 1
         )
         self.network = create_model(
             model,
@@ -95,10 +84,11 @@ class Run:
             drop_path_rate=recipe.drop_path,
             layer_scale_init=recipe.layer_scale,
         )
-        if options.checkpoint:
-            first_weights(self.network, options.checkpoint)
-        self.teacher = teacher_of(options.teacher, len(self.classes), self.device)
-        self._claim({"model": model, "classes": self.classes, "recipe": asdict(recipe)})
+        if chosen.checkpoint:
+            first_weights(self.network, chosen.checkpoint)
+        self.teacher = teacher_of(chosen.teacher, len(self.classes), self.device)
+        self.about = {"model": model, "classes": self.classes, "recipe": asdict(recipe)}
+        options.check_claim(chosen, self.about)
         self.network.to(self.device)
         self.average = ModelEmaV3(self.network, decay=recipe.ema)
         self.model: nn.Module = self.network
@@ -109,7 +99,7 @@ class Run:
         self.optimizer = create_optimizer_v2(
             self.model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
         )
-        self.scaler = NativeScaler("cuda") if options.amp and self.device.type == "cuda" else None
+        self.stepper = Stepper(self.optimizer, self.device, chosen.amp)
         self.updates = len(self.training) // recipe.accumulate
         schedule, self.last = create_scheduler_v2(
             self.optimizer,
@@ -127,11 +117,11 @@ class Run:
             self.network,
             self.optimizer,
             model_ema=self.average,
-            amp_scaler=self.scaler,
-            checkpoint_dir=str(options.output),
+            amp_scaler=self.stepper.scaler,
+            checkpoint_dir=str(chosen.output),
             max_history=1,
         )
-        self.first = self._resumed() if options.resume else 0
+        self.first = self._resumed() if chosen.resume else 0
         images = torch.randn(2, 3, recipe.size, recipe.size, device=self.device)
         self.fuser = reparamc.Fuser(self.averaged, images)
         if self.rank == 0:
@@ -150,30 +140,31 @@ class Run:
     def epochs(self) -> Iterator[dict[str, float]]:
         """Train; after every epoch validate the averaged weights in both forms, save, and give the figures."""
         images = torch.randn(1, 3, self.recipe.size, self.recipe.size, device=self.device)
-        for epoch in range(self.first, self.last):
-            loss = self._epoch(epoch)
-            if self.size > 1:
-                distribute_bn(self.network, self.size, reduce=True)
-                distribute_bn(self.averaged, self.size, reduce=True)
-            fused = self.fuser()
-            found = compare(self.averaged, fused, self.validation)
-            with torch.inference_mode():
-                slow, fast = milliseconds([lambda: self.averaged(images), lambda f=fused: f(images)])
-            figures = {
-                "top1": found.top1,
-                "top5": found.top5,
-                "top1_fused": found.top1_fused,
-                "top5_fused": found.top5_fused,
-                "differing": found.differing,
-                "ms": slow,
-                "ms_fused": fast,
-                "lr": self.optimizer.param_groups[0]["lr"],
-            }
-            if self.rank == 0:
-                # The line first: if the run is killed in between, resuming removes it.
-                update_summary(epoch, {"loss": loss}, figures, str(self.summary))
-                self.saver.save_checkpoint(epoch, metric=found.top1)
-            yield {"epoch": epoch, "images": found.images, "loss": loss, **figures}
+        with options.claim(self.options, self.about) if self.rank == 0 else nullcontext():
+            for epoch in range(self.first, self.last):
+                loss = self._epoch(epoch)
+                if self.size > 1:
+                    distribute_bn(self.network, self.size, reduce=True)
+                    distribute_bn(self.averaged, self.size, reduce=True)
+                fused = self.fuser()
+                found = compare(self.averaged, fused, readable(self.validation))
+                with torch.inference_mode():
+                    slow, fast = milliseconds([lambda: self.averaged(images), lambda f=fused: f(images)])
+                figures = {
+                    "top1": found.top1,
+                    "top5": found.top5,
+                    "top1_fused": found.top1_fused,
+                    "top5_fused": found.top5_fused,
+                    "differing": found.differing,
+                    "ms": slow,
+                    "ms_fused": fast,
+                    "lr": self.optimizer.param_groups[0]["lr"],
+                }
+                if self.rank == 0:
+                    # The line first: if the run is killed in between, resuming removes it.
+                    update_summary(epoch, {"loss": loss}, figures, str(self.summary))
+                    self.saver.save_checkpoint(epoch, metric=found.top1)
+                yield {"epoch": epoch, "images": found.images, "loss": loss, **figures}
 
     def _epoch(self, epoch: int) -> float:
         """One pass over the training images; the mean loss."""
@@ -183,7 +174,7 @@ class Run:
             sampler.set_epoch(epoch)
         self.model.train()
         losses, update = AverageMeter(), epoch * self.updates
-        batches = iter(self.training)
+        batches = readable(self.training)
         quiet = self.rank > 0 or not sys.stdout.isatty()
         for _ in track(range(self.updates), f"epoch {epoch}", disable=quiet, transient=True):
             for part in range(self.recipe.accumulate):
@@ -201,21 +192,10 @@ class Run:
         waiting: AbstractContextManager[Any] = nullcontext()
         if isinstance(self.model, DistributedDataParallel) and not update:
             waiting = self.model.no_sync()
-        half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         with waiting:
-            with torch.autocast(self.device.type, half, enabled=self.options.amp):
+            with self.stepper.autocast():
                 loss = self._loss(self.model(images), images, labels)
-            clip = self.recipe.clip or None
-            part = loss / self.recipe.accumulate
-            if self.scaler is not None:
-                parameters = self.model.parameters()
-                self.scaler(part, self.optimizer, clip_grad=clip, parameters=parameters, need_update=update)
-                return loss.item()
-            part.backward()
-        if update:
-            if clip:
-                dispatch_clip_grad(self.model.parameters(), clip)
-            self.optimizer.step()
+            self.stepper.step(loss / self.recipe.accumulate, self.model, clip=self.recipe.clip, update=update)
         return loss.item()
 
     def _loss(self, scores: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -228,31 +208,12 @@ class Run:
         weight = self.recipe.distillation
         return (1 - weight) * loss + weight * F.cross_entropy(scores, taught)
 
-    def _claim(self, wanted: dict[str, Any]) -> None:
-        """Write down what the run in the folder is, or find that it is this one."""
-        kept = self.options.output / "run.json"
-        if self.options.resume:
-            if not kept.exists():
-                raise ValueError(f"nothing to resume in {self.options.output}")
-            before = json.loads(kept.read_text())
-            flat = [{**{k: v for k, v in d.items() if k != "recipe"}, **d["recipe"]} for d in (before, wanted)]
-            for key, value in flat[1].items():
-                if flat[0].get(key) != value:
-                    raise ValueError(f"{kept} has another {key}: {flat[0].get(key)}, not {value}")
-        elif self.rank == 0:
-            if kept.exists():
-                raise ValueError(f"{self.options.output} has a run already: give --resume, or another --output")
-            self.options.output.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(wanted, indent=1))
-            os.replace(partial, kept)
-
     def _resumed(self) -> int:
         """Load the last full epoch; the number of the next."""
         last = str(self.options.output / "last.pth.tar")
         if not os.path.exists(last):
             return 0
-        epoch = resume_checkpoint(self.network, last, self.optimizer, self.scaler, log_info=False)
+        epoch = resume_checkpoint(self.network, last, self.optimizer, self.stepper.scaler, log_info=False)
         load_timm_checkpoint(self.averaged, last, use_ema=True)
         self.saver.load_state_dict_from_checkpoint(last)
         self.schedule.step_update((epoch or 0) * self.updates)
@@ -283,6 +244,6 @@ def teacher_of(teacher: Teacher | None, classes: int, device: torch.device) -> n
             network = create_model(teacher.name, num_classes=classes, checkpoint=teacher.checkpoint)
         else:
             network = timm.create_model(teacher.name, num_classes=classes, checkpoint_path=str(teacher.checkpoint))
-    except RuntimeError as error:
+    except Exception as error:  # whatever timm raises for a name or a file that is something else
         raise ValueError(f"{teacher.checkpoint} does not fit {teacher.name}: {str(error).splitlines()[0]}") from error
     return network.to(device).eval().requires_grad_(False)

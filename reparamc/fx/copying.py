@@ -73,10 +73,19 @@ def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
         for name, value in [(n, v) for n, v in vars(module).items() if isinstance(v, _REFERRING) and v]:
             if (moved := _moved(value, memo)) is not value:
                 vars(module)[name] = moved
-    if is_exported(model):
-        for module in made.modules():
-            module.training = False
+    modes = {path: module.training and not is_exported(model) for path, module in model.named_modules()}
+    for path, module in made.named_modules():
+        if module.training != modes.get(path, module.training):
+            _set_mode(module, modes[path])
     return made
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    """Set the mode that a copy lost: a feature extractor of torchvision chooses its graph by it."""
+    if is_exported(module):
+        module.training = training
+    else:
+        module.train(training)
 
 
 def _begun(model: nn.Module) -> Memo:

@@ -325,3 +325,16 @@ def test_nothing_to_fuse(x: torch.Tensor) -> None:
     assert not report(fused).changed
     assert torch.equal(run(fused, x), run(model, x))
     assert "nothing to fuse" in report(fused).table()
+
+
+def test_a_feature_extractor_of_torchvision_stays_in_eval_mode(timm: object) -> None:
+    """Its own copies are in training mode, which chooses another graph."""
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    body = ready(nn.Sequential(conv_bn(), nn.ReLU(), conv_bn(1)))
+    extractor = extraction.create_feature_extractor(body, {"0": "a", "2": "b"})
+    (x,) = images((2, CHANNELS, 7, 9), dtype=torch.float32)
+    fused = fuse_fx(extractor, x)
+    assert counts(fused) == (2, 0)
+    with torch.no_grad():
+        assert relative_error(fused(x), extractor(x)) < 1e-5
+    assert not extractor.training

@@ -1,6 +1,8 @@
 """The same weights give the same outputs as in timm, an independent implementation."""
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -9,6 +11,7 @@ pytest.importorskip("torch")
 import torch
 from torch import nn
 
+import reparamc
 from fastvit_zoo import create_model, list_models, load_checkpoint
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
 
@@ -69,3 +72,38 @@ def test_timm_creates_the_models_of_the_zoo(timm: ModuleType) -> None:
         assert [m.shape[1] for m in backbone(torch.empty(1, 3, 64, 64))] == [128, 256]
     with pytest.raises(ValueError, match="no weights to download"):
         timm.create_model("fastvit_zoo_t8", pretrained=True)
+
+
+def maps_agree(network: Any, maps: Callable[[Any], Sequence[torch.Tensor]]) -> None:
+    """A network of another library on a backbone of the zoo is fused whole, and computes the same."""
+    image = torch.randn(2, 3, 64, 64)
+    fused = reparamc.fuse_fx(randomize_batchnorm(network.eval(), 0, image), image)
+    assert not [module for module in fused.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for actual, expected in zip(maps(fused(image)), maps(network(image)), strict=True):
+            assert difference(actual, expected) < 1e-4
+
+
+def test_a_feature_extractor_of_torchvision(timm: ModuleType) -> None:
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = create_model("fastvit_digits").eval()
+    nodes = {f"stages.{i}": str(i) for i in range(4)}
+    maps_agree(feature_extraction.create_feature_extractor(model, nodes), lambda found: list(found.values()))
+
+
+def test_a_backbone_of_transformers(timm: ModuleType) -> None:
+    transformers = pytest.importorskip("transformers")
+    import fastvit_zoo.timm_models  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+    config = transformers.TimmBackboneConfig("fastvit_zoo_t8", use_pretrained_backbone=False, out_indices=(1, 3))
+    backbone = transformers.AutoBackbone.from_config(config)
+    assert backbone.channels == [96, 384]
+    maps_agree(backbone, lambda found: found.feature_maps)
+
+
+def test_an_encoder_of_segmentation_models(timm: ModuleType) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    import fastvit_zoo.timm_models  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+    network = smp.FPN("tu-fastvit_zoo_t8", encoder_weights=None, classes=3)
+    maps_agree(network, lambda found: [found])

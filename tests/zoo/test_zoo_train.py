@@ -21,6 +21,7 @@ from PIL import Image
 import reparamc
 from fastvit_zoo import create_model, load_checkpoint
 from fastvit_zoo.__main__ import main
+from fastvit_zoo.train.data import readable
 from fastvit_zoo.train.finish import train
 from fastvit_zoo.train.recipe import DIGITS, RECIPES, Recipe, recipe
 from fastvit_zoo.train.run import Options, Run, Source, Teacher
@@ -134,6 +135,16 @@ def test_data_sets_of_other_libraries(images: Path, tmp_path: Path) -> None:
     assert training[1][1] == 1
 
 
+def test_images_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").write_text("no image")
+    images = Source(tmp_path).split(True)
+    images.transform = lambda image: image
+    with pytest.raises(ValueError, match="images cannot be read: Failed to load"):
+        list(readable(torch.utils.data.DataLoader(images)))
+
+
 def test_recipes_of_the_paper() -> None:
     assert recipe("paper", "fastvit_t8") == Recipe()
     assert (recipe("paper", "fastvit_ma36").drop_path, recipe("paper", "fastvit_ma36").mixup) == (0.35, 0.8)
@@ -159,6 +170,16 @@ def test_recipes_of_the_paper() -> None:
             ["--data", "images", "--batch", "4", "--teacher", "resnet18", "--teacher-checkpoint", "none.pt"],
             "the teacher's weights none.pt do not exist",
         ),
+        (["--data", "images", "--batch", "0"], "--batch must be above 0, not 0"),
+        (["--data", "images", "--epochs", "-1"], "--epochs must be above 0, not -1"),
+        (["--data", "images", "--ema", "2"], "--ema must be from 0 to 1, not 2.0"),
+        (["--data", "images", "--batch", "4", "--optimizer", "none"], "Optimizer none not found"),
+        (["--data", "images", "--batch", "4", "--augment", "none"], "--augment none: Unknown AA policy none"),
+        (["--data", "images", "--batch", "4", "--dataset", "none"], "unknown data set 'none'"),
+        (
+            ["--data", "images", "--batch", "4", "--teacher", "resnet18", "--teacher-checkpoint", "list.pt"],
+            "not fit res",
+        ),
         (["--recipe", "mine"], "unknown recipe 'mine'; known recipes: paper"),
         (["--data", "images", "--model", "fastvit_t9", "--batch", "4"], "unknown model 'fastvit_t9'"),
     ],
@@ -177,6 +198,7 @@ def test_bad_input_is_one_line(
         Path("flat", split).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(Path("flat", split, "a.png"))
     Path("empty").mkdir()
+    torch.save([1], "list.pt")
     Path("old").mkdir()
     kept = {"model": "fastvit_t8", "classes": ["dark", "light"], "recipe": {"epochs": 8, "warmup": 1, "cooldown": 0}}
     kept["recipe"] |= {"batch": 4, "accumulate": 1, "optimizer": "adamw", "lr": 1.0}
