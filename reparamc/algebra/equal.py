@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reparamc.algebra.arrays import values
-from reparamc.algebra.evaluate import absolute
+from reparamc.algebra.evaluate import TooLargeError, absolute
 from reparamc.algebra.expr import (
     Array,
     BatchNorm,
@@ -51,10 +51,14 @@ def compare_expressions(before: Expr, after: Expr, seed: int = 0) -> float:
         with np.errstate(over="ignore", invalid="ignore"):
             try:
                 a = values(sample.value(before))
+            except TooLargeError:
+                raise
             except (ValueError, IndexError) as error:
                 raise ValueError("its shapes do not fit together on sample inputs") from error
             try:
                 b = values(sample.value(after))
+            except TooLargeError:
+                raise
             except (ValueError, IndexError):
                 return float("inf")
             scale = values(sample.magnitudes().value(terms))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 
@@ -34,6 +34,18 @@ from reparamc.algebra.places import Places, Positions, reads, result_size
 from reparamc.algebra.resample import resize_matrix
 from reparamc.algebra.shape import Shape
 
+MOST_ELEMENTS = 2**26
+"""Elements that a value may have."""
+
+
+class TooLargeError(ValueError):
+    """A value has more elements than it may have."""
+
+
+def _check(elements: int) -> None:
+    if elements > MOST_ELEMENTS:
+        raise TooLargeError("its values are too large")
+
 
 def evaluate(
     root: Expr,
@@ -50,6 +62,7 @@ def evaluate(
 
     Raises:
         ValueError: neither tells a size of a reshape.
+        TooLargeError: a convolution or a resize makes too many elements.
     """
     values: dict[Expr, Array] = {}
     sizes = dict(sizes or {})
@@ -132,6 +145,7 @@ def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
     if isinstance(e.op, Take):
         return x[(*[slice(None)] * e.op.axis, e.op.at)]
     if isinstance(e.op, Resize):
+        _check(prod(x.shape) * prod(max(1, ceil(scale)) for scale in e.op.scales))
         for axis, scale in zip(e.op.axes, e.op.scales, strict=True):
             rows = resize_matrix(x.shape[axis], scale, e.op.mode, e.op.place, e.op.rounding, e.op.cubic)
             _, x, rows = together(x, rows)
@@ -159,6 +173,7 @@ def _convolve(e: Conv, x: Array, places: Places | None) -> Array:
     n = e.spatial
     batch, held = x.shape[: x.ndim - n - 1], x.shape[x.ndim - n :]
     size = held if places is None else places.sizes[e.x]
+    _check(prod(batch) * e.out_channels * prod(result_size(e, size)) if places is None else 0)
     at = [np.arange(o) for o in result_size(e, size)] if places is None else places.at[e]
     tables = reads(e, at, size)
     if places is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
 from reparamc.algebra.arrays import count
-from reparamc.algebra.evaluate import evaluate
+from reparamc.algebra.evaluate import MOST_ELEMENTS, TooLargeError, evaluate
 from reparamc.algebra.expr import Array, Conv, Expr, Ints, Layout, Reshape, Scale, Source, Sum, walk
 from reparamc.algebra.fitting import Sizes
 from reparamc.algebra.infer import channel_axes, channels, has_layout
@@ -30,9 +31,6 @@ class Size:
 ORDINARY, ODD = Size(), Size(extra=1)
 SIZES = (ORDINARY, ODD, *(Size(tiny=n) for n in (1, 2, 3)))
 """Sizes to compare at; the first is enough where no position meets another."""
-
-MOST_DECLARED = 2**26
-"""Elements of inputs of sizes that the model itself fixes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,25 +113,21 @@ def draw(roots: Sequence[Expr], size: Size, rng: np.random.Generator, largest: i
     whole = Sum(tuple(roots)) if len(roots) > 1 else roots[0]
     if has_layout(whole):
         shapes, symbols = _declared(roots[0], whole, size)
-        _check(shapes, MOST_DECLARED if largest is None else largest)
+        _check(shapes, largest)
         return Sample({e: rng.standard_normal(shape) for e, shape in shapes.items()}, symbols)
     shapes = _just_larger(roots[0], whole, size)
-    _check(shapes, largest)
     spatial = {e: shape[2:] for e, shape in shapes.items()}
     at = places(roots, spatial, rng) if largest is None else None
     if at is not None:
         shapes = {e: (*shape[:2], *at.shape(e)) for e, shape in shapes.items()}
+    _check(shapes, largest)
     values = _of_all_sizes if size == ORDINARY else np.random.Generator.standard_normal
     return Sample({e: values(rng, shape) for e, shape in shapes.items()}, {}, at)
 
 
 def _check(shapes: Mapping[Source, Ints], largest: int | None) -> None:
-    if largest is not None and sum(int(np.prod(shape)) for shape in shapes.values()) > largest:
+    if sum(prod(shape) for shape in shapes.values()) > (MOST_ELEMENTS if largest is None else largest):
         raise TooLargeError("its operands are too large")
-
-
-class TooLargeError(ValueError):
-    """Inputs have more elements than they may have."""
 
 
 def _of_all_sizes(rng: np.random.Generator, shape: Ints) -> Array:

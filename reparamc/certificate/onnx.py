@@ -19,7 +19,8 @@ from reparamc.certificate.agreement import Precision
 from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.narrowing import Separate
 from reparamc.certificate.normal_form import Array, Value
-from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, bodies, bounds, is_standard, run_alone
+from reparamc.certificate.onnx_bounds import bodies
+from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, bounds, is_standard, run_alone
 from reparamc.certificate.onnx_operators import (
     ELEMENTWISE,
     MIXING,

@@ -7,10 +7,11 @@ from math import prod
 from typing import cast
 
 import numpy as np
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from reparamc.certificate.axes import Unrepresentable
 from reparamc.certificate.normal_form import Array
+from reparamc.certificate.onnx_bounds import bodies
 from reparamc.certificate.onnx_shapes import Shapes, attribute
 from reparamc.certificate.proof import Window
 
@@ -19,8 +20,14 @@ RANDOM = {
 }  # fmt: skip
 """Operators whose result is not decided by their operands."""
 
-SHAPED = ("Expand", "Pad", "Reshape", "Slice")
-"""Operators whose operands decide the shape of the result."""
+SHAPED = {
+    "CenterCropPad", "Col2Im", "ConstantOfShape", "Expand", "MaxUnpool", "MelWeightMatrix", "OneHot", "Pad", "Range",
+    "Reshape", "Resize", "Slice", "Tile", "Upsample", "AffineGrid", "BlackmanWindow", "HammingWindow", "HannWindow",
+}  # fmt: skip
+"""Operators whose operands decide the shape of the result: where it is unknown, it may be vast."""
+
+MOST_MADE, PER_STORED = 2**23, 8
+"""Elements that constants may have in all, and so many more for each that is stored."""
 
 MOST_SIZES = 16
 """A constant of more elements is no shape."""
@@ -61,18 +68,33 @@ class Constants:
             self.names = self._names()
 
     def _names(self) -> set[str]:
-        found = set(self.tensors)
+        sizes = {name: prod(t.dims) for name, t in self.tensors.items()}
+        most = left = MOST_MADE + PER_STORED * sum(sizes.values())
         for node in self.model.graph.node:
             if not is_standard(node) or node.op_type in RANDOM or bodies(node):
                 continue
-            if node.op_type == "Constant":
-                known = constant_array(node, self._read) is not None
-            else:
-                known = self._of_shape(node) is not None
-                known = known or (bool(node.input) and all(name in found for name in node.input if name))
-            if known:
-                found.update(name for name in node.output if name)
-        return found
+            made = self._made(node, sizes, most)
+            if sum(made.values()) <= left:
+                left -= sum(made.values())
+                sizes.update(made)
+        return set(sizes)
+
+    def _made(self, node: NodeProto, sizes: Mapping[str, int], most: int) -> dict[str, int]:
+        """The results of a node that are constants, and how many elements they have at most."""
+        results = [name for name in node.output if name]
+        if node.op_type == "Constant":
+            array = constant_array(node, self._read)
+            return {} if array is None else dict.fromkeys(results, array.size)
+        if self._of_shape(node) is not None:
+            return dict.fromkeys(results, 1)
+        if not node.input or not all(name in sizes for name in node.input if name):
+            return {}
+        given = 1
+        for name in filter(None, node.input):
+            given = min(given * max(sizes[name], 1), most)
+        unknown = most + 1 if node.op_type in SHAPED else given
+        shapes = {name: self.shapes.known_shape(name) for name in results}
+        return {name: unknown if shape is None else prod(shape) for name, shape in shapes.items()}
 
     def _deciding(self, given: Mapping[str, Array]) -> dict[str, Array]:
         """Constants that operators compute, from which shapes follow that are unknown so far."""
@@ -80,14 +102,14 @@ class Constants:
         for node in self.model.graph.node:
             if node.op_type not in SHAPED or self.shapes.known_shape(node.output[0]) is not None:
                 continue
-            for name in node.input[1:]:
+            for name in node.input[node.op_type not in ("ConstantOfShape", "Range") :]:
                 if name not in self.names or name in given or self._stored(name) is not None:
                     continue
                 try:
                     array = self.array(name)
                 except Unrepresentable:
                     continue
-                if array is not None and array.dtype == np.int64 and array.size <= MOST_SIZES:
+                if array is not None and array.size <= MOST_SIZES:
                     found[name] = array
         return found
 
@@ -242,15 +264,6 @@ def run_alone(
 
 def is_standard(node: NodeProto) -> bool:
     return node.domain in ("", "ai.onnx")
-
-
-def bodies(node: NodeProto) -> list[GraphProto]:
-    """The graphs that an operator runs."""
-    return [g for a in node.attribute if a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for g in _graphs(a)]
-
-
-def _graphs(a: AttributeProto) -> list[GraphProto]:
-    return [a.g] if a.type == AttributeProto.GRAPH else list(a.graphs)
 
 
 def constant_array(node: NodeProto, read: Callable[[TensorProto], Array]) -> Array | None:

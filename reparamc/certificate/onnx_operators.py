@@ -574,13 +574,17 @@ def _read_reshape(call: Call) -> Value:
     return nl.regrouped(x, _inferred(call, x))
 
 
-def _inferred(call: Call, x: Value) -> list[Dim | None]:
-    """The sizes of the result as shape inference has them; None for what is no product of those of the operand."""
+def _inferred(call: Call, x: Value) -> list[Dim]:
+    """The sizes of the result as shape inference has them, if all are products of those of the operand.
+
+    Where one is not, the others do not tell it: there may be no elements.
+    """
     shape = call.side.inferred(call.node.output[call.at])
-    if shape is None:
-        raise Unrepresentable("the rank of a reshape is unknown")
     own = {s for e in x.shape for s in e.symbols}
-    return [e if e is not None and own.issuperset(e.symbols) else None for e in shape]
+    found = [e for e in shape or [None] if e is not None and own.issuperset(e.symbols)]
+    if shape is None or len(found) < len(shape):
+        raise Unrepresentable("the sizes of a reshape are unknown")
+    return found
 
 
 def _read_flatten(call: Call) -> Value:

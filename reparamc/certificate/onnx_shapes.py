@@ -12,6 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, 
 
 from reparamc.certificate.axes import Dim
 from reparamc.certificate.normal_form import Array
+from reparamc.certificate.onnx_bounds import FAILURES, may_propagate
 
 WEIGHT = 1024
 """A stored tensor of more elements is a weight: shape inference gets its type alone."""
@@ -76,30 +77,12 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
 
 def _inferred(light: ModelProto) -> tuple[ModelProto, bool]:
     """``light`` with what inference tells, and whether it has no objection; as it is where it finds a contradiction."""
-    for options in ({"strict_mode": True, "data_prop": not _has_vast_sizes(light)}, {}):
+    for options in ({"strict_mode": True, "data_prop": may_propagate(light)}, {}):
         try:
             return onnx.shape_inference.infer_shapes(light, **options), bool(options)
-        except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        except FAILURES:
             continue
     return light, False
-
-
-def _has_vast_sizes(light: ModelProto) -> bool:
-    """Whether a size is named that onnx, which follows the entries of vectors, would take minutes for."""
-    constants = (n for n in light.graph.node if n.op_type == "Constant" and n.output)
-    nodes = {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
-    tensors = {t.name: t for t in light.graph.initializer} | nodes
-    held = {name: t for name, t in tensors.items() if t.data_type != TensorProto.STRING and not t.external_data}
-    small = {name: t for name, t in held.items() if prod(t.dims) <= WEIGHT}
-    whole = [numpy_helper.to_array(t) for t in small.values() if t.data_type == TensorProto.INT64]
-    numbers = [n for array in whole for n in array.ravel().tolist()]
-    numbers += [d.dim_value for v in light.graph.input for d in v.type.tensor_type.shape.dim]
-    ends = [
-        [float(numpy_helper.to_array(small[name]).sum()) for name in node.input]
-        for node in light.graph.node
-        if node.op_type == "Range" and len(node.input) == 3 and set(small).issuperset(node.input)
-    ]
-    return any(2**20 < n < 2**62 for n in numbers) or any(abs(b - a) > 2**20 * abs(step) for a, b, step in ends)
 
 
 def _has_rest(tensor: TensorProto) -> bool:

@@ -173,6 +173,9 @@ def axis_of_constant(dims: Sequence[int], size: Callable[[int], int | None]) -> 
 MOST_CHANNELS = 2**12
 """Channels that a repetition along one axis may make. More are not taken for channels: their indices take room."""
 
+MOST_CONCATENATED = 2**16
+"""Channels that a concatenation may have, and a selection: the same."""
+
 CUTS = "it splits or merges the channel axis"
 AVERAGES = "it averages over the channels"
 

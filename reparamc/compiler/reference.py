@@ -16,11 +16,11 @@ from math import prod
 import numpy as np
 
 from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions, relative, structure
-from reparamc.algebra.evaluate import absolute, evaluate
+from reparamc.algebra.evaluate import TooLargeError, absolute, evaluate
 from reparamc.algebra.expr import Array, Expr, Layout, Resize, Source, walk
 from reparamc.algebra.infer import has_layout
 from reparamc.algebra.resample import OTHER
-from reparamc.algebra.samples import TooLargeError, samples
+from reparamc.algebra.samples import samples
 from reparamc.compiler.graph import Graph
 from reparamc.compiler.readings import Reading, Taps, Value
 from reparamc.errors import one_line

@@ -7,12 +7,15 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Source, Sum, walk
 from reparamc.algebra.places import result_size
 
 REFUSED = "the rewritten form would refuse maps that are smaller than its kernel, which the region takes"
+
+MOST_TRIED = 2**9
+"""Sizes that are tried. Where kernels reach further, some may be refused."""
 
 
 def refuses_more(before: Expr, after: Expr, made: Collection[Expr], pools_clamp: bool) -> bool:
@@ -26,14 +29,15 @@ def refuses_more(before: Expr, after: Expr, made: Collection[Expr], pools_clamp:
         return False
     if any(isinstance(e, Layout) for root in (before, after) for e in walk(root)):
         return False  # their sizes are not those of their operands
-    return any(
+    tried = [_sizes(before, axis, spatial) for axis in range(spatial)]
+    return any(len(sizes) > MOST_TRIED for sizes in tried) or any(
         _size(before, axis, spatial, n, pools_clamp) is not None and _size(after, axis, spatial, n, pools_clamp) is None
-        for axis in range(spatial)
-        for n in _sizes(before, axis, spatial)
+        for axis, sizes in enumerate(tried)
+        for n in sizes
     )
 
 
-def _sizes(root: Expr, axis: int, spatial: int) -> Iterable[int]:
+def _sizes(root: Expr, axis: int, spatial: int) -> Collection[int]:
     """Sizes of the operands along an axis: the one that is known, or all small ones."""
     shapes = [e.shape for e in walk(root) if isinstance(e, Source) and e.shape is not None]
     known = {shape[axis - spatial].known for shape in shapes if len(shape) > spatial} - {None}

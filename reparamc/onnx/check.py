@@ -9,10 +9,11 @@ from math import prod
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
+from reparamc.certificate.onnx_bounds import FAILURES, nested
 from reparamc.errors import InputError, one_line
 from reparamc.onnx.session import session
 from reparamc.onnx.sizes import in_order
-from reparamc.onnx.values import MALFORMED, captured, defined, skeleton, subgraphs
+from reparamc.onnx.values import captured, defined, skeleton, subgraphs
 from reparamc.onnx.weights import PACKED, UNEVEN, is_reference, length
 
 OLDEST_OPSET = 7
@@ -29,7 +30,9 @@ def check(model: ModelProto) -> str | None:
         InputError: neither takes it, or it holds what neither looks at.
     """
     if not model.graph.node and not model.graph.output:
-        raise InputError("the model has no graph: the file is empty or not ONNX")
+        is_there = model.graph.ByteSize()
+        what = "no operators and no outputs" if is_there else "no graph: the file is empty or not ONNX"
+        raise InputError(f"the model has {what}")
     if any(t.data_location == TensorProto.EXTERNAL and not is_reference(t) for t in model.graph.initializer):
         raise InputError("the weights are in another file and not loaded; load the model with onnx.load(path)")
     _check_opsets(model)
@@ -60,7 +63,7 @@ def check(model: ModelProto) -> str | None:
 def _objection(look: Callable[[], object]) -> str | None:
     try:
         look()
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, *MALFORMED) as error:
+    except FAILURES as error:
         return one_line(error)
     return None
 
@@ -120,15 +123,6 @@ def _check_opsets(model: ModelProto) -> None:
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
     """The main graph and the bodies in it, at any depth."""
     return nested(model.graph)
-
-
-def nested(graph: GraphProto) -> Iterator[GraphProto]:
-    """``graph`` and the bodies in it, at any depth."""
-    stack = [graph]
-    while stack:
-        graph = stack.pop()
-        yield graph  # whose nodes may be put in another order meanwhile
-        stack.extend(body for node in graph.node for body in subgraphs(node))
 
 
 def tensors(graph: GraphProto) -> Iterator[TensorProto]:

@@ -1,13 +1,14 @@
 """Constant folding on ONNX graphs: operators whose operands are all constant are computed once, now.
 
 A node is folded when it is deterministic, its result is beyond doubt (see `exact`) or two independent sources agree on
-it (see `witnesses`), the result takes no more bytes than its operands (small results always may), and no operand of
-weight size is read elsewhere: the file never grows. The sizes of a value that are known count as constant, also where
+it (see `witnesses`), and what takes the place of a constant takes no more bytes than that (small results always may):
+the file never grows. The sizes of a value that are known count as constant, also where
 others are not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import cast
 
@@ -64,19 +65,10 @@ def _sweep(model: ModelProto) -> list[str]:
     uses, found = users(model.graph), _Foldable(model)
     while True:
         found.collect()
-        done = {name for node in found.nodes for name in node.output if name} | set(found.shapes)
-        # What is large and read by something that stays would be kept beside what is computed from it.
-        still = {
-            name
-            for node in found.nodes
-            for name in node.input
-            if found.sizes.get(name, 0) > SMALL_BYTES
-            and len(uses.get(name, [])) > 1
-            and not all(user is not None and done.issuperset(filter(None, user.output)) for user in uses[name])
-        }
-        if still <= found.apart:
+        growing = found.growing(uses)
+        if growing <= found.apart:
             break
-        found.apart |= still
+        found.apart |= growing
     values = found.values()
     kept, folded = [], []
     for node in model.graph.node:
@@ -87,7 +79,11 @@ def _sweep(model: ModelProto) -> list[str]:
         fed = {name for node in folded for name in node.input}
         fresh = [tensor(a, name) for name, a in values.items() if name in read]
         commit(model, kept, fresh, fed)
-    return [next(filter(None, node.output)) for node in folded]
+    return [_first(node) for node in folded]
+
+
+def _first(node: NodeProto) -> str:
+    return next(filter(None, node.output), "")
 
 
 class _Foldable:
@@ -140,9 +136,9 @@ class _Foldable:
         given = [name for name in node.input if name]
         if not given or not all(name in self.sizes for name in given) or not self.apart.isdisjoint(given):
             return
-        room = max(sum(self.sizes[name] for name in given), SMALL_BYTES)
+        room = max(sum(self.sizes[name] for name in set(given)), SMALL_BYTES)
         outputs = [name for name in node.output if name]
-        sizes = [self._size(node, name, room) for name in outputs]
+        sizes = [self._size(node, name, sum(self.sizes[name] for name in given)) for name in outputs]
         if outputs and all(size is not None and size <= room for size in sizes):
             self.sizes.update(zip(outputs, (s or 0 for s in sizes), strict=True))
             self.nodes.append(node)
@@ -153,18 +149,33 @@ class _Foldable:
             return node
         return helper.make_node("Cast", node.input[:1], node.output, node.name, to=kind)
 
-    def _size(self, node: NodeProto, name: str, room: int) -> int | None:
-        """Bytes of the result ``name``; ``room`` when unknown but bounded by the operands; None when unknown."""
+    def _size(self, node: NodeProto, name: str, given: int) -> int | None:
+        """Bytes of the result ``name``; ``given`` when unknown but bounded by the operands; None when unknown."""
         if (sizes := self.types.sizes(name)) is not None:
             return prod(sizes) * itemsize(self.types.element_type(name))
         if node.op_type in SPELLED and (spelled := self._whole_numbers(node.input[SPELLED[node.op_type]])) is not None:
             return prod([abs(n) for n in spelled]) * max(self.sizes[node.input[0]], itemsize(None))
-        return room if node.op_type in MOVES else None
+        return given if node.op_type in MOVES else None
 
     def _whole_numbers(self, name: str) -> list[int] | None:
         """The entries of a vector that is known already; None where it is still to be computed."""
         known = self.shapes.get(name, self.constants.array(name) if name in self.constants else None)
         return known.ravel().tolist() if known is not None and known.dtype.kind in "iu" else None
+
+    def growing(self, uses: Mapping[str, Sequence[NodeProto | None]]) -> set[str]:
+        """The large constants that take less room than their shares of what is made of them, or stay beside that."""
+        made = {_first(node): sum(self.sizes[name] for name in node.output if name) for node in self.nodes}
+        found: set[str] = set()
+        for name in {name for node in self.nodes for name in node.input}:
+            size, shares, stays = self.sizes.get(name, 0), 0.0, False
+            for user in uses.get(name, []) if size > SMALL_BYTES else []:
+                result = made.get(_first(user), 0) if user is not None else 0
+                stays = stays or user is None or (_first(user) not in made and _first(user) not in self.shapes)
+                if user is not None and result > SMALL_BYTES:
+                    shares += result * size / sum(self.sizes.get(n, 0) for n in user.input)
+            if shares > size * (1 + 1e-9) or (stays and shares):
+                found.add(name)
+        return found
 
     def values(self) -> dict[str, np.ndarray]:
         """The results of all that can be folded, without those whose sources disagree.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from onnx import GraphProto, ModelProto
 
 from reparamc.algebra.rewrite import Pass, select
+from reparamc.certificate.onnx_bounds import nested
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse, level_of
@@ -26,7 +27,7 @@ from reparamc.compiler.regions import LIFT
 from reparamc.errors import InputError, InputTypeError
 from reparamc.onnx import weights
 from reparamc.onnx.bodies import called, fuse_bodies, has_bodies, inlined, merged, resolve
-from reparamc.onnx.check import check, graphs, in_execution_order, nested
+from reparamc.onnx.check import check, graphs, in_execution_order
 from reparamc.onnx.emit import OnnxEdit
 from reparamc.onnx.files import check_target, file_origin, opened, save_outcome
 from reparamc.onnx.graph import OnnxGraph

@@ -16,7 +16,7 @@ from onnx import ModelProto
 from reparamc.algebra.expr import Array, Conv, Expr, Source
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Bounded, Fold, Separate
-from reparamc.compiler.readings import Taps, Value
+from reparamc.compiler.readings import MOST_CONCATENATED, Taps, Value
 from reparamc.onnx import taps
 from reparamc.onnx.bounds import bounded
 from reparamc.onnx.constants import fold_constants
@@ -99,7 +99,8 @@ class OnnxGraph(Facts):
     def _is_vast(self, name: str) -> bool:
         """Whether ``name`` has too many elements, as far as its size is known, to be computed for a try."""
         shape = self.types.shape(name)
-        return shape is not None and prod(dim.factor for dim in shape) > MOST_ELEMENTS
+        factors = [dim.factor for dim in shape or ()]
+        return prod(factors) > MOST_ELEMENTS or max(factors, default=0) > MOST_CONCATENATED
 
     def is_written(self, value: Value, but: Value | None = None) -> bool:
         return False

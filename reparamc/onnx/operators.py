@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from math import prod
 from typing import cast
 
 import numpy as np
@@ -37,7 +38,15 @@ from reparamc.algebra.kernels import averaged, equal_taps, swap_sides, transpose
 from reparamc.algebra.resample import MODES, PLACES, ROUNDINGS
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Shape
-from reparamc.compiler.readings import ACTIVATION, MOST_CHANNELS, Reading, axis_of_constant, moved, scaled
+from reparamc.compiler.readings import (
+    ACTIVATION,
+    MOST_CHANNELS,
+    MOST_CONCATENATED,
+    Reading,
+    axis_of_constant,
+    moved,
+    scaled,
+)
 from reparamc.errors import InputError
 from reparamc.onnx.facts import Facts, Reader
 from reparamc.onnx.taps import NORMS, Stored, read_norm, read_stored, read_taps, stored
@@ -47,6 +56,16 @@ NORMALISATION = "it belongs to a normalisation that runtimes fuse"
 
 LAST = 2**30
 """An end of a slice from here on means the end of the axis: exporters write the largest integers."""
+
+
+MOST_GROWN = 2**14
+"""Results that a resize may make of a position. A region with more cannot be checked on samples."""
+
+
+MOST_TAPS, MOST_REACH = 2**14, 2**12
+"""Positions under the window of a pooling that is written as a kernel; and how far a kernel may read, pad or step."""
+
+FAR = "it reads too far to be checked on samples"
 
 
 def _weight_and_bias(graph: Facts, node: NodeProto) -> tuple[str | None, str | None] | Declined:
@@ -73,6 +92,11 @@ def _integers(node: NodeProto, name: str, count: int, default: int = 1) -> tuple
     return found
 
 
+def _is_far(kernel: Sequence[int], dilation: Sequence[int], *steps: Sequence[int]) -> bool:
+    reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return max((abs(n) for ns in (reach, *steps) for n in ns), default=0) > MOST_REACH
+
+
 def _read_conv(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     found = _weight_and_bias(graph, node)
     if isinstance(found, Declined):
@@ -91,7 +115,7 @@ def _read_conv(graph: Facts, node: NodeProto, output: str) -> Reading | Declined
     channels = _channels(graph, node.input[0], -1 - n)
     if channels is not None and channels != shape[1] * groups:
         return Declined("its weight does not fit the channels of its input")
-    if isinstance(pads, Declined):
+    if isinstance(pads, Declined) or _is_far(kernel, dilation, stride, pads):
         return read_taps(graph, node, weight, bias)
     x, w, b = graph.operand(node.input[0]), graph.parameter(weight), graph.parameter(bias) if bias else None
     return Reading(Conv.padded(x, w, b, stride, dilation, pads[:n], pads[n:], groups))
@@ -110,6 +134,8 @@ def _read_conv_transpose(graph: Facts, node: NodeProto, output: str) -> Reading 
     stride, dilation = _integers(node, "strides", n), _integers(node, "dilations", n)
     pads, extra = _integers(node, "pads", 2 * n, 0), _integers(node, "output_padding", n, 0)
     groups = cast(int, attribute(node, "group", 1))
+    if _is_far(graph.constants.shape(weight)[2:], dilation, stride, pads, extra):
+        return read_taps(graph, node, weight, bias)
     begin, end = tuple(pads[:n]), tuple(p - e for p, e in zip(pads[n:], extra, strict=True))
     x, b = graph.operand(node.input[0]), graph.parameter(bias) if bias else None
     w = swap_sides(graph.parameter(weight), groups)
@@ -124,6 +150,8 @@ def _read_average_pool(graph: Facts, node: NodeProto, output: str) -> Reading | 
     pads = _pads(graph, node, kernel, stride, dilation)
     if isinstance(pads, Declined) or channels is None:
         return pads if isinstance(pads, Declined) else None
+    if prod(kernel) > MOST_TAPS or _is_far(kernel, dilation, stride, pads):
+        return Declined(FAR)
     if cast(int, attribute(node, "ceil_mode", 0)):
         return Declined("with ceil_mode the last window of the pooling may hang over")
     if any(pads) and not cast(int, attribute(node, "count_include_pad", 0)):
@@ -158,6 +186,8 @@ def _read_pad(graph: Facts, node: NodeProto, output: str) -> Reading | Declined 
     ):
         return Declined("it pads with another value than zero, crops, or pads the channels")
     begin, end = zip(*(pads.get(axis, (0, 0)) for axis in range(2, len(shape))), strict=True)
+    if _is_far((), (), begin, end):
+        return Declined(FAR)
     ones = (1,) * len(begin)
     return Reading(averaged(graph.operand(node.input[0]), equal_taps(channels, ones), ones, ones, begin, end))
 
@@ -389,7 +419,7 @@ def _read_concat(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
     rank = len(shapes[0] or ())
     axis = cast(int, attribute(node, "axis", 1)) % max(rank, 1)
     sizes = tuple(shape[axis].known or 0 for shape in shapes if shape is not None and len(shape) == rank)
-    if len(sizes) < len(shapes) or 0 in sizes:
+    if len(sizes) < len(shapes) or 0 in sizes or sum(sizes) > MOST_CONCATENATED:
         return None
     axis -= rank
     return Reading(Concat(tuple(map(graph.operand, node.input)), sizes, axis))
@@ -399,7 +429,9 @@ def _selection(graph: Facts, x: str, axis: int, index: Sequence[int]) -> Reading
     """Elements ``index`` of ``x`` along ``axis``; None where the size there is unknown."""
     shape = graph.types.shape(x)
     width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
-    if shape is None or width is None or not index or not all(0 <= i < width for i in index):
+    if shape is None or width is None or not 0 < len(index) <= MOST_CONCATENATED:
+        return None
+    if not all(0 <= i < width for i in index):
         return None
     return Reading(Select(graph.operand(x), tuple(index), width, axis % len(shape) - len(shape)))
 
@@ -452,6 +484,8 @@ def _crop(
         if start < 0 or step < 1 or (0 <= stop < LAST and stop != size):
             return None
         begin[axis - 2], end[axis - 2], stride[axis - 2] = -start, min(stop, 0), step
+    if _is_far((), (), begin, end, stride):
+        return None
     x, ones = graph.operand(node.input[0]), (1,) * n
     return Reading(averaged(x, equal_taps(channels, ones), tuple(stride), ones, tuple(begin), tuple(end)))
 
@@ -572,6 +606,8 @@ def _resize_op(graph: Facts, node: NodeProto, before: Shape, after: Shape) -> Re
     factors = _factors(graph, scales if scales and graph.constants.shape(scales) != (0,) else None, before, after)
     if factors is None:
         return Declined("it resizes the channels, or by a factor that is no whole number and no power of a half")
+    if prod(factors) > MOST_GROWN:
+        return Declined("it makes too large a map")
     cubic = cast(float, attribute(node, "cubic_coeff_a", -0.75))
     return Resize(len(before), factors, mode, place, rounding, float(cubic), node.output[0])
 

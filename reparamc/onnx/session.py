@@ -13,6 +13,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from reparamc.algebra.dtypes import epsilon_of, is_floating
+from reparamc.certificate.onnx_bounds import nested
 from reparamc.equivalence.pair import perturbed
 from reparamc.equivalence.trials import GUESSES, TooLarge, check_size
 from reparamc.errors import InputError, one_line
@@ -182,8 +183,9 @@ def check_computed(light: ModelProto, inputs: Mapping[str, tuple[list[int], np.d
         if value.name in inputs:
             kind = value.type.tensor_type
             kind.CopyFrom(helper.make_tensor_type_proto(kind.elem_type, inputs[value.name][0]).tensor_type)
-    found = inferred(light, {"data_prop": True}).graph
-    for value in (*found.value_info, *found.output):
+    whole = onnx.inliner.inline_local_functions(light) if light.functions else light
+    found = inferred(whole, {"data_prop": True}, {}).graph
+    for value in (v for g in nested(found) for v in (*g.value_info, *g.output)):
         sizes = [d.dim_value for d in value.type.tensor_type.shape.dim]
         if prod(sizes) > most:
             raise TooLarge(f"{value.name!r} would have {prod(sizes)} elements on random inputs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -25,6 +25,7 @@ from onnx import (
 )
 
 from reparamc.algebra.shape import Dim, Shape, size
+from reparamc.certificate.onnx_bounds import FAILURES, may_propagate
 from reparamc.errors import InputError
 from reparamc.onnx.weights import array, is_reference
 
@@ -338,15 +339,11 @@ def _referred(node: NodeProto) -> TensorProto | None:
     return next((a.t for a in node.attribute if a.name == "value" and is_reference(a.t)), None)
 
 
-MALFORMED = (ValueError, TypeError, RuntimeError)
-"""What onnx itself raises of what no reader of it has thought of."""
-
-
 def inferred(light: ModelProto, *ways: dict[str, bool]) -> ModelProto:
     """``light`` with what shape inference tells in the first of ``ways`` that it takes; as it is if none."""
-    propagates = not _names_vast_sizes(light)
+    propagates = any(options.get("data_prop") for options in ways) and may_propagate(light)
     for options in ways:
-        with suppress(onnx.shape_inference.InferenceError, *MALFORMED):
+        with suppress(*FAILURES):
             options = {key: value and (propagates or key != "data_prop") for key, value in options.items()}
             return onnx.shape_inference.infer_shapes(light, **options)
     return light
@@ -354,41 +351,16 @@ def inferred(light: ModelProto, *ways: dict[str, bool]) -> ModelProto:
 
 STRICT = {"strict_mode": True, "data_prop": True}
 
-COUNTING = (TensorProto.INT64, TensorProto.INT32, TensorProto.INT16, TensorProto.FLOAT, TensorProto.DOUBLE)
-"""The types of Range."""
 
-VAST, LAST = 2**20, 2**62
-"""Numbers between these are sizes that onnx, which follows the entries of vectors, would take minutes for."""
-
-
-def _names_vast_sizes(light: ModelProto) -> bool:
-    sizes = [d.dim_value for v in light.graph.input for d in v.type.tensor_type.shape.dim]
-    arrays = _small_constants(light.graph, COUNTING)
-    ranges = [[arrays.get(n) for n in node.input] for node in light.graph.node if node.op_type == "Range"]
-    whole = (a for a in arrays.values() if a.dtype == np.int64)
-    return (
-        any(VAST < n < LAST for n in sizes)
-        or any(((a > VAST) & (a < LAST)).any() for a in whole)
-        or any(_is_far(*ends) for ends in ranges if len(ends) == 3)
-    )
-
-
-def _small_constants(graph: GraphProto, types: Collection[int]) -> dict[str, np.ndarray]:
-    """The constants of few elements and these types, by name."""
+def _small_constants(graph: GraphProto) -> dict[str, np.ndarray]:
+    """The constants of few whole numbers, by name."""
     constants = {t.name: t for t in graph.initializer}
     constants |= {n.output[0]: t for n in graph.node if (t := constant_tensor(n)) is not None}
     return {
         name: numpy_helper.to_array(t)
         for name, t in constants.items()
-        if t.data_type in types and prod(t.dims) <= SMALL and not is_reference(t)
+        if t.data_type == TensorProto.INT64 and prod(t.dims) <= SMALL and not is_reference(t)
     }
-
-
-def _is_far(start: np.ndarray | None, limit: np.ndarray | None, step: np.ndarray | None) -> bool:
-    """Whether a Range has more than `VAST` entries."""
-    if start is None or limit is None or step is None or not start.size == limit.size == step.size == 1:
-        return False
-    return abs(float(limit.item()) - float(start.item())) > VAST * abs(float(step.item()))
 
 
 def _tell_ranks(light: ModelProto) -> bool:
@@ -418,7 +390,7 @@ def _tell_ranks(light: ModelProto) -> bool:
 
 def _with_rest(graph: GraphProto) -> set[str]:
     """The constants and concatenations that have an entry of -1, which a reshape takes for the rest."""
-    found = {name for name, a in _small_constants(graph, (TensorProto.INT64,)).items() if -1 in a}
+    found = {name for name, a in _small_constants(graph).items() if -1 in a}
     for node in graph.node:
         if node.op_type in ("Concat", "Identity") and not found.isdisjoint(node.input):
             found.add(node.output[0])

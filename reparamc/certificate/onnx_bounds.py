@@ -1,0 +1,72 @@
+"""How far shape inference may go: where onnx propagates data, it keeps every entry of every vector that it meets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import prod
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+VAST, LAST = 2**20, 2**62
+"""Vectors of more entries take too long. From the second on, a number is no size: exporters mean the end of an axis."""
+
+MOST_READ = 1024
+"""A constant of more entries is no shape."""
+
+FAILURES = (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, TypeError, RuntimeError)
+"""What onnx raises of contradictions, and of what none of its readers has thought of."""
+
+
+def bodies(node: NodeProto) -> list[GraphProto]:
+    """The graphs that an operator runs."""
+    return [g for a in node.attribute if a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for g in _graphs(a)]
+
+
+def _graphs(a: AttributeProto) -> list[GraphProto]:
+    return [a.g] if a.type == AttributeProto.GRAPH else list(a.graphs)
+
+
+def may_propagate(light: ModelProto) -> bool:
+    """Whether no vector in ``light``, its bodies and local functions, gets too many entries, as far as can be told.
+
+    Args:
+        light: a model without large weights.
+    """
+    inside = [node for f in light.functions for node in f.node]
+    every = [*nested(light.graph), *(g for node in inside for body in bodies(node) for g in nested(body))]
+    dims = (d.dim_value for v in light.graph.input for d in v.type.tensor_type.shape.dim)
+    if any(VAST < n < LAST for n in (*dims, *_numbers(every, inside))):
+        return False
+    try:
+        plain = onnx.inliner.inline_local_functions(light) if inside else light
+        plain = onnx.shape_inference.infer_shapes(plain)
+    except FAILURES:
+        return False
+    values = [v for g in nested(plain.graph) for v in (*g.input, *g.value_info, *g.output)]
+    shapes = [v.type.tensor_type.shape.dim for v in values]
+    return all(len(dims) != 1 or dims[0].dim_value <= VAST for dims in shapes)
+
+
+def nested(graph: GraphProto) -> Iterator[GraphProto]:
+    """``graph`` and the bodies in it, at any depth."""
+    stack = [graph]
+    while stack:
+        graph = stack.pop()
+        yield graph  # whose nodes may be put in another order meanwhile
+        stack += [body for node in graph.node for body in bodies(node)]
+
+
+def _numbers(graphs: Iterable[GraphProto], inside: Iterable[NodeProto]) -> Iterator[int]:
+    """The entries of all small constants that something else than a slice reads."""
+    for nodes, stored in [*((g.node, g.initializer) for g in graphs), (inside, ())]:
+        read = {n for node in nodes for at, n in enumerate(node.input) if node.op_type != "Slice" or not at}
+        named = [(t.name, t) for t in stored]
+        named += [
+            (n.output[0], a.t) for n in nodes if n.op_type == "Constant" for a in n.attribute if a.name == "value"
+        ]
+        for name, tensor in named:
+            small = prod(tensor.dims) <= MOST_READ and not tensor.external_data
+            if small and tensor.data_type in (TensorProto.INT64, TensorProto.INT32) and name in read:
+                yield from np.ravel(numpy_helper.to_array(tensor)).tolist()
