@@ -16,7 +16,16 @@ from torch.utils.data import Dataset
 import fastvit_zoo.torchvision_operators  # noqa: F401
 from fastvit_zoo.train.recipe import Recipe
 
-from timm.data import FastCollateMixup, create_dataset, create_loader  # isort: skip
+# isort: split
+from timm.data import FastCollateMixup, auto_augment, create_dataset, create_loader
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's operation. No bits at all, which Pillow has come to refuse, are black, as they were for the paper."""
+    return auto_augment.posterize(image, bits) if bits else image.point(lambda _: 0)
+
+
+auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeOriginal", "PosterizeIncreasing"), posterize)
 
 
 class Digits(Dataset):

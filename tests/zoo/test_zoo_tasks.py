@@ -178,6 +178,12 @@ def test_a_segmenter_fuses_as_a_whole() -> None:
         assert difference([fused(image)], [expected]) < 1e-4
 
 
+def test_differences() -> None:
+    nothing, some = np.zeros((0, 4)), np.array([1.0, -4.0])
+    assert difference([nothing, some + [0, 1]], [nothing, some]) == 0.25
+    assert difference([nothing], [np.zeros((1, 4))]) == float("inf")
+
+
 def test_a_pyramid_has_strides() -> None:
     with torch.device("meta"):
         maps = Pyramid(backbone("fastvit_digits", None), 8, extra=True)(torch.empty(1, 3, 64, 64))

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import torch
 from PIL import Image
+from timm.data import auto_augment
 
 import reparamc
 from fastvit_zoo import create_model, load_checkpoint
@@ -133,6 +134,13 @@ def test_data_sets_of_other_libraries(images: Path, tmp_path: Path) -> None:
     training, validation, names = Source(tmp_path, "hfds").halves()
     assert (len(training), len(validation), names) == (4, 4, ["dark", "light"])
     assert training[1][1] == 1
+
+
+def test_the_strongest_augmentation_of_the_paper() -> None:
+    strongest = auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
+    assert strongest(Image.new("RGB", (2, 2), "white")).getcolors() == [(4, (0, 0, 0))]
+    weaker = auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=5)
+    assert weaker(Image.new("RGB", (2, 2), "white")).getcolors() == [(4, (192, 192, 192))]
 
 
 def test_images_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
