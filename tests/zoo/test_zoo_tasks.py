@@ -179,8 +179,8 @@ def test_a_segmenter_fuses_as_a_whole() -> None:
 
 
 def test_differences() -> None:
-    nothing, some = np.zeros((0, 4)), np.array([1.0, -4.0])
-    assert difference([nothing, some + [0, 1]], [nothing, some]) == 0.25
+    nothing, some, other = np.zeros((0, 4)), [1.0, -4.0], [1.0, -3.0]
+    assert difference([nothing, other], [nothing, some]) == 0.25
     assert difference([nothing], [np.zeros((1, 4))]) == float("inf")
 
 
