@@ -29,6 +29,7 @@ from reparamc.algebra.expr import (
     Scale,
     Select,
     Source,
+    Spread,
     Sum,
     Take,
     ranks,
@@ -142,6 +143,8 @@ def reference(root: Expr, inputs: Mapping[Source, np.ndarray]) -> np.ndarray:
                 y = _torch().from_numpy(values[e.x]).mean(e.op.axes, e.op.keep).numpy()
             case Layout() if isinstance(e.op, Resize):
                 y = _interpolated(_torch().from_numpy(values[e.x]), e.op).numpy()
+            case Layout() if isinstance(e.op, Spread):
+                y = _torch().pixel_shuffle(_torch().from_numpy(values[e.x]), e.op.block).numpy()
             case Layout() if isinstance(e.op, Take):
                 y = _torch().from_numpy(values[e.x]).select(e.op.axis, e.op.at).numpy()
             case Layout():
@@ -437,6 +440,8 @@ def to_module(root: Expr) -> Any:
                     return values[e.x].mean(e.op.axes, e.op.keep)
                 case Layout() if isinstance(e.op, Resize):
                     return _interpolated(values[e.x], e.op)
+                case Layout() if isinstance(e.op, Spread):
+                    return torch.pixel_shuffle(values[e.x], e.op.block)
                 case Layout() if isinstance(e.op, Take):
                     return values[e.x].select(e.op.axis, e.op.at)
                 case Layout():

@@ -306,7 +306,7 @@ def _read_resize(line: _Line) -> Layout:
 
 
 def _read_spread(line: _Line) -> Layout:
-    block, _, rank, _ = line.rest.split()
+    _, block, _, rank, _ = line.rest.split()
     return Layout(line.x, Spread(int(rank), int(block)), line.axis)
 
 
