@@ -120,7 +120,7 @@ def brought_back(op: LayoutOp, vector: Array, axis: int) -> tuple[Array, int] | 
     rank, rank_out = ranks(op)
     at = rank_out + axis
     if isinstance(op, Spread) and axis == -3:
-        return _repeated(vector, (op.block, op.block)), axis
+        return (_tiled if op.outer else _repeated)(vector, (op.block, op.block)), axis
     if isinstance(op, Reshape):
         old, new = next(pair for pair in regrouped(op.before, op.after) if at in pair[1])
         sizes = [op.after[a].known for a in new]
@@ -132,6 +132,11 @@ def brought_back(op: LayoutOp, vector: Array, axis: int) -> tuple[Array, int] | 
         return xp.reshape(xp.broadcast_to(shaped, tuple(known)), (-1,)), old[0] - rank
     found = next((a for a in range(rank) if axis_through(op, a) == at), None)
     return None if found is None else (vector, found - rank)
+
+
+def _tiled(vector: Array, times: Ints) -> Array:
+    xp, vector = together(vector)
+    return xp.reshape(xp.broadcast_to(vector, (*times, count(vector))), (-1,))
 
 
 def _repeated(vector: Array, times: Ints) -> Array:

@@ -154,8 +154,10 @@ def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
     if isinstance(e.op, Spread):
         *lead, c, h, w = x.shape
         n, b = len(lead), e.op.block
-        x = xp.reshape(x, (*lead, c // b**2, b, b, h, w))
-        x = xp.permute_dims(x, (*range(n), n, n + 3, n + 1, n + 4, n + 2))
+        apart, inner = ((b, b, c // b**2), n + 2) if e.op.outer else ((c // b**2, b, b), n)
+        x = xp.reshape(x, (*lead, *apart, h, w))
+        first, second = (a for a in range(n, n + 3) if a != inner)
+        x = xp.permute_dims(x, (*range(n), inner, n + 3, first, n + 4, second))
         return xp.reshape(x, (*lead, c // b**2, h * b, w * b))
     _bind(e.op.before, x, sizes)
     unknown = [s for dim in e.op.after for s in dim.symbols if s not in sizes]

@@ -337,11 +337,13 @@ class Resize:
 class Spread:
     """Channels as positions (pixel shuffle): ``block * block`` channels become one, ``block`` times as high and wide.
 
-    The channels are the third axis from the right. ``native`` as for a `Reshape`.
+    The channels are the third axis from the right. Those of one position lie ``block * block`` apart, or side by side
+    (``outer``). ``native`` as for a `Reshape`.
     """
 
     rank: int
     block: int
+    outer: bool = False
     native: Hashable = field(default=None, compare=False)
 
 

@@ -134,7 +134,7 @@ def _describe_layout(e: Layout, x: str) -> str:
         case Take() as op:
             return f"take {x} {op.at} along {op.axis} of {op.rank} {axes}"
         case Spread() as op:
-            return f"spread {x} {op.block} of {op.rank} {axes}"
+            return f"spread {x} {op.block} of {op.rank} {axes}" + (" outer" if op.outer else "")
         case Resize() as op:
             words = [op.mode, op.place, op.rounding] if op.mode == "nearest" else [op.mode, op.place]
             scales = "x".join(map(str, op.scales))
@@ -306,8 +306,8 @@ def _read_resize(line: _Line) -> Layout:
 
 
 def _read_spread(line: _Line) -> Layout:
-    _, block, _, rank, _ = line.rest.split()
-    return Layout(line.x, Spread(int(rank), int(block)), line.axis)
+    _, block, _, rank, *words = line.rest.split()
+    return Layout(line.x, Spread(int(rank), int(block), "outer" in words), line.axis)
 
 
 def _read_reshape(line: _Line) -> Layout:

@@ -28,6 +28,13 @@ def _graphs(a: AttributeProto) -> list[GraphProto]:
     return [a.g] if a.type == AttributeProto.GRAPH else list(a.graphs)
 
 
+def stand_in(node: NodeProto) -> None:
+    """Make of ``node`` what tells the type of its result, if that is one that inference is silent on."""
+    if node.op_type == "GroupNormalization" and not node.domain:
+        node.op_type = "Identity"
+        del node.attribute[:], node.input[1:]
+
+
 def may_propagate(light: ModelProto) -> bool:
     """Whether no vector in ``light``, its bodies and local functions, gets too many entries, as far as can be told.
 

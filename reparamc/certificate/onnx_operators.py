@@ -232,7 +232,7 @@ def weighted(call: Call, gathered: Value) -> Value:
     return meaning.weighted(gathered, weight, bias, groups, is_transposed)
 
 
-NORMS = {"InstanceNormalization": 1, "LayerNormalization": -1, "RMSNormalization": -1}
+NORMS = {"GroupNormalization": 1, "InstanceNormalization": 1, "LayerNormalization": -1, "RMSNormalization": -1}
 """Operators that normalize, and then have a factor and a shift for each channel; along which axis these lie."""
 
 
@@ -692,7 +692,22 @@ def _repeats(factor: Fraction, place: str, rounding: str) -> bool:
     return not any(found)
 
 
+def _read_depth_to_space(call: Call) -> Value:
+    """Channels as positions: those of one position lie apart (CRD), or side by side."""
+    x, b, mode = call.value(), call.integer("blocksize"), call.text("mode", "DCR")
+    inner = x.shape[1].over(Dim(b * b)) if x.rank == 4 and b > 0 else None
+    if inner is None or mode not in ("DCR", "CRD"):
+        raise Unrepresentable("channels that do not fit the block")
+    n, _, height, width = x.shape
+    block, (apart, order) = Dim(b), ([inner, Dim(b), Dim(b)], [0, 1, 4, 2, 5, 3])
+    if mode == "DCR":
+        apart, order = [block, block, inner], [0, 3, 4, 1, 5, 2]
+    apart = nl.permuted(nl.regrouped(x, [n, *apart, height, width]), order)
+    return nl.regrouped(apart, [n, inner, height.times(block), width.times(block)])
+
+
 READERS: dict[str, Callable[[Call], Value]] = {
+    "DepthToSpace": _read_depth_to_space,
     "Conv": _read_conv,
     "FusedConv": _read_conv,
     "ConvTranspose": _read_conv_transpose,

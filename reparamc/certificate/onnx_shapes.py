@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, 
 
 from reparamc.certificate.axes import Dim
 from reparamc.certificate.normal_form import Array
-from reparamc.certificate.onnx_bounds import FAILURES, may_propagate
+from reparamc.certificate.onnx_bounds import FAILURES, may_propagate, stand_in
 
 WEIGHT = 1024
 """A stored tensor of more elements is a weight: shape inference gets its type alone."""
@@ -55,6 +55,7 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
                 graph.node[-1].domain = ""
             elif is_plain_fused(node):
                 graph.node[-1].domain, graph.node[-1].op_type = "", "Conv"
+            stand_in(graph.node[-1])
     graph.input.extend(model.graph.input)
     graph.output.extend(o for o in model.graph.output if o.name not in known)
     for value in (*graph.input, *graph.output):

@@ -27,6 +27,7 @@ from reparamc.algebra.expr import (
     Scale,
     Select,
     Source,
+    Spread,
     Sum,
     Take,
     is_negation,
@@ -215,6 +216,9 @@ class _Emitter(Emission[str]):
                 return self._mean(x, op, output)
             case Resize():
                 return self._resize(x, op, output)
+            case Spread(block=block):
+                order = {"mode": "DCR" if op.outer else "CRD"} if self.graph.facts.opset >= 11 else {}
+                return self._node("DepthToSpace", [x], output, blocksize=block, **order)
             case Reshape():
                 return self._reshape(x, op, output)
 

@@ -16,7 +16,7 @@ from onnx import ModelProto
 from reparamc.algebra.expr import Array, Conv, Expr, Source
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Bounded, Fold, Separate
-from reparamc.compiler.readings import MOST_CONCATENATED, Taps, Value
+from reparamc.compiler.readings import MOST_CONCATENATED, Reading, Taps, Value
 from reparamc.onnx import taps
 from reparamc.onnx.bounds import bounded
 from reparamc.onnx.constants import fold_constants
@@ -70,7 +70,21 @@ class OnnxGraph(Facts):
             if freed and reads_size_only(node):
                 continue
             found += [None] if node is None else [name for name in results_of(node) if name in self.uses] or [None]
-        return found
+        return [self._reader(name, str(value)) for name in found]
+
+    def _reader(self, user: str | None, value: str) -> str | None:
+        """``user`` of ``value``, or what reads that two operators later, as one that three of them make up together."""
+        name = user
+        for _ in range(2):
+            (name,) = self._results(name) or (None,)
+        reading = self.read(name) if name is not None else None
+        return name if isinstance(reading, Reading) and value in reading.operands else user
+
+    def _results(self, name: str | None) -> list[str]:
+        """The result of the operator that reads ``name``, where it is the only one and moves it at most."""
+        readers = self.uses.get(name, []) if name is not None else []
+        alone = [r for r in readers if r is not None and r.op_type in ("Reshape", "Transpose")]
+        return list(alone[0].output) if len(alone) == len(readers) == 1 else []
 
     def holders(self, parameter: str) -> Sequence[Value | None]:
         return self.users(parameter)

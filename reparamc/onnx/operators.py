@@ -31,6 +31,7 @@ from reparamc.algebra.expr import (
     Resize,
     Scale,
     Select,
+    Spread,
     Take,
     total,
 )
@@ -92,6 +93,16 @@ def _integers(node: NodeProto, name: str, count: int, default: int = 1) -> tuple
     return found
 
 
+def _unfit(
+    graph: Facts, node: NodeProto, bias: str | None, weight: tuple[int, ...], channels: int, inside: int
+) -> str | None:
+    """Why a convolution with ``channels`` results and ``inside`` operands does not run; None where it may."""
+    if bias is not None and graph.constants.shape(bias) != (channels,):
+        return "its bias does not fit its weight"
+    given = _channels(graph, node.input[0], 1 - len(weight))
+    return "its weight does not fit the channels of its input" if given not in (None, inside) else None
+
+
 def _is_far(kernel: Sequence[int], dilation: Sequence[int], *steps: Sequence[int]) -> bool:
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     return max((abs(n) for ns in (reach, *steps) for n in ns), default=0) > MOST_REACH
@@ -110,11 +121,8 @@ def _read_conv(graph: Facts, node: NodeProto, output: str) -> Reading | Declined
     stride, dilation = _integers(node, "strides", n), _integers(node, "dilations", n)
     groups = cast(int, attribute(node, "group", 1))
     pads = _pads(graph, node, kernel, stride, dilation)
-    if bias is not None and graph.constants.shape(bias) != shape[:1]:
-        return Declined("its bias does not fit its weight")
-    channels = _channels(graph, node.input[0], -1 - n)
-    if channels is not None and channels != shape[1] * groups:
-        return Declined("its weight does not fit the channels of its input")
+    if why := _unfit(graph, node, bias, shape, shape[0], shape[1] * groups):
+        return Declined(why)
     if isinstance(pads, Declined) or _is_far(kernel, dilation, stride, pads):
         return read_taps(graph, node, weight, bias)
     x, w, b = graph.operand(node.input[0]), graph.parameter(weight), graph.parameter(bias) if bias else None
@@ -128,13 +136,15 @@ def _read_conv_transpose(graph: Facts, node: NodeProto, output: str) -> Reading 
     weight, bias = found
     if weight is None:
         return read_stored(graph, node, bias)
-    n = len(graph.constants.shape(weight)) - 2
+    shape, groups = graph.constants.shape(weight), cast(int, attribute(node, "group", 1))
+    n = len(shape) - 2
+    if why := _unfit(graph, node, bias, shape, shape[1] * groups, shape[0]):
+        return Declined(why)
     if attribute(node, "output_shape") or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
         return read_taps(graph, node, weight, bias)
     stride, dilation = _integers(node, "strides", n), _integers(node, "dilations", n)
     pads, extra = _integers(node, "pads", 2 * n, 0), _integers(node, "output_padding", n, 0)
-    groups = cast(int, attribute(node, "group", 1))
-    if _is_far(graph.constants.shape(weight)[2:], dilation, stride, pads, extra):
+    if _is_far(shape[2:], dilation, stride, pads, extra):
         return read_taps(graph, node, weight, bias)
     begin, end = tuple(pads[:n]), tuple(p - e for p, e in zip(pads[n:], extra, strict=True))
     x, b = graph.operand(node.input[0]), graph.parameter(bias) if bias else None
@@ -534,17 +544,26 @@ def _read_repeat(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
     return _selection(graph, x, axis, [*range(width)] * times)
 
 
-def _shuffle(graph: Facts, node: NodeProto) -> Reading | None:
-    """Reshape, Transpose, Reshape that only permute channels: [N, g c, *] to [N, g, c, *], [N, c, g, *], back."""
+def _turned(graph: Facts, node: NodeProto) -> tuple[str, Shape, Shape, Shape, list[int]] | None:
+    """The operand of Reshape, Transpose, Reshape (``node``), the three shapes, and the order of the axes."""
     turn = graph.producers.get(node.input[0])
     split = graph.producers.get(turn.input[0]) if turn is not None and turn.op_type == "Transpose" else None
     if turn is None or split is None or split.op_type != "Reshape" or not (is_standard(turn) and is_standard(split)):
         return None
     x = split.input[0]
     before, middle, after = (graph.types.shape(name) for name in (x, split.output[0], node.output[0]))
-    if before is None or middle is None or before != after or len(middle) != len(before) + 1:
+    if before is None or middle is None or after is None:
         return None
-    order = list(cast(list[int], attribute(turn, "perm", [])))
+    return x, before, middle, after, list(cast(list[int], attribute(turn, "perm", [])))
+
+
+def _shuffle(graph: Facts, node: NodeProto) -> Reading | None:
+    """Reshape, Transpose, Reshape that only permute channels: [N, g c, *] to [N, g, c, *], [N, c, g, *], back."""
+    if (found := _turned(graph, node)) is None:
+        return None
+    x, before, middle, after, order = found
+    if before != after or len(middle) != len(before) + 1:
+        return None
     turned = [i for i, axis in enumerate(order) if axis != i]
     if len(turned) != 2 or turned[1] != turned[0] + 1:
         return None
@@ -625,6 +644,37 @@ def _factors(graph: Facts, scales: str | None, before: Shape, after: Shape) -> t
     return tuple(found[2:]) if exact and found[:2] == [1, 1] and len(found) == len(before) else None
 
 
+def _read_depth_to_space(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
+    x, block = node.input[0], cast(int, attribute(node, "blocksize", 0))
+    channels, mode = _channels(graph, x, -3), attribute(node, "mode", b"DCR")
+    if channels is None or block < 1 or channels % block**2 or mode not in (b"DCR", b"CRD"):
+        return None
+    return _spread(graph, x, Spread(4, block, mode == b"DCR", output))
+
+
+def _spread(graph: Facts, x: str, op: Spread) -> Reading | Declined | None:
+    source = graph.operand(x)
+    source = source if source.axis is not None else replace(source, axis=-3)
+    return moved(source, op, linear=graph.is_linear(x)) if source.axis == -3 else None
+
+
+def _unfolded(graph: Facts, node: NodeProto) -> Reading | Declined | None:
+    """Reshape, Transpose, Reshape that make positions of channels: [N, C b b, H, W] to [N, C, H b, W b]."""
+    if (found := _turned(graph, node)) is None or graph.opset < 11:
+        return None
+    x, before, middle, after, order = found
+    outer = order == [0, 3, 4, 1, 5, 2]
+    if len(before) != 4 or len(middle) != 6 or len(after) != 4 or not (outer or order == [0, 1, 4, 2, 5, 3]):
+        return None
+    inner, block = (middle[3], middle[1]) if outer else (middle[1], middle[2])
+    factors = [block, block, inner] if outer else [inner, block, block]
+    if block.known is None or inner.known is None or list(middle) != [before[0], *factors, *before[2:]]:
+        return None
+    if list(after) != [before[0], inner, before[2] * block, before[3] * block]:
+        return None
+    return _spread(graph, x, Spread(4, block.known, outer, node.output[0]))
+
+
 def _read_layout(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
     before, after = graph.types.shape(node.input[0]), graph.types.shape(node.output[0])
     if before is None or after is None:
@@ -635,7 +685,7 @@ def _read_layout(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
     else:
         op = Reshape(before, after, output)
     x = node.input[0]
-    shuffled = _shuffle(graph, node) if node.op_type == "Reshape" else None
+    shuffled = (_shuffle(graph, node) or _unfolded(graph, node)) if node.op_type == "Reshape" else None
     return shuffled or moved(graph.operand(x), op, linear=graph.is_linear(x))
 
 
@@ -667,6 +717,7 @@ READERS: dict[str, Reader] = {
     "Concat": _read_concat,
     "Split": _read_split,
     "Slice": _read_slice,
+    "DepthToSpace": _read_depth_to_space,
     "Gather": _read_gather,
     **dict.fromkeys(("Tile", "Expand"), _read_repeat),
     "Neg": _read_neg,

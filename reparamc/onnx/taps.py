@@ -67,7 +67,7 @@ class Stored:
     out: int
 
 
-NORMS = ("InstanceNormalization", "LayerNormalization", "RMSNormalization")
+NORMS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization")
 """Operators that normalize by statistics of their operand, and then have a factor and a shift for each channel."""
 
 

@@ -25,7 +25,7 @@ from onnx import (
 )
 
 from reparamc.algebra.shape import Dim, Shape, size
-from reparamc.certificate.onnx_bounds import FAILURES, may_propagate
+from reparamc.certificate.onnx_bounds import FAILURES, may_propagate, stand_in
 from reparamc.errors import InputError
 from reparamc.onnx.weights import array, is_reference
 
@@ -402,6 +402,8 @@ class Types:
 
     def __init__(self, model: ModelProto) -> None:
         light = skeleton(model)
+        for node in light.graph.node:
+            stand_in(node)
         light = inferred(light, STRICT, {})
         if _tell_ranks(light):
             light = inferred(light, STRICT, {})

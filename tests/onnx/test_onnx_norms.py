@@ -36,6 +36,7 @@ ROWS = {
     "layer": made(node("LayerNormalization", "x g h", "v", epsilon=0.1), *SCALED),
     "layer without bias": made(node("LayerNormalization", "x g", "v", axis=2), *SCALED, opset=17),
     "rms": made(node("RMSNormalization", "x g", "v"), *SCALED, opset=23),
+    "group": made(node("GroupNormalization", "x g h", "v", num_groups=2), batchnorm("v", "n", "y"), shape=MAP),
     "instance": made(node("InstanceNormalization", "x g h", "v"), batchnorm("v", "n", "y"), shape=MAP),
 }  # fmt: skip
 

@@ -193,19 +193,72 @@ def test_squeeze_and_unsqueeze() -> None:
     assert_folds(made, GlobalAveragePool=1, Squeeze=1, Gemm=1, Unsqueeze=1)
 
 
-@pytest.mark.parametrize("between", ["depth", "transpose", "reshape"])
+@pytest.mark.parametrize("between", ["transpose", "reshape"])
 def test_layout_that_takes_the_channels_apart(between: str) -> None:
     move = {
-        "depth": node("DepthToSpace", "c", "d", blocksize=2),
         "transpose": node("Transpose", "c", "d", perm=[0, 2, 1, 3]),
         "reshape": node("Reshape", "c r", "d"),
     }[between]
-    channels = {"depth": 2, "transpose": 8, "reshape": 16}[between]
+    channels = {"transpose": 8, "reshape": 16}[between]
     nodes = [node("Conv", "x k", "c", **PAD), move, batchnorm("d", "m", "y")]
     parameters = {"k": rand(8, 6, 3, 3), "r": np.array([2, 16, 4, 8]), **norm("m", channels)}
     made = model(nodes, parameters, (2, 6, 8, 8))
     fused, _ = fuse(made)
     assert operators(fused) == operators(made)
+
+
+UNFOLD = {"CRD": [0, 1, 4, 2, 5, 3], "DCR": [0, 3, 4, 1, 5, 2]}
+
+
+@pytest.mark.parametrize("shape", [("N", 6, "H", "W"), (2, 6, 5, 4)])
+@pytest.mark.parametrize("mode", ["CRD", "DCR"])
+@pytest.mark.parametrize("kernel", ["Conv", "ConvTranspose"])
+def test_a_batchnorm_after_channels_as_positions(kernel: str, mode: str, shape: tuple[int | str, ...]) -> None:
+    ops = [
+        node(kernel, "x k", "c", strides=[2, 2]),
+        node("DepthToSpace", "c", "d", blocksize=2, mode=mode),
+        batchnorm("d", "m", "y"),
+    ]
+    weight = {"k": rand(12, 6, 3, 3) if kernel == "Conv" else rand(6, 12, 3, 3), **norm("m", 3)}
+    assert_folds(model(ops, weight, shape), **{kernel: 1, "DepthToSpace": 1})
+    apart = {"CRD": [3, 2, 2], "DCR": [2, 2, 3]}[mode]
+    if isinstance(shape[2], int):
+        h, w = (2, 1) if kernel == "Conv" else (11, 9)
+        ops[1:2] = [node("Reshape", "c a", "r"), node("Transpose", "r", "t", perm=UNFOLD[mode]),
+                    node("Reshape", "t b", "d")]  # fmt: skip
+        sizes = {"a": np.array([2, *apart, h, w]), "b": np.array([2, 3, 2 * h, 2 * w])}
+        made = model(ops, {**weight, **sizes}, shape)
+        fused, report = fuse(made)
+        assert operators(fused)["BatchNormalization"] == 0, report.kept
+
+
+@pytest.mark.parametrize("opset", [9, 21])
+def test_channels_as_positions_of_old_and_new_operator_sets(opset: int) -> None:
+    nodes = [node("Conv", "x k", "c"), node("DepthToSpace", "c", "d", blocksize=2), batchnorm("d", "m", "y")]
+    assert_folds(model(nodes, {"k": rand(12, 6, 3, 3), **norm("m", 3)}, opset=opset), Conv=1, DepthToSpace=1)
+    left = model(nodes[1:2], {}, ("N", 12, "H", "W"), outputs="d", opset=opset)
+    left.graph.node[0].input[0] = "x"
+    assert fuse(left)[0].graph.node == left.graph.node
+
+
+@pytest.mark.parametrize("after", ["BatchNormalization", "Mul"])
+def test_a_scale_after_a_channel_shuffle(after: str) -> None:
+    last = batchnorm("d", "n", "y") if after == "BatchNormalization" else node("Mul", "d s", "y")
+    nodes = [CONV, node("Reshape", "c a", "r"), node("Transpose", "r", "t", perm=[0, 2, 1, 3, 4]),
+             node("Reshape", "t b", "d"), last]  # fmt: skip
+    sizes = {"a": np.array([0, 2, 3, 8, 7]), "b": np.array([0, 6, 8, 7]), "s": rand(6, 1, 1)}
+    parameters = {"w": W3, **sizes, **N}
+    read = {n for step in nodes for n in step.input}
+    made = model(nodes, {k: a for k, a in parameters.items() if k in read}, ("N", 6, 8, 7))
+    assert_folds(made, Conv=1)
+
+
+def test_a_batchnorm_after_group_normalizations() -> None:
+    """Their types are not inferred by onnx."""
+    nodes = [node("GroupNormalization", "x s b", "f", num_groups=2), node("Conv", "f w", "c"),
+             node("GroupNormalization", "c s b", "g", num_groups=3), batchnorm("g", "n", "y")]  # fmt: skip
+    made = model(nodes, {"s": rand(6), "b": rand(6, seed=1), "w": W3, **N}, opset=21)
+    assert_folds(made, GroupNormalization=2, Conv=1)
 
 
 def test_channels_last() -> None:
