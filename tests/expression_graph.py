@@ -26,6 +26,7 @@ class Expressions:
     """
 
     pools_clamp = False
+    stores_ones = True
 
     def __init__(self, root: Expr, is_opaque: Callable[[Expr], bool] = lambda _: False) -> None:
         self.is_opaque = is_opaque

@@ -7,9 +7,10 @@ from typing import Any
 
 from fault_models import net, nn, node, numbers, onnx_model, torch
 from onnx import ModelProto
-from planting import Fault, Make, fault, result
+from planting import Fault, Make, Replace, fault, result
 
-from reparamc.algebra.expr import Conv, Source
+from reparamc.algebra.cost import PARAMS
+from reparamc.algebra.expr import ZERO, Conv, Source
 from reparamc.compiler.readings import Reading
 
 TENSORS = {"g": numbers(4), "h": numbers(4), "s": numbers(4), "t": numbers(4)}
@@ -54,3 +55,29 @@ CHANGES = {
 NORMED: list[Fault] = [
     fault(name, READERS[host], read_as(change), **MODELS[host]) for host in READERS for name, change in CHANGES.items()
 ]
+
+
+def with_readers() -> ModelProto:
+    """A normalization that two linear layers read."""
+    nodes = [node("LayerNormalization", "x g h", "a"), node("MatMul", "a v", "p"), node("Add", "p t", "q")]
+    nodes += [node("MatMul", "a w", "r"), node("Add", "r s", "e"), node("Mul", "q e", "y")]
+    return onnx_model(nodes, {**TENSORS, "v": numbers(4, 4), "w": numbers(4, 4, seed=1)}, ("N", 5, 4))
+
+
+def with_readers_of_torch() -> tuple[Any, tuple[Any, ...]]:
+    norm = nn.LayerNorm(4)
+    norm.weight, norm.bias = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
+    layers = norm, nn.Linear(4, 4), nn.Linear(4, 4)
+    return net(lambda x, n, v, w: v(n(x)) * w(n(x)), *layers, shapes=((2, 5, 4),))
+
+
+FEW = Replace("reparamc.algebra.cost:objective_of", lambda original: lambda name: PARAMS)
+"""Where parameters count."""
+
+FOLDED = "reparamc_passes.norm_folding:"
+NORMED += [
+    fault(
+        "the bias of a norm in no reader", f"{FOLDED}_shift", lambda original: lambda norm: ZERO, FEW,
+        onnx=with_readers, fx=with_readers_of_torch,
+    ),
+]  # fmt: skip

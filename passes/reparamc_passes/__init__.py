@@ -17,6 +17,7 @@ from reparamc_passes.impulse_response import IMPULSE_RESPONSE
 from reparamc_passes.layout_cancelling import LAYOUT_CANCELLING
 from reparamc_passes.like_terms import LIKE_TERMS
 from reparamc_passes.lossless_shrink import LOSSLESS_SHRINK
+from reparamc_passes.norm_folding import NORM_FOLDING
 from reparamc_passes.piece_folding import PIECE_FOLDING
 from reparamc_passes.placing import PLACING
 from reparamc_passes.redundant_activation import REDUNDANT_ACTIVATION
@@ -32,6 +33,7 @@ PASSES: tuple[Pass, ...] = (
     REPMIXER,
     BN_FOLDING,
     SCALE_FOLDING,
+    NORM_FOLDING,
     LIKE_TERMS,
     IDENTITY_TO_CONV,
     BRANCH_MERGING,

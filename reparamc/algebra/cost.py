@@ -48,6 +48,7 @@ class Objective:
         mac: one multiply-add; an elementwise operation counts as one per element.
         parameter: one element of a stored parameter.
         transposed: how many multiply-adds of a convolution one of a transposed convolution takes as long as.
+        stores_ones: whether a normalization stores a gain where that is one.
     """
 
     name: str
@@ -56,6 +57,12 @@ class Objective:
     mac: float
     parameter: float
     transposed: float = 1.0
+    stores_ones: bool = True
+
+    @property
+    def stores(self) -> bool:
+        """Whether what is stored counts more than what is computed."""
+        return self.parameter > self.mac
 
     def cost(self, root: Expr) -> float:
         """The price of computing ``root`` from its sources; under `LATENCY` in multiply-adds."""
@@ -82,6 +89,8 @@ class Objective:
         if conv.is_weightless:  # it reads no weights, and its sums are cheap
             return self._operator(0, moved)
         bias = 0 if conv.bias is None else count(conv.bias)
+        if not self.stores_ones and conv.reads_taps and conv.bias is None and is_all(conv.weight, 1):
+            return self._operator(0, moved)
         share = self.transposed if conv.transposed else 1.0
         return self._operator(
             share * multiply_adds(conv, positions), moved + count(conv.weight), count(conv.weight) + bias

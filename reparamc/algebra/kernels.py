@@ -84,13 +84,14 @@ def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
     """
     per_group = conv.in_channels // conv.groups
     rows = conv.out_channels // conv.groups
+    no_shift = is_all(shift, 0)
     xp, weight, bias, scale, shift = together(conv.weight, conv.bias_or_zero, scale, shift)
     grouped = xp.reshape(weight, (conv.groups, rows, per_group, *conv.kernel))
     scales, shifts = (
         xp.reshape(xp.broadcast_to(v, (conv.in_channels,)), (conv.groups, 1, per_group)) for v in (scale, shift)
     )
     weight = xp.reshape(grouped * xp.reshape(scales, (*scales.shape, *[1] * conv.spatial)), conv.weight.shape)
-    if is_all(shift, 0):
+    if no_shift:
         return replace(conv, x=x, weight=weight)
     taps = xp.sum(grouped, axis=tuple(range(3, grouped.ndim))) if conv.spatial else grouped
     read = xp.matmul(taps, xp.permute_dims(shifts, (0, 2, 1)))

@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
-from reparamc.algebra.expr import Conv, Expr, Layout, rebuild, walk
+from reparamc.algebra.arrays import is_all
+from reparamc.algebra.expr import Conv, Expr, Layout, Source, rebuild, walk
 from reparamc.compiler.consider import Decision, Setting, consider
 from reparamc.compiler.graph import Splice
 from reparamc.compiler.joining import joined, parted
-from reparamc.compiler.readings import Reading, Value
-from reparamc.compiler.regions import find_regions
+from reparamc.compiler.readings import Reading, Taps, Value, is_norm
+from reparamc.compiler.regions import MOST_SHARED, find_regions
 
 
 def decide(setting: Setting, progress: Callable[[int, int], None]) -> dict[Value, Decision]:
@@ -30,8 +31,9 @@ def decide(setting: Setting, progress: Callable[[int, int], None]) -> dict[Value
     """
     results: dict[tuple[Value, tuple[Value, ...]], Decision] = {}
     stuck, ends = set[Value](), set[Value]()
+    most = MOST_SHARED if setting.objective.stores else 1
     while True:
-        regions = find_regions(setting.graph, setting.readings, stuck, ends)
+        regions = find_regions(setting.graph, setting.readings, stuck, ends, most)
         for done, (root, members) in enumerate(regions.items()):
             if (root, members) not in results:
                 results[root, members] = consider(setting, (members,))
@@ -42,7 +44,7 @@ def decide(setting: Setting, progress: Callable[[int, int], None]) -> dict[Value
         still = _still_there(setting.readings, decisions, shared)
         alone = {v for decision in decisions.values() for v in decision.apart}
         if not still and not alone:
-            return parted(setting, _copied_once(joined(setting, decisions), shared))
+            return parted(setting, _copied_once(setting.readings, joined(setting, decisions), shared))
         stuck |= still
         ends |= alone
 
@@ -100,12 +102,16 @@ def _original(e: Expr) -> Hashable:
             return id(e.op)
         case Conv() if e.is_weightless:
             return id(e.weight)
+        case Conv(x=Source(key=Taps(norm=True) as taps)):
+            return taps
         case _:
             return None
 
 
 def _moved(e: Expr) -> Hashable:
     """What operators that move their operand alike have in common."""
+    if is_norm(e) and isinstance(e, Conv):  # alike if it has no weight and bias
+        return _original(e) if e.bias is None and is_all(e.weight, 1) else None
     return e.op if isinstance(e, Layout) else _original(e)
 
 
@@ -125,7 +131,9 @@ def _keys(splice: Splice, known: dict[tuple[Hashable, Hashable], object]) -> dic
     return keys
 
 
-def _copied_once(decisions: dict[Value, Decision], shared: Container[Value]) -> dict[Value, Decision]:
+def _copied_once(
+    readings: Mapping[Value, Reading], decisions: dict[Value, Decision], shared: Container[Value]
+) -> dict[Value, Decision]:
     """``decisions``, with one node for equal copies of shared members, so that a host graph computes it once."""
     first: dict[Hashable, Expr] = {}
     known: dict[tuple[Hashable, Hashable], object] = {}
@@ -139,6 +147,7 @@ def _copied_once(decisions: dict[Value, Decision], shared: Container[Value]) -> 
             done[e] = one if key is e else first.setdefault(key, one)
             if e in splice.native:
                 native[done[e]] = splice.native[e]
-        splice = replace(splice, expr=done[splice.expr], native=native)
+        norm = next((v for v in decision.members if v in shared and is_norm(readings[v].template)), splice.shared)
+        splice = replace(splice, expr=done[splice.expr], native=native, shared=norm)
         decisions[root] = replace(decision, expr=splice.expr, splice=splice)
     return decisions

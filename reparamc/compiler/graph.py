@@ -27,6 +27,11 @@ class Graph(Protocol):
         """Whether a pooling whose window is larger than the map makes one element of it; others refuse it."""
         ...
 
+    @property
+    def stores_ones(self) -> bool:
+        """Whether a normalization stores a gain where that is one."""
+        ...
+
     def values(self) -> Sequence[Value]:
         """The results of all operators, in execution order."""
         ...

@@ -50,7 +50,8 @@ class Compilation:
         verify: bool,
         progress: Callable[[int, int], None],
     ) -> None:
-        self.graph, self.passes, self.objective = graph, passes, objective
+        self.graph, self.passes = graph, passes
+        self.objective = replace(objective, stores_ones=graph.stores_ones)
         self.folds: list[Fold] = []
         self.kept: list[Refusal] = []
         self.failed: dict[Value, Decision] = {}
@@ -112,7 +113,7 @@ class Compilation:
             if decision.splice is not None:
                 plan.splices.append(decision.splice)
             plan.kept.extend(Refusal(self.graph.name(root), r.by, r.reason) for r in decision.refusals)
-            reason = _why_left(self.graph, root, decision.expr, self.setting.readings)
+            reason = _why_left(self.graph, root, decision.expr, self.setting.readings, self.objective)
             if not decision.refusals and reason is not None:
                 plan.kept.append(Refusal(self.graph.name(root), LEFT, reason))
         return plan
@@ -147,12 +148,12 @@ LEFT = "region"
 """Takes the place of the name of a pass in a refusal: a region ends for a reason that no pass gives."""
 
 
-def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value]) -> str | None:
+def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value], objective: Objective) -> str | None:
     """Why the linear operators of a region in its final form stay; None for one convolution between non-linear ones."""
     kinds = [e for e in walk(expr) if not isinstance(e, Source | Layout | Select | Concat) and not _stays(e)]
     users = graph.users(root)
     if not kinds and is_norm(expr):
-        return None
+        return _why_norm_stays(graph, users, readings) if objective.stores and users else None
     if len(users) > 1 and any(r in readings for r in users):
         nonlinear = [r for r in users if r not in readings]  # these are in the way of the linear ones
         other = (nonlinear or [r for r in users[1:] if r != users[0]] or users)[0]
@@ -162,6 +163,15 @@ def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value])
     if kinds and not any(isinstance(e, Conv) for e in kinds):
         return "there is no convolution or linear layer beside it"
     return "its parts start from different values, or act on different axes" if len(kinds) > 1 else None
+
+
+def _why_norm_stays(graph: Graph, users: Sequence[Value | None], readings: Container[Value]) -> str:
+    """Why the gain and bias of a normalization, where parameters count, are in no reader."""
+    other = next((u for u in users if u not in readings), users[0])
+    if other in readings:
+        return "not all that reads it can take in its gain and bias, or there would be more to store"
+    where = "the output of the model" if other is None else graph.name(other)
+    return f"its gain and bias stay: {where} reads it, and is not linear"
 
 
 def _stays(e: Expr) -> bool:

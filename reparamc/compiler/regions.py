@@ -7,7 +7,8 @@ outputs to the inputs.
 
 There are two exceptions. What scales or moves each channel separately (a BatchNorm before q, k and
 v), after something non-linear, is a member of every region that reads it, if all its users are
-linear. And a normalization, whose weight and bias are linear, may have several users in one region.
+linear. And a normalization, whose weight and bias are linear, may have several users in one region; or in several,
+where parameters count.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ def find_regions(
     readings: dict[Value, Reading],
     apart: Container[Value] = (),
     ends: Container[Value] = (),
+    most_of_norm: int = 1,
 ) -> dict[Value, tuple[Value, ...]]:
     """The members of each region by its root, both in execution order; values in ``apart`` are shared by none.
 
-    Each of ``ends`` is the root of a region.
+    Each of ``ends`` is the root of a region. A normalization may be a member of ``most_of_norm``.
     """
     folds_down: dict[Value, bool] = {}  # after a linear operator that nothing else reads: it goes there
     for value, reading in readings.items():
@@ -53,7 +55,8 @@ def find_regions(
         roots = tuple(dict.fromkeys(root for user in users for root in roots_of.get(user, ())))
         alone = len(users) == 1 and len(roots) == 1
         free = readings[value].commutes and value not in apart and not folds_down[value]
-        most = MOST_SHARED if free else 1 if is_norm(readings[value].template) else 0
+        norm = is_norm(readings[value].template)
+        most = MOST_SHARED if free else (1 if value in apart else most_of_norm) if norm else 0
         shared = 0 < len(roots) <= most
         roots_of[value] = roots = roots if known and value not in ends and (alone or shared) else (value,)
         for root in roots:

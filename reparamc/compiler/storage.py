@@ -12,7 +12,7 @@ from math import prod
 
 from reparamc.compiler.consider import Setting
 from reparamc.compiler.graph import Splice
-from reparamc.compiler.readings import Value
+from reparamc.compiler.readings import Value, is_norm
 
 STORED_TWICE = "its parameters are used elsewhere as well, and would be stored once more"
 
@@ -27,6 +27,10 @@ def unpaid(setting: Setting, splices: Sequence[Splice]) -> set[Value]:
     for s in splices:
         if s.original is not None:
             gains[s.unit] += setting.objective.cost(s.original) - setting.objective.cost(s.expr)
+        for v in members[s.unit].intersection(s.members):
+            if is_norm(setting.readings[v].template):  # what several readers take in goes once
+                stored = [sizes[p] for p in setting.readings[v].parameters]
+                gains[s.unit] -= price * (sum(stored) - (stored[0] if setting.objective.stores_ones else 0))
         members[s.unit].update(s.members)
     held = {unit: _held(setting, inside) for unit, inside in members.items()}
     for name in {name for names in held.values() for name in names}:
@@ -36,7 +40,8 @@ def unpaid(setting: Setting, splices: Sequence[Splice]) -> set[Value]:
         """Whether ``units`` save anything when all of ``gone`` go."""
         times = sum((held[u] for u in units), Counter[str]())
         once = sum(sizes[n] * (k - holders[n].issubset(gone)) for n, k in times.items())
-        return not once or sum(gains[u] for u in units) > price * once
+        gain = sum(gains[u] for u in units)
+        return gain >= 0 if not once else gain > price * once
 
     alone = {unit for unit in members if pays([unit], members[unit])}
     certain = {v for unit in alone for v in members[unit]}

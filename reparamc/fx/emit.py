@@ -233,11 +233,17 @@ class Emitter(Emission[fx.Node]):
     def _norm(self, e: Conv, native: fx.Node, op: str) -> fx.Node:
         """The normalization ``native`` with the weight and bias of ``e``; one without a bias has it added."""
         holder, bias = nn.Module(), self._bias(e)
+        bare = e.bias is None and is_all(e.weight, 1)
         if native.op == "call_module":
             holder = copy.deepcopy(lookup(self.readings.module, str(native.target)))
             for flag in ("elementwise_affine", "affine"):
                 if hasattr(holder, flag):
-                    setattr(holder, flag, True)
+                    setattr(holder, flag, not bare)
+        if bare:
+            gone = {name: None for name in ("weight", "bias") if name in OPERATORS[op].arguments}
+            for name in gone:
+                holder.register_parameter(name, None)
+            return self._copied(native, op, holder, gone)
         takes = "bias" in OPERATORS[op].arguments
         self._fill(holder, e.weight.reshape(-1), bias if takes else None)
         made = self._copied(native, op, holder, {})

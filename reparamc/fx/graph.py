@@ -36,6 +36,7 @@ class FxGraph(Readings):
     """
 
     pools_clamp = False
+    stores_ones = False
 
     def __init__(
         self,

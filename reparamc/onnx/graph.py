@@ -45,6 +45,7 @@ class OnnxGraph(Facts):
     """`reparamc.compiler.graph.Graph` over the main graph of a model. Values are tensor names."""
 
     pools_clamp = True
+    stores_ones = True
 
     def __init__(self, model: ModelProto, doubted: bool = False) -> None:
         super().__init__(model, READERS, doubted)

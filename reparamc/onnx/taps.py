@@ -147,6 +147,8 @@ def obstacle(graph: Facts, e: Conv) -> str | None:
     """Why the operator whose taps ``e`` reads cannot have the weight of ``e``; None when it can."""
     if is_norm(e) and not e.is_per_channel:
         return ONE_EACH
+    if is_norm(e) and e.bias is None and graph.producers[_operator(e)].op_type == "InstanceNormalization":
+        return "an InstanceNormalization has to have a bias"
     found = stored(graph, graph.producers[_operator(e)])
     if isinstance(found, Stored) and not (e.groups == found.out == e.out_channels):
         return "its weight is stored as whole numbers, which only a factor for each channel leaves as they are"

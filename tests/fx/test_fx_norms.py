@@ -151,3 +151,30 @@ def test_a_norm_is_not_computed_twice() -> None:
     parts = {"n": affine(nn.GroupNorm(1, C)), "s": nn.Parameter(torch.rand(C, 1, 1))}
     pool = Net(lambda m, x: (lambda n: m.s * (F.avg_pool2d(n, 3, 1, 1) - n))(m.n(x)), **parts)
     proven(pool, torch.randn(MAP), 2)  # the norm, and one kernel for each channel
+
+
+def attention(m: Any, x: Any) -> Any:
+    n = m.n(x)
+    return x + m.o((m.q(n) @ m.k(n).transpose(-1, -2)).softmax(-1) @ m.v(n))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_gain_and_bias_go_into_all_readers_where_parameters_count(norm: Any) -> None:
+    layers = {name: nn.Linear(C, C) for name in "qkvo"}
+    model = ready(Net(attention, n=affine(norm(C)), **layers))
+    x = torch.randn(TOKENS)
+    fused = fuse_fx(model, x, objective="params")
+    with torch.no_grad():
+        assert relative_error(fused(x), model(x)) < 1e-5
+    found = report(fused)
+    assert found.certificate is not None
+    assert found.certificate.undecided == ()
+    assert found.before.parameters - found.after.parameters == sum(p.numel() for p in model.n.parameters())
+    assert not report(fuse_fx(model, x)).changed
+
+
+def test_they_stay_where_a_reader_is_not_linear() -> None:
+    parts = {"n": affine(nn.LayerNorm(C)), "q": nn.Linear(C, C)}
+    model = Net(lambda m, x: (lambda n: m.q(n) * n.sigmoid())(m.n(x)), **parts)
+    found = report(fuse_fx(ready(model), torch.randn(TOKENS), objective="params"))
+    assert [r.reason for r in found.kept] == ["its gain and bias stay: sigmoid reads it, and is not linear"]
