@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from reparamc.algebra.cost import MACS
-from reparamc.algebra.expr import Expr, Select, Source, replaced, walk
+from reparamc.algebra.cost import multiply_adds
+from reparamc.algebra.expr import Conv, Expr, Select, Source, replaced, walk
 from reparamc.compiler.consider import Decision, Setting, consider
 from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import linear_users
@@ -72,7 +72,7 @@ def parted(setting: Setting, decisions: dict[Value, Decision]) -> dict[Value, De
         before = [first.expr, *(decisions[o].expr for o in found)]
         cheaper = all(
             sum(map(cost, (d.expr for d in found.values()))) < share * sum(map(cost, before))
-            for cost, share in ((setting.objective.cost, 1.0), (MACS.cost, FEWER))
+            for cost, share in ((setting.objective.cost, 1.0), (_in_kernels, FEWER))
         )
         if cheaper and all(d.splice is not None for d in found.values()):
             del decisions[root]
@@ -81,6 +81,11 @@ def parted(setting: Setting, decisions: dict[Value, Decision]) -> dict[Value, De
                 for v in d.members:
                     home[v].add(outer)
     return decisions
+
+
+def _in_kernels(expr: Expr) -> float:
+    """The multiply-adds of kernels and matrices."""
+    return sum(multiply_adds(e) for e in walk(expr) if isinstance(e, Conv) and not e.is_weightless)
 
 
 def _homes(decisions: Mapping[Value, Decision]) -> dict[Value, set[Value]]:
