@@ -18,10 +18,9 @@ OREPA's sum over the kernels of its branches, LoRA's `s B A` added to a frozen m
 
 from __future__ import annotations
 
-from reparamc.algebra.rewrite import Pass
-from reparamc.compiler.plan import fold_constants
+from reparamc.compiler.plan import GraphPass, fold_constants
 
-CONSTANT_FOLDING = Pass(
+CONSTANT_FOLDING = GraphPass(
     name="constant-folding",
     equation="f(c) = c'",
     exact_when="f is deterministic and its operands cannot be overridden; done when c' takes no more room",

@@ -16,10 +16,10 @@ out.
 
 from __future__ import annotations
 
-from reparamc.algebra.rewrite import Pass
 from reparamc.compiler.duplicates import remove_duplicates
+from reparamc.compiler.plan import GraphPass
 
-DUPLICATE_REMOVAL = Pass(
+DUPLICATE_REMOVAL = GraphPass(
     name="duplicate-removal",
     equation="f(x), f(x) = y, y  with y = f(x)",
     exact_when="all parameters and operands are equal, and nothing writes into either result",

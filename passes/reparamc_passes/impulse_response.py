@@ -30,10 +30,10 @@ reason of the pass that declined before it.
 
 from __future__ import annotations
 
-from reparamc.algebra.rewrite import Pass
 from reparamc.compiler.impulse import take_kernels
+from reparamc.compiler.plan import GraphPass
 
-IMPULSE_RESPONSE = Pass(
+IMPULSE_RESPONSE = GraphPass(
     name="impulse-response",
     equation="f(x) = K*x + b,  b = f(0),  K = f(impulse) - b",
     exact_when="f consists of operators that are linear by kind, and K*x + b gives what f gives, borders included",

@@ -20,10 +20,10 @@ other passes, and is proven by itself. `reparamc.compiler.liveness` finds the ch
 
 from __future__ import annotations
 
-from reparamc.algebra.rewrite import Pass
+from reparamc.compiler.plan import FirstPass
 from reparamc.compiler.shrink import shrink
 
-LOSSLESS_SHRINK = Pass(
+LOSSLESS_SHRINK = FirstPass(
     name="lossless-shrink",
     equation="W f(x) + b = W' f(x') + (b + w f(c)),  c a constant channel of x, w its column of W",
     exact_when="the channel is constant, and zero if a kernel that pads reads it; or nothing reads it",

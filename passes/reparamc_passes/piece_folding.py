@@ -24,10 +24,10 @@ all other passes. At most 16 regions may read the convolution. It needs scale-fo
 
 from __future__ import annotations
 
-from reparamc.algebra.rewrite import Pass
 from reparamc.compiler.pieces import OTHERS, READ_TWICE, WRITTEN, fold_pieces
+from reparamc.compiler.plan import GraphPass
 
-PIECE_FOLDING = Pass(
+PIECE_FOLDING = GraphPass(
     name="piece-folding",
     equation="s (W*x + b)[i] + t = ((s'W)*x + (s'b + t'))[i],  s' = s and t' = t at i, elsewhere 1 and 0",
     exact_when="all users of W*x + b are selections of channels, and no other one uses i",

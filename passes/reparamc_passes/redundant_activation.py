@@ -20,10 +20,10 @@ It comes before the other passes, which read the graph that is left, and is prov
 
 from __future__ import annotations
 
-from reparamc.algebra.rewrite import Pass
+from reparamc.compiler.plan import FirstPass
 from reparamc.compiler.ranges import remove_redundant
 
-REDUNDANT_ACTIVATION = Pass(
+REDUNDANT_ACTIVATION = FirstPass(
     name="redundant-activation",
     equation="f(x) = x",
     exact_when="x never leaves the interval on which the activation f is the identity",

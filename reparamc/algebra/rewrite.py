@@ -35,7 +35,7 @@ PricedRule = Callable[[Expr, Objective], "Expr | Declined | None"]
 
 @dataclass(frozen=True)
 class Pass:
-    """A named rewrite.
+    """A named rewrite. Those that rules do not make up are the kinds of it in `reparamc.compiler.plan`.
 
     Attributes:
         name: what users type, such as ``bn-folding``.
@@ -43,8 +43,6 @@ class Pass:
         exact_when: the condition under which it holds.
         rules: tried in order at every node.
         priced: rules that ask for prices; tried after the others.
-        run: what a pass without rules does to a whole graph, a `reparamc.compiler.plan.Compilation`.
-        first: what it does to a graph before all others, as a `reparamc.compiler.plan.Plan` of its own, or None.
         refusals: the reasons that it may give, with ``...`` for what depends on the model.
     """
 
@@ -53,8 +51,6 @@ class Pass:
     exact_when: str
     rules: tuple[Rule, ...] = ()
     priced: tuple[PricedRule, ...] = ()
-    run: Callable[[Any, Pass], None] | None = None
-    first: Callable[..., Any] | None = None
     refusals: tuple[str, ...] = ()
 
     def priced_by(self, objective: Objective) -> tuple[Rule, ...]:

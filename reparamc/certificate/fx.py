@@ -62,17 +62,14 @@ PRECISIONS = {
 Shapes = Mapping[str, tuple[Dim, ...]]
 
 
-def certify_fx(
-    original: fx.GraphModule, result: fx.GraphModule, shapes: Shapes | None = None, dtype: torch.dtype | None = None
-) -> Certificate:
+def certify_fx(original: fx.GraphModule, result: fx.GraphModule, shapes: Shapes | None = None) -> Certificate:
     """Prove that ``result`` computes what ``original`` does, for every input size.
 
     Args:
         original, result: traced modules; ``original`` as it was before anything was rewritten.
         shapes: of the nodes of ``original``, by name; see `fx_shapes`. Without them the operators alone tell ranks.
-        dtype: in which parameters are stored; by default that of the first of them.
     """
-    stored = dtype or next((p.dtype for p in result.parameters() if p.is_floating_point()), torch.float32)
+    stored = next((p.dtype for p in result.parameters() if p.is_floating_point()), torch.float32)
     precision = PRECISIONS.get(stored, PRECISIONS[torch.float32])
     before = _Side(original, dict(shapes or {}))
     after = _Side(result, {})

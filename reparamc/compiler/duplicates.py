@@ -11,7 +11,6 @@ from dataclasses import fields
 
 from reparamc.algebra.arrays import same
 from reparamc.algebra.expr import Conv, Expr, Source, array_fields, arrays, walk
-from reparamc.algebra.rewrite import Pass
 from reparamc.algebra.text import show
 from reparamc.compiler.consider import Decision
 from reparamc.compiler.graph import Graph, Splice
@@ -19,11 +18,11 @@ from reparamc.compiler.plan import Compilation
 from reparamc.compiler.readings import Value, values_in
 
 
-def remove_duplicates(compilation: Compilation, p: Pass) -> None:
+def remove_duplicates(compilation: Compilation, name: str) -> None:
     """Regions that compute what an earlier one computes from the same values take its result."""
     decisions = compilation.decisions
     ordered = {root: decisions[root] for root in sorted(decisions, key=compilation.place)}
-    for root, first, splice in _find_duplicates(compilation.graph, ordered, p.name):
+    for root, first, splice in _find_duplicates(compilation.graph, ordered, name):
         if compilation.is_read_right(splice, (*ordered[first].members, *splice.members)):
             decisions[root] = Decision(splice.expr, splice, [], splice.members)
 

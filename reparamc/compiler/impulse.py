@@ -20,7 +20,7 @@ from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, arr
 from reparamc.algebra.places import result_size
 from reparamc.algebra.probe import difference, find_kernel, measured, only_moves, slack_of, tried_sizes
 from reparamc.algebra.recorded import Recorded, tape
-from reparamc.algebra.rewrite import Declined, Pass
+from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.text import show
 from reparamc.compiler.consider import Decision, Setting, rounding_obstacle
 from reparamc.compiler.graph import Graph, Splice
@@ -32,11 +32,11 @@ MOST_AXES = 3
 """Axes of an image: no framework has a convolution over more."""
 
 
-def take_kernels(compilation: Compilation, p: Pass) -> None:
+def take_kernels(compilation: Compilation, name: str) -> None:
     """Trees of linear operators on one operand that the rules left in pieces become the one kernel that they are."""
     setting = compilation.setting
     wrong = {v for d in compilation.failed.values() for v in d.members}
-    for splice in list(_find_kernels(setting, compilation.decisions, p.name)):
+    for splice in list(_find_kernels(setting, compilation.decisions, name)):
         if wrong.isdisjoint(splice.members) and compilation.is_read_right(splice, splice.members):
             for root in splice.members:
                 compilation.decisions.pop(root, None)

@@ -37,7 +37,7 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import coefficients, scaled_again
-from reparamc.algebra.rewrite import Declined, Pass, simplify
+from reparamc.algebra.rewrite import Declined, simplify
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.consider import Decision, Setting, checked
 from reparamc.compiler.plan import Compilation
@@ -49,7 +49,7 @@ MOST_REGIONS = 16
 """Regions that may read one convolution: work stays in proportion to the graph."""
 
 
-def fold_pieces(compilation: Compilation, p: Pass) -> None:
+def fold_pieces(compilation: Compilation, name: str) -> None:
     """Scales of selected channels go into the convolution that these are selected from, where it pays.
 
     They go before the selection, where the other passes have to take them in.
@@ -62,14 +62,14 @@ def fold_pieces(compilation: Compilation, p: Pass) -> None:
             users.setdefault(value, []).append(root)
             if any(branch.scales and branch.takes for branch in branches):
                 wanting.setdefault(value, []).append(root)
-    folder = _Folder(setting, p.name, compilation.place)
+    folder = _Folder(setting, name, compilation.place)
     for value, roots in wanting.items():
         whole, regions = decisions.get(value), [decisions[r] for r in users[value] if r in decisions]
         if whole is None or not any(isinstance(e, Conv) for e in walk(whole.expr)):
             continue
         found = folder.fold(value, whole, regions)
         if isinstance(found, Declined):
-            declined = replace(found, by=p.name)
+            declined = replace(found, by=name)
             for root in roots:
                 decisions[root] = replace(decisions[root], refusals=[*decisions[root].refusals, declined])
         elif found:

@@ -8,7 +8,7 @@ from time import perf_counter
 from reparamc.algebra.cost import objective_of
 from reparamc.compiler.attempt import Attempt, rewritten
 from reparamc.compiler.host import Host, Options, ResultT
-from reparamc.compiler.plan import Plan, make_plan
+from reparamc.compiler.plan import FirstPass, Plan, make_plan
 from reparamc.compiler.rollback import prove
 from reparamc.errors import InputError, one_line
 from reparamc.report.data import Report
@@ -41,7 +41,7 @@ def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
     told: list[Report] = []
     for p in options.passes:
         start = perf_counter()
-        plan = None if p.first is None else p.first(host.graph, p, verify=options.level != "off")
+        plan = p.first(host.graph, p.name, options.level != "off") if isinstance(p, FirstPass) else None
         if plan is not None:
             result, report = _carried_out(host, options, plan, start)
             told.append(report)

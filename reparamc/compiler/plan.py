@@ -34,8 +34,27 @@ class Plan:
     host: HostCheck | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class FirstPass(Pass):
+    """A pass that comes before all others, with a plan of its own.
+
+    Attributes:
+        first: the plan for a graph, or None where nothing is to be done; given the name of the pass, and whether
+            replacements are verified.
+    """
+
+    first: Callable[[Graph, str, bool], Plan | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphPass(Pass):
+    """A pass that is not a matter of one expression: ``run`` changes a `Compilation`, given the name of the pass."""
+
+    run: Callable[[Compilation, str], None]
+
+
 class Compilation:
-    """A graph on its way through the passes; a pass that is not a set of rules changes it by its `Pass.run`.
+    """A graph on its way through the passes; a `GraphPass` changes it.
 
     The first that asks for `decisions` has the operators read and the rules applied, so that what comes before it in
     the table of passes may still change `graph`.
@@ -133,15 +152,19 @@ def make_plan(
     """
     compilation = Compilation(graph, passes, objective, verify=verify, progress=progress)
     for p in passes:
-        if p.run is not None:
-            p.run(compilation, p)
+        if isinstance(p, GraphPass):
+            p.run(compilation, p.name)
     return compilation.plan()
 
 
-def fold_constants(compilation: Compilation, p: Pass) -> None:
+def fold_constants(compilation: Compilation, name: str) -> None:
     """Have operators over constants computed once, before anything is read."""
     compilation.graph, folds = compilation.graph.folded()
-    compilation.folds += [replace(f, counts=Counter({p.name: 1})) for f in folds]
+    compilation.folds += [replace(f, counts=Counter({name: 1})) for f in folds]
+
+
+def folds_constants(p: Pass) -> bool:
+    return isinstance(p, GraphPass) and p.run is fold_constants
 
 
 LEFT = "region"

@@ -15,7 +15,6 @@ from math import inf
 import numpy as np
 
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Mean, Resize, Select, Source, Sum, walk
-from reparamc.algebra.rewrite import Pass
 from reparamc.compiler.graph import ALL, Bounded, Graph, Interval, Splice
 from reparamc.compiler.plan import Plan
 from reparamc.compiler.readings import Reading, Value
@@ -43,7 +42,7 @@ def bounded_by_name(name: str, x: Value) -> Bounded | None:
     return Bounded((x,), keeps=POSITIVE) if name in KEPT_BY_NAME else None
 
 
-def remove_redundant(graph: Graph, p: Pass, *, verify: bool) -> Plan | None:
+def remove_redundant(graph: Graph, name: str, verify: bool) -> Plan | None:
     """A plan in which users of such activations read their operands; None where there are none."""
     found: dict[Value, Interval] = {}
     splices: dict[Value, Splice] = {}
@@ -59,7 +58,7 @@ def remove_redundant(graph: Graph, p: Pass, *, verify: bool) -> Plan | None:
             if _is_identity(bounded, given):
                 x = splices[operands[0]].operands[0] if operands[0] in splices else operands[0]
                 if not graph.is_written(value) and graph.obstacle(value, [value], [x], []) is None:
-                    splices[value] = _taking(graph, value, x, p.name)
+                    splices[value] = _taking(graph, value, x, name)
     return Plan(graph, splices=[*splices.values()]) if splices else None
 
 

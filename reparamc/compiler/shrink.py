@@ -31,7 +31,6 @@ from reparamc.algebra.expr import (
     walk,
 )
 from reparamc.algebra.recorded import tape
-from reparamc.algebra.rewrite import Pass
 from reparamc.algebra.shape import Dim
 from reparamc.algebra.text import show
 from reparamc.compiler.consider import rounding_obstacle
@@ -47,7 +46,7 @@ MOST_TRIES = 8
 """How often channels are looked for again, without those that could not leave."""
 
 
-def shrink(graph: Graph, p: Pass, *, verify: bool) -> Plan | None:
+def shrink(graph: Graph, name: str, verify: bool) -> Plan | None:
     """The operators without channels that are known or unused; None where there are none of these, or may be none."""
     if tape() is not None:
         return None  # parameters may get other values
@@ -56,7 +55,7 @@ def shrink(graph: Graph, p: Pass, *, verify: bool) -> Plan | None:
         live = Liveness(graph, stuck)
         if live.needed.all():
             return None
-        found = _Shrinking(graph, live, p.name, verify).splices()
+        found = _Shrinking(graph, live, name, verify).splices()
         if not isinstance(found, _Stuck):
             return Plan(graph, splices=found) if found else None
         stuck.update(found)

@@ -82,28 +82,8 @@ class Trial:
         return self if self.alone in ("", slot.name) else Trial(self.sizes, seed=self.seed)
 
 
-def _ones(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
-    return np.ones(shape)
-
-
-def _zeros(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
-    return np.zeros(shape)
-
-
 def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
     return np.asarray(rng.standard_normal(shape))
-
-
-def _positive(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
-    return np.abs(_normal(rng, shape))
-
-
-def _negative(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
-    return -_positive(rng, shape)
-
-
-def _uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
-    return np.asarray(rng.uniform(0, 1, shape))
 
 
 def _impulse(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
@@ -133,29 +113,19 @@ def _channels(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
     return x + 3 * rng.standard_normal((1, shape[1], *[1] * (len(shape) - 2)))
 
 
-def _halves(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
-    """Multiples of a half: ties of operators that round, take the larger of two, or compare."""
-    return rng.integers(-9, 10, shape) / 2
-
-
-def _decades(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray:
-    """Every magnitude at once."""
-    return _normal(rng, shape) * 10.0 ** rng.integers(-6, 4, shape)
-
-
 PATTERNS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], npt.NDArray]] = {
-    "ones": _ones,
-    "zeros": _zeros,
+    "ones": lambda rng, shape: np.ones(shape),
+    "zeros": lambda rng, shape: np.zeros(shape),
     "normal": _normal,
-    "negative": _negative,
-    "positive": _positive,
-    "uniform": _uniform,
+    "negative": lambda rng, shape: -np.abs(_normal(rng, shape)),
+    "positive": lambda rng, shape: np.abs(_normal(rng, shape)),
+    "uniform": lambda rng, shape: np.asarray(rng.uniform(0, 1, shape)),
     "impulse": _impulse,
     "border": _border,
     "checkerboard": _checkerboard,
     "channels": _channels,
-    "halves": _halves,
-    "decades": _decades,
+    "halves": lambda rng, shape: rng.integers(-9, 10, shape) / 2,  # ties, where operators round or compare
+    "decades": lambda rng, shape: _normal(rng, shape) * 10.0 ** rng.integers(-6, 4, shape),  # every magnitude at once
 }
 """What floating values look like, the simplest first."""
 

@@ -28,17 +28,8 @@ def verify_end_to_end(
 ) -> list[OutputError]:
     """Run ``fused`` on arguments, and compare every output tensor with what ``original`` makes of them.
 
-    The tolerance comes from the original's response to a perturbation of its inputs at rounding level. Where that says
-    too little, or an output differs by more, ``regions`` (what was rewritten) are compared one by one; see
-    `compare_outputs`.
-
-    Returns:
-        One entry per output, and per region where they were compared, for the inputs that came closest to what is
-        allowed.
-
-    Raises:
-        VerificationError: the fused model does not run, or an output differs by more than rounding explains; names
-            the region that is wrong, or else the output.
+    What is allowed, returned and raised, and when ``regions`` (what was rewritten) are compared one by one:
+    `compare_models`.
     """
     pair = Pair(lambda given: run(original, *given), lambda given: run(fused, *given), perturb=perturbed)
     coarsest = max((epsilon_of(original, given) for given, _ in trials), default=0.0)

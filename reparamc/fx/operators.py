@@ -70,9 +70,9 @@ ALL = ("shape", "rank", "dtype")
 """What an elementwise operator keeps."""
 
 
-def _ranked(name: str, only: tuple[int, ...] = (1, 2, 3)) -> dict[type[nn.Module], int | None]:
+def _ranked(name: str) -> dict[type[nn.Module], int | None]:
     """The classes of modules ``name`` + 1d, 2d and 3d."""
-    return {getattr(nn, f"{name}{n}d"): n for n in only}
+    return {getattr(nn, f"{name}{n}d"): n for n in (1, 2, 3)}
 
 
 def _any(*kinds: type[nn.Module]) -> dict[type[nn.Module], int | None]:

@@ -27,17 +27,10 @@ def verify_end_to_end(
     """Run both models in their deployed dtypes, without runtime optimizations, and compare every output.
 
     Where sizes are open, two neighbouring ones are tried, of which one is odd; where inputs have defaults, also
-    other values. The tolerance of each output comes from the model's own noise: its response to a perturbation of
-    the input at rounding level. Where that says too little, or an output differs by more, ``regions`` (what was
-    rewritten) are compared one by one; see `compare_outputs`.
-
-    Returns:
-        One entry per output, and per region where they were compared, for the inputs that came closest to what is
-        allowed.
+    other values. What is allowed, returned and raised, and when ``regions`` (what was rewritten) are compared one by
+    one: `compare_models`.
 
     Raises:
-        VerificationError: an output differs by more than that, or the result does not run; names the region that is
-            wrong, or else the output.
         InputError: ONNX Runtime cannot run the original.
     """
     with _loaded(original) as run_original, session(result, "the rewritten model") as run_result:

@@ -21,7 +21,7 @@ from reparamc.certificate.onnx_bounds import nested
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse, level_of
-from reparamc.compiler.plan import fold_constants
+from reparamc.compiler.plan import folds_constants
 from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import LIFT
 from reparamc.errors import InputError, InputTypeError
@@ -84,7 +84,7 @@ def fuse_light(
     try:
         result, report = _Whole(model, options, pass_table, doubted=said is not None).fused()
     except _Refused as error:  # a runtime may object to a constant where it takes what computes the same
-        rest = tuple(p for p in options.passes if p.run is not fold_constants)
+        rest = tuple(p for p in options.passes if not folds_constants(p))
         if rest == options.passes:
             raise
         result, report = _Whole(model, replace(options, passes=rest), pass_table, doubted=said is not None).fused()
@@ -132,7 +132,7 @@ class _Whole:
 
     def __init__(self, model: ModelProto, options: Options, pass_table: tuple[Pass, ...], doubted: bool) -> None:
         self.model, self.options, self.doubted = model, options, doubted
-        self.folding = next((p.name for p in options.passes if p.run is fold_constants), None)
+        self.folding = next((p.name for p in options.passes if folds_constants(p)), None)
         names = [p.name for p in options.passes]
         inside = "off" if options.level == "off" else "region"
         self._fuse_body = partial(

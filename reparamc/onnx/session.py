@@ -215,16 +215,14 @@ def has_open_sizes(model: ModelProto) -> bool:
     return any(not d.HasField("dim_value") for v in free_inputs(model) for d in v.type.tensor_type.shape.dim)
 
 
-def random_inputs(
-    model: ModelProto, seed: int = 0, size: int = 32, sizes: Mapping[str, int] = {}
-) -> dict[str, np.ndarray]:
+def random_inputs(model: ModelProto, seed: int = 0, size: int = 32) -> dict[str, np.ndarray]:
     """One random array per input without a default: standard normal, or small whole numbers; see `input_kinds`.
 
     Raises:
         InputError: an input is no dense tensor of numbers.
         TooLarge: they do not fit into memory.
     """
-    kinds = input_kinds(model, size, sizes)
+    kinds = input_kinds(model, size, {})
     check_size({name: shape for name, (shape, _) in kinds.items()})
     return _drawn_inputs(kinds, seed)
 

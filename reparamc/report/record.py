@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from reparamc.report.data import Report
 from reparamc.report.text import counts, line
 
 Record = dict[str, Any]
@@ -163,8 +162,3 @@ def page(record: Record, everything: bool) -> list[str]:
 def printable(text: str) -> str:
     """``text`` on one line whatever the names in it are: a record comes from anybody, and must not write our lines."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-
-
-def records_of(report: Report) -> list[Record]:
-    """The records that a model with this report has to carry: those it had, and that of this fusion."""
-    return report.records

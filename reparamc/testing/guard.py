@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +84,12 @@ OPTIONS = ("max_conv", "no_batchnorm", "fused", "tolerance", "examples", "random
 """What `fuse_guard`, its marker and the fixture may be asked for."""
 
 
-def check_options(options: Iterable[str], known: Sequence[str] = OPTIONS, who: str = "fuse_guard") -> None:
+def check_options(options: Iterable[str], who: str = "fuse_guard") -> None:
     """Raise InputTypeError unless all ``options`` are known: one that is misspelt must not be passed over."""
     for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            meant = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(OPTIONS)}"
             raise InputTypeError(f"{who} has no option {name!r}{meant}")
 
 

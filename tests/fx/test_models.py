@@ -25,6 +25,8 @@ ZOO = {
     "fastvit_sa36": 151,
     "fastvit_ma36": 151,
 }
+LARGER = ("fastvit_sa24", "fastvit_sa36", "fastvit_ma36")
+"""SA12 with more blocks, or wider ones: only operators are counted."""
 TIMM = {"fastvit_t8": 52, "fastvit_sa12": 59, "mobileone_s0": 43, "repvgg_a0": 22, "repvit_m0_9": 103}
 
 
@@ -51,16 +53,16 @@ def rms(x: torch.Tensor) -> float:
 
 
 def check(model: Any, expected: int) -> None:
-    """Counts, equality in float64 with and without examples, and rounding in float32 no worse than twice as large."""
+    """Counts, equality in float64 without examples, and with them in float32 no more than twice the rounding."""
     double = copy.deepcopy(model).double()
     images = [batch(3, 48, 41), batch(1, 33, 40)]
     exact = [run(double, x) for x in images]
     # Two images must not look alike, or the comparison proves little.
     assert relative_error(exact[0][:1], exact[0][1:2]) > 0.01
-    for fused in (fuse_fx(double, verify=False), fuse_fx(double, images[1])):
-        assert convolutions(fused) == (expected, 0)
-        for x, wanted in zip(images, exact, strict=True):
-            assert relative_error(run(fused, x), wanted) < 1e-9
+    fused = fuse_fx(double, verify=False)
+    assert convolutions(fused) == (expected, 0)
+    for x, wanted in zip(images, exact, strict=True):
+        assert relative_error(run(fused, x), wanted) < 1e-9
 
     single = fuse_fx(model, images[1].float())
     assert convolutions(single) == (expected, 0)
@@ -81,6 +83,9 @@ def check_quickly(model: Any, expected: int) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name: str) -> None:
+    if name in LARGER:
+        assert convolutions(fuse_fx(create_model(name).eval(), verify=False)) == (ZOO[name], 0)
+        return
     torch.manual_seed(0)
     model = randomized(create_model(name, num_classes=40))
     nn.init.normal_(model.get_parameter("head.weight"), std=0.1)

@@ -10,7 +10,6 @@ from torch import nn
 import reparamc
 from reparamc import fuse_fx
 from reparamc.report.data import Report
-from reparamc.report.record import records_of
 from reparamc.testing import randomize_batchnorm
 
 
@@ -64,13 +63,13 @@ def test_a_copy_keeps_it() -> None:
 
 def test_a_second_fusion_keeps_the_first_record() -> None:
     once = fuse_fx(network())
-    assert records_of(once.meta["reparamc"]) == [once.meta["reparamc"].record()]
+    assert once.meta["reparamc"].records == [once.meta["reparamc"].record()]
     same = fuse_fx(once)
-    assert records_of(same.meta["reparamc"]) == [once.meta["reparamc"].record()]  # nothing was done
+    assert same.meta["reparamc"].records == [once.meta["reparamc"].record()]  # nothing was done
     wide = nn.Sequential(*network()[:3], nn.Conv2d(4, 64, 1), nn.Conv2d(64, 4, 1)).eval()
     folded = fuse_fx(wide, passes=["bn-folding"])
     merged = fuse_fx(folded).meta["reparamc"]
-    first, second = records_of(merged)
+    first, second = merged.records
     assert first == folded.meta["reparamc"].record()
     assert (first["passes"], second["passes"]) == ({"bn-folding": 1}, {"sequence-merging": 1})
     assert first["input"] != second["input"]

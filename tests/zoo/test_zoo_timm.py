@@ -13,6 +13,7 @@ from torch import nn
 
 import reparamc
 from fastvit_zoo import create_model, list_models, load_checkpoint
+from fastvit_zoo.model import FastViT
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
 
 
@@ -40,11 +41,9 @@ def test_outputs_equal(timm: ModuleType, name: str, dtype: torch.dtype, toleranc
     from timm.utils.model import reparameterize_model
 
     peer, image = randomized_peer(timm, name, dtype)
-    model = create_model(name, num_classes=20).to(dtype).eval()
-    load_checkpoint(model, peer.state_dict())
+    model = loaded(name, peer, dtype)
     fused_peer = reparameterize_model(peer)
-    deployed = create_model(name, num_classes=20, deployed=True).to(dtype).eval()
-    load_checkpoint(deployed, fused_peer.state_dict())
+    deployed = loaded(name, fused_peer, dtype, deployed=True)
     with torch.no_grad():
         expected = peer(image)
         assert difference(model(image), expected) < tolerance
@@ -54,6 +53,16 @@ def test_outputs_equal(timm: ModuleType, name: str, dtype: torch.dtype, toleranc
             assert difference(ours, theirs) < tolerance
         # The two images must not look alike, or the comparison proves little.
         assert difference(expected[:1], expected[1:]) > 0.05
+
+
+def loaded(name: str, peer: nn.Module, dtype: torch.dtype, deployed: bool = False) -> FastViT:
+    """A model of the zoo with the weights of ``peer``, and no others: to draw some would take most of the time."""
+    with torch.device("meta"):
+        model = create_model(name, num_classes=20, deployed=deployed).to(dtype).eval()
+    for tensor in model.to_empty(device="cpu").state_dict().values():
+        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+    load_checkpoint(model, peer.state_dict())
+    return model
 
 
 def peer_maps(peer: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
