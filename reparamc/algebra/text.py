@@ -30,14 +30,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from reparamc.algebra.arrays import Array, count, is_all, values
+from reparamc.algebra.arrays import count, is_all, values
 from reparamc.algebra.expr import (
     BatchNorm,
     Concat,
@@ -57,9 +57,27 @@ from reparamc.algebra.expr import (
     Take,
     walk,
 )
-from reparamc.algebra.resample import MODES, OTHER, PLACES, ROUNDINGS
 from reparamc.algebra.shape import Dim, Shape, shape_of, size
 from reparamc.errors import InputError
+
+FORMS: dict[type, str] = {
+    Source: "source[ c={channels:int}][ axis={axis:int}][ shape={shape:shape}][ taps]",
+    Conv: "conv {x:value} {inputs:int}->{outputs:int}[ k={kernel:by}][ s={stride:each}][ d={dilation:each}]"
+    "[ p={pads:pads}][ g={groups:int}][ transposed][ average][ bias]",
+    Scale: "scale[={number:real}] {x:value}[ c={channels:int} axis={axis:int}][ shift]",
+    BatchNorm: "batchnorm {x:value} c={channels:int} axis={axis:int}",
+    Sum: "sum {terms:values}",
+    Concat: "concat {terms:values} c={sizes:ints} axis={axis:int}",
+    Select: "select {x:value} {index:runs} of {width:int} axis={axis:int}",
+    Permute: "permute {x:value} axes={axes:ints} axis={start:axis}->{end:axis}",
+    Reshape: "reshape {x:value} {before:shape}->{after:shape} axis={start:axis}->{end:axis}",
+    Mean: "mean {x:value} axes={axes:ints} of {rank:int} axis={start:axis}->{end:axis}[ keep]",
+    Take: "take {x:value} {at:int} along {axis:int} of {rank:int} axis={start:axis}->{end:axis}",
+    Spread: "spread {x:value} {block:int} of {rank:int} axis={start:axis}->{end:axis}[ outer]",
+    Resize: "resize {x:value} {scales:ratios} of {rank:int} {mode:word} {place:word}[ {rounding:word}]"
+    " axis={start:axis}->{end:axis}",
+}
+"""The line of each kind of operator, to write and to read it: facts by name and spelling, in brackets what may lack."""
 
 
 def show(root: Expr) -> str:
@@ -73,7 +91,8 @@ def show(root: Expr) -> str:
         else:
             name, inner = str(inner), inner + 1
         names[e] = f"%{name}"
-        lines.append(f"%{name} = {_describe(e, names)}")
+        form = FORMS[type(e.op) if isinstance(e, Layout) else type(e)]
+        lines.append(f"%{name} = {_written(form, _facts(e, [names[c] for c in e.children]))}")
     return "\n".join(lines)
 
 
@@ -87,60 +106,74 @@ def _source_name(key: str, taken: Iterable[str]) -> str:
     return name
 
 
-def _describe(e: Expr, names: dict[Expr, str]) -> str:
+def _facts(e: Expr, operands: list[str]) -> dict[str, Any]:
+    """What there is to say of ``e``, by the names in its form; None or False where it lacks."""
+    facts = _fields(e) | {"terms": operands, "x": "".join(operands[:1])}
     match e:
-        case Source():
-            facts = [("c", e.channels), ("axis", e.axis), ("shape", e.shape and _shape(e.shape))]
-            return " ".join(["source", *(f"{k}={v}" for k, v in facts if v is not None), *["taps"] * e.taps])
         case Conv():
-            return _describe_conv(e, names[e.x])
+            facts |= {"inputs": e.in_channels, "outputs": e.out_channels, "kernel": e.kernel or None}
+            facts |= {"stride": e.stride or None, "pads": [*zip(*e.padding, strict=True)] or None}
+            facts |= {"dilation": e.dilation if set(e.dilation) - {1} else None}
+            facts |= {"groups": e.groups if e.groups != 1 else None}
+            facts |= {"average": e.is_weightless, "bias": e.bias is not None}
         case Scale():
-            number = "" if e.scale.ndim else f"={float(values(e.scale)):g}"
-            channels = "" if e.is_scalar else f" c={count(e.scale if e.scale.ndim else e.shift)} axis={e.axis}"
-            return f"scale{number} {names[e.x]}{channels}" + ("" if is_all(e.shift, 0) else " shift")
+            channels = None if e.is_scalar else count(e.scale if e.scale.ndim else e.shift)
+            number = None if e.scale.ndim else float(values(e.scale))
+            facts |= {"channels": channels, "number": number, "shift": not is_all(e.shift, 0)}
         case BatchNorm():
-            return f"batchnorm {names[e.x]} c={count(e.gamma)} axis={e.axis}"
-        case Sum():
-            return "sum " + ", ".join(names[t] for t in e.terms)
-        case Concat():
-            sizes = ",".join(map(str, e.sizes))
-            return "concat " + ", ".join(names[t] for t in e.terms) + f" c={sizes} axis={e.axis}"
-        case Select():
-            return f"select {names[e.x]} {_runs(e.index)} of {e.width} axis={e.axis}"
+            facts["channels"] = count(e.gamma)
         case Layout():
-            return _describe_layout(e, names[e.x])
+            facts |= _fields(e.op) | {"start": e.axis_in, "end": e.axis}
+            if isinstance(e.op, Resize) and e.op.mode != "nearest":
+                facts["rounding"] = None
+        case _:
+            pass
+    return facts
 
 
-def _describe_conv(e: Conv, x: str) -> str:
-    words = ["conv", x, f"{e.in_channels}->{e.out_channels}"]
-    if e.spatial:
-        begin, end = e.padding
-        pads = [f"{b}" if b == n else f"{b}:{n}" for b, n in zip(begin, end, strict=True)]
-        words += [f"k={'x'.join(map(str, e.kernel))}", f"s={_each(e.stride)}"]
-        words += [f"d={_each(e.dilation)}"] if any(d != 1 for d in e.dilation) else []
-        words += [f"p={pads[0] if len(set(pads)) == 1 else ','.join(pads)}"]
-    words += [f"g={e.groups}"] if e.groups != 1 else []
-    flags = {"transposed": e.transposed, "average": e.is_weightless, "bias": e.bias is not None}
-    return " ".join(words + [word for word, holds in flags.items() if holds])
+def _fields(record: Any) -> dict[str, Any]:
+    return {f.name: getattr(record, f.name) for f in fields(record)}
 
 
-def _describe_layout(e: Layout, x: str) -> str:
-    axes = "axis={}->{}".format(*("?" if a is None else a for a in (e.axis_in, e.axis)))
-    match e.op:
-        case Permute(axes=order):
-            return f"permute {x} axes={','.join(map(str, order))} {axes}"
-        case Mean() as op:
-            return f"mean {x} axes={','.join(map(str, op.axes))} of {op.rank} {axes}" + (" keep" if op.keep else "")
-        case Take() as op:
-            return f"take {x} {op.at} along {op.axis} of {op.rank} {axes}"
-        case Spread() as op:
-            return f"spread {x} {op.block} of {op.rank} {axes}" + (" outer" if op.outer else "")
-        case Resize() as op:
-            words = [op.mode, op.place, op.rounding] if op.mode == "nearest" else [op.mode, op.place]
-            scales = "x".join(map(str, op.scales))
-            return f"resize {x} {scales} of {op.rank} {' '.join(words)} {axes}"
-        case Reshape() as op:
-            return f"reshape {x} {_shape(op.before)}->{_shape(op.after)} {axes}"
+_FACT, _FLAG, _OPTION = re.compile(r"\{(\w+):(\w+)\}"), re.compile(r"\[ (\w+)\]"), re.compile(r"\[([^]]+)\]")
+"""In a form: a fact and its spelling, a word that is there or not, and anything that is."""
+
+
+def _written(form: str, facts: dict[str, Any]) -> str:
+    def option(found: re.Match[str]) -> str:
+        needed = [name for name, _ in _FACT.findall(found[1])] or [found[1].strip()]
+        return "" if any(facts[name] is None or facts[name] is False for name in needed) else found[1]
+
+    return _FACT.sub(lambda m: SPELLINGS[m[2]].show(facts[m[1]]), _OPTION.sub(option, form))
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How a fact is written: what matches it, and both ways."""
+
+    pattern: str
+    show: Callable[[Any], str] = str
+    read: Callable[[str], Any] = str
+
+
+def _ints(text: str) -> Ints:
+    return tuple(map(int, text.split(",")))
+
+
+def _list(items: Iterable[object]) -> str:
+    return ",".join(map(str, items))
+
+
+def _each(items: Iterable[object]) -> str:
+    """One for all axes, where they are alike."""
+    texts = [*map(str, items)]
+    return texts[0] if len(set(texts)) == 1 else ",".join(texts)
+
+
+def _pairs(text: str) -> tuple[Ints, ...]:
+    """``1:2,3`` as (1, 2) and (3, 3)."""
+    parts = [part.split(":") for part in text.split(",")]
+    return tuple((int(part[0]), int(part[-1])) for part in parts)
 
 
 def _runs(index: Ints) -> str:
@@ -154,12 +187,45 @@ def _runs(index: Ints) -> str:
     return ",".join(f"{a}:{b}" if b - a > 1 else f"{a}" for a, b in runs)
 
 
-def _each(values: Ints) -> str:
-    return str(values[0]) if len(set(values)) == 1 else ",".join(map(str, values))
+def _indices(text: str) -> Ints:
+    runs = [[int(n) for n in run.split(":")] for run in text.split(",")]
+    return tuple(i for run in runs for i in range(run[0], run[-1] + (len(run) == 1)))
 
 
-def _shape(shape: Shape) -> str:
-    return f"[{','.join(map(str, shape))}]"
+def _shape(text: str) -> Shape:
+    sizes = [[Dim.of(int(n) if n.isdigit() else n) for n in part.split("*")] for part in text[1:-1].split(",")]
+    return shape_of([size(parts) for parts in sizes])
+
+
+_VALUE, _INTS = r"%[^\s,]+", r"-?\d+(?:,-?\d+)*"
+SPELLINGS = {
+    "value": _Spelling(_VALUE),
+    "values": _Spelling(rf"{_VALUE}(?:, {_VALUE})*", ", ".join, lambda text: text.split(", ")),
+    "word": _Spelling(r"\w+"),
+    "int": _Spelling(r"-?\d+", str, int),
+    "real": _Spelling(r"\S+", lambda number: f"{number:g}", float),
+    "axis": _Spelling(
+        r"-?\d+|\?", lambda axis: "?" if axis is None else str(axis), lambda t: None if t == "?" else int(t)
+    ),
+    "ints": _Spelling(_INTS, _list, _ints),
+    "each": _Spelling(_INTS, _each, _ints),
+    "pads": _Spelling(r"[-\d:,]+", lambda pads: _each(f"{b}" if b == e else f"{b}:{e}" for b, e in pads), _pairs),
+    "by": _Spelling(r"\d+(?:x\d+)*", lambda sizes: "x".join(map(str, sizes)), lambda t: tuple(map(int, t.split("x")))),
+    "ratios": _Spelling(r"[\d/x]+", lambda f: "x".join(map(str, f)), lambda t: tuple(map(Fraction, t.split("x")))),
+    "runs": _Spelling(r"[\d:,]+", _runs, _indices),
+    "shape": _Spelling(r"\[[^]]*\]", lambda shape: f"[{_list(shape)}]", _shape),
+}
+"""How facts are written."""
+
+
+def _pattern(form: str) -> re.Pattern[str]:
+    """What matches the lines of a form, with a group for each fact and each word."""
+    optional = _OPTION.sub(r"(?:\1)?", _FLAG.sub(r"(?: (?P<\1>\1))?", form))
+    return re.compile(_FACT.sub(lambda m: f"(?P<{m[1]}>{SPELLINGS[m[2]].pattern})", optional))
+
+
+_READ = {re.split(r"\W", form)[0]: (kind, dict(_FACT.findall(form)), _pattern(form)) for kind, form in FORMS.items()}
+"""By the first word of a line: the kind, the spelling of each fact, and what matches it."""
 
 
 def parse(text: str, seed: int = 0) -> Expr:
@@ -172,165 +238,78 @@ def parse(text: str, seed: int = 0) -> Expr:
     named: dict[str, Expr] = {}
     last: Expr | None = None
     for line in text.strip().splitlines():
-        line = line.split("#")[0].strip()
+        line = " ".join(line.split("#")[0].split())
         if not line:
             continue
         try:
             name, rest = (part.strip() for part in line.split("=", 1))
-            last = named[name] = _read(name, rest.replace(",  ", ", ").split(" ", 1), named, rng)
-        except (KeyError, ValueError, AttributeError, IndexError) as error:
+            last = named[name] = _read(name, rest, named, rng)
+        except (KeyError, ValueError) as error:
             raise InputError(f"cannot read the expression line {line!r}: {error}") from error
     if last is None:
         raise InputError("an expression needs at least one line")
     return last
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A line of the text, taken apart.
-
-    Attributes:
-        number: what follows the kind, as in ``scale=-1``.
-        rest: what follows that.
-    """
-
-    name: str
-    number: str
-    rest: str
-    operands: tuple[Expr, ...]
-    options: dict[str, str]
-    rng: np.random.Generator
-
-    @property
-    def x(self) -> Expr:
-        return self.operands[0]
-
-    @property
-    def axis(self) -> int | None:
-        """The channel axis, that of the operand where there are two."""
-        given = self.options.get("axis", "?").partition("->")[0]
-        return None if given == "?" else int(given)
-
-    @property
-    def channels(self) -> int:
-        return int(self.options.get("c", "0").split(",")[0])
-
-    def ints(self, key: str) -> Ints:
-        return tuple(map(int, self.options[key].split(",")))
-
-    def draw(self, *shape: int) -> Array:
-        return self.rng.standard_normal(shape)
+def _read(name: str, line: str, named: dict[str, Expr], rng: np.random.Generator) -> Expr:
+    word = re.split(r"\W", line)[0]
+    if word not in _READ:
+        raise ValueError(f"unknown kind {word!r}")
+    kind, spelled, pattern = _READ[word]
+    found = pattern.fullmatch(line)
+    if found is None:
+        raise ValueError(f"its form is {FORMS[kind]!r}")
+    given = {key: text for key, text in found.groupdict().items() if text is not None}
+    facts = {key: SPELLINGS[spelled[key]].read(text) if key in spelled else True for key, text in given.items()}
+    if "x" in facts:
+        facts["x"] = named[facts["x"]]
+    if "terms" in facts:
+        facts["terms"] = tuple(named[term] for term in facts["terms"])
+    if kind is Source:
+        return Source(name[1:], **facts)
+    if kind in (Sum, Concat, Select):
+        return kind(**facts)
+    return DRAWN[kind](facts, rng) if kind in DRAWN else _layout(kind, **facts)
 
 
-def _read(name: str, words: list[str], named: dict[str, Expr], rng: np.random.Generator) -> Expr:
-    kind, _, number = words[0].partition("=")
-    rest = words[1] if len(words) > 1 else ""
-    operands = tuple(named[n] for n in re.findall(r"%[^\s,]+", rest))
-    if kind not in READERS:
-        raise ValueError(f"unknown kind {kind!r}")
-    if unknown := [word for word in rest.split() if word.isalpha() and word not in WORDS]:
-        raise ValueError(f"unknown word {unknown[0]!r}")
-    made = READERS[kind](_Line(name, number, rest, operands, dict(re.findall(r"(\w+)=(\S+)", rest)), rng))
-    after = re.findall(r" axis=\S+->(\S+)", rest)
-    if isinstance(made, Layout) and after and after[0] != (found := "?" if made.axis is None else str(made.axis)):
-        raise ValueError(f"the channel axis is {found} afterwards")
+def _layout(kind: type[Any], x: Expr, start: int | None, end: int | None, **facts: Any) -> Layout:
+    made = Layout(x, Mean(**{"keep": False} | facts) if kind is Mean else kind(**facts), start)
+    if made.axis != end:
+        raise ValueError(f"the channel axis is {SPELLINGS['axis'].show(made.axis)} afterwards")
     return made
 
 
-def _dims(text: str) -> Shape:
-    return shape_of([_dim(d) for d in text.split(",")])
+def _conv(facts: dict[str, Any], rng: np.random.Generator) -> Conv:
+    kernel, groups, outputs = facts.get("kernel", ()), facts.get("groups", 1), facts["outputs"]
 
-
-def _dim(text: str) -> Dim:
-    return size([Dim.of(int(part) if part.isdigit() else part) for part in text.split("*")])
-
-
-def _read_source(line: _Line) -> Source:
-    shape = _dims(line.options["shape"][1:-1]) if "shape" in line.options else None
-    return Source(line.name[1:], line.channels or None, line.axis, shape, "taps" in line.rest.split())
-
-
-def _read_conv(line: _Line) -> Conv:
-    rest, options = line.rest, line.options
-    inputs, outputs = map(int, re.findall(r"(\d+)->(\d+)", rest)[0])
-    kernel = tuple(map(int, options["k"].split("x"))) if "k" in options else ()
-    groups = int(options.get("g", 1))
-
-    def each(key: str) -> list[str]:
-        given = options.get(key, "0" if key == "p" else "1").split(",")
+    def each(name: str, default: Any) -> tuple[Any, ...]:
+        given = facts.get(name, (default,))
         return given * len(kernel) if len(given) == 1 else given
 
-    stride, dilation = (tuple(map(int, each(key)))[: len(kernel)] for key in "sd")
-    pads = [tuple(map(int, p.split(":"))) for p in each("p")][: len(kernel)]
-    dims = (outputs, inputs // groups, *kernel)
-    weight = np.full(dims, 1 / prod(kernel)) if "average" in rest.split() else line.draw(*dims)
-    bias = line.draw(outputs) if "bias" in rest.split() else None
-    begin, end = tuple(p[0] for p in pads), tuple(p[-1] for p in pads)
-    conv = Conv.padded(line.x, weight, bias, stride, dilation, begin, end, groups)
-    return replace(conv, transposed=True) if "transposed" in rest.split() else conv
+    dims = (outputs, facts["inputs"] // groups, *kernel)
+    weight = np.full(dims, 1 / prod(kernel)) if "average" in facts else rng.standard_normal(dims)
+    bias = rng.standard_normal((outputs,)) if "bias" in facts else None
+    begin, end = (tuple(pair[side] for pair in each("pads", (0, 0))) for side in (0, 1))
+    conv = Conv.padded(facts["x"], weight, bias, each("stride", 1), each("dilation", 1), begin, end, groups)
+    return replace(conv, transposed=True) if "transposed" in facts else conv
 
 
-def _read_scale(line: _Line) -> Scale:
-    shift = line.draw(*[line.channels] * bool(line.channels)) if "shift" in line.rest.split() else np.zeros(())
-    scale = np.array(float(line.number)) if line.number else line.draw(line.channels)
-    return Scale(line.x, scale, shift, line.axis)
+def _scale(facts: dict[str, Any], rng: np.random.Generator) -> Scale:
+    shape = (facts["channels"],) if "channels" in facts else ()
+    shift = rng.standard_normal(shape) if "shift" in facts else np.zeros(())
+    scale = np.array(facts["number"]) if "number" in facts else rng.standard_normal(shape)
+    return Scale(facts["x"], np.asarray(scale), np.asarray(shift), facts.get("axis"))
 
 
-def _read_batchnorm(line: _Line) -> BatchNorm:
-    n = line.channels
-    gamma, beta, mean = line.draw(n), line.draw(n), line.draw(n)
-    return BatchNorm(line.x, gamma, beta, mean, line.rng.uniform(0.5, 2, n), 1e-5, int(line.options["axis"]))
+def _batchnorm(facts: dict[str, Any], rng: np.random.Generator) -> BatchNorm:
+    n = facts["channels"]
+    gamma, beta, mean = (rng.standard_normal((n,)) for _ in range(3))
+    return BatchNorm(facts["x"], gamma, beta, mean, rng.uniform(0.5, 2, n), 1e-5, facts["axis"])
 
 
-def _read_select(line: _Line) -> Select:
-    _, index, _, width, _ = line.rest.split()
-    runs = [[int(n) for n in run.split(":")] for run in index.split(",")]
-    channels = [i for run in runs for i in range(run[0], run[-1] + (len(run) == 1))]
-    return Select(line.x, tuple(channels), int(width), int(line.options["axis"]))
-
-
-def _read_take(line: _Line) -> Layout:
-    _, at, _, along, _, rank, _ = line.rest.split()
-    return Layout(line.x, Take(int(rank), int(along), int(at)), line.axis)
-
-
-def _read_mean(line: _Line) -> Layout:
-    rank = int(re.findall(r" of (\d+)", line.rest)[0])
-    return Layout(line.x, Mean(rank, line.ints("axes"), "keep" in line.rest.split()), line.axis)
-
-
-def _read_resize(line: _Line) -> Layout:
-    _, scales, _, rank, *words, _ = line.rest.split()
-    given: Any = words
-    return Layout(line.x, Resize(int(rank), tuple(map(Fraction, scales.split("x"))), *given), line.axis)
-
-
-def _read_spread(line: _Line) -> Layout:
-    _, block, _, rank, *words = line.rest.split()
-    return Layout(line.x, Spread(int(rank), int(block), "outer" in words), line.axis)
-
-
-def _read_reshape(line: _Line) -> Layout:
-    before, after = map(_dims, re.findall(r"\[([^]]*)\]", line.rest))
-    return Layout(line.x, Reshape(before, after), line.axis)
-
-
-WORDS = ("along", "average", "bias", "keep", "of", "shift", "taps", "transposed", *MODES, OTHER, *PLACES, *ROUNDINGS)
-"""All that a line may hold besides operands, numbers and options."""
-
-READERS: dict[str, Callable[[_Line], Expr]] = {
-    "source": _read_source,
-    "conv": _read_conv,
-    "scale": _read_scale,
-    "batchnorm": _read_batchnorm,
-    "sum": lambda line: Sum(line.operands),
-    "concat": lambda line: Concat(line.operands, line.ints("c"), int(line.options["axis"])),
-    "select": _read_select,
-    "permute": lambda line: Layout(line.x, Permute(line.ints("axes")), line.axis),
-    "take": _read_take,
-    "mean": _read_mean,
-    "reshape": _read_reshape,
-    "resize": _read_resize,
-    "spread": _read_spread,
+DRAWN: dict[type, Callable[[dict[str, Any], np.random.Generator], Expr]] = {
+    Conv: _conv,
+    Scale: _scale,
+    BatchNorm: _batchnorm,
 }
-"""What reads a line of each kind."""
+"""The kinds with parameters."""
