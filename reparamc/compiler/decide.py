@@ -18,7 +18,7 @@ from reparamc.algebra.arrays import is_all
 from reparamc.algebra.expr import Conv, Expr, Layout, Source, rebuild, walk
 from reparamc.compiler.consider import Decision, Setting, consider
 from reparamc.compiler.graph import Splice
-from reparamc.compiler.joining import joined, parted
+from reparamc.compiler.joining import joined
 from reparamc.compiler.readings import Reading, Taps, Value, is_norm
 from reparamc.compiler.regions import MOST_SHARED, find_regions
 
@@ -44,7 +44,7 @@ def decide(setting: Setting, progress: Callable[[int, int], None]) -> dict[Value
         still = _still_there(setting.readings, decisions, shared)
         alone = {v for decision in decisions.values() for v in decision.apart}
         if not still and not alone:
-            return parted(setting, _copied_once(setting.readings, joined(setting, decisions), shared))
+            return _copied_once(setting.readings, joined(setting, decisions), shared)
         stuck |= still
         ends |= alone
 

@@ -9,7 +9,7 @@ joined if that is cheaper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from reparamc.algebra.cost import multiply_adds
@@ -52,40 +52,47 @@ def joined(setting: Setting, decisions: dict[Value, Decision]) -> dict[Value, De
     return decisions
 
 
-def parted(setting: Setting, decisions: dict[Value, Decision]) -> dict[Value, Decision]:
-    """``decisions``, with a convolution in as many parts as there are regions that take channels of it, if that pays.
+def parted(setting: Setting, decisions: dict[Value, Decision]) -> None:
+    """A convolution in as many parts as there are regions that take channels of it, where one takes in its part.
 
     All regions get their parts, or none.
     """
     home = _homes(decisions)
     for root in list(decisions):
-        users = linear_users(setting.graph, setting.readings, root)
-        outers = {outer for user in users for outer in home.get(user, (None,))} - {root}
         first = decisions[root]
-        if None in outers or not 1 < len(outers) <= MOST_PARTS or any(home[v] != {root} for v in first.members):
+        users = linear_users(setting.graph, setting.readings, root)
+        chosen = [setting.readings[u].template for u in users if u is not None]
+        outers = {outer for user in users for outer in home.get(user, (None,))} - {root}
+        if None in outers or not 1 < len(outers) <= MOST_PARTS or not all(isinstance(e, Select) for e in chosen):
             continue
-        if not all(map(setting.graph.users, outers)):
-            continue  # nothing reads a part
-        if not all(isinstance(setting.readings[u].template, Select) for u in users if u is not None):
+        second = {o: decisions[o] for o in outers if o is not None}
+        if any(home[v] != {root} for v in first.members) or not all(map(setting.graph.users, second)):
             continue
-        found = {o: consider(setting, (decisions[o].members, first.members)) for o in outers if o is not None}
-        before = [first.expr, *(decisions[o].expr for o in found)]
-        cheaper = all(
-            sum(map(cost, (d.expr for d in found.values()))) < share * sum(map(cost, before))
-            for cost, share in ((setting.objective.cost, 1.0), (_in_kernels, FEWER))
-        )
-        if cheaper and all(d.splice is not None for d in found.values()):
+        if any(d.splice is not None and d.splice.shared is not None for d in (first, *second.values())):
+            continue
+        found = {o: consider(setting, (d.members, first.members)) for o, d in second.items()}
+        rows = sum(len(set(e.index)) / e.width for e in chosen if isinstance(e, Select))
+        kernels = rows * _in_kernels([first]) + _in_kernels(second.values())
+        if not _in_kernels(found.values()) < FEWER * kernels or not any(_in_kernels([d]) for d in second.values()):
+            continue
+        if not _price(setting, found.values()) < _price(setting, (first, *second.values())):
+            continue
+        if all(d.splice is not None for d in found.values()):
             del decisions[root]
             for outer, d in found.items():
                 decisions[outer] = replace(d, splice=d.splice and replace(d.splice, shared=root))
                 for v in d.members:
                     home[v].add(outer)
-    return decisions
 
 
-def _in_kernels(expr: Expr) -> float:
+def _price(setting: Setting, decisions: Iterable[Decision]) -> float:
+    return sum(setting.objective.cost(d.expr) for d in decisions)
+
+
+def _in_kernels(decisions: Iterable[Decision]) -> float:
     """The multiply-adds of kernels and matrices."""
-    return sum(multiply_adds(e) for e in walk(expr) if isinstance(e, Conv) and not e.is_weightless)
+    kernels = (e for d in decisions for e in walk(d.expr) if isinstance(e, Conv) and not e.is_weightless)
+    return sum(map(multiply_adds, kernels))
 
 
 def _homes(decisions: Mapping[Value, Decision]) -> dict[Value, set[Value]]:

@@ -6,7 +6,8 @@ The convolution ends a region of its own, because several regions take channels 
 projection), perhaps after its channels have been split into heads and moved by P. It can be changed for all of them
 only, and only if nothing else takes the channels i. So all regions that read it get a replacement over one and the
 same new convolution, which is emitted with the first of them. Each replacement is right by itself; all are made or
-none, because otherwise both convolutions would be computed.
+none, because otherwise both convolutions would be computed. Where a region takes the channels i into a kernel of its
+own, the convolution is parted: see `joining`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from reparamc.algebra.kernels import coefficients, scaled_again
 from reparamc.algebra.rewrite import Declined, simplify
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.consider import Decision, Setting, checked
+from reparamc.compiler.joining import parted
 from reparamc.compiler.plan import Compilation
 from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import lifted, linear_users
@@ -75,6 +77,7 @@ def fold_pieces(compilation: Compilation, name: str) -> None:
         elif found:
             del decisions[value]
             decisions.update((d.members[-1], d) for d in found)
+    parted(setting, decisions)
 
 
 @dataclass(frozen=True)
