@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -152,11 +154,22 @@ def sizes_of(
     is_large = any(prod(a.shape if s is None else s) > MOST_ELEMENTS for a, s in pairs if isinstance(a, Tensor))
     if is_large and _is_of_torch(module):
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            with FakeTensorMode(allow_non_fake_inputs=True), _silence():
                 return _recorded(module, [_Sized.like(a, s) if isinstance(a, Tensor) else a for a, s in pairs])
         except Exception:  # it asks for values
             pass
     return _recorded(module, [a.clone() if isinstance(a, Tensor) and s is None else _like(a, s) for a, s in pairs])
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing logged by torch of sizes that a module does not take."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _recorded(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[int, ...]]:

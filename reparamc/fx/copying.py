@@ -100,6 +100,12 @@ def _begun(model: nn.Module) -> Memo:
     return memo
 
 
+def kept_aside(module: nn.Module) -> str:
+    """The name of a mapping in which ``module`` keeps tensors, such as a cache; empty where there is none."""
+    held = ((name, v) for name, v in vars(module).items() if type(v) in (dict, OrderedDict) and name not in _REGISTRIES)
+    return next((name for name, v in held if any(isinstance(t, Tensor) for t in v.values())), "")
+
+
 def _inside(value: Any, depth: int = 3) -> list[Any]:
     """``value``, and what the containers in it hold."""
     found = [value]

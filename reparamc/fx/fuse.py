@@ -24,7 +24,7 @@ from reparamc.compiler.pipeline import level_of
 from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
 from reparamc.fx.arguments import call_of, elements, few, others
-from reparamc.fx.copying import State, copied
+from reparamc.fx.copying import State, copied, kept_aside, submodules
 from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.export import is_exported, live_in_training
 from reparamc.fx.outcome import difference, ran
@@ -107,6 +107,9 @@ class _Fusion:
         self.start = perf_counter()
         self.shared: list[str] = []
         self.own = copied(model, self.shared)
+        caches = [(path, name) for path, module in submodules(model).items() if (name := kept_aside(module))]
+        self.blocked = {p: f"it keeps tensors aside, in {name!r}" for path, name in caches for p in _around(path)}
+        """Modules that no graph may take the place of: such tensors would be constants in it."""
         remembered(self.own)
         self.runs: list[Seen] = []
         self.failed: list[FailedRegion] = []
@@ -119,16 +122,19 @@ class _Fusion:
         """The fused copy, with its report."""
         as_graph = not has_options(self.model) and not any(hasattr(self.model, name) for name in TOOLS)
         if example_inputs is None:
-            parts = Parts(self.model, self.own, self.options)
+            parts = Parts(self.model, self.own, self.options, blocked=self.blocked)
             if isinstance(why := parts.whole(""), str):
-                raise InputError(why)
+                way_out = "; with example_inputs its parts are fused" if self.blocked else ""
+                raise InputError(f"{why}{way_out}")
             return self.reported(parts.take("", as_graph), "not run end to end: no example_inputs")
         call, self.state = call_of(self.model, example_inputs), State(self.model, self.own)
         try:
             classes = recorded(self.model)
             first = Parts(self.model, self.own, self.options, [Seen(call)]).traced("", {})
             parts = None
-            if as_graph and isinstance(first, Whole) and not first.opaque:  # then its parts need not be watched
+            if (
+                as_graph and isinstance(first, Whole) and not (first.opaque or self.blocked)
+            ):  # then its parts need not be watched
                 parts = self.parts(call, None, classes, first)
             if parts is None or isinstance(parts.whole(""), str):
                 parts = self.parts(call, Watched(self.model), classes, first)
@@ -172,7 +178,9 @@ class _Fusion:
             except Exception:  # whatever a module raises that does not take a size
                 continue
         self.writes_parameters = self.state.has_written_parameters
-        blocked = {p: "transformers records the outputs of parts of it" for path in classes for p in _around(path)[:-1]}
+        blocked = self.blocked | {
+            p: "transformers records the outputs of parts of it" for path in classes for p in _around(path)[:-1]
+        }
         blocked |= {place: "forward changes what it holds" for path in changed for place in _around(path)}
         return Parts(self.model, self.own, self.options, self.runs, watched, blocked, classes, first)
 

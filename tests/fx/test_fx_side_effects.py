@@ -8,9 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from fx_checks import CHANNELS, conv_bn, ready, relative_error, report, run
 from torch import Tensor, nn
 
 from reparamc import fuse_fx
+from reparamc.errors import InputError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -54,3 +56,31 @@ def test_generators_are_as_before() -> None:
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]  # type: ignore[union-attr]
+
+
+class Cached(nn.Module):
+    """Keeps what it computes from a parameter, as attention biases are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.bias = conv_bn(), nn.Parameter(torch.randn(CHANNELS, 1, 1))
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias.exp()
+        return self.block(x) + self.kept["bias"]
+
+
+def test_what_a_model_has_cached_is_no_constant() -> None:
+    model = ready(nn.Sequential(conv_bn(), nn.ReLU(), Cached()))
+    x = torch.randn(2, CHANNELS, 7, 6)
+    before = fuse_fx(model, x)
+    expected = run(model, x)
+    after = fuse_fx(model, x)
+    assert list(before.state_dict()) == list(after.state_dict())
+    assert report(after).after.batchnorm == 0
+    assert any("keeps tensors aside" in part.why for part in report(after).parts)
+    assert relative_error(run(after, x), expected) < 1e-5
+    with pytest.raises(InputError, match="keeps tensors aside, in 'kept'; with example_inputs"):
+        fuse_fx(model)
