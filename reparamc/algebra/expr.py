@@ -295,7 +295,7 @@ class Mean:
 
     rank: int
     axes: Ints
-    keep: bool
+    keep: bool = False
 
 
 @dataclass(frozen=True)

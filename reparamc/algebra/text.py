@@ -260,7 +260,9 @@ def _read(name: str, line: str, named: dict[str, Expr], rng: np.random.Generator
     if found is None:
         raise ValueError(f"its form is {FORMS[kind]!r}")
     given = {key: text for key, text in found.groupdict().items() if text is not None}
-    facts = {key: SPELLINGS[spelled[key]].read(text) if key in spelled else True for key, text in given.items()}
+    facts: dict[str, Any] = {
+        key: SPELLINGS[spelled[key]].read(text) if key in spelled else True for key, text in given.items()
+    }
     if "x" in facts:
         facts["x"] = named[facts["x"]]
     if "terms" in facts:
@@ -273,7 +275,7 @@ def _read(name: str, line: str, named: dict[str, Expr], rng: np.random.Generator
 
 
 def _layout(kind: type[Any], x: Expr, start: int | None, end: int | None, **facts: Any) -> Layout:
-    made = Layout(x, Mean(**{"keep": False} | facts) if kind is Mean else kind(**facts), start)
+    made = Layout(x, kind(**facts), start)
     if made.axis != end:
         raise ValueError(f"the channel axis is {SPELLINGS['axis'].show(made.axis)} afterwards")
     return made
@@ -304,7 +306,7 @@ def _scale(facts: dict[str, Any], rng: np.random.Generator) -> Scale:
 def _batchnorm(facts: dict[str, Any], rng: np.random.Generator) -> BatchNorm:
     n = facts["channels"]
     gamma, beta, mean = (rng.standard_normal((n,)) for _ in range(3))
-    return BatchNorm(facts["x"], gamma, beta, mean, rng.uniform(0.5, 2, n), 1e-5, facts["axis"])
+    return BatchNorm(facts["x"], gamma, beta, mean, rng.uniform(0.5, 2, (n,)), 1e-5, facts["axis"])
 
 
 DRAWN: dict[type, Callable[[dict[str, Any], np.random.Generator], Expr]] = {
