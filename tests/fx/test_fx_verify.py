@@ -114,7 +114,7 @@ def test_wrong_splice(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_correct_networks_are_never_refused(dtype: torch.dtype) -> None:
     """Deep networks amplify rounding; that is no fault."""
-    for seed in range(5):
+    for seed in range(3):
         torch.manual_seed(seed)
         blocks = [nn.Sequential(conv_bn(), nn.ReLU()) for _ in range(20)]
         model = ready(nn.Sequential(*blocks, conv_bn()), seed).to(dtype)
