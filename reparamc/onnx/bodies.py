@@ -1,8 +1,8 @@
 """Graphs within a graph: bodies of If, Loop and Scan, and local functions.
 
 A body is fused like any graph, as a model of its own: what it captures is an input of that model, or a constant where
-it is one outside. An If whose condition is constant is replaced by the branch that it takes, and functions by what they
-compute where that lets more fold and the file does not grow.
+it is one outside. So is a local function, where its calls agree on types. An If whose condition is constant is replaced
+by the branch that it takes, and functions by what they compute where that lets more fold and the file does not grow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, inliner, numpy_helper
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    ValueInfoProto,
+    helper,
+    inliner,
+    numpy_helper,
+)
 
 from reparamc.errors import InputError
 from reparamc.onnx.constants import fold_constants
@@ -25,8 +35,10 @@ from reparamc.onnx.values import (
     defined_names,
     inferred,
     is_standard,
+    operand,
     subgraphs,
 )
+from reparamc.onnx.weights import array
 from reparamc.report.data import Report
 
 Fuse = Callable[[ModelProto], tuple[ModelProto, Report]]
@@ -53,8 +65,8 @@ def inlined(model: ModelProto, functions: Sequence[tuple[str, str]]) -> ModelPro
         return None
 
 
-def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    stack = [graph]
+def _all_nodes(graph: GraphProto | FunctionProto) -> Iterator[NodeProto]:
+    stack: list[GraphProto | FunctionProto] = [graph]
     while stack:
         for node in stack.pop().node:
             yield node
@@ -162,6 +174,64 @@ def fuse_bodies(model: ModelProto, fuse: Fuse) -> list[tuple[str, Report]]:
     if read:
         commit(model, list(model.graph.node), [], read)
     return done
+
+
+def fuse_functions(model: ModelProto, fuse: Fuse) -> list[tuple[str, Report]]:
+    """Fuse each local function by itself, in place, for all its calls; where each is, and what was done there.
+
+    One that takes attributes, calls others, or is called elsewhere than in the main graph is left alone.
+    """
+    done: list[tuple[str, Report]] = []
+    types = Types(model) if model.functions else None
+    for function in model.functions:
+        alone = _called_alone(model, function, types) if types is not None else None
+        if alone is None:
+            continue
+        try:
+            fused, report = fuse(alone)
+        except InputError:
+            continue
+        done.append((f"{function.domain}.{function.name}", report))
+        if report.changed:
+            stored = [numpy_helper.from_array(array(t), t.name) for t in fused.graph.initializer]
+            nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in stored]
+            nodes += fused.graph.node
+            del function.node[:], function.value_info[:]
+            function.node.extend(nodes)
+    return done
+
+
+def _called_alone(model: ModelProto, function: FunctionProto, types: Types) -> ModelProto | None:
+    """``function`` as a model whose inputs are of the types that all calls agree on; None where they do not."""
+    others = {(f.domain, f.name) for f in model.functions}
+    inside = list(_all_nodes(function))
+    key = function.domain, function.name
+    calls = [node for node in model.graph.node if (node.domain, node.op_type) == key]
+    everywhere = [model.graph, *(f for f in model.functions if f is not function)]
+    number = sum((node.domain, node.op_type) == key for part in everywhere for node in _all_nodes(part))
+    if not calls or number != len(calls) or function.attribute or function.attribute_proto:
+        return None
+    if any((node.domain, node.op_type) in others for node in inside):
+        return None
+    given: list[ValueInfoProto] = []
+    for at, name in enumerate(function.input):
+        kinds = {types.element_type(operand(call, at) or "") for call in calls}
+        shapes = [types.shape(operand(call, at) or "") for call in calls]
+        kind, ranks = kinds.pop(), {None if shape is None else len(shape) for shape in shapes}
+        if kinds or kind is None or None in ranks or len(ranks) > 1:
+            return None
+        sizes = zip(*(shape for shape in shapes if shape is not None), strict=True)
+        dims = [None if len(set(s)) > 1 else s[0].known if s[0].known is not None else str(s[0]) for s in sizes]
+        given.append(helper.make_tensor_value_info(name, kind, dims))
+    results = [ValueInfoProto(name=name) for name in function.output]
+    graph = helper.make_graph(function.node, function.name, given, results)
+    made = ModelProto(ir_version=max(model.ir_version, 4), opset_import=function.opset_import, graph=graph)
+    found = inferred(made, {}).graph.output
+    if not all(v.type.tensor_type.elem_type and v.type.tensor_type.HasField("shape") for v in found):
+        return None
+    del made.graph.output[:]
+    made.graph.output.extend(found)
+    return made
 
 
 def _alone(model: ModelProto, body: GraphProto, constants: Constants, types: Types) -> ModelProto | None:

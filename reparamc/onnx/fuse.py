@@ -26,7 +26,7 @@ from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import LIFT
 from reparamc.errors import InputError, InputTypeError
 from reparamc.onnx import weights
-from reparamc.onnx.bodies import called, fuse_bodies, has_bodies, inlined, merged, resolve
+from reparamc.onnx.bodies import called, fuse_bodies, fuse_functions, has_bodies, inlined, merged, resolve
 from reparamc.onnx.check import check, graphs, in_execution_order
 from reparamc.onnx.emit import OnnxEdit
 from reparamc.onnx.files import check_target, file_origin, opened, save_outcome
@@ -132,6 +132,8 @@ class _Whole:
 
     def __init__(self, model: ModelProto, options: Options, pass_table: tuple[Pass, ...], doubted: bool) -> None:
         self.model, self.options, self.doubted = model, options, doubted
+        self.room = weights.total(model)
+        """Bytes that a result may take in which calls are replaced."""
         self.folding = next((p.name for p in options.passes if folds_constants(p)), None)
         names = [p.name for p in options.passes]
         inside = "off" if options.level == "off" else "region"
@@ -145,6 +147,7 @@ class _Whole:
         functions = called(self.model)
         if not functions:
             return result, report
+        self.room = min(self.room, weights.total(result))
         found = self._inlined(functions, report)
         if found is not None and not self._fits(found[0]) and len(functions) > 1:
             tried = {f: self._inlined([f], report) for f in functions[:MOST_FUNCTIONS]}
@@ -161,7 +164,7 @@ class _Whole:
         return result, report
 
     def _fits(self, result: ModelProto) -> bool:
-        return weights.total(result) <= weights.total(self.model)
+        return weights.total(result) <= self.room
 
     def _inlined(self, functions: Sequence[tuple[str, str]], report: Report) -> tuple[ModelProto, Report] | None:
         """What comes of the model without calls of ``functions``; None if no more folds than in ``report``."""
@@ -180,12 +183,12 @@ class _Whole:
 
     def _attempt(self, start: ModelProto) -> tuple[ModelProto, Report]:
         """The main graph and its bodies, which are proven one by one, and compared together."""
-        if not has_bodies(start):
+        if not has_bodies(start) and not start.functions:
             return self._fuse_graph(start)
         whole = ModelProto()
         whole.CopyFrom(start)
         resolved = resolve(whole) if self.folding is not None else 0
-        inner = fuse_bodies(whole, self._fuse_body)
+        inner = fuse_bodies(whole, self._fuse_body) + fuse_functions(whole, self._fuse_body)
         result, report = self._fuse_graph(whole)
         report.before = count(start)
         if not resolved and not any(found.changed for _, found in inner):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from expression_models import operators, run
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
-from onnx_models import BN, CONV, W1, W3, N, batchnorm, conv_bn, model, node, norm
+from onnx_models import BN, CONV, W1, W3, N, batchnorm, conv_bn, fuse, model, node, norm
 
 from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.session import random_inputs
@@ -177,3 +177,17 @@ def test_a_function_in_which_nothing_folds_stays() -> None:
 def test_other_files_take_no_detour() -> None:
     made = model([CONV, BN, node("Relu", "y", "z")], {"w": W3, **N}, outputs="z")
     assert kinds(fused(made)) == {"Conv": 1, "Relu": 1}
+
+
+def test_a_function_with_weights_of_its_own() -> None:
+    """It folds once, for both calls, which do not agree on sizes."""
+    stored = {"k": W3, **N}
+    inner = [helper.make_node("Constant", [], [n], value=numpy_helper.from_array(a, "")) for n, a in stored.items()]
+    inner += [node("Conv", "a k", "c"), batchnorm("c", "n", "d"), node("Relu", "d", "r")]
+    own = helper.make_function("own", "Stage", ["a"], ["r"], inner, [helper.make_opsetid("", 17)])
+    calls = [helper.make_node("Stage", [x], [y], domain="own") for x, y in (("x", "h"), ("h", "y"))]
+    made = model(calls, {}, (2, 6, 9, 8), functions=[own], domains=["own"])
+    fused, report = fuse(made)
+    assert report.passes["bn-folding"] == 1
+    assert [n.op_type for n in fused.functions[0].node if n.op_type != "Constant"] == ["Conv", "Relu"]
+    assert fused.ByteSize() <= made.ByteSize()
