@@ -126,7 +126,7 @@ def plot(table: Sequence[Row], picture: Path) -> None:
     runtimes = list(dict.fromkeys(row[0] for row in table))
     figure = Figure(figsize=(4 * len(runtimes) + 2, 3.5), layout="constrained")
     for axes, runtime in zip(figure.subplots(1, len(runtimes), squeeze=False)[0], runtimes, strict=True):
-        rows = [row for row in table if row[0] == runtime]
+        rows = sorted((row for row in table if row[0] == runtime), key=lambda row: row[1])
         for number, name in enumerate(rows[0][2]):
             for form, style in enumerate(("o-", "o:")):
                 values = [row[2][name][form] for row in rows]
