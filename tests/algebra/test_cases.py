@@ -248,7 +248,13 @@ def shares_a_value(e: Expr) -> bool:
     return any(count > 1 and not isinstance(node, Source) for node, count in readers.items())
 
 
-@pytest.mark.parametrize("table", [p for p in PASSES if type(p) is Pass], ids=lambda p: p.name)
+OF_HOSTS = ("norm-folding",)
+"""Passes over operators that no text can hold; the tests of the adapters have their cases."""
+
+
+@pytest.mark.parametrize(
+    "table", [p for p in PASSES if type(p) is Pass and p.name not in OF_HOSTS], ids=lambda p: p.name
+)
 def test_every_pass_has_its_cases(table: Pass) -> None:
     assert gaps(table, ALL) == []
 
