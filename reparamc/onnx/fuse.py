@@ -134,6 +134,8 @@ class _Whole:
         self.model, self.options, self.doubted = model, options, doubted
         self.room = weights.total(model)
         """Bytes that a result may take in which calls are replaced."""
+        self.least = self.again = 0
+        """What folds where they are not; and what of that counts once more for each further call."""
         self.folding = next((p.name for p in options.passes if folds_constants(p)), None)
         names = [p.name for p in options.passes]
         inside = "off" if options.level == "off" else "region"
@@ -148,13 +150,14 @@ class _Whole:
         if not functions:
             return result, report
         self.room = min(self.room, weights.total(result))
-        found = self._inlined(functions, report)
+        self.least = sum(report.passes.values()) + self.again
+        found = self._inlined(functions)
         if found is not None and not self._fits(found[0]) and len(functions) > 1:
-            tried = {f: self._inlined([f], report) for f in functions[:MOST_FUNCTIONS]}
+            tried = {f: self._inlined([f]) for f in functions[:MOST_FUNCTIONS]}
             fitting = [f for f, made in tried.items() if made is not None and self._fits(made[0])]
             grown = [f for f, made in tried.items() if made is not None and f not in fitting] or functions
             if fitting:
-                result, report = self._inlined(fitting, report) or (result, report)
+                result, report = self._inlined(fitting) or (result, report)
         elif found is not None and self._fits(found[0]):
             return found
         else:
@@ -166,13 +169,13 @@ class _Whole:
     def _fits(self, result: ModelProto) -> bool:
         return weights.total(result) <= self.room
 
-    def _inlined(self, functions: Sequence[tuple[str, str]], report: Report) -> tuple[ModelProto, Report] | None:
-        """What comes of the model without calls of ``functions``; None if no more folds than in ``report``."""
+    def _inlined(self, functions: Sequence[tuple[str, str]]) -> tuple[ModelProto, Report] | None:
+        """What comes of the model without calls of ``functions``; None if no more folds then."""
         plain = inlined(self.model, functions)
         if plain is None:
             return None
         result, found = self._attempt(plain)
-        if sum(found.passes.values()) <= sum(report.passes.values()):
+        if sum(found.passes.values()) + self.again <= self.least:
             return None
         found.before = count(self.model)
         if self.options.level == "full" and self._fits(result):
@@ -183,12 +186,16 @@ class _Whole:
 
     def _attempt(self, start: ModelProto) -> tuple[ModelProto, Report]:
         """The main graph and its bodies, which are proven one by one, and compared together."""
+        self.again = 0
         if not has_bodies(start) and not start.functions:
             return self._fuse_graph(start)
         whole = ModelProto()
         whole.CopyFrom(start)
         resolved = resolve(whole) if self.folding is not None else 0
-        inner = fuse_bodies(whole, self._fuse_body) + fuse_functions(whole, self._fuse_body)
+        functions = fuse_functions(whole, self._fuse_body)
+        calls = Counter(f"{node.domain}.{node.op_type}" for node in whole.graph.node)
+        self.again = sum((calls[where] - 1) * sum(found.passes.values()) for where, found in functions)
+        inner = fuse_bodies(whole, self._fuse_body) + functions
         result, report = self._fuse_graph(whole)
         report.before = count(start)
         if not resolved and not any(found.changed for _, found in inner):

@@ -191,3 +191,4 @@ def test_a_function_with_weights_of_its_own() -> None:
     assert report.passes["bn-folding"] == 1
     assert [n.op_type for n in fused.functions[0].node if n.op_type != "Constant"] == ["Conv", "Relu"]
     assert fused.ByteSize() <= made.ByteSize()
+    assert not report.kept
