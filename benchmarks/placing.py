@@ -31,12 +31,12 @@ if not hasattr(torch.ops.torchvision, "nms"):  # a torchvision without its compi
 
 
 class _Logits(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, key: str = "logits") -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.key = inner, key
 
     def forward(self, x: Any) -> Any:
-        return self.inner(x).logits
+        return self.inner(x)[self.key]
 
 
 def segformer(depths: list[int], sizes: list[int], width: int) -> nn.Module:
@@ -50,6 +50,12 @@ def of_timm(name: str, **options: Any) -> nn.Module:
     import timm
 
     return timm.create_model(name, pretrained=False, **options)
+
+
+def lraspp() -> nn.Module:
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+    return _Logits(lraspp_mobilenet_v3_large(weights=None, weights_backbone=None), "out")
 
 
 def of_smp(kind: str, encoder: str) -> nn.Module:
@@ -81,6 +87,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "smp/fpn-resnet34": (lambda: of_smp("FPN", "resnet34"), 256),
     "smp/upernet-resnet34": (lambda: of_smp("UPerNet", "resnet34"), 192),
     "smp/deeplabv3+-resnet34": (lambda: of_smp("DeepLabV3Plus", "resnet34"), 256),
+    "lraspp": (lraspp, 256),
     "timm/densenet121": (lambda: of_timm("densenet121"), 224),
     "timm/hrnet_w18_small": (lambda: of_timm("hrnet_w18_small"), 224),
     "resnet50-pruned": (pruned, 224),
