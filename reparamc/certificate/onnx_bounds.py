@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, inliner, numpy_helper
 
 VAST, LAST = 2**20, 2**62
 """Vectors of more entries take too long. From the second on, a number is no size: exporters mean the end of an axis."""
@@ -47,7 +47,7 @@ def may_propagate(light: ModelProto) -> bool:
     if any(VAST < n < LAST for n in (*dims, *_numbers(every, inside))):
         return False
     try:
-        plain = onnx.inliner.inline_local_functions(light) if inside else light
+        plain = inliner.inline_local_functions(light) if inside else light
         plain = onnx.shape_inference.infer_shapes(plain)
     except FAILURES:
         return False

@@ -490,7 +490,7 @@ def _read_pixel_shuffle(graph: Readings, node: fx.Node, call: Call) -> Reading |
         return None
     if graph.channels(x, -3) is None:
         return Declined(CHANNELS_UNKNOWN)
-    return _moved(graph, x, Spread(rank, block, node))
+    return _moved(graph, x, Spread(rank, block, native=node))
 
 
 def _read_repeated(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:

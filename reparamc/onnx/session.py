@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 
 from reparamc.algebra.dtypes import epsilon_of, is_floating
 from reparamc.certificate.onnx_bounds import nested
@@ -183,7 +183,7 @@ def check_computed(light: ModelProto, inputs: Mapping[str, tuple[list[int], np.d
         if value.name in inputs:
             kind = value.type.tensor_type
             kind.CopyFrom(helper.make_tensor_type_proto(kind.elem_type, inputs[value.name][0]).tensor_type)
-    whole = onnx.inliner.inline_local_functions(light) if light.functions else light
+    whole = inliner.inline_local_functions(light) if light.functions else light
     found = inferred(whole, {"data_prop": True}, {}).graph
     for value in (v for g in nested(found) for v in (*g.value_info, *g.output)):
         sizes = [d.dim_value for d in value.type.tensor_type.shape.dim]

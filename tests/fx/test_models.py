@@ -25,7 +25,7 @@ ZOO = {
     "fastvit_sa36": 151,
     "fastvit_ma36": 151,
 }
-LARGER = ("fastvit_sa24", "fastvit_sa36", "fastvit_ma36")
+LARGER = ("fastvit_sa24", "fastvit_sa36")
 """SA12 with more blocks, or wider ones: only operators are counted."""
 TIMM = {"fastvit_t8": 52, "fastvit_sa12": 59, "mobileone_s0": 43, "repvgg_a0": 22, "repvit_m0_9": 103}
 
