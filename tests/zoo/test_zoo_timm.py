@@ -104,7 +104,9 @@ def test_a_backbone_of_transformers(timm: ModuleType) -> None:
     transformers = pytest.importorskip("transformers")
     import fastvit_zoo.timm_models  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-    config = transformers.TimmBackboneConfig("fastvit_zoo_t8", use_pretrained_backbone=False, out_indices=(1, 3))
+    config = transformers.TimmBackboneConfig(
+        backbone="fastvit_zoo_t8", use_pretrained_backbone=False, out_indices=(1, 3)
+    )
     backbone = transformers.AutoBackbone.from_config(config)
     assert backbone.channels == [96, 384]
     maps_agree(backbone, lambda found: found.feature_maps)
