@@ -375,7 +375,7 @@ def test_passes_can_be_chosen() -> None:
     assert not report(fuse_fx(model, passes=[])).changed
     wrongs: list[dict[str, Any]] = [{"passes": ["bn"]}, {"skip": ["bn"]}]
     for wrong in wrongs:
-        with pytest.raises(InputError, match="unknown pass 'bn'; the passes are .*bn-folding"):
+        with pytest.raises(InputError, match=r"unknown pass 'bn'; the passes are .*bn-folding"):
             fuse_fx(model, **wrong)
     with pytest.raises(InputError, match="unknown verification level"):
         fuse_fx(model, verify="deep")
