@@ -146,7 +146,7 @@ FX_READERS = [
         fx=lambda: net(written_between, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
     ),
     fault(
-        "duplicates across a write in place", "reparamc.fx.graph:FxGraph.is_written", instead(lambda *_: False),
+        "duplicates across a write in place", "reparamc.fx.graph:FxGraph.is_written", instead(lambda *_, **__: False),
         fx=lambda: net(written_twice, nn.Conv2d(4, 4, 3)),
     ),
     fault(

@@ -113,6 +113,10 @@ ROWS: dict[str, Row] = {
         {"s": np.array([1, 1, 2, 3], np.float32)},
     ),
     "resize 9": Row(node("Upsample", "v s", "y", mode="nearest"), {"s": np.array([1, 1, 2, 3], np.float32)}, opset=9),
+    "channels to positions": Row(node("DepthToSpace", "v", "y", blocksize=2), shape=(2, 8, 3, 5)),
+    "channels to positions, side by side": Row(
+        node("DepthToSpace", "v", "y", blocksize=2, mode="CRD"), shape=(2, 8, 3, 5)
+    ),
     "flatten": Row(node("Flatten", "v", "y", axis=2)),
     "reshape": Row(node("Reshape", "v t", "y"), {"t": ints(0, 0, -1)}),
     "transpose": Row(node("Transpose", "v", "y", perm=[0, 2, 3, 1])),
