@@ -125,7 +125,7 @@ def agree(original: Value, emitted: Value, precision: Precision) -> Agreement:
 
 def _refusal(original: Value, emitted: Value) -> str:
     """Why the second may refuse an input that the first takes; empty where it does not."""
-    if emitted.filled and not original.filled:
+    if not emitted.filled <= original.filled:
         return "the result refuses inputs without elements"
     for axis, need in enumerate(emitted.needs):
         admitted = original.needs[axis] if axis < len(original.needs) else 0

@@ -140,7 +140,7 @@ class Value:
         grids: one `Grid` for each axis of ``base``, by source.
         loose: axes of ``base`` along which a term of a sum may be repeated, at some input sizes.
         needs: for each axis of ``base``, a source is refused where its size less 1 is below this.
-        filled: whether sources without elements are refused.
+        filled: the sizes that are refused where they are zero.
         meter: counts what is done with the value.
     """
 
@@ -153,7 +153,7 @@ class Value:
     loose: frozenset[int] = frozenset()
     meter: Meter = UNLIMITED
     needs: tuple[int, ...] = ()
-    filled: bool = False
+    filled: frozenset[str] = frozenset()
 
     @property
     def channels(self) -> int:
@@ -326,7 +326,7 @@ def added(terms: Sequence[Value]) -> Value:
             blocks=_collected(total.blocks + term.blocks, total.meter),
             vectors=summed(total.vectors.items(), term.vectors.items()),
             needs=needed(total.needs, term.needs),
-            filled=total.filled or term.filled,
+            filled=total.filled | term.filled,
         )
     return total
 
@@ -465,7 +465,7 @@ def stacked(terms: Sequence[Value], axis: int) -> Value:
     loose = frozenset(i for t in whole for i in t.loose)  # what is stacked has one size, or nothing runs
     stack = replace(
         first, grids=grids, blocks=tuple(blocks), vectors=summed(vectors), loose=loose,
-        needs=needed(*(t.needs for t in whole)), filled=any(t.filled for t in whole),
+        needs=needed(*(t.needs for t in whole)), filled=frozenset[str]().union(*(t.filled for t in whole)),
     )  # fmt: skip
     return with_channels(stack, total, axis)
 

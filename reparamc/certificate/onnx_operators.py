@@ -570,7 +570,8 @@ def _read_reshape(call: Call) -> Value:
         ]
         y = nl.regrouped(x, target)
         # What is left of no elements cannot be told, and is refused.
-        return replace(y, filled=True) if None in target and any(e is not None and e.symbols for e in target) else y
+        others = {s for e in target if e is not None for s in e.symbols} if None in target else set[str]()
+        return replace(y, filled=y.filled | others)
     return nl.regrouped(x, _inferred(call, x))
 
 

@@ -350,3 +350,15 @@ def test_what_no_rewrite_is_to_blame_for_is_an_error(monkeypatch: pytest.MonkeyP
 def test_without_verification_nothing_is_proven() -> None:
     assert fuse_model(network(), verify="off")[1].certificate is None
     assert fuse_model(network(), verify="region")[1].certificate is not None
+
+
+@pytest.mark.parametrize(("target", "verdict"), [([0, 4, -1], "equal"), ([0, -1, 0, 0], "undecided")])
+def test_a_reshape_that_refuses_other_sizes_of_zero(target: list[int], verdict: str) -> None:
+    """What is left of no elements cannot be told: the original refuses a batch of 0, but takes a height of 0."""
+    pool, last = node("MaxPool", "x", "p", kernel_shape=[2, 2], ceil_mode=1), np.array([0, 2, 2, -1])
+    before = model([pool, node("Reshape", "p t", "y")], {"t": last}, ("N", 4, "H", "W"))
+    after = model(
+        [pool, node("Reshape", "p s", "a"), node("Reshape", "a t", "y")], {"s": np.array(target), "t": last},
+        ("N", 4, "H", "W"),
+    )  # fmt: skip
+    assert [w.verdict for w in certify_onnx(before, after).windows] == [verdict]
