@@ -111,7 +111,7 @@ class Call:
         return list(cast("Sequence[int]", attribute(self.node, key, default)))
 
     def text(self, key: str, default: str) -> str:
-        return cast(bytes, attribute(self.node, key, default.encode())).decode()
+        return cast(bytes, attribute(self.node, key, default.encode())).decode(errors="replace")
 
 
 def within(axis: int, rank: int) -> int:

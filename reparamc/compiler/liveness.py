@@ -17,7 +17,7 @@ from reparamc.algebra.channels import Index, Mask, frees_channels, is_separate, 
 from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Select, Source, axis_through, ranks, rebuild, walk
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.compiler.graph import Graph, Separate
-from reparamc.compiler.readings import Reading, Taps, Value
+from reparamc.compiler.readings import MOST_CONCATENATED, Reading, Taps, Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +102,10 @@ class Liveness:
         return self.found.get(value)
 
     def _opaque(self, value: Value) -> None:
-        """A value of which all channels stay, where its axis and their number are known."""
+        """A value of which all channels stay, where its axis and their number are known, and no absurd one."""
         shape, axis = self.graph.source(value).shape, self._demands.get(value)
         width = shape[axis].known if shape is not None and axis is not None and -axis <= len(shape) else None
-        if axis is not None and width is not None:
+        if axis is not None and width is not None and width <= MOST_CONCATENATED:
             self._stays.append(self._enter(value, axis, np.full(width, np.nan)).numbers)
 
     def _follow(self, value: Value) -> None:

@@ -439,7 +439,7 @@ def _selection(graph: Facts, x: str, axis: int, index: Sequence[int]) -> Reading
     """Elements ``index`` of ``x`` along ``axis``; None where the size there is unknown."""
     shape = graph.types.shape(x)
     width = shape[axis].known if shape is not None and -len(shape) <= axis < len(shape) else None
-    if shape is None or width is None or not 0 < len(index) <= MOST_CONCATENATED:
+    if shape is None or width is None or not 0 < len(index) <= MOST_CONCATENATED or width > MOST_CONCATENATED:
         return None
     if not all(0 <= i < width for i in index):
         return None
@@ -611,9 +611,9 @@ def _resize_op(graph: Facts, node: NodeProto, before: Shape, after: Shape) -> Re
     if node.op_type == "Upsample" or graph.opset < 11:  # nothing but scales
         given = [None, given[0], None]
     scales, sizes = (name if name is None or name in graph.constants else "" for name in given[1:])
-    place = cast(bytes, attribute(node, "coordinate_transformation_mode", b"half_pixel")).decode()
-    mode = cast(bytes, attribute(node, "mode", b"nearest")).decode()
-    rounding = cast(bytes, attribute(node, "nearest_mode", b"round_prefer_floor")).decode()
+    place = cast(bytes, attribute(node, "coordinate_transformation_mode", b"half_pixel")).decode(errors="replace")
+    mode = cast(bytes, attribute(node, "mode", b"nearest")).decode(errors="replace")
+    rounding = cast(bytes, attribute(node, "nearest_mode", b"round_prefer_floor")).decode(errors="replace")
     if graph.opset < 11:
         place, rounding = "asymmetric", "floor"
     if "" in (scales, sizes) or (scales is None and sizes is None):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from expression_models import operators
 from onnx import ModelProto, NodeProto, helper, numpy_helper
-from onnx_models import BN, CONV, W3, N, batchnorm, conv_bn, fuse, model, node
+from onnx_models import BN, CONV, W3, N, batchnorm, conv_bn, fuse, model, node, rand
 
 from reparamc.equivalence.trials import TooLarge
 from reparamc.errors import InputError
@@ -129,3 +129,22 @@ def test_a_graph_of_nothing() -> None:
         fuse_model(helper.make_model(helper.make_graph([], "g", [x], [])))
     with pytest.raises(InputError, match="has no graph"):
         fuse_model(ModelProto())
+
+
+def test_channels_that_no_machine_has() -> None:
+    """As a damaged file declares them: a convolution reads two of them, an activation all."""
+    nodes = [
+        node("Slice", "x a e one", "s"), node("Mul", "s k", "m"), node("Conv", "m w", "c"),
+        node("Relu", "x", "r"), node("Mul", "r half", "h"),
+    ]  # fmt: skip
+    integers = {"a": np.array([0]), "e": np.array([2]), "one": np.array([1])}
+    parameters = {"w": rand(3, 2, 1, 1), "k": rand(2, 1, 1), "half": np.array(0.5, np.float32), **integers}
+    made = model(nodes, parameters, ("N", 2**60, "H", "W"), outputs="c h")
+    fuse_model(made, verify="off")
+
+
+def test_a_mode_that_is_no_text() -> None:
+    resize = node("Resize", "x - s", "r")
+    resize.attribute.append(helper.make_attribute("mode", b"near\xcd"))
+    made = model([resize, node("Conv", "r w", "y")], {"s": np.ones(4, np.float32), "w": rand(3, 4, 1, 1)})
+    fuse_model(made, verify="off")
