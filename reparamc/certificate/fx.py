@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -47,7 +46,7 @@ from reparamc.certificate.fx_operators import (
 from reparamc.certificate.narrowing import Separate
 from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.proof import Certificate, Opened, Window, certify
-from reparamc.certificate.ranges import Bound, unchanged
+from reparamc.certificate.ranges import Bound
 
 STANDS_FOR = "stands_for"
 """The key in the metadata of a node; its value is the name of the node that it replaces."""
@@ -473,14 +472,7 @@ class _Side:
     def unread(self, met: Collection[str]) -> Sequence[str]:
         return ()
 
-    def unchanged(self, name: str) -> str | None:
-        return self._unchanged.get(name)
-
-    @cached_property
-    def _unchanged(self) -> dict[str, str]:
-        return unchanged(self.order, self._bound, self.operands)
-
-    def _bound(self, name: str) -> Bound:
+    def bound(self, name: str) -> Bound:
         if name in self.memory.unsafe or not (given := self.operands(name)):
             return Bound()
         return bound(self.nodes[name], self.module, given, self._stored)

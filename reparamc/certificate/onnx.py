@@ -7,7 +7,6 @@ functions and other domains are atoms, and so is all that is not listed in `READ
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -35,7 +34,7 @@ from reparamc.certificate.onnx_operators import (
 )
 from reparamc.certificate.onnx_shapes import Shapes, Typed
 from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
-from reparamc.certificate.ranges import Bound, unchanged
+from reparamc.certificate.ranges import Bound
 
 PRECISIONS = {
     "float64": Precision(2.0**-53, 2.0**-1075),
@@ -297,14 +296,7 @@ class _Side:
         sizes, places = parts[0], [e.factor for e in parts[1]]
         return tuple(sizes[i] for i in places) if all(-len(sizes) <= i < len(sizes) for i in places) else None
 
-    def unchanged(self, name: str) -> str | None:
-        return self._unchanged.get(name)
-
-    @cached_property
-    def _unchanged(self) -> dict[str, str]:
-        return unchanged(self.order, self._bound, self.operands)
-
-    def _bound(self, name: str) -> Bound:
+    def bound(self, name: str) -> Bound:
         node, at = self.producers[name]
         first = not at or node.op_type == "Split"
         if not first or not is_standard(node) or not _has_schema(node, self.opset) or self.dtype(name) is None:

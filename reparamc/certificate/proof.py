@@ -34,6 +34,7 @@ from reparamc.certificate.narrowing import (
 )
 from reparamc.certificate.normal_form import Array, Value, Vector, promoted, span
 from reparamc.certificate.normal_form import leaf as nf_leaf
+from reparamc.certificate.ranges import Bound, unchanged
 
 
 class Opened(NamedTuple):
@@ -113,8 +114,8 @@ class Side(Protocol):
         """The operator of ``name`` as one that does the same to each channel of its operands; None if it is none."""
         ...
 
-    def unchanged(self, name: str) -> str | None:
-        """The operand that the operator of ``name``, an activation, gives as it is; None where it may change it."""
+    def bound(self, name: str) -> Bound:
+        """What is known of the sizes of the elements of ``name``, by its operator alone."""
         ...
 
     def leaf(self, name: str, known_as: str) -> Value:
@@ -342,6 +343,8 @@ class _Proof:
         self.position = {name: at for at, name in enumerate(original.order)}
         self.last: list[list[Value]] = [[], []]
         """What the latest expansion of each graph went through, the result at the end."""
+        self.equal: list[dict[str, str] | None] = [None, None]
+        """See `_unchanged`; found when an operator has no reading."""
         self.narrowings: dict[str, Narrowing] = {}
         """The tensors of the original that have fewer channels in the emitted graph."""
         self.met: set[str] = set()
@@ -549,7 +552,7 @@ class _Proof:
             try:
                 value = side.value(name, values.__getitem__)
             except Unrepresentable:
-                same = side.unchanged(name)
+                same = self._unchanged(which).get(name)
                 value = values[same] if same else self._atom(which, name, values, atoms, precision)
             if joints and name in ends and _is_dense(value):
                 if precision is None:
@@ -567,6 +570,13 @@ class _Proof:
             values[name] = value
         self.last[which] = [values[name] for name in order]
         return values[root], len(order)
+
+    def _unchanged(self, which: int) -> dict[str, str]:
+        """The activations of a graph that give their operand as it is, with that."""
+        if (found := self.equal[which]) is None:
+            side = self.sides[which]
+            found = self.equal[which] = unchanged(side.order, side.bound, side.operands)
+        return found
 
     def _doubt(self, atoms: Sequence[_Atom], precision: Precision) -> str:
         """Why two that are one function may differ when they run: empty where they do not."""
