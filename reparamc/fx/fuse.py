@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, cast
@@ -339,12 +339,33 @@ def _collecting_new_garbage() -> Iterator[None]:
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 in all its digits: cuDNN rounds the operands of convolutions to 11 bits if it is not told otherwise."""
+    cudnn, mkldnn, matmul = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda.matmul
+    operators = [getattr(owner, name, None) for owner in (cudnn, mkldnn) for name in ("conv", "rnn", "matmul")]
+    newer = [owner for owner in (*operators, matmul) if hasattr(owner, "fp32_precision")]  # since torch 2.9
+    settings = [(o, "allow_tf32", False) for o in (cudnn, matmul)] + [(o, "fp32_precision", "ieee") for o in newer]
+    kept = []
+    for owner, name, value in settings:
+        with suppress(RuntimeError):  # torch refuses to read the older setting where the newer one was used
+            kept.append((owner, name, getattr(owner, name), value))
+    try:
+        for owner, name, _, value in kept:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, old, _ in kept:
+            setattr(owner, name, old)
+
+
+@contextmanager
 def plain_modes() -> Iterator[None]:
-    """Autocast and inference mode switched off: they would round what is compared, and hide writes.
+    """Autocast, inference mode and TF32 switched off: they would round what is compared, and hide writes.
 
     What torch.compile was applied to runs as it was written.
     """
     with ExitStack() as stack:
+        stack.enter_context(full_precision())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_own_random_numbers())
         if (

@@ -21,6 +21,7 @@ from reparamc.certificate.proof import Certificate
 from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import VerificationError
 from reparamc.fx.emit import Emitter
+from reparamc.fx.fuse import full_precision
 from reparamc.fx.regions_alone import run_alone
 
 
@@ -54,6 +55,42 @@ def test_wrong_rule(model: nn.Module, verify: bool | str) -> None:
     x = images((2, CHANNELS, 7, 6), dtype=torch.float32)[0]
     assert counts(fused) == (2, 2)
     assert torch.equal(fused(x), model(x))
+
+
+def test_the_rounding_of_gpus_is_no_false_alarm(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = nn.functional.conv2d
+
+    def rounded(t: Tensor) -> Tensor:
+        if t.dtype != torch.float32 or not torch.backends.cudnn.allow_tf32:
+            return t
+        return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    def conv2d(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        return plain(rounded(x), rounded(weight), *rest)
+
+    monkeypatch.setattr(nn.functional, "conv2d", conv2d)
+    model = ready(nn.Sequential(conv_bn(), nn.ReLU(), conv_bn(1)))
+    fused = fuse_fx(model, x, verify="full")
+    assert torch.backends.cudnn.allow_tf32
+    assert 1e-6 < (fused(x) - model(x)).abs().max() / model(x).abs().max() < 1e-2
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="before torch 2.9")
+@pytest.mark.parametrize("setting", ["tf32", "ieee", "none"])
+def test_full_precision_leaves_every_setting_as_it_was(setting: str) -> None:
+    backends: Any = torch.backends
+    owners = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul
+    before = [owner.fp32_precision for owner in owners]
+    backends.cudnn.conv.fp32_precision = setting
+    changed = [owner.fp32_precision for owner in owners]
+    try:
+        with full_precision():
+            assert {owner.fp32_precision for owner in owners} == {"ieee"}
+        assert [owner.fp32_precision for owner in owners] == changed
+    finally:
+        backends.cudnn.conv.fp32_precision = before[0]
+    assert [owner.fp32_precision for owner in owners] == before
+    assert backends.cudnn.allow_tf32
 
 
 def test_wrong_rule_passes_when_nothing_is_verified(model: nn.Module) -> None:
