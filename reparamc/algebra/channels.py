@@ -44,8 +44,10 @@ def frees_channels(e: Expr) -> bool:
         case Conv():
             read = uses(e)
             return not (read.any(2).all() and read.any(1).all())
-        case Scale() | BatchNorm():
-            return bool(np.any(values(coefficients(e)[0]) == 0))
+        case Scale():
+            return bool(np.any(glanced(e.scale) == 0))
+        case BatchNorm():
+            return bool(np.any(glanced(e.gamma) == 0))
         case Select():
             return len(set(e.index)) < e.width
         case _:

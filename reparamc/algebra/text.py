@@ -32,6 +32,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -140,11 +141,22 @@ _FACT, _FLAG, _OPTION = re.compile(r"\{(\w+):(\w+)\}"), re.compile(r"\[ (\w+)\]"
 
 
 def _written(form: str, facts: dict[str, Any]) -> str:
-    def option(found: re.Match[str]) -> str:
-        needed = [name for name, _ in _FACT.findall(found[1])] or [found[1].strip()]
-        return "" if any(facts[name] is None or facts[name] is False for name in needed) else found[1]
+    made = ""
+    for template, spelled, needed in _parts(form):
+        if not any(facts[name] is None or facts[name] is False for name in needed):
+            made += template.format(*[SPELLINGS[spelling].show(facts[name]) for name, spelling in spelled])
+    return made
 
-    return _FACT.sub(lambda m: SPELLINGS[m[2]].show(facts[m[1]]), _OPTION.sub(option, form))
+
+@cache
+def _parts(form: str) -> list[tuple[str, list[tuple[str, str]], list[str]]]:
+    """The parts of a form, as templates: the facts in each, with their spellings, and those without which it lacks."""
+    parts: list[tuple[str, list[tuple[str, str]], list[str]]] = []
+    for at, text in enumerate(_OPTION.split(form)):
+        spelled = _FACT.findall(text)
+        needed = [name for name, _ in spelled] or [text.strip()] if at % 2 else []
+        parts.append((_FACT.sub("{}", text), spelled, needed))
+    return parts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ others are not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from math import prod
 from typing import cast
 
@@ -51,24 +52,32 @@ SPELLED = {"ConstantOfShape": 0, "Expand": 1}
 SMALL_BYTES = 4 * SMALL
 
 
-def fold_constants(model: ModelProto) -> list[str]:
-    """Fold the constant operators of the main graph in place; what those that were folded computed."""
+def fold_constants(model: ModelProto, types: Callable[[], Types] | None = None) -> list[str]:
+    """Fold the constant operators of the main graph in place; what those that were folded computed.
+
+    Args:
+        types: of its values, if they are known already; they are asked for only if something may be folded.
+    """
     total: list[str] = []
-    while folded := _sweep(model):
-        total += folded
+    while folded := _sweep(model, types or partial(Types, model)):
+        total, types = total + folded, None
         if not any(node.op_type in ("Shape", *SPELLED) for node in model.graph.node):
             break  # nothing more can have become known
     return total
 
 
-def _sweep(model: ModelProto) -> list[str]:
-    uses, found = users(model.graph), _Foldable(model)
+def _sweep(model: ModelProto, types: Callable[[], Types]) -> list[str]:
+    found = _Foldable(model, types)
+    found.collect()
+    if not found.nodes and not found.shapes:
+        return []
+    uses = users(model.graph)
     while True:
-        found.collect()
         growing = found.growing(uses)
         if growing <= found.apart:
             break
         found.apart |= growing
+        found.collect()
     values = found.values()
     kept, folded = [], []
     for node in model.graph.node:
@@ -96,10 +105,14 @@ class _Foldable:
         sizes: bytes of every constant, those to be computed included.
     """
 
-    def __init__(self, model: ModelProto) -> None:
-        self.model, self.constants, self.types = model, Constants(model), Types(model)
+    def __init__(self, model: ModelProto, types: Callable[[], Types]) -> None:
+        self.model, self.constants, self._types = model, Constants(model), types
         self.apart: set[str] = set()
         self._outputs = {o.name for o in model.graph.output} | read_elsewhere(model)
+
+    @cached_property
+    def types(self) -> Types:
+        return self._types()
 
     def collect(self) -> None:
         self.nodes: list[NodeProto] = []

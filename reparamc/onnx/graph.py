@@ -192,5 +192,5 @@ class OnnxGraph(Facts):
         """As `Graph.folded`: the graph of a copy in which it is done already, for all or none."""
         copy = ModelProto()
         copy.CopyFrom(self.model)
-        names = fold_constants(copy)
+        names = fold_constants(copy, lambda: self.types)
         return (OnnxGraph(copy, self.doubted), [Fold(name, names[0]) for name in names]) if names else (self, [])
