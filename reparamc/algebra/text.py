@@ -236,8 +236,11 @@ def _pattern(form: str) -> re.Pattern[str]:
     return re.compile(_FACT.sub(lambda m: f"(?P<{m[1]}>{SPELLINGS[m[2]].pattern})", optional))
 
 
-_READ = {re.split(r"\W", form)[0]: (kind, dict(_FACT.findall(form)), _pattern(form)) for kind, form in FORMS.items()}
-"""By the first word of a line: the kind, the spelling of each fact, and what matches it."""
+@cache
+def _readers() -> dict[str, tuple[type, dict[str, str], re.Pattern[str]]]:
+    """By the first word of a line: the kind, the spelling of each fact, and what matches it."""
+    first = re.compile(r"\W")
+    return {first.split(form)[0]: (kind, dict(_FACT.findall(form)), _pattern(form)) for kind, form in FORMS.items()}
 
 
 def parse(text: str, seed: int = 0) -> Expr:
@@ -265,9 +268,9 @@ def parse(text: str, seed: int = 0) -> Expr:
 
 def _read(name: str, line: str, named: dict[str, Expr], rng: np.random.Generator) -> Expr:
     word = re.split(r"\W", line)[0]
-    if word not in _READ:
+    if word not in _readers():
         raise ValueError(f"unknown kind {word!r}")
-    kind, spelled, pattern = _READ[word]
+    kind, spelled, pattern = _readers()[word]
     found = pattern.fullmatch(line)
     if found is None:
         raise ValueError(f"its form is {FORMS[kind]!r}")

@@ -11,7 +11,6 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
 from reparamc.certificate.onnx_bounds import FAILURES, nested
 from reparamc.errors import InputError, one_line
-from reparamc.onnx.session import session
 from reparamc.onnx.sizes import in_order
 from reparamc.onnx.values import captured, defined, skeleton, subgraphs
 from reparamc.onnx.weights import PACKED, UNEVEN, is_reference, length
@@ -52,6 +51,8 @@ def check(model: ModelProto) -> str | None:
     said = _objection(partial(onnx.checker.check_model, light))
     wrong = said or _objection(partial(onnx.shape_inference.infer_shapes, light, strict_mode=True))
     if wrong is not None:
+        from reparamc.onnx.session import session
+
         try:
             with session(model, "the model", narrowed=False):
                 pass

@@ -34,7 +34,6 @@ from reparamc.onnx.values import (
     users,
 )
 from reparamc.onnx.weights import tensor
-from reparamc.onnx.witnesses import computed
 
 LEFT = {
     "Constant", "Identity", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear",
@@ -212,6 +211,8 @@ class _Foldable:
                 left.append(node)
         if not left:
             return found
+        from reparamc.onnx.witnesses import computed
+
         given = {n: known.array(n) for node in left for n in node.input if n in known}
         kinds = {name: self.types.dtype(name) for node in left for name in node.output}
         return found | computed(left, given, opset_of(self.model), self.sizes, kinds)
