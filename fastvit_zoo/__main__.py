@@ -52,6 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
         # What a process that reads images reports is a traceback, the error last.
         print(f"fastvit_zoo: error: {lines[-1] if lines[0].startswith('Caught ') else lines[0]}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        print("fastvit_zoo: error: out of memory: give a smaller --batch or --size", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("fastvit_zoo: interrupted", file=sys.stderr)
         return 130

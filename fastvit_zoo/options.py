@@ -29,10 +29,18 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self, natural=("workers",))
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:  # torch says it at length
-            raise ValueError(f"there is no device {self.device!r} here; --device cpu is everywhere") from error
+        device_of(self.device)
+
+
+def device_of(name: str) -> torch.device:
+    """The device `name`. Raises ValueError if it is not here; nothing is allocated on it."""
+    try:
+        device = torch.device(name)
+        if (device.index or 0) < getattr(torch, device.type).device_count():
+            return device
+    except (RuntimeError, AttributeError):
+        pass
+    raise ValueError(f"there is no device {name!r} here; --device cpu is everywhere")
 
 
 def check(
@@ -54,14 +62,20 @@ def add_options(parser: argparse.ArgumentParser, recipe: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for checkpoints and results")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to start from")
-    parser.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images; default: 0")
+    add_machine(parser)
     parser.add_argument("--amp", action="store_true", help="half precision where it is safe")
     changes = parser.add_argument_group("instead of what the recipe says")
     for field in fields(recipe):
         kinds: dict[Any, Any] = {int: int, float: float, str: str, float | None: float}
         if field.type in kinds:
             changes.add_argument(f"--{field.name.replace('_', '-')}", type=kinds[field.type], metavar="X")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where it runs."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=best, metavar="NAME", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images; default: 0")
 
 
 def positive(text: str) -> int:
@@ -72,9 +86,8 @@ def positive(text: str) -> int:
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Options` that a command line gives. Raises ValueError as `Options`."""
-    given = {field.name: getattr(arguments, field.name) for field in fields(Options)}
-    return {**given, "device": given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")}
+    """The fields of `Options` that a command line gives."""
+    return {field.name: getattr(arguments, field.name) for field in fields(Options)}
 
 
 def changes_of(arguments: argparse.Namespace, recipe: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _export(arguments: argparse.Namespace) -> None:
         if arguments.dynamic:
             raise ValueError("--dynamic and --to do not go together: a converted file has one size")
     if arguments.checkpoint is None:
-        model = random_model(arguments.name, arguments.seed)
+        model = random_model(arguments.name, arguments.seed, arguments.classes)
     else:
         model = create_model(arguments.name, num_classes=arguments.classes, checkpoint=arguments.checkpoint)
     if arguments.to:

@@ -1,10 +1,13 @@
 """Fuse, convert, compare, and only then write."""
 
+import contextlib
 import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import reparamc
-from fastvit_zoo.export.targets import TARGETS, Target
+from fastvit_zoo.export.targets import TARGETS, Runner, Target
 from fastvit_zoo.model import CONFIGS, create_model
-from fastvit_zoo.timing import milliseconds
+from fastvit_zoo.timing import ratios
 from reparamc.testing import randomize_batchnorm, randomize_layer_scales
 
 TOLERANCE = 1e-3
@@ -49,14 +52,11 @@ def deploy(fused: nn.Module, name: str, path: Path, image: Tensor) -> Deployed:
         raise ValueError(f"a file for {name} ends in {target.suffix}, not {path.name}")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
         made = Path(folder) / path.name
-        try:
-            target.convert(fused, image, made)
-        except Exception as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"the converter for {name} failed: {line}") from error
-        found = _checked(target, fused, made, image)
-        if found.error is not None and not found.error <= TOLERANCE:
-            raise ValueError(f"{name} computes something else than torch: the largest error is {found.error:.1e}")
+        run = convert(name, fused, image, made)
+        error = None if run is None else _difference(run, fused, image)
+        if error is not None and not error <= TOLERANCE:
+            raise ValueError(f"{name} computes something else than torch: the largest error is {error:.1e}")
+        found = Deployed(error, target.operators(made) if target.operators else Counter())
         for file in Path(folder).iterdir():
             final = path.parent / file.name
             if final.is_dir():
@@ -65,19 +65,42 @@ def deploy(fused: nn.Module, name: str, path: Path, image: Tensor) -> Deployed:
     return found
 
 
-def _checked(target: Target, fused: nn.Module, file: Path, image: Tensor) -> Deployed:
-    error = None
-    if target.load is not None:
-        with torch.no_grad():
-            expected = fused(image).numpy()
-        error = float(np.abs(target.load(file)(image.numpy()) - expected).max() / np.abs(expected).max())
-    return Deployed(error, target.operators(file) if target.operators else Counter())
+def convert(name: str, network: nn.Module, image: Tensor, path: Path) -> Runner | None:
+    """Write `path` for the target `name`, and load it where its runtime runs here.
+
+    Raises ValueError if the target is unknown or not installed, or if any of this fails.
+    """
+    target = target_of(name)
+    with one_line(f"the converter for {name}"):
+        target.convert(network, image, path)
+    with one_line(f"the runtime of {name}"):
+        run = target.load(path) if target.load else None
+        if run is not None:
+            run(image.numpy())
+    return run
 
 
-def random_model(name: str, seed: int = 0) -> nn.Module:
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Raise ValueError that `what` failed, whatever is raised within."""
+    try:
+        yield
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what} failed: {line}") from error
+
+
+def _difference(run: Runner, fused: nn.Module, image: Tensor) -> float:
+    """The largest error against torch, relative to the largest value."""
+    with torch.no_grad():
+        expected = fused(image).numpy()
+    return float(np.abs(run(image.numpy()) - expected).max() / np.abs(expected).max())
+
+
+def random_model(name: str, seed: int = 0, classes: int = 1000) -> nn.Module:
     """A variant with random weights, with BatchNorm statistics and layer scales of ordinary size."""
     torch.manual_seed(seed)
-    model = create_model(name)
+    model = create_model(name, num_classes=classes)
     randomize_layer_scales(model, seed)
     randomize_batchnorm(model, seed, torch.randn(8, 3, 96, 96))
     return model.eval()
@@ -87,41 +110,40 @@ def matrix(name: str, size: int, rounds: int = 10) -> str:
     """A table for one variant: for every target whether it converts, its error, and its latency in three forms.
 
     The forms are the training form, the one that the authors' own method leaves (`deployed=True`), and the fused one;
-    latencies are CPU times taken in turns on one thread, as ratios to the training form.
+    latencies are CPU times taken in turns on one thread, as ratios to the fused form.
     """
     if name not in CONFIGS:
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(CONFIGS)}")
     image = torch.randn(1, 3, size, size)
     training = random_model(name)
     forms = {
-        "training": training,
-        "authors": create_model(name, deployed=True).eval(),
         "fused": reparamc.fuse_fx(training, torch.randn(2, 3, size, size)),
+        "authors": create_model(name, deployed=True).eval(),
+        "training": training,
     }
-    lines = ["| target | converts | error | authors' form | fused |", "|---|---|---|---|---|"]
-    for kind, target in TARGETS.items():
-        lines.append(f"| {kind} | {_row(target, forms, image, rounds)} |")
+    lines = ["| target | error | training form | authors' form | fused |", "|---|---|---|---|---|"]
+    for kind in TARGETS:
+        lines.append(f"| {kind} | {_row(kind, forms, image, rounds)} |")
     return "\n".join(lines)
 
 
-def _row(target: Target, forms: dict[str, nn.Module], image: Tensor, rounds: int) -> str:
+def _row(name: str, forms: dict[str, nn.Module], image: Tensor, rounds: int) -> str:
+    target = TARGETS[name]
     if missing := target.missing():
         return f"not installed: {', '.join(missing)} | | |"
+    cells = dict.fromkeys(forms, "fails")
+    runners: dict[str, Runner] = {}
     with tempfile.TemporaryDirectory() as folder:
-        files = {form: Path(folder) / f"{form}{target.suffix}" for form in forms}
-        try:
-            for form, network in forms.items():
-                target.convert(network, image, files[form])
-            found = _checked(target, forms["fused"], files["fused"], image)
-        except Exception as error:
-            return f"no: {type(error).__name__} | | |"
-        if target.load is None:
-            counts = [target.operators(file).total() for file in files.values()] if target.operators else []
-            return f"yes | does not run here | {_ratio(counts, 1)} operators | {_ratio(counts, 2)} operators"
-        runners = [target.load(file) for file in files.values()]
-        times = milliseconds([lambda r=r: r(image.numpy()) for r in runners], rounds)
-    return f"yes | {found.error:.0e} | {_ratio(times, 1)} | {_ratio(times, 2)}"
-
-
-def _ratio(values: list[int] | list[float], index: int) -> str:
-    return f"{values[index] / values[0]:.2f}" if isinstance(values[0], float) else f"{values[0]} > {values[index]}"
+        for form, network in forms.items():
+            path = Path(folder) / f"{form}{target.suffix}"
+            with contextlib.suppress(ValueError):
+                run = convert(name, network, image, path)
+                if run is not None:
+                    runners[form] = run
+                elif (count := target.operators) is not None:
+                    cells[form] = f"{count(path).total()} operators"
+        if runners:
+            relative = ratios([partial(runner, image.numpy()) for runner in runners.values()], rounds)
+            cells |= {form: f"{ratio:.2f}" for form, ratio in zip(runners, relative, strict=True)}
+        error = f"{_difference(runners['fused'], forms['fused'], image):.0e}" if "fused" in runners else "not run"
+    return " | ".join([error, *reversed(cells.values())])

@@ -1,5 +1,6 @@
 """The paper's comparisons of latency: token mixers, branches and kernel sizes, over resolutions and runtimes."""
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 
 import reparamc
 from fastvit_zoo.blocks import Block
-from fastvit_zoo.export.deploy import target_of
-from fastvit_zoo.export.targets import Target
+from fastvit_zoo.export.deploy import convert, one_line, target_of
 from fastvit_zoo.model import FastViT, create_model, list_models
-from fastvit_zoo.timing import milliseconds
+from fastvit_zoo.timing import ratios
 from reparamc.testing import randomize_layer_scales
 
 BASE = "RepMixer"
@@ -79,44 +79,46 @@ def study(sizes: Sequence[int], runtimes: Sequence[str], rounds: int = 3, of: st
 
     `of` is "mixers" or "variants". Raises ValueError if a runtime is not installed.
     """
-    targets = {runtime: target_of(runtime) for runtime in runtimes if runtime not in ("torch", "compiled")}
-    if elsewhere := [runtime for runtime, target in targets.items() if target.load is None]:
-        raise ValueError(f"{elsewhere[0]} runs on another machine: it cannot be timed here")
+    for runtime in runtimes:
+        if runtime not in ("torch", "compiled") and target_of(runtime).load is None:
+            raise ValueError(f"{runtime} runs on another machine: it cannot be timed here")
     forms: dict[str, tuple[nn.Module, nn.Module]] = {}
     for name, network in (mixers if of == "mixers" else variants)().items():
         randomize_layer_scales(network.eval())
         forms[name] = reparamc.fuse_fx(network, torch.randn(2, 3, 64, 64)), network
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        for runtime in runtimes:
-            call = partial(_call, runtime, targets.get(runtime), Path(folder) / "network")
-            for size in sizes:
-                image = torch.randn(1, 3, size, size)
-                first = call(next(iter(forms.values()))[0], image)
-                found: dict[str, tuple[float, float]] = {}
+    with torch.inference_mode():
+        for runtime, size in itertools.product(runtimes, sizes):
+            image, found = torch.randn(1, 3, size, size), dict[str, tuple[float, float]]()
+            with tempfile.TemporaryDirectory() as folder:
+                first = None
                 for name, pair in forms.items():
-                    known = first if not found else call(pair[0], image)
-                    times = milliseconds([first, known, call(pair[1], image)], rounds)
-                    found[name] = (times[1] / times[0] if found else 1.0), times[2] / times[0]
-                yield runtime, size, found
+                    path = Path(folder) / f"network{len(found)}"
+                    fused, unfused = (_call(runtime, path.with_name(f"{path.name}{i}"), pair[i], image) for i in (0, 1))
+                    first = first or fused
+                    times = ratios([first, fused, unfused], rounds)
+                    found[name] = (times[1] if found else 1.0), times[2]
+            yield runtime, size, found
 
 
-def _call(runtime: str, target: Target | None, path: Path, network: nn.Module, image: Tensor) -> Callable[[], Any]:
-    """One pass of the network over the image, in torch if there is no target."""
-    if target is None:
-        return partial(torch.compile(network) if runtime == "compiled" else network, image)
-    assert target.load is not None
-    path = path.with_suffix(target.suffix)
-    target.convert(network, image, path)
-    return partial(target.load(path), image.numpy())
+def _call(runtime: str, path: Path, network: nn.Module, image: Tensor) -> Callable[[], Any]:
+    """One pass of the network over the image. Raises ValueError if it cannot be compiled or converted."""
+    if runtime == "torch":
+        return partial(network, image)
+    if runtime == "compiled":
+        compiled = torch.compile(network)
+        with one_line("torch.compile"):  # there is no compiler for C++, say
+            compiled(image)
+        return partial(compiled, image)
+    run = convert(runtime, network, image, path.with_suffix(target_of(runtime).suffix))
+    assert run is not None
+    return partial(run, image.numpy())
 
 
 def line(row: Row) -> str:
     """A row of a table in Markdown."""
-    runtime, size, ratios = row
-    return (
-        f"| {runtime} | {size} | {' | '.join(f'{fused:.2f} ({unfused:.2f})' for fused, unfused in ratios.values())} |"
-    )
+    cells = (f"{fused:.2f} ({unfused:.2f})" for fused, unfused in row[2].values())
+    return f"| {row[0]} | {row[1]} | {' | '.join(cells)} |"
 
 
 def plot(table: Sequence[Row], picture: Path) -> None:

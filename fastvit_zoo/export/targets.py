@@ -47,8 +47,14 @@ class Target:
 
     def missing(self) -> list[str]:
         """The packages that are not installed."""
-        found = zip(self.packages, self.modules, strict=True)
-        return [package for package, module in found if importlib.util.find_spec(module) is None]
+        return [package for package, module in zip(self.packages, self.modules, strict=True) if not _installed(module)]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent
+        return False
 
 
 @contextlib.contextmanager
@@ -147,6 +153,21 @@ def _run_litert(path: Path) -> Runner:
     return run
 
 
+def _onnx2tf(network: nn.Module, image: Tensor, path: Path) -> None:
+    with _onnx_of(network, image) as file:
+        # It asks for images, and loads them from its authors if they are not there, to try what it has made.
+        np.save(
+            file.with_name("calibration_image_sample_data_20x128x128x3_float32.npy"), np.zeros((20, 128, 128, 3), "f")
+        )
+        _tool("onnx2tf", "-i", str(file), "-o", str(file.parent), "-n", "-rtpo", "Erf", folder=str(file.parent))
+        os.replace(file.with_name("model_float32.tflite"), path)
+
+
+def _run_onnx2tf(path: Path) -> Runner:
+    run = _run_litert(path)
+    return lambda image: run(np.ascontiguousarray(image.transpose(0, 2, 3, 1)))
+
+
 def _ncnn(network: nn.Module, image: Tensor, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/model.pt"
@@ -203,6 +224,49 @@ def _run_mnn(path: Path) -> Runner:
     return run
 
 
+def _iree(network: nn.Module, image: Tensor, path: Path) -> None:
+    with _onnx_of(network, image) as file:
+        program = str(file.with_suffix(".mlir"))
+        _tool("iree-import-onnx", str(file), "-o", program)
+        cpu = "device=local", "local-target-device-backends=llvm-cpu"
+        options = (f"--iree-hal-target-{cpu[0]}", f"--iree-hal-{cpu[1]}", "--iree-llvmcpu-target-cpu=host")
+        _tool("iree-compile", program, *options, "-o", str(path))
+
+
+def _run_iree(path: Path) -> Runner:
+    import iree.runtime
+
+    context = iree.runtime.SystemContext(config=iree.runtime.Config("local-sync"))
+    program = iree.runtime.VmModule.copy_buffer(context.instance, path.read_bytes())
+    context.add_vm_module(program)
+    call = context.modules[program.name]["main_graph"]
+    return lambda image: np.asarray(call(image))
+
+
+def _tvm(network: nn.Module, image: Tensor, path: Path) -> None:
+    import onnx
+    import tvm
+    from tvm.relax.frontend.onnx import from_onnx
+
+    with _onnx_of(network, image) as file:
+        program = tvm.relax.get_pipeline("zero")(from_onnx(onnx.load(file)))
+    tvm.compile(program, tvm.target.Target("llvm")).export_library(str(path))
+
+
+def _run_tvm(path: Path) -> Runner:
+    import tvm
+
+    machine = tvm.relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())
+    return lambda image: machine["main"](tvm.runtime.tensor(image)).numpy()
+
+
+def _run_tract(path: Path) -> Runner:
+    import tract
+
+    network = tract.onnx().load(str(path)).into_model().into_runnable()
+    return lambda image: network.run([image])[0].to_numpy()
+
+
 def _tool(name: str, *arguments: str, folder: str | None = None) -> None:
     """Run a program that came with a package."""
     path = Path(sys.executable).with_name(name)
@@ -212,7 +276,7 @@ def _tool(name: str, *arguments: str, folder: str | None = None) -> None:
     )
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise RuntimeError(f"{name} failed: {lines[-1]}")
+        raise RuntimeError(f"{name} failed: {next((line for line in lines if 'error' in line.lower()), lines[-1])}")
 
 
 TARGETS: Mapping[str, Target] = {
@@ -223,6 +287,18 @@ TARGETS: Mapping[str, Target] = {
     "litert": Target(
         ("litert-torch", "ai-edge-litert"), ("litert_torch", "ai_edge_litert"), ".tflite", _litert, _run_litert
     ),
+    "onnx2tf": Target(
+        ("onnx2tf", "tensorflow-cpu", "tf-keras", "ai-edge-litert"),
+        ("onnx2tf", "tensorflow", "tf_keras", "ai_edge_litert"),
+        ".tflite",
+        _onnx2tf,
+        _run_onnx2tf,
+    ),
     "ncnn": Target(("pnnx", "ncnn"), ("pnnx", "ncnn"), ".param", _ncnn, _run_ncnn),
     "mnn": Target(("MNN",), ("MNN",), ".mnn", _mnn, _run_mnn),
+    "iree": Target(
+        ("iree-base-compiler", "iree-base-runtime"), ("iree.compiler", "iree.runtime"), ".vmfb", _iree, _run_iree
+    ),
+    "tvm": Target(("apache-tvm",), ("tvm",), ".so", _tvm, _run_tvm),
+    "tract": Target(("tract",), ("tract",), ".onnx", _onnx, _run_tract),
 }

@@ -1,6 +1,7 @@
 """`python -m fastvit_zoo segment`, `detect` and `hands`."""
 
 import argparse
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     module, _ = TASKS[arguments.task]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{arguments.task} runs in one process: start it without torchrun")
     tiny = arguments.recipe == "tiny"
     model = arguments.model or ("fastvit_digits" if tiny else "fastvit_sa12")
     more = {name: getattr(arguments, name, None) for name in ("classes", "mano")}

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastvit_zoo.options import add_options, changes_of, options_of, positive
+from fastvit_zoo.options import add_machine, add_options, changes_of, options_of, positive
 from fastvit_zoo.train.recipe import RECIPES, Recipe, recipe
 
 
@@ -57,6 +57,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--crop", type=float, default=0.9, metavar="SHARE", help="of the image; default: 0.9")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="default: 64")
     parser.add_argument("--corruptions", nargs="*", metavar="KIND", help="these, or all 15 of ImageNet-C")
+    add_machine(parser)
     parser.set_defaults(run=_evaluate)
 
 
@@ -72,6 +73,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             crop=arguments.crop,
             batch=arguments.batch,
             corruptions=() if arguments.corruptions is None else arguments.corruptions or tuple(ALEXNET),
+            device=arguments.device,
+            workers=arguments.workers,
         )
     except ImportError as error:
         raise ValueError(f"this needs {error.name}: pip install 'reparamc[zoo]' imagecorruptions-imaug") from error

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import reparamc
 from fastvit_zoo.model import create_model
-from fastvit_zoo.options import run_of
+from fastvit_zoo.options import device_of, run_of
 from fastvit_zoo.train.data import classes, readable
 from fastvit_zoo.train.validate import Agreement, compare
 
@@ -89,7 +89,9 @@ def indices_of(names: Sequence[str], known: Sequence[str]) -> list[int]:
     return [list(known).index(name) for name in names]
 
 
-def batches(dataset: Any, size: int, crop: float, batch: int, corruption: Corrupted | None) -> Iterator[Any]:
+def batches(
+    dataset: Any, size: int, crop: float, batch: int, corruption: Corrupted | None, workers: int = 0
+) -> Iterator[Any]:
     """Images and labels, resized, cropped, corrupted and normalised."""
     stages = create_transform((3, size, size), crop_pct=crop, interpolation="bicubic", separate=False)
     *before, to_tensor, normalize = stages.transforms  # pyright: ignore[reportAttributeAccessIssue]
@@ -100,7 +102,7 @@ def batches(dataset: Any, size: int, crop: float, batch: int, corruption: Corrup
         return image  # pyright: ignore[reportReturnType]
 
     dataset.transform = transform
-    yield from readable(torch.utils.data.DataLoader(dataset, batch))
+    yield from readable(torch.utils.data.DataLoader(dataset, batch, num_workers=workers))
 
 
 def mean_corruption_error(errors: dict[str, list[float]]) -> float:
@@ -111,6 +113,7 @@ def mean_corruption_error(errors: dict[str, list[float]]) -> float:
 def evaluate(
     name: str, checkpoint: Path, data: Path, *, size: int = 256, crop: float = 0.9, batch: int = 64,
     corruptions: Sequence[str] = (), severities: Sequence[int] = SEVERITIES,
+    device: str = "cpu", workers: int = 0,
 ) -> dict[str, Agreement | float]:  # fmt: skip
     """Validate both forms on a folder with a folder per class, which may be some of the classes of the model.
 
@@ -125,10 +128,13 @@ def evaluate(
         raise ValueError(f"--crop must be above 0 and at most 1, not {crop}")
     if not data.is_dir():
         raise ValueError(f"{data} is not a folder")
+    place = device_of(device)
+    if workers < 0:
+        raise ValueError(f"--workers must be 0 or more, not {workers}")
     if corruptions:
         import imagecorruptions  # noqa: F401  # pyright: ignore[reportMissingImports]
     known = names_of(checkpoint)
-    model: nn.Module = create_model(name, num_classes=len(known), checkpoint=checkpoint).eval()
+    model: nn.Module = create_model(name, num_classes=len(known), checkpoint=checkpoint).eval().to(place)
     try:
         dataset = create_dataset("", root=str(data), split="val")
     except RuntimeError as error:
@@ -136,13 +142,17 @@ def evaluate(
     if not any(names := classes(dataset)):
         raise ValueError(f"{data} has no classes: images of each class belong in a folder of their own")
     indices = indices_of(names, known)
-    fused = reparamc.fuse_fx(model, torch.randn(2, 3, size, size))
-    forms = Subset(model, indices), Subset(fused, indices)
-    results: dict[str, Agreement | float] = {"clean": compare(*forms, batches(dataset, size, crop, batch, None))}
+    fused = reparamc.fuse_fx(model, torch.randn(2, 3, size, size, device=place))
+
+    def validate(corruption: Corrupted | None) -> Agreement:
+        images = batches(dataset, size, crop, batch, corruption, workers)
+        return compare(Subset(model, indices), Subset(fused, indices), images)
+
+    results: dict[str, Agreement | float] = {"clean": validate(None)}
     errors: dict[str, dict[str, list[float]]] = {"mCE": {}, "mCE fused": {}}
     for kind in track(corruptions, "corruptions", disable=not sys.stdout.isatty(), transient=True):
         for severity in severities:
-            found = compare(*forms, batches(dataset, size, crop, batch, Corrupted(kind, severity)))
+            found = validate(Corrupted(kind, severity))
             results[f"{kind} {severity}"] = found
             for form, top1 in (("mCE", found.top1), ("mCE fused", found.top1_fused)):
                 errors[form].setdefault(kind, []).append(100 - top1)

@@ -61,6 +61,19 @@ class Options(options.Options):
     teacher: Teacher | None = None
 
 
+class Saver(CheckpointSaver):
+    """That of timm, which for a moment has no file where it replaces one."""
+
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        partial = f"{dst}.partial"
+        Path(partial).unlink(missing_ok=True)
+        super()._duplicate(src, partial)
+        os.replace(partial, dst)
+
+
 class Run:
     """Trains `model` by `recipe` on `source`; `epochs()` yields what each epoch measured.
 
@@ -113,7 +126,7 @@ class Run:
         )
         assert schedule is not None
         self.schedule = schedule
-        self.saver = CheckpointSaver(
+        self.saver = Saver(
             self.network,
             self.optimizer,
             model_ema=self.average,

@@ -28,11 +28,11 @@ class Stepper:
 
         Raises ValueError if the loss is infinite or not a number.
         """
+        if not loss.isfinite():
+            raise ValueError(f"the loss is {loss.item()}: give a smaller --lr")
         if self.scaler is not None:
             self.scaler(loss, self.optimizer, clip_grad=clip or None, parameters=model.parameters(), need_update=update)
             return
-        if not loss.isfinite():
-            raise ValueError(f"the loss is {loss.item()}: give a smaller --lr")
         loss.backward()
         if update:
             if clip:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from reparamc.fx.fuse import full_precision
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -22,13 +24,15 @@ class Agreement:
 def compare(model: nn.Module, fused: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Agreement:
     """Run both forms, `model` in eval mode, over images and labels; every process of a group sees its own batches.
 
-    The mode of `model` is left as it was.
+    They run on the device of `model`, whose mode is left as it was, and on a GPU without TF32.
     """
+    device = next(model.parameters()).device
     counts = torch.zeros(6, dtype=torch.float64)
     training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), full_precision():
         for images, labels in batches:
+            images, labels = images.to(device), labels.to(device)
             found = [scores.topk(min(5, scores.shape[1])).indices for scores in (model(images), fused(images))]
             hits = [indices == labels[:, None] for indices in found]
             differing = (found[0][:, 0] != found[1][:, 0]).sum()
@@ -36,7 +40,7 @@ def compare(model: nn.Module, fused: nn.Module, batches: Iterable[tuple[Tensor, 
             counts += torch.tensor(sums, dtype=torch.float64)
     model.train(training)
     if torch.distributed.is_initialized():
-        counts = counts.to(next(model.parameters()).device, torch.float32)
+        counts = counts.to(device, torch.float32)
         torch.distributed.all_reduce(counts)
     images, *percents, differing = counts.tolist()
     percents = [100 * hits / max(images, 1) for hits in percents]

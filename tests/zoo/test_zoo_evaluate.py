@@ -106,6 +106,8 @@ def test_every_corruption_changes_no_prediction(run: Path) -> None:
         (["--data", "flat"], "flat has no classes: images of each class belong in a folder"),
         (["--data", ".", "--corruptions", "smog"], "unknown corruption 'smog'"),
         (["--data", ".", "--corruptions", "fog", "--size", "16"], "--size 16 is too small"),
+        (["--data", ".", "--workers", "-1"], "--workers must be 0 or more, not -1"),
+        (["--data", ".", "--device", "abacus"], "there is no device 'abacus' here"),
         (["--data", ".", "--crop", "0"], "--crop must be above 0 and at most 1"),
         (["--data", ".", "--checkpoint", "cut.pt"], "cut.pt: damaged or not written by torch.save"),
         (["--data", ".", "--checkpoint", "tasks/weights.pt"], "has no names of classes: it is not that of a classif"),

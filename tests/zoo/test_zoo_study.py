@@ -38,11 +38,11 @@ def test_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(studies, "mixers", lambda: small)
     asked: list[tuple[int, ...]] = []
 
-    def milliseconds(calls: list[Any], rounds: int) -> list[float]:
+    def ratios(calls: list[Any], rounds: int) -> list[float]:
         asked.append(tuple(call().shape[1] for call in calls))
-        return [float(shape) + i for i, shape in enumerate(asked[-1])]
+        return [(shape + i) / asked[-1][0] for i, shape in enumerate(asked[-1])]
 
-    monkeypatch.setattr(studies, "milliseconds", milliseconds)
+    monkeypatch.setattr(studies, "ratios", ratios)
     found = list(study([8, 9], ["torch", "onnx"], 1))
     assert [row[:2] for row in found] == [("torch", 8), ("torch", 9), ("onnx", 8), ("onnx", 9)]
     assert asked == [(2, 2, 2), (2, 4, 4)] * 4

@@ -326,6 +326,12 @@ def test_bad_input_is_one_line(
     assert segmentation.PAPER.updates == 40_000
 
 
+def test_a_task_runs_in_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["segment", "--output", "new", "--recipe", "tiny"]) == 2
+    assert capsys.readouterr().err == "fastvit_zoo: error: segment runs in one process: start it without torchrun\n"
+
+
 def test_the_hand_turns_about_its_joints() -> None:
     hand = load_hand(None)
     straight = torch.eye(3).repeat(1, 16, 1, 1)

@@ -1,6 +1,7 @@
 """Training runs: what is measured, what survives being killed, and what is refused."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import onnx
 import torch
 from PIL import Image
 from timm.data import auto_augment
+from timm.utils.cuda import NativeScaler
 
 import reparamc
 from fastvit_zoo import create_model, load_checkpoint
@@ -25,7 +27,8 @@ from fastvit_zoo.__main__ import main
 from fastvit_zoo.train.data import readable
 from fastvit_zoo.train.finish import train
 from fastvit_zoo.train.recipe import DIGITS, RECIPES, Recipe, recipe
-from fastvit_zoo.train.run import Options, Run, Source, Teacher
+from fastvit_zoo.train.run import Options, Run, Saver, Source, Teacher
+from fastvit_zoo.train.step import Stepper
 
 # timm's reader of images leaves them to the garbage collector to close.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
@@ -108,6 +111,39 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
             torch.testing.assert_close(value, states[1][kind][name], rtol=0, atol=0)
 
 
+def test_checkpoints_are_there_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Linear(1, 1)
+    saver = Saver(layer, torch.optim.SGD(layer.parameters()), checkpoint_dir=str(tmp_path), max_history=1)
+    saver.save_checkpoint(0, 1.0)
+    calls: list[str] = []
+
+    def watch(name: str, function: Callable[..., Any]) -> None:
+        def watched(*arguments: Any) -> None:
+            function(*arguments)
+            calls.append(name)
+            for kept in "last.pth.tar", "model_best.pth.tar":
+                torch.load(tmp_path / kept, weights_only=True)
+
+        monkeypatch.setattr(os, name, watched)
+
+    for name in "unlink", "remove", "link", "replace":
+        watch(name, getattr(os, name))
+    saver.save_checkpoint(1, 2.0)
+    assert {"replace", "link"} <= set(calls)
+    assert torch.load(tmp_path / "model_best.pth.tar", weights_only=True)["epoch"] == 1
+
+
+def test_a_loss_that_is_no_number_stops_half_precision_as_well() -> None:
+    layer = torch.nn.Linear(1, 1)
+    stepper = Stepper(torch.optim.SGD(layer.parameters()), torch.device("cpu"), True)
+    stepper.scaler = NativeScaler("cpu")
+    before = layer.weight.item()
+    stepper.step(layer(torch.ones(1)).sum(), layer)
+    assert layer.weight.item() != before
+    with pytest.raises(ValueError, match="the loss is nan: give a smaller --lr"):
+        stepper.step(torch.tensor(float("nan")), layer)
+
+
 def test_the_digits_are_split_once() -> None:
     pytest.importorskip("sklearn")
     training, validation, names = Source(kind="digits").halves()
@@ -184,6 +220,7 @@ def test_recipes_of_the_paper() -> None:
             ["--data", "images", "--batch", "4", "--teacher", "resnet18", "--teacher-checkpoint", "list.pt"],
             "not fit res",
         ),
+        (["--data", "images", "--batch", "4", "--device", "cuda:99"], "there is no device 'cuda:99' here"),
         (["--recipe", "mine"], "unknown recipe 'mine'; known recipes: paper"),
         (["--data", "images", "--model", "fastvit_t9", "--batch", "4"], "unknown model 'fastvit_t9'"),
     ],
