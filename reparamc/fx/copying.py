@@ -68,7 +68,12 @@ def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
             try:
                 made = copy.deepcopy(model, memo)
             except Exception as error:
-                raise InputError(f"{type(model).__name__} cannot be copied: {one_line(error)}") from error
+                inner = next((p for p, m in reversed(submodules(model).items()) if _failing(m, memo)), "")
+                kind = type(model.get_submodule(inner)).__name__
+                raise InputError(
+                    f"{f'{inner!r}, a {kind},' if inner else kind} cannot be copied: {one_line(error)}; "
+                    "fuse_fx makes a fused copy: let copy.deepcopy take it"
+                ) from error
     for module in made.modules():
         for name, value in [(n, v) for n, v in vars(module).items() if isinstance(v, _REFERRING) and v]:
             if (moved := _moved(value, memo)) is not value:

@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
+from reparamc.fx.casts import drop_casts
+from reparamc.fx.trace import other_modes
 from reparamc.fx.watch import Call
 
 
@@ -34,14 +36,16 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
             shapes[t] = dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence(), torch.no_grad():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence(), other_modes(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             module = cast(fx.GraphModule, program.module())
         except Exception as error:  # whatever the model's forward or the exporter raises
             raise InputError(f"torch.export does not follow {type(model).__name__}: {one_line(error)}") from error
-    return plain_graph(module, type(model).__name__)
+    made = plain_graph(module, type(model).__name__)
+    drop_casts(made)
+    return made
 
 
 def plain_graph(module: fx.GraphModule, name: str) -> fx.GraphModule:

@@ -182,11 +182,12 @@ class Parts:
     ) -> str:
         """How a graph differs from the module, on every recorded call; ``sizes`` is given those in the first."""
         original, ways = self.originals[path], list[Callable[..., Any]]()
+        way: Callable[..., Any] = graph.forward  # for the module would print what its graph raises
         if has_hooks(original):
-            graph = in_place_of(original, graph)
+            way = in_place_of(original, graph)
         elif sizes is not None and len(calls) > 1:
             ways.append(partial(_interpreted, graph, sizes))
-        ways += [graph] * (len(calls) - len(ways))
+        ways += [way] * (len(calls) - len(ways))
         pairs = zip(ways, calls, strict=True)
         return next((why for way, seen in pairs if (why := _difference(original, way, seen))), "")
 
@@ -278,7 +279,7 @@ class Parts:
             return taken
         finally:
             state.restore()
-        if self._disagreement(path, graph, calls):
+        if self._disagreement(path, graph, calls) or _differs_in_training(original, graph, calls[-1]):
             return taken
         remembered(graph, path)
         fused = fuse_traced(graph, original, [seen.call for seen in calls], [], self.options, exported=True)
@@ -444,6 +445,14 @@ def _difference(original: nn.Module, graph: Callable[..., Any], seen: Seen) -> s
     if isinstance(actual, Exception):
         return one_line(actual)
     return difference(actual, expected, lambda: ran(original, perturbed(seen.call, 0)))
+
+
+def _differs_in_training(original: nn.Module, graph: nn.Module, seen: Seen) -> str:
+    """How ``graph`` differs from ``original`` where gradients are asked for: an export is of the branches without."""
+    try:
+        return difference(*(ran(module, seen.call, in_training=True) for module in (graph, original)))
+    except Exception as error:  # whatever forward raises
+        return one_line(error)
 
 
 def size(module: nn.Module) -> tuple[int, int]:

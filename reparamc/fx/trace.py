@@ -6,19 +6,22 @@ import functools
 import inspect
 import keyword
 import operator
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest import mock
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import TraceError
+from torch.fx._symbolic_trace import _maybe_revert_all_patches
+from torch.fx.proxy import Attribute, TraceError
 from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
+from reparamc.fx.casts import DTypes, drop_casts
 from reparamc.fx.memory import reads_size_only
 from reparamc.fx.operators import IN_PLACE
 from reparamc.fx.watch import LOCK, Call
@@ -28,9 +31,19 @@ class _Proxy(fx.Proxy):
     """A proxy that records ``a += b`` and ``a[i] = b`` as what they are; torch.fx would read ``a + b``, or fail.
 
     ``a.shape`` is read where it is written: torch.fx would read it where it is used, which may be after a write.
+    ``a.requires_grad`` is true here, and false in the runs that a graph is compared with: what depends on it is found.
+    To models, though not to torch, it is an instance of what it is in the example, or of Tensor.
     """
 
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(self) if _is_of_torch(sys._getframe(1)) else cast(_Tracer, self.tracer).type_of(self.node)
+
     def __getattr__(self, name: str) -> Any:
+        if name == "requires_grad":
+            return True
+        if name == "dtype":
+            return _DType(self, name)
         found = super().__getattr__(name)
         if name == "shape":
             _ = found.node
@@ -38,6 +51,21 @@ class _Proxy(fx.Proxy):
 
     def __len__(self) -> int:
         return cast(_Tracer, self.tracer).length(self)
+
+
+class _DType(Attribute):
+    """The dtype of a value, which can be compared with that of another one where weights tell both."""
+
+    def __eq__(self, other: object) -> Any:
+        known = cast(_Tracer, self.tracer).dtypes
+        with _maybe_revert_all_patches():  # modules give their own parameters here
+            dtypes = [known.of(one.root.node) for one in (self, other) if isinstance(one, _DType)]
+        return dtypes[0] == dtypes[1] if len(dtypes) == 2 and None not in dtypes else super().__eq__(other)
+
+    def __ne__(self, other: object) -> Any:
+        return not self == other
+
+    __hash__ = Attribute.__hash__
 
 
 def _recorder(function: Any, of_numbers: Any) -> Any:
@@ -71,6 +99,7 @@ class _Tracer(fx.Tracer):
         self.thread = threading.get_ident()
         self.examples = examples
         self._containers: dict[fx.Node, Any] = {}
+        self._numbers: dict[fx.Node, bool] = {}
         self._parameters: dict[str, fx.Proxy] = {}
         self._names: dict[int, str] = {}
 
@@ -121,6 +150,11 @@ class _Tracer(fx.Tracer):
 
     def is_number(self, node: fx.Node) -> bool:
         """Whether ``node`` is a size or a number, or computed from those, which nothing writes into."""
+        if node not in self._numbers:
+            self._numbers[node] = self._is_number(node)
+        return self._numbers[node]
+
+    def _is_number(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
             return isinstance(self._example(node), int | float | complex | tuple)
         if reads_size_only(node) or (node.op == "call_method" and node.target == "item"):
@@ -128,6 +162,16 @@ class _Tracer(fx.Tracer):
         given = node.all_input_nodes
         plain = getattr(node.target, "__module__", None) in ("_operator", "builtins", "math")
         return node.op == "call_function" and plain and bool(given) and all(map(self.is_number, given))
+
+    @functools.cached_property
+    def dtypes(self) -> DTypes:
+        return DTypes(self.graph, self.root)
+
+    def type_of(self, node: fx.Node) -> type:
+        """The type of ``node``, as far as it is known: a Tensor where nothing tells of another one."""
+        if (given := self._example(node)) is not None:
+            return type(given)
+        return fx.Proxy if self.is_number(node) else torch.Tensor
 
     def length(self, proxy: fx.Proxy) -> int:
         """The length of an argument, which every later call must have as well."""
@@ -187,9 +231,28 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
+_is_autocast_enabled = torch.is_autocast_enabled
+
+
 def _precision() -> list[torch.dtype | None]:
     """What autocast computes in now, where it is on."""
-    return [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")]
+    return [torch.get_autocast_dtype(d) if _is_autocast_enabled(d) else None for d in ("cpu", "cuda")]
+
+
+@contextmanager
+def other_modes() -> Iterator[None]:
+    """Modes are other than in the runs that a graph is compared with, so that what depends on them differs there.
+
+    Gradients are enabled, and models that ask for it are told that autocast is on; torch itself is told what is so.
+    """
+    thread = threading.get_ident()
+
+    def asked(*device: str) -> bool:
+        told = threading.get_ident() == thread and not _is_of_torch(sys._getframe(1))
+        return told or _is_autocast_enabled(*device)
+
+    with mock.patch.object(torch, "is_autocast_enabled", asked), torch.enable_grad():
+        yield
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
@@ -223,7 +286,7 @@ def traced(
     while True:
         tracer = _Tracer(dict(opaque), examples, functions.found)
         try:
-            with LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracer), _lenient_checks():
+            with LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracer), _lenient_checks(), other_modes():
                 torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
                 graph = tracer.trace(model, fixed or None)
             _plain_assertions(graph)
@@ -232,7 +295,9 @@ def traced(
             _refuse_reserved(graph, model)
             graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
             called = _called_as_they_are(graph, model)
-            return fx.GraphModule(tracer.root, graph, type(model).__name__), called | tracer.opaque
+            made = fx.GraphModule(tracer.root, graph, type(model).__name__)
+            drop_casts(made)
+            return made, called | tracer.opaque
         except Reserved:
             raise
         except _Anew:

@@ -338,3 +338,15 @@ def test_a_feature_extractor_of_torchvision_stays_in_eval_mode(timm: object) -> 
     with torch.no_grad():
         assert relative_error(fused(x), extractor(x)) < 1e-5
     assert not extractor.training
+
+
+class Single(nn.Module):
+    """A module of which there can be one alone."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Single":
+        raise RuntimeError("there is one of me")
+
+
+def test_a_module_that_refuses_to_be_copied_is_named() -> None:
+    with pytest.raises(InputError, match=r"^'1.0', a Single, cannot be copied: there is one of me; .*deepcopy"):
+        fuse_fx(nn.Sequential(nn.ReLU(), nn.Sequential(Single())).eval(), torch.ones(1))

@@ -8,10 +8,11 @@ import copy
 import math
 import pickle
 import types
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, report, run, vector
+from fx_checks import CHANNELS, SHAPES, Net, check, conv_bn, counts, images, ready, relative_error, report, run, vector
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -553,6 +554,64 @@ def test_autocast_within_forward_is_not_lost() -> None:
         assert relative_error(fused(x), model(x)) < 1e-5
     with pytest.raises(InputError, match="autocast"):
         fuse_fx(model)
+
+
+def _doubled_if(asked: Callable[[Tensor], bool], of: type = Tensor) -> Callable[[Any, Tensor], Tensor]:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.n(m.c(x))
+        return y * 2 if isinstance(y, of) and asked(y) else y
+
+    return forward
+
+
+@pytest.mark.parametrize("of", [Tensor, object])  # the first way is followed by torch.export alone
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda y: torch.is_grad_enabled(),
+        lambda y: torch.is_autocast_enabled("cpu"),
+        lambda y: y.requires_grad,
+        lambda y: y.requires_grad or not y.requires_grad,
+    ],
+)
+def test_a_mode_that_forward_asks_for_is_asked_for_in_each_call(asked: Callable[[Tensor], bool], of: type) -> None:
+    model = ready(Net(_doubled_if(asked, of), c=nn.Conv2d(CHANNELS, CHANNELS, 1), n=nn.BatchNorm2d(CHANNELS)))
+    (x,) = images((2, CHANNELS, 4, 6), dtype=torch.float32)
+    with torch.no_grad():
+        fused = fuse_fx(model, x, verify="off")
+        assert relative_error(fused(x), model(x)) < 1e-5
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert relative_error(fused(x), model(x)) < 0.1
+    assert relative_error(fused(x), model(x)) < 1e-5
+
+
+def test_a_branch_for_gradients_that_computes_the_same_is_followed() -> None:
+    """As frozen BatchNorms are written."""
+
+    def frozen(m: Any, x: Tensor) -> Tensor:
+        y = m.c(x)
+        if not y.requires_grad:
+            return F.batch_norm(y, m.mean, m.var)
+        scale = m.var.add(1e-5).rsqrt()
+        return y * scale.view(1, -1, 1, 1) - (m.mean * scale).view(1, -1, 1, 1)
+
+    parts = {"mean": nn.Buffer(torch.rand(CHANNELS)), "var": nn.Buffer(torch.rand(CHANNELS) + 0.5)}
+    fused = check(Net(frozen, c=nn.Conv2d(CHANNELS, CHANNELS, 1), **parts), examples=True)
+    assert report(fused).passes["scale-folding"] == 2
+
+
+def test_values_are_instances_of_what_they_are() -> None:
+    def run(m: Any, given: dict[str, Any]) -> Any:
+        (a, b), n = given["maps"], given["n"]
+        assert (isinstance(given, dict), isinstance(given["maps"], list)) == (True, True)
+        assert (isinstance(n, int), isinstance(a, Tensor), isinstance(a.shape, Tensor)) == (True, True, False)
+        y = m.part(a) + b * n if isinstance(a, Tensor) and torch.is_tensor(b) else a
+        return {"y": y} if isinstance(y, Tensor) and not isinstance(y, nn.Parameter | tuple) else y
+
+    model, maps = ready(Net(run, part=conv_bn())), images(*SHAPES[:1] * 2, dtype=torch.float32)
+    fused = fuse_fx(model, ({"maps": maps, "n": 3},))
+    assert counts(fused) == (1, 0)
+    assert report(fused).parts[0].why.startswith("what torch.fx makes") is False
 
 
 def test_autocast_within_a_part_keeps_the_part() -> None:
