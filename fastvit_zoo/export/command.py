@@ -56,6 +56,7 @@ def add(commands: Any) -> None:
     )
     study.add_argument("--rounds", type=positive, default=3, metavar="N", help="turns to time; default: 3")
     study.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios, as PNG or SVG")
+    study.add_argument("--table", type=Path, metavar="FILE", help="JSON: rows of earlier studies, and of this one")
     study.add_argument("--of", choices=KINDS, default="mixers", help="token mixers and kernels, or the variants")
     study.set_defaults(run=_study)
 
@@ -109,7 +110,7 @@ def _targets(arguments: argparse.Namespace) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> None:
-    from fastvit_zoo.export.study import line, plot, study
+    from fastvit_zoo.export.study import NETWORKS, line, plot, read_table, study, write_table
 
     picture: Path | None = arguments.plot
     if picture is not None:
@@ -117,11 +118,17 @@ def _study(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--plot {picture} should be a PNG or SVG file in a folder that exists")
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install 'reparamc[zoo]'")
-    rows = []
+    table: Path | None = arguments.table
+    if table is not None and (table.is_dir() or not table.parent.is_dir()):
+        raise ValueError(f"--table {table} should be a file in a folder that exists")
+    with torch.device("meta"):
+        names = list(NETWORKS[arguments.of]())
+    kept = read_table(table, names) if table is not None and table.exists() else {}
+    print(f"| runtime | size | {' | '.join(names)} |\n|---|---{'|---' * len(names)}|")
     for row in study(arguments.sizes, arguments.runtimes, arguments.rounds, arguments.of):
-        if not rows:
-            print(f"| runtime | size | {' | '.join(row[2])} |\n|---|---{'|---' * len(row[2])}|")
         print(line(row), flush=True)
-        rows.append(row)
+        kept[row[:2]] = row
+        if table is not None:
+            write_table(table, kept.values())
     if picture is not None:
-        plot(rows, picture)
+        plot(list(kept.values()), picture)

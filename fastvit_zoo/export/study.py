@@ -1,8 +1,10 @@
 """The paper's comparisons of latency: token mixers, branches and kernel sizes, over resolutions and runtimes."""
 
 import itertools
+import json
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,9 @@ def variants() -> dict[str, nn.Module]:
     return {name: create_model(name) for name in list_models()}
 
 
+NETWORKS: Mapping[str, Callable[[], dict[str, nn.Module]]] = {"mixers": mixers, "variants": variants}
+
+
 def _blocks(network: FastViT) -> list[Block]:
     return [module for module in network.modules() if isinstance(module, Block)]
 
@@ -83,7 +88,7 @@ def study(sizes: Sequence[int], runtimes: Sequence[str], rounds: int = 3, of: st
         if runtime not in ("torch", "compiled") and target_of(runtime).load is None:
             raise ValueError(f"{runtime} runs on another machine: it cannot be timed here")
     forms: dict[str, tuple[nn.Module, nn.Module]] = {}
-    for name, network in (mixers if of == "mixers" else variants)().items():
+    for name, network in NETWORKS[of]().items():
         randomize_layer_scales(network.eval())
         forms[name] = reparamc.fuse_fx(network, torch.randn(2, 3, 64, 64)), network
     torch.set_num_threads(1)
@@ -121,13 +126,37 @@ def line(row: Row) -> str:
     return f"| {row[0]} | {row[1]} | {' | '.join(cells)} |"
 
 
+def read_table(file: Path, names: Sequence[str]) -> dict[tuple[str, int], Row]:
+    """The rows of `file`, by runtime and size. Raises ValueError if it is not of the networks `names`."""
+    try:
+        rows = [
+            (runtime, size, {name: (a, b) for name, (a, b) in ratios.items()})
+            for runtime, size, ratios in json.loads(file.read_text())
+        ]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no table of a study: {error}") from error
+    if odd := [row for row in rows if list(row[2]) != list(names)]:
+        raise ValueError(f"{file} is of other networks: {', '.join(odd[0][2])}")
+    return {row[:2]: row for row in rows}
+
+
+def write_table(file: Path, rows: Iterable[Row]) -> None:
+    """What `read_table` reads; the file appears complete or not at all."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(list(rows), indent=1))
+    os.replace(partial, file)
+
+
 def plot(table: Sequence[Row], picture: Path) -> None:
     """The ratios over the sizes, a part for each runtime."""
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     runtimes = list(dict.fromkeys(row[0] for row in table))
-    figure = Figure(figsize=(4 * len(runtimes) + 2, 3.5), layout="constrained")
-    for axes, runtime in zip(figure.subplots(1, len(runtimes), squeeze=False)[0], runtimes, strict=True):
+    columns = min(len(runtimes), 4)
+    figure = Figure(figsize=(4 * columns, 3.5 * -(-len(runtimes) // columns)), layout="constrained")
+    for axes, runtime in zip(
+        figure.subplots(-(-len(runtimes) // columns), columns, squeeze=False).flat, runtimes, strict=False
+    ):
         rows = sorted((row for row in table if row[0] == runtime), key=lambda row: row[1])
         for number, name in enumerate(rows[0][2]):
             for form, style in enumerate(("o-", "o:")):
@@ -135,5 +164,7 @@ def plot(table: Sequence[Row], picture: Path) -> None:
                 axes.plot([row[1] for row in rows], values, style, color=f"C{number}", label=None if form else name)
         axes.set(title=f"{runtime} (dotted: unfused)", xlabel="pixels", ylabel=f"latency, {next(iter(rows[0][2]))} = 1")
         axes.set_ylim(bottom=0)
-    figure.axes[-1].legend(fontsize="small")
+    for axes in figure.axes[len(runtimes) :]:
+        axes.remove()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(picture)

@@ -11,7 +11,7 @@ import torch
 
 from fastvit_zoo.__main__ import main
 from fastvit_zoo.export import study as studies
-from fastvit_zoo.export.study import BASE, Pooling, Row, line, mixers, plot, study, variants
+from fastvit_zoo.export.study import BASE, Pooling, Row, line, mixers, plot, read_table, study, variants, write_table
 from fastvit_zoo.model import list_models
 
 
@@ -32,10 +32,10 @@ def test_pooling_keeps_the_mean() -> None:
     torch.testing.assert_close(Pooling()(torch.full((1, 2, 4, 5), 3.0)), torch.full((1, 2, 4, 5), 3.0))
 
 
-def test_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     block = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     small = {BASE: torch.nn.Conv2d(3, 2, 1), "other": block}
-    monkeypatch.setattr(studies, "mixers", lambda: small)
+    monkeypatch.setitem(studies.NETWORKS, "mixers", lambda: small)  # pyright: ignore[reportArgumentType]
     asked: list[tuple[int, ...]] = []
 
     def ratios(calls: list[Any], rounds: int) -> list[float]:
@@ -47,8 +47,16 @@ def test_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert [row[:2] for row in found] == [("torch", 8), ("torch", 9), ("onnx", 8), ("onnx", 9)]
     assert asked == [(2, 2, 2), (2, 4, 4)] * 4
     assert all(row[2] == {BASE: (1.0, 2.0), "other": (2.5, 3.0)} for row in found)
-    assert main(["study", "--sizes", "8", "--runtimes", "torch"]) == 0
+    file = tmp_path / "table.json"
+    write_table(file, found[1:2])
+    assert main(["study", "--sizes", "8", "--runtimes", "torch", "--table", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert list(read_table(file, list(small)).values()) == [found[1], found[0]]
+    with pytest.raises(ValueError, match=r"table\.json is of other networks: RepMixer, other"):
+        read_table(file, ["another"])
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match=r"table\.json is no table of a study"):
+        read_table(file, ["another"])
     assert lines == [
         "| runtime | size | RepMixer | other |", "|---|---|---|---|", "| torch | 8 | 1.00 (2.00) | 2.50 (3.00) |"
     ]  # fmt: skip
@@ -66,6 +74,7 @@ def test_a_picture(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--runtimes", "abacus"], "unknown target 'abacus'"),
+        (["--table", "none/table.json"], "should be a file in a folder that exists"),
         (["--plot", "none/ratios.png"], "should be a PNG or SVG file in a folder that exists"),
         (["--plot", "ratios.doc"], "should be a PNG or SVG file in a folder that exists"),
     ],
