@@ -149,12 +149,19 @@ def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
             content = content[container]
             break
     tensors = {str(name): tensor for name, tensor in content.items()}
-    strangers = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
+    strangers = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
     if strangers:
         raise CheckpointError(f"not a checkpoint of named tensors: {_few(strangers)} hold something else")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor that can be copied into another without loss of its sense."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_meta or value.is_complex() or value.is_quantized)
 
 
 def _translate(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:

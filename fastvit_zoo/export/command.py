@@ -46,6 +46,7 @@ def add(commands: Any) -> None:
     targets = commands.add_parser("targets", help="try every runtime that is installed: errors and latencies")
     targets.add_argument("name", nargs="?", default="fastvit_t8", help="default: fastvit_t8")
     targets.add_argument("--size", type=positive, default=256, metavar="PIXELS", help="default: 256")
+    targets.add_argument("--to", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET", help="only these")
     targets.add_argument("--rounds", type=positive, default=10, metavar="N", help="turns to time; default: 10")
     targets.set_defaults(run=_targets)
 
@@ -106,7 +107,8 @@ def _deploy(model: torch.nn.Module, arguments: argparse.Namespace) -> None:
 def _targets(arguments: argparse.Namespace) -> None:
     from fastvit_zoo.export.deploy import matrix
 
-    print(matrix(arguments.name, arguments.size, arguments.rounds))
+    for row in matrix(arguments.name, arguments.size, arguments.rounds, arguments.to):
+        print(row, flush=True)
 
 
 def _study(arguments: argparse.Namespace) -> None:

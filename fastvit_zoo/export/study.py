@@ -128,16 +128,16 @@ def line(row: Row) -> str:
 
 def read_table(file: Path, names: Sequence[str]) -> dict[tuple[str, int], Row]:
     """The rows of `file`, by runtime and size. Raises ValueError if it is not of the networks `names`."""
+    table: dict[tuple[str, int], Row] = {}
     try:
-        rows = [
-            (runtime, size, {name: (a, b) for name, (a, b) in ratios.items()})
-            for runtime, size, ratios in json.loads(file.read_text())
-        ]
+        for runtime, size, cells in json.loads(file.read_text()):
+            row = str(runtime), int(size), {name: (float(a), float(b)) for name, (a, b) in cells.items()}
+            table[row[:2]] = row
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no table of a study: {error}") from error
-    if odd := [row for row in rows if list(row[2]) != list(names)]:
+    if odd := [row for row in table.values() if list(row[2]) != list(names)]:
         raise ValueError(f"{file} is of other networks: {', '.join(odd[0][2])}")
-    return {row[:2]: row for row in rows}
+    return table
 
 
 def write_table(file: Path, rows: Iterable[Row]) -> None:

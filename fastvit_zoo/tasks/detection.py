@@ -79,12 +79,15 @@ def fused(network: MaskRCNN, image: Tensor) -> nn.Module:
     return reparamc.fuse_fx(network.eval(), ([*image],))
 
 
-KEYS = {
-    "images": ("id", "file_name", "width", "height"),
-    "categories": ("id",),
-    "annotations": ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"),
-}
-"""What is needed of the lists in a file of annotations."""
+KEYS: dict[str, dict[str, Any]] = {
+    "images": {"id": int | str, "file_name": str, "width": int, "height": int},
+    "categories": {"id": int},
+    "annotations": {
+        "id": int | str, "image_id": int | str, "category_id": int, "bbox": list, "segmentation": object,
+        "area": int | float, "iscrowd": int,
+    },
+}  # fmt: skip
+"""What is needed of the lists in a file of annotations, and of which kind it is."""
 
 
 def check_annotations(file: Path, folder: Path) -> None:
@@ -99,17 +102,18 @@ def check_annotations(file: Path, folder: Path) -> None:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"{file} has no list {part!r}: the layout is that of COCO")
         for entry in entries:
-            if lacking := [key for key in keys if key not in entry]:
-                raise ValueError(f"{file}: an entry of {part!r} has no {lacking[0]!r}: the layout is that of COCO")
+            if lacking := [key for key, kind in keys.items() if not isinstance(entry.get(key), kind)]:
+                found = entry.get(lacking[0], "missing")
+                raise ValueError(f"{file}: {lacking[0]!r} of {part!r} is {found!r}: the layout is that of COCO")
         known[part] = {entry["id"]: entry for entry in entries}
-    if odd := [number for number in known["categories"] if not (isinstance(number, int) and number > 0)]:
+    if odd := [number for number in known["categories"] if number <= 0]:
         raise ValueError(f"{file}: the category {odd[0]!r} should be a number above 0, which is the background")
     for number, entry in known["annotations"].items():
         where, image = f"{file}: annotation {number}", known["images"].get(entry["image_id"])
         if image is None or entry["category_id"] not in known["categories"]:
             raise ValueError(f"{where} is of an image or a category that is not listed")
         box, shape = entry["bbox"], entry["segmentation"]
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
+        if len(box) != 4 or not all(isinstance(v, int | float) for v in box):
             raise ValueError(f"{where} has the box {box}: it should be left, top, width and height")
         if not _is_mask(shape, [image["height"], image["width"]]):
             raise ValueError(f"{where} has no mask of the size of its image, {image['width']} x {image['height']}")
@@ -122,9 +126,12 @@ def check_annotations(file: Path, folder: Path) -> None:
 def _is_mask(shape: Any, size: list[int]) -> bool:
     """Whether it is run lengths for an image of `size`, or polygons of three corners or more."""
     if isinstance(shape, dict):
-        return shape.get("size") == size and isinstance(shape.get("counts"), list | str)
+        counts = shape.get("counts")
+        runs = counts if isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts) else []
+        return shape.get("size") == size and (isinstance(counts, str) or sum(runs) == size[0] * size[1])
     polygons = shape if isinstance(shape, list) else []
-    return bool(polygons) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
+    lists = bool(polygons) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
+    return lists and all(isinstance(v, int | float) for p in polygons for v in p)
 
 
 class Coco(torch.utils.data.Dataset):

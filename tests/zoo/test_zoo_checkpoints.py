@@ -226,6 +226,8 @@ def test_wrong_variant_names_only_the_first_few() -> None:
             "not a FastViT checkpoint: no stem among the names layer1.weight",
         ),
         ({"epoch": 3, "best": 0.5}, "not a checkpoint of named tensors: epoch, best hold something else"),
+        ({"sparse": torch.eye(2).to_sparse()}, "not a checkpoint of named tensors: sparse hold something else"),
+        ({"complex": torch.zeros(1) * 1j}, "not a checkpoint of named tensors: complex hold something else"),
         ({}, "not a FastViT checkpoint"),
         ([torch.zeros(1)], "weights.pt: holds a list where named tensors were expected"),
         (Path("code"), "weights.pt: not a torch.save file of plain tensors; other contents are refused"),

@@ -100,7 +100,12 @@ def test_annotations_of_coco(scenes: list[Scene], tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"annotations": None}, "has no list 'annotations'"),
-        ({"images": [{"id": 1}]}, "an entry of 'images' has no 'file_name'"),
+        ({"images": [{"id": 1}]}, "'file_name' of 'images' is 'missing'"),
+        ({"file_name": None}, "'file_name' of 'images' is None"),
+        ({"image_id": []}, r"'image_id' of 'annotations' is \[\]"),
+        ({"area": "x"}, "'area' of 'annotations' is 'x'"),
+        ({"segmentation": {"size": [32, 32], "counts": [-5, 1029]}}, "no mask of the size of its image, 32 x 32"),
+        ({"segmentation": [[None] * 6]}, "no mask of the size of its image, 32 x 32"),
         ({"images": [], "annotations": []}, None),
         ({"categories": []}, "annotation 1 is of an image or a category that is not listed"),
         ({"categories": [{"id": 0}], "category_id": 0}, "the category 0 should be a number above 0"),
