@@ -139,6 +139,18 @@ def read(path: Path) -> Mapping[str, Any]:
     return content
 
 
+def save(state: Any, file: Path) -> None:
+    """Write a file of `torch.save` that appears complete or not at all. Raises OSError if it cannot be written."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        torch.save(state, partial)
+        os.replace(partial, file)
+    except RuntimeError as error:  # a full disk, as torch says it
+        raise OSError(f"{file} cannot be written: {_first_line(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,7 +47,10 @@ def device_of(name: str) -> torch.device:
 def check(
     values: Any, *, positive: tuple[str, ...] = (), natural: tuple[str, ...] = (), shares: tuple[str, ...] = ()
 ) -> None:
-    """Raise ValueError if a field of `values` is not above 0, is negative, or is not from 0 to 1."""
+    """Raise ValueError if a field of `values` is infinite or no number, not above 0, negative, or not from 0 to 1."""
+    for name, value in vars(values).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be a number, not {value}")
     for names, holds, kind in (
         (positive, lambda value: value > 0, "above 0"),
         (natural, lambda value: value >= 0, "0 or more"),

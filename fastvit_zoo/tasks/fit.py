@@ -3,7 +3,6 @@
 # pyright: reportPrivateImportUsage=false
 # timm exports its names without saying so.
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import fastvit_zoo.torchvision_operators  # noqa: F401
-from fastvit_zoo.checkpoint import read
+from fastvit_zoo.checkpoint import read, save
 from fastvit_zoo.model import Backbone, create_model
 from fastvit_zoo.onnx_export import export_onnx
 from fastvit_zoo.options import Options, check_claim, claim
@@ -129,10 +128,10 @@ def fit(
             losses.append(value.item())
             schedule.step_update(len(losses))
             if len(losses) % often == 0 or len(losses) == steps.updates:
-                _save({"losses": losses, **{name: part.state_dict() for name, part in parts.items()}}, last)
+                save({"losses": losses, **{name: part.state_dict() for name, part in parts.items()}}, last)
                 print(f"update {len(losses)} of {steps.updates}: loss {np.mean(losses[-often:]):.3f}", flush=True)
     network.eval()
-    _save(network.state_dict(), options.output / "model.pt")
+    save(network.state_dict(), options.output / "model.pt")
     return losses
 
 
@@ -144,16 +143,6 @@ def _restored(file: Path, parts: dict[str, Any]) -> list[float]:
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return list(state["losses"])
-
-
-def _save(state: Any, file: Path) -> None:
-    """Write a file that appears complete or not at all."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        torch.save(state, partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def opened(file: Path) -> Image.Image:

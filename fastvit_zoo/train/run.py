@@ -64,6 +64,13 @@ class Options(options.Options):
 class Saver(CheckpointSaver):
     """That of timm, which for a moment has no file where it replaces one."""
 
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        try:
+            super()._save(save_path, epoch, metric)
+        except RuntimeError as error:  # a full disk, as torch says it
+            Path(save_path).unlink(missing_ok=True)
+            raise OSError(f"{save_path} cannot be written: {str(error).splitlines()[0]}") from error
+
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)
 

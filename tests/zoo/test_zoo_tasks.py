@@ -288,7 +288,7 @@ def test_scenes_are_there_while_they_are_needed(tmp_path: Path) -> None:
         (["detect"], "no images: give --data DIR, or --recipe tiny"),
         (["detect", "--data", "half"], "instances_train2017.json does not exist: the layout is that of COCO"),
         (["segment", "--data", "ade", "--size", "0"], "--size must be above 0, not 0"),
-        (["segment", "--data", "ade", "--lr", "nan"], "--lr must be above 0, not nan"),
+        (["segment", "--data", "ade", "--lr", "nan"], "--lr must be a number, not nan"),
         (["segment", "--data", "ade", "--size", "33"], "--size must be a multiple of 32, not 33"),
         (["segment", "--data", "ade", "--classes", "1"], "--classes must be 2 or more, not 1"),
         (["segment", "--data", "ade", "--classes", "2"], "0.png has the class 5: --classes 2 is too few"),

@@ -24,6 +24,7 @@ from timm.utils.cuda import NativeScaler
 import reparamc
 from fastvit_zoo import create_model, load_checkpoint
 from fastvit_zoo.__main__ import main
+from fastvit_zoo.checkpoint import save
 from fastvit_zoo.train.data import readable
 from fastvit_zoo.train.finish import train
 from fastvit_zoo.train.recipe import DIGITS, RECIPES, Recipe, recipe
@@ -133,6 +134,20 @@ def test_checkpoints_are_there_at_any_moment(tmp_path: Path, monkeypatch: pytest
     assert torch.load(tmp_path / "model_best.pth.tar", weights_only=True)["epoch"] == 1
 
 
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(1, 1)
+    saver = Saver(layer, torch.optim.SGD(layer.parameters()), checkpoint_dir=str(tmp_path / "none"))
+    with pytest.raises(OSError, match=r"none/tmp\.pth\.tar cannot be written: "):
+        saver.save_checkpoint(0, 1.0)
+    with pytest.raises(OSError, match=r"none/last\.pt cannot be written: "):
+        save({"a": 1}, tmp_path / "none" / "last.pt")
+    save({"a": 1}, tmp_path / "last.pt")
+    with pytest.raises(TypeError, match="pickle"):
+        save({"a": (i for i in ())}, tmp_path / "last.pt")
+    assert torch.load(tmp_path / "last.pt") == {"a": 1}
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
 def test_a_loss_that_is_no_number_stops_half_precision_as_well() -> None:
     layer = torch.nn.Linear(1, 1)
     stepper = Stepper(torch.optim.SGD(layer.parameters()), torch.device("cpu"), True)
@@ -211,6 +226,7 @@ def test_recipes_of_the_paper() -> None:
             "the teacher's weights none.pt do not exist",
         ),
         (["--data", "images", "--batch", "0"], "--batch must be above 0, not 0"),
+        (["--data", "images", "--layer-scale", "inf"], "--layer-scale must be a number, not inf"),
         (["--data", "images", "--epochs", "-1"], "--epochs must be above 0, not -1"),
         (["--data", "images", "--ema", "2"], "--ema must be from 0 to 1, not 2.0"),
         (["--data", "images", "--batch", "4", "--optimizer", "none"], "Optimizer none not found"),
