@@ -135,7 +135,8 @@ def claim(options: Options, wanted: dict[str, Any]) -> Iterator[None]:
         yield
     except BaseException:
         if not list(options.output.glob("last.*")):
-            kept.unlink(missing_ok=True)
+            for file in kept, options.output / "summary.csv":
+                file.unlink(missing_ok=True)
             with suppress(OSError):  # it holds something else
                 options.output.rmdir()
         raise
