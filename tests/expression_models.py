@@ -108,6 +108,25 @@ def assert_close(reference: np.ndarray, other: np.ndarray, tolerance: float) -> 
 # The value
 
 
+def cut_by(e: Conv) -> list[slice] | None:
+    """The slice along each axis, if ``e`` takes every n-th position of its operand and nothing else."""
+    sides = list(zip(*e.padding, strict=True))
+    if not e.is_weightless or any(k > 1 for k in e.kernel) or any(p > 0 for side in sides for p in side):
+        return None
+    return [slice(-a or None, b or None, s) for (a, b), s in zip(sides, e.stride, strict=True)]
+
+
+def _shuffled(x: Any, op: Spread) -> Any:
+    """What torch makes of a pixel shuffle or its inverse, with the channels of a position side by side or apart."""
+    torch, count = _torch(), op.block**2
+    order = torch.arange(x.shape[-3] * (count if op.back else 1)).reshape((-1, count) if op.back else (count, -1))
+    order = order.T.ravel()
+    if op.back:
+        x = torch.pixel_unshuffle(x, op.block)
+        return x.index_select(-3, order) if op.outer else x
+    return torch.pixel_shuffle(x.index_select(-3, order) if op.outer else x, op.block)
+
+
 def _interpolated(x: Any, op: Resize) -> Any:
     """What torch makes of a resize, nearest or linear."""
     mode = op.mode if op.mode == "nearest" else ("linear", "bilinear", "trilinear")[len(op.scales) - 1]
@@ -144,7 +163,7 @@ def reference(root: Expr, inputs: Mapping[Source, np.ndarray]) -> np.ndarray:
             case Layout() if isinstance(e.op, Resize):
                 y = _interpolated(_torch().from_numpy(values[e.x]), e.op).numpy()
             case Layout() if isinstance(e.op, Spread):
-                y = _torch().pixel_shuffle(_torch().from_numpy(values[e.x]), e.op.block).numpy()
+                y = _shuffled(_torch().from_numpy(values[e.x]), e.op).numpy()
             case Layout() if isinstance(e.op, Take):
                 y = _torch().from_numpy(values[e.x]).select(e.op.axis, e.op.at).numpy()
             case Layout():
@@ -277,6 +296,10 @@ class _OnnxBuilder:
                     "ConvTranspose", inputs, out, kernel_shape=e.kernel, strides=e.stride, dilations=e.dilation,
                     pads=e.padding[0] * 2, output_padding=extra, group=e.groups,
                 )  # fmt: skip
+            case Conv() if (cut := cut_by(e)) is not None:
+                ends = [2**40 if s.stop is None else s.stop for s in cut]
+                bounds = ([s.start or 0 for s in cut], ends, range(2, 2 + len(cut)), e.stride)
+                self._node("Slice", [x, *(self._integers(*b) for b in bounds)], out)
             case Conv() if e.spatial:
                 begin, end = e.padding
                 inputs = [x, self._tensor(e.weight)] + ([self._tensor(e.bias)] if e.bias is not None else [])
@@ -331,6 +354,10 @@ class _OnnxBuilder:
                     "nearest_mode": e.op.rounding,
                 }
                 self._node("Resize", [x, "", f"{out}_scales"], out, **options)
+            case Layout() if isinstance(e.op, Spread):
+                order = {} if e.op.back else {"mode": "DCR" if e.op.outer else "CRD"}
+                kind = "SpaceToDepth" if e.op.back else "DepthToSpace"
+                self._node(kind, [x], out, blocksize=e.op.block, **order)
             case Layout() if isinstance(e.op, Take):
                 self.tensors.append(numpy_helper.from_array(np.array(e.op.at, np.int64), f"{out}_at"))
                 self._node("Gather", [x, f"{out}_at"], out, axis=e.op.axis)
@@ -413,6 +440,8 @@ def to_module(root: Expr) -> Any:
         def step(self, at: int, values: dict[Expr, Any]) -> Any:
             e = order[at]
             match e:
+                case Conv() if (cut := cut_by(e)) is not None:
+                    return values[e.x][(..., *cut)]
                 case Conv() | BatchNorm():
                     return self.layers[str(at)](values[e.x])
                 case Scale() if _is_negation(e):
@@ -441,7 +470,7 @@ def to_module(root: Expr) -> Any:
                 case Layout() if isinstance(e.op, Resize):
                     return _interpolated(values[e.x], e.op)
                 case Layout() if isinstance(e.op, Spread):
-                    return torch.pixel_shuffle(values[e.x], e.op.block)
+                    return _shuffled(values[e.x], e.op)
                 case Layout() if isinstance(e.op, Take):
                     return values[e.x].select(e.op.axis, e.op.at)
                 case Layout():

@@ -78,7 +78,81 @@ def turned(conv: Any) -> Any:
     return None if conv is None else replace(conv, weight=conv.weight[:, :, ::-1])
 
 
+def focus(shape: tuple[Any, ...] = (2, 4, 8, 6), end: int = 2**62) -> Callable[[], ModelProto]:
+    """Every second row, and the rows between, side by side before a kernel."""
+    tensors = {"k": numbers(6, 8, 3, 3), "end": np.array([end])}
+    tensors |= {name: np.array([n]) for name, n in zip(("zero", "one", "two"), range(3), strict=True)}
+    parts = [node("Slice", f"x {start} end two two", start[0]) for start in ("zero", "one")]
+    return lambda: onnx_model([*parts, node("Concat", "z o", "c", axis=1), node("Conv", "c k", "y", pads=[1] * 4)],
+                              tensors, shape)  # fmt: skip
+
+
+def focus_of_torch() -> tuple[Any, tuple[Any, ...]]:
+    def run(x: Any, w: Any) -> Any:
+        return w(torch.cat([x[..., ::2, :], x[..., 1::2, :]], 1))
+
+    return net(run, nn.Conv2d(8, 6, 3, padding=1), shapes=((2, 4, 8, 6),))
+
+
+def in_blocks() -> ModelProto:
+    nodes = [node("SpaceToDepth", "x", "c", blocksize=2), node("Conv", "c k", "y")]
+    return onnx_model(nodes, {"k": numbers(6, 16, 1, 1)}, (2, 4, 8, 6))
+
+
+def in_blocks_of_torch() -> tuple[Any, tuple[Any, ...]]:
+    return net(lambda x, w: w(F.pixel_unshuffle(x, 2)), nn.Conv2d(16, 6, 1), shapes=((2, 4, 8, 6),))
+
+
+def spread_with(**other: Any) -> Make:
+    """For a reader: the channels of a position are elsewhere."""
+
+    def changed(found: Any) -> Any:
+        e = found.template if isinstance(found, Reading) else None
+        return Reading(replace(e, op=replace(e.op, **other))) if isinstance(e, Layout) else found
+
+    return result(changed)
+
+
+SHUFFLED = """
+%x = source c=8 axis=-3
+%0 = conv %x 8->12 k=3x3 s=1 p=1 bias
+%1 = spread %0 2 of 4 axis=-3->?
+%2 = conv %1 3->3 k=1x1 s=1 p=0 bias
+"""
+
+BLOCKS = "reparamc_passes.space_to_depth:"
+IN_BLOCKS: list[Fault] = [
+    fault(
+        "the columns of another slice", f"{BLOCKS}_cuts",
+        result(lambda cuts: [(cut, rows) for (cut, _), (_, rows) in zip(cuts, cuts[::-1], strict=True)]),
+        onnx=focus(), fx=focus_of_torch,
+    ),
+    fault(
+        "values that a slice leaves out at the end", "reparamc.algebra.kernels:cannot_compose",
+        lambda original: lambda outer, inner: None if inner.is_weightless else original(outer, inner),
+        onnx=focus((2, 4, 7, 6), end=-1),
+    ),
+    fault(
+        "a matrix for each block in the other order", f"{BLOCKS}_each",
+        given(lambda a, op: (a, replace(op, outer=not op.outer))), text=SHUFFLED,
+    ),
+    fault(
+        "the channels of a block side by side", "reparamc.onnx.operators:_read_space_to_depth",
+        spread_with(outer=False), onnx=in_blocks,
+    ),
+    fault(
+        "the channels of a block apart", "reparamc.fx.readers:_read_pixel_shuffle", spread_with(outer=True),
+        fx=in_blocks_of_torch,
+    ),
+    fault(
+        "slices along another axis", "reparamc.compiler.readings:cropped",
+        given(lambda x, channels, sizes, cuts: (x, channels, sizes[::-1], {1 - a: cut for a, cut in cuts.items()})),
+        onnx=focus((2, 4, 6, 6)), fx=focus_of_torch,
+    ),
+]  # fmt: skip
+
 PLACED: list[Fault] = [
+    *IN_BLOCKS,
     fault(
         "the taps of a transposed kernel in reverse", "reparamc_passes.upsampling:_transposed", result(turned),
         onnx=doubled(), fx=doubled_by_torch,

@@ -450,6 +450,19 @@ class Upsampling(nn.Module):
         return total(branch(x) for branch in self.branches)
 
 
+class Focus(nn.Module):
+    """Jocher, YOLOv5, 2020: four slices of the image as channels, before a convolution; also with a pixel unshuffle."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, sliced: bool = True) -> None:
+        super().__init__()
+        self.sliced, self.conv = sliced, conv_bn(4 * inputs, outputs, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.sliced:
+            return self.conv(F.pixel_unshuffle(x, 2))
+        return self.conv(torch.cat([x[..., i::2, j::2] for j in range(2) for i in range(2)], 1))
+
+
 class RePaViT(nn.Module):
     """Xu et al., "RePaViT: Scalable Vision Transformer Acceleration via Structural Reparameterization", 2025.
 
@@ -507,6 +520,8 @@ The exporter writes a GroupNorm with a factor and a shift after it, of which one
 
 
 IMAGES = ((7, 6), (8, 9), (2, 5), (1, 1))
+EVEN = ((8, 6), (2, 10), (4, 4))
+"""Sizes that blocks of 2x2 fill."""
 UNPADDED = ((7, 6), (8, 9), (5, 6), (5, 5))
 """Sizes at which an unpadded kernel of 5 has a result."""
 
@@ -521,7 +536,7 @@ class Case:
         operator: the one operator that it equals: "Conv", "Linear" or "ConvTranspose".
         sizes: sizes of the inputs to try, (H, W), () or (L,).
         fixed: torch's exporter by TorchScript writes it for the first size only: it keeps the sizes of what is
-            written into a slice.
+            written into a slice, or names none of those that a pixel unshuffle makes.
         window: kernel, padding and stride of the convolution that it equals.
     """
 
@@ -585,6 +600,9 @@ CASES: dict[str, Case] = {
     "ecb": Case(lambda: ECB(5, 5), 5, fixed=True),
     "ecb, wider": Case(lambda: ECB(3, 7), 3, fixed=True),
     "ecb, shifted": Case(lambda: ECB(5, 5, written=False), 5),
+    "focus": Case(lambda: Focus(3, 5), 3, sizes=EVEN, window=(6, 2, 2)),
+    "focus, 1x1": Case(lambda: Focus(3, 5, kernel=1), 3, sizes=EVEN, window=(2, 0, 2)),
+    "focus, pixel unshuffle": Case(lambda: Focus(3, 5, sliced=False), 3, sizes=EVEN, fixed=True, window=(6, 2, 2)),
     "sesr": Case(lambda: SESR(6, 6), 6, window=(5, 2, 1)),
     "sesr, first": Case(lambda: SESR(1, 6), 1, window=(5, 2, 1)),
     "expandnet": Case(lambda: expand_net(3, 5, 3), 3, sizes=UNPADDED, window=(3, 0, 1)),

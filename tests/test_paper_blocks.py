@@ -183,7 +183,7 @@ def test_the_block_is_a_convolution(case: Case) -> None:
     block = case.module().double()
     kernel, padding, stride = case.window
     generator = torch.Generator().manual_seed(11)
-    x = torch.randn(80, case.channels, 8, 9, generator=generator, dtype=torch.float64)
+    x = torch.randn(80, case.channels, 8, 10, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         y = block(x).flatten(2).transpose(1, 2).flatten(0, 1)
         patches = F.unfold(x, kernel, padding=padding, stride=stride).transpose(1, 2).flatten(0, 1)

@@ -24,6 +24,7 @@ from reparamc_passes.redundant_activation import REDUNDANT_ACTIVATION
 from reparamc_passes.repmixer import REPMIXER
 from reparamc_passes.scale_folding import SCALE_FOLDING
 from reparamc_passes.sequence_merging import SEQUENCE_MERGING
+from reparamc_passes.space_to_depth import SPACE_TO_DEPTH
 from reparamc_passes.upsampling import UPSAMPLING
 
 PASSES: tuple[Pass, ...] = (
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     IDENTITY_TO_CONV,
     BRANCH_MERGING,
     PLACING,
+    SPACE_TO_DEPTH,
     UPSAMPLING,
     SEQUENCE_MERGING,
     CHANNEL_MOVING,

@@ -6,13 +6,15 @@
 They meet once the BatchNorm between them is folded (LeViT's Linear + BatchNorm over flattened tokens). Two
 permutations cancel if their composition is the identity, two reshapes if the second restores the shape that the
 first was given, for every input size: sizes are compared as products of symbols. A reshape to the shape that is
-there already does nothing by itself. Two reshapes become one if at most one size is left open until run time, besides
-those that stay in their place.
+there already does nothing by itself. Channels that become positions, and channels again, are what they were. Two
+reshapes become one if at most one size is left open until run time, besides those that stay in their place.
 """
 
 from __future__ import annotations
 
-from reparamc.algebra.expr import Expr, Layout, Permute, Reshape
+from dataclasses import replace
+
+from reparamc.algebra.expr import Expr, Layout, Permute, Reshape, Spread
 from reparamc.algebra.rewrite import Pass
 from reparamc.algebra.shape import sizes_after
 
@@ -26,6 +28,8 @@ def inverse_pair(e: Expr) -> Expr | None:
             return x if before == after else None
         case Layout(op=Reshape(before=before, after=after), x=x):
             return x if before == after else None
+        case Layout(op=Spread(back=True) as outer, x=Layout(op=Spread() as inner, x=x)):
+            return x if inner == replace(outer, back=False) else None
         case _:
             return None
 

@@ -119,7 +119,7 @@ def brought_back(op: LayoutOp, vector: Array, axis: int) -> tuple[Array, int] | 
     """
     rank, rank_out = ranks(op)
     at = rank_out + axis
-    if isinstance(op, Spread) and axis == -3:
+    if isinstance(op, Spread) and not op.back and axis == -3:
         return (_tiled if op.outer else _repeated)(vector, (op.block, op.block)), axis
     if isinstance(op, Reshape):
         old, new = next(pair for pair in regrouped(op.before, op.after) if at in pair[1])

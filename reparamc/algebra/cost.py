@@ -175,8 +175,10 @@ def positions_after(e: Expr, positions: float = POSITIONS) -> float:
             return positions / prod(e.stride)
         case Layout(op=Resize() as op):
             return positions * float(op.growth)
+        case Layout(op=Spread(block=block, back=True)):
+            return positions / block**2
         case Layout(op=Spread(block=block)):
-            return min(positions * block * block, POSITIONS)
+            return min(positions * block**2, POSITIONS)
         case Layout(op=Mean() as op) if e.axis_in is not None and e.axis_in > -op.rank:
             along = op.rank - 1 - (e.axis_in + op.rank > 0)  # neither the batch nor the channels
             return max(positions ** (1 - len(op.axes) / along), 1.0) if along > 0 else positions

@@ -152,18 +152,26 @@ def _move(e: Layout, x: Array, sizes: dict[str, int]) -> Array:
             x = xp.moveaxis(xp.matmul(xp.moveaxis(x, axis, -1), rows.T), -1, axis)
         return x
     if isinstance(e.op, Spread):
-        *lead, c, h, w = x.shape
-        n, b = len(lead), e.op.block
-        apart, inner = ((b, b, c // b**2), n + 2) if e.op.outer else ((c // b**2, b, b), n)
-        x = xp.reshape(x, (*lead, *apart, h, w))
-        first, second = (a for a in range(n, n + 3) if a != inner)
-        x = xp.permute_dims(x, (*range(n), inner, n + 3, first, n + 4, second))
-        return xp.reshape(x, (*lead, c // b**2, h * b, w * b))
+        return _spread(e.op, x)
     _bind(e.op.before, x, sizes)
     unknown = [s for dim in e.op.after for s in dim.symbols if s not in sizes]
     if unknown:
         raise ValueError(f"the size {unknown[0]!r} of a reshape is unknown")
     return xp.reshape(x, tuple(dim.at(sizes) for dim in e.op.after))
+
+
+def _spread(op: Spread, x: Array) -> Array:
+    """``x`` [..., channels, height, width] with channels as positions, or positions as channels."""
+    *lead, c, h, w = x.shape
+    n, b = len(lead), op.block
+    xp, c, h, w = together(x)[0], *((c, h // b, w // b) if op.back else (c // b**2, h, w))
+    order = [2, 4, 0, 1, 3] if op.outer else [0, 2, 4, 1, 3]  # block and block beside the channels, of [c, h, b, w, b]
+    if op.back:
+        x = xp.permute_dims(xp.reshape(x, (*lead, c, h, b, w, b)), (*range(n), *(n + a for a in order)))
+        return xp.reshape(x, (*lead, c * b**2, h, w))
+    apart = [(c, h, b, w, b)[a] for a in order]
+    x = xp.permute_dims(xp.reshape(x, (*lead, *apart)), (*range(n), *(n + order.index(a) for a in range(5))))
+    return xp.reshape(x, (*lead, c, h * b, w * b))
 
 
 COPIED = 2**22

@@ -337,13 +337,15 @@ class Resize:
 class Spread:
     """Channels as positions (pixel shuffle): ``block * block`` channels become one, ``block`` times as high and wide.
 
-    The channels are the third axis from the right. Those of one position lie ``block * block`` apart, or side by side
-    (``outer``). ``native`` as for a `Reshape`.
+    The channels are the third axis from the right. Those of one position lie side by side, or as far apart as there
+    are positions of a block (``outer``). ``back``: positions as channels, of a map whose height and width are multiples
+    of ``block``. ``native`` as for a `Reshape`.
     """
 
     rank: int
     block: int
     outer: bool = False
+    back: bool = False
     native: Hashable = field(default=None, compare=False)
 
 

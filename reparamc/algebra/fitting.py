@@ -112,6 +112,8 @@ class Sizes:
                 return tuple(Dim() if a in axes else dim for a, dim in enumerate(x) if keep or a not in axes)
             case Take(axis=axis):
                 return tuple(dim for a, dim in enumerate(x) if a != axis % len(x))
+            case Spread(block=b, back=True):
+                return (*x[:-3], x[-3] * Dim(b * b), *(self._divided(dim, b) for dim in x[-2:]))
             case Spread(block=b):
                 return (*x[:-3], x[-3].divided_by(Dim(b * b)) or x[-3], x[-2] * Dim(b), x[-1] * Dim(b))
             case Resize():
@@ -126,6 +128,12 @@ class Sizes:
         numbers = [dim.known for dim in dims]
         known = [n for n in numbers if n is not None]
         return Dim(sum(known)) if len(known) == len(dims) else self._make(("sum",), sum, dims)
+
+    def _divided(self, dim: Dim, by: int) -> Dim:
+        """``dim``, a multiple of ``by``, divided by that."""
+        part = dim.divided_by(Dim(by)) or Dim(1, (f"({dim})/{by}",))
+        self._unify(dim, part * Dim(by))
+        return part
 
     def _strided(self, e: Conv, axis: int, dim: Dim) -> Dim:
         stride, delta = e.stride[axis], e.delta[axis]

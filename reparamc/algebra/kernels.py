@@ -197,8 +197,8 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
     """Why ``outer(inner(x))`` is not a convolution of x; None when it is.
 
     What the outer kernel reads beyond the size of the inner result is zero. The composition computes
-    those values from x instead, which gives zero only for an inner kernel of one tap without bias
-    whose size covers that of x.
+    those values from x instead, which gives zero only for an inner kernel of one tap without bias that leaves
+    nothing of x out at the end, and less than a stride at the start.
     """
     if outer.axis != inner.axis:
         return OTHER_AXES
@@ -212,8 +212,8 @@ def cannot_compose(outer: Conv, inner: Conv) -> str | None:
         return (None if inner.bias is None else VARYING) if inner.is_pointwise else TRANSPOSED
     if not outer.reads_padding:
         return None
-    one_tap = all(k == 1 for k in inner.kernel) and all(p >= 0 for side in inner.padding for p in side)
-    if one_tap:
+    covers = all(a < s for a, s in zip(inner.offset, inner.stride, strict=True)) and min(inner.padding[1]) >= 0
+    if covers and all(k == 1 for k in inner.kernel):
         return None if inner.bias is None or is_all(inner.bias, 0) else BIAS_MEETS_PADDING
     return READS_ZEROS
 

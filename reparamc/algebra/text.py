@@ -74,7 +74,7 @@ FORMS: dict[type, str] = {
     Reshape: "reshape {x:value} {before:shape}->{after:shape} axis={start:axis}->{end:axis}",
     Mean: "mean {x:value} axes={axes:ints} of {rank:int} axis={start:axis}->{end:axis}[ keep]",
     Take: "take {x:value} {at:int} along {axis:int} of {rank:int} axis={start:axis}->{end:axis}",
-    Spread: "spread {x:value} {block:int} of {rank:int} axis={start:axis}->{end:axis}[ outer]",
+    Spread: "spread {x:value} {block:int} of {rank:int} axis={start:axis}->{end:axis}[ outer][ back]",
     Resize: "resize {x:value} {scales:ratios} of {rank:int} {mode:word} {place:word}[ {rounding:word}]"
     " axis={start:axis}->{end:axis}",
 }

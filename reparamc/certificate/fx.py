@@ -20,7 +20,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-import reparamc.certificate.kernels as nk
+import reparamc.certificate.layouts as nl
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.agreement import Precision
 from reparamc.certificate.axes import Dim, Unrepresentable
@@ -625,5 +625,5 @@ def _sliced_axes(call: Described) -> list[tuple[int, Any]] | None:
     if call.op != "slice" or not isinstance(dim := call.args.get("dim", 0), int):
         return None
     start, end, step = (call.args.get(key) for key in ("start", "end", "step"))
-    start, end = (None if start == 0 else start), (None if isinstance(end, int) and end >= nk.WHOLE else end)
+    start, end = (None if start == 0 else start), (None if isinstance(end, int) and end >= nl.WHOLE else end)
     return [(dim, slice(start, end, None if step == 1 else step))]

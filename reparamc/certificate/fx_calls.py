@@ -80,6 +80,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "select": ("input", "dim", "index"),
     "channel_shuffle": ("input", "groups"),
     "pixel_shuffle": ("input", "upscale_factor"),
+    "pixel_unshuffle": ("input", "downscale_factor"),
     "interpolate": ("input", "shape", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),
 }  # fmt: skip
 
@@ -214,6 +215,7 @@ _MODULES: dict[type, tuple[str, int | None, tuple[str, ...]]] = {
     nn.Unflatten: ("unflatten", None, ("dim", "unflattened_size")),
     nn.ChannelShuffle: ("channel_shuffle", None, ("groups",)),
     nn.PixelShuffle: ("pixel_shuffle", None, ("upscale_factor",)),
+    nn.PixelUnshuffle: ("pixel_unshuffle", None, ("downscale_factor",)),
     **_by_axes("ZeroPad", "pad", "padding", "value"),
     **_by_axes("ConstantPad", "pad", "padding", "value"),
     nn.Identity: ("identity", None, ()),

@@ -462,14 +462,14 @@ def _read_narrow(call: Read) -> Value:
     if not isinstance(start, int) or not isinstance(length, int):
         raise Unrepresentable("a slice that is computed at run time")
     end = start + length
-    return nk.sliced(x, call.axis("dim", x), start, nk.WHOLE if start < 0 and end == 0 else end, 1)
+    return nl.sliced(x, call.axis("dim", x), start, nl.WHOLE if start < 0 and end == 0 else end, 1)
 
 
 def _read_slice(call: Read) -> Value:
     x, start, end, step = call.x, call.get("start", 0), call.get("end", 2**62), call.get("step", 1)
     if not all(isinstance(v, int) for v in (start, end, step)):
         raise Unrepresentable("a slice that is computed at run time")
-    return nk.sliced(x, call.axis("dim", x), start, end, step)
+    return nl.sliced(x, call.axis("dim", x), start, end, step)
 
 
 def _read_index_select(call: Read) -> Value:
@@ -500,7 +500,7 @@ def _read_getitem(call: Read) -> Value:
         bounds = (s.start or 0, 2**62 if s.stop is None else s.stop, s.step or 1)
         if not all(isinstance(b, int) for b in bounds):
             raise Unrepresentable("a slice that is computed at run time")
-        x = nk.sliced(x, axis, *bounds)
+        x = nl.sliced(x, axis, *bounds)
     return x
 
 
@@ -531,12 +531,12 @@ def _read_setitem(call: Read) -> Value:
     at = [i for i, s in enumerate(items) if s != slice(None)]
     if len(at) != 1 or not isinstance(part := items[at[0]], slice) or part.step not in (None, 1):
         raise Unrepresentable("elements are written that are not the first or last along one axis")
-    (axis,), start, stop = at, part.start or 0, nk.WHOLE if part.stop is None else part.stop
+    (axis,), start, stop = at, part.start or 0, nl.WHOLE if part.stop is None else part.stop
     if axis < 2 or not isinstance(start, int) or not isinstance(stop, int):
         raise Unrepresentable("channels or images are written, or how many is computed")
-    if start == 0 and 0 < stop < nk.WHOLE:
+    if start == 0 and 0 < stop < nl.WHOLE:
         number, is_first = stop, True
-    elif start < 0 and stop >= nk.WHOLE:
+    elif start < 0 and stop >= nl.WHOLE:
         number, is_first = -start, False
     else:
         raise Unrepresentable("elements are written that are not the first or last along one axis")
@@ -573,7 +573,7 @@ def _piece(call: Read, split: Described, index: int) -> Value:
     if isinstance(sizes, int):
         sizes = [min(sizes, width - start) for start in range(0, width, sizes)]
     start = sum(sizes[: index % len(sizes)])
-    return nk.sliced(x, axis, start, start + sizes[index % len(sizes)], 1)
+    return nl.sliced(x, axis, start, start + sizes[index % len(sizes)], 1)
 
 
 def _read_channel_shuffle(call: Read) -> Value:
@@ -595,6 +595,13 @@ def _read_pixel_shuffle(call: Read) -> Value:
         nl.regrouped(x, [*lead, inner, b, b, height, width]), [*range(n + 1), n + 3, n + 1, n + 4, n + 2]
     )
     return nl.regrouped(apart, [*lead, inner, height.times(b), width.times(b)])
+
+
+def _read_pixel_unshuffle(call: Read) -> Value:
+    block = call.call.args["downscale_factor"]
+    if type(block) is not int:
+        raise Unrepresentable("a block that is computed at run time")
+    return nl.unshuffled(call.x, block, outer=False)
 
 
 def _read_mean(call: Read) -> Value:
@@ -702,6 +709,7 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "setitem": _read_setitem,
     "channel_shuffle": _read_channel_shuffle,
     "pixel_shuffle": _read_pixel_shuffle,
+    "pixel_unshuffle": _read_pixel_unshuffle,
     "mean": _read_mean,
     "reshape": _read_reshape,
     "unflatten": _read_unflatten,

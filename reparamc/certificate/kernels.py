@@ -1,4 +1,4 @@
-"""Kernels of values of a normal form: convolutions, matrices, paddings and slices, and what they do to guards."""
+"""Kernels of values of a normal form: convolutions, matrices and paddings, and what they do to guards."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from reparamc.certificate.axes import Dim, Unrepresentable, identity_view
+from reparamc.certificate.axes import Digit, Dim, Unrepresentable, identity_view, joined
 from reparamc.certificate.budget import TAP
-from reparamc.certificate.layouts import selected
 from reparamc.certificate.normal_form import (
     Array,
     Block,
@@ -23,6 +22,7 @@ from reparamc.certificate.normal_form import (
     Where,
     needed,
     promoted,
+    rows_of,
     spread_dim,
     summed,
     taken_rows,
@@ -53,6 +53,12 @@ class Kernel:
     delta: tuple[int, ...]
     rounded: int = 1
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it reads each position alone, where it is."""
+        plain = all(s == 1 for s in self.stride) and not any(self.delta) and len(self.offsets) == 1
+        return plain and not any(self.offsets[0])
+
 
 def grouped_first(rows: int, columns: int, groups: int) -> Array:
     """The first channel that each of ``rows`` reads, of a kernel of that many groups with ``columns`` channels each."""
@@ -67,6 +73,11 @@ def mixed(value: Value, matrix: Array, axis: int) -> Value:
 
 def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
     """A kernel applied to a value whose channels lie along ``axis``."""
+    if not value.is_plain and kernel.is_matrix:
+        kernel = replace(kernel, axes=(), offsets=((),), stride=(), delta=())
+        value, places = with_places(value, axis)
+        if value.channels > len(np.unique(places)) > 1:
+            return _on_part(value, kernel, axis, places)
     value = unsplit(with_places(value, axis)[0], axis)
     if kernel.axes and not value.is_plain:
         raise Unrepresentable("a kernel reads a layout that cannot be moved down to the sources")
@@ -95,6 +106,40 @@ def convolved(value: Value, kernel: Kernel, axis: int) -> Value:
     assert value.channel is not None
     base[value.channel] = Dim(len(kernel.weight))
     return replace(resized, base=tuple(base), view=identity_view(base)) if kernel.axes else resized
+
+
+def _on_part(value: Value, kernel: Kernel, axis: int, places: Array) -> Value:
+    """A matrix along an axis that has some digits of the channels, ``places``: the same one for all that differ there.
+
+    Channels are numbered with these digits last, for the matrices side by side, and then as the layout has them.
+    """
+    channel, size, made = value.channel, value.shape[axis].factor, len(kernel.weight)
+    assert channel is not None
+    digits = [(at, d) for at, of in enumerate(value.view) for d in of if d.axis == channel]
+    rows = np.arange(value.channels)
+    rest = np.zeros(value.channels, np.int64)
+    for at, d in digits:
+        if at != axis:
+            rest = rest * d.dim.factor + rows // d.inner.factor % d.dim.factor
+    times = value.channels // size
+    first = (np.arange(times)[:, None] * size + kernel.first).ravel()
+    wide = replace(kernel, weight=np.tile(kernel.weight, (times, 1, 1)), first=first)
+    apart = replace(rows_of(value, np.argsort(rest * size + places)), view=identity_view(value.base))
+    done = convolved(apart, wide, channel)
+    seen, left, inner = False, times, times * made
+    rows, number = np.arange(inner), np.zeros(inner, np.int64)
+    view = [[d for d in of if d.axis != channel] if at == axis else list(of) for at, of in enumerate(value.view)]
+    for at, d in digits:
+        if at == axis and seen:
+            continue
+        seen = seen or at == axis
+        dim = made if at == axis else d.dim.factor
+        left = left if at == axis else left // dim
+        inner //= dim
+        number = number * dim + (rows % made if at == axis else rows // made // left % dim)
+        new = Digit(channel, Dim(inner), Dim(dim))
+        view[at] = [*view[at], new] if at == axis else [new if o is d else o for o in view[at]]
+    return replace(rows_of(done, np.argsort(number)), view=tuple(joined(of) for of in view))
 
 
 def _spend(value: Value, kernel: Kernel) -> None:
@@ -323,37 +368,6 @@ def overwritten(value: Value, axis: int, number: int, first: bool, by: Array, ch
     begin, end = (number, 0) if first else (0, number)
     left = padded(value, (axis,), (-begin,), (-end,), 0.0, channel)
     return padded(left, (axis,), (begin,), (end,), by, channel)
-
-
-def sliced(value: Value, axis: int, start: int, end: int, step: int) -> Value:
-    """Every ``step``-th element from ``start`` to ``end``, as Python counts: of channels a selection, else a kernel."""
-    width = value.shape[axis].known
-    if step == 1 and start == 0 and (end >= WHOLE or end == width):
-        return value
-    if axis < 2 or value.rank < 3 or axis == value.channel:
-        if width is None:
-            raise Unrepresentable("a slice of an unknown size")
-        return selected(value, range(width)[start:end:step], axis)
-    if step < 1:
-        raise Unrepresentable("a slice in reverse")
-    if width is not None:
-        first, stop, _ = slice(start, end, step).indices(width)
-        after = width - stop
-    elif start >= 0 and (end < 0 or end >= WHOLE):
-        first, after = start, -end if end < 0 else 0
-    else:
-        raise Unrepresentable("a slice of an unknown size")
-    owns = [i for i, digits in enumerate(value.view) if any(d.axis == value.channel for d in digits)]
-    channel = owns[0] if owns else 1
-    count = value.shape[channel].known
-    if count is None or channel == axis:
-        raise Unrepresentable("the number of channels is unknown")
-    kernel = Kernel(np.ones((count, 1, 1)), np.arange(count), ((first,),), (axis,), (step,), (first + after,), 0)
-    return convolved(value, kernel, channel)
-
-
-WHOLE = 2**30
-"""An end of a slice from here on means the end of the axis."""
 
 
 def _one_size(value: Value, kernel: Kernel) -> None:

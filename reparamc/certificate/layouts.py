@@ -1,13 +1,14 @@
-"""Layouts of values of a normal form: reshapes, transposes, means and selections.
+"""Layouts of values of a normal form: reshapes, transposes, means, selections and slices.
 
-A layout is moved down to the sources where it can be, so that two values which lie alike have one form.
+A layout is moved down to the sources where it can be, so that two values which lie alike have one form. One that makes
+channels of positions is the slices that it puts side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, product
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from reparamc.certificate.axes import (
     reshaped,
     shape_of,
 )
+from reparamc.certificate.kernels import Kernel, convolved
 from reparamc.certificate.normal_form import (
     Block,
     Grid,
@@ -32,6 +34,7 @@ from reparamc.certificate.normal_form import (
     Value,
     promoted,
     rows_of,
+    stacked,
     unsplit,
     with_channels,
     with_places,
@@ -99,6 +102,7 @@ def _settled(value: Value) -> Value:
 
     A layout that splits the channels stays after the matrices, but what it does to positions is moved.
     """
+    value = _unwoven(value)
     if value.is_plain:
         return value
     channel = value.channel
@@ -126,6 +130,88 @@ def _settled(value: Value) -> Value:
     last = len(groups)
     after = tuple(tuple(d._replace(axis=last) if d.axis == -1 else d for d in digits) for digits in view)
     return _moved(value, (*groups, whole), last, after)
+
+
+def unshuffled(value: Value, block: int, outer: bool) -> Value:
+    """Positions along the last two axes as channels: those of one position apart (``outer``), or side by side."""
+    at, count = value.rank - 3, block * block
+    if value.rank < 3 or block < 1 or (channels := value.shape[at].known) is None:
+        raise Unrepresentable("the number of channels is unknown")
+    *lead, _, height, width = value.shape
+    sizes = [e.over(Dim(block)) for e in (height, width)]
+    if (high := sizes[0]) is not None and (wide := sizes[1]) is not None:
+        apart = regrouped(value, [*lead, Dim(channels), high, Dim(block), wide, Dim(block)])
+        order = [at + 2, at + 4, at, at + 1, at + 3] if outer else [at, at + 2, at + 4, at + 1, at + 3]
+        return regrouped(permuted(apart, [*range(at), *order]), [*lead, Dim(channels * count), high, wide])
+    whole = stacked(_phases(value, at, {at + 1: block, at + 2: block}), at)
+    order = np.arange(count * channels).reshape(count, channels).T.ravel()
+    return whole if outer else selected(whole, order.tolist(), at)
+
+
+def _phases(value: Value, channel: int, blocks: Mapping[int, int]) -> list[Value]:
+    """The slices that have one element of each block of positions, where blocks of such sizes fill the axes."""
+    axes, sizes, width = tuple(blocks), tuple(blocks.values()), value.shape[channel].factor
+    if any(n is not None and n % b for n, b in ((value.shape[a].known, b) for a, b in blocks.items())):
+        raise Unrepresentable("blocks that do not fill the map")
+    ones, rows = np.ones((width, 1, 1)), np.arange(width)
+    return [
+        convolved(value, Kernel(ones, rows, (first,), axes, sizes, first, 0), channel)
+        for first in product(*map(range, sizes))
+    ]
+
+
+def _unwoven(value: Value) -> Value:
+    """``value``, if its layout takes blocks of positions as channels, as the slices that it puts side by side."""
+    given, value = value, _lifted(value)
+    mixed = [at for at, digits in enumerate(value.view) if len({d.axis for d in digits}) > 1]
+    if len(mixed) != 1 or len(value.view) != len(value.base):
+        return given
+    (at,) = mixed
+    digits, count = value.view[at], value.base[at].known
+    blocks = {d.axis: d.dim.factor for d in digits if d.axis != at}
+    wanted = list(identity_view(value.base))
+    for axis, block in blocks.items():
+        upper = value.base[axis].over(Dim(block))
+        wanted[axis] = () if upper == UNIT or upper is None else (Digit(axis, Dim(block), upper),)
+    lower = {Digit(axis, UNIT, Dim(block)) for axis, block in blocks.items()}
+    rest = [digits if i == at else of for i, of in enumerate(value.view)]
+    wanted[at] = digits
+    whole = shape_of([[d for d in digits if d.axis == at]])[0] == value.base[at]
+    if count is None or value.channel not in (None, at) or rest != wanted or not whole:
+        return given
+    if sum(d.axis != at for d in digits) != len(blocks) or not lower <= set(digits):
+        return given
+    stack = stacked(_phases(replace(value, view=identity_view(value.base)), at, blocks), at)
+    steps, after = dict[int, int](), count
+    for axis in reversed(blocks):
+        steps[axis], after = after, after * blocks[axis]
+    rows, number = np.arange(after), np.zeros(after, np.int64)
+    for d in reversed(digits):
+        number += rows % d.dim.factor * (d.inner.factor if d.axis == at else steps[d.axis])
+        rows //= d.dim.factor
+    return selected(stack, number.tolist(), at)
+
+
+def _lifted(value: Value) -> Value:
+    """``value`` over its source as that is, what was moved to it moved back; itself where that cannot be told."""
+    s = next(iter(value.grids), None)
+    if s is None or len(value.grids) > 1 or not value.is_pointwise or any(n != 1 for n in s.spread):
+        return value
+    base, view, channel = list(s.base), list(s.view), value.channel
+    if channel is not None:
+        if view[channel] not in (whole := identity_view(base)) or not view[channel]:
+            return value
+        at, channel = channel, whole.index(view[channel])
+        base[channel] = Dim(value.channels)
+        view[at] = (Digit(channel, UNIT, base[channel]),)
+    source = replace(s, view=identity_view(s.base), spread=(1,) * len(base))
+    trivial = (Guard(0, 0, 0),) * len(base)
+    blocks = tuple(replace(b, source=source, taps=(trivial,)) for b in value.blocks)
+    return replace(
+        value, base=tuple(base), channel=channel, view=composed(tuple(view), value.view), blocks=blocks,
+        grids={source: (Grid(),) * len(base)}, loose=frozenset(range(len(base)) if value.loose else ()),
+        needs=(max(value.needs, default=0),) * len(base),
+    )  # fmt: skip
 
 
 def _moved(value: Value, view: View, at: int | None, after: View | None) -> Value:
@@ -265,3 +351,34 @@ def selected(value: Value, index: Sequence[int], axis: int) -> Value:
         view[i] = new
     base = tuple(Dim(len(table)) if i == channel else e for i, e in enumerate(value.base))
     return _settled(replace(rows_of(value, table), base=base, view=tuple(joined(ds) for ds in view)))
+
+
+def sliced(value: Value, axis: int, start: int, end: int, step: int) -> Value:
+    """Every ``step``-th element from ``start`` to ``end``, as Python counts: of channels a selection, else a kernel."""
+    width = value.shape[axis].known
+    if step == 1 and start == 0 and (end >= WHOLE or end == width):
+        return value
+    if axis < 2 or value.rank < 3 or axis == value.channel:
+        if width is None:
+            raise Unrepresentable("a slice of an unknown size")
+        return selected(value, range(width)[start:end:step], axis)
+    if step < 1:
+        raise Unrepresentable("a slice in reverse")
+    if width is not None:
+        first, stop, _ = slice(start, end, step).indices(width)
+        after = width - stop
+    elif start >= 0 and (end < 0 or end >= WHOLE):
+        first, after = start, -end if end < 0 else 0
+    else:
+        raise Unrepresentable("a slice of an unknown size")
+    owns = [i for i, digits in enumerate(value.view) if any(d.axis == value.channel for d in digits)]
+    channel = owns[0] if owns else 1
+    count = value.shape[channel].known
+    if count is None or channel == axis:
+        raise Unrepresentable("the number of channels is unknown")
+    kernel = Kernel(np.ones((count, 1, 1)), np.arange(count), ((first,),), (axis,), (step,), (first + after,), 0)
+    return convolved(value, kernel, channel)
+
+
+WHOLE = 2**30
+"""An end of a slice from here on means the end of the axis."""

@@ -504,7 +504,7 @@ def _read_slice(call: Call) -> Value:
         if step < 0 and width is not None and (start < -width or end >= width):
             # The standard, its reference implementation and ONNX Runtime do not agree on what is clamped to what.
             raise Unrepresentable("a slice in reverse with an end out of range")
-        x = nk.sliced(x, axis, start, end, step)
+        x = nl.sliced(x, axis, start, end, step)
     return x
 
 
@@ -707,8 +707,16 @@ def _read_depth_to_space(call: Call) -> Value:
     return nl.regrouped(apart, [n, inner, height.times(block), width.times(block)])
 
 
+def _read_space_to_depth(call: Call) -> Value:
+    x = call.value()
+    if x.rank != 4:
+        raise Unrepresentable("blocks of what is no image")
+    return nl.unshuffled(x, call.integer("blocksize"), outer=True)
+
+
 READERS: dict[str, Callable[[Call], Value]] = {
     "DepthToSpace": _read_depth_to_space,
+    "SpaceToDepth": _read_space_to_depth,
     "Conv": _read_conv,
     "FusedConv": _read_conv,
     "ConvTranspose": _read_conv_transpose,

@@ -25,7 +25,7 @@ from reparamc.algebra.expr import (
     walk,
 )
 from reparamc.algebra.infer import channel_axes, channels
-from reparamc.algebra.kernels import arithmetic
+from reparamc.algebra.kernels import arithmetic, averaged, equal_taps
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Dim, Shape, size
 
@@ -175,6 +175,33 @@ MOST_CHANNELS = 2**12
 
 MOST_CONCATENATED = 2**16
 """Channels that a concatenation may have, and a selection: the same."""
+
+LAST = 2**30
+"""An end of a slice from here on means the end of the axis: exporters write the largest integers."""
+
+
+def cropped(
+    x: Source, channels: int, sizes: Sequence[int | None], cuts: Mapping[int, tuple[int, int, int]]
+) -> Reading | None:
+    """Every s-th position of a map from a to the last but b, as a kernel of one tap; ``cuts`` says (a, end, s)."""
+    n = len(sizes)
+    begin, end, stride = [0] * n, [0] * n, [1] * n
+    for axis, (start, stop, step) in cuts.items():
+        size = sizes[axis]
+        if size is not None:
+            start, stop, _ = slice(start, stop).indices(size)
+            stop = min(stop - size, 0) or size
+        if start < 0 or step < 1 or (0 <= stop < LAST and stop != size):
+            return None
+        begin[axis], end[axis], stride[axis] = -start, min(stop, 0), step
+    ones = (1,) * n
+    if max((abs(m) for m in (*begin, *end, *stride)), default=0) > MOST_REACH:
+        return None
+    return Reading(averaged(x, equal_taps(channels, ones), tuple(stride), ones, tuple(begin), tuple(end)))
+
+
+MOST_REACH = 2**12
+"""How far a kernel may read, pad or step: what reads further cannot be checked on samples."""
 
 CUTS = "it splits or merges the channel axis"
 AVERAGES = "it averages over the channels"

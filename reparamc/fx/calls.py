@@ -55,6 +55,7 @@ class Call:
 _OTHER_NAMES = {
     "self": "input", "axis": "dim", "size": "shape", "split_size_or_sections": "split_size", "train": "training",
     "split_sizes": "split_size", "mat1": "input", "mat2": "other", "obj": "input", "upscale_factor": "groups",
+    "downscale_factor": "groups",
     "indices_or_sections": "chunks", "dim_": "dim", "epsilon": "eps",
 }  # fmt: skip
 

@@ -173,7 +173,7 @@ class Emitter(Emission[fx.Node]):
         if op.native is not None:
             return self._again(cast(fx.Node, op.native), x)
         if isinstance(op, Spread):
-            return self._call(F.pixel_shuffle, x, op.block)
+            return self._call(F.pixel_unshuffle if op.back else F.pixel_shuffle, x, op.block)
         names = {"linear": ("linear", "bilinear", "trilinear"), "cubic": ("", "bicubic", "")}
         mode = names.get(op.mode, (op.mode,) * 3)[len(op.scales) - 1]
         options: dict[str, Any] = {"scale_factor": tuple(map(float, op.scales)), "mode": mode}

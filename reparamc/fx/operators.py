@@ -282,7 +282,11 @@ TABLE: tuple[Operator, ...] = (
         derived=lambda module: {"groups": module.upscale_factor}, keeps=("rank", "dtype"), linear="each", any_rank=True,
         allocates=True,
     ),
-    Operator("pixel_unshuffle", linear="each", any_rank=True),
+    Operator(
+        "pixel_unshuffle", ("input", "groups"), modules=_any(nn.PixelUnshuffle),
+        derived=lambda module: {"groups": module.downscale_factor}, keeps=("rank", "dtype"), linear="each",
+        any_rank=True, allocates=True,
+    ),
     # Poolings and paddings
     _pool("avg_pool", "AvgPool", *_WINDOW, "ceil_mode", "count_include_pad", "divisor_override", linear=True),
     _pool("max_pool", "MaxPool", *_WINDOW, "dilation", "ceil_mode", "return_indices"),

@@ -41,7 +41,17 @@ from reparamc.algebra.kernels import averaged, equal_taps, swap_sides, transpose
 from reparamc.algebra.resample import OTHER
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Dim
-from reparamc.compiler.readings import ACTIVATION, MOST_CHANNELS, Reading, Taps, axis_of_constant, moved, scaled
+from reparamc.compiler.readings import (
+    ACTIVATION,
+    LAST,
+    MOST_CHANNELS,
+    Reading,
+    Taps,
+    axis_of_constant,
+    cropped,
+    moved,
+    scaled,
+)
 from reparamc.fx.calls import Call, aten_name, integers, lookup, takes_all
 from reparamc.fx.readings import HOOKED, Reader, Readings, array
 
@@ -403,7 +413,7 @@ def _read_getitem(graph: Readings, node: fx.Node, call: Call) -> Reading | Decli
 
 
 def _read_slice(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
-    """Some positions along one axis, or one of them."""
+    """Some positions along one axis, or one of them; or every n-th position of a map."""
     x = call.input
     if x is None or x in graph.facts.known:
         return None
@@ -413,10 +423,18 @@ def _read_slice(graph: Readings, node: fx.Node, call: Call) -> Reading | Decline
     at = graph.facts.position(call, shape) if shape is not None else None
     if at is not None:
         return _position(graph, x, *at)
-    found = graph.facts.sliced(call, shape) if shape is not None else None
-    if found is None or shape is None or channel is None or found[0] != len(shape) + channel:
+    if shape is None or channel is None:
         return None
-    return _select(graph, x, list(found[1]), channel)
+    found, first = graph.facts.sliced(call, shape), len(shape) + channel + 1
+    if found is not None and found[0] == first - 1:
+        return _select(graph, x, list(found[1]), channel)
+    cuts = graph.facts.cuts(call, shape) or {}
+    bounds = {a - first: (s.start or 0, LAST if s.stop is None else s.stop, s.step or 1) for a, s in cuts.items()}
+    if not bounds or min(bounds) < 0 or not all(type(n) is int for cut in bounds.values() for n in cut):
+        return None
+    if (channels := graph.channels(x, channel)) is None:
+        return None
+    return cropped(graph.operand(x), channels, [d.known for d in shape[first:]], bounds)
 
 
 def _position(graph: Readings, x: fx.Node, axis: Any, at: Any) -> Reading | Declined | None:
@@ -483,14 +501,16 @@ def _read_shuffle(graph: Readings, node: fx.Node, call: Call) -> Reading | Decli
 
 
 def _read_pixel_shuffle(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
-    """Channels as positions."""
+    """Channels as positions, or positions as channels."""
     x, block = call.input, call.get("groups")
     rank = graph.facts.rank(x) if x is not None else None
     if x is None or rank is None or x in graph.facts.known or type(block) is not int or _image_axis(graph, x) != -3:
         return None
     if graph.channels(x, -3) is None:
         return Declined(CHANNELS_UNKNOWN)
-    return _moved(graph, x, Spread(rank, block, native=node))
+    back, source = call.op == "pixel_unshuffle", graph.operand(x)
+    source = source if source.axis is not None else replace(source, axis=-3)
+    return moved(source, Spread(rank, block, back=back, native=node), linear=back or isinstance(graph.read(x), Reading))
 
 
 def _read_repeated(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
@@ -585,7 +605,7 @@ READERS: dict[str, Reader] = {
     "getitem": _read_getitem,
     "cat": _read_cat,
     "channel_shuffle": _read_shuffle,
-    "pixel_shuffle": _read_pixel_shuffle,
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), _read_pixel_shuffle),
     **dict.fromkeys(("expand", "repeat"), _read_repeated),
     "interpolate": _read_interpolate,
     "avg_pool": _read_avg_pool,

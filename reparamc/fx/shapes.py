@@ -278,6 +278,9 @@ class Values:
                 *lead, c, h, w = before
                 inner = c.divided_by(Dim(block * block))
                 return None if inner is None else (*lead, inner, h * Dim(block), w * Dim(block))
+            case "pixel_unshuffle" if len(before) >= 3 and isinstance(block := call.get("groups"), int):
+                outs = [e.divided_by(Dim(block)) or self._symbol(f"{node.name}.{a}") for a, e in enumerate(before[-2:])]
+                return (*before[:-3], before[-3] * Dim(block * block), *outs)
             case "interpolate" if len(before) >= 3:
                 return self._convolved(node, before, before[1], len(before) - 2)
             case "pad":
@@ -301,11 +304,7 @@ class Values:
                 at = self.position(call, before)
                 if at is not None:
                     return (*before[: at[0]], *before[at[0] + 1 :])
-                found = self.sliced(call, before)
-                if found is None:
-                    return self._sliced_along_several(node, call, before)
-                axis, picked = found
-                return (*before[:axis], Dim(len(picked)), *before[axis + 1 :])
+                return self._cut(node, call, before)
             case "mean" | "amax":
                 return _reduced(call, before)
             case "expand" | "repeat":
@@ -400,43 +399,40 @@ class Values:
 
     def sliced(self, call: Call, before: Shape) -> tuple[int, range] | None:
         """(axis, positions) of a slice along one axis of known size; None for any other."""
+        cuts = self.cuts(call, before) or {}
+        if len(cuts) != 1:
+            return None
+        ((axis, wanted),) = cuts.items()
+        size = before[axis].known
+        return (axis, range(size)[wanted]) if size is not None and _is_told(wanted) else None
+
+    def cuts(self, call: Call, before: Shape) -> dict[int, slice] | None:
+        """The slice along each axis, those of all positions left out; None for what is no slice."""
         rank = len(before)
         if call.op == "getitem":
-            index = _slices(call.args.get("index"), rank) or ()
-            cut = [axis for axis, i in enumerate(index) if i != slice(None)]
-            if len(cut) != 1:
-                return None
-            axis, wanted = cut[0], index[cut[0]]
-        else:
-            axis = call.get("dim", 0)
-            if not isinstance(axis, int) or not -rank <= axis < rank:
-                return None
-            start = call.get("start", 0)
-            end = call.get("end") if call.op == "slice" else None
-            if call.op == "narrow":
-                length = call.get("length")
-                if not isinstance(start, int) or not isinstance(length, int) or start < 0:
-                    return None
-                end = start + length
-            wanted = slice(start, end, call.get("step", 1))
-        size = before[axis].known
-        if size is None or not all(v is None or isinstance(v, int) for v in (wanted.start, wanted.stop, wanted.step)):
+            index = _slices(call.args.get("index"), rank)
+            return None if index is None else {a: i for a, i in enumerate(index) if i != slice(None)}
+        axis, start = call.get("dim", 0), call.get("start", 0)
+        if not isinstance(axis, int) or not -rank <= axis < rank:
             return None
-        return axis % rank, range(size)[wanted]
+        end = call.get("end") if call.op == "slice" else None
+        if call.op == "narrow":
+            length = call.get("length")
+            if not isinstance(start, int) or not isinstance(length, int) or start < 0:
+                return None
+            end = start + length
+        return {axis % rank: slice(start, end, call.get("step", 1))}
 
-    def _sliced_along_several(self, node: fx.Node, call: Call, before: Shape) -> Shape | None:
-        """The shape after ``x[:, ::2, ::2]``; a size that is not known before is a new one."""
-        index = _slices(call.args.get("index"), len(before)) if call.op == "getitem" else None
-        if index is None:
+    def _cut(self, node: fx.Node, call: Call, before: Shape) -> Shape | None:
+        """The shape after slices; a size that is not known before is a new one."""
+        cuts = self.cuts(call, before)
+        if cuts is None:
             return None
         after = list(before)
-        for axis, wanted in enumerate(index):
+        for axis, wanted in cuts.items():
             known = before[axis].known
-            numbers = all(v is None or isinstance(v, int) for v in (wanted.start, wanted.stop, wanted.step))
-            if wanted != slice(None) and known is not None and numbers:
-                after[axis] = Dim(len(range(known)[wanted]))
-            elif wanted != slice(None):
-                after[axis] = self._symbol(f"{node.name}.{axis}")
+            told = known is not None and _is_told(wanted)
+            after[axis] = Dim(len(range(known or 0)[wanted])) if told else self._symbol(f"{node.name}.{axis}")
         return tuple(after)
 
     def _broadcast(self, node: fx.Node, left: Any, right: Any) -> Shape | None:
@@ -601,6 +597,10 @@ def _slices(index: Any, rank: int) -> tuple[slice, ...] | None:
     if at is not None:
         index = (*index[:at], *[slice(None)] * (rank - len(index) + 1), *index[at + 1 :])
     return index if len(index) <= rank and all(isinstance(i, slice) for i in index) else None
+
+
+def _is_told(wanted: slice) -> bool:
+    return all(v is None or isinstance(v, int) for v in (wanted.start, wanted.stop, wanted.step))
 
 
 def _is_float(value: Any) -> bool:

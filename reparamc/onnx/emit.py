@@ -33,6 +33,7 @@ from reparamc.algebra.expr import (
     is_negation,
     ranks,
 )
+from reparamc.algebra.infer import channels
 from reparamc.algebra.kernels import regroup, swap_sides
 from reparamc.algebra.shape import sizes_after
 from reparamc.compiler.emit import Emission
@@ -200,6 +201,8 @@ class _Emitter(Emission[str]):
                 return self._node("Concat", [self.value(t) for t in e.terms], output, axis=self._axis(e))
             case Select():
                 return self._select(e, output)
+            case Layout(op=Spread(back=True) as op):
+                return self._space_to_depth(e.x, op, output)
             case Layout():
                 return self._layout(self.value(e.x), e.op, output)
             case _:
@@ -221,6 +224,17 @@ class _Emitter(Emission[str]):
                 return self._node("DepthToSpace", [x], output, blocksize=block, **order)
             case Reshape():
                 return self._reshape(x, op, output)
+
+    def _space_to_depth(self, x: Expr, op: Spread, output: str | None) -> str:
+        """ONNX puts the channels of one position apart; a selection puts them side by side."""
+        apart = self._node("SpaceToDepth", [self.value(x)], output if op.outer else None, blocksize=op.block)
+        if op.outer:
+            return apart
+        number = channels(x)[x]
+        assert number is not None, "a reader says how many channels there are"
+        order = np.arange(number * op.block**2).reshape(-1, number).T.ravel()
+        index = self.graph.add_integers(f"{self.base}.index", order.tolist())
+        return self._node("Gather", [apart, index], output, axis=1)
 
     def _weightless(self, e: Conv, output: str | None) -> str | None:
         """A padding and a slice, or a pooling; None where this opset, or ONNX Runtime, has none like it."""

@@ -16,13 +16,13 @@ from onnx import ModelProto
 from reparamc.algebra.expr import Array, Conv, Expr, Source
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Bounded, Fold, Separate
-from reparamc.compiler.readings import MOST_CONCATENATED, Reading, Taps, Value
+from reparamc.compiler.readings import LAST, MOST_CONCATENATED, Reading, Taps, Value
 from reparamc.onnx import taps
 from reparamc.onnx.bounds import bounded
 from reparamc.onnx.constants import fold_constants
 from reparamc.onnx.emit import is_rows
 from reparamc.onnx.facts import Facts, results_of
-from reparamc.onnx.operators import LAST, READERS
+from reparamc.onnx.operators import READERS
 from reparamc.onnx.reference import Operator, in_float64
 from reparamc.onnx.separate import may_narrow, separate
 from reparamc.onnx.sizes import Sizes, reads_size_only

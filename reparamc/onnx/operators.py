@@ -43,8 +43,10 @@ from reparamc.compiler.readings import (
     ACTIVATION,
     MOST_CHANNELS,
     MOST_CONCATENATED,
+    MOST_REACH,
     Reading,
     axis_of_constant,
+    cropped,
     moved,
     scaled,
 )
@@ -55,16 +57,12 @@ from reparamc.onnx.values import attribute, is_standard, operand
 
 NORMALISATION = "it belongs to a normalisation that runtimes fuse"
 
-LAST = 2**30
-"""An end of a slice from here on means the end of the axis: exporters write the largest integers."""
-
-
 MOST_GROWN = 2**14
 """Results that a resize may make of a position. A region with more cannot be checked on samples."""
 
 
-MOST_TAPS, MOST_REACH = 2**14, 2**12
-"""Positions under the window of a pooling that is written as a kernel; and how far a kernel may read, pad or step."""
+MOST_TAPS = 2**14
+"""Positions under the window of a pooling that is written as a kernel."""
 
 FAR = "it reads too far to be checked on samples"
 
@@ -474,30 +472,11 @@ def _read_slice(graph: Facts, node: NodeProto, output: str) -> Reading | Decline
     steps = steps or [1] * len(starts)
     of_channels = [axis - len(shape) for axis in axes] == [graph.axis(node.input[0])]
     if not of_channels and min(axes) >= 2 and len(shape) > 2 and (channels := shape[1].known) is not None:
-        return _crop(graph, node, shape, channels, dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True)))
+        cuts = {axis - 2: bounds for axis, bounds in zip(axes, zip(starts, ends, steps, strict=True), strict=True)}
+        return cropped(graph.operand(node.input[0]), channels, [d.known for d in shape[2:]], cuts)
     if len(axes) == 1 and (width := shape[axes[0]].known) is not None:
         return _selection(graph, node.input[0], axes[0], range(width)[starts[0] : ends[0] : steps[0]])
     return None
-
-
-def _crop(
-    graph: Facts, node: NodeProto, shape: Shape, channels: int, cuts: dict[int, tuple[int, int, int]]
-) -> Reading | None:
-    """A slice of positions as a kernel of one tap: stride s, offset a, the last b positions left out."""
-    n = len(shape) - 2
-    begin, end, stride = [0] * n, [0] * n, [1] * n
-    for axis, (start, stop, step) in cuts.items():
-        size = shape[axis].known
-        if size is not None:
-            start, stop = slice(start, stop).indices(size)[0], min(slice(start, stop).indices(size)[1] - size, 0)
-            stop = stop or size
-        if start < 0 or step < 1 or (0 <= stop < LAST and stop != size):
-            return None
-        begin[axis - 2], end[axis - 2], stride[axis - 2] = -start, min(stop, 0), step
-    if _is_far((), (), begin, end, stride):
-        return None
-    x, ones = graph.operand(node.input[0]), (1,) * n
-    return Reading(averaged(x, equal_taps(channels, ones), tuple(stride), ones, tuple(begin), tuple(end)))
 
 
 def _read_gather(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -649,30 +628,47 @@ def _read_depth_to_space(graph: Facts, node: NodeProto, output: str) -> Reading 
     channels, mode = _channels(graph, x, -3), attribute(node, "mode", b"DCR")
     if channels is None or block < 1 or channels % block**2 or mode not in (b"DCR", b"CRD"):
         return None
-    return _spread(graph, x, Spread(4, block, mode == b"DCR", output))
+    return _spread(graph, x, Spread(4, block, mode == b"DCR", native=output))
+
+
+def _read_space_to_depth(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
+    x, block = node.input[0], cast(int, attribute(node, "blocksize", 0))
+    if _channels(graph, x, -3) is None or block < 1:
+        return None
+    return _spread(graph, x, Spread(4, block, outer=True, back=True, native=output))
 
 
 def _spread(graph: Facts, x: str, op: Spread) -> Reading | Declined | None:
     source = graph.operand(x)
-    source = source if source.axis is not None else replace(source, axis=-3)
-    return moved(source, op, linear=graph.is_linear(x)) if source.axis == -3 else None
+    source = source if source.axis is not None else replace(source, axis=-3, channels=_channels(graph, x, -3))
+    return moved(source, op, linear=op.back or graph.is_linear(x)) if source.axis == -3 else None
 
 
 def _unfolded(graph: Facts, node: NodeProto) -> Reading | Declined | None:
-    """Reshape, Transpose, Reshape that make positions of channels: [N, C b b, H, W] to [N, C, H b, W b]."""
-    if (found := _turned(graph, node)) is None or graph.opset < 11:
+    """Reshape, Transpose, Reshape: [N, C b b, H, W] to [N, C, H b, W b], positions made of channels; or back."""
+    if (found := _turned(graph, node)) is None or (how := _ORDERS.get(tuple(found[-1]))) is None or graph.opset < 11:
         return None
-    x, before, middle, after, order = found
-    outer = order == [0, 3, 4, 1, 5, 2]
-    if len(before) != 4 or len(middle) != 6 or len(after) != 4 or not (outer or order == [0, 1, 4, 2, 5, 3]):
+    x, before, middle, after, _ = found
+    outer, back = how
+    if len(before) != 4 or len(middle) != 6 or len(after) != 4:
         return None
-    inner, block = (middle[3], middle[1]) if outer else (middle[1], middle[2])
-    factors = [block, block, inner] if outer else [inner, block, block]
-    if block.known is None or inner.known is None or list(middle) != [before[0], *factors, *before[2:]]:
+    few, many = (before, after) if back else (after, before)
+    block = middle[5] if back else middle[1] if outer else middle[2]
+    n, inner, *sizes = few[0], few[1], *many[2:]
+    apart = [block, block, inner] if outer else [inner, block, block]
+    split = [n, inner, sizes[0], block, sizes[1], block] if back else [n, *apart, *sizes]
+    if block.known is None or inner.known is None or list(middle) != split:
         return None
-    if list(after) != [before[0], inner, before[2] * block, before[3] * block]:
+    if list(many) != [n, inner * block * block, *sizes] or list(few) != [n, inner, *(e * block for e in sizes)]:
         return None
-    return _spread(graph, x, Spread(4, block.known, outer, node.output[0]))
+    return _spread(graph, x, Spread(4, block.known, outer, back, node.output[0]))
+
+
+_ORDERS: dict[tuple[int, ...], tuple[bool, bool]] = {
+    (0, 3, 4, 1, 5, 2): (True, False), (0, 1, 4, 2, 5, 3): (False, False),
+    (0, 3, 5, 1, 2, 4): (True, True), (0, 1, 3, 5, 2, 4): (False, True),
+}  # fmt: skip
+"""The orders of axes in which a `Spread` is written: whether it is ``outer``, and whether it goes ``back``."""
 
 
 def _read_layout(graph: Facts, node: NodeProto, output: str) -> Reading | Declined | None:
@@ -718,6 +714,7 @@ READERS: dict[str, Reader] = {
     "Split": _read_split,
     "Slice": _read_slice,
     "DepthToSpace": _read_depth_to_space,
+    "SpaceToDepth": _read_space_to_depth,
     "Gather": _read_gather,
     **dict.fromkeys(("Tile", "Expand"), _read_repeat),
     "Neg": _read_neg,

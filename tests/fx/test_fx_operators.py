@@ -62,6 +62,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mean": (lambda: nn.AdaptiveAvgPool2d(1), MAP),
     "resize": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), MAP),
     "positions of channels": (lambda: nn.Sequential(nn.Conv2d(6, 8, 1), nn.PixelShuffle(2)), MAP),
+    "channels of positions": (lambda: nn.PixelUnshuffle(2), (2, 6, 8, 6)),
 }
 FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
     "conv": (lambda m, x: F.conv2d(x, m.w, None, 2, (1, 0), groups=2), MAP),
@@ -116,6 +117,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = 
     "expand to what is there": (lambda m, x: x.expand((x.shape[0], 6, -1, -1)), MAP),
     "repeat": (lambda m, x: x.repeat(1, 2, 1, 1), MAP),
     "positions of channels": (lambda m, x: F.pixel_shuffle(x.repeat(1, 3, 1, 1), 3), MAP),
+    "channels of positions": (lambda m, x: F.pixel_unshuffle(x, 3), (2, 6, 6, 9)),
+    "slice of a map": (lambda m, x: x[:, :, 1::2, 2:-1], MAP),
+    "slice of a map, ellipsis": (lambda m, x: x[..., ::3, 1:], MAP),
     "aten resize": (lambda m, x: aten.upsample_bilinear2d.vec(x, None, True, [2.0, 3.0]), MAP),
     "aten resize, nearest": (lambda m, x: aten.upsample_nearest2d.vec(x, None, [2.0, 0.5]), MAP),
     "aten repeat": (lambda m, x: aten.repeat.default(x, [1, 3, 1, 1]), MAP),
@@ -140,6 +144,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = 
         MAP,
     ),
     "aten slice": (lambda m, x: aten.slice.Tensor(x, 1, 2, 9223372036854775807), MAP),
+    "aten slice of a map": (lambda m, x: aten.slice.Tensor(x, 2, 1, 9223372036854775807, 2), MAP),
     "aten split": (lambda m, x: aten.split_with_sizes.default(x, [2, 4], 1)[1], MAP),
     "aten pad": (lambda m, x: aten.constant_pad_nd.default(x, [1, 2, 3, 0], 0.0), MAP),
     "aten rsub": (lambda m, x: aten.rsub.Scalar(x, 3.0), MAP),

@@ -117,6 +117,7 @@ ROWS: dict[str, Row] = {
     "channels to positions, side by side": Row(
         node("DepthToSpace", "v", "y", blocksize=2, mode="CRD"), shape=(2, 8, 3, 5)
     ),
+    "positions to channels": Row(node("SpaceToDepth", "v", "y", blocksize=2), shape=(2, 3, 6, 4)),
     "flatten": Row(node("Flatten", "v", "y", axis=2)),
     "reshape": Row(node("Reshape", "v t", "y"), {"t": ints(0, 0, -1)}),
     "transpose": Row(node("Transpose", "v", "y", perm=[0, 2, 3, 1])),

@@ -1,0 +1,73 @@
+"""Positions as channels before a convolution (Focus, pixel unshuffle), and channels as positions after one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from fx_checks import CHANNELS, Net, fuse_fx, ready, relative_error, report
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MAPS = ((1, CHANNELS, 8, 12), (3, CHANNELS, 6, 2), (2, CHANNELS, 10, 4))
+
+
+def focus(x: Tensor) -> Tensor:
+    return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
+
+
+def row_by_row(x: Tensor) -> Tensor:
+    rows = x[:, :, 0::2], x[:, :, 1::2]
+    return torch.cat([row[:, :, :, at::2] for row in rows for at in range(2)], dim=-3)
+
+
+FORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "focus": lambda m, x: focus(x),
+    "row by row": lambda m, x: row_by_row(x),
+    "function": lambda m, x: F.pixel_unshuffle(x, 2),
+    "module": lambda m, x: m.unshuffle(x),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_kernel_over_blocks(form: str, kernel: int) -> None:
+    conv, norm = nn.Conv2d(4 * CHANNELS, 6, kernel, padding=kernel // 2), nn.BatchNorm2d(6)
+    model = ready(
+        Net(lambda m, x: m.norm(m.conv(FORMS[form](m, x))).relu(), conv=conv, norm=norm, unshuffle=nn.PixelUnshuffle(2))
+    )
+    fused = fuse_fx(model, torch.randn(2, CHANNELS, 8, 6))
+    (made,) = (m for m in fused.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d))
+    assert (made.kernel_size, made.stride, made.padding) == ((2 * kernel,) * 2, (2, 2), (kernel // 2 * 2,) * 2)
+    assert report(fused).certificate is not None
+    assert report(fused).certificate.undecided == ()
+    assert report(fused).passes["space-to-depth"] == 1
+    for shape in MAPS:
+        x = torch.randn(shape)
+        assert relative_error(fused(x), model(x)) < 1e-5
+    with pytest.raises(RuntimeError):
+        model(torch.randn(1, CHANNELS, 7, 8))
+
+
+def test_a_matrix_after_a_pixel_shuffle() -> None:
+    parts = {"conv": nn.Conv2d(CHANNELS, 12, 3, padding=1), "mean": nn.Conv2d(3, 3, 1)}
+    model = ready(Net(lambda m, x: m.mean(F.pixel_shuffle(m.conv(x), 2)), **parts))
+    fused, x = fuse_fx(model, torch.randn(2, CHANNELS, 5, 6)), torch.randn(1, CHANNELS, 4, 3)
+    assert sum(isinstance(m, nn.Conv2d) for m in fused.modules()) == 1
+    assert report(fused).certificate.undecided == ()
+    assert relative_error(fused(x), model(x)) < 1e-5
+
+
+def test_a_slice_that_is_written_into_stays() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        parts = y[..., ::2, ::2], y[..., 1::2, 1::2]
+        y[..., ::2, ::2] = 0
+        return m.conv(torch.cat(parts, 1))
+
+    model = ready(Net(forward, conv=nn.Conv2d(2 * CHANNELS, 4, 1)))
+    fused, x = fuse_fx(model, torch.randn(2, CHANNELS, 8, 6)), torch.randn(1, CHANNELS, 6, 6)
+    assert relative_error(fused(x), model(x)) < 1e-5
