@@ -32,7 +32,6 @@ from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Mean, Reshape, Resize, Take, total
 from reparamc.algebra.kernels import cannot_compose, compose, composed_shape
 from reparamc.algebra.rewrite import Declined, Pass
-from reparamc.algebra.shape import sizes_after
 
 DEARER = "apart, its columns would cost more than together"
 
@@ -157,9 +156,7 @@ def _as_wide(pool: Conv, x: Expr, width: int) -> Conv:
 def _passes(e: Conv, chain: list[Layout | Conv]) -> bool:
     """Whether ``e`` commutes with all of ``chain``: it is a matrix, and its bias meets no border."""
     plain = e.is_pointwise and not e.reads_taps and not e.is_weightless
-    if any(
-        isinstance(p, Layout) and isinstance(p.op, Reshape) and not sizes_after(p.op.before, p.op.after) for p in chain
-    ):
+    if any(isinstance(p, Layout) and isinstance(p.op, Reshape) and not p.op.takes_any(_axis_after(p)) for p in chain):
         return False  # it takes the operator of the host, which says the number of channels
     return plain and (e.bias is None or not any(isinstance(p, Conv) and p.reads_padding for p in chain))
 

@@ -135,5 +135,6 @@ def with_width(e: Layout, x: Expr, width: int) -> Layout:
     if isinstance(op, Reshape) and e.axis is not None and e.axis_in is not None and op.before[e.axis_in] != Dim(width):
         before, after = list(op.before), list(op.after)
         before[e.axis_in], after[e.axis] = Dim(width), Dim(width)
-        op = Reshape(tuple(before), tuple(after))
+        native = op.native if e.axis + len(after) in op.free else None
+        op = Reshape(tuple(before), tuple(after), native, op.free)
     return Layout(x, op, e.axis_in)

@@ -28,7 +28,7 @@ from reparamc.algebra.expr import (
     is_negation,
     walk,
 )
-from reparamc.algebra.infer import channels
+from reparamc.algebra.infer import channel_axes, channels
 from reparamc.errors import InputError
 
 POSITIONS = 196.0
@@ -191,7 +191,8 @@ def _starts(root: Expr) -> dict[Expr, float]:
     order = list(walk(root))
     if not any(isinstance(e.op, Resize) if isinstance(e, Layout) else is_spreading(e) for e in order):
         return {}
-    known = {e: _area(e) for e in order if isinstance(e, Source)}
+    axes = channel_axes(root)
+    known = {e: _area(e, axes[e]) for e in order if isinstance(e, Source)}
     if all(area is not None for area in known.values()):
         return {e: float(area) for e, area in known.items() if area is not None}
     wanted: dict[Expr, float] = {root: POSITIONS}
@@ -206,11 +207,12 @@ def is_spreading(e: Expr) -> bool:
     return isinstance(e, Conv) and e.transposed and prod(e.stride) > 1
 
 
-def _area(e: Source) -> int | None:
-    """The number of positions of a source, the first axis taken for a batch; None where it is open."""
+def _area(e: Source, axis: int | None) -> int | None:
+    """The positions of a source with channels along ``axis``, the first axis a batch; None where it is open."""
     if e.shape is None or len(e.shape) < 2:
         return None
-    sizes = [d.known for a, d in enumerate(e.shape) if a and a - len(e.shape) != (e.axis or -len(e.shape) + 1)]
+    axis = axis or 1 - len(e.shape)
+    sizes = [d.known for a, d in enumerate(e.shape) if a and a - len(e.shape) != axis]
     return None if None in sizes else prod(n for n in sizes if n is not None)
 
 

@@ -21,7 +21,7 @@ from typing import TypeAlias
 import numpy as np
 
 from reparamc.algebra.arrays import Array, Parameter, always, is_all
-from reparamc.algebra.shape import Shape, axis_through_reshape
+from reparamc.algebra.shape import Shape, axis_through_reshape, sizes_after
 
 Ints: TypeAlias = tuple[int, ...]
 
@@ -281,12 +281,18 @@ class Reshape:
     """The same elements, in row-major order, under another shape.
 
     ``native`` names the operator of the host graph that reshapes just so. It serves where the shapes leave a size to
-    run time, and tells nothing that the shapes do not.
+    run time, and tells nothing that the shapes do not. Along the axes ``free`` of the result the host can make it for
+    any other size as well.
     """
 
     before: Shape
     after: Shape
     native: Hashable = field(default=None, compare=False)
+    free: frozenset[int] = field(default=frozenset(), compare=False)
+
+    def takes_any(self, axis: int) -> bool:
+        """Whether it can be made where ``axis`` of the result, counted from the right, has another size."""
+        return sizes_after(self.before, self.after) is not None or axis + len(self.after) in self.free
 
 
 @dataclass(frozen=True)

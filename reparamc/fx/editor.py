@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -53,6 +53,7 @@ class Editor:
         self._known = {self.copies[n] for n in self.facts.known}
         self._suspects: list[fx.Node] = []
         self._ranked: list[fx.Node] = []
+        self._rewritten: list[fx.Node] = []
 
     def carry_out(self, edits: Sequence[Splice | Fold]) -> Edited:
         """The copy with ``edits`` in it, and without what is dead then."""
@@ -84,6 +85,7 @@ class Editor:
         members = cast(Sequence[fx.Node], splice.members)
         for member in members:
             self._suspects += [self.copies[m] for m in (member, *self.source.written.get(member, ()))]
+        self._rewritten += members
         self._ranked += [m for m in members if self.source.exported or self._depends_on_rank(m)]
 
     def _fold(self, node: fx.Node) -> None:
@@ -108,6 +110,7 @@ class Editor:
     def _finished(self) -> fx.GraphModule:
         """The module without what is dead, and what only that used."""
         self._assert_ranks()
+        self._assert_batches()
         source = self.source
         quiet = {self.copies[n] for n in (*source.through, *source.inner)}.union(self._known, self._suspects)
         suspects = list(self._suspects)
@@ -179,11 +182,7 @@ class Editor:
                 return n not in alone.known and n not in alone.pieces and alone.rank(n) is None
 
             seen = {n for n in seen if is_open(n) or any(map(is_open, n.all_input_nodes))}
-        stack = list(seen)
-        while stack:
-            fresh = [n for n in stack.pop().all_input_nodes if n not in seen]
-            seen.update(fresh)
-            stack += fresh
+        seen = _with_operands(seen)
         placeholders = source.graph.find_nodes(op="placeholder")
         asked = [(placeholders[-1], x, rank) for x in placeholders if x in seen and (rank := self._given_rank(x))]
         asked += [
@@ -191,6 +190,7 @@ class Editor:
             for x, rank in self.facts.assumed.items()
             if x in seen and not self._given_rank(x)
         ]
+        asked += [(x, x, rank) for x in source.elements if x in seen and (rank := source.ranks.get(x)) is not None]
         for node in seen:  # how many axes of size one there are, other inputs may tell otherwise
             call, rank = self.facts.calls.get(node), self.facts.rank(node)
             if call is not None and call.op == "squeeze" and call.args.get("dim") is None and rank is not None:
@@ -198,14 +198,40 @@ class Editor:
         for place, x, rank in asked:
             with self.graph.inserting_after(self.copies[place]):
                 read = self.graph.call_method("dim", (self.copies[x],))
-            with self.graph.inserting_after(read):
-                equal = self.graph.call_function(operator.eq, (read, rank))
-            with self.graph.inserting_after(equal):
-                why = "as it was fused for, without example_inputs"
-                if x not in self.facts.assumed:
-                    why = "as the example had with which this was fused"
-                message = f"{x.target if x.op == 'placeholder' else x.name} must have {rank} axes, {why}"
-                self.graph.call_function(torch._assert, (equal, message))
+            why = "as it was fused for, without example_inputs" if x in self.facts.assumed else _AS_THE_EXAMPLE
+            name = x.target if x.op == "placeholder" else x.name
+            self._assert_equal(read, rank, f"{name} must have {rank} axes, {why}")
+
+    def _assert_batches(self) -> None:
+        """Refuse lists of tensors that are not all as many examples, where something was rewritten that reads two."""
+        seen = _with_operands(self._rewritten)
+        others = {x.args: x for x in self.source.elements if x in seen}  # it may be taken out of the list again
+        for x in others.values():
+            first = self.source.elements[x]
+            if first in seen and x.args != first.args:
+                with self.graph.inserting_after(self.copies[x]):
+                    sizes = [self.graph.call_method("size", (self.copies[one], 0)) for one in (first, x)]
+                self._assert_equal(max(sizes), min(sizes), f"all of {x.args[0]} must be as many, {_AS_THE_EXAMPLE}")
+
+    def _assert_equal(self, read: fx.Node, other: fx.Node | int, message: str) -> None:
+        with self.graph.inserting_after(read):
+            equal = self.graph.call_function(operator.eq, (read, other))
+        with self.graph.inserting_after(equal):
+            self.graph.call_function(torch._assert, (equal, message))
+
+
+_AS_THE_EXAMPLE = "as the example had with which this was fused"
+
+
+def _with_operands(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """``nodes``, and all that they are computed from."""
+    seen = set(nodes)
+    stack = list(seen)
+    while stack:
+        fresh = [n for n in stack.pop().all_input_nodes if n not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return seen
 
 
 def _is_unread(node: fx.Node) -> bool:

@@ -42,7 +42,7 @@ from reparamc.algebra.shape import sizes_after
 from reparamc.compiler.emit import Emission
 from reparamc.compiler.graph import Splice
 from reparamc.compiler.readings import Taps, Value
-from reparamc.fx.calls import Call, first_operand, lookup, with_arguments
+from reparamc.fx.calls import Call, first_operand, lookup, operation, with_arguments
 from reparamc.fx.operators import OPERATORS
 from reparamc.fx.readings import Readings
 
@@ -183,8 +183,14 @@ class Emitter(Emission[fx.Node]):
 
     def _reshape(self, x: fx.Node, op: Reshape) -> fx.Node:
         native = cast("fx.Node | None", op.native)
-        if native is not None and self.readings.facts.layout(native) == (op.before, op.after, None):
-            return self._again(native, x)
+        if native is not None:
+            found = self._again(native, x)
+            call = operation(found, self.target.module)
+            if call is not None and call.op == "reshape" and isinstance(dims := call.get("shape"), tuple | list):
+                told = {at: d.known for at, d in enumerate(op.after) if d.known is not None and dims[at] != -1}
+                found.op, found.target = "call_function", torch.reshape
+                found.args, found.kwargs = (x, tuple(told.get(at, n) for at, n in enumerate(dims))), {}
+            return found
         sizes = sizes_after(op.before, op.after)
         assert sizes is not None, f"the sizes of {op} are not told by its operand"
         kept = {at: self.target.graph.call_method("size", (x, at)) for at, n in enumerate(sizes) if n == 0}

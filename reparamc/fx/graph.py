@@ -32,7 +32,7 @@ class FxGraph(Readings):
     """`reparamc.compiler.graph.Graph` over a traced module. Values are nodes.
 
     Args:
-        examples, ranks, exported: as for `Readings`.
+        examples, seen, exported: as for `Readings`.
     """
 
     pools_clamp = False
@@ -42,11 +42,11 @@ class FxGraph(Readings):
         self,
         module: fx.GraphModule,
         examples: Mapping[str, Tensor],
-        ranks: Mapping[str, int] = MappingProxyType({}),
+        seen: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         *,
         exported: bool = False,
     ) -> None:
-        super().__init__(module, READERS, examples, ranks, exported=exported)
+        super().__init__(module, READERS, examples, seen, exported=exported)
         self._asked: dict[fx.Node, list[fx.Node]] = {}  # who may come to ask a value for its shape
         for freed in self.sizes.freed.values():
             if freed.asked is not None:

@@ -77,9 +77,8 @@ class FxHost:
         self.exported = exported
         self._positional = self._by_position(calls[0]) if calls else None
         self._sizes = dict(sizes) or _of_runs(sizes_of, self.original, traced, self._positional)
-        ranks = {name: len(shape) for name, shape in self._sizes.items()}
         examples = examples_of(original, *calls[0]) if calls else {}
-        self.graph = FxGraph(traced, examples, ranks, exported=exported)
+        self.graph = FxGraph(traced, examples, self._sizes, exported=exported)
         self._before = _sums(traced)
         self._nodes = {node.name: node for node in traced.graph.nodes}
 

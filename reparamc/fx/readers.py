@@ -313,7 +313,9 @@ def _read_layout(graph: Readings, node: fx.Node, call: Call) -> Reading | Declin
     if found is None or x is None or found[0] is None or x in graph.facts.known:
         return None
     before, after, axes = cast("tuple[Shape, Shape, tuple[int, ...] | None]", found)
-    return _moved(graph, x, Reshape(before, after, node) if axes is None else Permute(axes))
+    lists = call.op == "reshape" and isinstance(call.get("shape"), tuple | list)
+    free = frozenset(range(len(after)) if lists else ())
+    return _moved(graph, x, Reshape(before, after, node, free) if axes is None else Permute(axes))
 
 
 def _moved(graph: Readings, x: fx.Node, op: LayoutOp) -> Reading | Declined | None:

@@ -41,11 +41,12 @@ class Readings:
     Args:
         readers: of the operators that are linear, by name.
         examples: the example inputs that are tensors, by the name of their placeholder.
-        ranks: of the values that those give, by the name of their node.
+        seen: the sizes of the values that those give, by the name of their node.
         exported: whether torch.export made the graph and recorded its shapes.
 
     Attributes:
         sizes: which reads of shapes can ask other values.
+        elements: tensors in an argument that is a list; and the first of them, where all are as many examples.
         written: values with the slice assignments that complete them.
         through: for a node that is looked through, what takes its place as a user of its operand.
         shuffles: of the last node of a channel shuffle, its operand, its groups and the nodes between.
@@ -56,7 +57,7 @@ class Readings:
         module: fx.GraphModule,
         readers: Mapping[str, Reader],
         examples: Mapping[str, Tensor],
-        ranks: Mapping[str, int] = MappingProxyType({}),
+        seen: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         *,
         exported: bool = False,
     ) -> None:
@@ -65,11 +66,13 @@ class Readings:
         given = {name: t.ndim for name, t in examples.items() if t.is_floating_point()}
         self.ranks: dict[fx.Node, int] = {}
         for node in module.graph.nodes:
-            rank = given.get(str(node.target)) if node.op == "placeholder" else ranks.get(node.name)
+            of_run = len(seen[node.name]) if node.name in seen else None
+            rank = given.get(str(node.target)) if node.op == "placeholder" else of_run
             if rank is not None:
                 self.ranks[node] = rank
         self.memory = Memory(self.graph, self.module)
-        self.facts = Values(self.module, self.ranks, self.memory, exported=exported, batched=True)
+        self.elements = elements(self.graph, seen)
+        self.facts = Values(self.module, self.ranks, self.memory, self.elements, exported=exported, batched=True)
         self.sizes = Sizes(self.facts, self._may_go)
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.through: dict[fx.Node, list[fx.Node]] = {}
@@ -83,7 +86,7 @@ class Readings:
 
     def _may_go(self, node: fx.Node) -> bool:
         """Whether an operator is linear by its kind, so that it may become part of another one."""
-        if not node.op.startswith("call_"):
+        if not node.op.startswith("call_") or node in self.elements:
             return False
         called = self._called(node)
         return node.target is operator.setitem or (
@@ -233,6 +236,26 @@ class Readings:
 def _that_round(reading: Reading) -> list[Tensor]:
     """The parameters in a reading that tell the dtype of the result: whole numbers give way."""
     return [leaf.origin for leaf in reading.leaves if leaf.origin.is_floating_point()]
+
+
+def elements(graph: fx.Graph, seen: Mapping[str, tuple[int, ...]]) -> dict[fx.Node, fx.Node]:
+    """The tensors in arguments that are lists; each with the first of its list if all are as many examples, or itself.
+
+    ``seen``: sizes of all tensors, by the name of their node.
+    """
+    lists: dict[fx.Node, fx.Node] = {}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        held = cast(fx.Node, node.args[0])
+        if held.name not in seen and (held.op == "placeholder" or held in lists):
+            lists[node] = lists.get(held, held)
+            if seen.get(node.name):
+                found.setdefault(lists[node], []).append(node)
+    return {
+        node: nodes[0] if len({seen[n.name][0] for n in nodes}) == 1 else node
+        for nodes in found.values()
+        for node in nodes
+    }
 
 
 def find_shuffle(facts: Values, node: fx.Node) -> tuple[fx.Node, int, list[fx.Node]] | None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from math import prod
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -29,8 +30,8 @@ class Values:
     an operator demands of its operand (a rank, a number of channels) is carried back, and the sweep
     repeated with it. Of a graph that torch.export made, the shapes are those that it recorded.
 
-    With ``batched``, the operand of a convolution is taken to be a batch where nothing tells its rank: ``assumed`` says
-    of which values.
+    ``batches`` names values that have as many examples as others. With ``batched``, the operand of a convolution is
+    taken to be a batch where nothing tells its rank: ``assumed`` says of which values.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Values:
         module: fx.GraphModule,
         ranks: Mapping[fx.Node, int],
         memory: Memory,
+        batches: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
         *,
         exported: bool = False,
         batched: bool = False,
@@ -47,7 +49,7 @@ class Values:
         self.constants: dict[fx.Node, Tensor] = {}
         self.known: dict[fx.Node, Any] = {}
         self.names: dict[fx.Node, tuple[str, ...]] = {}
-        self.ranks, self.batched = dict(ranks), batched
+        self.ranks, self.batched, self.batches = dict(ranks), batched, batches
         self.bound: dict[str, int] = {}
         self._evaluate_constants()
         self._sweep()
@@ -55,7 +57,7 @@ class Values:
     def without_examples(self) -> Values:
         """What is known where nothing is told or assumed of the arguments."""
         alone = copy.copy(self)
-        alone.ranks, alone.bound, alone.batched = {}, {}, False
+        alone.ranks, alone.bound, alone.batched, alone.batches = {}, {}, False, {}
         alone._sweep()
         return alone
 
@@ -167,7 +169,8 @@ class Values:
         return tuple(_dim(size) for size in value.shape) if isinstance(value, Tensor) else None
 
     def _fresh(self, node: fx.Node, rank: int) -> Shape:
-        return tuple(self._symbol(f"{node.name}.{i}") for i in range(rank))
+        first = self.batches.get(node, node).name
+        return tuple(self._symbol(f"{node.name if i else first}.{i}") for i in range(rank))
 
     def _spatial(self, node: fx.Node, n: int) -> Shape:
         """New sizes of the last ``n`` axes; their names differ from those of `_fresh`, which count from the left."""

@@ -9,7 +9,7 @@ import operator
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest import mock
@@ -133,14 +133,22 @@ class _Tracer(fx.Tracer):
         if kind.startswith("call"):
             self._refuse_autocast()
         node = super().create_node(kind, *args, **kwargs)
-        if isinstance(given := self._example(node), Sized) and isinstance(given, list | tuple | dict):
+        if isinstance(given := self._example(node), list | tuple | dict):
             self._containers[node] = given
         return node
 
-    def _example(self, node: fx.Node) -> Any:
-        """What ``node`` is in the example, if it is an argument, or a part of one."""
+    def _example(self, node: Any) -> Any:
+        """What ``node`` is in the example, if it is an argument, or a part of one, or a size of that."""
+        if not isinstance(node, fx.Node):
+            return None
         if node.op == "placeholder":
             return self.examples.get(str(node.target).lstrip("*"))
+        if node.target == "size" or node.args[1:] == ("shape",):
+            given = self._example(node.args[0])
+            if not isinstance(given, torch.Tensor) or node.kwargs:
+                return None
+            axis = node.args[1] if node.target == "size" and len(node.args) > 1 else None
+            return given.shape if axis is None else given.shape[axis] if isinstance(axis, int) else None
         if node.target is operator.getitem and node.args[0] in self._containers:
             try:
                 return self._containers[cast(fx.Node, node.args[0])][node.args[1]]
@@ -172,6 +180,17 @@ class _Tracer(fx.Tracer):
         if (given := self._example(node)) is not None:
             return type(given)
         return fx.Proxy if self.is_number(node) else torch.Tensor
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Whether a size is zero, as in the example, and it must be so in every later call."""
+        node = obj.node
+        size = self._example(node.args[0]) if node.target is operator.eq and node.args[1] == 0 else None
+        if isinstance(size, int):
+            same = obj if size == 0 else self.create_proxy("call_function", operator.not_, (obj,), {})
+            message = f"a size must be {'zero' if size == 0 else 'more than zero'}, as the example had it"
+            self.create_proxy("call_function", torch._assert, (same, message), {})
+            return size == 0
+        return super().to_bool(obj)
 
     def length(self, proxy: fx.Proxy) -> int:
         """The length of an argument, which every later call must have as well."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 from reparamc.algebra.cost import LATENCY, MACS, OBJECTIVES, PARAMS, Objective, objective_of
-from reparamc.algebra.expr import BatchNorm, Conv, Expr, Layout, Permute, Scale, Source, Sum
+from reparamc.algebra.expr import BatchNorm, Conv, Expr, Layout, Permute, Resize, Scale, Source, Sum
 from reparamc.algebra.rewrite import simplify
+from reparamc.algebra.shape import shape_of
 from reparamc.errors import InputError
 from reparamc_passes import PASSES
 
@@ -124,3 +127,14 @@ def test_a_target_has_its_own_price_of_transposed_convolutions() -> None:
     transposed = Conv(x, RNG.standard_normal((4, 4, 4, 4)), None, (2, 2), (1, 1), (-1, -1), (1, 1), transposed=True)
     prices = [objective_of(name).price(transposed) for name in ("latency", "latency@onnxruntime", "latency@openvino")]
     assert prices[0] == prices[1] != prices[2]
+
+
+def test_the_positions_of_tokens() -> None:
+    """Of [batch, tokens, channels] before a linear layer the last axis is that of the channels."""
+    weight, ups = np.ones((4, 8)), Resize(3, (Fraction(2),), "linear")
+
+    def lifted(tokens: int) -> Expr:
+        x = Source("x", shape=shape_of((1, tokens, 8)))
+        return Layout(Layout(Conv(x, weight, None, (), (), (), ()), Permute((0, 2, 1)), -1), ups, -2)
+
+    assert MACS.cost(lifted(1000)) == pytest.approx(100 * MACS.cost(lifted(10)), rel=0.01)
