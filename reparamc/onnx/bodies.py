@@ -38,7 +38,7 @@ from reparamc.onnx.values import (
     operand,
     subgraphs,
 )
-from reparamc.onnx.weights import array
+from reparamc.onnx.weights import fill
 from reparamc.report.data import Report
 
 Fuse = Callable[[ModelProto], tuple[ModelProto, Report]]
@@ -193,8 +193,7 @@ def fuse_functions(model: ModelProto, fuse: Fuse) -> list[tuple[str, Report]]:
             continue
         done.append((f"{function.domain}.{function.name}", report))
         if report.changed:
-            stored = [numpy_helper.from_array(array(t), t.name) for t in fused.graph.initializer]
-            nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in stored]
+            nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in fill(fused).graph.initializer]
             nodes += fused.graph.node
             del function.node[:], function.value_info[:]
             function.node.extend(nodes)
@@ -266,7 +265,7 @@ def _put_back(model: ModelProto, body: GraphProto, alone: ModelProto, fused: Mod
             node.name = names.fresh(node.name)
     own = {t.name for t in body.initializer}
     outside = {t.name for t in alone.graph.initializer} - own
-    kept = [t for t in fused.graph.initializer if t.name not in outside]
+    kept = [t for t in fill(fused).graph.initializer if t.name not in outside]  # no reference leads out of a body
     groups: list[tuple[Any, Iterable[Any]]] = [
         (body.node, fused.graph.node), (body.initializer, kept), (body.value_info, fused.graph.value_info),
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from expression_models import operators, run
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from onnx_models import BN, CONV, W1, W3, N, batchnorm, conv_bn, fuse, model, node, norm
 
+from reparamc.onnx import weights
 from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.session import random_inputs
 
@@ -192,3 +193,17 @@ def test_a_function_with_weights_of_its_own() -> None:
     assert [n.op_type for n in fused.functions[0].node if n.op_type != "Constant"] == ["Conv", "Relu"]
     assert fused.ByteSize() <= made.ByteSize()
     assert not report.kept
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_branches_with_weights_from_outside,
+        test_a_branch_in_a_branch,
+        test_the_body_of_a_loop,
+        test_a_function_with_weights_of_its_own,
+    ],
+)
+def test_large_weights_lie_inside(test: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "LARGE", 64)
+    test()
