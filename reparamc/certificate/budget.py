@@ -19,7 +19,7 @@ LEAST = 1 << 31
 PER_PARAMETER = 64
 """And so many more for each parameter."""
 
-SHARE = 4
+SHARE = 2
 """A window may take one of so many parts of that."""
 
 ELEMENTS = 1 << 27

@@ -148,12 +148,12 @@ def _spend(value: Value, kernel: Kernel) -> None:
     axes = len(value.base)
     value.meter.spend(kernel.weight.size * len(value.vectors) + TAP * taps * axes * max(1, len(value.vectors)))
     for b in value.blocks:
-        inner, many = b.weight.shape[1], taps * len(b.taps)
+        inner, many, read = b.weight.shape[1], taps * len(b.taps), min(width, len(b.rows))
         if width > 1 and inner > 1:  # dense over all channels that are read
             reach = int(b.first.max() - b.first.min()) + inner if len(b.rows) else 0
-            value.meter.spend(2 * rows * width * reach * many, 2 * rows * reach * many)
+            value.meter.spend(2 * rows * read * reach * many, 2 * rows * reach * many)
         elif b.size is not None or len(b.taps) > 1 or not np.all(b.left * b.weight[:, 0, 0] == 1):
-            made = (2 if b.size is not None else 1) * rows * max(width, inner) * many
+            made = (2 if b.size is not None else 1) * rows * max(read, inner) * many
             value.meter.spend(2 * made, made)
         value.meter.spend(TAP * many * axes)
 

@@ -10,7 +10,11 @@ import pytest
 from onnx import ModelProto, NodeProto
 from onnx_models import model, node
 
+from reparamc.certificate.axes import Dim
 from reparamc.certificate.budget import ELEMENTS, Exceeded, Meter
+from reparamc.certificate.kernels import mixed
+from reparamc.certificate.normal_form import leaf
+from reparamc.certificate.normal_form import stacked as side_by_side
 from reparamc.certificate.onnx import certify_onnx
 
 Step = Callable[[str, str, str], list[NodeProto]]
@@ -60,7 +64,7 @@ def test_a_window_that_takes_too_much_leaves_enough_for_others() -> None:
     meter = Meter(100)
     meter.start()
     with pytest.raises(Exceeded, match="too long"):
-        meter.spend(26)
+        meter.spend(51)
     meter.start()
     meter.spend(20)
     with pytest.raises(Exceeded, match="too much memory"):
@@ -69,3 +73,13 @@ def test_a_window_that_takes_too_much_leaves_enough_for_others() -> None:
         meter.spend(60)
     with pytest.raises(Exceeded, match="whole proof"):
         meter.start()
+
+
+def test_a_matrix_of_parts_side_by_side_costs_what_its_columns_cost() -> None:
+    meter, size, parts = Meter(1e9), 64, 16
+    meter.start()
+    inner = [mixed(leaf(f"x{n}", (Dim(1), Dim(8)), meter), np.full((size, 8), 0.5), 1) for n in range(parts)]
+    whole = side_by_side(inner, 1)
+    before = meter.left
+    mixed(whole, np.ones((size, size * parts)), 1)
+    assert before - meter.left < 3 * size * size * 8 * parts
