@@ -20,7 +20,7 @@ def spellings(o: Operator) -> str:
     names = [*((o.name,) if o.names is None else o.names), *o.aten]
     modules = [f"nn.{kind.__name__}" for kind in o.modules]
     words = dict.fromkeys([*names, *(f".{m}()" for m in o.methods if m not in names), *modules])
-    return ", ".join(f"`{word.replace('#d', '1d, 2d, 3d')}`" for word in words)
+    return ", ".join(f"`{word.replace('#d', '1d, 2d, 3d')}`" for word in words) or "a class derived from a convolution"
 
 
 def meaning(o: Operator) -> str:

@@ -19,6 +19,7 @@ from reparamc.algebra.infer import sizes
 
 OF_AN_OPERATOR = "it is the weight of an operator into which only a matrix of channels can be multiplied"
 ONE_EACH = "it is the weight of an operator that has one factor for each channel"
+OF_THIS_SHAPE = "what its own Python does may depend on the shape of its weight"
 BIAS_MEETS_PADDING = "its bias meets the zero padding of the next convolution"
 VARYING = "before a transposed convolution its shift is not uniform: outputs receive different numbers of taps"
 TRANSPOSED = "a transposed convolution only composes with a 1x1 convolution"

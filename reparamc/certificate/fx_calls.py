@@ -13,6 +13,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from reparamc.certificate.fx_sources import applied_by
+
 
 def attribute(module: Any, path: str) -> Any:
     for part in path.split("."):
@@ -250,9 +252,26 @@ def _computed(module: Any) -> tuple[bool, dict[str, Tensor]]:
     return plain and None not in found and not varies, dict(value for value in found if value is not None)
 
 
+def _gathering(node: fx.Node, module: Any) -> Described | None:
+    """A convolution of a class of its own over what its Python makes of its operand: told by all that it holds."""
+    plain, values = _computed(module)
+    held = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+    parameters = {*module._parameters, *values}
+    if module._modules or module._buffers or parameters != {"weight", "bias"} or not node.args:
+        return None
+    if not all(isinstance(v, int | float | str | tuple | list | None) for v in held.values()):
+        return None
+    weight, bias = (values[key] if key in values else module._parameters[key] for key in ("weight", "bias"))
+    state = {"module": (id(type(module)), tuple(weight.shape), repr(held)), "more": (node.args[1:], node.kwargs)}
+    args = {"input": node.args[0], "weight": weight, "bias": bias, "groups": module.groups}
+    return Described("gathering", args | state, None, plain)
+
+
 def _of_module(node: fx.Node, module: Any) -> Described | None:
     parametrized = nn.utils.parametrize.is_parametrized(module)
     kind = type(module).__mro__[1] if parametrized else type(module)
+    if kind not in _MODULES and applied_by(kind) is not None:
+        return _gathering(node, module)
     op, axes, names = _MODULES.get(kind, ("", None, ()))
     sized = op == "conv_transpose" and len(node.args) + len(node.kwargs) == 2
     if not op or len(node.args) + len(node.kwargs) != 1 + sized or not node.args:

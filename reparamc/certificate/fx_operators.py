@@ -282,8 +282,12 @@ def _read_conv_transpose(call: Read) -> Value:
     return meaning.transposed(x, weight, bias, groups, stride, dilation, pads, pads, extra)
 
 
-KERNELS = ("conv", "convolution", "conv_transpose")
+KERNELS = ("conv", "convolution", "conv_transpose", "gathering")
 """Operators that add up, with their weight, what they gather at each position, wherever that is."""
+
+
+def _read_gathering(call: Read) -> Value:
+    raise Unrepresentable("a module decides in Python what it applies its weight to")
 
 
 def is_transposed(call: Described) -> bool:
@@ -688,6 +692,7 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "conv": _read_conv,
     "convolution": _read_conv,
     "conv_transpose": _read_conv_transpose,
+    "gathering": _read_gathering,
     "avg_pool": _read_avg_pool,
     "adaptive_avg_pool": _read_adaptive_avg_pool,
     "linear": _read_linear,

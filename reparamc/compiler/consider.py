@@ -16,6 +16,7 @@ from reparamc.algebra.cost import Objective
 from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.expr import Array, Conv, Expr, Sum, arrays, flatten, release, replaced, walk
 from reparamc.algebra.infer import misfit
+from reparamc.algebra.kernels import OF_THIS_SHAPE
 from reparamc.algebra.provenance import names_through
 from reparamc.algebra.rewrite import Declined, Pass, Step, simplify
 from reparamc.algebra.text import show
@@ -84,9 +85,10 @@ def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...]) -
         return Decision(after, replace(splice, origins=_origins(found)), refusals, members)
     reason = splice.reason if isinstance(splice, Declined) else f"it failed its check: {splice.reason}"
     refusals = [*refusals, Declined(reason, by=steps[-1].name)]
-    apart = frozenset[Value]()
-    if isinstance(splice, Declined) and splice.reason == REFUSED:
-        apart = frozenset(v for v in members[:-1] if isinstance(e := found.exprs[v], Conv) and e.is_weightless)
+    convs = [(v, e) for v in members[:-1] if isinstance(e := found.exprs[v], Conv)]
+    apart = frozenset(
+        v for v, e in convs if (reason == REFUSED and e.is_weightless) or (reason == OF_THIS_SHAPE and e.reads_taps)
+    )
     return Decision(before, None, refusals, members, isinstance(splice, FailedRegion), apart)
 
 

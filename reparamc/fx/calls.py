@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from reparamc.algebra.recorded import tape
+from reparamc.fx.gathering import applies_weight
 from reparamc.fx.operators import ATEN, FUNCTIONS, METHODS, MODULES, OPERATORS, Operator
 
 
@@ -70,10 +71,11 @@ def lookup(module: nn.Module, target: str) -> Any:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether ``module`` is one of torch's own and runs nothing but its own forward."""
+    """Whether ``module`` is one of torch's own, or applies its weight as one, and runs nothing but its own forward."""
     hooked = any(getattr(module, name, None) for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"))
     hooked = hooked or not all(isinstance(h, tuple(_COMPUTING)) for h in module._forward_pre_hooks.values())
-    return class_of(module).__module__.startswith("torch.nn.modules") and not hooked and "forward" not in vars(module)
+    is_own = class_of(module).__module__.startswith("torch.nn.modules") or applies_weight(class_of(module))
+    return is_own and not hooked and "forward" not in vars(module)
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -172,6 +174,8 @@ def spelled(node: fx.Node, module: nn.Module) -> tuple[Operator, int | None] | N
     """The operator that ``node`` calls, and its spatial axes where the spelling tells; None where it is not known."""
     if node.op == "call_module":
         kind = class_of(lookup(module, str(node.target)))
+        if applies_weight(kind):
+            return OPERATORS["gathering"], None
         kinds = (k for k in kind.__mro__ if k is kind or (k in MODULES and not MODULES[k][0].parameters))
         return next((MODULES[k] for k in kinds if k in MODULES), None)
     if node.op == "call_method":

@@ -42,7 +42,7 @@ from reparamc.algebra.shape import sizes_after
 from reparamc.compiler.emit import Emission
 from reparamc.compiler.graph import Splice
 from reparamc.compiler.readings import Taps, Value
-from reparamc.fx.calls import Call, first_operand, lookup, operation, with_arguments
+from reparamc.fx.calls import Call, as_plain, first_operand, lookup, operation, with_arguments
 from reparamc.fx.operators import OPERATORS
 from reparamc.fx.readings import Readings
 
@@ -223,7 +223,9 @@ class Emitter(Emission[fx.Node]):
         weight, _ = cast("tuple[Tensor, Any]", self.readings.facts.held(call.args["weight"]))
         matrix = e.weight.reshape(e.out_channels, -1, *weight.shape[2:])
         holder = nn.Module()
-        if native.op == "call_module":
+        if call.op == "gathering":
+            holder = as_plain(lookup(self.readings.module, str(native.target)))
+        elif native.op == "call_module":
             keys = ("stride", "padding", "dilation", "padding_mode", "output_padding")
             kinds = TRANSPOSED_MODULES if call.op == "conv_transpose" else LINEAR_MODULES
             given = {key: call.args[key] for key in keys if key in call.args}

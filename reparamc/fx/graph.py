@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from reparamc.algebra.expr import Array, Conv, Expr
-from reparamc.algebra.kernels import ONE_EACH
+from reparamc.algebra.expr import Array, Conv, Expr, Source
+from reparamc.algebra.kernels import OF_THIS_SHAPE, ONE_EACH
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Bounded, Fold, Separate
-from reparamc.compiler.readings import Reading, Value, is_norm, values_in
+from reparamc.compiler.readings import Reading, Taps, Value, is_norm, values_in
 from reparamc.fx.bounds import bounded
 from reparamc.fx.calls import Held
 from reparamc.fx.memory import only_asserted, reads_size_only
@@ -87,6 +87,8 @@ class FxGraph(Readings):
         nodes = cast(Sequence[fx.Node], members)
         if any(is_norm(e) and not cast(Conv, e).is_per_channel for e in made):
             return ONE_EACH
+        if any(self._has_another_weight(e) for e in made):
+            return OF_THIS_SHAPE
         if len({t.device for t in self.tensors(nodes)}) > 1:
             return "its parameters are on different devices"
         recorded = [n.meta.get("val") for n in (*nodes, *cast(Sequence[fx.Node], sources)) if self.exported]
@@ -111,6 +113,14 @@ class FxGraph(Readings):
                 if visible:
                     return f"{writer.name!r} changes an operand in place"
         return None
+
+    def _has_another_weight(self, e: Expr) -> bool:
+        """Whether ``e`` is a convolution of a class of its own with a weight of another shape."""
+        if not (isinstance(e, Conv) and isinstance(e.x, Source) and isinstance(e.x.key, Taps)):
+            return False
+        call = self.facts.calls[cast(fx.Node, e.x.key.of)]
+        held = self.facts.held(call.args["weight"]) if call is not None and call.op == "gathering" else None
+        return held is not None and (e.out_channels, e.groups) != (len(held[0]), call and call.args["groups"])
 
     def is_written(self, value: Value, but: Value | None = None) -> bool:
         node = cast(fx.Node, value)

@@ -162,6 +162,10 @@ TABLE: tuple[Operator, ...] = (
         ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups"),
         (), ("convolution",), allocates=True,
     ),
+    Operator(  # a convolution of a class of its own, whose Python decides what it is given
+        "gathering", ("input", "weight", "bias", "groups", "module"), (), parameters=("weight", "bias"),
+        attributes=("groups",), derived=lambda module: {"module": id(module)}, linear="one", allocates=True,
+    ),
     Operator(
         "linear", ("input", "weight", "bias"), modules=_any(nn.Linear), parameters=("weight", "bias"),
         keeps=("rank",), linear="one", any_rank=True, allocates=True,

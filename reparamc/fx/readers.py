@@ -91,6 +91,12 @@ def _padding(
     return None if pads is None else (pads, pads)
 
 
+def _read_gathering(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
+    """A convolution of a class of its own that does something to its operand first: with its taps as channels."""
+    found = _parameters(graph, call)
+    return found if found is None or isinstance(found, Declined) else _read_taps(graph, node, call, *found)
+
+
 def _read_conv_transpose(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """A transposed convolution; with its taps as channels where it is given an output size."""
     found = _parameters(graph, call)
@@ -590,6 +596,7 @@ def _array(leaf: Parameter | None) -> Any:
 
 READERS: dict[str, Reader] = {
     "conv": _read_conv,
+    "gathering": _read_gathering,
     "conv_transpose": _read_conv_transpose,
     "linear": _read_linear,
     "matmul": _read_product,
