@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         # What a process that reads images reports is a traceback, the error last.
         print(f"fastvit_zoo: error: {lines[-1] if lines[0].startswith('Caught ') else lines[0]}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        print(f"fastvit_zoo: error: {error}: pip install 'reparamc[zoo]' brings what this needs", file=sys.stderr)
+        return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise

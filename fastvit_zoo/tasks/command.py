@@ -43,9 +43,6 @@ def _run(arguments: argparse.Namespace) -> None:
     more = {name: getattr(arguments, name, None) for name in ("classes", "mano")}
     changes = changes_of(arguments, Steps) | {name: value for name, value in more.items() if value is not None}
     options = Options(**options_of(arguments))
-    try:
-        found = getattr(import_module(module), arguments.task)(model, arguments.data, options, tiny=tiny, **changes)
-    except ImportError as error:
-        raise ValueError(f"this needs {error.name}: pip install 'reparamc[zoo]'") from error
+    found = getattr(import_module(module), arguments.task)(model, arguments.data, options, tiny=tiny, **changes)
     for name, value in found.items():
         print(f"{name}: {value:.2e}" if 0 < value < 0.01 else f"{name}: {value:.2f}")

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, then write the fused network as ONNX and a plot.
 
-    Raises ValueError or OSError for input that does not fit, ValueError if a package is missing.
+    Raises ValueError or OSError for input that does not fit, ImportError if a package is missing.
     """
     if (arguments.teacher is None) != (arguments.teacher_checkpoint is None):
         raise ValueError("--teacher and --teacher-checkpoint belong together")
@@ -35,11 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     small = arguments.recipe == "digits"
     model = arguments.model or ("fastvit_digits" if small else "fastvit_t8")
     chosen = recipe(arguments.recipe, model, distilled=arguments.teacher is not None, **changes)
-    try:
-        from fastvit_zoo.train.finish import train
-        from fastvit_zoo.train.run import Options, Source, Teacher
-    except ImportError as error:
-        raise ValueError(f"training needs {error.name}: pip install 'reparamc[zoo]'") from error
+    from fastvit_zoo.train.finish import train
+    from fastvit_zoo.train.run import Options, Source, Teacher
+
     teacher = Teacher(arguments.teacher, arguments.teacher_checkpoint) if arguments.teacher else None
     options = Options(**options_of(arguments), teacher=teacher)
     kind = arguments.dataset or ("digits" if small and arguments.data is None else "")
@@ -62,22 +60,19 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    try:
-        from fastvit_zoo.train.evaluate import ALEXNET, Agreement, evaluate
+    from fastvit_zoo.train.evaluate import ALEXNET, Agreement, evaluate
 
-        found = evaluate(
-            arguments.model,
-            arguments.checkpoint,
-            arguments.data,
-            size=arguments.size,
-            crop=arguments.crop,
-            batch=arguments.batch,
-            corruptions=() if arguments.corruptions is None else arguments.corruptions or tuple(ALEXNET),
-            device=arguments.device,
-            workers=arguments.workers,
-        )
-    except ImportError as error:
-        raise ValueError(f"this needs {error.name}: pip install 'reparamc[zoo]' imagecorruptions-imaug") from error
+    found = evaluate(
+        arguments.model,
+        arguments.checkpoint,
+        arguments.data,
+        size=arguments.size,
+        crop=arguments.crop,
+        batch=arguments.batch,
+        corruptions=() if arguments.corruptions is None else arguments.corruptions or tuple(ALEXNET),
+        device=arguments.device,
+        workers=arguments.workers,
+    )
     for name, value in found.items():
         if not isinstance(value, Agreement):
             print(f"{name}: {value:.2f} %")

@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 # timm exports its names without saying so.
 
+import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -131,8 +132,8 @@ def evaluate(
     place = device_of(device)
     if workers < 0:
         raise ValueError(f"--workers must be 0 or more, not {workers}")
-    if corruptions:
-        import imagecorruptions  # noqa: F401  # pyright: ignore[reportMissingImports]
+    if corruptions and importlib.util.find_spec("imagecorruptions") is None:
+        raise ValueError("--corruptions needs another package: pip install imagecorruptions-imaug")
     known = names_of(checkpoint)
     model: nn.Module = create_model(name, num_classes=len(known), checkpoint=checkpoint).eval().to(place)
     try:

@@ -331,6 +331,19 @@ def test_bad_input_is_one_line(
     assert segmentation.PAPER.updates == 40_000
 
 
+@pytest.mark.parametrize("command", ["segment --recipe tiny", "train --recipe digits"])
+def test_a_missing_package_is_one_line(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "sklearn", "sklearn.datasets":
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main([*command.split(), "--output", str(tmp_path / "new")]) == 2
+    captured = capsys.readouterr().err
+    assert "sklearn" in captured
+    assert captured.endswith(": pip install 'reparamc[zoo]' brings what this needs\n")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_task_runs_in_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["segment", "--output", "new", "--recipe", "tiny"]) == 2
