@@ -219,7 +219,7 @@ def overwriting(original: Any) -> Any:
 
     def fill(self: Any, module: Any, weight: Any, bias: Any) -> None:
         original(self, module, weight, bias)
-        old = dict(self.target.module.named_parameters()).get((self.splice.parameters or ("",))[0])
+        old = dict(self.target.source.named_parameters()).get((self.splice.parameters or ("",))[0])
         if old is not None and old.shape == module.weight.shape:
             old.data.copy_(module.weight.data)
 

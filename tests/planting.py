@@ -192,8 +192,8 @@ def _raises(check: Callable[[], Any]) -> bool:
 
 
 SILENT = {
-    "region": ("reparamc.compiler.reference.Reference.error", lambda *_: None),
-    "host": ("reparamc.compiler.reference.compare_expressions", lambda *_, **__: 0.0),
+    "region": ("reparamc.compiler.reference.Reference.compare", lambda *_: (None, None)),
+    "host": ("reparamc.compiler.rollback.compare_expressions", lambda *_, **__: 0.0),
 }
 """For a check of regions, the other one, and what it says when it has no objection."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from reparamc.certificate.axes import Dim
@@ -179,8 +180,43 @@ def _recorded(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[in
 
 def run_recorded(module: fx.GraphModule, args: Sequence[Any]) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """What ``module`` makes of ``args``, and the sizes of all nodes that are tensors."""
-    recorder = _Recorder(module)
-    return _as_written(recorder.run(*args)), recorder.found
+    nodes = list(module.graph.nodes)
+    last = {given: node for node in nodes for given in node.all_input_nodes}
+    given = iter(module.graph.process_inputs(*args))
+    env: dict[fx.Node, Any] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    result: Any = None
+    for node in nodes:
+        if node.op == "placeholder":
+            value = [*given] if str(node.target).startswith("*") else next(given, *node.args)
+        elif node.op == "get_attr":
+            value = attribute(module, str(node.target))
+        elif node.op == "output":
+            result = value = map_arg(node.args[0], env.__getitem__)
+        else:
+            value = _result(module, node, env)
+        env[node] = value
+        if isinstance(value, Tensor | _Sized):
+            found[node.name] = tuple(value.shape)
+        for read in node.all_input_nodes:
+            if last[read] is node:
+                del env[read]
+    return _as_written(module.graph.process_outputs(result)), found
+
+
+def _result(module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """What a call makes of the values in ``env``."""
+    called = attribute(module, str(node.target)) if node.op == "call_module" else node.target
+    sized = [n for n in node.all_input_nodes if isinstance(env[n], _Sized)]
+    args, kwargs = cast("tuple[Any, dict[str, Any]]", map_arg((node.args, node.kwargs), env.__getitem__))
+    if sized:
+        if (told := _computed(called, args, kwargs)) is not None:
+            return told
+        env.update((n, env[n].fake()) for n in sized)
+        args, kwargs = cast("tuple[Any, dict[str, Any]]", map_arg((node.args, node.kwargs), env.__getitem__))
+    value = getattr(args[0], called)(*args[1:], **kwargs) if isinstance(called, str) else called(*args, **kwargs)
+    env.update((n, _Sized.like(env[n])) for n in sized)  # it may have another shape now
+    return _Sized.like(value) if isinstance(value, FakeTensor) else value
 
 
 def _as_written(result: Any) -> Any:
@@ -202,7 +238,9 @@ def _is_of_torch(module: fx.GraphModule) -> bool:
         str(getattr(f, "__module__", "torch") or "torch") for f in functions
     ]
     hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in called)
-    return not hooked and all(h.split(".")[0] in ("torch", "_operator", "builtins", "math") for h in homes)
+    return not hooked and all(
+        h.split(".")[0] in ("torch", "torchvision", "_operator", "builtins", "math") for h in homes
+    )
 
 
 def _like(value: Any, shape: list[int] | None) -> Any:
@@ -231,29 +269,69 @@ _KEEPING = (
     *(nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid),
     *(nn.LeakyReLU, nn.Mish, nn.Tanh, nn.ELU, nn.Dropout, nn.LayerNorm, nn.Identity),
 )
-_KEEPING_FUNCTIONS = (F.batch_norm, F.relu, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.sigmoid, F.leaky_relu)
-"""Modules and functions whose results have the sizes of their operands: these need not run."""
+_KEEPING_CALLS = (F.batch_norm, F.relu, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.sigmoid, F.leaky_relu)
+_KEEPING_CALLS += (torch.sigmoid, "sigmoid", torch.relu, "relu", "contiguous")
+"""Modules, functions and methods whose results have the sizes of their operands: these need not run."""
 
 
-_ARITHMETIC = (operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.mul)
+_ARITHMETIC = (operator.add, operator.mul, operator.sub, operator.truediv, torch.add, torch.mul)
+_IN_PLACE = (operator.iadd, operator.imul)
 
 
-def _computed(called: Any, args: Sequence[Any]) -> Any:
+def _computed(called: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The result, where it follows from the sizes of ``args``; None where ``called`` has to run."""
+    if called in (*_ARITHMETIC, *_IN_PLACE) and len(args) == 2 and not kwargs:
+        return _broadcast(*args, in_place=called in _IN_PLACE)
+    if called is torch.cat:
+        return _joined(*args, **kwargs)
     x = args[0] if args else None
     if not isinstance(x, _Sized):
         return None
-    if type(called) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        return _convolved(called, x)
     if isinstance(called, nn.Module):
-        return x if isinstance(called, _KEEPING) else None
+        return _of_module(called, x)
+    if called is torch.flatten or called == "flatten":
+        return _flattened(x, *args[1:], **kwargs)
     if called is getattr and args[1] in ("shape", "ndim", "dtype", "device"):
         return torch.Size(x.shape) if args[1] == "shape" else len(x.shape) if args[1] == "ndim" else getattr(x, args[1])
-    if called in _ARITHMETIC and len(args) == 2:
-        y = args[1]
-        alike = isinstance(y, _Sized) and (y.dtype, y.device) == (x.dtype, x.device)
-        return replace(x, shape=tuple(torch.broadcast_shapes(x.shape, y.shape))) if alike else None
-    return x if called in _KEEPING_FUNCTIONS else None
+    return x if called in _KEEPING_CALLS else None
+
+
+def _broadcast(a: Any, b: Any, in_place: bool) -> _Sized | None:
+    sized = [t for t in (a, b) if isinstance(t, _Sized | Tensor)]
+    x = sized[0]
+    plain = all(isinstance(t, _Sized | Tensor | int | float) for t in (a, b)) and x.dtype.is_floating_point
+    if not plain or len({(t.dtype, t.device) for t in sized}) > 1:
+        return None
+    shape = tuple(torch.broadcast_shapes(*(t.shape for t in sized)))
+    return None if in_place and shape != a.shape else _Sized(shape, x.dtype, x.device)
+
+
+def _joined(tensors: Sequence[Any], dim: int = 0) -> _Sized | None:
+    x = tensors[0]
+    if not all(isinstance(t, _Sized) and (t.dtype, t.device) == (x.dtype, x.device) for t in tensors):
+        return None
+    axis = dim % len(x.shape)
+    apart = {(*t.shape[:axis], *t.shape[axis + 1 :]) for t in tensors}
+    size = sum(t.shape[axis] for t in tensors)
+    return replace(x, shape=(*x.shape[:axis], size, *x.shape[axis + 1 :])) if len(apart) == 1 else None
+
+
+def _flattened(x: _Sized, start_dim: int = 0, end_dim: int = -1) -> _Sized | None:
+    start, end = start_dim % len(x.shape), end_dim % len(x.shape)
+    return replace(x, shape=(*x.shape[:start], prod(x.shape[start : end + 1]), *x.shape[end + 1 :]))
+
+
+def _of_module(module: Any, x: _Sized) -> _Sized | None:
+    kind = type(module)
+    if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return _convolved(module, x)
+    if kind is nn.Linear and (x.shape[-1], x.dtype) == (module.in_features, module.weight.dtype):
+        return replace(x, shape=(*x.shape[:-1], module.out_features))
+    if kind is nn.Flatten:
+        return _flattened(x, module.start_dim, module.end_dim)
+    if kind is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)) and len(x.shape) in (3, 4):
+        return replace(x, shape=(*x.shape[:-2], 1, 1))
+    return x if isinstance(module, _KEEPING) else None
 
 
 def _convolved(conv: Any, x: _Sized) -> _Sized | None:
@@ -263,26 +341,3 @@ def _convolved(conv: Any, x: _Sized) -> _Sized | None:
     windows: Any = zip(x.shape[2:], conv.padding, conv.kernel_size, conv.dilation, conv.stride, strict=True)
     sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, k, d, s in windows]
     return replace(x, shape=(x.shape[0], conv.out_channels, *sizes)) if min(sizes) > 0 else None
-
-
-class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.found: dict[str, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        called = attribute(self.module, str(n.target)) if n.op in ("call_module", "get_attr") else n.target
-        value = None
-        if n.op == "get_attr":
-            value = called
-        elif n.op.startswith("call_"):
-            value = _computed(called, [self.env[a] if isinstance(a, fx.Node) else a for a in n.args])
-        if value is None:
-            fakes = {given: v.fake() for given in n.all_input_nodes if isinstance(v := self.env[given], _Sized)}
-            self.env.update(fakes)
-            value = super().run_node(n)
-            self.env.update((given, _Sized.like(v)) for given, v in fakes.items())  # it may have another shape now
-            value = _Sized.like(value) if isinstance(value, FakeTensor) else value
-        if isinstance(value, Tensor | _Sized):
-            self.found[n.name] = tuple(value.shape)
-        return value

@@ -30,11 +30,13 @@ class Attempt(Generic[ResultT]):
         result: the outcome.
         tensors: what is new in it, of each of ``splices``, and which parameters it is made from.
         errors: the largest error of each splice on samples; None where it was not sampled.
+        sampled: the splices that were sampled because they are not proven.
     """
 
     def __init__(self, host: Host[ResultT], plan: Plan) -> None:
         self.host, self.plan = host, plan
         self.errors = {s: s.error for s in plan.splices}
+        self.sampled: set[Splice] = set()
         self.without: frozenset[str] = frozenset()
         self._carry_out()
 

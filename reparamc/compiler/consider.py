@@ -163,19 +163,12 @@ def checked(
     root = members[-1]
     sources = list(dict.fromkeys(values_in(v for m in members for v in readings[m].operands if v not in members)))
     refuse = _obstacle(graph, root, members, sources, before, after, native)
-    error = None
-    if refuse is None and reference is not None:
-        try:
-            error = reference.compare(before, after)
-        except ValueError as unsampled:
-            refuse = f"it cannot be verified: {unsampled}"
     if refuse is not None:
         return Declined(refuse)
-    if reference is not None:
-        by_host = reference.error(members, before) if error is None or error <= REGION_TOLERANCE else None
-        for check, found in (("rewrite", error), ("reading", by_host)):
-            if found is not None and not found <= REGION_TOLERANCE:
-                return reference.fail(root, check, found, tuple(counts), show(before), show(after))
+    read, error = reference.compare(members, before, after) if reference is not None else (None, None)
+    for check, found in (("reading", read), ("rewrite", error)):
+        if reference is not None and found is not None and not found <= REGION_TOLERANCE:
+            return reference.fail(root, check, found, tuple(counts), show(before), show(after))
     dtype = graph.dtype(members)
     assert dtype is not None
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))

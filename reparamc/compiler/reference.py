@@ -1,9 +1,9 @@
 """The host's own word: a region of each kind is run by the framework itself, operator by operator, in float64.
 
-Region and replacement are compared as expressions, that is, as reparamc reads them. A reader that takes an
-attribute for something else is wrong in both, and only the operators themselves can tell. They are slow, so one
-region speaks for all of its **kind**: those made of the same operators with the same attributes, read as expressions
-of the same structure. Weights and numbers of channels make no kind of their own.
+The expression that a region is read as, and that of its replacement, are compared with what the operators give. A
+reader that takes an attribute for something else is wrong in both, and only the operators themselves can tell. They are
+slow, so one region speaks for all of its **kind**: those made of the same operators with the same attributes, read as
+expressions of the same structure. Weights and numbers of channels make no kind of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from math import prod
 
 import numpy as np
 
-from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions, relative, structure
+from reparamc.algebra.arrays import values
+from reparamc.algebra.equal import REGION_TOLERANCE, relative, structure
 from reparamc.algebra.evaluate import TooLargeError, absolute, evaluate
 from reparamc.algebra.expr import Array, Expr, Layout, Resize, Source, walk
 from reparamc.algebra.infer import has_layout
@@ -48,36 +49,32 @@ class Reference:
     unable: list[Refusal] = field(default_factory=list[Refusal])
     failures: dict[tuple[str, str], FailedRegion] = field(default_factory=dict[tuple[str, str], FailedRegion])
     _asked: set[Hashable] = field(default_factory=set[Hashable])
-    _compared: set[Hashable] = field(default_factory=set[Hashable])
 
     def error(self, members: Sequence[Value], before: Expr) -> float | None:
-        """The largest error of ``before``, the expression of ``members``, relative to its terms; None if unknown.
+        """The first of what `compare` gives."""
+        return self.compare(members, before, before)[0]
 
-        It is that of the first region of this kind. No operator tells its `Taps`, or the weights of any other resize.
+    def compare(self, members: Sequence[Value], before: Expr, after: Expr) -> tuple[float | None, float | None]:
+        """The largest errors of ``before``, the expression of ``members``, and of ``after``; None where unknown.
+
+        They are relative to the terms of ``before``. The first is that of the first region of this kind. The other is
+        known for that region alone: the proof decides for all regions, weights and sizes what samples suggest, and what
+        it leaves undecided is sampled then. No operator tells its `Taps`, or the weights of any other resize.
         """
         if any(isinstance(o, Taps) for v in members for o in self.readings[v].operands):
-            return None
+            return None, None
         if any(isinstance(e, Layout) and isinstance(e.op, Resize) and e.op.mode == OTHER for e in walk(before)):
-            return None
+            return None, None
         kind = self._kind(members, before)
-        if kind not in self._asked:
-            self._asked.add(kind)
-            try:
-                self.errors[kind] = self._compare(members, before)
-            except _UnableError as reason:
-                self.unable.append(Refusal(self.graph.name(members[-1]), "host", str(reason)))
-        return self.errors.get(kind)
-
-    def compare(self, before: Expr, after: Expr) -> float | None:
-        """`compare_expressions` for the first region of each structure; None for the others.
-
-        The proof decides for all weights and sizes what samples suggest. What it leaves undecided is sampled then.
-        """
-        kind = structure(before), structure(after)
-        if kind in self._compared:
-            return None
-        self._compared.add(kind)
-        return compare_expressions(before, after)
+        if kind in self._asked:
+            return self.errors.get(kind), None
+        self._asked.add(kind)
+        try:
+            self.errors[kind], replaced = self._compare(members, before, after)
+        except _UnableError as reason:
+            self.unable.append(Refusal(self.graph.name(members[-1]), "host", str(reason)))
+            return None, None
+        return self.errors[kind], replaced
 
     def fail(
         self, root: Value, check: str, error: float, passes: tuple[str, ...], before: str, after: str
@@ -93,41 +90,49 @@ class Reference:
         host = tuple((self.graph.kind(v), *(places.get(o) for o in self.readings[v].operands)) for v in members)
         return host, structure(before)
 
-    def _compare(self, members: Sequence[Value], before: Expr) -> float:
-        """As `error`, at two sizes; where only the sizes of the graph satisfy its operators, at those."""
+    def _compare(self, members: Sequence[Value], before: Expr, after: Expr) -> tuple[float, float]:
+        """As `compare`, at two sizes; where only the sizes of the graph satisfy its operators, at those."""
         failure: Exception | None = None
-        worst = 0.0
+        found = [(0.0, 0.0)]
         try:
-            for inputs, sizes in islice(_ordinary(before), 2):
-                worst = max(worst, self._difference(members, before, inputs, sizes))
+            found += [self._differences(members, before, after, *given) for given in islice(_ordinary(before), 2)]
         except TooLargeError as error:
             raise _UnableError(f"{error} for the reference operators of the framework") from error
         except Exception as error:  # whatever a host's operators raise
             failure = error
-        if failure is None and worst <= REGION_TOLERANCE:
-            return worst
-        found: list[float] = []
-        for inputs, sizes in _exact(before):
+        if failure is None and all(error <= REGION_TOLERANCE for error, _ in found):
+            return _largest(found)
+        exact: list[tuple[float, float]] = []
+        for given in _exact(before):
             try:
-                found.append(self._difference(members, before, inputs, sizes))
+                exact.append(self._differences(members, before, after, *given))
             except Exception as error:  # as above
                 failure = error
-        if found:
-            return max(found)
-        if failure is not None:
+        if failure is not None and not exact:
             raise _UnableError(f"the framework's operators do not run on sample inputs: {one_line(failure)}")
-        return worst
+        return _largest(exact or found)
 
-    def _difference(
-        self, members: Sequence[Value], before: Expr, inputs: dict[Source, Array], sizes: Mapping[str, int]
-    ) -> float:
-        values: dict[Value, Array] = {e.key: x for e, x in inputs.items()}
+    def _differences(
+        self, members: Sequence[Value], before: Expr, after: Expr, inputs: dict[Source, Array], sizes: Mapping[str, int]
+    ) -> tuple[float, float]:
+        given: dict[Value, Array] = {e.key: x for e, x in inputs.items()}
         for v in members:
-            values[v] = self.graph.run(v, {o: values[o] for o in self.readings[v].operands}, sizes)
-        expected = values[members[-1]]
+            given[v] = self.graph.run(v, {o: given[o] for o in self.readings[v].operands}, sizes)
+        expected = given[members[-1]]
         found, _ = evaluate(before, inputs, sizes)
         terms, _ = evaluate(absolute(before), {e: np.abs(x) for e, x in inputs.items()}, sizes)
-        return relative(expected, found, terms)
+        error = relative(expected, found, terms)
+        if after is before:
+            return error, error
+        try:
+            return error, relative(expected, values(evaluate(after, inputs, sizes)[0]), terms)
+        except (ValueError, IndexError):  # its shapes do not fit together
+            return error, float("inf")
+
+
+def _largest(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    before, after = (max(column, key=lambda e: (np.isnan(e), e)) for column in zip(*errors, strict=True))
+    return before, after
 
 
 class _UnableError(Exception):

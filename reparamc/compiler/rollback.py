@@ -114,12 +114,13 @@ def _disproved(attempt: Attempt[ResultT], found: Certificate) -> dict[Edit, _Fin
 
 
 def _sampled(attempt: Attempt[ResultT], found: Certificate) -> dict[Edit, _Finding]:
-    """The edits that are not proven, and wrong on samples; those that were sampled already are left out."""
+    """The edits that are not proven, and wrong on samples; each is sampled once."""
     proven = {w.where for w in found.windows if w.verdict == "equal"}
     wrong: dict[Edit, _Finding] = {}
     for splice in attempt.splices:
-        if splice.original is None or attempt.errors[splice] is not None or attempt.host.tensor(splice.root) in proven:
+        if splice.original is None or splice in attempt.sampled or attempt.host.tensor(splice.root) in proven:
             continue
+        attempt.sampled.add(splice)
         try:
             error = attempt.errors[splice] = compare_expressions(splice.original, _over(splice.original, splice.expr))
         except ValueError as unsampled:

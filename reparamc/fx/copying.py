@@ -125,6 +125,7 @@ def _inside(value: Any, depth: int = 3) -> list[Any]:
 
 _CONTAINERS = (dict, list, tuple, set, deque)
 _HOLDING = (*_CONTAINERS, Tensor)
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 def _uncopyable(model: nn.Module) -> list[tuple[str, Any]]:
@@ -256,11 +257,13 @@ class _Snapshot:
         held: list[Any] = []
         self.empty: list[Any] = []
         for name, value in self.attributes.items():
-            if isinstance(value, _HOLDING) and name not in again:
-                if isinstance(value, Tensor) or value:
-                    held += _inside(value)
-                elif not isinstance(value, tuple):
+            if type(value) not in _PLAIN and isinstance(value, _HOLDING) and name not in again:
+                if isinstance(value, Tensor):
+                    held.append(value)
+                elif not value:
                     self.empty.append(value)
+                elif not _PLAIN.issuperset(map(type, value)) or not isinstance(value, tuple):
+                    held += _inside(value)
         self.contents = [(v, _shallow(v)) for v in held if isinstance(v, dict | list | set | deque)]
         names = {id(p): name for name, p in module._parameters.items()}
         self.tensors: list[tuple[Tensor, Any]] = []

@@ -43,7 +43,7 @@ class Editor:
     Attributes:
         source: the graph as it was read; all values in splices are its nodes.
         copies: the node of the copy for each of its nodes.
-        module, graph: the copy.
+        module, graph: what is new, and the copy.
     """
 
     def __init__(self, source: Readings) -> None:
@@ -127,7 +127,7 @@ class Editor:
                 self.graph.erase_node(node)
         self._mover.drop_unused()
         self.graph.lint()
-        fused = FusedModule(self.module, self.graph, type(self.source.module).__name__)
+        fused = FusedModule(self.target.holder(), self.graph, type(self.source.module).__name__)
         fused.training = False
         for module in fused.modules():
             if type(module) is nn.Module:  # a container that tracing made; the modules in it keep their modes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import zip_longest
 from math import prod
 from typing import Any, TypeVar, cast
@@ -48,15 +49,15 @@ from reparamc.fx.readings import Readings
 
 TensorT = TypeVar("TensorT", bound=Tensor)
 
-LINEAR_MODULES: dict[int, Callable[..., nn.Module]] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED_MODULES: dict[int, Callable[..., nn.Module]] = {
+LINEAR_MODULES: dict[int, type[nn.Module]] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED_MODULES: dict[int, type[nn.Module]] = {
     1: nn.ConvTranspose1d,
     2: nn.ConvTranspose2d,
     3: nn.ConvTranspose3d,
 }
 POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-NORM_MODULES = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+NORM_MODULES: dict[int, type[nn.Module]] = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def channels_last(t: Tensor) -> torch.memory_format | None:
@@ -66,10 +67,11 @@ def channels_last(t: Tensor) -> torch.memory_format | None:
 
 
 class Target:
-    """A copy of a traced module, and what has been written into it.
+    """A copy of the graph of a traced module, and what has been written into it.
 
     Attributes:
         copies: the node of the copy for each node of the module.
+        module: what holds the modules and tensors that are new.
     """
 
     def __init__(self, source: fx.GraphModule) -> None:
@@ -78,14 +80,15 @@ class Target:
         self.graph: fx.Graph = copy.deepcopy(source.graph, self.copies)
         (end,), (copied_end,) = (g.find_nodes(op="output") for g in (source.graph, self.graph))
         self.copies[end] = copied_end
-        self.module = fx.GraphModule(source, fx.Graph(), type(source).__name__)
-        for node in self.graph.nodes:
-            if node.op in ("call_module", "get_attr"):
+        self.module = fx.GraphModule(nn.Module(), fx.Graph())
+        for node in self.graph.find_nodes(op="call_module"):
+            if lookup(source, str(node.target))._modules:  # what is new may be put into it
                 _copy_attr(source, self.module, str(node.target))
         self.emitted: dict[Expr, fx.Node] = {}
         self.spliced: dict[fx.Node, fx.Node] = {}
         """What has taken the place of a node."""
         self._next: dict[str, int] = {}
+        self._fresh: set[str] = set()
 
     def fresh_path(self, wanted: str) -> str:
         """``wanted``, or that with a number after it: a path that names nothing yet."""
@@ -93,7 +96,16 @@ class Target:
         while _exists(self.module, path) or _exists(self.source, path):
             path, n = f"{wanted}_{n}", n + 1
         self._next[wanted] = n
+        self._fresh.add(path)
         return path
+
+    def holder(self) -> nn.Module:
+        """A module with all that the graph calls and reads, as it is now."""
+        for node in self.graph.nodes:
+            path = str(node.target)
+            if node.op in ("call_module", "get_attr") and self._fresh.isdisjoint((path, path.rpartition(".")[0])):
+                _copy_attr(self.source, self.module, path)
+        return self.module
 
     def current(self, value: Value) -> fx.Node:
         """The node of the copy that now computes ``value``."""
@@ -229,7 +241,7 @@ class Emitter(Emission[fx.Node]):
             keys = ("stride", "padding", "dilation", "padding_mode", "output_padding")
             kinds = TRANSPOSED_MODULES if call.op == "conv_transpose" else LINEAR_MODULES
             given = {key: call.args[key] for key in keys if key in call.args}
-            holder = kinds[e.spatial](
+            holder = _without_values(kinds[e.spatial])(
                 e.in_channels // prod(weight.shape[2:]), e.out_channels, tuple(weight.shape[2:]), groups=e.groups,
                 **given, **self._options(e),
             )  # fmt: skip
@@ -299,7 +311,7 @@ class Emitter(Emission[fx.Node]):
         weight = zeros_of(e.weight, (*e.weight.shape[:2], *kernel))
         weight[(..., *(slice(f, f + k) for k, (f, _) in zip(e.kernel, more, strict=True)))] = e.weight
         grown = [max(b - f, 0) for b, f in zip(begin, end, strict=True)]
-        module = TRANSPOSED_MODULES[e.spatial](
+        module = _without_values(TRANSPOSED_MODULES[e.spatial])(
             e.in_channels, e.out_channels, weight.shape[2:], stride=e.stride, padding=tuple(begin),
             output_padding=tuple(grown), dilation=e.dilation, groups=e.groups, **self._options(e),
         )  # fmt: skip
@@ -324,13 +336,13 @@ class Emitter(Emission[fx.Node]):
     def _conv(self, e: Conv) -> fx.Node:
         x = self.value(e.x)
         if e.spatial == 0:
-            module: nn.Module = nn.Linear(e.in_channels, e.out_channels, **self._options(e))
+            module = _without_values(nn.Linear)(e.in_channels, e.out_channels, **self._options(e))
         else:
             begin, end = e.padding
             padding: Any = begin
             if begin != end or min(begin) < 0:
                 x, padding = self._pad(x, begin, end), (0,) * e.spatial
-            module = LINEAR_MODULES[e.spatial](
+            module = _without_values(LINEAR_MODULES[e.spatial])(
                 e.in_channels, e.out_channels, e.kernel,
                 stride=e.stride, padding=padding, dilation=e.dilation, groups=e.groups, **self._options(e),
             )  # fmt: skip
@@ -338,7 +350,8 @@ class Emitter(Emission[fx.Node]):
         return self.target.graph.call_module(self._add(module), (x,))
 
     def _batchnorm(self, e: BatchNorm) -> fx.Node:
-        module = NORM_MODULES[-1 - e.axis](e.gamma.size, eps=e.eps, device="meta", dtype=self.like.dtype)
+        kind = _without_values(NORM_MODULES[-1 - e.axis])
+        module = kind(e.gamma.size, eps=e.eps, device="meta", dtype=self.like.dtype)
         module.weight, module.bias = map(self._parameter, (e.gamma, e.beta))
         module.running_mean, module.running_var = self._tensor(e.mean), self._tensor(e.var)
         module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=self.like.device)
@@ -418,6 +431,19 @@ def _last_conv(splice: Splice) -> Conv | None:
             stack += e.children
     only = next(iter(found), None) if len(found) == 1 else None
     return only if isinstance(only, Conv) and only not in splice.native else None
+
+
+@cache
+def _without_values(kind: type[nn.Module]) -> Callable[..., Any]:
+    """``kind``, but that its parameters are not filled, which takes long on the meta device too."""
+    bare = type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})
+
+    def make(*args: Any, **options: Any) -> nn.Module:
+        made = bare(*args, **options)
+        made.__class__ = kind
+        return made
+
+    return make
 
 
 def _exists(module: nn.Module, path: str) -> bool:

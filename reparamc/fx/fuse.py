@@ -89,7 +89,7 @@ def fuse_fx(
     options = Options(select(pass_table, passes, skip), level_of(verify), objective)
     inner, wrapped = unwrapped(model)
     _check(inner)
-    with LOCK, plain_modes(), _collecting_new_garbage(), ExitStack() as stack:
+    with LOCK, plain_modes(), _seldom_collecting_garbage(), ExitStack() as stack:
         # Weights that are not trained yet tell nothing of those that are loaded later. A `Fuser` records by itself.
         if not specialize and tape() is None:
             stack.enter_context(recording(Tape(generic=True)))
@@ -326,16 +326,14 @@ def _own_random_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def _collecting_new_garbage() -> Iterator[None]:
-    """What is there before is not looked through each time that Python collects garbage: torch alone is a lot."""
-    is_frozen = bool(gc.get_freeze_count())
-    if not is_frozen:
-        gc.freeze()
+def _seldom_collecting_garbage() -> Iterator[None]:
+    """Many small objects are made that stay until the end, and Python would look through them over and over."""
+    often, *others = gc.get_threshold()
+    gc.set_threshold(often and max(often, 20_000), *others)
     try:
         yield
     finally:
-        if not is_frozen:
-            gc.unfreeze()
+        gc.set_threshold(often, *others)
 
 
 @contextmanager

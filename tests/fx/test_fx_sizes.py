@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from reparamc import fuse_fx
 from reparamc.certificate import fx_shapes
+from reparamc.fx.trace import trace
 
 C = CHANNELS
 SHAPES = ((2, C, 7, 6), (1, C, 8, 9), (3, C, 12, 5))
@@ -235,3 +236,41 @@ def test_sizes_of_convolutions_are_those_of_a_run(seed: int, monkeypatch: pytest
     monkeypatch.setattr(fx_shapes, "MOST_ELEMENTS", 0)
     assert fx_shapes.sizes_of(module, (x,)) == wanted
     assert wanted["_3"] == tuple(module(x).shape)
+
+
+class Sized(nn.Module):
+    """Every operator of which the sizes are told without running it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.flat = nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(1, 2)
+        self.linear, self.scale = nn.Linear(7, 5), nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.conv(x)
+        y = torch.cat([x, 2.0 - x * self.scale, self.scale * x / 3], 1) + 1
+        y += self.pool(y).sigmoid()
+        rows = self.flat(y)
+        return self.linear(rows), torch.flatten(rows, 1), torch.cat((rows, rows), dim=-1), y.flatten(2, -1).relu()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6, 9), (1, 4, 5, 9)])
+def test_sizes_that_are_told_are_those_of_a_run(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = trace(Sized().eval()), torch.randn(shape)
+    wanted = fx_shapes.sizes_of(module, (x,))
+    monkeypatch.setattr(fx_shapes, "MOST_ELEMENTS", 0)
+    monkeypatch.setattr(fx_shapes._Sized, "fake", lambda self: pytest.fail("it runs"))
+    assert fx_shapes.sizes_of(module, (x,)) == wanted
+
+
+def test_a_write_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.pool(x)
+        y += x
+        return y
+
+    module = trace(Net(forward, pool=nn.AdaptiveAvgPool2d(1)).eval())
+    for most in (1 << 15, 0):
+        monkeypatch.setattr(fx_shapes, "MOST_ELEMENTS", most)
+        with pytest.raises(RuntimeError):
+            fx_shapes.sizes_of(module, (torch.randn(1, 2, 4, 4),))
