@@ -93,11 +93,48 @@ RANGES: list[Fault] = [
     ),
 ]  # fmt: skip
 
+
+def equal(factor: float = 1.0, bias: float = 1.0) -> dict[str, np.ndarray]:
+    """Filters of which 1, 3 and 4 are those before them, times a factor."""
+    w, b = numbers(6, 4, 1, 1), numbers(6)
+    w[[1, 3, 4]], b[[1, 3, 4]] = factor * w[[0, 2, 5]], bias * b[[0, 2, 5]]
+    return {"w": w, "b": b}
+
+
+def equal_of_torch(factor: float = 1.0, bias: float = 1.0) -> Callable[[], tuple[Any, tuple[Any, ...]]]:
+    def make() -> tuple[Any, tuple[Any, ...]]:
+        model, inputs = net(activated, nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3))
+        for p, by in ((model.part0.weight.detach(), factor), (model.part0.bias.detach(), bias)):
+            p[[1, 3, 4]] = by * p[[0, 2, 5]]
+        return model, inputs
+
+    return make
+
+
+EQUAL: list[Fault] = [
+    fault(
+        "columns of equal channels lost", f"{CHANNELS}_narrowed_conv",
+        given(lambda conv, x, out, read, known, merged, least: (
+            conv, x, out, read, known, (np.arange(len(known)), merged[1]), least)),
+        onnx=between(SIGMOID, **equal()), fx=equal_of_torch(),
+    ),
+    fault(
+        "a factor that an activation does not pass", f"{LIVENESS}Liveness._alike_after",
+        given(lambda self, separate, operands, width: (self, replace(separate, homogeneous=True), operands, width)),
+        onnx=between(SIGMOID, **equal(2.0, 2.0)), fx=equal_of_torch(2.0, 2.0),
+    ),
+    fault(
+        "a bias that is overlooked", "reparamc.algebra.alike:multiples",
+        given(lambda start, of, parts: (start, of, parts[:1])),
+        onnx=between(SIGMOID, **equal(1.0, 3.0)), fx=equal_of_torch(1.0, 3.0),
+    ),
+]  # fmt: skip
+
 SHRINK: list[Fault] = [
-    *RANGES,
+    *RANGES, *EQUAL,
     fault(
         "constants of channels lost", f"{CHANNELS}_narrowed_conv",
-        given(lambda conv, x, out, read, known, least: (conv, x, out, read, known * 0, least)),
+        given(lambda conv, x, out, read, known, *more: (conv, x, out, read, known * 0, *more)),
         onnx=between(SIGMOID), fx=torch_net(activated),
     ),
     fault(

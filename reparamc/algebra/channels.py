@@ -85,17 +85,20 @@ def is_separate(conv: Conv) -> bool:
 
 
 def narrowed(
-    e: Expr, x: Sequence[Expr], out: Index, read: Sequence[Index], known: Sequence[Array], least: float = 0.0
-) -> Expr:
+    e: Expr, x: Sequence[Expr], out: Index, read: Sequence[Index], known: Sequence[Array],
+    merged: Sequence[tuple[Index, Array]], least: float = 0.0,
+) -> Expr:  # fmt: skip
     """``e`` over operands ``x`` that have the channels ``read`` of its own, as far as its outputs ``out`` go.
 
     Args:
         known: the known channels of its own operands: those that are gone go into the bias.
+        merged: for each channel of its operands the one that it is a multiple of, and by how much: the columns of
+            those that are gone are added to those of the others.
         least: what is added to a bias there and is smaller is zero.
     """
     match e:
         case Conv():
-            return _narrowed_conv(e, x[0], out, read[0], known[0], least)
+            return _narrowed_conv(e, x[0], out, read[0], known[0], merged[0], least)
         case Scale():
             scale, shift = (values(v)[out] if v.ndim else v for v in (e.scale, e.shift))
             return replace(e, x=x[0], scale=scale, shift=shift)
@@ -115,7 +118,9 @@ def narrowed(
             return e
 
 
-def _narrowed_conv(conv: Conv, x: Expr, out: Index, read: Index, known: Array, least: float) -> Conv:
+def _narrowed_conv(
+    conv: Conv, x: Expr, out: Index, read: Index, known: Array, merged: tuple[Index, Array], least: float
+) -> Conv:
     weight = values(conv.weight)[out]
     bias = None if conv.bias is None else values(conv.bias)[out]
     if is_separate(conv):
@@ -126,6 +131,9 @@ def _narrowed_conv(conv: Conv, x: Expr, out: Index, read: Index, known: Array, l
     moved = np.where(np.abs(moved) < least, 0.0, moved)
     if moved.any():
         bias = moved if bias is None else bias + moved
+    into, factor = merged
+    for channel in np.setdiff1d(np.flatnonzero(np.isnan(known) & (into != np.arange(len(into)))), read):
+        weight[:, into[channel]] += factor[channel] * weight[:, channel]
     return replace(conv, x=x, weight=np.ascontiguousarray(weight[:, read]), bias=bias)
 
 

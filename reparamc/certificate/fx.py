@@ -27,6 +27,7 @@ from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.fx_calls import Described, attribute, described, name_of
 from reparamc.certificate.fx_memory import Memory
 from reparamc.certificate.fx_operators import (
+    HOMOGENEOUS,
     KERNELS,
     NORMS,
     NUMBERS,
@@ -504,8 +505,10 @@ class _Side:
         if name in self.memory.unsafe:
             return None
         if is_elementwise(node, self.module):
-            product = name_of(node) in ("mul", "imul", "mul_")
-            return Separate(lambda axis: axis, lambda known: self._computed_alone(node, known), product)
+            module = node.op == "call_module"
+            name = type(attribute(self.module, str(node.target))).__name__ if module else name_of(node).rstrip("_")
+            kinds = name in ("mul", "imul"), name in HOMOGENEOUS
+            return Separate(lambda axis: axis, lambda known: self._computed_alone(node, known), *kinds)
         return Separate(lambda axis: axis, None) if keeps_numbers(node, self.module) else None
 
     def _computed_alone(self, node: fx.Node, known: Mapping[str, Array]) -> Array:

@@ -38,15 +38,17 @@ NUMBERS = {
 
 ELEMENTWISE = (
     "abs", "add", "celu", "clamp", "div", "elu", "erf", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh",
-    "leaky_relu", "log", "maximum", "minimum", "mish", "mul", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu",
-    "softplus", "softsign", "sqrt", "sub", "tanh", "truediv", "iadd", "isub", "imul", "itruediv",
+    "leaky_relu", "log", "maximum", "minimum", "mish", "mul", "prelu", "relu", "relu6", "rsqrt", "selu", "sigmoid",
+    "silu", "softplus", "softsign", "sqrt", "sub", "tanh", "truediv", "iadd", "isub", "imul", "itruediv",
 )  # fmt: skip
 """Functions and methods whose result at a position depends on the operands at that position."""
 _ELEMENTWISE = {f for home in (torch, F, operator) for name in ELEMENTWISE if (f := getattr(home, name, None))}
 _ELEMENTWISE_MODULES = {
     nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6,
-    nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
+    nn.PReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
 }  # fmt: skip
+HOMOGENEOUS = {"abs", "leaky_relu", "prelu", "relu", "LeakyReLU", "PReLU", "ReLU"}
+"""Those of one value that commute with a positive factor: functions, methods and modules."""
 _POOLINGS = {
     getattr(nn, f"{kind}{n}d") for kind in ("AdaptiveAvgPool", "AdaptiveMaxPool", "MaxPool") for n in (1, 2, 3)
 }
@@ -57,7 +59,10 @@ def is_elementwise(node: fx.Node, module: fx.GraphModule) -> bool:
     """Whether an operator is defined element by element."""
     if node.op == "call_method":
         return str(node.target).removesuffix("_") in ELEMENTWISE
-    return node.target in _ELEMENTWISE if node.op == "call_function" else _is_one_of(node, module, _ELEMENTWISE_MODULES)
+    if node.op == "call_function":
+        return node.target in _ELEMENTWISE
+    of_channels = node.op == "call_module" and getattr(attribute(module, str(node.target)), "num_parameters", 1) > 1
+    return _is_one_of(node, module, _ELEMENTWISE_MODULES) and not of_channels
 
 
 def keeps_numbers(node: fx.Node, module: fx.GraphModule) -> bool:

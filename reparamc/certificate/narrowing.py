@@ -7,7 +7,7 @@ are numbers, and the rest depends on a leaf that the emitted graph does not have
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 import reparamc.certificate.layouts as nl
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Dim, identity_view
-from reparamc.certificate.normal_form import ONE, Array, Block, Grid, Guard, Value, Vector, Where
+from reparamc.certificate.normal_form import Array, Block, Grid, Guard, Value, Vector, Where
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +26,14 @@ class Narrowing:
         axis: that of the channels, from the left.
         index: for each channel of the original the one that it is, or -1.
         known: the number that a channel is everywhere; NaN where it is none.
+        like: of the others, the one that each is a positive multiple of, or -1; and by what ``factor``.
     """
 
     axis: int
     index: Array
     known: Array
+    like: Array
+    factor: Array
 
     @property
     def kept(self) -> Array:
@@ -43,7 +46,13 @@ class Narrowing:
     @property
     def emitted(self) -> Narrowing:
         """The tensor that was emitted, as a function of itself: its numbers are known as well."""
-        return Narrowing(self.axis, np.arange(self.width), self.known[self.kept])
+        none = np.full(self.width, -1)
+        return Narrowing(self.axis, np.arange(self.width), self.known[self.kept], none, np.ones(self.width))
+
+    @property
+    def gone(self) -> Array:
+        """The channels of the original that are neither emitted nor numbers nor multiples of those."""
+        return np.flatnonzero((self.index < 0) & (self.like < 0) & np.isnan(self.known))
 
     def alike(self, other: Narrowing) -> bool:
         """Whether two tensors lost the same channels."""
@@ -58,11 +67,13 @@ class Separate:
         axis: where the axis of the channels, from the left, is in the result; None where it does not stay whole.
         computed: what it makes of numbers, one for each channel, by operand; None if it keeps them.
         multiplies: whether it is the product of its operands.
+        homogeneous: whether a positive factor of its operand is one of its result.
     """
 
     axis: Callable[[int], int | None]
     computed: Callable[[Mapping[str, Array]], Array] | None
     multiplies: bool = False
+    homogeneous: bool = False
 
 
 def shape_of(shape: Sequence[Dim], narrowing: Narrowing, width: int) -> list[Dim]:
@@ -72,14 +83,15 @@ def shape_of(shape: Sequence[Dim], narrowing: Narrowing, width: int) -> list[Dim
 def put_back(leaf: Value, rest: Value | None, narrowing: Narrowing) -> Value:
     """The tensor of the original, of the emitted ``leaf`` and of the ``rest`` that was not emitted; numbers stay."""
     kept, axis = np.flatnonzero((narrowing.index >= 0) & np.isnan(narrowing.known)), narrowing.axis
-    parts = [(leaf, kept, narrowing.index[kept])]
+    multiples = np.flatnonzero((narrowing.like >= 0) & np.isnan(narrowing.known))
+    parts = [(leaf, kept, narrowing.index[kept]), (leaf, multiples, narrowing.like[multiples])]
     if rest is not None:
-        gone = np.flatnonzero((narrowing.index < 0) & np.isnan(narrowing.known))
+        gone = narrowing.gone
         parts.append((rest, gone, np.arange(len(gone))))
     base = tuple(shape_of(leaf.base, narrowing, len(narrowing.index)))
     tap = (Guard(0, 0, 0),) * len(base)
     blocks = tuple(
-        Block(next(iter(v.grids)), rows, first, np.ones((len(rows), 1, 1)), np.broadcast_to(ONE, len(rows)), (tap,))
+        Block(next(iter(v.grids)), rows, first, np.ones((len(rows), 1, 1)), narrowing.factor[rows], (tap,))
         for v, rows, first in parts
         if len(rows)
     )
@@ -117,8 +129,58 @@ def matched(original: Value, emitted: Value, axis: int) -> tuple[Narrowing, Valu
         best = at + int(np.flatnonzero(apart <= max(4 * nearest, 2.0**-20))[0])
         index[best], at = channel, best + 1
     known = original.vectors[None].value if None in original.vectors else np.zeros(len(mine))
-    found = Narrowing(axis, index, np.where(varies, np.nan, known))
+    found = Narrowing(axis, index, np.where(varies, np.nan, known), *_multiples(original, index, mine, size))
     return found, nl.selected(original, found.kept.tolist(), axis)
+
+
+EXACT, MOST_TRIED = 2.0**-46, 8
+"""Relative difference up to which numbers computed in float64 count as one; and channels that one is compared with."""
+
+
+def _multiples(value: Value, index: Array, sums: Array, size: Array) -> tuple[Array, Array]:
+    """Of the channels that are not emitted, the emitted one that each is a positive multiple of, and the factor."""
+    like, factor = np.full(len(index), -1), np.ones(len(index))
+    share = sums / np.maximum(size, np.finfo(np.float64).tiny)  # the same for all multiples
+    kept = np.flatnonzero((index >= 0) & (size > 0))
+    for channel in np.flatnonzero((index < 0) & (size > 0)):
+        near = kept[np.abs(share[kept] - share[channel]) <= 2.0**-40]
+        for other in near[np.argsort(np.abs(sums[near] - sums[channel]), kind="stable")][
+            :MOST_TRIED
+        ]:  # equal ones first
+            by = _ratio(value, int(channel), int(other))
+            if by is not None:
+                like[channel], factor[channel] = index[other], by
+                break
+    return like, factor
+
+
+def _ratio(value: Value, channel: int, other: int) -> float | None:
+    """The positive number that makes the coefficients of one channel those of another; None if there is none."""
+    mine, its = _coefficients(value, channel), _coefficients(value, other)
+    a, b = (np.zeros((len(mine | its), max(map(len, (mine | its).values())))) for _ in range(2))
+    for at, key in enumerate(mine | its):
+        for row, given in ((a[at], mine), (b[at], its)):
+            row[: len(given.get(key, ()))] = given.get(key, 0.0)
+    largest = np.unravel_index(np.argmax(np.abs(b)), b.shape)
+    by = a[largest] / b[largest]
+    return float(by) if by > 0 and np.all(np.abs(a - by * b) <= EXACT * np.abs(a)) else None
+
+
+def _coefficients(value: Value, channel: int) -> dict[Hashable, Array]:
+    """What a channel reads at each tap of each source, and what is added to it."""
+    found: dict[Hashable, Array] = {("added", where): v.value[[channel]] for where, v in value.vectors.items()}
+    for b in value.blocks:
+        at = int(np.searchsorted(b.rows, channel))
+        if at == len(b.rows) or b.rows[at] != channel:
+            continue
+        row = np.pad(b.left[at] * b.weight[at].astype(np.float64), ((int(b.first[at]), 0), (0, 0)))
+        for n, tap in enumerate(b.taps):
+            before = found.get((b.source, tap), np.zeros(0))
+            total = np.zeros(max(len(before), len(row)))
+            total[: len(before)] += before
+            total[: len(row)] += row[:, n]
+            found[b.source, tap] = total
+    return found
 
 
 def _fingerprints(value: Value) -> tuple[Array, Array, Array]:
@@ -146,23 +208,29 @@ def _weights(name: str, count: int) -> Array:
     return np.random.default_rng(zlib.crc32(name.encode())).uniform(1, 2, count)
 
 
-def gone(narrowing: Narrowing) -> int:
-    """How many channels of the original are neither emitted nor numbers."""
-    return int(((narrowing.index < 0) & np.isnan(narrowing.known)).sum())
-
-
 def passed(narrowings: Mapping[str, Narrowing], separate: Separate) -> Narrowing | None:
     """The narrowing of what an operator makes of operands that all lost the same channels."""
     first = next(iter(narrowings.values()))
     axis = separate.axis(first.axis)
     if axis is None or not all(first.alike(n) for n in narrowings.values()):
         return None
-    known = first.known
+    known, like, factor = first.known, first.like, first.factor
     if separate.computed is not None:
+        like, factor = _multiples_after(narrowings, separate)
         rows = [n.known for n in narrowings.values()]
         fixed = ~np.isnan(rows).any(0)
         made = separate.computed({name: np.where(fixed, n.known, 0.0) for name, n in narrowings.items()})
         known = np.where(fixed, made, np.nan)
         if separate.multiplies:
             known = np.where((np.array(rows) == 0).any(0), 0.0, known)
-    return replace(first, axis=axis, known=known)
+    return replace(first, axis=axis, known=known, like=like, factor=factor)
+
+
+def _multiples_after(narrowings: Mapping[str, Narrowing], separate: Separate) -> tuple[Array, Array]:
+    """What an elementwise operator makes of multiples of channels."""
+    first, *others = narrowings.values()
+    stays = np.all([first.like >= 0, *(n.like == first.like for n in others)], axis=0)
+    factor = np.prod([n.factor for n in narrowings.values()], axis=0)
+    if not separate.multiplies and not (separate.homogeneous and not others):
+        stays = stays & np.all([n.factor == 1 for n in narrowings.values()], axis=0)
+    return np.where(stays, first.like, -1), np.where(stays, factor, 1.0)

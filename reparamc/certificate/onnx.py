@@ -22,6 +22,7 @@ from reparamc.certificate.onnx_bounds import bodies
 from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, bounds, is_standard, run_alone
 from reparamc.certificate.onnx_operators import (
     ELEMENTWISE,
+    HOMOGENEOUS,
     MIXING,
     NORMS,
     READERS,
@@ -254,8 +255,8 @@ class _Side:
         if not is_standard(node) or any(node.output[1:]) or not _has_schema(node, self.opset):
             return None
         if node.op_type in ELEMENTWISE:
-            is_product = node.op_type == "Mul"
-            return Separate(lambda axis: axis, lambda known: self._computed_alone(node, known), is_product)
+            kinds = node.op_type == "Mul", node.op_type in HOMOGENEOUS
+            return Separate(lambda axis: axis, lambda known: self._computed_alone(node, known), *kinds)
         return Separate(lambda axis: axis, None) if keeps_numbers(node, self.constant) else None
 
     def _computed_alone(self, node: NodeProto, known: Mapping[str, Array]) -> Array:

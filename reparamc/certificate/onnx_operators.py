@@ -27,10 +27,13 @@ MIXING = {"AveragePool", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"}
 
 ELEMENTWISE = {
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log",
-    "Max", "Min", "Mish", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt",
-    "Sub", "Tanh", "ThresholdedRelu",
+    "Max", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign",
+    "Sqrt", "Sub", "Tanh", "ThresholdedRelu",
 }  # fmt: skip
 """Operators that the specification defines element by element."""
+
+HOMOGENEOUS = {"Abs", "LeakyRelu", "PRelu", "Relu"}
+"""Those of one value that commute with a positive factor."""
 
 
 class Side(Protocol):

@@ -25,7 +25,6 @@ from reparamc.certificate.layouts import RESIZED
 from reparamc.certificate.narrowing import (
     Narrowing,
     Separate,
-    gone,
     matched,
     narrowed_axis,
     passed,
@@ -450,7 +449,7 @@ class _Proof:
         narrowing = self.narrowings.get(name)
         if narrowing is None:
             return replace(leaf, meter=self.meter)
-        whole, left = leaf.shape, gone(narrowing)
+        whole, left = leaf.shape, len(narrowing.gone)
         leaf = nf_leaf(name, shape_of(whole, narrowing, narrowing.width), self.meter)
         if which == 1:
             return put_back(leaf, None, narrowing.emitted)

@@ -119,12 +119,14 @@ class Separate:
         computes: whether an element depends on those at its own position alone; else it keeps a number that a channel
             has everywhere.
         multiplies: whether it is a product of its operands.
+        homogeneous: whether a positive factor of its operand is one of its result.
         moves: what it does to axes.
     """
 
     operands: tuple[Value, ...]
     computes: bool = True
     multiplies: bool = False
+    homogeneous: bool = False
     moves: LayoutOp | None = None
 
 

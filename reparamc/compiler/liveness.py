@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from reparamc.algebra.alike import Alike, alike_after, multiples, repeats
 from reparamc.algebra.channels import Index, Mask, frees_channels, is_separate, known_after, takes_constants, uses
 from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Select, Source, axis_through, ranks, rebuild, walk
 from reparamc.algebra.infer import channel_axes, channels
@@ -22,11 +24,15 @@ from reparamc.compiler.readings import MOST_CONCATENATED, Reading, Taps, Value
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The channels of one value: they have the numbers ``start`` and following, along ``axis`` from the right."""
+    """The channels of one value: they have the numbers ``start`` and following, along ``axis`` from the right.
+
+    ``alike``: which are multiples of others; a known one is not counted as such.
+    """
 
     start: int
     axis: int
     known: Array
+    alike: Alike
 
     @property
     def width(self) -> int:
@@ -35,6 +41,11 @@ class Channels:
     @property
     def numbers(self) -> Index:
         return np.arange(self.start, self.start + self.width)
+
+    @cached_property
+    def merged(self) -> Alike:
+        """The channel of this value, counted from 0, that each is a multiple of."""
+        return self.alike.within()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +76,7 @@ class Liveness:
         self._stays: list[Index] = []
         self._matrices: list[_Matrix] = []
         self._readings = {v: r for v in graph.values() if isinstance(r := graph.read(v), Reading)}
-        if not any(frees_channels(e) for r in self._readings.values() for e in walk(r.template)):
+        if not any(frees_channels(e) or repeats(e) for r in self._readings.values() for e in walk(r.template)):
             self.needed = np.ones(0, bool)
             return
         self._demands = self._demanded()
@@ -90,8 +101,12 @@ class Liveness:
                     found.setdefault(e.key, axis)
         return found
 
-    def _enter(self, key: Hashable, axis: int, known: Array) -> Channels:
-        channels = self.found[key] = Channels(self._count, axis, known)
+    def _enter(self, key: Hashable, axis: int, known: Array, alike: Alike | None = None) -> Channels:
+        alone = Alike.alone(self._count, len(known))
+        if alike is not None:
+            varies = np.isnan(known)
+            alone = Alike(np.where(varies, alike.of, alone.of), np.where(varies, alike.factor, alone.factor))
+        channels = self.found[key] = Channels(self._count, axis, known, alone)
         self._count += len(known)
         return channels
 
@@ -140,7 +155,7 @@ class Liveness:
                 self._follow_node(e, axes)
         root = self.found[expr if not isinstance(expr, Source) else expr.key]
         if isinstance(expr, Source):
-            root = self._enter(value, root.axis, root.known)
+            root = self._enter(value, root.axis, root.known, root.alike)
             self._links.append((root.numbers, self.found[expr.key].numbers))
         self.found[value], self.exprs[value] = root, expr
         return True
@@ -182,7 +197,8 @@ class Liveness:
         axis = axes[e]
         assert axis is not None
         read = uses(e) if isinstance(e, Conv) else None
-        channels = self._enter(e, axis, known_after(e, [x.known for x in operands], read))
+        alike = alike_after(e, self._count, [x.alike for x in operands])
+        channels = self._enter(e, axis, known_after(e, [x.known for x in operands], read), alike)
         if isinstance(e, Conv) and read is not None and not is_separate(e):
             entries, x = read[0], operands[0]
             takes = takes_constants(e, x.known)
@@ -210,7 +226,7 @@ class Liveness:
         known = full[0].known
         if separate.computes:
             known = self._computed(value, separate, told, width, axis, len(shape))
-        channels = self._enter(value, axis, known)
+        channels = self._enter(value, axis, known, self._alike_after(separate, told, width))
         self._links += [(channels.numbers, x.numbers) for x in full]
         self._stays += [x.numbers for x in told if x.width != width]
         if separate.moves is not None:
@@ -235,6 +251,15 @@ class Liveness:
             made = self.graph.run(value, given).ravel()
             found[fixed] = np.where(np.isfinite(made), made, np.nan)
         return found
+
+    def _alike_after(self, separate: Separate, operands: Sequence[Channels], width: int) -> Alike:
+        """Channels of what an operator makes of channels that are multiples of one another."""
+        of, factors = (np.stack([np.broadcast_to(a, width) for a in arrays], 1) for arrays in
+                       zip(*((x.alike.of, x.alike.factor) for x in operands), strict=True))  # fmt: skip
+        if separate.multiplies or separate.homogeneous or not separate.computes:
+            return multiples(self._count, of, [factors.prod(1, keepdims=True)])
+        _, keys = np.unique(factors, axis=0, return_inverse=True)
+        return multiples(self._count, np.concatenate([of, np.reshape(keys, (-1, 1))], 1), [np.ones((width, 1))])
 
     # What is needed
 
@@ -261,7 +286,7 @@ class Liveness:
             for m in reversed(self._matrices):
                 rows = kept[group[m.out.numbers]] & ~known[m.out.numbers]
                 columns = np.full(m.read.width, rows.any()) if m.entries is None else m.entries[rows].any(0)
-                kept[group[m.read.numbers[columns & ~m.takes]]] = True
+                kept[group[m.read.numbers[m.read.merged.of[columns & ~m.takes]]]] = True
 
 
 def _keeps_to_axis(e: Expr, axes: dict[Expr, int | None]) -> bool:

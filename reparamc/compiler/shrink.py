@@ -35,7 +35,7 @@ from reparamc.algebra.shape import Dim
 from reparamc.algebra.text import show
 from reparamc.compiler.consider import rounding_obstacle
 from reparamc.compiler.graph import Graph, Splice
-from reparamc.compiler.liveness import Liveness
+from reparamc.compiler.liveness import Channels, Liveness
 from reparamc.compiler.plan import Plan
 from reparamc.compiler.readings import Reading, Value
 
@@ -129,15 +129,16 @@ class _Shrinking:
     def _narrowed(self, e: Expr, value: Value, root: Expr, done: Mapping[Expr, Expr], least: float) -> Expr:
         keys = [self._key(x, value, root) for x in e.children]
         read, known = [self.live.kept(k) for k in keys], [self.live.found[k].known for k in keys]
+        merged = [(a.of, a.factor) for k in keys for a in [self.live.found[k].merged]]
         out = self.live.kept(self._key(e, value, root))
-        return narrowed(e, [done[x] for x in e.children], out, read, known, least)
+        return narrowed(e, [done[x] for x in e.children], out, read, known, merged, least)
 
     def _error(self, value: Value, expr: Expr, new: Expr, done: Mapping[Expr, Expr]) -> float | None:
         """How far ``new`` is from what ``expr`` makes of operands whose known channels are put back."""
         whole: dict[Expr, Expr] = {}
         for e in walk(expr):
             if isinstance(e, Source):
-                whole[e] = _put_back(done[e], self.live.kept(e.key), self.live.found[e.key].known, e.axis or -1)
+                whole[e] = _put_back(done[e], self.live.kept(e.key), self.live.found[e.key])
             else:
                 whole[e] = rebuild(e, [whole[x] for x in e.children])
         out, axis = self.live.kept(value), self.live.found[value].axis
@@ -148,10 +149,15 @@ class _Shrinking:
             return None
 
 
-def _put_back(x: Expr, kept: Index, known: np.ndarray, axis: int) -> Expr:
-    """``x``, which has the channels ``kept``, with all; those that are not known are zero."""
-    spatial = -1 - axis
+def _put_back(x: Expr, kept: Index, channels: Channels) -> Expr:
+    """``x``, which has the channels ``kept``, with all; those that are neither known nor multiples are zero."""
+    spatial, known, merged = -1 - channels.axis, channels.known, channels.merged
     weight = np.zeros((len(known), len(kept), *[1] * spatial))
+    at = np.full(len(known), -1)
+    at[kept] = np.arange(len(kept))
+    rows = np.flatnonzero((at[merged.of] >= 0) & np.isnan(known))
+    weight[rows, at[merged.of[rows]]] = np.reshape(merged.factor[rows], (-1, *[1] * spatial))
+    weight[kept] = 0
     weight[kept, np.arange(len(kept))] = 1
     bias = np.where(np.isnan(known), 0.0, known)
     bias[kept] = 0

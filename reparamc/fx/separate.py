@@ -17,17 +17,20 @@ from reparamc.fx.readings import Readings
 
 ELEMENTWISE = (
     "abs", "add", "celu", "clamp", "div", "elu", "erf", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh",
-    "leaky_relu", "log", "maximum", "minimum", "mish", "mul", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu",
-    "softplus", "softsign", "sqrt", "sub", "tanh", "truediv",
+    "leaky_relu", "log", "maximum", "minimum", "mish", "mul", "prelu", "relu", "relu6", "rsqrt", "selu", "sigmoid",
+    "silu", "softplus", "softsign", "sqrt", "sub", "tanh", "truediv",
 )  # fmt: skip
 """Each element of the result depends on those of the operands at its own position; functions, and methods."""
 
 FUNCTIONS = {f for home in (torch, F, operator) for name in ELEMENTWISE if (f := getattr(home, name, None)) is not None}
 FUNCTIONS |= {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
+HOMOGENEOUS = {"abs", "leaky_relu", "prelu", "relu", "LeakyReLU", "PReLU", "ReLU"}
+"""Functions, methods and modules that a positive factor passes."""
+
 MODULES = {
     nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6,
-    nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
+    nn.PReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
 }  # fmt: skip
 
 KEEPING = ("adaptive_avg_pool", "adaptive_max_pool", "interpolate", "max_pool")
@@ -52,7 +55,8 @@ def separate(graph: Readings, node: fx.Node) -> Separate | None:
 def is_elementwise(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
         kind = lookup(module, str(node.target))
-        return class_of(kind) in MODULES and not (kind._forward_hooks or kind._forward_pre_hooks)
+        one = not isinstance(kind, nn.PReLU) or kind.num_parameters == 1
+        return one and class_of(kind) in MODULES and not (kind._forward_hooks or kind._forward_pre_hooks)
     if node.op == "call_method":
         return str(node.target).removesuffix("_") in ELEMENTWISE
     return node.op == "call_function" and node.target in FUNCTIONS
@@ -68,7 +72,9 @@ def _elementwise(graph: Readings, node: fx.Node) -> Separate | None:
     ranks = {graph.facts.rank(n) for n in operands}
     if not operands or not scalars or len(ranks) > 1 or any(n in graph.facts.dims for n in operands):
         return None
-    return Separate(tuple(operands), multiplies=node.target in PRODUCTS)
+    kind = node.target if node.op != "call_module" else class_of(lookup(graph.module, str(node.target)))
+    name = getattr(kind, "__name__", str(kind)).removesuffix("_")
+    return Separate(tuple(operands), multiplies=node.target in PRODUCTS, homogeneous=name in HOMOGENEOUS)
 
 
 def _moving(graph: Readings, node: fx.Node, call: Call, x: fx.Node) -> Separate | None:

@@ -13,10 +13,13 @@ from reparamc.onnx.values import attribute, captured, is_placed, is_standard, op
 
 ELEMENTWISE = {
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log",
-    "Max", "Min", "Mish", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt",
-    "Sub", "Tanh", "ThresholdedRelu",
+    "Max", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign",
+    "Sqrt", "Sub", "Tanh", "ThresholdedRelu",
 }  # fmt: skip
 """Each element of the result depends on those of the operands at its own position."""
+
+HOMOGENEOUS = {"Abs", "LeakyRelu", "PRelu", "Relu"}
+"""Of one value, which a positive factor passes."""
 
 KEEPING = {"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "Resize", "Upsample"}
 """Over positions, with coefficients that sum to 1: what a channel is everywhere, it stays."""
@@ -40,7 +43,8 @@ def _elementwise(graph: Facts, node: NodeProto) -> Separate | None:
     scalars = all(graph.constants.shape(n) in ((), (1,)) for n in given if n in graph.constants)
     if not operands or not scalars or len({graph.types.rank(n) for n in operands}) > 1:
         return None
-    return Separate(operands, multiplies=node.op_type == "Mul")
+    homogeneous = node.op_type in HOMOGENEOUS and len(operands) == 1
+    return Separate(operands, multiplies=node.op_type == "Mul", homogeneous=homogeneous)
 
 
 def _keeps(graph: Facts, node: NodeProto) -> bool:

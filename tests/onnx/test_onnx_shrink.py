@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto
 from onnx_models import batchnorm, fuse, model, node, norm, rand
@@ -192,6 +192,108 @@ def test_the_rest_goes_on_with_what_is_left() -> None:
     assert report.after.parameters == 3 * 27 + 3 + 4 * 3 + 4 < report.before.parameters
     assert [len(n.input) for n in fused.graph.node] == [3, 1, 3]
     assert set(report.provenance) <= {t.name for t in fused.graph.initializer}
+
+
+def doubled(array: np.ndarray, factor: float = 1.0) -> np.ndarray:
+    """``array`` with rows 1, 3 and 4 that are multiples of rows 0, 2 and 5."""
+    array = array.copy()
+    array[[1, 3, 4]] = np.float32(factor) * array[[0, 2, 5]]
+    return array
+
+
+def multiples(factor: float = 1.0, **parameters: Any) -> dict[str, Any]:
+    return {"a": doubled(rand(6, 3, 3, 3), factor), "ab": doubled(rand(6), factor), **parameters}
+
+
+EQUAL: dict[str, tuple[list[NodeProto], dict[str, Any]]] = {
+    "sigmoid": ([node("Sigmoid", "c", "r")], {}),
+    "clip": ([node("Clip", "c one two", "r")], NUMBERS),
+    "max pool": THROUGH["max pool"],
+    "square": ([node("Mul", "c c", "p"), node("Tanh", "p", "r")], {}),
+    "norm": (THROUGH["norm"][0], {name: doubled(v) for name, v in norm("n", 6).items()}),
+    "depthwise": (THROUGH["depthwise"][0], {"d": doubled(rand(6, 1, 2, 2)), "db": doubled(rand(6))}),
+    "another value beside": (
+        [node("Elu", "c", "e"), conv("x", "s", "t", **PADDED), node("Concat", "t e", "r", axis=1)],
+        {"s": rand(2, 3, 3, 3), "sb": rand(2), "z": rand(4, 8, 1, 1)},
+    ),
+    "the value twice": (
+        [node("Elu", "c", "e"), node("Concat", "e e", "r", axis=1)], {"z": rand(4, 12, 1, 1)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_channels_are_one(name: str) -> None:
+    nodes, parameters = EQUAL[name]
+    found = widths(made(*nodes, **multiples(**parameters)))
+    assert found["c"] == (3, 3, 3, 3)
+    assert found["y"][1] in (3, 5, 6)
+
+
+HOMOGENEOUS: dict[str, list[NodeProto]] = {
+    "relu": [node("Relu", "c", "r")],
+    "leaky": [node("LeakyRelu", "c", "r", alpha=0.2)],
+    "prelu": [node("PRelu", "c half", "r")],
+    "pooled": [node("Relu", "c", "p"), node("AveragePool", "p", "r", kernel_shape=[3, 3], pads=[1, 1, 1, 1])],
+}
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.125])
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+def test_a_positive_factor_passes_what_is_homogeneous(name: str, factor: float) -> None:
+    for last in (conv("r", "z", "y"), conv("r", "k", "y", **PADDED)):
+        found = widths(made(*HOMOGENEOUS[name], last=last, **multiples(factor, **NUMBERS, k=rand(4, 6, 3, 3),
+                                                                     kb=rand(4))))  # fmt: skip
+        assert (found["c"][0], found["y"][1]) == (3, 3)
+
+
+NOT_ALIKE: dict[str, tuple[list[NodeProto], dict[str, Any]]] = {
+    "a factor before a sigmoid": ([node("Sigmoid", "c", "r")], multiples(2.0)),
+    "a negative factor": ([node("Relu", "c", "r")], multiples(-1.0)),
+    "a factor that rounds": ([node("Relu", "c", "r")], multiples(1.1)),
+    "another bias": ([node("Relu", "c", "r")], multiples(ab=rand(6))),
+    "another shift of the norm": ([batchnorm("c", "n", "m"), node("Relu", "m", "r")], multiples(**norm("n", 6))),
+    "a slope of each channel": ([node("PRelu", "c p", "r")], multiples(p=rand(6, 1, 1))),
+    "a reader of all channels": ([node("Softmax", "c", "r", axis=1)], multiples()),
+    "other kernels of a depthwise one": (THROUGH["depthwise"][0], multiples(**THROUGH["depthwise"][1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_ALIKE)
+def test_channels_that_are_not_alike_stay(name: str) -> None:
+    nodes, parameters = NOT_ALIKE[name]
+    assert widths(made(*nodes, **parameters))["c"] == (6, 3, 3, 3)
+
+
+def test_a_number_in_the_last_place_keeps_channels_apart() -> None:
+    parameters = multiples()
+    parameters["a"][4, 2, 2, 2] = np.nextafter(parameters["a"][4, 2, 2, 2], np.float32(9))
+    assert widths(made(node("Relu", "c", "r"), **parameters))["c"] == (4, 3, 3, 3)
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+def test_blocks_with_equal_channels(data: st.DataObject) -> None:
+    """Any chain of layers, with any rows that are multiples of others: proven equal, and as small as by hand."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    nodes, parameters, x, read = [], {}, "x", 3
+    depth, kept = data.draw(st.integers(1, 3)), []
+    for layer in range(depth):
+        kind = data.draw(st.sampled_from(["Relu", "Relu", "LeakyRelu", "Sigmoid"]))
+        of = data.draw(st.lists(st.integers(0, 4), min_size=5, max_size=5))
+        factors = [data.draw(st.sampled_from([1.0, 1.0, 0.5, 4.0])) for _ in of]
+        w, bias = rng.standard_normal((5, read, 3, 3))[of], rng.standard_normal(5)[of]
+        by = np.array(factors)
+        parameters |= {f"w{layer}": (w * by[:, None, None, None]).astype(np.float32)}
+        parameters |= {f"w{layer}b": (bias * by).astype(np.float32)}
+        nodes += [conv(x, f"w{layer}", f"c{layer}", **(PADDED if data.draw(st.booleans()) else {}))]
+        nodes += [node(kind, f"c{layer}", f"r{layer}")]
+        x, read = f"r{layer}", 5
+        kept.append(len(set(of) if kind != "Sigmoid" else set(zip(of, factors, strict=True))))
+    nodes.append(node("Conv", f"{x} last", "y"))
+    parameters["last"] = rand(2, 5, 1, 1)
+    found = widths(model(nodes, parameters, ("N", 3, 9, 9)))
+    assert [found[f"c{layer}"][0] for layer in range(depth)] == kept
 
 
 @given(st.data())
