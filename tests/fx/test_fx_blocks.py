@@ -24,6 +24,12 @@ def row_by_row(x: Tensor) -> Tensor:
     return torch.cat([row[:, :, :, at::2] for row in rows for at in range(2)], dim=-3)
 
 
+def undecided(fused: nn.Module) -> int:
+    found = report(fused).certificate
+    assert found is not None
+    return len(found.undecided)
+
+
 FORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "focus": lambda m, x: focus(x),
     "row by row": lambda m, x: row_by_row(x),
@@ -42,8 +48,7 @@ def test_a_kernel_over_blocks(form: str, kernel: int) -> None:
     fused = fuse_fx(model, torch.randn(2, CHANNELS, 8, 6))
     (made,) = (m for m in fused.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d))
     assert (made.kernel_size, made.stride, made.padding) == ((2 * kernel,) * 2, (2, 2), (kernel // 2 * 2,) * 2)
-    assert report(fused).certificate is not None
-    assert report(fused).certificate.undecided == ()
+    assert undecided(fused) == 0
     assert report(fused).passes["space-to-depth"] == 1
     for shape in MAPS:
         x = torch.randn(shape)
@@ -57,7 +62,7 @@ def test_a_matrix_after_a_pixel_shuffle() -> None:
     model = ready(Net(lambda m, x: m.mean(F.pixel_shuffle(m.conv(x), 2)), **parts))
     fused, x = fuse_fx(model, torch.randn(2, CHANNELS, 5, 6)), torch.randn(1, CHANNELS, 4, 3)
     assert sum(isinstance(m, nn.Conv2d) for m in fused.modules()) == 1
-    assert report(fused).certificate.undecided == ()
+    assert undecided(fused) == 0
     assert relative_error(fused(x), model(x)) < 1e-5
 
 
