@@ -64,11 +64,9 @@ def of_torchvision(name: str) -> Case:
     off: dict[str, Any] = {"weights": None}
     kind = name.partition("/")[2] or name
     if "rcnn" in name or "retinanet" in name or "fcos" in name or "ssd" in name:
-        model = (
-            torchvision.models.get_model(kind, weights=None, weights_backbone=None, min_size=96, max_size=128)
-            if "ssd" not in name
-            else torchvision.models.get_model(kind, weights=None, weights_backbone=None)
-        )
+        size = {} if "ssd" in name else {"min_size": 96, "max_size": 128}
+        least = {"box_score_thresh" if "rcnn" in name else "score_thresh": 0.0}  # or else nothing would be detected
+        model = torchvision.models.get_model(kind, **off, weights_backbone=None, **size, **least)
         return Case(model, ([torch.rand(3, 96, 80), torch.rand(3, 64, 96)],), ([torch.rand(3, 72, 96)],))
     if "deeplab" in name or "fcn_" in name or "lraspp" in name:
         return Case(torchvision.models.get_model(kind, **off, weights_backbone=None), images(2, 64), images(3, 96, 65))
@@ -98,9 +96,9 @@ TORCHVISION = names(
     "resnet18 resnext50_32x4d wide_resnet50_2 densenet121 vgg11_bn googlenet inception_v3 mobilenet_v2 "
     "mobilenet_v3_small mnasnet0_5 shufflenet_v2_x1_0 regnet_x_400mf regnet_y_400mf efficientnet_b0 "
     "efficientnet_v2_s convnext_tiny swin_t vit_b_32 maxvit_t squeezenet1_1 deeplabv3_resnet50 "
-    "deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large r3d_18 r2plus1d_18 s3d raft_small "
-    "fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_320_fpn maskrcnn_resnet50_fpn_v2 retinanet_resnet50_fpn "
-    "fcos_resnet50_fpn ssdlite320_mobilenet_v3_large"
+    "deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large r3d_18 mc3_18 r2plus1d_18 s3d raft_small "
+    "fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_320_fpn maskrcnn_resnet50_fpn keypointrcnn_resnet50_fpn "
+    "maskrcnn_resnet50_fpn_v2 retinanet_resnet50_fpn fcos_resnet50_fpn ssdlite320_mobilenet_v3_large"
 )
 
 
