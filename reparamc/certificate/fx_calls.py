@@ -46,6 +46,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "linear": ("input", "weight", "bias"),
     "matmul": ("input", "other"),
     "addmm": ("bias", "input", "other"),
+    "einsum": ("equation", "operands"),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "rms_norm": ("input", "normalized_shape", "weight", "eps"),
@@ -184,7 +185,7 @@ def _upsampled(name: str, args: dict[str, Any]) -> dict[str, Any]:
 
 def _bound(node: fx.Node, op: str, axes: int | None) -> Described | None:
     names, given = SIGNATURES.get(op, ()), node.args
-    if op in ("reshape", "permute", "expand", "repeat") and len(given) > 2:
+    if op in ("reshape", "permute", "expand", "repeat", "einsum") and len(given) > 2:
         given = (given[0], given[1:])
     if len(given) > len(names):
         return None

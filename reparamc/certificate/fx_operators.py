@@ -25,7 +25,7 @@ from reparamc.certificate.fx_memory import Memory
 from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.ranges import ANY, SIGNED, Bound, bound_of, clamp
 
-ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "addmm", "add", "sub", "mul"}
+ON_PARAMETERS = {"conv", "convolution", "conv_transpose", "linear", "matmul", "addmm", "einsum", "add", "sub", "mul"}
 """Operators that are linear in parameters, so that they are off by as much as these."""
 
 
@@ -412,6 +412,31 @@ def _read_addmm(call: Read) -> Value:
     return nf.shifted(y, bias, y.rank - 1)
 
 
+def _read_einsum(call: Read) -> Value:
+    """A constant matrix along one axis, whose letter it replaces."""
+    given, _, new = str(call.call.args["equation"]).replace(" ", "").partition("->")
+    operands, names = call.call.args.get("operands", call.call.args.get("tensors")), given.split(",")
+    values = [i for i, t in enumerate(operands) if call.is_value(t)] if isinstance(operands, list | tuple) else []
+    if len(values) != 1 or len(names) != 2:
+        raise Unrepresentable("an einsum of other than one value and one constant")
+    (i,) = values
+    x, weight, old, letters = call.value(operands[i]), call.array(operands[1 - i]), names[i], names[1 - i]
+    changed = [(at, *pair) for at, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]]
+    named = old.removeprefix("...")
+    if (
+        weight is None
+        or len(old) != len(new)
+        or len(changed) != 1
+        or not named.isalpha()
+        or len(set(named)) < len(named)
+    ):
+        raise Unrepresentable("an einsum that is no matrix along one axis")
+    at, gone, made = changed[0]
+    if sorted(letters) != sorted((gone, made)) or made in old or len(letters) != 2:
+        raise Unrepresentable("an einsum that is no matrix along one axis")
+    return nk.mixed(x, weight.T if letters[0] == gone else weight, x.rank - len(old) + at)
+
+
 def _read_batch_norm(call: Read) -> Value:
     if call.get("training", False) or call.get("running_mean") is None:
         raise Unrepresentable("BatchNorm in training mode")
@@ -704,6 +729,7 @@ READERS: dict[str, Callable[[Read], Value]] = {
     "interpolate": _read_interpolate,
     "matmul": _read_matmul,
     "addmm": _read_addmm,
+    "einsum": _read_einsum,
     "batch_norm": _read_batch_norm,
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div"), _read_arithmetic),
     "neg": lambda call: nf.scaled(call.x, -1.0),

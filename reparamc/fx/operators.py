@@ -175,7 +175,7 @@ TABLE: tuple[Operator, ...] = (
         functions=(operator.matmul, operator.imatmul), linear="one", any_rank=True, allocates=True,
     ),
     Operator("addmm", ("bias", "input", "other"), linear="one", any_rank=True, allocates=True),
-    Operator("einsum", linear="one", allocates=True),
+    Operator("einsum", ("equation", "tensors"), linear="one", allocates=True, spread=True),
     # Norms and arithmetic
     Operator(
         "batch_norm", ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from reparamc.algebra.arrays import Parameter, derived
+from reparamc.algebra.arrays import Parameter, derived, together
 from reparamc.algebra.expr import (
     ONE,
     ZERO,
@@ -141,9 +141,11 @@ def _read_linear(graph: Readings, node: fx.Node, call: Call) -> Reading | Declin
 
 
 def _read_product(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
-    """``x @ W`` and ``bias + x @ W`` with a constant matrix."""
+    """``x @ W``, ``W @ x`` and ``bias + x @ W`` with a constant matrix."""
     x = call.args.get("input")
     weight, bias = graph.leaf(call.args.get("other")), graph.leaf(call.args.get("bias"))
+    if call.op == "matmul" and graph.facts.contraction(call) is not None:
+        return _read_einsum(graph, node, call)
     if weight is None or not isinstance(x, fx.Node) or x in graph.facts.constants:
         return None
     if weight.ndim != 2 or not weight.origin.is_floating_point():
@@ -153,6 +155,23 @@ def _read_product(graph: Readings, node: fx.Node, call: Call) -> Reading | Decli
         return Declined("its bias is no constant vector, or it is scaled")
     rows = derived(_array(weight), weight.shape[::-1], lambda w: w.T)
     return Reading(Conv(graph.operand(x), rows, _array(bias)))
+
+
+def _read_einsum(graph: Readings, node: fx.Node, call: Call) -> Reading | None:
+    """A constant matrix along one axis, told by letters."""
+    found = graph.facts.contraction(call)
+    weight = None if found is None else graph.leaf(found.weight)
+    if found is None or weight is None or found.x in graph.facts.known or not weight.origin.is_floating_point():
+        return None
+    rows = derived(_array(weight), weight.shape[::-1], lambda w: w.T) if found.transposed else _array(weight)
+    spatial, rank = -1 - found.axis, graph.facts.rank(found.x) or found.rank
+    if not spatial:
+        return Reading(Conv(graph.operand(found.x), rows, None))
+    if rank != spatial + 2 or spatial > 3:  # it is no map
+        return None
+    shape, ones, zeros = (*rows.shape, *(1,) * spatial), (1,) * spatial, (0,) * spatial
+    taps = derived(rows, shape, lambda w: together(w)[0].reshape(w, shape))
+    return Reading(Conv(graph.operand(found.x), taps, None, ones, ones, zeros, zeros))
 
 
 def _parameters(graph: Readings, call: Call) -> tuple[Array, Array | None] | Declined | None:
@@ -601,6 +620,7 @@ READERS: dict[str, Reader] = {
     "linear": _read_linear,
     "matmul": _read_product,
     "addmm": _read_product,
+    "einsum": _read_einsum,
     "batch_norm": _read_batchnorm,
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "instance_norm"), _read_norm),
     "neg": _read_neg,

@@ -6,6 +6,7 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from types import MappingProxyType
@@ -20,6 +21,17 @@ from reparamc.algebra.shape import Dim, Shape, shape_of, size
 from reparamc.fx.calls import Call, Held, aten_name, first_operand, integers, lookup, operation, takes_all
 from reparamc.fx.memory import Memory, is_known, reads_size_only, written
 from reparamc.fx.operators import OPERATORS
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A constant matrix along an axis of ``x`` from the right; ``weight`` is (in, out) if ``transposed``."""
+
+    x: fx.Node
+    weight: Any
+    axis: int
+    transposed: bool
+    rank: int | None
 
 
 class Values:
@@ -227,6 +239,8 @@ class Values:
             return self._broadcast(node, call.args.get("input"), call.args.get("other"))
         if call.op == "cat":
             return self._joined(call)
+        if call.op in ("einsum", "matmul") and (found := self.contraction(call)) is not None:
+            return self._contracted(found)
         x = call.input
         if call.op == "getitem" and x is not None and self.is_normalised(node):
             return self.shapes.get(cast(fx.Node, cast(Call, self.calls[x]).input))
@@ -346,6 +360,42 @@ class Values:
         else:
             total = Dim(sum(s.factor for s in sizes))
         return (*found[0][:axis], total, *found[0][axis + 1 :])
+
+    def contraction(self, call: Call) -> Contraction | None:
+        """What an einsum with a constant matrix does, if it puts another axis in the place of one of its operand.
+
+        Of a product with a matrix from the left: the axis before the last one.
+        """
+        if call.op == "matmul":
+            left, x = self.held(call.args.get("input")), call.args.get("other")
+            is_matrix = left is not None and left[0].ndim == 2 and self.held(x) is None
+            return Contraction(x, call.args["input"], -2, False, None) if is_matrix and isinstance(x, fx.Node) else None
+        tensors, equation = call.get("tensors"), call.get("equation")
+        if not isinstance(tensors, tuple | list) or len(tensors) != 2 or not isinstance(equation, str):
+            return None
+        given, _, result = equation.replace(" ", "").partition("->")
+        letters = given.split(",")
+        held = [self.held(t) for t in tensors]
+        if held.count(None) != 1 or len(letters) != 2 or not result:
+            return None
+        at = held.index(None)
+        (x, of_x), (weight, of_weight) = ((tensors[i], letters[i]) for i in (at, 1 - at))
+        old = [c for c in of_weight if c in of_x and c not in result]
+        new = [c for c in of_weight if c not in of_x]
+        plain = of_x.removeprefix("...")
+        if len(of_weight) != 2 or len(old) != 1 or len(new) != 1 or "." in plain or len(set(plain)) < len(plain):
+            return None
+        if result != of_x.replace(old[0], new[0]) or not isinstance(x, fx.Node):
+            return None
+        rank = None if "." in of_x else len(of_x)
+        return Contraction(x, weight, plain.index(old[0]) - len(plain), of_weight[0] == old[0], rank)
+
+    def _contracted(self, found: Contraction) -> Shape | None:
+        before, weight = self.shapes.get(found.x), self.held(found.weight)
+        if before is None or weight is None:
+            return None
+        width = weight[0].shape[1 if found.transposed else 0]
+        return (*before[: found.axis], Dim(width), *before[len(before) + found.axis + 1 :])
 
     def _split(self, node: fx.Node, call: Call, before: Shape) -> None:
         axis, parts = call.get("dim", 0), self.parts(call, before)
