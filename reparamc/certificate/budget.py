@@ -13,13 +13,16 @@ TAP = 1024
 BLOCK = 8 * TAP
 """So does a part of a linear map; see `normal_form.Block`."""
 
+PRODUCT = 1 / 8
+"""A multiplication costs so much in a product of matrices."""
+
 LEAST = 1 << 31
 """A proof may always take so many multiplications: a second or two."""
 
 PER_PARAMETER = 64
 """And so many more for each parameter."""
 
-SHARE = 2
+SHARE = 4
 """A window may take one of so many parts of that."""
 
 ELEMENTS = 1 << 27

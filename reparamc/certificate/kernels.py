@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from reparamc.certificate.axes import Digit, Dim, Unrepresentable, identity_view, joined
-from reparamc.certificate.budget import TAP
+from reparamc.certificate.budget import PRODUCT, TAP
 from reparamc.certificate.normal_form import (
     Array,
     Block,
@@ -151,7 +151,7 @@ def _spend(value: Value, kernel: Kernel) -> None:
         inner, many, read = b.weight.shape[1], taps * len(b.taps), min(width, len(b.rows))
         if width > 1 and inner > 1:  # dense over all channels that are read
             reach = int(b.first.max() - b.first.min()) + inner if len(b.rows) else 0
-            value.meter.spend(2 * rows * read * reach * many, 2 * rows * reach * many)
+            value.meter.spend(PRODUCT * 2 * rows * read * reach * many, 2 * rows * reach * many)
         elif b.size is not None or len(b.taps) > 1 or not np.all(b.left * b.weight[:, 0, 0] == 1):
             made = (2 if b.size is not None else 1) * rows * max(read, inner) * many
             value.meter.spend(2 * made, made)

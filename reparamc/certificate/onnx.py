@@ -11,7 +11,7 @@ from math import prod
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.agreement import Precision
@@ -180,6 +180,12 @@ class _Side:
         shape = self._by_itself.shape(name)
         return None if shape is None else [e if self.symbols.issuperset(e.symbols) else None for e in shape]
 
+    def measured(self, name: str) -> str | None:
+        """The tensor whose shape ``name`` is."""
+        node = self.producers[name][0] if name in self.producers else None
+        is_whole = node is not None and is_standard(node) and node.op_type == "Shape" and not node.attribute
+        return node.input[0] if node is not None and is_whole else None
+
     # The protocol
 
     def operands(self, name: str) -> Sequence[str]:
@@ -203,7 +209,8 @@ class _Side:
     def _kind(self, name: str) -> Hashable:
         node, at = self.producers[name]
         domain = ("" if node.domain == "ai.onnx" else node.domain, node.overload)
-        attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
+        said = [a for a in node.attribute if not _is_default(a, node, self.opset)]
+        attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in said))
         absent = tuple(bool(n) for n in node.input)
         if node.op_type in RANDOM or bodies(node):  # only the very same node, by its name, may be the same
             return (domain, node.op_type, attributes, absent, at, len(node.output), tuple(node.output))
@@ -353,6 +360,20 @@ def _has_schema(node: NodeProto, opset: int) -> bool:
         return False
     known = all(a.name in schema.attributes for a in node.attribute)
     return known and schema.min_input <= len(node.input) <= schema.max_input
+
+
+WINDOW = {"pads": 0, "strides": 1, "dilations": 1}
+"""What a kernel has along each axis where nothing is said of it; the schema leaves it to the text."""
+
+
+def _is_default(said: AttributeProto, node: NodeProto, opset: int) -> bool:
+    """Whether an operator of the standard is the same one without this attribute."""
+    if not is_standard(node) or not _has_schema(node, opset):
+        return False
+    if said.name in WINDOW and said.type == AttributeProto.INTS:
+        return set(said.ints) == {WINDOW[said.name]} and not any(a.name == "auto_pad" for a in node.attribute)
+    default = onnx.defs.get_schema(node.op_type, opset).attributes[said.name].default_value
+    return default.type == said.type and helper.get_attribute_value(default) == helper.get_attribute_value(said)
 
 
 def _captured(node: NodeProto) -> list[str]:

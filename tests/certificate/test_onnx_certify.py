@@ -362,3 +362,28 @@ def test_a_reshape_that_refuses_other_sizes_of_zero(target: list[int], verdict: 
         ("N", 4, "H", "W"),
     )  # fmt: skip
     assert [w.verdict for w in certify_onnx(before, after).windows] == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("said", "verdicts"),
+    [
+        ({"pads": [0] * 4, "count_include_pad": 0, "dilations": [1, 1]}, []),
+        ({"pads": [0, 0, 1, 0]}, ["undecided"]),
+        ({"ceil_mode": 1}, ["undecided"]),
+        ({"pads": [0] * 4, "auto_pad": b"SAME_UPPER"}, ["undecided"]),
+    ],
+)
+def test_attributes_that_say_the_default(said: dict[str, Any], verdicts: list[str]) -> None:
+    """The map may be smaller than the window: then the pooling is equal to itself alone."""
+    pool = {"kernel_shape": [3, 2], "strides": [3, 2]}
+    nodes = [node("AveragePool", "x", "y", **pool, **more) for more in (said, {})]
+    before, after = (model([n], {}, ("N", 4, 6, "W"), opset=19) for n in nodes)
+    assert [w.verdict for w in certify_onnx(before, after).windows] == verdicts
+
+
+@pytest.mark.parametrize(("measured", "verdict"), [("x", "equal"), ("z", "undecided")])
+def test_a_reshape_to_the_shape_that_it_has(measured: str, verdict: str) -> None:
+    nodes = [node("Neg", "x", "n"), node("Transpose", "x", "z", perm=[0, 1, 3, 2])]
+    before = model([*nodes, node("Shape", measured, "s"), node("Reshape", "n s", "y")], {}, ("N", 4, "H", "W"))
+    after = model([*nodes, node("Neg", "x", "y")], {}, ("N", 4, "H", "W"))
+    assert [w.verdict for w in certify_onnx(before, after).windows] == [verdict]
