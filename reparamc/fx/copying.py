@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import operator
 import types
 import warnings
@@ -58,7 +59,7 @@ def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # of torch, about its own exported programs
         memo = _begun(model)
         try:
-            made = copy.deepcopy(model, memo)
+            made = _deep(model, memo)
         except Exception:  # whatever the attributes of the user's module raise
             memo = _begun(model)
             for name, value in _uncopyable(model):
@@ -66,7 +67,7 @@ def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
                 if shared is not None:
                     shared.append(name)
             try:
-                made = copy.deepcopy(model, memo)
+                made = _deep(model, memo)
             except Exception as error:
                 inner = next((p for p, m in reversed(submodules(model).items()) if _failing(m, memo)), "")
                 kind = type(model.get_submodule(inner)).__name__
@@ -85,6 +86,33 @@ def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
     return made
 
 
+def _deep(model: nn.Module, memo: Memo) -> nn.Module:
+    """As `copy.deepcopy`, in less time where all modules are copied attribute by attribute."""
+    modules = list(model.modules())
+    if all(map(_has_plain_copies, {type(m) for m in modules})):
+        memo |= {id(m): type(m).__new__(type(m)) for m in modules}
+        for m in reversed(modules):
+            held = {name: v if _is_plain(v) else copy.deepcopy(v, memo) for name, v in vars(m).items()}
+            memo[id(m)].__setstate__(held)
+    return copy.deepcopy(model, memo)
+
+
+def _has_plain_copies(kind: type[nn.Module]) -> bool:
+    """Whether `copy.deepcopy` of such modules is a new one with copies of all attributes."""
+    same = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__")
+    others = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+    return (
+        all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in same)
+        and not any(hasattr(kind, name) for name in others)
+        and kind not in copyreg.dispatch_table
+        and not any(vars(base).get("__slots__") for base in kind.__mro__)
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
+
+
 def _set_mode(module: nn.Module, training: bool) -> None:
     """Set the mode that a copy lost: a feature extractor of torchvision chooses its graph by it."""
     if is_exported(module):
@@ -98,8 +126,8 @@ def _begun(model: nn.Module) -> Memo:
     memo: Memo = {}
     for module in model.modules():
         for value in vars(module).values():
-            if type(value) is OrderedDict and not value:
-                memo[id(value)] = OrderedDict()
+            if type(value) in (OrderedDict, dict, list, set) and not value:
+                memo[id(value)] = type(value)()
             elif isinstance(value, _HOLDING):
                 memo |= {id(t): t.detach().clone() for t in _inside(value) if isinstance(t, Tensor) and not t.is_leaf}
     return memo
@@ -257,13 +285,11 @@ class _Snapshot:
         held: list[Any] = []
         self.empty: list[Any] = []
         for name, value in self.attributes.items():
-            if type(value) not in _PLAIN and isinstance(value, _HOLDING) and name not in again:
-                if isinstance(value, Tensor):
-                    held.append(value)
-                elif not value:
-                    self.empty.append(value)
-                elif not _PLAIN.issuperset(map(type, value)) or not isinstance(value, tuple):
+            if not _is_plain(value) and isinstance(value, _HOLDING) and name not in again:
+                if isinstance(value, Tensor) or value:
                     held += _inside(value)
+                elif not isinstance(value, tuple):
+                    self.empty.append(value)
         self.contents = [(v, _shallow(v)) for v in held if isinstance(v, dict | list | set | deque)]
         names = {id(p): name for name, p in module._parameters.items()}
         self.tensors: list[tuple[Tensor, Any]] = []

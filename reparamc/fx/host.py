@@ -21,7 +21,7 @@ from reparamc.equivalence.difference import Outputs
 from reparamc.equivalence.end_to_end import Alone, Region
 from reparamc.errors import VerificationError
 from reparamc.fx.arguments import examples_of
-from reparamc.fx.calls import operation
+from reparamc.fx.calls import Call, operation
 from reparamc.fx.copying import tensors
 from reparamc.fx.editor import Edited, Editor
 from reparamc.fx.end_to_end import Given, epsilon_of, verify_end_to_end
@@ -94,7 +94,7 @@ class FxHost:
         return FxHost(result.module, self.original, self.calls, self.expected, self.exported)
 
     def size(self, result: Edited | None) -> Counts:
-        return count(self.traced if result is None else result.module)
+        return count(self.traced, self.graph.facts.calls) if result is None else count(result.module)
 
     def tensor(self, value: Value) -> str:
         return cast(fx.Node, value).name
@@ -184,12 +184,15 @@ def _of_runs(
             return {}
 
 
-def count(module: fx.GraphModule) -> Counts:
-    """The size of a traced module: calls, convolutions and BatchNorms (modules or functions), parameters."""
+def count(module: fx.GraphModule, calls: Mapping[fx.Node, Call | None] | None = None) -> Counts:
+    """The size of a traced module: calls, convolutions and BatchNorms (modules or functions), parameters.
+
+    ``calls``: its operators, where they are known already.
+    """
     ops = conv = norm = 0
     for node in module.graph.nodes:
         if node.op in ("call_module", "call_function", "call_method"):
-            call = operation(node, module)
+            call = operation(node, module) if calls is None else calls[node]
             ops += 1
             conv += call is not None and call.op == "conv"
             norm += call is not None and call.op in ("batch_norm", "native_batch_norm")

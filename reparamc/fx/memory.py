@@ -67,23 +67,22 @@ class Memory:
     def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
         self._parent: dict[fx.Node, fx.Node] = {}
         stored: dict[int, fx.Node] = {}  # each reading of one attribute is a node of its own
+        writes = {node: written(node, module) for node in graph.nodes}
         for node in graph.nodes:
             self._parent[node] = node
             if node.op == "get_attr" and (place := _storage(lookup(module, str(node.target)))) is not None:
                 self._parent[node] = self._base(stored.setdefault(place, node))
-            if not _allocates(node, module):
-                shared = written(node, module) or node.all_input_nodes  # what is written in place is the result
+            if not _allocates(node, module, writes[node]):
+                shared = writes[node] or node.all_input_nodes  # what is written in place is the result
                 for x in shared:
                     self._parent[self._base(x)] = self._base(node)
         self._aliases: dict[fx.Node, list[fx.Node]] = {}
         self._writers: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             self._aliases.setdefault(self._base(node), []).append(node)
-            for target in written(node, module):
+            for target in writes[node]:
                 self._writers.setdefault(self._base(target), []).append(node)
-        self._reshaped = {
-            self._base(x) for node in graph.nodes if _reshapes(node, module) for x in written(node, module)
-        }
+        self._reshaped = {self._base(x) for node, found in writes.items() for x in found if _reshapes(node, module)}
         self._changed = {place for place, node in stored.items() if self.writers(node)}
 
     def is_changed(self, tensor: Tensor) -> bool:
@@ -115,14 +114,14 @@ def _storage(value: Any) -> int | None:
     return value.untyped_storage().data_ptr() or None
 
 
-def _allocates(node: fx.Node, module: nn.Module) -> bool:
+def _allocates(node: fx.Node, module: nn.Module, writes: list[fx.Node]) -> bool:
     if node.op == "call_module":
         called = lookup(module, str(node.target))
         if node.target == GUARDS:
             return True
         passing = spelled(node, module) is not None and not allocates(node, module)
         return is_plain(called) and not passing and not getattr(called, "inplace", False)
-    if written(node, module):
+    if writes:
         return False
     return not node.op.startswith("call_") or allocates(node, module) or reads_size_only(node)
 
