@@ -85,7 +85,7 @@ class Expressions:
     def kind(self, e: Expr) -> str:
         return type(e).__name__
 
-    def folded(self) -> tuple[Expressions, list[Fold]]:
+    def folded(self, small: int) -> tuple[Expressions, list[Fold]]:
         return self, []
 
     def splice(self, splice: Splice) -> None:

@@ -102,7 +102,7 @@ def _candidates(of: Index | None, parts: Sequence[Array]) -> Iterator[Index]:
     """Groups of channels that may be multiples of one another."""
     if len(parts[0]) < 2 or (of is not None and len(np.unique(of, axis=0)) == len(of)):
         return
-    sampled = [p[:, np.unique(np.linspace(0, p.shape[1] - 1, SAMPLED).astype(int))] for p in parts if p.shape[1]]
+    sampled = [p[:, np.unique(np.linspace(0, p.shape[1] - 1, SAMPLED, dtype=int))] for p in parts if p.shape[1]]
     numbers = np.concatenate(sampled, 1, dtype=np.float64)
     lead = np.abs(np.take_along_axis(numbers, (numbers != 0).argmax(1)[:, None], 1))
     with np.errstate(all="ignore"):

@@ -105,8 +105,11 @@ class Graph(Protocol):
         """The operator of ``value`` with its attributes; without weights, and numbers of channels if possible."""
         ...
 
-    def folded(self) -> tuple[Graph, Sequence[Fold]]:
-        """The graph in which operators over constants count as constants where that takes no more room, and these."""
+    def folded(self, small: int) -> tuple[Graph, Sequence[Fold]]:
+        """The graph in which operators over constants count as constants where that takes no more room, and these.
+
+        ``small``: numbers that a result may have in any case.
+        """
         ...
 
 

@@ -157,9 +157,14 @@ def make_plan(
     return compilation.plan()
 
 
+SMALL = 1024
+"""Numbers that a constant may take more room by, where room is not what counts."""
+
+
 def fold_constants(compilation: Compilation, name: str) -> None:
     """Have operators over constants computed once, before anything is read."""
-    compilation.graph, folds = compilation.graph.folded()
+    stores = compilation.objective.stores
+    compilation.graph, folds = compilation.graph.folded(0 if stores else SMALL)
     compilation.folds += [replace(f, counts=Counter({name: 1})) for f in folds]
 
 

@@ -20,7 +20,7 @@ from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Bounded, Fold, Separate
 from reparamc.compiler.readings import Reading, Taps, Value, is_norm, values_in
 from reparamc.fx.bounds import bounded
-from reparamc.fx.calls import Held
+from reparamc.fx.calls import Held, lookup
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.readers import READERS
 from reparamc.fx.readings import Readings
@@ -203,18 +203,39 @@ class FxGraph(Readings):
             return node.op, str(node.target), plain(node.args), plain(node.kwargs)
         return node.op, call.op, call.axes, plain(call.args)
 
-    def folded(self) -> tuple[FxGraph, list[Fold]]:
-        """As `Graph.folded`. A result that takes more room than its operands is left."""
+    def folded(self, small: int) -> tuple[FxGraph, list[Fold]]:
+        """As `Graph.folded`. A result that takes more room than those of its operands that go is left."""
         found: list[Fold] = []
+        stays = self._kept_constants()
         for node in self.graph.nodes:
             value = self.facts.known.get(node)
             users = [u for u in node.users if u not in self.facts.known]
             if not isinstance(value, Tensor) or not node.op.startswith("call") or not users:
                 continue
-            given = [v for n in node.all_input_nodes if isinstance(v := self.facts.known.get(n), Tensor)]
-            if value.numel() <= max(sum(t.numel() for t in given), 1024):
+            given = {at: n for at, n in self._made_of(node).items() if at not in stays}
+            if value.numel() <= max(sum(given.values()), small, 1):
                 found.append(Fold(node, node))
+                stays.update(given)
         return self, found
+
+    def _made_of(self, node: fx.Node) -> dict[int, int]:
+        """The tensors of the module that a constant is computed from, by identity, and how many numbers they have."""
+        found, stack = dict[int, int](), [node]
+        while stack:
+            for n in stack.pop().all_input_nodes:
+                if n.op != "get_attr":
+                    stack.append(n)
+                elif isinstance(t := self.facts.known.get(n), Tensor):
+                    found[id(t)] = t.numel()
+        return found
+
+    def _kept_constants(self) -> set[int]:
+        """The tensors, by identity, that something else reads as they are."""
+        known = self.facts.known
+        modules = [lookup(self.module, str(n.target)) for n in self.graph.nodes if n.op == "call_module"]
+        held = {id(t) for m in modules for t in (*m.parameters(), *m.buffers())}
+        own = [n for n in self.graph.nodes if n.op == "get_attr" and isinstance(known.get(n), Tensor)]
+        return held | {id(known[n]) for n in own if any(u not in known for u in n.users)}
 
 
 def _mentions(user: fx.Node, value: Value) -> int:

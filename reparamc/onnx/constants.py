@@ -48,25 +48,26 @@ MOVES = {"Concat", "Flatten", "Reshape", "Shape", "Slice", "Squeeze", "Transpose
 SPELLED = {"ConstantOfShape": 0, "Expand": 1}
 """Operators whose result has the sizes that an operand spells out, and the position of that operand."""
 
-SMALL_BYTES = 4 * SMALL
+SMALL_BYTES, SCALAR_BYTES = 4 * SMALL, 8
 
 
-def fold_constants(model: ModelProto, types: Callable[[], Types] | None = None) -> list[str]:
+def fold_constants(model: ModelProto, types: Callable[[], Types] | None = None, small: int = SMALL_BYTES) -> list[str]:
     """Fold the constant operators of the main graph in place; what those that were folded computed.
 
     Args:
         types: of its values, if they are known already; they are asked for only if something may be folded.
+        small: bytes that a parameter may take in any case.
     """
     total: list[str] = []
-    while folded := _sweep(model, types or partial(Types, model)):
+    while folded := _sweep(model, types or partial(Types, model), small):
         total, types = total + folded, None
         if not any(node.op_type in ("Shape", *SPELLED) for node in model.graph.node):
             break  # nothing more can have become known
     return total
 
 
-def _sweep(model: ModelProto, types: Callable[[], Types]) -> list[str]:
-    found = _Foldable(model, types)
+def _sweep(model: ModelProto, types: Callable[[], Types], small: int) -> list[str]:
+    found = _Foldable(model, types, small)
     found.collect()
     if not found.nodes and not found.shapes:
         return []
@@ -104,8 +105,8 @@ class _Foldable:
         sizes: bytes of every constant, those to be computed included.
     """
 
-    def __init__(self, model: ModelProto, types: Callable[[], Types]) -> None:
-        self.model, self.constants, self._types = model, Constants(model), types
+    def __init__(self, model: ModelProto, types: Callable[[], Types], small: int) -> None:
+        self.model, self.constants, self._types, self.small = model, Constants(model), types, small
         self.apart: set[str] = set()
         self._outputs = {o.name for o in model.graph.output} | read_elsewhere(model)
 
@@ -148,7 +149,7 @@ class _Foldable:
         given = [name for name in node.input if name]
         if not given or not all(name in self.sizes for name in given) or not self.apart.isdisjoint(given):
             return
-        room = max(sum(self.sizes[name] for name in set(given)), SMALL_BYTES)
+        room = max(sum(self.sizes[name] for name in set(given)), self._small(node.output[0]))
         outputs = [name for name in node.output if name]
         sizes = [self._size(node, name, sum(self.sizes[name] for name in given)) for name in outputs]
         if outputs and all(size is not None and size <= room for size in sizes):
@@ -169,6 +170,10 @@ class _Foldable:
             return prod([abs(n) for n in spelled]) * max(self.sizes[node.input[0]], itemsize(None))
         return given if node.op_type in MOVES else None
 
+    def _small(self, name: str) -> int:
+        """Bytes that do not count; whole numbers are no parameters, and neither are scalars."""
+        return max(self.small, SCALAR_BYTES) if self.types.dtype(name) is not None else SMALL_BYTES
+
     def _whole_numbers(self, name: str) -> list[int] | None:
         """The entries of a vector that is known already; None where it is still to be computed."""
         known = self.shapes.get(name, self.constants.array(name) if name in self.constants else None)
@@ -180,10 +185,10 @@ class _Foldable:
         found: set[str] = set()
         for name in {name for node in self.nodes for name in node.input}:
             size, shares, stays = self.sizes.get(name, 0), 0.0, False
-            for user in uses.get(name, []) if size > SMALL_BYTES else []:
+            for user in uses.get(name, []) if size > self._small(name) else []:
                 result = made.get(_first(user), 0) if user is not None else 0
                 stays = stays or user is None or (_first(user) not in made and _first(user) not in self.shapes)
-                if user is not None and result > SMALL_BYTES:
+                if user is not None and result > self._small(name):
                     shares += result * size / sum(self.sizes.get(n, 0) for n in user.input)
             if shares > size * (1 + 1e-9) or (stays and shares):
                 found.add(name)

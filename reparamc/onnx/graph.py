@@ -188,9 +188,9 @@ class OnnxGraph(Facts):
             inputs.append((tuple(n == 1 for n in shape[:2]), shape[2:], whole and self.constants.array(name).tobytes()))
         return node.op_type, frozenset(attributes), tuple(inputs)
 
-    def folded(self) -> tuple[OnnxGraph, list[Fold]]:
+    def folded(self, small: int) -> tuple[OnnxGraph, list[Fold]]:
         """As `Graph.folded`: the graph of a copy in which it is done already, for all or none."""
         copy = ModelProto()
         copy.CopyFrom(self.model)
-        names = fold_constants(copy, lambda: self.types)
+        names = fold_constants(copy, lambda: self.types, 4 * small)
         return (OnnxGraph(copy, self.doubted), [Fold(name, names[0]) for name in names]) if names else (self, [])

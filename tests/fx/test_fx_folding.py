@@ -379,3 +379,20 @@ def test_passes_can_be_chosen() -> None:
             fuse_fx(model, **wrong)
     with pytest.raises(InputError, match="unknown verification level"):
         fuse_fx(model, verify="deep")
+
+
+@pytest.mark.parametrize(("width", "objective"), [(9, "params"), (400, "latency")])
+def test_a_matrix_that_is_read_turned_as_well_is_stored_once(width: int, objective: str) -> None:
+    """As a tied embedding, of which the module is called, or the matrix is multiplied with."""
+
+    def multiplied(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu((x @ m.w.weight.t()) * m.s) @ m.w.weight
+
+    def called(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.w(x).relu() @ m.w.weight.t().t()
+
+    for forward in (multiplied, called) if objective == "params" else (called,):
+        model = ready(Net(forward, w=nn.Linear(width, 7, bias=False), s=nn.Parameter(torch.rand(7) + 0.5)))
+        fused, x = fuse_fx(model, torch.randn(2, width), objective=objective), torch.randn(3, width)
+        assert report(fused).after.parameters <= report(fused).before.parameters
+        assert relative_error(fused(x), model(x)) < 1e-5

@@ -185,17 +185,18 @@ def test_a_crop_before_a_convolution() -> None:
 
 
 def test_rows_that_two_crops_read_stay_one_crop() -> None:
-    """Every other row, and of these every other column and the rest (Focus): no crop is replaced by a convolution."""
+    """Every other row, and of these every other column and the rest: no crop is replaced by a convolution."""
     ends = np.array([2**31 - 1])
     numbers = {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2]), "three": np.array([3]), "end": ends}
     nodes = [
         node("Slice", "x zero end two two", "a"), node("Slice", "x one end two two", "b"),
         *(node("Slice", f"{rows} {at} end three two", f"{rows}{at}") for rows in "ab" for at in ("zero", "one")),
-        node("Concat", "azero aone bzero bone", "f", axis=1), node("Conv", "f w", "c", pads=[1, 1, 1, 1]),
+        node("Concat", "azero aone bzero bone", "f", axis=1), node("Relu", "f", "g"),
+        node("Conv", "g w", "c", pads=[1, 1, 1, 1]),
         batchnorm("c", "n", "y"),
     ]  # fmt: skip
     parameters = {"w": rand(5, 24, 3, 3), **norm("n", 5), **numbers}
-    assert counted(nodes, parameters, "y", "N", 6, 8, 6) == {"Select": 6, "Concat": 1, "Conv": 1}
+    assert counted(nodes, parameters, "y", "N", 6, 8, 6) == {"Select": 6, "Concat": 1, "Relu": 1, "Conv": 1}
 
 
 @pytest.mark.parametrize(

@@ -56,3 +56,14 @@ def test_a_small_weight_pays_all_the_same() -> None:
     fused, _ = fuse(made, objective="params")
     assert operators(fused)["BatchNormalization"] == 0
     assert count(fused).parameters < count(made).parameters
+
+
+@pytest.mark.parametrize("wide", [9, 90])
+def test_a_matrix_that_is_read_turned_as_well_is_stored_once(wide: int) -> None:
+    """As a tied embedding: neither a factor nor the transposed matrix is stored beside it."""
+    nodes = [node("Transpose", "w", "t", perm=[1, 0]), node("MatMul", "x w", "a"), node("Mul", "a s", "b"),
+             node("Relu", "b", "c"), node("MatMul", "c t", "y")]  # fmt: skip
+    made = model(nodes, {"w": rand(wide, 7), "s": rand(7)}, (2, wide))
+    fused, report = fuse(made, objective="params")
+    assert count(fused).parameters == count(made).parameters
+    assert any("stored once more" in kept.reason for kept in report.kept)
