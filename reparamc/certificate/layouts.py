@@ -26,6 +26,7 @@ from reparamc.certificate.axes import (
 )
 from reparamc.certificate.kernels import Kernel, convolved
 from reparamc.certificate.normal_form import (
+    ONE,
     Block,
     Grid,
     Guard,
@@ -72,10 +73,11 @@ def resized(value: Value, key: Hashable, sizes: Mapping[int, Dim]) -> Value:
 
     That is some linear map of positions, which is not looked into: the same one for each channel, with weights that sum
     to 1. So it commutes with matrices of channels, leaves what is added everywhere, and is taken of what a tap reads.
+    What is added up to a border is a factor of each channel times a map of ones up to there, which is resized.
     """
     spread = any(s != 1 for source in value.grids for s in source.spread)
-    if not value.is_plain or spread or value.channel in sizes or not set(value.vectors) <= {None}:
-        raise Unrepresentable("a resize of what meets a border, or is laid out otherwise")
+    if not value.is_plain or spread or value.channel in sizes:
+        raise Unrepresentable("a resize of what is laid out otherwise")
     base = tuple(sizes.get(i, e) for i, e in enumerate(value.base))
     grids: dict[Source, tuple[Grid, ...]] = {}
     blocks: list[Block] = []
@@ -85,12 +87,26 @@ def resized(value: Value, key: Hashable, sizes: Mapping[int, Dim]) -> Value:
             grids[source] = (Grid(),) * len(base)
             weight, size = b.weight[:, :, n : n + 1], None if b.size is None else b.size[:, :, n : n + 1]
             blocks.append(replace(b, source=source, weight=weight, size=size, taps=((Guard(0, 0, 0),) * len(base),)))
-    return replace(value, base=base, view=identity_view(base), blocks=tuple(blocks), grids=grids)
+    rows = np.arange(value.channels)
+    for where, vector in value.vectors.items():
+        if where is None:
+            continue
+        source = _resized_tap(where[0], where[1], value, base, (key, "ones"), UNIT)
+        grids[source] = (Grid(),) * len(base)
+        column, size = vector.value[:, None, None], vector.size[:, None, None]
+        tap = ((Guard(0, 0, 0),) * len(base),)
+        blocks.append(
+            Block(source, rows, rows * 0, column, ONE.repeat(len(rows)), tap, size, vector.rounded, vector.computed)
+        )
+    vectors = {w: v for w, v in value.vectors.items() if w is None}
+    return replace(value, base=base, view=identity_view(base), blocks=tuple(blocks), grids=grids, vectors=vectors)
 
 
-def _resized_tap(s: Source, tap: Tap, value: Value, base: Sequence[Dim], key: Hashable) -> Source:
+def _resized_tap(
+    s: Source, tap: Tap, value: Value, base: Sequence[Dim], key: Hashable, channels: Dim | None = None
+) -> Source:
     """What a tap reads of ``s``, resized, as a leaf: by its name, that of another graph is the same one."""
-    shape = tuple(s.shape[i] if i == value.channel else e for i, e in enumerate(base))
+    shape = tuple((channels or s.shape[i]) if i == value.channel else e for i, e in enumerate(base))
     laid = "" if s.view == identity_view(s.base) else f" as {s.view}"
     whole = all(g == (1, 0) for g in value.grids[s]) and all(g == (0, 0, 0) for g in tap)
     read = "" if whole else f" at {[tuple(g) for g in tap]} of {[tuple(g) for g in value.grids[s]]}"

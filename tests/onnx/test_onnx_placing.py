@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnx_models import batchnorm, fuse, model, node, norm, rand, reasons
 
+from reparamc.certificate.onnx import certify_onnx
 from reparamc.report.data import Report
 
 PARAMETERS = {
@@ -116,3 +117,23 @@ def test_a_size_of_run_time_is_left() -> None:
     report = fuse_model(made_, verify="region")[1]
     assert report.passes["placing"] == 0
     assert any("run time" in reason for reason in reasons(report))
+
+
+@pytest.mark.parametrize("kind", RESIZES)
+def test_what_is_added_up_to_a_border_is_resized_as_well(kind: str) -> None:
+    """A factor goes into a pooling that pads, over a convolution with a bias; another bias is no longer equal."""
+    window = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1}
+    nodes = [
+        node("Conv", "x b ab", "l"), node("AveragePool", "l", "p", **window),
+        node("Resize", "p - by", "r", **RESIZES[kind]), node("Mul", "r f", "s"), node("Relu", "s", "y"),
+    ]  # fmt: skip
+    original = model(
+        nodes, {"b": PARAMETERS["b"], "ab": rand(24), "by": PARAMETERS["by"], "f": rand(24, 1, 1)}, ("N", 8, "H", "W")
+    )
+    fused, report = fuse(original)
+    assert report.passes["scale-folding"] == 1
+    assert report.certificate is not None
+    assert (report.certificate.equal, report.certificate.undecided) == (1, ())
+    (bias,) = (t for t in fused.graph.initializer if t.name == fused.graph.node[0].input[2])
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) * np.float32(1.01), bias.name))
+    assert certify_onnx(original, fused).equal == 0
