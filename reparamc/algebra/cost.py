@@ -25,6 +25,7 @@ from reparamc.algebra.expr import (
     Source,
     Spread,
     Sum,
+    Take,
     is_negation,
     walk,
 )
@@ -123,7 +124,8 @@ class Objective:
             case Sum():
                 return (len(e.terms) - 1) * self.addition(width, positions)
             case Layout():
-                return self._operator(0, (positions + positions_after(e, positions)) * width)
+                made = positions_after(e, positions)
+                return self._operator(0, ((made if isinstance(e.op, Take) else positions) + made) * width)
             case Concat() | Select():
                 return self.moving(width, positions)
             case Source():
@@ -179,9 +181,10 @@ def positions_after(e: Expr, positions: float = POSITIONS) -> float:
             return positions / block**2
         case Layout(op=Spread(block=block)):
             return min(positions * block**2, POSITIONS)
-        case Layout(op=Mean() as op) if e.axis_in is not None and e.axis_in > -op.rank:
+        case Layout(op=(Mean() | Take()) as op) if e.axis_in is not None and e.axis_in > -op.rank:
             along = op.rank - 1 - (e.axis_in + op.rank > 0)  # neither the batch nor the channels
-            return max(positions ** (1 - len(op.axes) / along), 1.0) if along > 0 else positions
+            gone = len(op.axes) if isinstance(op, Mean) else min(op.axis, 1)
+            return max(positions ** (1 - gone / along), 1.0) if along > 0 else positions
         case _:
             return positions
 
