@@ -1059,7 +1059,8 @@ def rows(library: str, names: list[str], time: bool) -> Iterator[dict[str, Any]]
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of the documentation."""
     found = {name: row for name, row in results.items() if "after" in row}
-    lines = [PAGE_TEXT.format(models=len(found), whole=sum(not row["after"][0] for row in found.values()))]
+    last = sum(not row.get("earlier") for row in found.values())
+    lines = [PAGE_TEXT.format(models=len(found), whole=sum(not row["after"][0] for row in found.values()), last=last)]
     for name, row in sorted(found.items()):
         library, _, model = name.partition("/")
         own = " / ".join(map(str, row["own"])) if isinstance(row.get("own"), list | tuple) else ""
@@ -1068,7 +1069,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         times = (
             f"{row['fuse']:.1f} / {row['forward']:.1f} = {row['fuse'] / row['forward']:.1f}" if "fuse" in row else ""
         )
-        cells = [library, model, row["way"], norms, convs, own, *errors, times]
+        cells = [library, f"{model} °" if row.get("earlier") else model, row["way"], norms, convs, own, *errors, times]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -1082,8 +1083,10 @@ PAGE_TEXT = """# Model libraries of torch
 `python benchmarks/torch_zoo.py` makes this table. Each model has random weights and random BatchNorm statistics that
 fit what the layers see, and is called as its users call it, on small inputs: positional or keyword arguments, lists of
 images, tokens. None of these {models} models is refused, and all return results of the same type; no BatchNorm stays in
-{whole} of them. Models that the script knows and that are not in the table were not run yet. Rows were
-made while `fuse_fx` was worked on, most of them before the last changes; `--again` makes them all again.
+{whole} of them. {last} rows were made on one state of the code, those with a ° on earlier ones; `--again` makes them
+all again. Models that the script knows and that are not in the table were not run yet. Rows of detectors are of all
+boxes, none left out for its score; where the first error is large, rounding has changed their order. More Conv than
+before (mobilenet-v1, -v2): a function of the model is given the convolution itself, which stays beside its fused form.
 
 *Way*: the result is one graph, or a module of the same class in which parts are fused. *BatchNorm* and *Conv* (matrices
 included) are counted before and after; *own method* has the same two numbers after the library's own method

@@ -416,8 +416,9 @@ def _read_einsum(call: Read) -> Value:
     """A constant matrix along one axis, whose letter it replaces."""
     given, _, new = str(call.call.args["equation"]).replace(" ", "").partition("->")
     operands, names = call.call.args.get("operands", call.call.args.get("tensors")), given.split(",")
-    values = [i for i, t in enumerate(operands) if call.is_value(t)] if isinstance(operands, list | tuple) else []
-    if len(values) != 1 or len(names) != 2:
+    operands = operands if isinstance(operands, list | tuple) else ()
+    values = [i for i, t in enumerate(operands) if call.is_value(t)]
+    if len(values) != 1 or len(operands) != 2 or len(names) != 2:
         raise Unrepresentable("an einsum of other than one value and one constant")
     (i,) = values
     x, weight, old, letters = call.value(operands[i]), call.array(operands[1 - i]), names[i], names[1 - i]
