@@ -4,6 +4,7 @@ Files are kept in ``build/bench`` and made once.
 """
 
 import argparse
+import importlib
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +44,11 @@ def build(name: str) -> nn.Module:
 def _create(name: str) -> nn.Module:
     if name.startswith("timm/"):
         return timm().create_model(name.removeprefix("timm/"), pretrained=False)
+    if name.startswith("torchvision/"):
+        import fastvit_zoo.torchvision_operators  # noqa: F401
+
+        models = importlib.import_module("torchvision.models")
+        return models.get_model(name.removeprefix("torchvision/"), weights=None)
     return create_model(name)
 
 

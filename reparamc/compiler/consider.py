@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isclose
+from math import inf, isclose
 from typing import Any, cast
 
 import ml_dtypes
@@ -58,21 +58,24 @@ class Decision:
     apart: frozenset[Value] = frozenset()
 
 
-def consider(setting: Setting, parts: Sequence[tuple[Value, ...]]) -> Decision:
-    """What becomes of a region: ``parts`` are its members, and those of the regions joined to it."""
+def consider(setting: Setting, parts: Sequence[tuple[Value, ...]], most: float = inf) -> Decision:
+    """What becomes of a region: ``parts`` are its members, and those of the regions joined to it.
+
+    It stays as it is if it cannot be made cheaper than ``most``.
+    """
     found = _simplified(setting, parts)
-    decision = _decided(setting, found, _in_order(parts, setting.readings))
+    decision = _decided(setting, found, _in_order(parts, setting.readings), most)
     release(found.before)
     return decision
 
 
-def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...]) -> Decision:
+def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...], most: float) -> Decision:
     before, after, steps, refusals = found.before, found.after, found.steps, found.refusals
     if not steps:
         return Decision(before, None, refusals, members)
     cost, price = map(setting.objective.cost, (before, after))
-    if isclose(price, cost, rel_tol=1e-12):
-        return Decision(before, None, refusals, members)  # another way to say the same
+    if isclose(price, cost, rel_tol=1e-12) or not price < most:
+        return Decision(before, None, refusals, members)  # it may be another way to say the same
     if sum(map(is_norm, walk(after))) > sum(map(is_norm, walk(before))):  # one for each of several users
         return Decision(before, None, (), members, apart=frozenset(v for v in members[:-1] if is_norm(found.exprs[v])))
     native = {e: v for v, e in found.exprs.items() if v != members[-1]}

@@ -44,8 +44,8 @@ def joined(setting: Setting, decisions: dict[Value, Decision]) -> dict[Value, De
         chain = (*parts.get(outer, (second.members,)), *parts.get(root, (first.members,)))
         if len(chain) > MOST_JOINED:
             continue
-        whole = consider(setting, chain)
-        if whole.splice is not None and cost(whole.expr) < cost(_composed(root, first.expr, second.expr)):
+        whole = consider(setting, chain, cost(_composed(root, first.expr, second.expr)))
+        if whole.splice is not None:
             del decisions[root]
             decisions[outer], parts[outer] = whole, chain
             home.update((v, {outer}) for v in first.members)

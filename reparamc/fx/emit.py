@@ -439,7 +439,7 @@ def _without_values(kind: type[nn.Module]) -> Callable[..., Any]:
     bare = type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})
 
     def make(*args: Any, **options: Any) -> nn.Module:
-        made = bare(*args, **options)
+        made: Any = bare(*args, **options)
         made.__class__ = kind
         return made
 
