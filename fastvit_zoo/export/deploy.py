@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -135,12 +136,15 @@ def _row(name: str, forms: dict[str, nn.Module], image: Tensor, rounds: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         for form, network in forms.items():
             path = Path(folder) / f"{form}{target.suffix}"
-            with contextlib.suppress(ValueError):
+            try:
                 run = convert(name, network, image, path)
-                if run is not None:
-                    runners[form] = run
-                elif (count := target.operators) is not None:
-                    cells[form] = f"{count(path).total()} operators"
+            except ValueError as error:
+                print(f"{form}: {error}", file=sys.stderr)
+                continue
+            if run is not None:
+                runners[form] = run
+            elif (count := target.operators) is not None:
+                cells[form] = f"{count(path).total()} operators"
         if runners:
             relative = ratios([partial(runner, image.numpy()) for runner in runners.values()], rounds)
             cells |= {form: f"{ratio:.2f}" for form, ratio in zip(runners, relative, strict=True)}

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastvit_zoo.checkpoint import load_checkpoint
 from fastvit_zoo.onnx_export import export_onnx
-from fastvit_zoo.train.data import Source
+from fastvit_zoo.train.data import Source, readable
 from fastvit_zoo.train.plot import plot
 from fastvit_zoo.train.recipe import Recipe
 from fastvit_zoo.train.run import Options, Run
@@ -31,10 +31,10 @@ def train(model: str, recipe: Recipe, source: Source, options: Options) -> list[
                 f"{found['top1_fused']:.2f} % ({differing}), {found['ms']:.1f} > {found['ms_fused']:.1f} ms",
                 flush=True,
             )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # what follows takes longer than other processes would wait
     if run.rank == 0:
         _deploy(run)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     return figures
 
 
@@ -58,14 +58,19 @@ def _deploy(run: Run) -> None:
         print(picture)
 
 
-def predictions_equal(fused: nn.Module, file: Path, run: Run) -> tuple[int, int]:
-    """For how many of the validation images of this process both predict the same class, and how many there are."""
+def predictions_equal(fused: nn.Module, file: Path, run: Run, enough: int = 1024) -> tuple[int, int]:
+    """For how many validation images of this process both predict the same class, and how many were tried.
+
+    It stops after the batch with which it has seen `enough`.
+    """
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     equal = images = 0
-    for batch, _ in run.validation:
+    for batch, _ in readable(run.validation):
         (scores,) = session.run(None, {"image": batch.cpu().numpy()})
         with torch.inference_mode():
             expected = fused(batch.cpu()).argmax(1).numpy()
         equal += int((np.asarray(scores).argmax(1) == expected).sum())
         images += len(batch)
+        if images >= enough:
+            break
     return equal, images
