@@ -148,23 +148,31 @@ def write_table(file: Path, rows: Iterable[Row]) -> None:
 
 
 def plot(table: Sequence[Row], picture: Path) -> None:
-    """The ratios over the sizes, a part for each runtime."""
+    """The ratios over the sizes for every runtime with several, and over the runtimes at the size that most have."""
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
-    runtimes = list(dict.fromkeys(row[0] for row in table))
-    columns = min(len(runtimes), 4)
-    figure = Figure(figsize=(4 * columns, 3.5 * -(-len(runtimes) // columns)), layout="constrained")
-    for axes, runtime in zip(
-        figure.subplots(-(-len(runtimes) // columns), columns, squeeze=False).flat, runtimes, strict=False
-    ):
-        rows = sorted((row for row in table if row[0] == runtime), key=lambda row: row[1])
+    by_runtime, by_size = (_grouped(table, place) for place in (0, 1))
+    parts = [(f"{name}, over pixels", 1, rows) for name, rows in by_runtime.items() if len(rows) > 1]
+    size, most = max(by_size.items(), key=lambda item: len(item[1]))
+    if len(most) > 1 or not parts:
+        parts.append((f"{size} pixels", 0, most))
+    figure = Figure(figsize=(5 * len(parts), 4), layout="constrained")
+    for axes, (title, place, rows) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         for number, name in enumerate(rows[0][2]):
-            for form, style in enumerate(("o-", "o:")):
+            for form, fill in enumerate(("full", "none")):
                 values = [row[2][name][form] for row in rows]
-                axes.plot([row[1] for row in rows], values, style, color=f"C{number}", label=None if form else name)
-        axes.set(title=f"{runtime} (dotted: unfused)", xlabel="pixels", ylabel=f"latency, {next(iter(rows[0][2]))} = 1")
-        axes.set_ylim(bottom=0)
-    for axes in figure.axes[len(runtimes) :]:
-        axes.remove()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+                line = {"linestyle": ("-", ":")[form] if place else "", "color": f"C{number}", "fillstyle": fill}
+                axes.plot([row[place] for row in rows], values, marker="o", label=None if form else name, **line)
+        axes.set(title=title, ylabel=f"latency, {next(iter(rows[0][2]))} = 1", ylim=(0, None))
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title="hollow: unfused"
+    )
     figure.savefig(picture)
+
+
+def _grouped(table: Sequence[Row], place: int) -> dict[Any, list[Row]]:
+    """The rows by runtime (0), in order of their size, or by size (1)."""
+    groups: dict[Any, list[Row]] = {}
+    for row in sorted(table, key=lambda row: row[1]):
+        groups.setdefault(row[place], []).append(row)
+    return groups
