@@ -157,7 +157,8 @@ def _multiples(value: Value, index: Array, sums: Array, size: Array) -> tuple[Ar
 def _ratio(value: Value, channel: int, other: int) -> float | None:
     """The positive number that makes the coefficients of one channel those of another; None if there is none."""
     mine, its = _coefficients(value, channel), _coefficients(value, other)
-    a, b = (np.zeros((len(mine | its), max(map(len, (mine | its).values())))) for _ in range(2))
+    widest = max(map(len, (*mine.values(), *its.values())))
+    a, b = (np.zeros((len(mine | its), widest)) for _ in range(2))
     for at, key in enumerate(mine | its):
         for row, given in ((a[at], mine), (b[at], its)):
             row[: len(given.get(key, ()))] = given.get(key, 0.0)

@@ -33,7 +33,6 @@ from reparamc.algebra.expr import (
     is_negation,
     ranks,
 )
-from reparamc.algebra.infer import channels
 from reparamc.algebra.kernels import regroup, swap_sides
 from reparamc.algebra.shape import sizes_after
 from reparamc.compiler.emit import Emission
@@ -230,9 +229,9 @@ class _Emitter(Emission[str]):
         apart = self._node("SpaceToDepth", [self.value(x)], output if op.outer else None, blocksize=op.block)
         if op.outer:
             return apart
-        number = channels(x)[x]
-        assert number is not None, "a reader says how many channels there are"
-        order = np.arange(number * op.block**2).reshape(-1, number).T.ravel()
+        made = self.graph.facts.types.shape(str(op.native))
+        assert made is not None, "it is read where its shape is known"
+        order = np.arange(made[1].factor).reshape(op.block**2, -1).T.ravel()
         index = self.graph.add_integers(f"{self.base}.index", order.tolist())
         return self._node("Gather", [apart, index], output, axis=1)
 

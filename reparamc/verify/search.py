@@ -27,6 +27,7 @@ from reparamc.equivalence.pair import PERTURBATIONS, BrokenError, Comparison, Pa
 from reparamc.equivalence.trials import Inputs, Slot, Space, Trial
 from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.onnx.check import check as check_model
+from reparamc.onnx.check import fits
 from reparamc.onnx.files import check_target, load
 from reparamc.onnx.session import Run, epsilon, session
 from reparamc.verify.arrays import read_inputs, write_inputs
@@ -159,7 +160,8 @@ def verify_onnx(
                 f"ONNX Runtime lacks operators of the dtype of {names[second.narrowed]}, and of that alone"
             )
         clock = _Clock(start, seconds, perf_counter() - loading)
-        search = _Search(_Pair(interface, first, second, given), result, clock, seed, target)
+        pair = _Pair(interface, first, second, given, lambda inputs: fits(_loaded(original), inputs))
+        search = _Search(pair, result, clock, seed, target)
         search.branches = branches
         search.factors = lambda arrays: _factors((original, fused), branches, interface, arrays)
         search.alone = lambda where, arrays: witness(_loaded(original), _loaded(fused), where, arrays)
@@ -293,8 +295,11 @@ class _Comparison:
 class _Pair:
     """Two models that are run on the same inputs."""
 
-    def __init__(self, interface: Interface, original: Run, fused: Run, given: tuple[float, float] | None) -> None:
-        self.interface = interface
+    def __init__(
+        self, interface: Interface, original: Run, fused: Run, given: tuple[float, float] | None,
+        fits: Callable[[Inputs], bool],
+    ) -> None:  # fmt: skip
+        self.interface, self._fits = interface, fits
         self._original, self._fused = original, fused
         self._pair = Pair(self.original, self.fused, perturb=original.perturbed)
         self._given = given
@@ -314,9 +319,15 @@ class _Pair:
         """Both models on ``inputs``, and the seconds that running both took.
 
         Raises:
-            RefusedError: the original does not take them.
+            RefusedError: the original does not take them, or the standard does not where the two differ.
             InputError: the original has outputs that are no tensors, or gives other ones each time.
         """
+        found, took = self._compared(inputs)
+        if found.problem and not self._fits(inputs):
+            raise RefusedError("the sizes of its operators do not fit together")
+        return found, took
+
+    def _compared(self, inputs: Inputs) -> tuple[_Comparison, float]:
         start = perf_counter()
         try:
             compared = self._pair.compare(inputs)
