@@ -41,7 +41,10 @@ def alike_after(e: Expr, start: int, operands: Sequence[Alike]) -> Alike:
     """The channels of ``e``, which have the numbers from ``start`` on, from those of its operands."""
     match e:
         case Concat():
-            return Alike(*(np.concatenate(a) for a in zip(*((x.of, x.factor) for x in operands), strict=True)))
+            # Those of one value, put there twice, are alike: of two values the certificate cannot tell.
+            apart = np.repeat([e.terms.index(t) for t in e.terms], e.sizes)
+            of, factor = (np.concatenate(a) for a in zip(*((x.of, x.factor) for x in operands), strict=True))
+            return multiples(start, np.stack([apart, of], 1), [factor[:, None]])
         case Select():
             return Alike(operands[0].of[[*e.index]], operands[0].factor[[*e.index]])
         case Conv() if not is_separate(e):

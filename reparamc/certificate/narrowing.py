@@ -26,7 +26,8 @@ class Narrowing:
         axis: that of the channels, from the left.
         index: for each channel of the original the one that it is, or -1.
         known: the number that a channel is everywhere; NaN where it is none.
-        like: of the others, the one that each is a positive multiple of, or -1; and by what ``factor``.
+        like: the first emitted channel that each is a positive multiple of, or -1; and by what ``factor``. Of several
+            that are equal, whatever is read counts as the first.
     """
 
     axis: int
@@ -46,13 +47,13 @@ class Narrowing:
     @property
     def emitted(self) -> Narrowing:
         """The tensor that was emitted, as a function of itself: its numbers are known as well."""
-        none = np.full(self.width, -1)
-        return Narrowing(self.axis, np.arange(self.width), self.known[self.kept], none, np.ones(self.width))
+        kept = self.kept
+        return Narrowing(self.axis, np.arange(self.width), self.known[kept], self.like[kept], self.factor[kept])
 
     @property
     def gone(self) -> Array:
         """The channels of the original that are neither emitted nor numbers nor multiples of those."""
-        return np.flatnonzero((self.index < 0) & (self.like < 0) & np.isnan(self.known))
+        return np.flatnonzero((self.like < 0) & np.isnan(self.known))
 
     def alike(self, other: Narrowing) -> bool:
         """Whether two tensors lost the same channels."""
@@ -82,9 +83,8 @@ def shape_of(shape: Sequence[Dim], narrowing: Narrowing, width: int) -> list[Dim
 
 def put_back(leaf: Value, rest: Value | None, narrowing: Narrowing) -> Value:
     """The tensor of the original, of the emitted ``leaf`` and of the ``rest`` that was not emitted; numbers stay."""
-    kept, axis = np.flatnonzero((narrowing.index >= 0) & np.isnan(narrowing.known)), narrowing.axis
-    multiples = np.flatnonzero((narrowing.like >= 0) & np.isnan(narrowing.known))
-    parts = [(leaf, kept, narrowing.index[kept]), (leaf, multiples, narrowing.like[multiples])]
+    axis, multiples = narrowing.axis, np.flatnonzero((narrowing.like >= 0) & np.isnan(narrowing.known))
+    parts = [(leaf, multiples, narrowing.like[multiples])]
     if rest is not None:
         gone = narrowing.gone
         parts.append((rest, gone, np.arange(len(gone))))
@@ -138,15 +138,12 @@ EXACT, MOST_TRIED = 2.0**-46, 8
 
 
 def _multiples(value: Value, index: Array, sums: Array, size: Array) -> tuple[Array, Array]:
-    """Of the channels that are not emitted, the emitted one that each is a positive multiple of, and the factor."""
-    like, factor = np.full(len(index), -1), np.ones(len(index))
+    """The first emitted channel that each is a positive multiple of, and the factor."""
+    like, factor = index.copy(), np.ones(len(index))
     share = sums / np.maximum(size, np.finfo(np.float64).tiny)  # the same for all multiples
     kept = np.flatnonzero((index >= 0) & (size > 0))
-    for channel in np.flatnonzero((index < 0) & (size > 0)):
-        near = kept[np.abs(share[kept] - share[channel]) <= 2.0**-40]
-        for other in near[np.argsort(np.abs(sums[near] - sums[channel]), kind="stable")][
-            :MOST_TRIED
-        ]:  # equal ones first
+    for channel in np.flatnonzero(size > 0):
+        for other in kept[np.abs(share[kept] - share[channel]) <= 2.0**-40][:MOST_TRIED]:
             by = _ratio(value, int(channel), int(other))
             if by is not None:
                 like[channel], factor[channel] = index[other], by
@@ -229,9 +226,14 @@ def passed(narrowings: Mapping[str, Narrowing], separate: Separate) -> Narrowing
 
 def _multiples_after(narrowings: Mapping[str, Narrowing], separate: Separate) -> tuple[Array, Array]:
     """What an elementwise operator makes of multiples of channels."""
-    first, *others = narrowings.values()
-    stays = np.all([first.like >= 0, *(n.like == first.like for n in others)], axis=0)
-    factor = np.prod([n.factor for n in narrowings.values()], axis=0)
-    if not separate.multiplies and not (separate.homogeneous and not others):
-        stays = stays & np.all([n.factor == 1 for n in narrowings.values()], axis=0)
-    return np.where(stays, first.like, -1), np.where(stays, factor, 1.0)
+    index = next(iter(narrowings.values())).index
+    likes, factors = (np.stack(a, 1) for a in zip(*((n.like, n.factor) for n in narrowings.values()), strict=True))
+    scales = separate.multiplies or (separate.homogeneous and len(narrowings) == 1)
+    by = factors.prod(1) if scales else np.ones(len(index))
+    like, factor = index.copy(), np.ones(len(index))
+    _, group = np.unique(likes if scales else np.concatenate([likes, factors], 1), axis=0, return_inverse=True)
+    for members in (np.flatnonzero(group.ravel() == g) for g in range(group.max(initial=-1) + 1)):
+        emitted = members[index[members] >= 0]
+        if len(emitted) and likes[members[0]].min() >= 0:
+            like[members], factor[members] = index[emitted[0]], by[members] / by[emitted[0]]
+    return like, factor
