@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 
 import torch
 from fx_checks import CHANNELS, Net, fuse_fx, ready, relative_error, report
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 MAPS = ((1, CHANNELS, 8, 12), (3, CHANNELS, 6, 2), (2, CHANNELS, 10, 4))
@@ -24,7 +24,7 @@ def row_by_row(x: Tensor) -> Tensor:
     return torch.cat([row[:, :, :, at::2] for row in rows for at in range(2)], dim=-3)
 
 
-def undecided(fused: nn.Module) -> int:
+def undecided(fused: fx.GraphModule) -> int:
     found = report(fused).certificate
     assert found is not None
     return len(found.undecided)
