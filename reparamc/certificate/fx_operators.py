@@ -37,9 +37,9 @@ NUMBERS = {
 
 
 ELEMENTWISE = (
-    "abs", "add", "celu", "clamp", "div", "elu", "erf", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh",
+    "abs", "celu", "clamp", "div", "elu", "erf", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh",
     "leaky_relu", "log", "maximum", "minimum", "mish", "mul", "prelu", "relu", "relu6", "rsqrt", "selu", "sigmoid",
-    "silu", "softplus", "softsign", "sqrt", "sub", "tanh", "truediv", "iadd", "isub", "imul", "itruediv",
+    "silu", "softplus", "softsign", "sqrt", "tanh", "truediv", "imul", "itruediv",
 )  # fmt: skip
 """Functions and methods whose result at a position depends on the operands at that position."""
 _ELEMENTWISE = {f for home in (torch, F, operator) for name in ELEMENTWISE if (f := getattr(home, name, None))}

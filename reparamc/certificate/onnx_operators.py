@@ -26,9 +26,9 @@ MIXING = {"AveragePool", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"}
 
 
 ELEMENTWISE = {
-    "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log",
-    "Max", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign",
-    "Sqrt", "Sub", "Tanh", "ThresholdedRelu",
+    "Abs", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log",
+    "Max", "Min", "Mish", "Mul", "PRelu", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign",
+    "Sqrt", "Tanh", "ThresholdedRelu",
 }  # fmt: skip
 """Operators that the specification defines element by element."""
 

@@ -471,15 +471,19 @@ class _Proof:
 
     def _whole(self, before: str, after: str, precision: Precision) -> Window:
         """Compare two tensors as functions of cuts. Where these differ, the latest is expanded, and so on."""
-        through: set[str] = set()
+        through, fixed = set[str](), set[str]()  # the second are constant
         different: Window | None = None
         last = Window(before, "undecided", reason="the two depend on different tensors, however far they are followed")
         for _ in range(MOST_TRIES):
             atoms: list[_Atom] = []
             try:
-                mine, m = self._expand(0, before, through, atoms, None)
-                other, n = self._expand(1, after, through, atoms, precision)
+                mine, m = self._expand(0, before, through | fixed, atoms, None)
+                other, n = self._expand(1, after, through | fixed, atoms, precision)
                 axis = None if through or before in self.whole else narrowed_axis(mine, other)
+                read = set[str]() if axis is None else {s.leaf for s in mine.grids} - fixed
+                if known := {leaf for leaf in read & self.position.keys() if self._is_constant(leaf)}:
+                    fixed |= known
+                    continue
                 if axis is None:
                     found = agree(mine, other, precision)
                 else:
@@ -511,6 +515,14 @@ class _Proof:
                 break
             through.add(max(further, key=self.position.__getitem__))
         return different or last
+
+    def _is_constant(self, name: str) -> bool:
+        """Whether a tensor of the original is the same for every input, as far as its operators alone tell."""
+        try:
+            value, _ = self._expand(0, name, set(), [], None)
+        except Unrepresentable:
+            return False
+        return not any((b.left[:, None, None] * b.weight).any() for b in value.blocks)
 
     def _expand(
         self,

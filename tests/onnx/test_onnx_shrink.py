@@ -271,6 +271,28 @@ def test_a_number_in_the_last_place_keeps_channels_apart() -> None:
     assert widths(made(node("Relu", "c", "r"), **parameters))["c"] == (4, 3, 3, 3)
 
 
+def test_a_value_added_to_itself_keeps_its_multiples() -> None:
+    assert widths(made(node("Add", "c c", "r"), **multiples(2.0)))["y"] == (4, 3, 1, 1)
+
+
+def test_all_channels_of_a_kernel_over_one_are_multiples() -> None:
+    """Also those that stay apart, because the factor between them would round."""
+    kernel = np.array([-1.3886062, -2.025559, 1.3886062, 2.025559, 2.025559, -4.1658187], np.float32)
+    parts = {"a": kernel.reshape(6, 1, 1, 1), "z": rand(4, 6, 3, 3), "zb": rand(4)}
+    nodes = [node("Conv", "x a", "c"), conv("c", "z", "y", **PADDED), node("Sigmoid", "c", "u"), conv("u", "s", "v")]
+    found = widths(model(nodes, {**parts, "s": rand(2, 6, 1, 1), "sb": rand(2)}, ("N", 1, "H", "W"), outputs="y v"))
+    assert found["c"] == (5, 1, 1, 1)
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_what_follows_a_constant_is_known(is_read: bool) -> None:
+    """A value whose only channel is constant cannot leave; what is made of it can."""
+    nodes = [node("Conv", "x a ab", "c"), conv("c", "s", "t"), node("Tanh", "t", "r"), conv("r", "z", "y")]
+    parts = {"a": np.zeros((1, 3, 3, 3), np.float32), "ab": rand(1), "s": rand(6, 1, 1, 1), "sb": rand(6)}
+    outputs = "y c" if is_read else "y"
+    assert widths(model(nodes, {**LAST, **parts}, SHAPE, outputs=outputs))["t"][0] == 1
+
+
 @given(st.data())
 @settings(max_examples=20, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 def test_blocks_with_equal_channels(data: st.DataObject) -> None:
