@@ -201,7 +201,7 @@ def doubled(array: np.ndarray, factor: float = 1.0) -> np.ndarray:
     return array
 
 
-def multiples(factor: float = 1.0, **parameters: Any) -> dict[str, Any]:
+def multiples(factor: Any = 1.0, **parameters: Any) -> dict[str, Any]:
     return {"a": doubled(rand(6, 3, 3, 3), factor), "ab": doubled(rand(6), factor), **parameters}
 
 
