@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
 
-import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
@@ -60,19 +59,6 @@ def check(model: ModelProto) -> str | None:
         except InputError as error:
             raise InputError(f"the model does not pass the ONNX checker: {wrong}") from error
     return said
-
-
-def fits(model: ModelProto, inputs: Mapping[str, np.ndarray]) -> bool:
-    """Whether the standard takes ``inputs``. ONNX Runtime joins maps of other sizes to what is empty."""
-    light = skeleton(model)
-    for value in light.graph.input:
-        if value.name in inputs:
-            shape = value.type.tensor_type.shape
-            del shape.dim[:]
-            for n in inputs[value.name].shape:
-                shape.dim.add().dim_value = n
-    del light.graph.value_info[:]
-    return _objection(partial(onnx.shape_inference.infer_shapes, light, strict_mode=True, data_prop=True)) is None
 
 
 def _objection(look: Callable[[], object]) -> str | None:

@@ -15,7 +15,7 @@ from reparamc.equivalence.runnable import Domain, Tree, bounds_of
 from reparamc.equivalence.trials import Slot
 from reparamc.errors import InputError
 from reparamc.onnx.files import load
-from reparamc.onnx.session import first_working_inputs, session
+from reparamc.onnx.session import first_working_inputs, fits, session
 from reparamc.onnx.values import attribute
 
 _COPY = "/read_by_pooling"
@@ -46,7 +46,9 @@ class OnnxRunnable:
         return {f"output {name!r}": value for name, value in self._run(feeds).items()}
 
     def runs(self, inputs: Tree) -> bool:
-        """Whether the model takes these inputs, and no pooling window is larger than what it slides over."""
+        """Whether the model takes these inputs, and so does the standard: windows and sizes fit."""
+        if not fits(self.model, inputs):
+            return False
         try:
             if not self._windows:
                 self((), inputs)

@@ -27,9 +27,8 @@ from reparamc.equivalence.pair import PERTURBATIONS, BrokenError, Comparison, Pa
 from reparamc.equivalence.trials import Inputs, Slot, Space, Trial
 from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.onnx.check import check as check_model
-from reparamc.onnx.check import fits
 from reparamc.onnx.files import check_target, load
-from reparamc.onnx.session import Run, epsilon, session
+from reparamc.onnx.session import Run, epsilon, fits, session
 from reparamc.verify.arrays import read_inputs, write_inputs
 from reparamc.verify.branches import LARGEST, Branches, branches_of, factors
 from reparamc.verify.interface import Interface, compare_interfaces
