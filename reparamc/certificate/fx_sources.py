@@ -30,7 +30,7 @@ def applied_by(kind: type) -> type | None:
     """The class of torch whose weight and bias a forward of ``kind`` returns, applied; None where that is not sure."""
     base = next((k for k in APPLYING if issubclass(kind, k) and kind is not k), None)
     written = vars(kind).get("forward", kind.__mro__[1].__dict__.get("forward"))
-    if base is None or not inspect.isfunction(written):
+    if base is None or not inspect.isfunction(written) or hasattr(written, "__wrapped__"):
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(written))).body[0]

@@ -197,7 +197,7 @@ class Emitter(Emission[fx.Node]):
         native = cast("fx.Node | None", op.native)
         if native is not None:
             found = self._again(native, x)
-            call = operation(found, self.target.module)
+            call = operation(found, self.target.source)
             if call is not None and call.op == "reshape" and isinstance(dims := call.get("shape"), tuple | list):
                 told = {at: d.known for at, d in enumerate(op.after) if d.known is not None and dims[at] != -1}
                 found.op, found.target = "call_function", torch.reshape

@@ -40,8 +40,10 @@ def applies_weight(kind: type[nn.Module]) -> bool:
     It writes into nothing then, and returns memory of its own.
     """
     base = next((k for k in _BASES if issubclass(kind, k)), None)
-    forward = kind.forward
-    if base is None or forward is base.forward or forward.__code__.co_freevars not in ((), ("__class__",)):
+    forward = inspect.getattr_static(kind, "forward", None)
+    if base is None or not inspect.isfunction(forward) or hasattr(forward, "__wrapped__"):
+        return False  # of what is wrapped, the source is that of what is inside
+    if forward is base.forward or forward.__code__.co_freevars not in ((), ("__class__",)):
         return False
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body

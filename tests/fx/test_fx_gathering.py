@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -224,3 +225,16 @@ def test_what_is_not_sure_is_refused_by_both(forward: Any) -> None:
 def test_what_is_sure_is_taken_by_both(kind: Any) -> None:
     assert applies_weight(kind)
     assert applied_by(kind) in kind.__mro__
+
+
+def test_what_wraps_a_forward_is_not_read_as_that() -> None:
+    class Wrapped(Same):
+        pass
+
+    @functools.wraps(Same.forward)
+    def forward(self: Same, x: Tensor, inside: Any = Same.forward) -> Tensor:
+        return inside(self, x).relu()
+
+    Wrapped.forward = forward
+    assert not applies_weight(Wrapped)
+    assert applied_by(Wrapped) is None
