@@ -94,7 +94,7 @@ RANGES: list[Fault] = [
 ]  # fmt: skip
 
 
-def equal(factor: float = 1.0, bias: float = 1.0) -> dict[str, np.ndarray]:
+def equal(factor: float = 1.0, bias: float = 1.0) -> dict[str, Any]:
     """Filters of which 1, 3 and 4 are those before them, times a factor."""
     w, b = numbers(6, 4, 1, 1), numbers(6)
     w[[1, 3, 4]], b[[1, 3, 4]] = factor * w[[0, 2, 5]], bias * b[[0, 2, 5]]

@@ -110,18 +110,20 @@ def test_an_exported_graph_is_left() -> None:
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_equal_channels_are_one(activation: nn.Module, factor: float) -> None:
     """Up to a positive factor, which a ReLU passes, and a sigmoid does not."""
-    model = Net(lambda m, x: m.z(m.f(m.a(x))), a=nn.Conv2d(4, 6, 3), f=activation, z=nn.Conv2d(6, 4, 3, padding=1))
+    first = nn.Conv2d(4, 6, 3)
+    model = Net(lambda m, x: m.z(m.f(m.a(x))), a=first, f=activation, z=nn.Conv2d(6, 4, 3, padding=1))
     with torch.no_grad():
-        for p in (model.a.weight, model.a.bias):
+        for p in first.parameters():
             p[[1, 3, 4]] = factor * p[[0, 2, 5]]
     width = 6 if factor != 1 and isinstance(activation, nn.Sigmoid) else 3
     assert sorted(widths(ready(model))) == sorted([(width, 4, 3, 3), (4, width, 3, 3)])
 
 
 def test_a_slope_of_each_channel_keeps_them() -> None:
-    model = Net(lambda m, x: m.z(m.f(m.a(x))), a=nn.Conv2d(4, 6, 3), f=nn.PReLU(6), z=nn.Conv2d(6, 4, 3))
+    first, slopes = nn.Conv2d(4, 6, 3), nn.PReLU(6)
+    model = Net(lambda m, x: m.z(m.f(m.a(x))), a=first, f=slopes, z=nn.Conv2d(6, 4, 3))
     with torch.no_grad():
-        for p in (model.a.weight, model.a.bias):
+        for p in first.parameters():
             p[[1, 3, 4]] = p[[0, 2, 5]]
-        model.f.weight.copy_(torch.arange(6) / 5)
+        slopes.weight.copy_(torch.arange(6) / 5)
     assert sorted(widths(ready(model))) == [(4, 6, 3, 3), (6, 4, 3, 3)]
