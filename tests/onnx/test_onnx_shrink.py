@@ -293,6 +293,14 @@ def test_what_follows_a_constant_is_known(is_read: bool) -> None:
     assert widths(model(nodes, {**LAST, **parts}, SHAPE, outputs=outputs))["t"][0] == 1
 
 
+def test_multiples_of_what_is_computed_from_no_elements() -> None:
+    parts = {"none": rand(2, 0), "one": rand(0, 1), "three": np.array([[0.5, -2.0, -4.0]], np.float32), "m": rand(3, 3)}
+    nodes = [node("MatMul", "x none", "a"), node("MatMul", "a one", "b"), node("MatMul", "b three", "c")]
+    original = model([*nodes, node("MatMul", "c m", "y")], parts, (2, "N", 3, 2))
+    _, report = fuse(original, **SHRINK, verify="region")
+    assert report.failed == []
+
+
 @given(st.data())
 @settings(max_examples=20, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 def test_blocks_with_equal_channels(data: st.DataObject) -> None:
