@@ -6,7 +6,7 @@
 They meet once the BatchNorm between them is folded (LeViT's Linear + BatchNorm over flattened tokens). Two
 permutations cancel if their composition is the identity, two reshapes if the second restores the shape that the
 first was given, for every input size: sizes are compared as products of symbols. A reshape to the shape that is
-there already does nothing by itself. Channels that become positions, and channels again, are what they were. Two
+there already does nothing by itself. Channels that become positions and then channels again are unchanged. Two
 reshapes become one if at most one size is left open until run time, besides those that stay in their place.
 """
 

@@ -46,7 +46,7 @@ def into_kernel(e: Expr, objective: Objective) -> Expr | Declined | None:
 def _cuts(e: Conv) -> list[tuple[Conv, range]]:
     """The slices of one value that ``e`` reads side by side, all of one step, and the channels that each is.
 
-    None where it reads anything else.
+    None of them where it reads anything else.
     """
     match e.x:
         case Layout(op=Spread(back=True, block=b) as op) as layout if layout.axis_in == e.axis == -3:

@@ -86,7 +86,7 @@ def multiples(start: int, of: Index | None, parts: Sequence[Array]) -> Alike:
     for group in _candidates(of, parts):
         first = dict[bytes, int]()
         rows = np.concatenate([np.asarray(p[group], np.float64) for p in parts], 1)
-        for at, row in zip(group.tolist(), range(len(rows)), strict=True):
+        for row, at in enumerate(group.tolist()):
             filled = np.flatnonzero(rows[row])
             if not len(filled) or not np.isfinite(rows[row]).all():
                 continue  # what is zero is known

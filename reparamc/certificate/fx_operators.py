@@ -41,7 +41,7 @@ ELEMENTWISE = (
     "leaky_relu", "log", "maximum", "minimum", "mish", "mul", "prelu", "relu", "relu6", "rsqrt", "selu", "sigmoid",
     "silu", "softplus", "softsign", "sqrt", "tanh", "truediv", "imul", "itruediv",
 )  # fmt: skip
-"""Functions and methods whose result at a position depends on the operands at that position."""
+"""Functions and methods whose result at a position depends on the operands there; sums are followed instead."""
 _ELEMENTWISE = {f for home in (torch, F, operator) for name in ELEMENTWISE if (f := getattr(home, name, None))}
 _ELEMENTWISE_MODULES = {
     nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6,

@@ -26,8 +26,8 @@ class Narrowing:
         axis: that of the channels, from the left.
         index: for each channel of the original the one that it is, or -1.
         known: the number that a channel is everywhere; NaN where it is none.
-        like: the first emitted channel that each is a positive multiple of, or -1; and by what ``factor``. Of several
-            that are equal, whatever is read counts as the first.
+        like: the first emitted channel that each is a positive multiple of, or -1; and by what ``factor``. Equal
+            channels are all written as the first of them.
     """
 
     axis: int

@@ -30,7 +30,7 @@ ELEMENTWISE = {
     "Max", "Min", "Mish", "Mul", "PRelu", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign",
     "Sqrt", "Tanh", "ThresholdedRelu",
 }  # fmt: skip
-"""Operators that the specification defines element by element."""
+"""Operators that the specification defines element by element; sums, which are linear, are followed instead."""
 
 HOMOGENEOUS = {"Abs", "LeakyRelu", "PRelu", "Relu"}
 """Those of one value that commute with a positive factor."""

@@ -117,7 +117,7 @@ class Liveness:
         return self.found.get(value)
 
     def _opaque(self, value: Value) -> None:
-        """A value of which all channels stay, where its axis and their number are known, and no absurd one."""
+        """A value of which all channels stay, where its axis is known, and their number, up to a limit."""
         shape, axis = self.graph.source(value).shape, self._demands.get(value)
         width = shape[axis].known if shape is not None and axis is not None and -axis <= len(shape) else None
         if axis is not None and width is not None and width <= MOST_CONCATENATED:

@@ -70,6 +70,17 @@ def lookup(module: nn.Module, target: str) -> Any:
     return found
 
 
+def with_operands(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """``nodes``, and all that they are computed from."""
+    seen = set(nodes)
+    stack = list(seen)
+    while stack:
+        fresh = [n for n in stack.pop().all_input_nodes if n not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return seen
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether ``module`` is one of torch's own, or applies its weight as one, and runs nothing but its own forward."""
     hooked = any(getattr(module, name, None) for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"))

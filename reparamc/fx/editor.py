@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -15,6 +15,7 @@ from reparamc.algebra.expr import Layout, Select
 from reparamc.algebra.recorded import tape
 from reparamc.compiler.graph import Fold, Splice
 from reparamc.compiler.readings import Value
+from reparamc.fx.calls import with_operands
 from reparamc.fx.emit import Emitter, Target
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.operators import OPERATORS
@@ -182,7 +183,7 @@ class Editor:
                 return n not in alone.known and n not in alone.pieces and alone.rank(n) is None
 
             seen = {n for n in seen if is_open(n) or any(map(is_open, n.all_input_nodes))}
-        seen = _with_operands(seen)
+        seen = with_operands(seen)
         placeholders = source.graph.find_nodes(op="placeholder")
         asked = [(placeholders[-1], x, rank) for x in placeholders if x in seen and (rank := self._given_rank(x))]
         asked += [
@@ -204,7 +205,7 @@ class Editor:
 
     def _assert_batches(self) -> None:
         """Refuse lists of tensors that are not all as many examples, where something was rewritten that reads two."""
-        seen = _with_operands(self._rewritten)
+        seen = with_operands(self._rewritten)
         others = {x.args: x for x in self.source.elements if x in seen}  # it may be taken out of the list again
         for x in others.values():
             first = self.source.elements[x]
@@ -221,17 +222,6 @@ class Editor:
 
 
 _AS_THE_EXAMPLE = "as the example had with which this was fused"
-
-
-def _with_operands(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """``nodes``, and all that they are computed from."""
-    seen = set(nodes)
-    stack = list(seen)
-    while stack:
-        fresh = [n for n in stack.pop().all_input_nodes if n not in seen]
-        seen.update(fresh)
-        stack += fresh
-    return seen
 
 
 def _is_unread(node: fx.Node) -> bool:

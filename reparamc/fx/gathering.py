@@ -1,7 +1,7 @@
 """Convolutions of classes of their own, whose Python decides what they are given.
 
 "Same" padding that depends on the size of a map is written so. No graph holds such a forward, but its source tells that
-whatever it returns is its weight and bias, applied to what depends on neither: so they take scales of the result.
+it returns its weight and bias, applied to what depends on neither. So they take scales of the result.
 """
 
 from __future__ import annotations

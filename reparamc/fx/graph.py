@@ -20,7 +20,7 @@ from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Bounded, Fold, Separate
 from reparamc.compiler.readings import Reading, Taps, Value, is_norm, values_in
 from reparamc.fx.bounds import bounded
-from reparamc.fx.calls import Held, lookup
+from reparamc.fx.calls import Held, lookup, with_operands
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.readers import READERS
 from reparamc.fx.readings import Readings
@@ -220,14 +220,8 @@ class FxGraph(Readings):
 
     def _made_of(self, node: fx.Node) -> dict[int, int]:
         """The tensors of the module that a constant is computed from, by identity, and how many numbers they have."""
-        found, stack = dict[int, int](), [node]
-        while stack:
-            for n in stack.pop().all_input_nodes:
-                if n.op != "get_attr":
-                    stack.append(n)
-                elif isinstance(t := self.facts.known.get(n), Tensor):
-                    found[id(t)] = t.numel()
-        return found
+        held = [self.facts.known.get(n) for n in with_operands([node]) if n.op == "get_attr"]
+        return {id(t): t.numel() for t in held if isinstance(t, Tensor)}
 
     def _kept_constants(self) -> set[int]:
         """The tensors, by identity, that something else reads as they are."""

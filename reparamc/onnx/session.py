@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 
 from reparamc.algebra.dtypes import epsilon_of, is_floating
-from reparamc.certificate.onnx_bounds import nested
+from reparamc.certificate.onnx_bounds import may_propagate, nested
 from reparamc.equivalence.pair import perturbed
 from reparamc.equivalence.trials import GUESSES, TooLarge, check_size
 from reparamc.errors import InputError, one_line
@@ -144,7 +144,7 @@ def fits(model: ModelProto, inputs: Mapping[str, np.ndarray]) -> bool:
                 shape.dim.add().dim_value = n
     del light.graph.value_info[:]
     try:
-        onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
+        onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=may_propagate(light))
     except Exception:  # whatever the inference of an operator raises
         return False
     return True

@@ -396,3 +396,16 @@ def test_a_matrix_that_is_read_turned_as_well_is_stored_once(width: int, objecti
         fused, x = fuse_fx(model, torch.randn(2, width), objective=objective), torch.randn(3, width)
         assert report(fused).after.parameters <= report(fused).before.parameters
         assert relative_error(fused(x), model(x)) < 1e-5
+
+
+def test_constants_that_share_their_operands_over_and_over() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        w = m.w
+        for _ in range(40):
+            w = torch.sin(w) + torch.cos(w)
+        return m.bn(F.conv2d(x, w))
+
+    model = ready(Net(forward, w=nn.Parameter(torch.randn(4, 3, 3, 3)), bn=nn.BatchNorm2d(4)))
+    fused, x = fuse_fx(model, torch.randn(1, 3, 8, 8), specialize=True), torch.randn(3, 3, 9, 7)
+    assert report(fused).passes["constant-folding"]
+    assert relative_error(fused(x), model(x)) < 1e-5

@@ -12,6 +12,7 @@ from onnx_models import BN, CONV, W3, N, batchnorm, conv_bn, fuse, model, node, 
 from reparamc.equivalence.trials import TooLarge
 from reparamc.errors import InputError
 from reparamc.onnx.fuse import fuse_model
+from reparamc.onnx.session import fits
 
 D = {"w": W3, **N}
 BILLION = np.array([10**9])
@@ -148,3 +149,12 @@ def test_a_mode_that_is_no_text() -> None:
     resize.attribute.append(helper.make_attribute("mode", b"near\xcd"))
     made = model([resize, node("Conv", "r w", "y")], {"s": np.ones(4, np.float32), "w": rand(3, 4, 1, 1)})
     fuse_model(made, verify="off")
+
+
+def test_whether_sizes_fit_beside_a_vast_range() -> None:
+    numbers = {"zero": np.array(0), "many": np.array(3 * 10**7), "step": np.array(1)}
+    nodes = [node("Range", "zero many step", "v"), node("Slice", "x from to", "s"), node("Concat", "x s", "y", axis=0)]
+    joined = model(nodes, {**numbers, "from": np.array([0]), "to": np.array([1])})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert fits(joined, {"x": np.zeros((1, 6, 2, 2), np.float32)})
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MORE
