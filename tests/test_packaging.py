@@ -23,7 +23,7 @@ ZOO = sorted((ROOT / "fastvit_zoo").rglob("*.py"))
 EDGES = {
     "errors": set(),
     "algebra": {"errors"},
-    "report": {"errors"},
+    "report": {"errors", "algebra"},
     "certificate": {"errors"},
     "equivalence": {"errors", "algebra", "report"},
     "compiler": {"errors", "algebra", "report", "equivalence", "certificate"},

@@ -7,7 +7,6 @@ one and powers of two count, and others where nothing was rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,9 +14,10 @@ from reparamc.algebra.arrays import glanced, values
 from reparamc.algebra.channels import Index, is_separate
 from reparamc.algebra.expr import Array, BatchNorm, Concat, Conv, Expr, Scale, Select, Sum
 from reparamc.algebra.kernels import coefficients
+from reparamc.algebra.records import entity
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Alike:
     """For each channel of a value the one in the graph that it is a multiple of, by number, and the factor."""
 

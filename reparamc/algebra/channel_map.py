@@ -7,7 +7,7 @@ Once its axis is split, a channel has several indices: channel ``(3 h + i) d + j
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,11 @@ from reparamc.algebra.expr import (
     axis_through,
     ranks,
 )
+from reparamc.algebra.records import record
 from reparamc.algebra.shape import Dim, Shape, size
 
 
-@dataclass(frozen=True)
+@record
 class ChannelMap:
     """A value of ``rank`` has the channel ``channels[i, j, ...]`` at the positions i, j, ... along ``axes``."""
 

@@ -8,7 +8,7 @@ a nominal number of positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 from reparamc.algebra.arrays import count, is_all
@@ -30,6 +30,7 @@ from reparamc.algebra.expr import (
     walk,
 )
 from reparamc.algebra.infer import channel_axes, channels
+from reparamc.algebra.records import record
 from reparamc.errors import InputError
 
 POSITIONS = 196.0
@@ -39,7 +40,7 @@ CHANNELS = 64
 """Nominal channels of a value where nothing tells their number."""
 
 
-@dataclass(frozen=True)
+@record
 class Objective:
     """What to minimize, as the prices of what an operator takes. Only their ratios matter.
 

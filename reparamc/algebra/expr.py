@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from fractions import Fraction
 from functools import cached_property
 from math import prod
@@ -21,6 +21,7 @@ from typing import TypeAlias
 import numpy as np
 
 from reparamc.algebra.arrays import Array, Parameter, always, is_all
+from reparamc.algebra.records import entity, record
 from reparamc.algebra.shape import Shape, axis_through_reshape, sizes_after
 
 Ints: TypeAlias = tuple[int, ...]
@@ -30,7 +31,7 @@ EQUAL = 2.0**-48
 """Relative difference up to which the taps of an average count as equal: what a product of two averages rounds."""
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Source:
     """A value computed outside the expression.
 
@@ -52,7 +53,7 @@ class Source:
         return ()
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Conv:
     """``y[o, p] = bias[o] + sum over i in group(o), taps t: weight[o, i, t] * x[i, stride*p + offset + dilation*t]``
 
@@ -192,7 +193,7 @@ def _is_average(taps: Array) -> bool:
     return abs(first - share) <= EQUAL * share and bool(np.all(np.abs(taps - share) <= EQUAL * share))
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Scale:
     """``y = scale * x + shift`` per channel: each is (channels,), or () for the same in every channel.
 
@@ -214,7 +215,7 @@ class Scale:
         return self.axis is None
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class BatchNorm:
     """``y = (x - mean) / sqrt(var + eps) * gamma + beta`` per channel; all arrays are (channels,)."""
 
@@ -231,7 +232,7 @@ class BatchNorm:
         return (self.x,)
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Sum:
     """``y = terms[0] + terms[1] + ...``; at least two terms."""
 
@@ -242,7 +243,7 @@ class Sum:
         return self.terms
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Concat:
     """The channels of all terms, one after the other; ``sizes`` says how many each has."""
 
@@ -255,7 +256,7 @@ class Concat:
         return self.terms
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Select:
     """``y[o] = x[index[o]]``: some of the ``width`` channels of x, in any order (a slice, a shuffle)."""
 
@@ -269,14 +270,14 @@ class Select:
         return (self.x,)
 
 
-@dataclass(frozen=True)
+@record
 class Permute:
     """Axes in a new order; ``axes`` is a permutation of ``range(rank)``."""
 
     axes: Ints
 
 
-@dataclass(frozen=True)
+@record
 class Reshape:
     """The same elements, in row-major order, under another shape.
 
@@ -295,7 +296,7 @@ class Reshape:
         return sizes_after(self.before, self.after) is not None or axis + len(self.after) in self.free
 
 
-@dataclass(frozen=True)
+@record
 class Mean:
     """The mean over some of ``rank`` axes, the channel axis not among them; kept with size one, or dropped."""
 
@@ -304,7 +305,7 @@ class Mean:
     keep: bool = False
 
 
-@dataclass(frozen=True)
+@record
 class Take:
     """The position ``at`` along one of ``rank`` axes, counted from the left, which goes."""
 
@@ -313,7 +314,7 @@ class Take:
     at: int
 
 
-@dataclass(frozen=True)
+@record
 class Resize:
     """The last axes of ``rank`` made larger or smaller, one by each of ``scales``; see `reparamc.algebra.resample`.
 
@@ -339,7 +340,7 @@ class Resize:
         return prod(self.scales, start=Fraction(1))
 
 
-@dataclass(frozen=True)
+@record
 class Spread:
     """Channels as positions (pixel shuffle): ``block * block`` channels become one, ``block`` times as high and wide.
 
@@ -390,7 +391,7 @@ def axis_through(op: LayoutOp, axis: int) -> int | None:
             return None if axis >= op.rank - 3 else axis
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Layout:
     """Elements moved, taken, averaged or resized within their channel: axis ``axis_in`` becomes ``axis``.
 

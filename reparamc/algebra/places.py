@@ -7,7 +7,6 @@ there at a few positions is enough to compare it, and those read a few positions
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from math import prod
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from reparamc.algebra.arrays import taken
 from reparamc.algebra.expr import Array, BatchNorm, Conv, Expr, Ints, Scale, Source, Sum, walk
+from reparamc.algebra.records import record
 
 Positions = npt.NDArray[np.intp]
 
@@ -27,7 +27,7 @@ FEWEST = 4
 """Positions along an axis: the first, the last, one between them and the second."""
 
 
-@dataclass(frozen=True)
+@record
 class Places:
     """The sizes of the spatial axes of every node, and the positions along each at which it is computed."""
 

@@ -8,15 +8,16 @@ A **pass** is a named tuple of rules: the unit that users select and that report
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 from reparamc.algebra.cost import LATENCY, Objective
 from reparamc.algebra.expr import Expr, Sum, rebuild, walk
+from reparamc.algebra.records import record
 from reparamc.errors import InputError, RewriteLimitError
 
 
-@dataclass(frozen=True)
+@record
 class Declined:
     """A refusal worth telling the user: which condition fails, in one clause.
 
@@ -33,7 +34,7 @@ Rule = Callable[[Expr], "Expr | Declined | None"]
 PricedRule = Callable[[Expr, Objective], "Expr | Declined | None"]
 
 
-@dataclass(frozen=True)
+@record
 class Pass:
     """A named rewrite. Those that rules do not make up are the kinds of it in `reparamc.compiler.plan`.
 
@@ -62,7 +63,7 @@ class Pass:
         return (*self.rules, *map(weighing, self.priced))
 
 
-@dataclass(frozen=True)
+@record
 class Step:
     """One application of ``rule``, which belongs to the pass ``name``."""
 
@@ -72,7 +73,7 @@ class Step:
     after: Expr
 
 
-@dataclass(frozen=True)
+@record
 class Outcome:
     """The fixed point, the steps that led to it, and what was declined and is still there."""
 

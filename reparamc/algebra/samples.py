@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -14,9 +14,10 @@ from reparamc.algebra.expr import Array, Conv, Expr, Ints, Layout, Reshape, Scal
 from reparamc.algebra.fitting import Sizes
 from reparamc.algebra.infer import channel_axes, channels, has_layout
 from reparamc.algebra.places import Places, places
+from reparamc.algebra.records import entity, record
 
 
-@dataclass(frozen=True)
+@record
 class Size:
     """How large the maps are: ``extra`` more than just larger than every kernel; or results of ``tiny`` elements.
 
@@ -33,7 +34,7 @@ SIZES = (ORDINARY, ODD, *(Size(tiny=n) for n in (1, 2, 3)))
 """Sizes to compare at; the first is enough where no position meets another."""
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Sample:
     """Inputs for expressions over the same sources.
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 
+from reparamc.algebra.records import record
 
-@dataclass(frozen=True)
+
+@record
 class Dim:
     """The size ``factor * symbols[0] * symbols[1] * ...``; symbols are sorted, repeats allowed."""
 

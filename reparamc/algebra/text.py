@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from fractions import Fraction
 from functools import cache
 from math import prod
@@ -58,6 +58,7 @@ from reparamc.algebra.expr import (
     Take,
     walk,
 )
+from reparamc.algebra.records import record
 from reparamc.algebra.shape import Dim, Shape, shape_of, size
 from reparamc.errors import InputError
 
@@ -159,7 +160,7 @@ def _parts(form: str) -> list[tuple[str, list[tuple[str, str]], list[str]]]:
     return parts
 
 
-@dataclass(frozen=True)
+@record
 class _Spelling:
     """How a fact is written: what matches it, and both ways."""
 

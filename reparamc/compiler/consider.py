@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf, isclose
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from reparamc.algebra.expr import Array, Conv, Expr, Sum, arrays, flatten, relea
 from reparamc.algebra.infer import misfit
 from reparamc.algebra.kernels import OF_THIS_SHAPE
 from reparamc.algebra.provenance import names_through
+from reparamc.algebra.records import record
 from reparamc.algebra.rewrite import Declined, Pass, Step, simplify
 from reparamc.algebra.text import show
 from reparamc.compiler.graph import Graph, Splice, not_native
@@ -28,7 +29,7 @@ from reparamc.compiler.small_maps import REFUSED, refuses_more
 from reparamc.report.data import FailedRegion
 
 
-@dataclass(frozen=True)
+@record
 class Setting:
     """What every decision asks for: a graph with its readings, what to do, and by which prices.
 
@@ -42,7 +43,7 @@ class Setting:
     reference: Reference | None
 
 
-@dataclass(frozen=True)
+@record
 class Decision:
     """What becomes of one region: its final form, the splice that makes it so, what was declined, what went wrong.
 
@@ -95,7 +96,7 @@ def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...], m
     return Decision(before, None, refusals, members, isinstance(splice, FailedRegion), apart)
 
 
-@dataclass(frozen=True)
+@record
 class _Simplified:
     """A region as it is and in its final form, what its values compute, and what was done and declined."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import inf
 from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from reparamc.algebra.expr import Array, Expr, LayoutOp, Source, arrays, walk
+from reparamc.algebra.records import entity, record
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.readings import Reading, Value, values_in
 
@@ -113,7 +114,7 @@ class Graph(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@record
 class Separate:
     """An operator that does the same to every channel, and reads no other one: an activation, a pooling, a resize.
 
@@ -133,7 +134,7 @@ class Separate:
     moves: LayoutOp | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Bounded:
     """What is known of the results of an operator without a reading.
 
@@ -152,7 +153,7 @@ class Bounded:
     signed: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Splice:
     """One replacement: ``root`` is to be computed by ``expr``.
 
@@ -206,7 +207,7 @@ class Splice:
         return self.root if self.shared is None else self.shared
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Fold:
     """One value that is computed from constants alone, and kept as a constant instead; ``unit`` as in `Splice`."""
 

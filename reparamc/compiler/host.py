@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy.typing as npt
 
+from reparamc.algebra.records import record
 from reparamc.algebra.rewrite import Pass
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.readings import Value
@@ -23,7 +23,7 @@ Trial: TypeAlias = "tuple[Alone, Callable[[npt.NDArray[Any]], float]]"
 """What regions give when they are run alone, and the machine epsilon that an array is judged by."""
 
 
-@dataclass(frozen=True)
+@record
 class Options:
     """What a user asks for.
 

@@ -9,7 +9,7 @@ channels that the outputs need, found from the outputs to the inputs.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -18,11 +18,12 @@ from reparamc.algebra.alike import Alike, alike_after, multiples, repeats
 from reparamc.algebra.channels import Index, Mask, frees_channels, is_separate, known_after, takes_constants, uses
 from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Select, Source, axis_through, ranks, rebuild, walk
 from reparamc.algebra.infer import channel_axes, channels
+from reparamc.algebra.records import entity
 from reparamc.compiler.graph import Graph, Separate
 from reparamc.compiler.readings import MOST_CONCATENATED, Reading, Taps, Value
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class Channels:
     """The channels of one value: they have the numbers ``start`` and following, along ``axis`` from the right.
 
@@ -48,7 +49,7 @@ class Channels:
         return self.alike.within()
 
 
-@dataclass(frozen=True, eq=False)
+@entity
 class _Matrix:
     """A dense kernel: [output, input] where it reads, None for everywhere; and the inputs whose numbers it takes."""
 

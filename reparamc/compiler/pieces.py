@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,6 +38,7 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import coefficients, scaled_again
+from reparamc.algebra.records import record
 from reparamc.algebra.rewrite import Declined, simplify
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.consider import Decision, Setting, checked
@@ -80,7 +81,7 @@ def fold_pieces(compilation: Compilation, name: str) -> None:
     parted(setting, decisions)
 
 
-@dataclass(frozen=True)
+@record
 class _Branch:
     """What one user after the other does to a value: moves and selections of channels, then scales in a row."""
 
@@ -135,7 +136,7 @@ def _core(e: Expr) -> tuple[Expr, list[Layout]]:
     return e, moves[::-1]
 
 
-@dataclass(frozen=True)
+@record
 class _Form:
     """A region in its final form: its expression, and what existing values compute of it."""
 
@@ -148,7 +149,7 @@ WRITTEN = "something writes into the convolution that it scales a piece of"
 READ_TWICE = "another selection reads the channels that it scales"
 
 
-@dataclass(frozen=True)
+@record
 class _Folder:
     """Folds into one convolution after the other, for the pass ``name``."""
 
@@ -235,7 +236,7 @@ class _Folder:
         return found
 
 
-@dataclass(frozen=True)
+@record
 class _Piece:
     """The channels of the convolution that a branch reads, and for each scale a factor and a shift of each of them."""
 

@@ -11,6 +11,7 @@ from reparamc.algebra.arrays import is_all
 from reparamc.algebra.cost import LATENCY, Objective, is_multiplied, is_shifted
 from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
+from reparamc.algebra.records import record
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.compiler.consider import Decision, Setting
 from reparamc.compiler.decide import decide
@@ -34,7 +35,7 @@ class Plan:
     host: HostCheck | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class FirstPass(Pass):
     """A pass that comes before all others, with a plan of its own.
 
@@ -43,14 +44,14 @@ class FirstPass(Pass):
             replacements are verified.
     """
 
-    first: Callable[[Graph, str, bool], Plan | None]
+    first: Callable[[Graph, str, bool], Plan | None] = field(kw_only=True)
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class GraphPass(Pass):
     """A pass that is not a matter of one expression: ``run`` changes a `Compilation`, given the name of the pass."""
 
-    run: Callable[[Compilation, str], None]
+    run: Callable[[Compilation, str], None] = field(kw_only=True)
 
 
 class Compilation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from math import prod
 from typing import TypeAlias
@@ -26,13 +26,14 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import arithmetic, averaged, equal_taps
+from reparamc.algebra.records import record
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Dim, Shape, size
 
 Value: TypeAlias = Hashable
 
 
-@dataclass(frozen=True)
+@record
 class Taps:
     """What the operator ``of`` multiplies by its weight, at each position of its result; it exists only in there.
 
@@ -84,7 +85,7 @@ def values_in(operands: Iterable[Value]) -> Iterator[Value]:
         yield from value.operands if isinstance(value, Taps) else (value,)
 
 
-@dataclass(frozen=True)
+@record
 class Reading:
     """One linear operator of the host graph: ``template`` is its expression over sources, one for each operand.
 

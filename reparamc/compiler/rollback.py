@@ -11,6 +11,7 @@ import numpy as np
 
 from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions
 from reparamc.algebra.expr import Expr, Source, replaced, walk
+from reparamc.algebra.records import record
 from reparamc.compiler.attempt import Attempt
 from reparamc.compiler.graph import Edit, Splice
 from reparamc.compiler.host import ResultT, Trial
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # without verification these are not needed
 UNPROVEN = "the result could not be proven equal to the original"
 
 
-@dataclass(frozen=True)
+@record
 class _Finding:
     """Why an edit is undone; ``check`` says which check found it wrong, and is empty where none did."""
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from onnx import NodeProto, helper
 
+from reparamc.algebra.records import record
 from reparamc.algebra.shape import Dim, Shape
 from reparamc.onnx.facts import Facts
 from reparamc.onnx.values import Names, attribute, captured, is_placed, is_standard
@@ -26,7 +26,7 @@ def reads_size_only(node: NodeProto | None) -> bool:
     return node is not None and node.op_type in ("Shape", "Size") and is_standard(node) and not is_placed(node)
 
 
-@dataclass(frozen=True)
+@record
 class Told:
     """What tells a read of sizes: a value of that shape; or, for each size, a number, or a value and its axis."""
 

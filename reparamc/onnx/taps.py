@@ -8,7 +8,6 @@ whole numbers are multiplied by. `Taps` are what such rows, or such scales, mult
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from onnx import NodeProto, helper
 from reparamc.algebra.arrays import Array, derived
 from reparamc.algebra.expr import Conv, Source
 from reparamc.algebra.kernels import ONE_EACH, swap_sides
+from reparamc.algebra.records import record
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.readings import Reading, Taps, is_norm
 from reparamc.onnx.facts import Facts
@@ -50,7 +50,7 @@ def _vector(graph: Facts, name: str | None, out: int | None = None, factor: floa
     return derived(graph.parameter(name), shape, lambda a: np.broadcast_to(a.ravel() * factor, shape).copy())
 
 
-@dataclass(frozen=True)
+@record
 class Stored:
     """A weight that is stored as whole numbers, or as coarse floating ones, times a scale.
 

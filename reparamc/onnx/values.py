@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from onnx import (
     numpy_helper,
 )
 
+from reparamc.algebra.records import record
 from reparamc.algebra.shape import Dim, Shape, size
 from reparamc.certificate.onnx_bounds import FAILURES, may_propagate, stand_in
 from reparamc.errors import InputError
@@ -139,7 +140,7 @@ def defined_names(graph: GraphProto) -> Iterator[str]:
             stack.extend(subgraphs(node))
 
 
-@dataclass(frozen=True)
+@record
 class Constant:
     """A tensor that no input reaches; ``load`` reads its value. ``stored``: as it lies in the file."""
 

@@ -24,6 +24,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from onnx import ModelProto, NodeProto, StringStringEntryProto, TensorProto, helper, numpy_helper
 
+from reparamc.algebra.records import record
 from reparamc.errors import InputError
 
 FILE_LIMIT = 2**31 - 2**20
@@ -183,7 +184,7 @@ def _holder() -> _Holder:
 # References
 
 
-@dataclass(frozen=True)
+@record
 class Place:
     """Where the bytes of a tensor lie."""
 
@@ -612,7 +613,7 @@ def blocks(parts: Iterable[Piece]) -> Iterator[Bytes]:
 # For ONNX Runtime
 
 
-@dataclass(frozen=True)
+@record
 class ForRuntime:
     """A light model as a session takes it.
 

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from reparamc import __version__
+from reparamc.algebra.records import record
 from reparamc.report.text import counts, line, several, table
 
 
-@dataclass(frozen=True)
+@record
 class Counts:
     """The size of a graph: ``ops`` without Constant and Identity, ``parameters`` in elements of float constants."""
 
@@ -22,7 +23,7 @@ class Counts:
     parameters: int
 
 
-@dataclass(frozen=True)
+@record
 class Rewrite:
     """One region that was replaced.
 
@@ -47,7 +48,7 @@ class Rewrite:
     tensors: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@record
 class Refusal:
     """A linear structure that stays: where, which pass declined, and why."""
 
@@ -56,7 +57,7 @@ class Refusal:
     reason: str
 
 
-@dataclass(frozen=True)
+@record
 class FailedRegion:
     """A region whose replacement failed a check: it was left as it was, and the rest of the graph was rewritten.
 
@@ -93,7 +94,7 @@ class FailedRegion:
         return f"the rewritten form differs {size} from the original after {', '.join(self.passes)}"
 
 
-@dataclass(frozen=True)
+@record
 class HostCheck:
     """What the framework's own operators said, once per kind of region.
 
@@ -107,7 +108,7 @@ class HostCheck:
     unable: list[Refusal]
 
 
-@dataclass(frozen=True)
+@record
 class OutputError:
     """End-to-end difference of one output, relative to its largest magnitude, and the tolerance it was held to.
 
@@ -131,7 +132,7 @@ class OutputError:
         return self.max_rel / self.tolerance if self.tolerance else 0.0
 
 
-@dataclass(frozen=True)
+@record
 class Certified:
     """What was proven of the result, for every input size; see `reparamc.certificate.proof`.
 
@@ -153,7 +154,7 @@ class Certified:
     seconds: float
 
 
-@dataclass(frozen=True)
+@record
 class Latency:
     """Original and result timed in turns in ONNX Runtime.
 
@@ -177,7 +178,7 @@ class Latency:
         return self.high < 1
 
 
-@dataclass(frozen=True)
+@record
 class Origin:
     """What was fused, by its SHA-256.
 
@@ -195,7 +196,7 @@ class Origin:
         return {"sha256": self.sha256, "of": self.of} | ({"data": self.data} if self.data else {})
 
 
-@dataclass(frozen=True)
+@record
 class Part:
     """A part of a module: where, how it was fused ("torch.fx", "torch.export", or "as it is"), and why that way.
 
