@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import keyword
@@ -32,12 +33,7 @@ class _Proxy(fx.Proxy):
 
     ``a.shape`` is read where it is written: torch.fx would read it where it is used, which may be after a write.
     ``a.requires_grad`` is true here, and false in the runs that a graph is compared with: what depends on it is found.
-    To models, though not to torch, it is an instance of what it is in the example, or of Tensor.
     """
-
-    @property
-    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return type(self) if _is_of_torch(sys._getframe(1)) else cast(_Tracer, self.tracer).type_of(self.node)
 
     def __getattr__(self, name: str) -> Any:
         if name == "requires_grad":
@@ -66,6 +62,21 @@ class _DType(Attribute):
         return not self == other
 
     __hash__ = Attribute.__hash__
+
+
+_isinstance = isinstance
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    """As `isinstance`. To models, though not to torch, a proxy is what it is in the example, or a Tensor.
+
+    A proxy cannot say so by its ``__class__``: torch would read memory of it that only a tensor has.
+    """
+    if _isinstance(value, kind):
+        return True
+    if type(value) is not _Proxy or _is_of_torch(sys._getframe(1)):
+        return False
+    return issubclass(cast(_Tracer, value.tracer).type_of(value.node), kind)
 
 
 def _recorder(function: Any, of_numbers: Any) -> Any:
@@ -305,7 +316,10 @@ def traced(
     while True:
         tracer = _Tracer(dict(opaque), examples, functions.found)
         try:
-            with LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracer), _lenient_checks(), other_modes():
+            with (
+                LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracer), _lenient_checks(), other_modes(),
+                mock.patch.object(builtins, "isinstance", _is_instance),
+            ):  # fmt: skip
                 torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
                 graph = tracer.trace(model, fixed or None)
             _plain_assertions(graph)

@@ -614,6 +614,20 @@ def test_values_are_instances_of_what_they_are() -> None:
     assert report(fused).parts[0].why.startswith("what torch.fx makes") is False
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: torch.pow(y, 3.0),
+        lambda y: torch.where(y > 0, y, 0.0),
+        lambda y: torch.clamp(y, y.mean(), 2.0),
+        lambda y: torch.full((2,), y.mean()) + y.mean(),
+        lambda y: 0.5 * y * (1.0 + torch.tanh(0.8 * (y + 0.04 * torch.pow(y, 3.0)))),
+    ],
+)
+def test_functions_that_take_a_tensor_or_a_number(function: Any) -> None:
+    check(Net(lambda m, x: function(m.part(x)), part=conv_bn()), examples=True)
+
+
 def test_autocast_within_a_part_keeps_the_part() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), InLowPrecision()).eval(), torch.randn(3, CHANNELS)
