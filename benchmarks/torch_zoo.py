@@ -1086,8 +1086,7 @@ images, tokens. None of these {models} models is refused, and all return results
 {whole} of them. {last} rows were made on one state of the code, those with a ° on earlier ones; `--again` makes them
 all again. Models that the script knows and that are not in the table were not run yet. Rows of detectors are of all
 boxes, none left out for its score; where the first error is large, rounding has changed their order. More Conv than
-before: a function of mobilenet-v1 and -v2 is given the convolution itself, which stays beside its fused form; a
-projection of DeepLabV3 is computed in two parts, one of them before an upsampling.
+before: a projection of DeepLabV3 is computed in two parts, one of them before an upsampling.
 
 *Way*: the result is one graph, or a module of the same class in which parts are fused. *BatchNorm* and *Conv* (matrices
 included) are counted before and after; *own method* has the same two numbers after the library's own method

@@ -89,6 +89,14 @@ def is_plain(module: nn.Module) -> bool:
     return is_own and not hooked and "forward" not in vars(module)
 
 
+def is_constant(value: Any) -> bool:
+    """Whether ``value`` is a number, a string or None, or a tuple of those."""
+    return type(value) in _CONSTANT or (type(value) is tuple and _CONSTANT.issuperset(map(type, value)))
+
+
+_CONSTANT = frozenset((bool, int, float, str, type(None)))
+
+
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class of ``module``; where its parameters are computed from others, that of the module without."""
     return type(module).__mro__[1] if nn.utils.parametrize.is_parametrized(module) else type(module)

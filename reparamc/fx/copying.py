@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reparamc.errors import InputError, one_line
+from reparamc.fx.calls import is_constant
 from reparamc.fx.export import is_exported
 
 Memo = dict[int, Any]
@@ -92,7 +93,7 @@ def _deep(model: nn.Module, memo: Memo) -> nn.Module:
     if all(map(_has_plain_copies, {type(m) for m in modules})):
         memo |= {id(m): type(m).__new__(type(m)) for m in modules}
         for m in reversed(modules):
-            held = {name: v if _is_plain(v) else copy.deepcopy(v, memo) for name, v in vars(m).items()}
+            held = {name: v if is_constant(v) else copy.deepcopy(v, memo) for name, v in vars(m).items()}
             memo[id(m)].__setstate__(held)
     return copy.deepcopy(model, memo)
 
@@ -107,10 +108,6 @@ def _has_plain_copies(kind: type[nn.Module]) -> bool:
         and kind not in copyreg.dispatch_table
         and not any(vars(base).get("__slots__") for base in kind.__mro__)
     )
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:
@@ -153,7 +150,6 @@ def _inside(value: Any, depth: int = 3) -> list[Any]:
 
 _CONTAINERS = (dict, list, tuple, set, deque)
 _HOLDING = (*_CONTAINERS, Tensor)
-_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 def _uncopyable(model: nn.Module) -> list[tuple[str, Any]]:
@@ -285,7 +281,7 @@ class _Snapshot:
         held: list[Any] = []
         self.empty: list[Any] = []
         for name, value in self.attributes.items():
-            if not _is_plain(value) and isinstance(value, _HOLDING) and name not in again:
+            if not is_constant(value) and isinstance(value, _HOLDING) and name not in again:
                 if isinstance(value, Tensor) or value:
                     held += _inside(value)
                 elif not isinstance(value, tuple):

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
 from reparamc.fx.casts import drop_casts
-from reparamc.fx.trace import other_modes
+from reparamc.fx.trace import drop_unread, other_modes
 from reparamc.fx.watch import Call
 
 
@@ -50,9 +50,7 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
 
 def plain_graph(module: fx.GraphModule, name: str) -> fx.GraphModule:
     """The module of an exported program as an ordinary one, without what only its own class needs."""
-    for node in module.graph.find_nodes(op="get_attr"):
-        if not node.users:
-            module.graph.erase_node(node)
+    drop_unread(module.graph)
     return fx.GraphModule(module, module.graph, name)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import random
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -33,7 +34,7 @@ from reparamc.fx.parts_alone import run_parts_alone
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.watch import LOCK, Call, Seen, Watched, watching
 from reparamc.fx.wrappers import unwrapped
-from reparamc.report.data import FailedRegion, Origin, OutputError, Part
+from reparamc.report.data import FailedRegion, Origin, OutputError, Part, Report
 from reparamc.report.merge import merged
 
 TOOLS = ("generate", "predict", "predict_step", "training_step", "validation_step", "test_step", "save_pretrained")
@@ -126,7 +127,9 @@ class _Fusion:
             if isinstance(why := parts.whole(""), str):
                 way_out = "; with example_inputs its parts are fused" if self.blocked else ""
                 raise InputError(f"{why}{way_out}")
-            return self.reported(parts.take("", as_graph), "not run end to end: no example_inputs")
+            return self.reported(
+                parts.without_doubles(parts.take("", as_graph)), "not run end to end: no example_inputs"
+            )
         call, self.state = call_of(self.model, example_inputs), State(self.model, self.own)
         try:
             classes = recorded(self.model)
@@ -138,7 +141,7 @@ class _Fusion:
                 parts = self.parts(call, None, classes, first)
             if parts is None or isinstance(parts.whole(""), str):
                 parts = self.parts(call, Watched(self.model), classes, first)
-            taken = self.checked(parts, parts.take("", as_graph))
+            taken = self.checked(parts, parts.without_doubles(parts.take("", as_graph)))
         finally:
             self.state.restore()
         return self.reported(taken, "")
@@ -199,7 +202,7 @@ class _Fusion:
                 where, why = self.blamed(parts, taken, why)
             if not parts.placed and taken.module is self.own:
                 return taken
-            taken = parts.entered(taken, where, why)
+            taken = parts.entered(taken, where, f"the fused graph does not compute the same: {why}")
         return taken
 
     def fault(self, module: nn.Module, placed: Sequence[Placed]) -> tuple[str, str] | None:
@@ -271,12 +274,16 @@ class _Fusion:
         report.before = replace(report.before, parameters=_parameters(self.model))
         report.after = replace(report.after, parameters=_parameters(result))
         report.passes = {p.name: report.passes.get(p.name, 0) for p in self.options.passes}
-        report.objective, report.level, report.note = self.options.objective, self.options.level, note
+        report.objective, report.level = self.options.objective, self.options.level
         report.origin, report.history = _origin(self.model), _history(self.model)
         report.parts = _parts(taken.ways)
         report.failed += self.failed
+        notes = [note] if note else []
         if self.shared:
-            report.note = "; ".join(filter(None, [note, f"shared with the original: {', '.join(self.shared)}"]))
+            notes.append(f"shared with the original: {', '.join(self.shared)}")
+        if report.after.parameters > report.before.parameters:
+            notes.append(_why_more(report, result))
+        report.note = "; ".join(notes)
         if not isinstance(getattr(result, "meta", None), dict):
             vars(result)["meta"] = {}
         cast(Any, result).meta["reparamc"] = report
@@ -303,6 +310,15 @@ def _around(path: str) -> list[str]:
 
 def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def _why_more(report: Report, result: nn.Module) -> str:
+    """Why a result has more parameters than the model."""
+    uses = Counter(name for rewrite in report.rewrites for name in dict.fromkeys(rewrite.parameters))
+    uses.update(name for name, _ in result.named_parameters() if name in uses)
+    several = [name for name, n in uses.items() if n > 1]
+    others = f" and {len(several) - 1} more" if several[1:] else ""
+    return f"more parameters: {several[0]}{others} used several times" if several else "more parameters: larger kernels"
 
 
 def _parts(ways: list[Way]) -> list[Part]:

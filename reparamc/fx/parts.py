@@ -350,9 +350,18 @@ class Parts:
             self.placed.append(Placed(part.where, part.old, new, tuple((*site[:3], new) for site in part.sites)))
             self.placed[-1].put()
 
+    def without_doubles(self, taken: Taken) -> Taken:
+        """``taken``, but that no part is fused whose weights another place in the model keeps as well."""
+        for part in list(self.placed):
+            kept = set(map(id, taken.module.parameters())) if len(part.sites) == 1 else ()
+            gone = {id(p) for p in part.old.parameters()}.difference(map(id, part.new.parameters()))
+            while part in self.placed and not gone.isdisjoint(kept):
+                taken = self.entered(taken, part.where, "another place in the model holds what would fold in it")
+                part = next((p for p in self.placed if p.where == part.where), part)
+        return taken
+
     def entered(self, taken: Taken, path: str, why: str) -> Taken:
         """``taken``, with what is at ``path`` in its own class; or, where it is already, with its parts replaced."""
-        why = f"the fused graph does not compute the same: {why}"
         blamed = [part for part in self.placed if part.where == path]
         if path not in self.classes and all(isinstance(p.new, FusedModule) and len(p.sites) == 1 for p in blamed):
             self.classes.add(path)

@@ -17,7 +17,8 @@ from reparamc.algebra.expr import Source
 from reparamc.algebra.recorded import tape
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.readings import Reading, Taps, Value, values_in
-from reparamc.fx.calls import Call, spelled
+from reparamc.fx.calls import Call, lookup, spelled
+from reparamc.fx.handed import handed
 from reparamc.fx.memory import Memory, reads_size_only
 from reparamc.fx.operators import OPERATORS, Operator
 from reparamc.fx.shapes import Values
@@ -30,6 +31,7 @@ DTYPES: dict[torch.dtype, np.dtype] = {
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
 }
 HOOKED = "it has hooks or a forward of its own, which folding would drop"
+HANDED = "it is an argument of a function that may read its weights"
 
 
 Reader = Callable[["Readings", fx.Node, Call], "Reading | Declined | None"]
@@ -45,6 +47,7 @@ class Readings:
         exported: whether torch.export made the graph and recorded its shapes.
 
     Attributes:
+        handed: modules that functions are given, other than for their shapes and settings.
         sizes: which reads of shapes can ask other values.
         elements: tensors in an argument that is a list; and the first of them, where all are as many examples.
         written: values with the slice assignments that complete them.
@@ -80,6 +83,7 @@ class Readings:
         self.inner: set[fx.Node] = set()
         self._readings: dict[fx.Node, Reading | Declined | None] = {}
         self._likes: dict[fx.Node, Tensor | None] = {}
+        self.handed = {inner for n in handed(module) for inner in lookup(module, str(n.target)).modules()}
         self.written = self._find_written()
         for node in self.graph.nodes:
             self._look_through(node)
@@ -223,6 +227,8 @@ class Readings:
         operands = cast("Iterable[fx.Node]", values_in(found.operands) if isinstance(found, Reading) else ())
         if any(node in self.memory.writers(v) and not self.is_private(v, node) for v in operands):
             return Declined(f"{node.name!r} changes an operand in place")
+        if isinstance(found, Reading) and node.op == "call_module" and self.handed:
+            found = Declined(HANDED) if lookup(self.module, str(node.target)) in self.handed else found
         return Declined(HOOKED) if isinstance(found, Reading) and not call.plain else found
 
     def is_private(self, value: fx.Node, writer: fx.Node) -> bool:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
 from reparamc.fx.casts import DTypes, drop_casts
+from reparamc.fx.handed import SHAPES, describe_handed
 from reparamc.fx.memory import reads_size_only
 from reparamc.fx.operators import IN_PLACE
 from reparamc.fx.watch import LOCK, Call
@@ -32,6 +33,7 @@ class _Proxy(fx.Proxy):
     """A proxy that records ``a += b`` and ``a[i] = b`` as what they are; torch.fx would read ``a + b``, or fail.
 
     ``a.shape`` is read where it is written: torch.fx would read it where it is used, which may be after a write.
+    That of a parameter is a number, so that nobody has to keep the parameter for it.
     ``a.requires_grad`` is true here, and false in the runs that a graph is compared with: what depends on it is found.
     """
 
@@ -40,6 +42,8 @@ class _Proxy(fx.Proxy):
             return True
         if name == "dtype":
             return _DType(self, name)
+        if name in SHAPES and (held := cast(_Tracer, self.tracer).held.get(self.node)) is not None:
+            return getattr(held, name)
         found = super().__getattr__(name)
         if name == "shape":
             _ = found.node
@@ -113,6 +117,7 @@ class _Tracer(fx.Tracer):
         self._numbers: dict[fx.Node, bool] = {}
         self._parameters: dict[str, fx.Proxy] = {}
         self._names: dict[int, str] = {}
+        self.held: dict[fx.Node, nn.Parameter] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         for named in (root.named_modules(), root.named_buffers(), root.named_parameters()):
@@ -256,7 +261,8 @@ class _Tracer(fx.Tracer):
         self._parameters = parameter_proxy_cache
         if isinstance(attr_val, nn.Parameter) and (name := self._name(attr_val)):
             if name not in parameter_proxy_cache:
-                parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                parameter_proxy_cache[name] = proxy = self.create_proxy("get_attr", name, (), {})
+                self.held[proxy.node] = attr_val
             return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -328,7 +334,9 @@ def traced(
             _refuse_reserved(graph, model)
             graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
             called = _called_as_they_are(graph, model)
+            drop_unread(graph)
             made = fx.GraphModule(tracer.root, graph, type(model).__name__)
+            describe_handed(made)
             drop_casts(made)
             return made, called | tracer.opaque
         except Reserved:
@@ -468,6 +476,13 @@ def _refuse_reserved(graph: fx.Graph, model: nn.Module) -> None:
                 f"{type(model).__name__} has a part called {node.target!r}, and a keyword of Python is no name that "
                 "torch.fx can write; rename it"
             )
+
+
+def drop_unread(graph: fx.Graph) -> None:
+    """Erase what reads a tensor or module that nothing uses: it would be kept for it."""
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _plain_assertions(graph: fx.Graph) -> None:

@@ -8,10 +8,11 @@ import copy
 import pickle
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from fx_checks import CHANNELS, conv_bn, counts, images, ready, relative_error, report, run
+from fx_checks import CHANNELS, Net, conv_bn, counts, images, ready, relative_error, report, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -340,6 +341,100 @@ def test_functions_that_cannot_be_followed_are_called_as_they_are(example: bool,
     for given in (x, x[..., :5]):
         assert relative_error(run(fused, given), run(model, given)) < 1e-5
     assert pad_as_needed.__module__ == __name__
+
+
+def pad_for(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return F.pad(x, (0, conv.kernel_size[0] - 1)) if x.shape[-1] % conv.stride[0] == 0 else x
+
+
+def pad_for_the_weight(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    n = conv.weight.size(-1) if x.shape[-1] % 2 else getattr(conv, "groups")  # noqa: B009
+    return F.pad(x, (0, n))
+
+
+def pads_by_others(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return pad_for(x, conv) if x.shape[-2] % 2 else pad_for_the_weight(x, conv)
+
+
+def scales(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return x * conv.weight.std() if x.shape[-1] % 2 else x
+
+
+def scales_by_others(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return scales(x, conv) if x.shape[-2] % 2 else pad_for(x, conv)
+
+
+def runs(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return conv(x) + x[..., 1:, 1:] if x.shape[-1] % 2 else x
+
+
+HANDED: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {
+    "settings": (lambda m, x: pad_for(x, m.a), True),
+    "a shape": (lambda m, x: pad_for_the_weight(x, conv=m.a), True),
+    "by others": (lambda m, x: pads_by_others(x, m.a), True),
+    "values": (lambda m, x: scales(x, m.a), False),
+    "values by others": (lambda m, x: scales_by_others(x, m.a), False),
+    "a call": (lambda m, x: runs(x, m.a), False),
+}
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("name", HANDED)
+def test_functions_are_given_no_weights_that_they_do_not_read(name: str, example: bool, x: Tensor) -> None:
+    read, folds = HANDED[name]
+    model = ready(Net(lambda m, x: m.n(m.a(read(m, x))), a=nn.Conv2d(4, 4, 2), n=nn.BatchNorm2d(4)))
+    fused = fuse_fx(model, x if example else None)
+    assert counts(fused) == ((1, 0) if folds else (1, 1))
+    assert size(fused) <= size(model)
+    for given in (x, x[..., :5], x[..., :5, :5]):
+        assert relative_error(run(fused, given), run(model, given)) < 1e-5
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_shape_of_a_weight_is_a_number(x: Tensor) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        wide = m.a.weight.shape[-1] > 1 and m.a.weight.dim() == 4
+        return m.n(m.a(F.pad(x, (m.a.weight.size(2),) * 4) if wide else x))
+
+    model = ready(Net(forward, a=nn.Conv2d(4, 4, 2), n=nn.BatchNorm2d(4)))
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (1, 0)
+    assert [*fused.state_dict()] == ["fused.weight", "fused.bias"]
+
+
+class Twice(nn.Module):
+    """The convolution has two places. One of them is read, and called for some inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = conv_bn()
+        self.conv: Any = self.block[0]
+
+    def forward(self, x: Tensor, _name: str = "") -> Tensor:
+        if x.sum() > 1e6:
+            return self.conv(x)
+        return self.block(F.pad(x, (self.conv.stride[0],) * 4))
+
+
+@pytest.mark.parametrize("verify", ["full", "off"])
+def test_what_has_two_places_is_not_kept_twice(verify: str, x: Tensor) -> None:
+    model = ready(Twice())
+    fused = fuse_fx(model, x, verify=verify)
+    assert size(fused) <= size(model)
+    for given in (x, 1e9 + x):
+        assert relative_error(run(fused, given), run(model, given)) < 1e-5
+    (part,) = [part for part in report(fused).parts if part.where == "block"]
+    assert part.why == "another place in the model holds what would fold in it"
+
+
+def test_more_parameters_have_a_reason(x: Tensor) -> None:
+    model = ready(Net(lambda m, x: m.n(m.a(x)) * m.p(m.a(x + 1)), a=nn.Conv2d(4, 4, 2), n=conv_bn()[1], p=conv_bn()[1]))
+    fused = fuse_fx(model, x)
+    assert size(fused) > size(model)
+    assert report(fused).note == "more parameters: a.weight and 1 more used several times"
 
 
 def test_what_cannot_be_copied_is_shared(x: Tensor) -> None:
