@@ -7,11 +7,13 @@ one and powers of two count, and others where nothing was rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from reparamc.algebra.arrays import glanced, values
-from reparamc.algebra.channels import Index, is_separate
+from reparamc.algebra.channels import Index, is_separate, uses
 from reparamc.algebra.expr import Array, BatchNorm, Concat, Conv, Expr, Scale, Select, Sum
 from reparamc.algebra.kernels import coefficients
 from reparamc.algebra.records import entity
@@ -48,7 +50,7 @@ def alike_after(e: Expr, start: int, operands: Sequence[Alike]) -> Alike:
         case Select():
             return Alike(operands[0].of[[*e.index]], operands[0].factor[[*e.index]])
         case Conv() if not is_separate(e):
-            return multiples(start, None, [_rows(e), values(e.bias_or_zero)[:, None]])
+            return multiples(start, None, [_rows(e), glanced(e.bias_or_zero)[:, None]])
         case Conv():
             x = np.repeat(np.arange(e.in_channels), e.out_channels // e.in_channels)
             of, factor = operands[0].of[x], operands[0].factor[x, None]
@@ -65,11 +67,24 @@ def alike_after(e: Expr, start: int, operands: Sequence[Alike]) -> Alike:
             )  # fmt: skip
 
 
-def repeats(e: Expr) -> bool:
-    """Whether a dense kernel has rows that are multiples of one another."""
-    if not isinstance(e, Conv) or is_separate(e) or e.groups > 1:
-        return False
-    return bool(np.any(np.diff(np.sort(alike_after(e, 0, []).of)) == 0))
+def frees_channels(e: Expr) -> bool:
+    """Whether the parameters of ``e`` let channels go: they make a known channel of any operand, leave a channel of
+    their operand unread, or are the rows of a dense kernel of which some are multiples of others.
+    """
+    match e:
+        case Conv():
+            weight = glanced(e.weight)  # held, so that it is read once for all that is asked
+            read = uses(e)
+            if not (read.any(2).all() and read.any(1).all()):
+                return True
+            dense = e.groups == 1 and not is_separate(e)
+            return dense and len(set(alike_after(e, 0, []).of.tolist())) < len(weight)
+        case Scale():
+            return not glanced(e.scale).all()
+        case BatchNorm():
+            return not glanced(e.gamma).all()
+        case _:
+            return False
 
 
 def _rows(conv: Conv) -> Array:
@@ -103,14 +118,21 @@ SAMPLED = 8
 
 def _candidates(of: Index | None, parts: Sequence[Array]) -> Iterator[Index]:
     """Groups of channels that may be multiples of one another."""
-    if len(parts[0]) < 2 or (of is not None and len(np.unique(of, axis=0)) == len(of)):
+    if len(parts[0]) < 2 or (of is not None and len(set(rows_as_bytes(of))) == len(of)):
         return
-    sampled = [p[:, np.unique(np.linspace(0, p.shape[1] - 1, SAMPLED, dtype=int))] for p in parts if p.shape[1]]
+    sampled = [p[:, :: max(1, (p.shape[1] - 1) // (SAMPLED - 1))] for p in parts if p.shape[1]]
     numbers = np.concatenate(sampled, 1, dtype=np.float64)
     lead = np.abs(np.take_along_axis(numbers, (numbers != 0).argmax(1)[:, None], 1))
     with np.errstate(all="ignore"):
-        units = np.where(lead > 0, numbers / lead, 0.0)
-    keys = units if of is None else np.concatenate([units, of], 1)
-    _, group, size = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-    for at in np.flatnonzero(size > 1):
-        yield np.flatnonzero(group.ravel() == at)
+        units = np.where(lead > 0, numbers / lead, 0.0) + 0.0
+    keys = rows_as_bytes(units if of is None else np.concatenate([units, of], 1))
+    if len(set(keys)) < len(keys):
+        groups: dict[bytes, list[int]] = {}
+        for at, key in enumerate(keys):
+            groups.setdefault(key, []).append(at)
+        yield from (np.array(group) for group in groups.values() if len(group) > 1)
+
+
+def rows_as_bytes(table: npt.NDArray[Any]) -> list[bytes]:
+    """The rows of ``table``, to compare and look up: NumPy takes much longer to sort them."""
+    return np.ascontiguousarray(table).view(f"V{table.shape[1] * table.itemsize}").ravel().tolist()

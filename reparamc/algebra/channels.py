@@ -38,25 +38,11 @@ def known_after(e: Expr, operands: Sequence[Array], read: Mask | None = None) ->
             return sum(operands[1:], operands[0])  # a layout operator keeps its operand's
 
 
-def frees_channels(e: Expr) -> bool:
-    """Whether ``e`` makes a known channel of any operand, or leaves a channel of its operand unread."""
-    match e:
-        case Conv():
-            read = uses(e)
-            return not (read.any(2).all() and read.any(1).all())
-        case Scale():
-            return bool(np.any(glanced(e.scale) == 0))
-        case BatchNorm():
-            return bool(np.any(glanced(e.gamma) == 0))
-        case Select():
-            return len(set(e.index)) < e.width
-        case _:
-            return False
-
-
 def uses(conv: Conv) -> Mask:
     """[group, output, input]: whether some tap of an output reads an input, numbered inside their group."""
-    return (glanced(conv.weight) != 0).reshape(conv.groups, -1, conv.weight.shape[1], _taps(conv)).any(-1)
+    weight = glanced(conv.weight)
+    shape = (conv.groups, conv.out_channels // conv.groups, conv.weight.shape[1])
+    return np.ones(shape, bool) if weight.all() else (weight != 0).reshape(*shape, _taps(conv)).any(-1)
 
 
 def takes_constants(conv: Conv, known: Array) -> Mask:

@@ -14,8 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
-from reparamc.algebra.alike import Alike, alike_after, multiples, repeats
-from reparamc.algebra.channels import Index, Mask, frees_channels, is_separate, known_after, takes_constants, uses
+from reparamc.algebra.alike import Alike, alike_after, frees_channels, multiples
+from reparamc.algebra.channels import Index, Mask, is_separate, known_after, takes_constants, uses
 from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Select, Source, axis_through, ranks, rebuild, walk
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.records import entity
@@ -77,7 +77,8 @@ class Liveness:
         self._stays: list[Index] = []
         self._matrices: list[_Matrix] = []
         self._readings = {v: r for v in graph.values() if isinstance(r := graph.read(v), Reading)}
-        if not any(frees_channels(e) or repeats(e) for r in self._readings.values() for e in walk(r.template)):
+        nodes = [e for r in self._readings.values() for e in walk(r.template)]
+        if not any(map(frees_channels, nodes)) and not _leave_unread([e for e in nodes if isinstance(e, Select)]):
             self.needed = np.ones(0, bool)
             return
         self._demands = self._demanded()
@@ -288,6 +289,14 @@ class Liveness:
                 rows = kept[group[m.out.numbers]] & ~known[m.out.numbers]
                 columns = np.full(m.read.width, rows.any()) if m.entries is None else m.entries[rows].any(0)
                 kept[group[m.read.numbers[m.read.merged.of[columns & ~m.takes]]]] = True
+
+
+def _leave_unread(selections: Sequence[Select]) -> bool:
+    """Whether there is a channel that none of the ``selections`` from its value takes."""
+    taken: dict[tuple[Hashable, int], set[int]] = {}
+    for e in selections:
+        taken.setdefault((e.x.key if isinstance(e.x, Source) else e, e.width), set()).update(e.index)
+    return any(len(index) < width for (_, width), index in taken.items())
 
 
 def _keeps_to_axis(e: Expr, axes: dict[Expr, int | None]) -> bool:
