@@ -33,14 +33,14 @@ from reparamc.algebra.rewrite import Declined, Pass
 from reparamc_passes.absorb import REFUSALS, into_consumer, into_producer
 
 
-def after(e: Expr) -> Expr | Declined | None:
+def after(e: BatchNorm) -> Expr | Declined | None:
     """bn(W*x + b) = (gW)*x + (gb + h)."""
-    return into_producer(e) if isinstance(e, BatchNorm) else None
+    return into_producer(e)
 
 
-def before(e: Expr) -> Expr | Declined | None:
+def before(e: Conv) -> Expr | Declined | None:
     """W*bn(x) + b = (W g)*x + (b + sum of W h)."""
-    return into_consumer(e, BatchNorm) if isinstance(e, Conv) else None
+    return into_consumer(e, BatchNorm)
 
 
 BN_FOLDING = Pass(

@@ -27,10 +27,8 @@ from reparamc.algebra.kernels import coefficients, grid, merge, merged_shape, sc
 from reparamc.algebra.rewrite import Declined, Pass
 
 
-def parallel_convs(e: Expr, objective: Objective) -> Expr | Declined | None:
+def parallel_convs(e: Sum, objective: Objective) -> Expr | Declined | None:
     """W1*x + b1 + W2*x + b2 = (W1 + W2)*x + (b1 + b2), for all branches of a sum at once."""
-    if not isinstance(e, Sum):
-        return None
     branches: dict[Expr, dict[Hashable, list[int]]] = {}  # input -> grid -> places in the sum
     kernels = [_kernel(term) for term in e.terms]
     for place, term in enumerate(kernels):

@@ -32,10 +32,8 @@ from reparamc.algebra.kernels import gather_inputs, grid, select_outputs, stack,
 from reparamc.algebra.rewrite import Declined, Pass
 
 
-def stacked(e: Expr, objective: Objective) -> Expr | Declined | None:
+def stacked(e: Concat, objective: Objective) -> Expr | Declined | None:
     """concat(W*x, W'*x) = (W above W')*x, for neighbouring terms of one input and grid."""
-    if not isinstance(e, Concat):
-        return None
     parts: list[tuple[Expr, int]] = []
     refusal: Declined | None = None
     for key, run in groupby(zip(e.terms, e.sizes, strict=True), lambda part: _grid(part[0], e.axis)):
@@ -62,10 +60,8 @@ def _concat(parts: list[tuple[Expr, int]], axis: int) -> Expr:
     return parts[0][0] if len(parts) == 1 else Concat(tuple(t for t, _ in parts), tuple(n for _, n in parts), axis)
 
 
-def flattened(e: Expr) -> Expr | None:
+def flattened(e: Concat) -> Expr | None:
     """concat(concat(x, y), z); neighbouring selections of one value; a concatenation of one term."""
-    if not isinstance(e, Concat):
-        return None
     parts: list[tuple[Expr, int]] = []
     for term, size in zip(e.terms, e.sizes, strict=True):
         before = parts[-1][0] if parts else None
@@ -84,10 +80,8 @@ def flattened(e: Expr) -> Expr | None:
     return None if unchanged else _concat(parts, e.axis)
 
 
-def selected(e: Expr) -> Expr | None:
+def selected(e: Select) -> Expr | None:
     """(W*x)[i] = W[i]*x: a selection goes into what computes the channels it selects."""
-    if not isinstance(e, Select):
-        return None
     match e.x:
         case Conv(groups=1) as conv if conv.axis == e.axis and len(e.index) <= e.width:
             return select_outputs(conv, e.index)
@@ -117,9 +111,9 @@ def _select_terms(e: Select, concat: Concat) -> Expr | None:
     return _concat(parts, e.axis)
 
 
-def gathered(e: Expr) -> Expr | None:
+def gathered(e: Conv) -> Expr | None:
     """W*x[i] = W'*x: a dense convolution of channels that are permuted or repeated adds up the columns of each."""
-    if not (isinstance(e, Conv) and e.groups == 1 and isinstance(e.x, Select | Concat) and e.x.axis == e.axis):
+    if not (e.groups == 1 and isinstance(e.x, Select | Concat) and e.x.axis == e.axis):
         return None
     if isinstance(e.x, Select):
         return gather_inputs(e, e.x.x, e.x.index) if set(e.x.index) == set(range(e.x.width)) else None

@@ -15,10 +15,8 @@ from reparamc.algebra.kernels import coefficients, pointwise
 from reparamc.algebra.rewrite import Declined, Pass
 
 
-def beside_conv(e: Expr) -> Expr | Declined | None:
+def beside_conv(e: Sum) -> Expr | Declined | None:
     """s x + t + W*x = K*x + t + W*x, K with the tap s at offset 0."""
-    if not isinstance(e, Sum):
-        return None
     convs: dict[Expr, list[Conv]] = {}
     for term in e.terms:
         if isinstance(term, Conv):

@@ -19,7 +19,7 @@ from reparamc.algebra.rewrite import Pass
 from reparamc.algebra.shape import sizes_after
 
 
-def inverse_pair(e: Expr) -> Expr | None:
+def inverse_pair(e: Layout) -> Expr | None:
     """P'(P(x)) = x, and P(x) = x for a reshape that changes nothing."""
     match e:
         case Layout(op=Permute(axes=outer), x=Layout(op=Permute(axes=inner), x=x)):
@@ -34,7 +34,7 @@ def inverse_pair(e: Expr) -> Expr | None:
             return None
 
 
-def in_a_row(e: Expr) -> Expr | None:
+def in_a_row(e: Layout) -> Expr | None:
     """P'(P(x)) = (P' P)(x): two permutations are one, and two reshapes."""
     match e:
         case Layout(op=Permute(axes=outer), x=Layout(op=Permute(axes=inner), x=x) as below):

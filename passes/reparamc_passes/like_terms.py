@@ -25,10 +25,8 @@ from reparamc.algebra.kernels import coefficients, grid
 from reparamc.algebra.rewrite import Declined, Pass
 
 
-def collected(e: Expr) -> Expr | Declined | None:
+def collected(e: Sum) -> Expr | Declined | None:
     """(s x + t) + (s'x + t') = (s + s')x + (t + t')."""
-    if not isinstance(e, Sum):
-        return None
     times = Counter(_base(t) for t in e.terms)
     alike: dict[Expr, list[Expr]] = {}
     for term in e.terms:
@@ -62,10 +60,8 @@ def _base(e: Expr) -> Expr:
     return e.x if isinstance(e, Scale | BatchNorm) else e
 
 
-def dropped(e: Expr) -> Expr | None:
+def dropped(e: Sum) -> Expr | None:
     """A branch of zeros is left out where another term has its sizes for certain."""
-    if not isinstance(e, Sum):
-        return None
     for place, term in enumerate(e.terms):
         if not isinstance(term, Conv | Scale | BatchNorm):
             continue

@@ -29,9 +29,9 @@ BARE: WeakKeyDictionary[Conv, Conv] = WeakKeyDictionary()
 """Each normalization without gain and bias: one for all that reads it."""
 
 
-def into_readers(e: Expr, objective: Objective) -> Expr | Declined | None:
+def into_readers(e: Conv, objective: Objective) -> Expr | Declined | None:
     """W (g n(x) + h) + b = (W g) n(x) + (W h + b), where parameters count."""
-    if not objective.stores or not isinstance(e, Conv) or is_norm(e):
+    if not objective.stores or is_norm(e):
         return None
     layouts, norm, _ = through_layouts(e.x, e.axis, shifted=True)
     if not (isinstance(norm, Conv) and is_norm(norm) and norm.is_per_channel) or _is_bare(norm):

@@ -36,12 +36,12 @@ from reparamc.algebra.rewrite import Declined, Pass
 DEARER = "apart, its columns would cost more than together"
 
 
-def inwards(e: Expr, objective: Objective) -> Expr | None:
+def inwards(e: Conv, objective: Objective) -> Expr | None:
     """W R(x) = R(W x), and W R(W'x) = R((W W')x), at the cheapest place."""
-    return _cheapest(e, objective) if isinstance(e, Conv) and e.is_pointwise and not e.reads_taps else None
+    return _cheapest(e, objective) if e.is_pointwise and not e.reads_taps else None
 
 
-def outwards(e: Expr, objective: Objective) -> Expr | None:
+def outwards(e: Layout | Conv, objective: Objective) -> Expr | None:
     """R(W x) = W R(x), if R makes the map smaller by more than W makes the channels fewer."""
     if not _counts(e):
         return None
@@ -52,9 +52,9 @@ def outwards(e: Expr, objective: Objective) -> Expr | None:
     return found if objective.cost(found) < objective.cost(e) else None
 
 
-def apart(e: Expr, objective: Objective) -> Expr | Declined | None:
+def apart(e: Conv, objective: Objective) -> Expr | Declined | None:
     """W concat(R(x), y) = R(W'x) + W"y, where W' is cheaper before R, or as one with a matrix that is a term."""
-    if not (isinstance(e, Conv) and e.is_pointwise and e.groups == 1 and isinstance(e.x, Concat)):
+    if not (e.is_pointwise and e.groups == 1 and isinstance(e.x, Concat)):
         return None
     moving = [_is_resized(t) or (isinstance(t, Conv) and t.axis == e.axis) for t in e.x.terms]
     if e.x.axis != e.axis or not any(moving):

@@ -35,22 +35,22 @@ from reparamc_passes.absorb import REFUSALS, into_consumer, into_producer
 OTHER_AXES = "the two scales act on different axes"
 
 
-def after(e: Expr) -> Expr | Declined | None:
+def after(e: Scale) -> Expr | Declined | None:
     """s(W*x + b) + t = (sW)*x + (sb + t)."""
-    return into_producer(e) if isinstance(e, Scale) else None
+    return into_producer(e)
 
 
-def before(e: Expr) -> Expr | Declined | None:
+def before(e: Conv) -> Expr | Declined | None:
     """W*(s x + t) + b = (W s)*x + (b + sum of W t)."""
-    return into_consumer(e, Scale) if isinstance(e, Conv) else None
+    return into_consumer(e, Scale)
 
 
-def by_one(e: Expr) -> Expr | None:
+def by_one(e: Scale) -> Expr | None:
     """1 x + 0 = x."""
-    return e.x if isinstance(e, Scale) and is_all(e.scale, 1) and is_all(e.shift, 0) else None
+    return e.x if is_all(e.scale, 1) and is_all(e.shift, 0) else None
 
 
-def of_scale(e: Expr) -> Expr | Declined | None:
+def of_scale(e: Scale | BatchNorm) -> Expr | Declined | None:
     """s(s'x + t') + t = (ss')x + (st' + t); one of the two may be a BatchNorm."""
     match e:
         case Scale(x=(Scale() | BatchNorm()) as inner) | BatchNorm(x=Scale() as inner):

@@ -28,9 +28,9 @@ LONGEST = 8
 """Convolutions in a row that are weighed against one another."""
 
 
-def in_a_row(e: Expr, objective: Objective) -> Expr | Declined | None:
+def in_a_row(e: Conv, objective: Objective) -> Expr | Declined | None:
     """W'*(W*x + b) + b' = (W'W)*x + (W'b + b'), where that alone is cheaper."""
-    if not isinstance(e, Conv) or not isinstance(e.x, Conv):
+    if not isinstance(e.x, Conv):
         return None
     if reason := cannot_compose(e, e.x):
         return None if is_norm(e.x) else Declined(reason, at_border=True)
@@ -50,9 +50,9 @@ def in_a_row(e: Expr, objective: Objective) -> Expr | Declined | None:
     return Declined(f"composed with the next convolution, it would cost {ratio:.1f} times the multiply-adds")
 
 
-def in_a_sum(e: Expr, objective: Objective) -> Expr | None:
+def in_a_sum(e: Sum, objective: Objective) -> Expr | None:
     """The same inside a sum, where only merging the result with another branch pays."""
-    if not isinstance(e, Sum) or not any(isinstance(t, Conv) and isinstance(t.x, Conv) for t in e.terms):
+    if not any(isinstance(t, Conv) and isinstance(t.x, Conv) for t in e.terms):
         return None
     ways: dict[Hashable, list[tuple[int, list[Conv], Conv]]] = {}  # (input, grid) -> place, row, composed shape
     for place, term in enumerate(e.terms):

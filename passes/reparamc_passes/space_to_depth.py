@@ -28,9 +28,9 @@ DEARER = "as one kernel over the positions that become channels, it would cost m
 BORDER = "a slice before it leaves out values at the border, where it reads zeros"
 
 
-def into_kernel(e: Expr, objective: Objective) -> Expr | Declined | None:
+def into_kernel(e: Conv, objective: Objective) -> Expr | Declined | None:
     """W * S(x) = W' * x, and W * concat(x[i], x[j]) = W' * x."""
-    if not isinstance(e, Conv) or e.groups > 1 or e.transposed or e.spatial == 0:
+    if e.groups > 1 or e.transposed or e.spatial == 0:
         return None
     cuts = _cuts(e)
     if not cuts:
@@ -93,7 +93,7 @@ def _over_all(e: Conv, cuts: list[tuple[Conv, range]]) -> Conv:
     return replace(merge(parts), bias=e.bias)
 
 
-def into_producer(e: Expr, objective: Objective) -> Expr | None:
+def into_producer(e: Conv, objective: Objective) -> Expr | None:
     """W D(V * x) = D((W' V) * x)."""
     match e:
         case Conv(groups=1, x=Layout(op=Spread(back=False) as op, x=Conv() as inner) as layout) if e.axis == -3:

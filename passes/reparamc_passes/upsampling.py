@@ -32,9 +32,9 @@ TRIED = (1, 2, 3, 5)
 """Sizes at which an upsampling is compared with a repetition."""
 
 
-def into_kernel(e: Expr, objective: Objective) -> Expr | Declined | None:
+def into_kernel(e: Conv, objective: Objective) -> Expr | Declined | None:
     """W * U(x) = T *^T x."""
-    if not _reads_grid(e) or not isinstance(e, Conv) or (times := _times(e.x, e.axis)) is None:
+    if not _reads_grid(e) or (times := _times(e.x, e.axis)) is None:
         return None
     found = _transposed(e, times)
     if found is None:
@@ -42,9 +42,9 @@ def into_kernel(e: Expr, objective: Objective) -> Expr | Declined | None:
     return found if objective.cost(found) < objective.cost(e) else Declined(DEARER)
 
 
-def into_columns(e: Expr, objective: Objective) -> Expr | None:
+def into_columns(e: Conv, objective: Objective) -> Expr | None:
     """W * concat(U(x), y) = T *^T x + W" * y."""
-    if not (_reads_grid(e) and isinstance(e, Conv) and isinstance(e.x, Concat) and e.x.axis == e.axis):
+    if not (_reads_grid(e) and isinstance(e.x, Concat) and e.x.axis == e.axis):
         return None
     parts: list[Expr] = []
     rest: list[tuple[Expr, int, int]] = []
@@ -65,9 +65,9 @@ def into_columns(e: Expr, objective: Objective) -> Expr | None:
     return found if objective.cost(found) < objective.cost(e) else None
 
 
-def _reads_grid(e: Expr) -> bool:
+def _reads_grid(e: Conv) -> bool:
     """Whether ``e`` is a dense kernel over all positions, of more than one tap."""
-    if not isinstance(e, Conv) or e.groups > 1 or e.transposed or e.reads_taps:
+    if e.groups > 1 or e.transposed or e.reads_taps:
         return False
     return prod(e.kernel) > 1 and all(n == 1 for n in (*e.stride, *e.dilation))
 

@@ -135,4 +135,5 @@ def _candidates(of: Index | None, parts: Sequence[Array]) -> Iterator[Index]:
 
 def rows_as_bytes(table: npt.NDArray[Any]) -> list[bytes]:
     """The rows of ``table``, to compare and look up: NumPy takes much longer to sort them."""
-    return np.ascontiguousarray(table).view(f"V{table.shape[1] * table.itemsize}").ravel().tolist()
+    rows: Any = np.ascontiguousarray(table)
+    return rows.view(f"V{table.shape[1] * table.itemsize}").ravel().tolist()

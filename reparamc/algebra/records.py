@@ -19,25 +19,31 @@ else:  # from Python 3.11 on, it is in typing
         return lambda decorator: decorator
 
 
-ClassT = TypeVar("ClassT", bound=type)
+T = TypeVar("T")
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
-def entity(cls: ClassT) -> ClassT:
+def entity(cls: type[T]) -> type[T]:
     """A record that is equal to itself alone."""
-    made = dataclass(repr=False, eq=False)(cls)
+    made: Any = dataclass(repr=False, eq=False)(cls)
     if "__repr__" not in vars(cls):
         made.__repr__ = _shown
     return made
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
-def record(cls: ClassT) -> ClassT:
+def record(cls: type[T]) -> type[T]:
     """A record that is equal to one of its class with equal fields."""
     made: Any = entity(cls)
     key = attrgetter(*(f.name for f in made.__dataclass_fields__.values() if f.compare))
-    made.__eq__ = lambda self, other: key(self) == key(other) if type(other) is type(self) else NotImplemented
-    made.__hash__ = lambda self: hash(key(self))
+
+    def equals(self: Any, other: Any) -> bool:
+        return key(self) == key(other) if type(other) is type(self) else NotImplemented
+
+    def digest(self: Any) -> int:
+        return hash(key(self))
+
+    made.__eq__, made.__hash__ = equals, digest
     return made
 
 

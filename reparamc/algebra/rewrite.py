@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any, TypeAlias, cast, get_args, get_type_hints
 
 from reparamc.algebra.cost import LATENCY, Objective
 from reparamc.algebra.expr import Expr, Sum, rebuild, walk
-from reparamc.algebra.records import record
+from reparamc.algebra.records import entity, record
 from reparamc.errors import InputError, RewriteLimitError
 
 
@@ -30,11 +31,12 @@ class Declined:
     by: str = ""
 
 
-Rule = Callable[[Expr], "Expr | Declined | None"]
-PricedRule = Callable[[Expr, Objective], "Expr | Declined | None"]
+Rule = Callable[[Any], "Expr | Declined | None"]
+"""It is asked about the kinds of expression that its first parameter is annotated with."""
+PricedRule = Callable[[Any, Objective], "Expr | Declined | None"]
 
 
-@record
+@entity
 class Pass:
     """A named rewrite. Those that rules do not make up are the kinds of it in `reparamc.compiler.plan`.
 
@@ -54,21 +56,13 @@ class Pass:
     priced: tuple[PricedRule, ...] = ()
     refusals: tuple[str, ...] = ()
 
-    def priced_by(self, objective: Objective) -> tuple[Rule, ...]:
-        """All rules."""
-
-        def weighing(rule: PricedRule) -> Rule:
-            return lambda e: rule(e, objective)
-
-        return (*self.rules, *map(weighing, self.priced))
-
 
 @record
 class Step:
     """One application of ``rule``, which belongs to the pass ``name``."""
 
     name: str
-    rule: Rule
+    rule: Rule | PricedRule
     before: Expr
     after: Expr
 
@@ -94,9 +88,26 @@ def simplify(root: Expr, passes: Sequence[Pass], objective: Objective = LATENCY)
     return _Simplifier(passes, objective).run(root)
 
 
+_Rules: TypeAlias = "dict[type, list[tuple[str, Any, bool]]]"
+
+
+@lru_cache(maxsize=64)
+def _by_kind(passes: tuple[Pass, ...]) -> _Rules:
+    """The rules for each kind of expression, in order, with the names of their passes, and whether they are priced."""
+    found: _Rules = {kind: [] for kind in get_args(Expr)}
+    for p in passes:
+        for rules, is_priced in ((p.rules, False), (p.priced, True)):
+            for rule in rules:
+                taken: Any = next(iter(get_type_hints(rule).values()), Any)
+                kinds: Iterable[type] = found if taken is Any else get_args(taken) or (taken,)
+                for kind in kinds:
+                    found[kind].append((p.name, rule, is_priced))
+    return found
+
+
 class _Simplifier:
     def __init__(self, passes: Sequence[Pass], objective: Objective) -> None:
-        self.rules = [(p.name, rule) for p in passes for rule in p.priced_by(objective)]
+        self.rules, self.objective = _by_kind(tuple(passes)), objective
         self.steps: list[Step] = []
         self.refusals: dict[Expr, list[Declined]] = {}
 
@@ -137,8 +148,8 @@ class _Simplifier:
 
     def _apply(self, e: Expr) -> Expr:
         refusals: list[Declined] = []
-        for name, rule in self.rules:
-            result = rule(e)
+        for name, rule, is_priced in self.rules[type(e)]:
+            result = rule(e, self.objective) if is_priced else rule(e)
             if isinstance(result, Declined):
                 refusals.append(replace(result, by=name))
             elif result is not None and result is not e:

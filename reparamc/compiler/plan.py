@@ -11,7 +11,7 @@ from reparamc.algebra.arrays import is_all
 from reparamc.algebra.cost import LATENCY, Objective, is_multiplied, is_shifted
 from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
-from reparamc.algebra.records import record
+from reparamc.algebra.records import entity
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.compiler.consider import Decision, Setting
 from reparamc.compiler.decide import decide
@@ -35,7 +35,7 @@ class Plan:
     host: HostCheck | None = None
 
 
-@record
+@entity
 class FirstPass(Pass):
     """A pass that comes before all others, with a plan of its own.
 
@@ -47,7 +47,7 @@ class FirstPass(Pass):
     first: Callable[[Graph, str, bool], Plan | None] = field(kw_only=True)
 
 
-@record
+@entity
 class GraphPass(Pass):
     """A pass that is not a matter of one expression: ``run`` changes a `Compilation`, given the name of the pass."""
 

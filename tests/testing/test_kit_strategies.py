@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -228,6 +229,7 @@ def without_bias(faulty: str) -> tuple[Pass, ...]:
     """The passes, one of which forgets the bias of every convolution that it makes."""
 
     def broken(rule: Any) -> Any:
+        @wraps(rule)
         def forgetful(*arguments: Any) -> Any:
             result = rule(*arguments)
             if isinstance(result, Declined) or not isinstance(result, Conv):
