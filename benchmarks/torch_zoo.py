@@ -21,6 +21,7 @@ import os
 import select
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -77,8 +78,7 @@ def of_torchvision(name: str) -> Case:
             (images(2, 128, 136), images(2, 128, 136)),
         )
     if name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d"):
-        frames = 16 if name == "s3d" else 8
-        size = 64 if name == "s3d" else 32
+        frames, size = (16, 224) if name == "s3d" else (8, 32)
         return Case(
             torchvision.models.get_model(kind, **off),
             torch.randn(2, 3, frames, size, size),
@@ -198,6 +198,7 @@ def _hg_backbone() -> Any:
         stage_in_channels=[8, 16, 32, 48],
         stage_mid_channels=[8, 8, 16, 16],
         stage_out_channels=[16, 32, 48, 64],
+        hidden_sizes=[16, 32, 48, 64],
         stage_num_blocks=[1, 1, 1, 1],
         stage_numb_of_layers=[2, 2, 2, 2],
         out_features=["stage2", "stage3", "stage4"],
@@ -289,7 +290,7 @@ def transformers_cases() -> dict[str, tuple[str, Callable[[], Any], Callable[[],
             lambda: _cfg("LevitConfig"),
             lambda: _pixels(224, 224),
         ),
-        "cvt": ("CvtForImageClassification", lambda: _cfg("CvtConfig", depth=[1, 2, 2]), _pixels),
+        "cvt": ("CvtForImageClassification", lambda: _cfg("CvtConfig", depth=[1, 2, 3]), _pixels),
         "swiftformer": (
             "SwiftFormerForImageClassification",
             lambda: _cfg("SwiftFormerConfig", depths=[1, 1, 2, 1], embed_dims=[16, 24, 32, 48]),
@@ -768,6 +769,8 @@ def of_mmpretrain(name: str) -> Case:
     from mmengine.registry import init_default_scope
     from mmpretrain.registry import MODELS
 
+    # its models of images and text derive from classes that transformers has no more
+    sys.modules.setdefault("mmpretrain.models.multimodal", types.ModuleType("multimodal"))
     init_default_scope("mmpretrain")
     backbone, channels = MMPRETRAIN[name]
     model = MODELS.build(

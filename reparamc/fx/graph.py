@@ -95,7 +95,8 @@ class FxGraph(Readings):
         if len({v.dtype for v in recorded if isinstance(v, Tensor)}) > 1:
             return "its values are of different dtypes"
         last = self.order[cast(fx.Node, root)]
-        shared = set(self.memory.aliases(cast(fx.Node, root)))
+        is_fresh = self.memory.is_fresh(cast(fx.Node, root))
+        shared = set[fx.Node]() if is_fresh else set(self.memory.aliases(cast(fx.Node, root)))
         for value in (*cast(Sequence[fx.Node], sources), *nodes[:-1]):
             reads = [self.order[u] for u in cast("list[fx.Node]", self.users(value)) if u in nodes]
             writers = self.memory.writers(value)

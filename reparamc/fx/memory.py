@@ -68,11 +68,12 @@ class Memory:
         self._parent: dict[fx.Node, fx.Node] = {}
         stored: dict[int, fx.Node] = {}  # each reading of one attribute is a node of its own
         writes = {node: written(node, module) for node in graph.nodes}
+        self._fresh = {node for node in graph.nodes if _allocates(node, module, writes[node])}
         for node in graph.nodes:
             self._parent[node] = node
             if node.op == "get_attr" and (place := _storage(lookup(module, str(node.target)))) is not None:
                 self._parent[node] = self._base(stored.setdefault(place, node))
-            if not _allocates(node, module, writes[node]):
+            if node not in self._fresh:
                 shared = writes[node] or node.all_input_nodes  # what is written in place is the result
                 for x in shared:
                     self._parent[self._base(x)] = self._base(node)
@@ -101,6 +102,10 @@ class Memory:
     def keeps_shape(self, node: fx.Node) -> bool:
         """Whether ``node`` has one and the same shape as long as it lives."""
         return self._base(node) not in self._reshaped
+
+    def is_fresh(self, node: fx.Node) -> bool:
+        """Whether nothing older shares memory with ``node``."""
+        return node in self._fresh
 
     def aliases(self, node: fx.Node) -> list[fx.Node]:
         """All nodes that may share memory with ``node``, itself included, in execution order."""

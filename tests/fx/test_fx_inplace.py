@@ -294,6 +294,23 @@ def test_module_that_is_called_as_it_is_may_write(make: Callable[[], nn.Module])
     check(Net(forward, a=conv_bn(), opaque=make()))
 
 
+def test_module_that_is_given_a_result_and_another_element_of_a_list() -> None:
+    def forward(m: Any, maps: list[Tensor]) -> Any:
+        y = m.a(maps[0]) + maps[0]
+        return y, m.opaque(torch.cat([y, maps[1]], 1)), m.other(y, maps[1])
+
+    class Sum(Opaque):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return super().forward(y) + x
+
+    model, maps = (
+        ready(Net(forward, a=conv_bn(), opaque=Opaque(), other=Sum())),
+        images(*SHAPES[:1] * 2, dtype=torch.float32),
+    )
+    fused = fuse_fx(model, (list(maps),))
+    assert counts(fused) == (1, 0)
+
+
 def test_state_that_every_call_updates_is_refused() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.factor.mul_(2)
