@@ -137,13 +137,12 @@ def _refusal(original: Value, emitted: Value) -> str:
 
 def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -> Agreement:
     sources = list(dict.fromkeys([*original.grids, *emitted.grids]))
-    grids: dict[Source, tuple[Grid, ...]] = {}
+    frames: dict[Source, _Frame] = {}
+    averaged = _averaged_axes(original)
     for source in sources:
-        both = [
-            _fixed_grids(value.grids[source], source) if fixed else value.grids[source]
-            for value in (original, emitted)
-            if source in value.grids
-        ]
+        whole = tuple((axis, grid, block) for of, axis, grid, block in original.whole if of == source)
+        frame = _Frame(source, (), averaged, fixed, whole)
+        both = [frame.of_grids(value.grids[source]) for value in (original, emitted) if source in value.grids]
         if len(set(both)) > 1:
             strides = [[g.stride for g in grid] for grid in both]
             if any(m.stride != n.stride and _is_single(e, m, n) for e, m, n in zip(source.shape, *both, strict=True)):
@@ -154,17 +153,15 @@ def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -
             if any(abs(m.delta - n.delta) >= m.stride for m, n in zip(*both, strict=True)):
                 return _apart(f"sizes smaller by {deltas[0]} against {deltas[1]}")
             return Agreement("undecided", reason="the sizes of the two agree for some input sizes only")
-        grids[source] = both[0]
+        frames[source] = frame._replace(grids=both[0])
     names = [source.leaf for source in sources]
     unique = len(set(names)) == len(names)
     sums = _Sums(np.zeros(original.channels), np.zeros(original.channels))
-    averaged = _averaged_axes(original)
     with np.errstate(all="ignore"):  # what is not finite is compared as what it is
         for source in sources:
             mine, other = ([b for b in v.blocks if b.source == source] for v in (original, emitted))
-            frame = _Frame(source, grids[source], averaged, fixed)
-            _compare_blocks(mine, other, original, frame, precision, sums)
-        _compare_vectors(original, emitted, grids, precision, sums, fixed)
+            _compare_blocks(mine, other, original, frames[source], precision, sums)
+        _compare_vectors(original, emitted, frames, precision, sums)
         spread = float(np.max(np.where(sums.error > 0, sums.error / sums.total, 0), initial=0.0))
     if sums.units <= 1:
         if not original.grids.keys() & emitted.grids.keys() and not _same_shapes(original, emitted):
@@ -177,7 +174,7 @@ def _agree(original: Value, emitted: Value, precision: Precision, fixed: bool) -
     if any(
         step > 1 and (grid.stride > 1 or axis in averaged)
         for source in sources
-        for axis, (grid, step) in enumerate(zip(grids[source], source.spread, strict=True))
+        for axis, (grid, step) in enumerate(zip(frames[source].grids, source.spread, strict=True))
     ):
         return Agreement("undecided", sums.units, spread, "a strided kernel or a mean reads a transposed convolution")
     if averaged and (sums.guards_only or _splits(original)):
@@ -191,27 +188,37 @@ class _Frame(NamedTuple):
     Attributes:
         averaged: axes that the mean is taken of.
         fixed: whether sizes that are known are taken for the only ones.
+        whole: (axis, grid, block): the positions of this grid are a multiple of the block.
     """
 
     source: Source
     grids: tuple[Grid, ...]
     averaged: tuple[int, ...]
     fixed: bool
+    whole: tuple[tuple[int, Grid, int], ...]
+
+    def last(self, axis: int, high: int, stride: int) -> int:
+        """The largest bound of a guard that is as good as ``high`` at all sizes that there are."""
+        dim = self.source.shape[axis]
+        if self.fixed and dim.known is not None:
+            return (dim.known - 1) - stride * ((dim.known - 1 - high) // stride)
+        for at, grid, block in self.whole:
+            period = grid.stride * block
+            # The last position of the grid is less than a step from the end. Bounds within a block are the same one
+            # wherever in this step the end is.
+            rest = (high - grid.delta) % period
+            if at == axis and not stride % period and rest <= period - grid.stride:
+                high += period - grid.stride - rest
+        return high
+
+    def of_grids(self, grids: Sequence[Grid]) -> tuple[Grid, ...]:
+        """``grids`` with the largest deltas that give as many positions."""
+        return tuple(Grid(g.stride, self.last(axis, g.delta, g.stride)) for axis, g in enumerate(grids))
 
 
 def _is_single(dim: Dim, *grids: Grid) -> bool:
     """Whether the grids have one position at most, so that their strides mean nothing."""
     return dim.known is not None and all(dim.known - 1 - g.delta < g.stride for g in grids)
-
-
-def _fixed_grids(grids: Sequence[Grid], source: Source) -> tuple[Grid, ...]:
-    """``grids`` with the largest deltas that give as many positions at the sizes that are known."""
-    return tuple(Grid(g.stride, _last(g.delta, g.stride, e)) for g, e in zip(grids, source.shape, strict=True))
-
-
-def _last(high: int, stride: int, dim: Dim) -> int:
-    """The largest bound that is as good as ``high``, if the size is known."""
-    return high if dim.known is None else (dim.known - 1) - stride * ((dim.known - 1 - high) // stride)
 
 
 def _shape_difference(a: Sequence[Dim], b: Sequence[Dim]) -> str:
@@ -252,9 +259,9 @@ def _key(tap: Tap, frame: _Frame) -> Tap | None:
             if grid.stride == 1:
                 low += (-offset - low) % step
                 high += (offset - high) % step
-        elif frame.fixed and dim.known is not None:
-            high = _last(high, grid.stride, dim)
-            if grid.stride * low + high > dim.known - 1:
+        else:
+            high = frame.last(axis, high, grid.stride)
+            if frame.fixed and dim.known is not None and grid.stride * low + high > dim.known - 1:
                 return None
         if axis in frame.averaged and step == 1:  # all that counts is which elements are read
             offset, low, high = offset + grid.stride * low, 0, high + grid.stride * low
@@ -405,10 +412,9 @@ def _border(guards: Sequence[Guard], grids: Sequence[Grid]) -> str:
 def _compare_vectors(
     original: Value,
     emitted: Value,
-    grids: dict[Source, tuple[Grid, ...]],
+    frames: dict[Source, _Frame],
     precision: Precision,
     sums: _Sums,
-    fixed: bool,
 ) -> None:
     """What is added, guard by guard. Guards over sources of equal sizes are one."""
     found: list[dict[Any, Vector]] = [{}, {}]
@@ -418,17 +424,17 @@ def _compare_vectors(
             key = None
             if where is not None:
                 source, tap = where
+                frame, grids = frames[source], frames[source].grids
                 clipped = [
-                    Guard(0, max(g.low, 0), _last(high, d.stride, e) if fixed else high)
-                    for g, d, e in zip(tap, grids[source], source.shape, strict=True)
-                    for high in (max(g.high, d.delta),)
+                    Guard(0, max(g.low, 0), frame.last(axis, max(g.high, d.delta), d.stride))
+                    for axis, (g, d) in enumerate(zip(tap, grids, strict=True))
                 ]
-                if any(g != (0, 0, d.delta) for g, d in zip(clipped, grids[source], strict=True)):
+                if any(g != (0, 0, d.delta) for g, d in zip(clipped, grids, strict=True)):
                     key = tuple(
                         (e, d.stride, g.low, g.high) if g != (0, 0, d.delta) else None
-                        for e, g, d in zip(source.shape, clipped, grids[source], strict=True)
+                        for e, g, d in zip(source.shape, clipped, grids, strict=True)
                     )
-                    wheres[key] = (clipped, grids[source])
+                    wheres[key] = (clipped, grids)
             mine[key] = mine[key].plus(vector) if key in mine else vector
     zero = Vector(np.zeros(original.channels), np.zeros(original.channels))
     for key in dict.fromkeys([*found[0], *found[1]]):

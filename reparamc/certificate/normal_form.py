@@ -141,6 +141,7 @@ class Value:
         loose: axes of ``base`` along which a term of a sum may be repeated, at some input sizes.
         needs: for each axis of ``base``, a source is refused where its size less 1 is below this.
         filled: the sizes that are refused where they are zero.
+        whole: (source, axis, grid, block): inputs are refused that give a grid no multiple of ``block`` positions.
         meter: counts what is done with the value.
     """
 
@@ -154,6 +155,7 @@ class Value:
     meter: Meter = UNLIMITED
     needs: tuple[int, ...] = ()
     filled: frozenset[str] = frozenset()
+    whole: frozenset[tuple[Source, int, Grid, int]] = frozenset()
 
     @property
     def channels(self) -> int:
@@ -327,6 +329,7 @@ def added(terms: Sequence[Value]) -> Value:
             vectors=summed(total.vectors.items(), term.vectors.items()),
             needs=needed(total.needs, term.needs),
             filled=total.filled | term.filled,
+            whole=total.whole | term.whole,
         )
     return total
 
@@ -466,8 +469,23 @@ def stacked(terms: Sequence[Value], axis: int) -> Value:
     stack = replace(
         first, grids=grids, blocks=tuple(blocks), vectors=summed(vectors), loose=loose,
         needs=needed(*(t.needs for t in whole)), filled=frozenset[str]().union(*(t.filled for t in whole)),
+        whole=_filled(whole).union(*(t.whole for t in whole)),
     )  # fmt: skip
     return with_channels(stack, total, axis)
+
+
+def _filled(terms: Sequence[Value]) -> frozenset[tuple[Source, int, Grid, int]]:
+    """What `Value.whole` says of terms that have one size: of slices that begin at every place of a block."""
+    found: set[tuple[Source, int, Grid, int]] = set()
+    for source in {s for t in terms for s in t.grids}:
+        of_source = [t.grids[source] for t in terms if source in t.grids]
+        for axis, grids in enumerate(zip(*of_source, strict=True)):
+            deltas, stride = [g.delta for g in grids], grids[0].stride
+            step = stride - (max(deltas) - min(deltas))
+            alike = axis != terms[0].channel and source.spread[axis] == 1 and {g.stride for g in grids} == {stride}
+            if alike and 0 < step < stride and stride % step == 0:
+                found.add((source, axis, Grid(step, min(deltas)), stride // step))
+    return frozenset(found)
 
 
 def unsplit(value: Value, axis: int) -> Value:

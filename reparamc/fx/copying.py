@@ -186,7 +186,7 @@ def _failing(value: Any, known: Memo) -> list[Any]:
 def _moved(value: Any, memo: Memo) -> Any:
     """``value``, or a function that refers to copies where it refers to originals."""
     match value:
-        case types.FunctionType() if value.__closure__:
+        case types.FunctionType() if value.__closure__ or value.__defaults__ or value.__kwdefaults__:
             return _function(value, memo)
         case types.MethodType():
             owner, function = memo.get(id(value.__self__), value.__self__), _moved(value.__func__, memo)
@@ -214,10 +214,14 @@ def _reference(value: Any, memo: Memo) -> Any:
 
 
 def _function(function: types.FunctionType, memo: Memo) -> Any:
-    """``function`` over cells that hold copies; itself where all cells stay as they are."""
+    """``function`` over cells and defaults that hold copies; itself where all of them stay as they are."""
     if id(function) in memo:
         return memo[id(function)]
     memo[id(function)] = function  # where it refers to itself
+    defaults = tuple(_reference(v, memo) for v in function.__defaults__ or ())
+    named = {k: _reference(v, memo) for k, v in (function.__kwdefaults__ or {}).items()}
+    given = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    same = all(map(operator.is_, (*defaults, *named.values()), given))
     cells: list[Any] = []
     for cell in function.__closure__ or ():
         try:
@@ -227,12 +231,12 @@ def _function(function: types.FunctionType, memo: Memo) -> Any:
             continue
         moved = _reference(held, memo)
         cells.append(cell if moved is held else types.CellType(moved))
-    if all(map(lambda a, b: a is b, cells, function.__closure__ or ())):
+    if same and all(map(operator.is_, cells, function.__closure__ or ())):
         return function
     made = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+        function.__code__, function.__globals__, function.__name__, defaults or None, tuple(cells) or None
     )
-    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    made.__kwdefaults__, made.__qualname__ = named or None, function.__qualname__
     vars(made).update(vars(function))
     memo[id(function)] = made
     return made

@@ -312,8 +312,9 @@ class Parts:
         for both in chained(module):
             pair = [module._modules.get(name) for name in both]
             first, second = pair
-            calls = self.seen(_joined(path, both[0]))
-            if not (isinstance(first, LINEAR) and isinstance(second, NORM)) or calls == []:
+            if not (isinstance(first, LINEAR) and isinstance(second, NORM)):
+                continue
+            if (calls := self.seen(_joined(path, both[0]))) == []:
                 continue
             inner = [_joined(path, name) for name in both]
             if any(self.is_touched(p) or p in self.blocked for p in inner) or any(places[id(m)] > 1 for m in pair):

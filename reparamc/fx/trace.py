@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dis
 import functools
 import inspect
 import keyword
@@ -36,6 +37,13 @@ class _Proxy(fx.Proxy):
     That of a parameter is a number, so that nobody has to keep the parameter for it.
     ``a.requires_grad`` is true here, and false in the runs that a graph is compared with: what depends on it is found.
     """
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `_is_instance` has it, for patterns of ``match``."""
+        caller = sys._getframe(1)
+        is_matched = dis.opname[caller.f_code.co_code[caller.f_lasti]] == "MATCH_CLASS"
+        return cast(_Tracer, self.tracer).type_of(self.node) if is_matched else type(self)
 
     def __getattr__(self, name: str) -> Any:
         if name == "requires_grad":
@@ -74,7 +82,7 @@ _isinstance = isinstance
 def _is_instance(value: Any, kind: Any) -> bool:
     """As `isinstance`. To models, though not to torch, a proxy is what it is in the example, or a Tensor.
 
-    A proxy cannot say so by its ``__class__``: torch would read memory of it that only a tensor has.
+    A proxy cannot say so by its ``__class__`` in calls: torch would read memory of it that only a tensor has.
     """
     if _isinstance(value, kind):
         return True

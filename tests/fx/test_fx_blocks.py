@@ -57,6 +57,22 @@ def test_a_kernel_over_blocks(form: str, kernel: int) -> None:
         model(torch.randn(1, CHANNELS, 7, 8))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_shift_before_blocks_that_a_padded_kernel_reads(form: str, stride: int) -> None:
+    """No map of a size that blocks do not fill gets here, so that the borders of the two are one."""
+    inner = nn.Conv2d(CHANNELS, CHANNELS, 3, stride=stride, padding=1)
+    parts = {"conv": nn.Conv2d(4 * CHANNELS, 6, 3, padding=1), "unshuffle": nn.PixelUnshuffle(2)}
+    norm = nn.BatchNorm2d(CHANNELS)
+    model = ready(Net(lambda m, x: m.conv(FORMS[form](m, m.norm(m.inner(x)))), inner=inner, norm=norm, **parts))
+    fused = fuse_fx(model, torch.randn(2, CHANNELS, 8 * stride, 4 * stride))
+    assert report(fused).after.batchnorm == 0
+    assert undecided(fused) == 0
+    for height, width in ((8, 4), (4, 6)):
+        x = torch.randn(1, CHANNELS, stride * height, stride * (width - 1) + 1)
+        assert relative_error(fused(x), model(x)) < 1e-5
+
+
 def test_a_matrix_after_a_pixel_shuffle() -> None:
     parts = {"conv": nn.Conv2d(CHANNELS, 12, 3, padding=1), "mean": nn.Conv2d(3, 3, 1)}
     model = ready(Net(lambda m, x: m.mean(F.pixel_shuffle(m.conv(x), 2)), **parts))

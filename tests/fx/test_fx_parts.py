@@ -437,6 +437,25 @@ def test_more_parameters_have_a_reason(x: Tensor) -> None:
     assert report(fused).note == "more parameters: a.weight and 1 more used several times"
 
 
+class Hidden(nn.Module):
+    """Has a part that is no submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "teacher", conv_bn().eval())
+        self.conv, self.norm = conv_bn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(self.teacher(x)))
+
+
+def test_a_part_that_is_no_submodule_stays(x: Tensor) -> None:
+    model = ready(Hidden())
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (1, 0)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
 def test_what_cannot_be_copied_is_shared(x: Tensor) -> None:
     model = ready(Classifier())
     model.lock = threading.Lock()

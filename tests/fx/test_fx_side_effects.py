@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,3 +85,32 @@ def test_what_a_model_has_cached_is_no_constant() -> None:
     assert relative_error(run(after, x), expected) < 1e-5
     with pytest.raises(InputError, match="keeps tensors aside, in 'kept'; with example_inputs"):
         fuse_fx(model)
+
+
+def hooked(model: Any, kept: dict[str, Tensor], named: bool) -> None:
+    def by_position(module: nn.Module, args: Any, result: Tensor, kept: dict[str, Tensor] = kept) -> None:
+        kept["y"] = result
+
+    def by_name(module: nn.Module, args: Any, result: Tensor, *, kept: dict[str, Tensor] = kept) -> None:
+        kept["y"] = result
+
+    model.first.register_forward_hook(by_name if named else by_position)
+
+
+class Remembering(nn.Module):
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.kept = conv_bn(), conv_bn(), dict[str, Tensor]()
+        hooked(self, self.kept, named)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()) + self.kept["y"].mean()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_defaults_of_hooks_refer_to_the_copy(named: bool) -> None:
+    model, x = ready(Remembering(named)), torch.randn(2, CHANNELS, 7, 6)
+    fused, expected = fuse_fx(model, x), run(model, x)
+    model.kept.clear()
+    assert relative_error(run(fused, x), expected) < 1e-5
+    assert not model.kept

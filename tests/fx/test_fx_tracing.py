@@ -628,6 +628,31 @@ def test_functions_that_take_a_tensor_or_a_number(function: Any) -> None:
     check(Net(lambda m, x: function(m.part(x)), part=conv_bn()), examples=True)
 
 
+def test_values_match_a_pattern_of_what_they_are() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        match x:
+            case Tensor():
+                return m.part(x)
+            case _:
+                return x
+
+    assert counts(check(Net(forward, part=conv_bn()))) == (1, 0)
+
+
+@torch.jit.script
+def doubled(x: Tensor) -> Tensor:
+    return x * 2 if x.size(0) > 1 else x + x
+
+
+@pytest.mark.parametrize("call", [doubled, lambda x: torch.from_dlpack(torch.utils.dlpack.to_dlpack(x))])
+def test_compiled_code_takes_no_proxy_for_a_tensor(call: Any) -> None:
+    """It would look for a tensor in its memory."""
+    model, x = ready(Net(lambda m, x: m.part(call(x)), part=conv_bn())), torch.randn(2, CHANNELS, 5, 6)
+    fused = fuse_fx(model, x)
+    assert counts(fused) == (1, 0)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
 def test_autocast_within_a_part_keeps_the_part() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), InLowPrecision()).eval(), torch.randn(3, CHANNELS)
