@@ -143,7 +143,8 @@ class Shapes:
         self._types: dict[str, TypeProto.Tensor] = {}
         for values in (declared, light.graph.value_info, light.graph.output, light.graph.input):
             self._types.update((v.name, v.type.tensor_type) for v in values if v.type.HasField("tensor_type"))
-        self._stored = {t.name: (t.data_type, tuple(map(Dim, t.dims))) for t in model.graph.initializer}
+        kept = [*model.graph.initializer, *(t for t in light.graph.initializer if t.name in (stored or {}))]
+        self._stored = {t.name: (t.data_type, tuple(map(Dim, t.dims))) for t in kept}
         self._shapes: dict[str, tuple[Dim, ...] | None] = {}
         self._meaning: dict[str, Dim] = {}
         """What a symbol that inference made up is, where that is known."""

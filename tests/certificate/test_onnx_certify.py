@@ -315,6 +315,19 @@ def test_the_shape_of_a_constant_that_shape_inference_does_not_know() -> None:
     assert [w.verdict for w in certify_onnx(made, fused).windows] == ["equal"]
 
 
+def test_a_shape_that_operators_make_of_constants_may_be_stored() -> None:
+    head = [node("Shape", "x", "sizes"), node("Mod", "five three", "mod"), node("Reshape", "mod one", "end")]
+    head += [node("Slice", "sizes zero end", "kept"), node("Concat", "kept rest", "shape", axis=0)]
+    numbers = {"five": [5], "three": [3], "one": [1], "zero": [0], "rest": [12]}
+    parameters = {name: np.array(n, np.int64) for name, n in numbers.items()} | {"a": np.array([2], np.float32)}
+    tail = [node("Mul", "x a", "h"), node("Reshape", "h shape", "y")]
+    moved = [node("Reshape", "x shape", "r"), node("Mul", "r a", "y")]
+    made = model([*head, *tail], parameters, (2, 3, 4, 3))
+    for target, verdict in (([2, 3, 12], "equal"), ([3, 2, 12], "undecided")):
+        fused = model(moved, {"a": parameters["a"], "shape": np.array(target, np.int64)}, (2, 3, 4, 3))
+        assert [w.verdict for w in certify_onnx(made, fused).windows if w.where == "y"] == [verdict]
+
+
 def test_a_wrong_rewrite_is_undone_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from reparamc.onnx.emit import OnnxEdit
 
