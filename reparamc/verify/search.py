@@ -11,7 +11,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -26,8 +28,9 @@ from reparamc.equivalence.difference import CEILING, Difference, difference
 from reparamc.equivalence.pair import PERTURBATIONS, BrokenError, Comparison, Pair, RefusedError
 from reparamc.equivalence.trials import Inputs, Slot, Space, Trial
 from reparamc.errors import InputError, InputTypeError, one_line
+from reparamc.onnx import weights
 from reparamc.onnx.check import check as check_model
-from reparamc.onnx.files import check_target, load
+from reparamc.onnx.files import check_target, opened
 from reparamc.onnx.session import Run, epsilon, fits, session
 from reparamc.verify.arrays import read_inputs, write_inputs
 from reparamc.verify.branches import LARGEST, Branches, branches_of, factors
@@ -134,36 +137,37 @@ def verify_onnx(
         if not tolerance >= 0:
             raise InputError(f"a tolerance cannot be {tolerance:g}: give 0 or more")
     target = None if save is None else Path(save)
-    models = [_loaded(original), _loaded(fused)]
     names = [_name(original, "the original"), _name(fused, "the fused model")]
-    if target is not None:
-        for source in (original, fused):
-            check_target(Path() if isinstance(source, ModelProto) else Path(source), target)
-    interface = compare_interfaces(*models)
-    result = Verification(*names, inputs=[str(s) for s in interface.inputs], notes=interface.notes)
-    if interface.problem:
-        result.failure = Disagreement(interface.problem)
-        result.seconds = perf_counter() - start
-        return result
-    branches = [branches_of(m) for m in models]
     with ExitStack() as stack:
+        stack.enter_context(weights.holding())
+        models = [_opened(original), _opened(fused)]
+        if target is not None:
+            for source in (original, fused):
+                check_target(Path() if isinstance(source, ModelProto) else Path(source), target)
+        interface = compare_interfaces(*models)
+        result = Verification(*names, inputs=[str(s) for s in interface.inputs], notes=interface.notes)
+        if interface.problem:
+            result.failure = Disagreement(interface.problem)
+            result.seconds = perf_counter() - start
+            return result
+        branches = [branches_of(m) for m in models]
         background = stack.enter_context(ThreadPoolExecutor(1))
-        proof = background.submit(_proven, *models) if inputs is None else None
-        del models
+        proof = background.submit(copy_context().run, _proven, *models) if inputs is None else None
         loading = perf_counter()
         first, second = (
-            stack.enter_context(_session(m, n, optimize)) for m, n in zip((original, fused), names, strict=True)
+            stack.enter_context(_session(source, m, n, optimize))
+            for source, m, n in zip((original, fused), models, names, strict=True)
         )
         if first.narrowed != second.narrowed:
             raise InputError(
                 f"ONNX Runtime lacks operators of the dtype of {names[second.narrowed]}, and of that alone"
             )
         clock = _Clock(start, seconds, perf_counter() - loading)
-        pair = _Pair(interface, first, second, given, lambda inputs: fits(_loaded(original), inputs))
+        pair = _Pair(interface, first, second, given, partial(fits, models[0]))
         search = _Search(pair, result, clock, seed, target)
         search.branches = branches
-        search.factors = lambda arrays: _factors((original, fused), branches, interface, arrays)
-        search.alone = lambda where, arrays: witness(_loaded(original), _loaded(fused), where, arrays)
+        search.factors = partial(_factors, models, branches, interface)
+        search.alone = partial(witness, *models)
         try:
             if proof is not None:
                 is_plain = given is None and not (non_finite or optimize)
@@ -189,21 +193,21 @@ def _proven(original: ModelProto, fused: ModelProto) -> Certificate | str:
 
 
 def _factors(
-    models: Sequence[ModelOrPath], branches: Sequence[Branches], interface: Interface, inputs: Inputs
+    models: Sequence[ModelProto], branches: Sequence[Branches], interface: Interface, inputs: Inputs
 ) -> list[float]:
     """The factors of ``inputs`` at which one of two models branches; a few, the smallest first."""
     found: set[float] = set()
     renamed = {interface.inputs_in_fused[name]: x for name, x in inputs.items()}
     for model, known, arrays in zip(models, branches, (inputs, renamed), strict=True):
         if known.compared:
-            found |= factors(_loaded(model), known, arrays)
+            found |= factors(model, known, arrays)
     steps = {round(4 * np.log2(f)): f for f in sorted(found) if 1e-9 < f < 1e9}  # those that are nearly alike are one
     return [FURTHER * f for f in steps.values()][:MOST_FACTORS]
 
 
 def _followed(original: ModelProto, fused: ModelProto) -> Certificate:
     """The proof, also where an optimizer keeps names for other tensors: a convolution's for its norm's."""
-    first = found = certify_onnx(original, fused)
+    first = found = certify_onnx(original, fused, weights.array)
     outputs = {o.name for o in fused.graph.output}
     operands = operands_of(original, fused)
     moved: set[str] = set()
@@ -214,7 +218,7 @@ def _followed(original: ModelProto, fused: ModelProto) -> Certificate:
         if not more:
             break
         moved |= more
-        found = certify_onnx(original, fused, without=moved)
+        found = certify_onnx(original, fused, weights.array, without=moved)
         if not found.undecided and not any(map(_is_other, found.windows)):
             return found
     return first
@@ -226,26 +230,25 @@ def _is_other(window: Window) -> bool:
 
 
 @contextmanager
-def _session(model: ModelOrPath, what: str, optimize: bool) -> Iterator[Run]:
-    """``model`` ready to run; ONNX Runtime reads a file itself, which saves a copy of it."""
-    if isinstance(model, ModelProto):
-        with session(model, what, optimize) as run:
+def _session(source: ModelOrPath, model: ModelProto, what: str, optimize: bool) -> Iterator[Run]:
+    """``model`` ready to run; ONNX Runtime reads its file itself, which saves a copy of it."""
+    if not isinstance(source, ModelProto):
+        try:
+            run = Run(os.fspath(source), [], what, optimize)
+        except InputError:  # it may lack an operator of the dtype
+            pass
+        else:
             yield run
-        return
-    try:
-        run = Run(os.fspath(model), [], what, optimize)
-    except InputError:  # it may lack an operator of the dtype
-        with session(load(Path(model)), what, optimize) as run:
-            yield run
-    else:
+            return
+    with session(model, what, optimize) as run:
         yield run
 
 
-def _loaded(model: ModelOrPath) -> ModelProto:
+def _opened(model: ModelOrPath) -> ModelProto:
     if isinstance(model, ModelProto):
         return model
     if isinstance(model, str | os.PathLike):
-        return load(Path(model))
+        return opened(Path(model))
     raise InputTypeError(f"verify_onnx takes an onnx.ModelProto or a path, not {type(model).__name__}")
 
 
