@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, helper
 
 from reparamc.onnx import weights
-from reparamc.onnx.values import subgraphs
+from reparamc.onnx.values import captured, subgraphs
 
 PROTECTED = {
     "Gelu": ("Gelu", "FastGelu", "BiasGelu"),
@@ -37,6 +37,12 @@ PROTECTED = {
 
 _KIND = {op: kind for kind, ops in PROTECTED.items() for op in ops}
 
+PLAIN = {
+    "Add", "AveragePool", "BatchNormalization", "Clip", "Concat", "Constant", "Conv", "ConvTranspose", "Flatten", "Gemm",
+    "GlobalAveragePool", "Identity", "LeakyRelu", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Transpose",
+}  # fmt: skip
+"""Operators of which alone no pattern consists: each of them multiplies or divides, or is named otherwise."""
+
 ItemT = TypeVar("ItemT")
 
 
@@ -46,6 +52,8 @@ def fused_by_runtime(model: ModelProto) -> dict[str, str] | None:
     Those that ``model`` itself spells as one operator are left out. None when ONNX Runtime cannot
     optimise the model.
     """
+    if all(node.op_type in PLAIN for node in model.graph.node):
+        return {}
     optimized = _optimized(model)
     if optimized is None:
         return None
@@ -75,7 +83,8 @@ def _optimized(model: ModelProto) -> ModelProto | None:
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         with weights.holding(), tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
-            light = weights.for_runtime(model if weights.references(model) else weights.light(model))
+            given = weights.light(model) if not weights.references(model) else model
+            light = weights.for_runtime(_without_kernels(given))
             light.set_in(options)
             options.optimized_model_filepath = os.path.join(folder, "model.onnx")
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
@@ -83,6 +92,26 @@ def _optimized(model: ModelProto) -> ModelProto | None:
             return onnx.load(options.optimized_model_filepath, load_external_data=False)
     except Exception:  # ONNX Runtime's exceptions share no base class; a full disk is no error either
         return None
+
+
+def _without_kernels(model: ModelProto) -> ModelProto:
+    """A copy whose convolutions and BatchNorms are given their weights: no pattern needs them, and folding takes time.
+
+    From version 4 on, what is stored need not be an input.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    graph = copy.graph
+    kernels, others = set[str](), {v.name for v in (*graph.input, *graph.output)}
+    for node in graph.node:
+        of = 1 if node.op_type in ("Conv", "ConvTranspose", "BatchNormalization") else len(node.input)
+        others.update(node.input[:of], captured(node))
+        kernels.update(node.input[of:])
+    kernels -= others
+    for t in [t for t in graph.initializer if t.name in kernels]:
+        graph.input.append(helper.make_tensor_value_info(t.name, t.data_type, t.dims))
+        graph.initializer.remove(t)
+    return copy
 
 
 MOST_ROUNDS = 40
