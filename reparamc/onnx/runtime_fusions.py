@@ -38,8 +38,8 @@ PROTECTED = {
 _KIND = {op: kind for kind, ops in PROTECTED.items() for op in ops}
 
 PLAIN = {
-    "Add", "AveragePool", "BatchNormalization", "Clip", "Concat", "Constant", "Conv", "ConvTranspose", "Flatten", "Gemm",
-    "GlobalAveragePool", "Identity", "LeakyRelu", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Transpose",
+    "Add", "AveragePool", "BatchNormalization", "Clip", "Concat", "Constant", "Conv", "ConvTranspose", "Flatten",
+    "Gemm", "GlobalAveragePool", "Identity", "LeakyRelu", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Transpose",
 }  # fmt: skip
 """Operators of which alone no pattern consists: each of them multiplies or divides, or is named otherwise."""
 
