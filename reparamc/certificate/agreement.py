@@ -361,19 +361,30 @@ class _Part:
         if self.is_slice:
             self.at = slice(None) if whole else slice(self.columns[0], self.columns[0] + 1)
 
+    def rows(self, first: int, last: int, magnitude: bool) -> Array:
+        """What its own rows from ``first`` to ``last`` have, or the magnitudes of that: float64 (rows, width, taps)."""
+        b = self.block
+        weight, left = (b.size if magnitude and b.size is not None else b.weight)[first:last], b.left[first:last]
+        if not self.kept.all():
+            weight = weight[:, :, self.kept]
+        if magnitude:
+            weight, left = np.abs(weight), np.abs(left)
+        return weight.astype(np.float64, copy=False) if np.all(left == 1) else weight * left[:, None, None]
+
+    def covers(self, shape: tuple[int, ...], start: int) -> bool:
+        """Whether the rows from ``start`` on, of this shape, are its own."""
+        b = self.block
+        if not self.is_slice or self.shift[0] or (b.weight.shape[1], len(self.columns)) != shape[1:]:
+            return False
+        return len(b.rows) >= start + shape[0] and b.rows[0] == 0
+
     def add(self, found: Array, start: int, magnitude: bool) -> None:
         """Add what the rows from ``start`` on have to ``found``."""
         b = self.block
         i, j = np.searchsorted(b.rows, (start, start + len(found)))
         if i == j or not len(self.columns):
             return
-        weight, left = (b.size if magnitude and b.size is not None else b.weight)[i:j], b.left[i:j]
-        if not self.kept.all():
-            weight = weight[:, :, self.kept]
-        if magnitude:
-            weight, left = np.abs(weight), np.abs(left)
-        if not np.all(left == 1):
-            weight = weight * left[:, None, None]
+        weight = self.rows(i, j, magnitude)
         if self.is_slice:
             row, channel = b.rows[i] - start, self.shift[0]
             found[row : row + j - i, channel : channel + weight.shape[1], self.at] += weight
@@ -383,7 +394,9 @@ class _Part:
 
 
 def _total(parts: Sequence[_Part], shape: tuple[int, ...], start: int, magnitude: bool = False) -> Array:
-    """The sum of the rows from ``start`` on, or of their magnitudes."""
+    """The sum of the rows from ``start`` on, or of their magnitudes; not to be written to."""
+    if len(parts) == 1 and parts[0].covers(shape, start):
+        return parts[0].rows(start, start + shape[0], magnitude)
     found = np.zeros(shape)
     for part in parts:
         part.add(found, start, magnitude)

@@ -70,7 +70,7 @@ def certify_onnx(
     # A tensor has the sizes in the original that it has in the result, once it is proven to be the same.
     typed, alone = after.typed(), Shapes(original, declared)
     typed = {name: t for name, t in typed.items() if _may_be(alone.shape(name), t.dims)}
-    before = _Side("original", original, declared, typed, read)
+    before = _Side("original", original, declared, typed, read, alone)
     computed = set(before.order)
     stands_for = {name: name for name in after.order if name in computed and name not in without}
     stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
@@ -136,6 +136,7 @@ class _Side:
         declared: types to believe where inference says nothing.
         typed: what another graph tells of tensors of the same name.
         read: gives the value of a tensor.
+        alone: the shapes that this graph tells by itself, where another graph tells of them as well.
     """
 
     def __init__(
@@ -145,9 +146,10 @@ class _Side:
         declared: Sequence[ValueInfoProto],
         typed: dict[str, Typed],
         read: Callable[[TensorProto], Array],
+        alone: Shapes | None = None,
     ) -> None:
         graph = model.graph
-        self.which, self.model, self._declared = which, model, declared
+        self.which, self.model = which, model
         # Unknowns that both graphs name alike; others are numbered by shape inference.
         self.symbols = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim if d.dim_param}
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
@@ -155,7 +157,7 @@ class _Side:
         self.producers = {name: (node, at) for node in graph.node for at, name in enumerate(node.output) if name}
         self.stored = Constants(model, lambda arrays: Shapes(model, declared, arrays, typed), read)
         self.shapes, self.constants, self.constant = self.stored.shapes, self.stored.names, self.stored.array
-        self._by_itself = self.shapes if not typed else None
+        self._by_itself = alone or self.shapes
         self._kinds: dict[str, Hashable] = {}
         self._sizes: dict[str, Sequence[Dim] | None] = {}
         self.shape_of: dict[str, tuple[Dim, ...] | None] | None = None
@@ -175,9 +177,7 @@ class _Side:
 
     def inferred(self, name: str) -> list[Dim | None] | None:
         """The sizes of ``name`` as far as this graph alone tells them; None where the rank is unknown."""
-        if self._by_itself is None:  # what the other graph says of this very tensor is what is to be proven
-            self._by_itself = Shapes(self.model, self._declared)
-        shape = self._by_itself.shape(name)
+        shape = self._by_itself.shape(name)  # what the other graph says of this very tensor is what is to be proven
         return None if shape is None else [e if self.symbols.issuperset(e.symbols) else None for e in shape]
 
     def measured(self, name: str) -> str | None:
