@@ -65,8 +65,9 @@ def dropped(e: Sum) -> Expr | None:
     for place, term in enumerate(e.terms):
         if not isinstance(term, Conv | Scale | BatchNorm):
             continue
-        factor, shift = (term.weight, term.bias_or_zero) if isinstance(term, Conv) else coefficients(term)
-        if is_all(factor, 0) and _shown_equal(term, e):
+        factor = {Conv: "weight", Scale: "scale", BatchNorm: "gamma"}[type(term)]
+        if is_all(getattr(term, factor), 0) and _shown_equal(term, e):
+            shift = term.bias_or_zero if isinstance(term, Conv) else coefficients(term)[1]
             rest = total([t for other, t in enumerate(e.terms) if other != place])
             return rest if is_all(shift, 0) else Scale(rest, ONE, shift, term.axis if shift.ndim else None)
     return None

@@ -13,11 +13,6 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from array_api_compat import (
-    array_namespace,
-    device,  # pyright: ignore[reportUnknownVariableType]
-    is_torch_array,
-)
 
 from reparamc.algebra.recorded import Question, Recorded, assume, numpy_namespace
 
@@ -105,15 +100,24 @@ def together(*arrays: Array) -> tuple[Any, ...]:
     other: Any = next((a for a in arrays if not _is_numpy(a)), None)
     if other is None:
         return (numpy_namespace, *arrays)
+    from array_api_compat import array_namespace
+
     xp: Any = array_namespace(other)
-    how = {"dtype": other.dtype, "device": device(other)}
+    how = {"dtype": other.dtype, "device": _device(other)}
     return (xp, *(xp.asarray(np.array(a), **how) if _is_numpy(a) else a for a in arrays))
+
+
+def _device(array: Any) -> Any:
+    from array_api_compat import device  # pyright: ignore[reportUnknownVariableType]
+
+    return device(array)
 
 
 def zeros_of(like: Array, shape: Sequence[int]) -> Array:
     """Zeros of the library, dtype and device of ``like``."""
     xp, like = together(like)
-    return xp.zeros(tuple(shape), dtype=like.dtype, device=device(like))
+    where = {} if xp is numpy_namespace else {"device": _device(like)}
+    return xp.zeros(tuple(shape), dtype=like.dtype, **where)
 
 
 def taken(array: Array, index: Sequence[int] | npt.NDArray[np.intp], axis: int = 0) -> Array:
@@ -122,7 +126,7 @@ def taken(array: Array, index: Sequence[int] | npt.NDArray[np.intp], axis: int =
     if _is_numpy(array):
         return array.take(index, axis)
     xp = together(array)[0]
-    return xp.take(array, xp.asarray(np.array(index, np.int64), device=device(cast(Any, array))), axis=axis)
+    return xp.take(array, xp.asarray(np.array(index, np.int64), device=_device(array)), axis=axis)
 
 
 def concatenated(arrays: Sequence[Array], axis: int = 0) -> Array:
@@ -147,8 +151,10 @@ def values(array: Array) -> Array:
     array = loaded(array)
     if isinstance(array, Recorded):
         return array.value
-    if not _is_numpy(array) and is_torch_array(array):
-        array = cast(Any, array).detach().cpu()
+    if not _is_numpy(array):
+        from array_api_compat import is_torch_array
+
+        array = cast(Any, array).detach().cpu() if is_torch_array(array) else array
     return np.asarray(array)
 
 

@@ -13,16 +13,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import field, replace
-from fractions import Fraction
 from functools import cached_property
 from math import prod
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from reparamc.algebra.arrays import Array, Parameter, always, is_all
 from reparamc.algebra.records import entity, record
 from reparamc.algebra.shape import Shape, axis_through_reshape, sizes_after
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 Ints: TypeAlias = tuple[int, ...]
 
@@ -335,9 +337,9 @@ class Resize:
         return tuple(range(self.rank - len(self.scales), self.rank))
 
     @property
-    def growth(self) -> Fraction:
+    def growth(self) -> Fraction | int:
         """By how much the number of positions grows."""
-        return prod(self.scales, start=Fraction(1))
+        return prod(self.scales)
 
 
 @record

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import product
 from math import gcd, prod
+from typing import Any
 
 import numpy as np
 
@@ -94,9 +95,16 @@ def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
     weight = xp.reshape(grouped * xp.reshape(scales, (*scales.shape, *[1] * conv.spatial)), conv.weight.shape)
     if no_shift:
         return replace(conv, x=x, weight=weight)
-    taps = xp.sum(grouped, axis=tuple(range(3, grouped.ndim))) if conv.spatial else grouped
+    taps = _summed_taps(xp, grouped)
     read = xp.matmul(taps, xp.permute_dims(shifts, (0, 2, 1)))
     return replace(conv, x=x, weight=weight, bias=bias + xp.reshape(read, (-1,)))
+
+
+def _summed_taps(xp: Any, weight: Array) -> Array:
+    """``weight`` [group, output, input, *kernel], summed over its taps."""
+    if prod(weight.shape[3:]) == 1:  # a sum would take as long as a product
+        return xp.reshape(weight, weight.shape[:3])
+    return xp.sum(weight, axis=tuple(range(3, weight.ndim)))
 
 
 def select_outputs(conv: Conv, index: Ints) -> Conv:
@@ -187,7 +195,7 @@ def compose(outer: Conv, inner: Conv) -> Conv:
             weight[(..., *at)] += xp.matmul(rows, blocks[1][(..., *t)])
     bias = outer.bias
     if inner.bias is not None:
-        taps = xp.sum(blocks[0], axis=tuple(range(3, blocks[0].ndim)))
+        taps = _summed_taps(xp, blocks[0])
         _, taps, added_before = together(taps, inner.bias)
         read = xp.reshape(xp.matmul(taps, xp.reshape(added_before, (groups, -1, 1))), (-1,))
         bias = read if bias is None else added([bias, read])

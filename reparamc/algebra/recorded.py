@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
-from array_api_compat import array_namespace, device
 
 from reparamc.errors import RecipeError
 
@@ -310,6 +309,8 @@ class Program:
         Raises:
             RecipeError: what was counted on does not hold for these.
         """
+        from array_api_compat import array_namespace, device
+
         xp, where = array_namespace(like), device(like)
         if where not in self._moved:
             self._moved = {where: {at: xp.asarray(c, device=where) for at, c in self._constants.items()}}

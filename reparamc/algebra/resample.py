@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from reparamc.algebra.arrays import Array
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 MODES = ("nearest", "linear", "cubic")
 PLACES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")

@@ -30,11 +30,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
-from fractions import Fraction
+from dataclasses import replace
 from functools import cache
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,6 +60,9 @@ from reparamc.algebra.expr import (
 from reparamc.algebra.records import record
 from reparamc.algebra.shape import Dim, Shape, shape_of, size
 from reparamc.errors import InputError
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 FORMS: dict[type, str] = {
     Source: "source[ c={channels:int}][ axis={axis:int}][ shape={shape:shape}][ taps]",
@@ -133,8 +135,8 @@ def _facts(e: Expr, operands: list[str]) -> dict[str, Any]:
     return facts
 
 
-def _fields(record: Any) -> dict[str, Any]:
-    return {f.name: getattr(record, f.name) for f in fields(record)}
+def _fields(record: object) -> dict[str, Any]:
+    return dict(vars(record))
 
 
 _FACT, _FLAG, _OPTION = re.compile(r"\{(\w+):(\w+)\}"), re.compile(r"\[ (\w+)\]"), re.compile(r"\[([^]]+)\]")
@@ -144,19 +146,20 @@ _FACT, _FLAG, _OPTION = re.compile(r"\{(\w+):(\w+)\}"), re.compile(r"\[ (\w+)\]"
 def _written(form: str, facts: dict[str, Any]) -> str:
     made = ""
     for template, spelled, needed in _parts(form):
-        if not any(facts[name] is None or facts[name] is False for name in needed):
-            made += template.format(*[SPELLINGS[spelling].show(facts[name]) for name, spelling in spelled])
+        if not [name for name in needed if facts[name] is None or facts[name] is False]:
+            made += template.format(*[show(facts[name]) for name, show in spelled])
     return made
 
 
 @cache
-def _parts(form: str) -> list[tuple[str, list[tuple[str, str]], list[str]]]:
+def _parts(form: str) -> list[tuple[str, list[tuple[str, Callable[[Any], str]]], list[str]]]:
     """The parts of a form, as templates: the facts in each, with their spellings, and those without which it lacks."""
-    parts: list[tuple[str, list[tuple[str, str]], list[str]]] = []
+    parts: list[tuple[str, list[tuple[str, Callable[[Any], str]]], list[str]]] = []
     for at, text in enumerate(_OPTION.split(form)):
         spelled = _FACT.findall(text)
         needed = [name for name, _ in spelled] or [text.strip()] if at % 2 else []
-        parts.append((_FACT.sub("{}", text), spelled, needed))
+        shown = [(name, SPELLINGS[spelling].show) for name, spelling in spelled]
+        parts.append((_FACT.sub("{}", text), shown, needed))
     return parts
 
 
@@ -171,6 +174,12 @@ class _Spelling:
 
 def _ints(text: str) -> Ints:
     return tuple(map(int, text.split(",")))
+
+
+def _ratios(text: str) -> tuple[Fraction, ...]:
+    from fractions import Fraction
+
+    return tuple(map(Fraction, text.split("x")))
 
 
 def _list(items: Iterable[object]) -> str:
@@ -224,7 +233,7 @@ SPELLINGS = {
     "each": _Spelling(_INTS, _each, _ints),
     "pads": _Spelling(r"[-\d:,]+", lambda pads: _each(f"{b}" if b == e else f"{b}:{e}" for b, e in pads), _pairs),
     "by": _Spelling(r"\d+(?:x\d+)*", lambda sizes: "x".join(map(str, sizes)), lambda t: tuple(map(int, t.split("x")))),
-    "ratios": _Spelling(r"[\d/x]+", lambda f: "x".join(map(str, f)), lambda t: tuple(map(Fraction, t.split("x")))),
+    "ratios": _Spelling(r"[\d/x]+", lambda f: "x".join(map(str, f)), lambda t: _ratios(t)),
     "runs": _Spelling(r"[\d:,]+", _runs, _indices),
     "shape": _Spelling(r"\[[^]]*\]", lambda shape: f"[{_list(shape)}]", _shape),
 }

@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, isclose
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ml_dtypes
 import numpy as np
 
 from reparamc.algebra.arrays import Parameter, values
 from reparamc.algebra.cost import Objective
-from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.expr import Array, Conv, Expr, Sum, arrays, flatten, release, replaced, walk
 from reparamc.algebra.infer import misfit
 from reparamc.algebra.kernels import OF_THIS_SHAPE
@@ -23,10 +22,12 @@ from reparamc.algebra.rewrite import Declined, Pass, Step, simplify
 from reparamc.algebra.text import show
 from reparamc.compiler.graph import Graph, Splice, not_native
 from reparamc.compiler.readings import Reading, Value, is_norm, values_in
-from reparamc.compiler.reference import Reference
 from reparamc.compiler.regions import LIFT, lifted
 from reparamc.compiler.small_maps import REFUSED, refuses_more
 from reparamc.report.data import FailedRegion
+
+if TYPE_CHECKING:  # without verification it is not needed
+    from reparamc.compiler.reference import Reference
 
 
 @record
@@ -169,10 +170,9 @@ def checked(
     refuse = _obstacle(graph, root, members, sources, before, after, native)
     if refuse is not None:
         return Declined(refuse)
-    read, error = reference.compare(members, before, after) if reference is not None else (None, None)
-    for check, found in (("reading", read), ("rewrite", error)):
-        if reference is not None and found is not None and not found <= REGION_TOLERANCE:
-            return reference.fail(root, check, found, tuple(counts), show(before), show(after))
+    error = reference.checked(members, before, after, tuple(counts)) if reference is not None else None
+    if isinstance(error, FailedRegion):
+        return error
     dtype = graph.dtype(members)
     assert dtype is not None
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))

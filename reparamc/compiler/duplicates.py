@@ -6,7 +6,7 @@ It concerns several regions, so it has no rules: the final forms of all are comp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import fields
 
 from reparamc.algebra.arrays import same
@@ -31,12 +31,12 @@ def _find_duplicates(
     graph: Graph, decisions: Mapping[Value, Decision], name: str
 ) -> Iterator[tuple[Value, Value, Splice]]:
     """The root of each such region, that of the earlier one, and what to put in its place."""
-    alike: dict[str, list[Value]] = {}
+    alike: dict[Hashable, list[Value]] = {}
     for root, decision in decisions.items():
         nodes = list(walk(decision.expr))
         values = [root, *(e.key for e in nodes if isinstance(e, Source))]
         if any(isinstance(e, Conv) for e in nodes) and not any(map(graph.is_written, values_in(values))):
-            alike.setdefault(show(decision.expr), []).append(root)
+            alike.setdefault(_form(nodes), []).append(root)
     for roots in alike.values():
         firsts: list[Value] = []
         for root in roots:
@@ -51,8 +51,18 @@ def _find_duplicates(
             yield root, first, Splice(root, old.members, same, {same: first}, dtype, count, (), text, show(same), 0.0)
 
 
+def _form(nodes: Sequence[Expr]) -> Hashable:
+    """The kinds of the nodes of an expression, what they read, and the shapes of the parameters that they hold."""
+    place = {e: at for at, e in enumerate(nodes)}
+
+    def told(e: Expr) -> Hashable:
+        return type(e), tuple(place[x] for x in e.children), tuple(a.shape for a in arrays(e))
+
+    return tuple(str(e.key) if isinstance(e, Source) else told(e) for e in nodes)
+
+
 def _equal(a: Expr, b: Expr) -> bool:
-    """Whether two expressions of one text hold the same numbers, over the same values."""
+    """Whether two expressions of one form hold the same numbers, over the same values."""
     for x, y in zip(walk(a), walk(b), strict=True):
         held = array_fields(x)
         beside = [f.name for f in fields(x) if f.name not in ("x", "terms", *held)]

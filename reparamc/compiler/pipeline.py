@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
 from time import perf_counter
 
 from reparamc.algebra.cost import objective_of
 from reparamc.compiler.attempt import Attempt, rewritten
 from reparamc.compiler.host import Host, Options, ResultT
 from reparamc.compiler.plan import FirstPass, Plan, make_plan
-from reparamc.compiler.rollback import prove
 from reparamc.errors import InputError, one_line
 from reparamc.report.data import Report
 from reparamc.report.merge import in_a_row
@@ -27,6 +29,17 @@ def level_of(verify: bool | str) -> str:
     if level not in LEVELS:
         raise InputError(f"unknown verification level {level!r}; the levels are {', '.join(LEVELS)}")
     return level
+
+
+@contextmanager
+def seldom_collecting_garbage() -> Generator[None]:
+    """Many small objects are made that stay until the end, and Python would look through them over and over."""
+    often, *others = gc.get_threshold()
+    gc.set_threshold(often and max(often, 20_000), *others)
+    try:
+        yield
+    finally:
+        gc.set_threshold(often, *others)
 
 
 def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
@@ -64,6 +77,8 @@ def _carried_out(host: Host[ResultT], options: Options, plan: Plan, start: float
     if level == "full":
         kept += attempt.without_objections()
     if level != "off" and attempt.edits:
+        from reparamc.compiler.rollback import prove
+
         proven = prove(attempt, is_compared=level == "full" and host.can_compare(changed=True))
         certificate = proven.certificate
         kept += proven.kept

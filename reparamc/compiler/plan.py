@@ -9,7 +9,6 @@ from functools import cached_property
 
 from reparamc.algebra.arrays import is_all
 from reparamc.algebra.cost import LATENCY, Objective, is_multiplied, is_shifted
-from reparamc.algebra.equal import REGION_TOLERANCE
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
 from reparamc.algebra.records import entity
 from reparamc.algebra.rewrite import Declined, Pass
@@ -17,7 +16,6 @@ from reparamc.compiler.consider import Decision, Setting
 from reparamc.compiler.decide import decide
 from reparamc.compiler.graph import Fold, Graph, Splice
 from reparamc.compiler.readings import Reading, Value, is_norm
-from reparamc.compiler.reference import Reference
 from reparamc.compiler.regions import LIFT, lifted
 from reparamc.compiler.storage import STORED_TWICE, unpaid
 from reparamc.report.data import FailedRegion, HostCheck, Refusal
@@ -87,7 +85,11 @@ class Compilation:
                 readings[value] = reading
             elif isinstance(reading, Declined):
                 self.kept.append(Refusal(self.graph.name(value), LIFT, reading.reason))
-        reference = Reference(self.graph, readings) if self._verify else None
+        reference = None
+        if self._verify:
+            from reparamc.compiler.reference import Reference
+
+            reference = Reference(self.graph, readings)
         return Setting(self.graph, readings, self.passes, self.objective, reference)
 
     @cached_property
@@ -110,9 +112,8 @@ class Compilation:
         reference, readings = self.setting.reference, self.setting.readings
         if reference is None:
             return True
-        errors = [reference.error([v], lifted(self.graph, [v], readings, {})[v]) for v in members if v in readings]
-        wrong = [e for e in errors if e is not None and not e <= REGION_TOLERANCE]
-        if wrong:
+        errors = [reference.is_wrong([v], lifted(self.graph, [v], readings, {})[v]) for v in members if v in readings]
+        if wrong := [e for e in errors if e is not None]:
             reference.fail(splice.root, "reading", wrong[0], tuple(splice.counts), splice.before, splice.after)
         return not wrong
 

@@ -22,6 +22,7 @@ from reparamc.algebra.expr import Array, Expr, Layout, Resize, Source, walk
 from reparamc.algebra.infer import has_layout
 from reparamc.algebra.resample import OTHER
 from reparamc.algebra.samples import samples
+from reparamc.algebra.text import show
 from reparamc.compiler.graph import Graph
 from reparamc.compiler.readings import Reading, Taps, Value
 from reparamc.errors import one_line
@@ -50,10 +51,6 @@ class Reference:
     failures: dict[tuple[str, str], FailedRegion] = field(default_factory=dict[tuple[str, str], FailedRegion])
     _asked: set[Hashable] = field(default_factory=set[Hashable])
 
-    def error(self, members: Sequence[Value], before: Expr) -> float | None:
-        """The first of what `compare` gives."""
-        return self.compare(members, before, before)[0]
-
     def compare(self, members: Sequence[Value], before: Expr, after: Expr) -> tuple[float | None, float | None]:
         """The largest errors of ``before``, the expression of ``members``, and of ``after``; None where unknown.
 
@@ -75,6 +72,21 @@ class Reference:
             self.unable.append(Refusal(self.graph.name(members[-1]), "host", str(reason)))
             return None, None
         return self.errors[kind], replaced
+
+    def checked(
+        self, members: Sequence[Value], before: Expr, after: Expr, passes: tuple[str, ...]
+    ) -> FailedRegion | float | None:
+        """The second of what `compare` gives; how a region failed where either is no rounding."""
+        read, error = self.compare(members, before, after)
+        for check, found in (("reading", read), ("rewrite", error)):
+            if found is not None and not found <= REGION_TOLERANCE:
+                return self.fail(members[-1], check, found, passes, show(before), show(after))
+        return error
+
+    def is_wrong(self, members: Sequence[Value], before: Expr) -> float | None:
+        """The error of ``before``, the expression of ``members``, if it is no rounding."""
+        error = self.compare(members, before, before)[0]
+        return None if error is None or error <= REGION_TOLERANCE else error
 
     def fail(
         self, root: Value, check: str, error: float, passes: tuple[str, ...], before: str, after: str

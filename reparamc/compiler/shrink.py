@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 
 from reparamc.algebra.channels import Index, narrowed
-from reparamc.algebra.equal import REGION_TOLERANCE, compare_expressions
 from reparamc.algebra.expr import (
     ONE,
     BatchNorm,
@@ -104,9 +103,13 @@ class _Shrinking:
             return None
         if any(rounding_obstacle(a, dtype) for e in made for a in arrays(e)):
             return None
-        error = self._error(value, expr, new, done) if self.verify else None
-        if error is not None and not error <= REGION_TOLERANCE:
-            return None
+        error = None
+        if self.verify:
+            from reparamc.algebra.equal import REGION_TOLERANCE
+
+            error = self._error(value, expr, new, done)
+            if error is not None and not error <= REGION_TOLERANCE:
+                return None
         reading = graph.read(value)
         parameters = reading.parameters if isinstance(reading, Reading) else ()
         gone = self.live.found[value].width - len(self.live.kept(value))
@@ -135,6 +138,8 @@ class _Shrinking:
 
     def _error(self, value: Value, expr: Expr, new: Expr, done: Mapping[Expr, Expr]) -> float | None:
         """How far ``new`` is from what ``expr`` makes of operands whose known channels are put back."""
+        from reparamc.algebra.equal import compare_expressions
+
         whole: dict[Expr, Expr] = {}
         for e in walk(expr):
             if isinstance(e, Source):

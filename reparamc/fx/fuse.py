@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import random
 import sys
@@ -21,7 +20,7 @@ from torch import fx, nn
 from reparamc.algebra.recorded import Tape, recording, tape
 from reparamc.algebra.rewrite import Pass, select
 from reparamc.compiler.host import Options
-from reparamc.compiler.pipeline import level_of
+from reparamc.compiler.pipeline import level_of, seldom_collecting_garbage
 from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
 from reparamc.fx.arguments import call_of, elements, few, others
@@ -90,7 +89,7 @@ def fuse_fx(
     options = Options(select(pass_table, passes, skip), level_of(verify), objective)
     inner, wrapped = unwrapped(model)
     _check(inner)
-    with LOCK, plain_modes(), _seldom_collecting_garbage(), ExitStack() as stack:
+    with LOCK, plain_modes(), seldom_collecting_garbage(), ExitStack() as stack:
         # Weights that are not trained yet tell nothing of those that are loaded later. A `Fuser` records by itself.
         if not specialize and tape() is None:
             stack.enter_context(recording(Tape(generic=True)))
@@ -339,17 +338,6 @@ def _own_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-@contextmanager
-def _seldom_collecting_garbage() -> Iterator[None]:
-    """Many small objects are made that stay until the end, and Python would look through them over and over."""
-    often, *others = gc.get_threshold()
-    gc.set_threshold(often and max(often, 20_000), *others)
-    try:
-        yield
-    finally:
-        gc.set_threshold(often, *others)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 from reparamc.certificate.onnx_bounds import FAILURES, nested
 from reparamc.errors import InputError, one_line
 from reparamc.onnx.sizes import in_order
-from reparamc.onnx.values import captured, defined, skeleton, subgraphs
+from reparamc.onnx.values import captured, defined, skeleton, strictly_inferred, subgraphs
 from reparamc.onnx.weights import PACKED, UNEVEN, is_reference, length
 
 OLDEST_OPSET = 7
@@ -49,7 +49,7 @@ def check(model: ModelProto) -> str | None:
     except (ValueError, TypeError) as error:
         raise InputError(f"the model does not pass the ONNX checker: {one_line(error)}") from error
     said = _objection(partial(onnx.checker.check_model, light))
-    wrong = said or _objection(partial(onnx.shape_inference.infer_shapes, light, strict_mode=True))
+    wrong = said or _objection(partial(strictly_inferred, light))
     if wrong is not None:
         from reparamc.onnx.session import session
 

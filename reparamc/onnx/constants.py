@@ -66,6 +66,13 @@ def fold_constants(model: ModelProto, types: Callable[[], Types] | None = None, 
     return total
 
 
+def may_fold(model: ModelProto, types: Callable[[], Types], small: int, constants: Constants | None = None) -> bool:
+    """Whether `fold_constants` may change ``model``, whose ``constants`` are known already, if at all."""
+    found = _Foldable(model, types, small, constants)
+    found.collect()
+    return bool(found.nodes or found.shapes)
+
+
 def _sweep(model: ModelProto, types: Callable[[], Types], small: int) -> list[str]:
     found = _Foldable(model, types, small)
     found.collect()
@@ -105,8 +112,10 @@ class _Foldable:
         sizes: bytes of every constant, those to be computed included.
     """
 
-    def __init__(self, model: ModelProto, types: Callable[[], Types], small: int) -> None:
-        self.model, self.constants, self._types, self.small = model, Constants(model), types, small
+    def __init__(
+        self, model: ModelProto, types: Callable[[], Types], small: int, constants: Constants | None = None
+    ) -> None:
+        self.model, self.constants, self._types, self.small = model, constants or Constants(model), types, small
         self.apart: set[str] = set()
         self._outputs = {o.name for o in model.graph.output} | read_elsewhere(model)
 

@@ -53,6 +53,7 @@ class Facts:
         self._table = table
         self._readings: dict[str, Reading | Declined | None] = {}
         self._parameters: dict[str, Parameter] = {}
+        self._empty: dict[str, bool] = {}
 
     @cached_property
     def types(self) -> Types:
@@ -64,7 +65,8 @@ class Facts:
             node = self.producers[name]
             reader = self._table.get(node.op_type) if is_standard(node) or is_fused_conv(node) else None
             readable = (
-                name in results_of(node)
+                reader is not None
+                and name in results_of(node)
                 and not is_placed(node)
                 and self.types.dtype(name) is not None
                 and not self.is_empty(node)
@@ -75,8 +77,14 @@ class Facts:
 
     def is_empty(self, node: NodeProto) -> bool:
         """Whether an operand or a result of ``node`` has no elements, for every input: there is nothing to gain."""
-        shapes = (self.types.shape(name) for name in (*node.input, *node.output) if name)
-        return any(dim.factor == 0 for shape in shapes for dim in shape or ())
+        return any(self._has_none(name) for name in (*node.input, *node.output) if name)
+
+    def _has_none(self, name: str) -> bool:
+        if name not in self._empty:
+            sizes = self.constants.shape(name) if name in self.constants else None
+            known = sizes if sizes is not None else [dim.factor for dim in self.types.shape(name) or ()]
+            self._empty[name] = 0 in known
+        return self._empty[name]
 
     def _is_wrong(self, node: NodeProto) -> bool:
         context = onnx.checker.C.CheckerContext()

@@ -20,7 +20,7 @@ from reparamc.algebra.rewrite import Pass, select
 from reparamc.certificate.onnx_bounds import nested
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Options, Trial
-from reparamc.compiler.pipeline import fuse, level_of
+from reparamc.compiler.pipeline import fuse, level_of, seldom_collecting_garbage
 from reparamc.compiler.plan import folds_constants
 from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import LIFT
@@ -48,6 +48,7 @@ def fuse_model(model: ModelProto, **options: Any) -> tuple[ModelProto, Report]:
         return weights.fill(result), report
 
 
+@seldom_collecting_garbage()
 def fuse_light(
     model: ModelProto,
     *,

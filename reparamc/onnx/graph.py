@@ -19,7 +19,7 @@ from reparamc.compiler.graph import Bounded, Fold, Separate
 from reparamc.compiler.readings import LAST, MOST_CONCATENATED, Reading, Taps, Value
 from reparamc.onnx import taps
 from reparamc.onnx.bounds import bounded
-from reparamc.onnx.constants import fold_constants
+from reparamc.onnx.constants import fold_constants, may_fold
 from reparamc.onnx.emit import is_rows
 from reparamc.onnx.facts import Facts, results_of
 from reparamc.onnx.operators import READERS
@@ -50,6 +50,7 @@ class OnnxGraph(Facts):
     def __init__(self, model: ModelProto, doubted: bool = False) -> None:
         super().__init__(model, READERS, doubted)
         self._functions: dict[str, Operator] = {}
+        self._users: dict[Value, Sequence[Value | None]] = {}
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -58,6 +59,10 @@ class OnnxGraph(Facts):
     # Reading
 
     def values(self) -> Sequence[str]:
+        return self._values
+
+    @cached_property
+    def _values(self) -> list[str]:
         return [name for node in self.nodes for name in results_of(node) if name not in self.constants]
 
     def name(self, value: Value) -> str:
@@ -65,6 +70,11 @@ class OnnxGraph(Facts):
         return node.name if node is not None and node.name else str(value)
 
     def users(self, value: Value) -> Sequence[Value | None]:
+        if value not in self._users:
+            self._users[value] = self._users_of(value)
+        return self._users[value]
+
+    def _users_of(self, value: Value) -> Sequence[Value | None]:
         found: list[str | None] = []
         freed = str(value) in self.sizes.freed
         for node in self.uses.get(str(value), []):
@@ -190,6 +200,8 @@ class OnnxGraph(Facts):
 
     def folded(self, small: int) -> tuple[OnnxGraph, list[Fold]]:
         """As `Graph.folded`: the graph of a copy in which it is done already, for all or none."""
+        if not may_fold(self.model, lambda: self.types, 4 * small, self.constants):
+            return self, []
         copy = ModelProto()
         copy.CopyFrom(self.model)
         names = fold_constants(copy, lambda: self.types, 4 * small)

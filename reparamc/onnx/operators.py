@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from math import prod
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from onnx import NodeProto
@@ -54,6 +53,9 @@ from reparamc.errors import InputError
 from reparamc.onnx.facts import Facts, Reader
 from reparamc.onnx.taps import NORMS, Stored, read_norm, read_stored, read_taps, stored
 from reparamc.onnx.values import attribute, is_standard, operand
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 NORMALISATION = "it belongs to a normalisation that runtimes fuse"
 
@@ -612,6 +614,8 @@ def _resize_op(graph: Facts, node: NodeProto, before: Shape, after: Shape) -> Re
 
 def _factors(graph: Facts, scales: str | None, before: Shape, after: Shape) -> tuple[Fraction, ...] | None:
     """The factors along all axes but the first two, if they are exact in float32."""
+    from fractions import Fraction
+
     if scales is not None:
         found = [Fraction(float(s)) for s in graph.constants.array(scales).ravel()]
     else:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 from typing import Any, cast
 
@@ -353,6 +354,35 @@ def inferred(light: ModelProto, *ways: dict[str, bool]) -> ModelProto:
 STRICT = {"strict_mode": True, "data_prop": True}
 
 
+def strictly_inferred(light: ModelProto) -> ModelProto:
+    """``light`` with what shape inference tells from shapes alone; not to be changed.
+
+    Raises:
+        FAILURES: it finds a contradiction.
+    """
+    return _strictly_inferred(light.SerializeToString(deterministic=True))
+
+
+@lru_cache(maxsize=1)
+def _strictly_inferred(light: bytes) -> ModelProto:
+    """A model is checked by it first, and then asked for what it tells."""
+    return onnx.shape_inference.infer_shapes(light, strict_mode=True)
+
+
+def _tells_all(light: ModelProto) -> bool:
+    """Whether every size of every value is told: by a number, or a symbol of an input."""
+    graph = light.graph
+    given = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim} - {""}
+    told = {
+        v.name
+        for group in (graph.value_info, graph.output)
+        for v in group
+        if (kind := v.type.tensor_type).HasField("shape")
+        and all(d.HasField("dim_value") or d.dim_param in given for d in kind.shape.dim)
+    }
+    return told.issuperset(name for node in graph.node for name in node.output if name)
+
+
 def _small_constants(graph: GraphProto) -> dict[str, np.ndarray]:
     """The constants of few whole numbers, by name."""
     constants = {t.name: t for t in graph.initializer}
@@ -405,9 +435,15 @@ class Types:
         light = skeleton(model)
         for node in light.graph.node:
             stand_in(node)
-        light = inferred(light, STRICT, {})
-        if _tell_ranks(light):
+        complete = None
+        with suppress(*FAILURES):
+            complete = strictly_inferred(light)
+        if complete is not None and _tells_all(complete):
+            light = complete  # data that are propagated tell no more
+        else:
             light = inferred(light, STRICT, {})
+            if _tell_ranks(light):
+                light = inferred(light, STRICT, {})
         # What the file itself says comes first, to be overruled: it may be stale, and inference may be silent.
         self._types = {
             v.name: v.type.tensor_type
