@@ -357,7 +357,7 @@ class _Side:
 
     def _is_cut_up(self, node: fx.Node) -> bool:
         call = self.call(node)
-        return call is not None and call.op in ("split", "chunk", "unbind", "batch_norm_with_statistics")
+        return call is not None and call.op in ("split", "chunk", "unbind")
 
     def _is_piece(self, node: fx.Node) -> bool:
         """Whether a node is one of the results of a split."""

@@ -87,12 +87,6 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "interpolate": ("input", "shape", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),
 }  # fmt: skip
 
-_NORMS_WITH_STATISTICS = (
-    "_native_batch_norm_legit_no_training", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_no_update",
-    "cudnn_batch_norm", "miopen_batch_norm",
-)  # fmt: skip
-"""They return a tuple; the result comes first."""
-
 _SPELLINGS = {
     **{name: (name, None) for name in SIGNATURES if name not in ("conv", "conv_transpose", "avg_pool")},
     **{f"conv{n}d": ("conv", n) for n in (1, 2, 3)},
@@ -104,7 +98,6 @@ _SPELLINGS = {
     "contiguous": ("identity", None), "clone": ("identity", None), "detach": ("identity", None),
     "alias": ("identity", None), "mm": ("matmul", None), "split_with_sizes": ("split", None),
     "constant_pad_nd": ("pad", None), "swapaxes": ("transpose", None),
-    **dict.fromkeys(_NORMS_WITH_STATISTICS, ("batch_norm_with_statistics", None)),
     **{f"upsample_{kind}": ("interpolate", None) for kind in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")},
     **{f"upsample_nearest{n}d": ("interpolate", None) for n in (1, 2, 3)},
     **{f"_upsample_nearest_exact{n}d": ("interpolate", None) for n in (1, 2, 3)},
@@ -133,7 +126,6 @@ _OF_TORCH = {
             "dropout",
             "convolution",
             "constant_pad_nd",
-            *_NORMS_WITH_STATISTICS,
         )
     )
 }

@@ -517,10 +517,6 @@ def _read_getitem(call: Read) -> Value:
     inner = call.side.call(given) if isinstance(given, fx.Node) else None
     if inner is not None and inner.op in ("split", "chunk") and isinstance(index, int):
         return _piece(call, inner, index)
-    if inner is not None and inner.op == "batch_norm_with_statistics":
-        if index != 0:
-            raise Unrepresentable("statistics of a BatchNorm")
-        return _read_batch_norm(Read(call.side, call.node, inner, call._of))
     if inner is not None and inner.op == "unbind":
         whole = Read(call.side, call.node, inner, call._of)
         return _taken(whole.x, index, whole.axis("dim", whole.x))

@@ -131,7 +131,7 @@ class Emitter(Emission[fx.Node]):
         self.modules = self.modules or [name.rpartition(".")[0] for name in splice.parameters if "." in name]
         super().__init__(splice, {e: target.current(v) for e, v in native.items()}, target.emitted)
         facts = readings.facts
-        shifts = any(((call := facts.calls[m]) and call.op == "batch_norm") or facts.is_normalised(m) for m in members)
+        shifts = any((call := facts.calls[m]) is not None and call.op == "batch_norm" for m in members)
         self._biased = _last_conv(splice) if shifts else None
         """What takes the shift of a BatchNorm: it has a bias, be it of zeros, so that all values give one structure."""
 

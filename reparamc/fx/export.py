@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
 from reparamc.fx.casts import drop_casts
+from reparamc.fx.recompose import recompose
+from reparamc.fx.shapes import recorded
 from reparamc.fx.trace import drop_unread, other_modes
 from reparamc.fx.watch import Call
 
@@ -44,8 +46,17 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
         except Exception as error:  # whatever the model's forward or the exporter raises
             raise InputError(f"torch.export does not follow {type(model).__name__}: {one_line(error)}") from error
     made = plain_graph(module, type(model).__name__)
+    recompose(made)
     drop_casts(made)
     return made
+
+
+def keep_sizes(made: fx.GraphModule, program: fx.GraphModule) -> None:
+    """Note at the arguments of ``made`` the sizes that ``program`` takes."""
+    known = {n.target: n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")}
+    for node in made.graph.find_nodes(op="placeholder"):
+        if isinstance(value := known.get(node.target), Tensor):
+            node.meta["shape"] = recorded(value)
 
 
 def plain_graph(module: fx.GraphModule, name: str) -> fx.GraphModule:
@@ -73,7 +84,7 @@ def _nothing(record: logging.LogRecord) -> bool:
     return False
 
 
-def is_exported(model: nn.Module) -> bool:
+def is_exported(model: nn.Module) -> TypeGuard[fx.GraphModule]:
     """Whether ``model`` is the module of an exported program: its graph has a mode, its flags say nothing of that."""
     return isinstance(model, fx.GraphModule) and "eval" in vars(model)  # replaced by one that refuses
 
@@ -85,7 +96,7 @@ def live_in_training(module: fx.GraphModule) -> str | None:
             continue
         names = [a.name for a in node.target._schema.arguments]
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        without_statistics = "running_mean" in names and given.get("running_mean") is None  # these it has in any mode
+        without_statistics = "momentum" in names and given.get("running_mean") is None  # these it has in any mode
         if any(given.get(name) is True for name in ("train", "training")) and not without_statistics:
             return str(node.target)
     return None

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from reparamc.algebra.recorded import Tape, recording, tape
 from reparamc.algebra.rewrite import Pass, select
@@ -396,7 +396,7 @@ def _check(model: Any) -> None:
         if t.is_meta:
             raise InputError(f"{name!r} is on the meta device and has no value; load the weights first")
     if is_exported(model):
-        if (live := live_in_training(cast(fx.GraphModule, model))) is not None:
+        if (live := live_in_training(model)) is not None:
             raise InputError(
                 f"the model was exported in training mode, for {live} computes as in training; "
                 "call .eval() on what it was exported from, and export that again"

@@ -195,5 +195,5 @@ def count(module: fx.GraphModule, calls: Mapping[fx.Node, Call | None] | None = 
             call = operation(node, module) if calls is None else calls[node]
             ops += 1
             conv += call is not None and call.op == "conv"
-            norm += call is not None and call.op in ("batch_norm", "native_batch_norm")
+            norm += call is not None and call.op == "batch_norm"
     return Counts(ops, conv, norm, sum(p.numel() for p in module.parameters()))

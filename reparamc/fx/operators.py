@@ -94,10 +94,6 @@ def _pool(name: str, kind: str, *arguments: str, linear: bool = False) -> Operat
 
 
 _WINDOW = ("kernel_size", "stride", "padding")
-_STATISTICS = (
-    "native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "_batch_norm_no_update",
-    "cudnn_batch_norm", "miopen_batch_norm",
-)  # fmt: skip
 UPSAMPLED = (
     *(f"upsample_{kind}" for kind in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")),
     *(f"{kind}{n}d" for kind in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3)),
@@ -183,10 +179,6 @@ TABLE: tuple[Operator, ...] = (
         modules={nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None},
         parameters=("weight", "bias", "running_mean", "running_var"), attributes=("eps",), derived=_batch_norm_mode,
         keeps=("shape", "rank"), linear="one", allocates=True,
-    ),
-    Operator(
-        "native_batch_norm", ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-        (), _STATISTICS, allocates=True,
     ),
     _norm("layer_norm", _any(nn.LayerNorm), "normalized_shape"),
     _norm("rms_norm", _any(nn.RMSNorm), "normalized_shape", bias=()),

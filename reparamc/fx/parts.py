@@ -20,7 +20,7 @@ from reparamc.errors import InputError, one_line
 from reparamc.fx.calls import is_plain, operation
 from reparamc.fx.copying import State, copied
 from reparamc.fx.direct import chained
-from reparamc.fx.export import can_be_exported, exported
+from reparamc.fx.export import can_be_exported, exported, is_exported, keep_sizes
 from reparamc.fx.host import fuse_traced
 from reparamc.fx.outcome import difference, ran
 from reparamc.fx.regions_alone import by_position
@@ -167,6 +167,8 @@ class Parts:
         state = State(module, self.originals[path])
         try:
             found = Whole(*traced(module, calls[0].call if calls else None, opaque))
+            if is_exported(original := self.originals[path]):
+                keep_sizes(found.graph, original)
             for name in [n for n in vars(module) if n.startswith("_tensor_constant")]:
                 delattr(module, name)  # torch.fx puts them there; the graph has its own
             if not calls and state.changed():
@@ -470,7 +472,7 @@ def size(module: nn.Module) -> tuple[int, int]:
     inner = list(module.modules())
     graphs = [m for m in inner if isinstance(m, fx.GraphModule)]
     calls = [operation(n, g) for g in graphs for n in g.graph.nodes if n.op == "call_function"]
-    norms = sum(call is not None and call.op in ("batch_norm", "native_batch_norm") for call in calls)
+    norms = sum(call is not None and call.op == "batch_norm" for call in calls)
     norms += sum(isinstance(m, NORM) for m in inner)
     return norms, sum(bool(m._parameters or m._buffers) for m in inner)
 

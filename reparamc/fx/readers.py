@@ -428,8 +428,6 @@ def _select(graph: Readings, x: fx.Node, index: Sequence[int], axis: int) -> Rea
 def _read_getitem(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
     """An index; or one result of what has several."""
     made = graph.facts.calls.get(call.input) if call.input is not None else None
-    if made is not None and graph.facts.is_normalised(node):
-        return _read_batchnorm(graph, node, made) if call.input in graph.through else None
     if call.input is None or made is None or made.op not in ("split", "chunk", "unbind"):
         return _read_slice(graph, node, call)
     if made.input is None or call.input not in graph.through:

@@ -126,10 +126,6 @@ class Readings:
             users = list(node.users)
             if all((c := self.facts.calls[u]) is not None and c.op == "getitem" for u in users):
                 self.through[node] = users
-        if call is not None and call.op == "native_batch_norm":
-            read = [u for u in node.users if u.users]
-            if len(read) == 1 and self.facts.is_normalised(read[0]):
-                self.through[node] = read
         shuffle = find_shuffle(self.facts, node)
         if shuffle is not None:
             self.shuffles[node] = shuffle

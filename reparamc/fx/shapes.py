@@ -92,12 +92,6 @@ class Values:
         shape = self.shapes.get(node)
         return None if shape is None else len(shape)
 
-    def is_normalised(self, node: fx.Node) -> bool:
-        """Whether ``node`` is the first result of a BatchNorm that gives its statistics as well."""
-        call = self.calls[node]
-        made = self.calls.get(call.input) if call is not None and call.input is not None else None
-        return call is not None and made is not None and made.op == "native_batch_norm" and call.args.get("index") == 0
-
     def held(self, value: Any) -> tuple[Tensor, tuple[str, ...]] | None:
         """A parameter or constant operand, and the names of the parameters in it; None for anything else."""
         if isinstance(value, Held):
@@ -178,7 +172,7 @@ class Values:
 
     def _recorded(self, node: fx.Node) -> Shape | None:
         value = node.meta.get("val") if self.exported else None
-        return tuple(_dim(size) for size in value.shape) if isinstance(value, Tensor) else None
+        return recorded(value) if isinstance(value, Tensor) else node.meta.get("shape")
 
     def _fresh(self, node: fx.Node, rank: int) -> Shape:
         first = self.batches.get(node, node).name
@@ -199,7 +193,7 @@ class Values:
         shape = self.shapes.get(x) if x is not None else None
         if call is None or shape is None or call.op not in _CHANNEL_COUNTS:
             return
-        found = self.held(call.get("running_mean" if call.op in _NORMS else "weight"))
+        found = self.held(call.get("running_mean" if call.op == "batch_norm" else "weight"))
         if found is None or not call.plain or found[0].ndim < (2 if call.op in _KERNELS else 1):
             return
         weight = found[0]
@@ -242,8 +236,6 @@ class Values:
         if call.op in ("einsum", "matmul") and (found := self.contraction(call)) is not None:
             return self._contracted(found)
         x = call.input
-        if call.op == "getitem" and x is not None and self.is_normalised(node):
-            return self.shapes.get(cast(fx.Node, cast(Call, self.calls[x]).input))
         if call.op == "getitem" and x is not None and x in self.pieces:
             index, pieces = call.args.get("index"), self.pieces[x]
             return pieces[index] if isinstance(index, int) and -len(pieces) <= index < len(pieces) else None
@@ -666,10 +658,14 @@ def _random_states(values: Iterable[Any]) -> list[Tensor]:
 
 
 _SWEEPS = 4
-_NORMS = ("batch_norm", "native_batch_norm")
 _KERNELS = ("conv", "conv_transpose", "linear")
-_CHANNEL_COUNTS = (*_KERNELS, *_NORMS, "layer_norm", "rms_norm", "group_norm", "instance_norm")
+_CHANNEL_COUNTS = (*_KERNELS, "batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 _POOLS = ("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool")
+
+
+def recorded(value: Tensor) -> Shape:
+    """The shape of a value that torch.export recorded."""
+    return tuple(map(_dim, value.shape))
 
 
 def _dim(size: Any) -> Dim:

@@ -27,6 +27,7 @@ from reparamc.fx.casts import DTypes, drop_casts
 from reparamc.fx.handed import SHAPES, describe_handed
 from reparamc.fx.memory import reads_size_only
 from reparamc.fx.operators import IN_PLACE
+from reparamc.fx.recompose import recompose
 from reparamc.fx.watch import LOCK, Call
 
 
@@ -345,6 +346,7 @@ def traced(
             drop_unread(graph)
             made = fx.GraphModule(tracer.root, graph, type(model).__name__)
             describe_handed(made)
+            recompose(made)
             drop_casts(made)
             return made, called | tracer.opaque
         except Reserved:

@@ -24,6 +24,7 @@ from reparamc.compiler.graph import Splice
 from reparamc.compiler.readings import Reading
 from reparamc.fx.editor import Editor
 from reparamc.fx.graph import FxGraph
+from reparamc.fx.recompose import recompose
 from reparamc.fx.trace import trace
 
 C = CHANNELS
@@ -201,6 +202,7 @@ def _check(model: Net, shape: tuple[int, ...], *, has_aten: bool = True) -> None
     x = images(shape)[0]
     exported = torch.export.export(model, (x,), strict=False).module()
     assert isinstance(exported, fx.GraphModule)
+    recompose(exported)
     forms = ((trace(model), False), (exported, True))
     for traced, is_exported in forms[: 1 + has_aten]:
         graph = FxGraph(traced, {"x": x}, exported=is_exported)
