@@ -25,6 +25,10 @@ if TYPE_CHECKING:  # without verification these are not needed
 class Attempt(Generic[ResultT]):
     """A plan carried out, but for some units.
 
+    Args:
+        again: whether it may be carried out again. If not, the arrays of each splice are forgotten with it, so that
+            memory does not hold all of them beside what is made of them; what can be told of a splice stays.
+
     Attributes:
         without: the units that are left out.
         result: the outcome.
@@ -33,15 +37,18 @@ class Attempt(Generic[ResultT]):
         sampled: the splices that were sampled because they are not proven.
     """
 
-    def __init__(self, host: Host[ResultT], plan: Plan) -> None:
+    def __init__(self, host: Host[ResultT], plan: Plan, *, again: bool = True) -> None:
         self.host, self.plan = host, plan
-        self.errors = {s: s.error for s in plan.splices}
         self.sampled: set[Splice] = set()
         self.without: frozenset[str] = frozenset()
-        self._carry_out()
+        given = self.edits
+        if not again:
+            plan.splices[:] = [s.without_arrays() for s in plan.splices]
+        self.errors = {s: s.error for s in plan.splices}
+        self._carry_out(given)
 
-    def _carry_out(self) -> None:
-        self.result = self.made(self.without)
+    def _carry_out(self, edits: list[Edit]) -> None:
+        self.result = self._made(edits)
         self.tensors = [dict(s.tensors) for s in self.splices]
 
     def unit(self, edit: Edit) -> str:
@@ -61,14 +68,19 @@ class Attempt(Generic[ResultT]):
 
     def made(self, without: Collection[str]) -> ResultT:
         """The result without some units; a copy of the model where nothing is left to do."""
-        edits = self._edits(without)
-        return self.host.carry_out(self.plan.graph if edits else self.host.graph, edits)
+        return self._made(self._edits(without))
+
+    def _made(self, edits: list[Edit]) -> ResultT:
+        """What comes of ``edits``, which are given away one by one."""
+        graph = self.plan.graph if edits else self.host.graph
+        edits.reverse()
+        return self.host.carry_out(graph, (edits.pop() for _ in range(len(edits))))
 
     def leave_out(self, units: Collection[str]) -> None:
         """Make the result anew, without ``units`` as well."""
         if not self.without.issuperset(units):
             self.without = self.without.union(units)
-            self._carry_out()
+            self._carry_out(self.edits)
 
     def regions(self) -> list[Region]:
         """What was rewritten, for those who compare the two models."""

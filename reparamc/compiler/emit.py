@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from typing import Generic, TypeVar
 
 from reparamc.algebra.expr import Expr, Scale, Sum, is_negation
@@ -22,7 +22,7 @@ class Emission(ABC, Generic[HandleT]):
         emitting: the expression whose operators are made now.
     """
 
-    def __init__(self, splice: Splice, values: dict[Expr, HandleT], emitted: dict[Expr, HandleT]) -> None:
+    def __init__(self, splice: Splice, values: dict[Expr, HandleT], emitted: MutableMapping[Expr, HandleT]) -> None:
         self.splice, self.values, self.emitted = splice, values, emitted
         self.emitting = splice.expr
         splice.tensors.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from math import inf
 from typing import Protocol, TypeAlias
 
@@ -205,6 +205,10 @@ class Splice:
     def unit(self) -> Value:
         """Edits of one unit are all made, or none."""
         return self.root if self.shared is None else self.shared
+
+    def without_arrays(self) -> Splice:
+        """What can be told of it, also of its ``tensors`` when it is carried out."""
+        return replace(self, expr=Source(self.root), native={}, original=None, origins={})
 
 
 @entity

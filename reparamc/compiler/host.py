@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy.typing as npt
@@ -48,7 +48,7 @@ class Host(Protocol[ResultT]):
         """The model as a graph."""
         ...
 
-    def carry_out(self, graph: Graph, edits: Sequence[Edit]) -> ResultT:
+    def carry_out(self, graph: Graph, edits: Iterable[Edit]) -> ResultT:
         """A copy of ``graph`` (`graph`, or what it became when its constants were folded) with ``edits`` in it."""
         ...
 

@@ -71,7 +71,7 @@ def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
 def _carried_out(host: Host[ResultT], options: Options, plan: Plan, start: float) -> tuple[ResultT, Report]:
     level = options.level
     clock = [start]
-    attempt = Attempt(host, plan)
+    attempt = Attempt(host, plan, again=level != "off")
     clock.append(perf_counter())
     kept, failed, certificate = [*plan.kept], [*plan.failed], None
     if level == "full":

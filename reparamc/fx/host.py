@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -87,8 +87,8 @@ class FxHost:
             return (*call[0], *call[1].values())
         return by_position(self.traced, *call)
 
-    def carry_out(self, graph: Graph, edits: Sequence[Edit]) -> Edited:
-        return Editor(cast(FxGraph, graph)).carry_out(edits)
+    def carry_out(self, graph: Graph, edits: Iterable[Edit]) -> Edited:
+        return Editor(cast(FxGraph, graph)).carry_out([*edits])
 
     def over(self, result: Edited) -> FxHost:
         return FxHost(result.module, self.original, self.calls, self.expected, self.exported)

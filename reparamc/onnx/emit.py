@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from itertools import zip_longest
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -58,7 +59,7 @@ class OnnxEdit:
         self.model.CopyFrom(graph.model)
         self.facts, self.sizes = graph, sizes
         self.names = Names(defined_names(self.model.graph))
-        self.emitted: dict[Expr, str] = {}
+        self.emitted: MutableMapping[Expr, str] = WeakKeyDictionary()
         self.slices: dict[tuple[str, int], list[tuple[Ints, NodeProto]]] = {}
         self._inserted: dict[str, list[NodeProto]] = {}
         self._initializers: list[TensorProto] = []

@@ -227,7 +227,7 @@ class OnnxHost:
     def __init__(self, model: ModelProto, doubted: bool = False) -> None:
         self.model, self.graph, self.doubted = model, OnnxGraph(model, doubted), doubted
 
-    def carry_out(self, graph: Graph, edits: Sequence[Edit]) -> ModelProto:
+    def carry_out(self, graph: Graph, edits: Iterable[Edit]) -> ModelProto:
         read = cast(OnnxGraph, graph)
         return OnnxEdit(read, read.sizes).carry_out(edit for edit in edits if isinstance(edit, Splice))
 
