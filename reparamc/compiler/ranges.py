@@ -14,7 +14,20 @@ from math import inf
 
 import numpy as np
 
-from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Mean, Resize, Select, Source, Sum, walk
+from reparamc.algebra.expr import (
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Mean,
+    Resize,
+    Scale,
+    Select,
+    Source,
+    Sum,
+    walk,
+)
 from reparamc.compiler.graph import ALL, Bounded, Graph, Interval, Splice
 from reparamc.compiler.plan import Plan
 from reparamc.compiler.readings import Reading, Value
@@ -52,7 +65,8 @@ def remove_redundant(graph: Graph, name: str, verify: bool) -> Plan | None:
         operands = [] if known is None else [*known.operands]
         given = {x: found[x] for x in operands if x in found and not graph.is_written(x, but=value)}
         if isinstance(reading, Reading):
-            found[value] = _of_reading(reading, given) if graph.dtype([value]) is not None else ALL
+            interval = _of_reading(reading, given)
+            found[value] = interval if interval == ALL or graph.dtype([value]) is not None else ALL
         elif bounded is not None:
             found[value] = _interval(bounded, [given.get(x, ALL) for x in operands])
             if _is_identity(bounded, given):
@@ -88,6 +102,8 @@ def _interval(bounded: Bounded, given: Sequence[Interval]) -> Interval:
 
 def _of_reading(reading: Reading, found: Mapping[Value, Interval]) -> Interval:
     done: dict[Expr, Interval] = {}
+    if reading.leaves and isinstance(reading.template, Conv | Scale | BatchNorm):  # as most are
+        return ALL
     for e in walk(reading.template):
         parts = [done[x] for x in e.children]
         match e:

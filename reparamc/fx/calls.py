@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -87,6 +87,16 @@ def is_plain(module: nn.Module) -> bool:
     hooked = hooked or not all(isinstance(h, tuple(_COMPUTING)) for h in module._forward_pre_hooks.values())
     is_own = class_of(module).__module__.startswith("torch.nn.modules") or applies_weight(class_of(module))
     return is_own and not hooked and "forward" not in vars(module)
+
+
+def by_position(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any] | None:
+    """The arguments of ``module`` by position; None where some can be given by name alone."""
+    found, named = [*args], dict(kwargs)
+    for node in module.graph.find_nodes(op="placeholder")[len(args) :] if named else ():
+        if node.target not in named and not node.args:
+            break
+        found.append(named.pop(node.target, *node.args))
+    return None if named else found
 
 
 def is_constant(value: Any) -> bool:

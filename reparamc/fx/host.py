@@ -21,12 +21,12 @@ from reparamc.equivalence.difference import Outputs
 from reparamc.equivalence.end_to_end import Alone, Region
 from reparamc.errors import VerificationError
 from reparamc.fx.arguments import examples_of
-from reparamc.fx.calls import Call, operation
+from reparamc.fx.calls import Call, by_position, operation
 from reparamc.fx.copying import tensors
 from reparamc.fx.editor import Edited, Editor
 from reparamc.fx.end_to_end import Given, epsilon_of, verify_end_to_end
 from reparamc.fx.graph import FxGraph
-from reparamc.fx.regions_alone import by_position, run_alone
+from reparamc.fx.regions_alone import run_alone
 from reparamc.fx.runnable import own_randomness, unchanged
 from reparamc.report.data import Counts, OutputError
 

@@ -17,13 +17,12 @@ from reparamc.algebra.recorded import tape
 from reparamc.certificate.fx_shapes import run_recorded
 from reparamc.compiler.host import Options
 from reparamc.errors import InputError, one_line
-from reparamc.fx.calls import is_plain, operation
+from reparamc.fx.calls import by_position, is_plain, operation
 from reparamc.fx.copying import State, copied
 from reparamc.fx.direct import chained
 from reparamc.fx.export import can_be_exported, exported, is_exported, keep_sizes
 from reparamc.fx.host import fuse_traced
 from reparamc.fx.outcome import difference, ran
-from reparamc.fx.regions_alone import by_position
 from reparamc.fx.result import HOOKS, FusedModule, in_place_of, within
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.trace import fixed_arguments, trace, traced

@@ -8,7 +8,6 @@ from one to the next, however the model amplifies rounding.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -116,11 +115,3 @@ class _InFloat64(_Interpreter):
 
 def _float64(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
-
-
-def by_position(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any] | None:
-    """The arguments of ``module`` by position; None where some can be given by name alone."""
-    if not kwargs:
-        return args
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    return bound.args if not bound.kwargs else None

@@ -10,13 +10,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from reparamc.equivalence.difference import Outputs, nudged
 from reparamc.equivalence.runnable import Domain, NoArrayError, Tree, bounds_of, leaves
 from reparamc.equivalence.trials import GUESSES, Slot
 from reparamc.errors import InputError
+from reparamc.fx.calls import is_plain, lookup
 from reparamc.fx.copying import State, tensors
 
 
@@ -147,11 +148,22 @@ def _plain(leaf: Any) -> Any:
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Buffers and attributes of all submodules are as before when it ends, and so are lists and mappings in them."""
-    state = State(module)
+    state = None if _is_stateless(module) else State(module)
     try:
         yield
     finally:
-        state.restore()
+        if state is not None:
+            state.restore()
+
+
+def _is_stateless(module: nn.Module) -> bool:
+    """Whether ``module`` is a graph that calls torch's own modules in eval mode, and reads no tensor of itself."""
+    if not isinstance(module, fx.GraphModule) or module.graph.find_nodes(op="get_attr"):
+        return False
+    called = {str(node.target) for node in module.graph.find_nodes(op="call_module")}
+    inner = [m for path in called for m in lookup(module, path).modules()]
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, *inner))
+    return not hooked and all(is_plain(m) and not m.training for m in inner)
 
 
 @contextmanager

@@ -22,7 +22,9 @@ from torch.fx._symbolic_trace import _maybe_revert_all_patches
 from torch.fx.proxy import Attribute, TraceError
 from torch.utils import _pytree as pytree
 
+from reparamc.certificate.fx_shapes import run_recorded
 from reparamc.errors import InputError, one_line
+from reparamc.fx.calls import by_position
 from reparamc.fx.casts import DTypes, drop_casts
 from reparamc.fx.handed import SHAPES, describe_handed
 from reparamc.fx.memory import reads_size_only
@@ -148,6 +150,11 @@ class _Tracer(fx.Tracer):
         return name if any(one is value for one in found) else None
 
     def create_arg(self, a: Any) -> Any:
+        kind = type(a)
+        if kind is _Proxy:  # this and the next are most
+            return a.node
+        if kind is tuple:
+            return tuple(map(self.create_arg, a))
         named = isinstance(a, (torch.Tensor, nn.Module)) and self._name(a)  # quicker than by a union
         return self.create_node("get_attr", named, (), {}) if named else super().create_arg(a)
 
@@ -300,6 +307,19 @@ def other_modes() -> Iterator[None]:
         yield
 
 
+class Traced(fx.GraphModule):
+    """A graph that is run node by node: to write it as Python and compile that takes as long as some runs."""
+
+    def recompile(self) -> Any:
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (given := by_position(self, args, kwargs)) is not None:
+            return run_recorded(self, given)[0]
+        super().recompile()  # which replaces this method
+        return self(*args, **kwargs)
+
+
 def trace(model: nn.Module) -> fx.GraphModule:
     """``model`` as a graph; submodules that torch.fx cannot follow are called as they are. Its own hooks are left out.
 
@@ -344,7 +364,7 @@ def traced(
             graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
             called = _called_as_they_are(graph, model)
             drop_unread(graph)
-            made = fx.GraphModule(tracer.root, graph, type(model).__name__)
+            made = Traced(tracer.root, graph, type(model).__name__)
             describe_handed(made)
             recompose(made)
             drop_casts(made)
