@@ -74,8 +74,7 @@ def frees_channels(e: Expr) -> bool:
     match e:
         case Conv():
             weight = glanced(e.weight)  # held, so that it is read once for all that is asked
-            read = uses(e)
-            if not (read.any(2).all() and read.any(1).all()):
+            if not weight.all() and not ((read := uses(e)).any(2).all() and read.any(1).all()):
                 return True
             dense = e.groups == 1 and not is_separate(e)
             return dense and len(set(alike_after(e, 0, []).of.tolist())) < len(weight)

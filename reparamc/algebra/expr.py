@@ -516,17 +516,16 @@ def is_negation(e: Expr) -> bool:
     return isinstance(e, Scale) and not e.scale.ndim and is_all(e.scale, -1) and is_all(e.shift, 0)
 
 
+_HELD: dict[type, tuple[str, ...]] = {
+    Conv: ("weight", "bias"),
+    Scale: ("scale", "shift"),
+    BatchNorm: ("gamma", "beta", "mean", "var"),
+}
+
+
 def array_fields(e: Expr) -> dict[str, Array]:
     """The parameters that ``e`` itself holds, by the names of its fields."""
-    match e:
-        case Conv():
-            return {"weight": e.weight} | ({} if e.bias is None else {"bias": e.bias})
-        case Scale():
-            return {"scale": e.scale, "shift": e.shift}
-        case BatchNorm():
-            return {"gamma": e.gamma, "beta": e.beta, "mean": e.mean, "var": e.var}
-        case _:
-            return {}
+    return {name: a for name in _HELD.get(type(e), ()) if (a := getattr(e, name)) is not None}
 
 
 def release(root: Expr) -> None:
@@ -539,4 +538,4 @@ def release(root: Expr) -> None:
 
 def arrays(e: Expr) -> tuple[Array, ...]:
     """The parameters that ``e`` itself holds."""
-    return tuple(array_fields(e).values())
+    return tuple([a for name in _HELD.get(type(e), ()) if (a := getattr(e, name)) is not None])

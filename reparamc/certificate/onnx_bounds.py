@@ -35,11 +35,12 @@ def stand_in(node: NodeProto) -> None:
         del node.attribute[:], node.input[1:]
 
 
-def may_propagate(light: ModelProto) -> bool:
+def may_propagate(light: ModelProto, told: ModelProto | None = None) -> bool:
     """Whether no vector in ``light``, its bodies and local functions, gets too many entries, as far as can be told.
 
     Args:
         light: a model without large weights.
+        told: the same with what inference tells of it from shapes alone, where that is known.
     """
     inside = [node for f in light.functions for node in f.node]
     every = [*nested(light.graph), *(g for node in inside for body in bodies(node) for g in nested(body))]
@@ -48,7 +49,7 @@ def may_propagate(light: ModelProto) -> bool:
         return False
     try:
         plain = inliner.inline_local_functions(light) if inside else light
-        plain = onnx.shape_inference.infer_shapes(plain)
+        plain = onnx.shape_inference.infer_shapes(plain) if told is None or inside else told
     except FAILURES:
         return False
     values = [v for g in nested(plain.graph) for v in (*g.input, *g.value_info, *g.output)]

@@ -221,6 +221,9 @@ def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
     info: Any = cast(Any, ml_dtypes).finfo(dtype)
     array = values(array)
     by_row = np.reshape(array, (array.shape[0] if array.ndim > 1 else 1, -1))
+    norms, least = np.sqrt(np.einsum("ij,ij->i", by_row, by_row)), float(info.smallest_normal)
+    if np.all((norms <= float(info.max)) & (norms > least * by_row.shape[1])):
+        return None  # no row is that small, and no value that large: mostly, this is all there is to read
     rows = np.maximum(by_row.max(axis=1, initial=0.0), -by_row.min(axis=1, initial=0.0))
     if not np.isfinite(rows).all():
         return "a folded parameter is NaN or infinite (a variance of zero without epsilon, or a negative one)"

@@ -9,7 +9,7 @@ others are not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from math import prod
 from typing import cast
 
@@ -58,12 +58,20 @@ def fold_constants(model: ModelProto, types: Callable[[], Types] | None = None, 
         types: of its values, if they are known already; they are asked for only if something may be folded.
         small: bytes that a parameter may take in any case.
     """
+    return folded(model, types, small)[0]
+
+
+def folded(
+    model: ModelProto, types: Callable[[], Types] | None = None, small: int = SMALL_BYTES
+) -> tuple[list[str], Callable[[], Types]]:
+    """As `fold_constants`, and the types of what comes of ``model``."""
     total: list[str] = []
-    while folded := _sweep(model, types or partial(Types, model), small):
-        total, types = total + folded, None
+    types = types or cache(partial(Types, model))
+    while found := _sweep(model, types, small):
+        total, types = total + found, cache(partial(Types, model))
         if not any(node.op_type in ("Shape", *SPELLED) for node in model.graph.node):
             break  # nothing more can have become known
-    return total
+    return total, types
 
 
 def may_fold(model: ModelProto, types: Callable[[], Types], small: int, constants: Constants | None = None) -> bool:

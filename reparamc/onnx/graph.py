@@ -19,7 +19,7 @@ from reparamc.compiler.graph import Bounded, Fold, Separate
 from reparamc.compiler.readings import LAST, MOST_CONCATENATED, Reading, Taps, Value
 from reparamc.onnx import taps
 from reparamc.onnx.bounds import bounded
-from reparamc.onnx.constants import fold_constants, may_fold
+from reparamc.onnx.constants import folded, may_fold
 from reparamc.onnx.emit import is_rows
 from reparamc.onnx.facts import Facts, results_of
 from reparamc.onnx.operators import READERS
@@ -204,5 +204,9 @@ class OnnxGraph(Facts):
             return self, []
         copy = ModelProto()
         copy.CopyFrom(self.model)
-        names = fold_constants(copy, lambda: self.types, 4 * small)
-        return (OnnxGraph(copy, self.doubted), [Fold(name, names[0]) for name in names]) if names else (self, [])
+        names, types = folded(copy, lambda: self.types, 4 * small)
+        if not names:
+            return self, []
+        graph = OnnxGraph(copy, self.doubted)
+        graph.types = types()
+        return graph, [Fold(name, names[0]) for name in names]

@@ -29,7 +29,7 @@ from reparamc.algebra.records import record
 from reparamc.algebra.shape import Dim, Shape, size
 from reparamc.certificate.onnx_bounds import FAILURES, may_propagate, stand_in
 from reparamc.errors import InputError
-from reparamc.onnx.weights import array, is_reference
+from reparamc.onnx.weights import LARGE, array, is_reference
 
 SMALL = 1024
 """Constants of up to this many elements take part in shape inference; larger ones are weights."""
@@ -183,6 +183,7 @@ class Constants:
         overridable = inputs if model.ir_version >= 4 else set()
         overridable = overridable | trained(model)
         self.overridable = {t.name for t in graph.initializer} & overridable
+        self._small: dict[str, np.ndarray] = {}  # that were asked for: they are decoded once
         self.known = {t.name: Constant.of(t) for t in graph.initializer if t.name not in overridable}
         self.known |= {t.values.name: Constant.sparse(t) for t in graph.sparse_initializer if prod(t.dims) < MOST_DENSE}
         for node in filter(is_standard, graph.node):
@@ -196,8 +197,13 @@ class Constants:
 
     def array(self, name: str) -> np.ndarray:
         """The value of the constant ``name``, in its own dtype."""
+        if name in self._small:
+            return self._small[name]
         try:
-            return self.known[name].load()
+            found = self.known[name].load()
+            if found.nbytes <= LARGE:
+                self._small[name] = found
+            return found
         except (ValueError, RuntimeError, IndexError, onnx.checker.ValidationError) as error:
             raise InputError(f"the constant {name!r} cannot be read: {error}") from error
 
@@ -341,9 +347,12 @@ def _referred(node: NodeProto) -> TensorProto | None:
     return next((a.t for a in node.attribute if a.name == "value" and is_reference(a.t)), None)
 
 
-def inferred(light: ModelProto, *ways: dict[str, bool]) -> ModelProto:
-    """``light`` with what shape inference tells in the first of ``ways`` that it takes; as it is if none."""
-    propagates = any(options.get("data_prop") for options in ways) and may_propagate(light)
+def inferred(light: ModelProto, *ways: dict[str, bool], told: ModelProto | None = None) -> ModelProto:
+    """``light`` with what shape inference tells in the first of ``ways`` that it takes; as it is if none.
+
+    ``told``: the same with what is told from shapes alone, where that is known.
+    """
+    propagates = any(options.get("data_prop") for options in ways) and may_propagate(light, told)
     for options in ways:
         with suppress(*FAILURES):
             options = {key: value and (propagates or key != "data_prop") for key, value in options.items()}
@@ -435,13 +444,13 @@ class Types:
         light = skeleton(model)
         for node in light.graph.node:
             stand_in(node)
-        complete = None
+        plain = None
         with suppress(*FAILURES):
-            complete = strictly_inferred(light)
-        if complete is not None and _tells_all(complete):
-            light = complete  # data that are propagated tell no more
+            plain = strictly_inferred(light)
+        if plain is not None and _tells_all(plain):
+            light = plain  # data that are propagated tell no more
         else:
-            light = inferred(light, STRICT, {})
+            light = inferred(light, STRICT, {}, told=plain)
             if _tell_ranks(light):
                 light = inferred(light, STRICT, {})
         # What the file itself says comes first, to be overruled: it may be stale, and inference may be silent.
@@ -453,6 +462,7 @@ class Types:
         }
         self._stored = {t.name: (t.data_type, tuple(map(Dim, t.dims))) for t in model.graph.initializer}
         self._shapes: dict[str, Shape | None] = {}
+        self._dtypes: dict[str, np.dtype | None] = {}
         self._products: dict[str, Dim] = {}
         given = {symbol for v in model.graph.input for dim in self._shape(v.name) or () for symbol in dim.symbols}
         left = _with_rest(light.graph)
@@ -477,8 +487,9 @@ class Types:
 
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype of a floating value; None for other types and where it is unknown."""
-        kind = self.element_type(name)
-        return FLOATS.get(kind) if kind is not None else None
+        if name not in self._dtypes:
+            self._dtypes[name] = FLOATS.get(self.element_type(name) or 0)
+        return self._dtypes[name]
 
     def info(self, name: str) -> ValueInfoProto | None:
         """The type of ``name`` as a declaration; None where it, or the rank, is unknown."""
