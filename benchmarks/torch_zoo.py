@@ -682,7 +682,6 @@ def transformers_cases() -> dict[str, tuple[str, Callable[[], Any], Callable[[],
             lambda: ({"pixel_values": _normal(1, 2, 3, 64, 64)}, {"pixel_values": _normal(2, 2, 3, 64, 96)}),
         ),
         "ppocr-det": ("PPOCRV5MobileDetForObjectDetection", lambda: _cfg("PPOCRV5MobileDetConfig"), _pixels),
-        "uvdoc": ("UVDocModel", lambda: _cfg("UVDocConfig"), _pixels),
     }
 
 
@@ -789,7 +788,9 @@ def of_mmpretrain(name: str) -> Case:
         return module
 
     has_own = any(hasattr(m, "switch_to_deploy") for m in model.modules())
-    return Case(model, images(2, 64), images(3, 96, 64), own if has_own else None)
+    fixed = name in ("efficientformer-l1", "levit-128s", "tnt-small")
+    sizes = ((224,), (224,)) if fixed else ((64,), (96, 64))
+    return Case(model, images(2, *sizes[0]), images(3, *sizes[1]), own if has_own else None)
 
 
 MMPRETRAIN: Mapping[str, tuple[dict[str, Any], int]] = {
@@ -813,22 +814,18 @@ MMPRETRAIN: Mapping[str, tuple[dict[str, Any], int]] = {
             "patch_size": 4,
             "out_indices": (3,),
             "reparam_conv_kernels": (1, 3),
-            "sharesets_nums": [1, 4, 32, 128],
         },
         768,
     ),
     "replknet-31b": ({"type": "RepLKNet", "arch": "31B", "out_indices": (3,)}, 1024),
     "efficientnet-b0": ({"type": "EfficientNet", "arch": "b0"}, 1280),
-    "hrnet-w18": ({"type": "HRNet", "arch": "w18"}, 2048),
+    "hrnet-w18": ({"type": "HRNet", "arch": "w18"}, 144),
     "densenet121": ({"type": "DenseNet", "arch": "121"}, 1024),
-    "inception-v3": ({"type": "InceptionV3", "num_classes": -1}, 2048),
     "cspresnet50": ({"type": "CSPResNet", "depth": 50}, 1024),
     "van-tiny": ({"type": "VAN", "arch": "tiny"}, 256),
-    "edgenext-xxsmall": ({"type": "EdgeNeXt", "arch": "xxsmall", "out_indices": (3,)}, 168),
     "mobilevit-xxsmall": ({"type": "MobileViT", "arch": "xx_small"}, 320),
     "efficientformer-l1": ({"type": "EfficientFormer", "arch": "l1"}, 448),
     "levit-128s": ({"type": "LeViT", "arch": "128s"}, 384),
-    "conformer-tiny": ({"type": "Conformer", "arch": "tiny"}, 384),
     "tnt-small": ({"type": "TNT", "arch": "s"}, 384),
     "riformer-s12": ({"type": "RIFormer", "arch": "s12"}, 512),
 }
@@ -907,22 +904,20 @@ def error_of(actual: Any, expected: Any) -> float | str:
 
 
 def counts(model: Any) -> tuple[int, int]:
-    """BatchNorms, and convolutions and matrices, as modules or as calls in graphs."""
+    """BatchNorms, and convolutions and matrices: those that are modules, and calls of functions in graphs."""
     from torch import fx, nn
 
-    from reparamc.fx.host import count
+    from reparamc.fx.calls import operation
 
     norm = conv = 0
-    counted: set[int] = set()
-    for graph in (m for m in model.modules() if isinstance(m, fx.GraphModule)):
-        found = count(graph)
-        norm, conv = norm + found.batchnorm, conv + found.conv
-        counted |= {id(graph.get_submodule(str(n.target))) for n in graph.graph.find_nodes(op="call_module")}
     for m in model.modules():
-        if id(m) not in counted:
-            frozen = "BatchNorm" in type(m).__name__ and hasattr(m, "running_var")
-            norm += isinstance(m, nn.modules.batchnorm._BatchNorm) or frozen
-            conv += isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+        frozen = "BatchNorm" in type(m).__name__ and hasattr(m, "running_var")
+        norm += isinstance(m, nn.modules.batchnorm._BatchNorm) or frozen
+        conv += isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+        for node in m.graph.nodes if isinstance(m, fx.GraphModule) else ():
+            call = operation(node, m) if node.op == "call_function" else None
+            norm += call is not None and call.op in ("batch_norm", "native_batch_norm")
+            conv += call is not None and call.op in ("conv", "linear")
     return norm, conv
 
 

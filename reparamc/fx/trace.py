@@ -60,6 +60,14 @@ class _Proxy(fx.Proxy):
             _ = found.node
         return found
 
+    def __getitem__(self, index: Any) -> Any:
+        """A slice of a list is a list of its own: what is written into it is not written into the other."""
+        tracer = cast(_Tracer, self.tracer)
+        kind = type(tracer.container(self.node)) if type(index) is slice else None
+        if kind not in (list, tuple):
+            return super().__getitem__(index)
+        return kind(self[i] for i in range(*index.indices(tracer.length(self))))
+
     def __len__(self) -> int:
         return cast(_Tracer, self.tracer).length(self)
 
@@ -188,6 +196,10 @@ class _Tracer(fx.Tracer):
                 return None
         return None
 
+    def container(self, node: fx.Node) -> Any:
+        """The list, tuple or dict that ``node`` is in the example; None where it is none."""
+        return self._containers.get(node)
+
     def is_number(self, node: fx.Node) -> bool:
         """Whether ``node`` is a size or a number, or computed from those, which nothing writes into."""
         if node not in self._numbers:
@@ -235,7 +247,7 @@ class _Tracer(fx.Tracer):
         return found
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        given = self._containers.get(obj.node)
+        given = self.container(obj.node)
         if given is None or isinstance(given, dict):
             return super().iter(obj)
         return iter([cast(Any, obj)[i] for i in range(self.length(obj))])

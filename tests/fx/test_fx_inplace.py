@@ -311,6 +311,23 @@ def test_module_that_is_given_a_result_and_another_element_of_a_list() -> None:
     assert counts(fused) == (1, 0)
 
 
+def test_slice_of_a_list_is_a_list_of_its_own() -> None:
+    def forward(m: Any, maps: list[Tensor]) -> Any:
+        some = maps[1:]
+        for i in range(2):
+            some[i] = m.norm(some[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        others = some[:-1][::-1]
+        return m.a(some[-1]) + m.b(others[0]), maps[1:3]
+
+    model, maps = (
+        ready(Net(forward, a=conv_bn(), b=conv_bn(), norm=nn.LayerNorm(CHANNELS))),
+        images(*SHAPES[:1] * 3, dtype=torch.float32),
+    )
+    fused = fuse_fx(model, (list(maps),), verify="region")
+    assert counts(fused)[1] == 0
+    assert relative_error(run(fused, list(maps)), run(model, list(maps))) < 2e-5
+
+
 def test_state_that_every_call_updates_is_refused() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.factor.mul_(2)
