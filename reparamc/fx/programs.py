@@ -7,7 +7,7 @@ import warnings
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, InputTypeError, one_line
@@ -47,6 +47,17 @@ def fuse_exported(program: torch.export.ExportedProgram, **options: Any) -> torc
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(fused, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
+            return torch.export.export(_plain(fused), args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
         except Exception as error:  # whatever the exporter raises
             raise InputError(f"the fused program cannot be exported again: {one_line(error)}") from error
+
+
+def _plain(fused: nn.Module) -> nn.Module:
+    """``fused`` as a module that is no graph, for torch takes lists and dicts of a graph for ones of another type."""
+    if not isinstance(fused, fx.GraphModule):
+        return fused
+    plain = nn.Module()
+    for held in ("_modules", "_parameters", "_buffers"):
+        setattr(plain, held, getattr(fused, held))
+    plain.forward = fused.forward
+    return plain

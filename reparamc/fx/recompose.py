@@ -1,4 +1,7 @@
-"""Graphs of core ATen operators, as they were before: normalizations without statistics, reshapes without copies."""
+"""Graphs of core ATen operators, as they were before.
+
+Normalizations give no statistics, reshapes make no copies, and a matrix is not repeated for each example.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from reparamc.fx.calls import aten_name
+from reparamc.fx.calls import aten_name, lookup
 from reparamc.fx.memory import written
 
 _BATCH_NORMS = (
@@ -32,6 +35,8 @@ def recompose(module: fx.GraphModule) -> None:
     for node in nodes:
         if (name := _name(node)) in _WHOLE:
             _without_statistics(node, name)
+        elif name == "bmm" and (matrix := _repeated(node.args[1], module)) is not None:
+            node.target, node.args = torch.ops.aten.matmul.default, (node.args[0], matrix)
     if not any(written(n, module) for n in module.graph.nodes):
         for node in nodes:
             if aten_name(node.target) in _COPIES and all(u.op != "output" for u in node.users):
@@ -44,6 +49,26 @@ def recompose(module: fx.GraphModule) -> None:
 def _name(node: fx.Node) -> str:
     is_torch = getattr(node.target, "__module__", None) == "torch"
     return aten_name(node.target) or (str(getattr(node.target, "__name__", "")) if is_torch else "")
+
+
+def _repeated(batch: Any, module: fx.GraphModule) -> fx.Node | None:
+    """The parameter, transposed or as it is, that each example of ``batch`` is."""
+    sizes = list(batch.args[1]) if aten_name(batch.target) in (*_VIEWS, "expand") else []
+    while aten_name(batch.target) in (*_VIEWS, "expand") and list(batch.args[1]) == sizes:
+        batch, last = batch.args[0], batch
+        if aten_name(last.target) == "expand":
+            shape = _shape(batch, module)
+            return batch if shape == sizes[1:] and len(shape) == 2 else None
+    return None
+
+
+def _shape(node: fx.Node, module: fx.GraphModule) -> list[int]:
+    if node.op == "get_attr" and isinstance(held := lookup(module, str(node.target)), torch.Tensor):
+        return list(held.shape)
+    if aten_name(node.target) == "permute":
+        inner = _shape(cast(fx.Node, node.args[0]), module)
+        return [inner[axis] for axis in cast("list[int]", node.args[1])] if inner else []
+    return []
 
 
 def _without_statistics(node: fx.Node, name: str) -> None:

@@ -172,6 +172,12 @@ CORE: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
             tokens=nn.LayerNorm(8),
         ), 1, 0,
     ),
+    "one matrix for all examples": (
+        lambda: by_map(
+            lambda m, x: m.norm(m.matrix(m.conv(x).flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (7, 6))),
+            matrix=nn.Linear(8, 8, bias=False),
+        ), 1, 0,
+    ),
     "norm of images": (
         lambda: by_map(lambda m, x: m.images(m.norm(m.conv(x))), images=nn.InstanceNorm2d(8, affine=True)), 2, 1,
     ),
