@@ -13,12 +13,12 @@ import numpy as np
 
 from reparamc.algebra.arrays import Parameter, values
 from reparamc.algebra.cost import Objective
-from reparamc.algebra.expr import Array, Conv, Expr, Sum, arrays, flatten, release, replaced, walk
+from reparamc.algebra.expr import Array, Conv, Expr, arrays, flatten, release, replaced, walk
 from reparamc.algebra.infer import misfit
 from reparamc.algebra.kernels import OF_THIS_SHAPE
 from reparamc.algebra.provenance import names_through
-from reparamc.algebra.records import record
-from reparamc.algebra.rewrite import Declined, Pass, Step, simplify
+from reparamc.algebra.records import entity, record
+from reparamc.algebra.rewrite import Declined, Pass, simplify
 from reparamc.algebra.text import show
 from reparamc.compiler.graph import Graph, Splice, not_native
 from reparamc.compiler.readings import Reading, Value, is_norm, values_in
@@ -49,7 +49,7 @@ class Decision:
     """What becomes of one region: its final form, the splice that makes it so, what was declined, what went wrong.
 
     ``apart`` are members without which the rest may be rewritten: they take maps that a convolution refuses, or would
-    be computed several times.
+    be computed several times. ``form`` is what it was decided on.
     """
 
     expr: Expr
@@ -58,22 +58,25 @@ class Decision:
     members: tuple[Value, ...]
     failed: bool = False
     apart: frozenset[Value] = frozenset()
+    form: Form | None = None
 
 
-def consider(setting: Setting, parts: Sequence[tuple[Value, ...]], most: float = inf) -> Decision:
+def consider(
+    setting: Setting, parts: Sequence[tuple[Value, ...]], most: float = inf, start: Form | None = None
+) -> Decision:
     """What becomes of a region: ``parts`` are its members, and those of the regions joined to it.
 
-    It stays as it is if it cannot be made cheaper than ``most``.
+    It stays as it is if it cannot be made cheaper than ``most``. ``start`` is the form of the first of ``parts``.
     """
-    found = _simplified(setting, parts)
-    decision = _decided(setting, found, _in_order(parts, setting.readings), most)
-    release(found.before)
-    return decision
+    form = _simplified(setting, parts, start)
+    decision = _decided(setting, form, _in_order(parts, setting.readings), most)
+    release(form.before)
+    return replace(decision, form=form)
 
 
-def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...], most: float) -> Decision:
-    before, after, steps, refusals = found.before, found.after, found.steps, found.refusals
-    if not steps:
+def _decided(setting: Setting, found: Form, members: tuple[Value, ...], most: float) -> Decision:
+    before, after, refusals = found.before, found.after, found.refusals
+    if not found.counts:
         return Decision(before, None, refusals, members)
     cost, price = map(setting.objective.cost, (before, after))
     if isclose(price, cost, rel_tol=1e-12) or not price < most:
@@ -84,12 +87,11 @@ def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...], m
     native.update((found.exprs[v], v) for v in found.exprs if v not in members)  # not what hands operands on
     splice: Splice | Declined | FailedRegion = Declined("the rewritten form would cost more than it saves")
     if price < cost or not _is_finite(before):
-        counts = Counter(step.name for step in steps)
-        splice = checked(setting, members, before, after, native, counts)
+        splice = checked(setting, members, before, after, native, found.counts)
     if isinstance(splice, Splice):
-        return Decision(after, replace(splice, origins=_origins(found)), refusals, members)
+        return Decision(after, replace(splice, origins=found.origins), refusals, members)
     reason = splice.reason if isinstance(splice, Declined) else f"it failed its check: {splice.reason}"
-    refusals = [*refusals, Declined(reason, by=steps[-1].name)]
+    refusals = [*refusals, Declined(reason, by=found.last)]
     convs = [(v, e) for v in members[:-1] if isinstance(e := found.exprs[v], Conv)]
     apart = frozenset(
         v for v, e in convs if (reason == REFUSED and e.is_weightless) or (reason == OF_THIS_SHAPE and e.reads_taps)
@@ -97,48 +99,51 @@ def _decided(setting: Setting, found: _Simplified, members: tuple[Value, ...], m
     return Decision(before, None, refusals, members, isinstance(splice, FailedRegion), apart)
 
 
-@record
-class _Simplified:
-    """A region as it is and in its final form, what its values compute, and what was done and declined."""
+@entity
+class Form:
+    """A region as it is and in its final form, what its values compute, and what was done and declined.
 
+    ``last`` is the pass that was applied last. ``origins`` says which parameters the arrays of both are made from, by
+    their ids.
+    """
+
+    parts: Sequence[tuple[Value, ...]]
     before: Expr
     after: Expr
     exprs: dict[Value, Expr]
-    steps: Sequence[Step]
+    counts: Counter[str]
+    last: str
     refusals: Sequence[Declined]
+    origins: dict[int, frozenset[str]]
 
 
-def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]]) -> _Simplified:
+def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]], start: Form | None) -> Form:
     """Lift and simplify each part while the result of the next one still is an operand."""
-    exprs: dict[Value, Expr] = {}
-    before = after = Sum(())
-    steps: list[Step] = []
-    refusals: Sequence[Declined] = ()
-    for part in parts:
+    form = start
+    for part in parts[0 if start is None else len(start.parts) :]:
+        exprs = {} if form is None else dict(form.exprs)
         joint = exprs.pop(part[-1], None)
         lifted(setting.graph, part, setting.readings, exprs)
-        inner = flatten(exprs[part[-1]])
-        if joint is None:
-            before = after = inner
-        else:
-            moved = replaced((before, after, *exprs.values()), joint, inner)
-            before, after = flatten(moved[before]), flatten(moved[after])
+        before = after = flatten(exprs[part[-1]])
+        named = {id(a): frozenset(a.names if isinstance(a, Parameter) else ()) for e in walk(before) for a in arrays(e)}
+        if form is not None and joint is not None:
+            moved = replaced((form.before, form.after, *exprs.values()), joint, before)
+            before, after = flatten(moved[form.before]), flatten(moved[form.after])
             exprs = {v: moved[e] for v, e in exprs.items()}
+            named |= form.origins
         if reason := misfit(after):
-            return _Simplified(before, before, exprs, (), [Declined(reason, by=LIFT)])
+            return Form(parts, before, before, exprs, Counter[str](), "", [Declined(reason, by=LIFT)], {})
         with np.errstate(all="ignore"):  # whatever is not finite is refused by the check
             outcome = simplify(after, setting.passes, setting.objective)
-        after, refusals = outcome.expr, outcome.refusals
-        steps += outcome.steps
-    return _Simplified(before, after, exprs, steps, refusals)
-
-
-def _origins(found: _Simplified) -> dict[int, frozenset[str]]:
-    """Which parameters each array of the final form is made from, by its id."""
-    before = (a for e in walk(found.before) for a in arrays(e))
-    named = {id(a): frozenset(a.names if isinstance(a, Parameter) else ()) for a in before}
-    names = names_through(named, found.steps)
-    return {id(a): names[id(a)] for e in walk(found.after) for a in arrays(e) if id(a) in names}
+        names = names_through(named, outcome.steps)
+        held = (a for root in (before, outcome.expr) for e in walk(root) for a in arrays(e))
+        counts = Counter[str]() if form is None else Counter(form.counts)
+        counts.update(step.name for step in outcome.steps)
+        last = outcome.steps[-1].name if outcome.steps else form.last if form is not None else ""
+        origins = {id(a): names[id(a)] for a in held if id(a) in names}
+        form = Form(parts, before, outcome.expr, exprs, counts, last, outcome.refusals, origins)
+    assert form is not None
+    return form
 
 
 def _in_order(parts: Sequence[tuple[Value, ...]], readings: dict[Value, Reading]) -> tuple[Value, ...]:

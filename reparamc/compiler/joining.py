@@ -44,7 +44,7 @@ def joined(setting: Setting, decisions: dict[Value, Decision]) -> dict[Value, De
         chain = (*parts.get(outer, (second.members,)), *parts.get(root, (first.members,)))
         if len(chain) > MOST_JOINED:
             continue
-        whole = consider(setting, chain, cost(_composed(root, first.expr, second.expr)))
+        whole = consider(setting, chain, cost(_composed(root, first.expr, second.expr)), second.form)
         if whole.splice is not None:
             del decisions[root]
             decisions[outer], parts[outer] = whole, chain

@@ -36,7 +36,7 @@ def structure_of(model: ModelProto, passes: Iterable[str], objective: str) -> st
             light.graph.initializer.add().CopyFrom(numpy_helper.from_array(weights.array(tensor), tensor.name))
     light.metadata_props.add(key="passes", value=",".join(passes))
     light.metadata_props.add(key="objective", value=objective)
-    return base64.b64encode(zlib.compress(light.SerializeToString(deterministic=True), 9)).decode()
+    return base64.b64encode(zlib.compress(light.SerializeToString(deterministic=True))).decode()
 
 
 def _copied(message: Any, name: str, value: Any) -> None:
