@@ -201,7 +201,7 @@ def run_recorded(module: fx.GraphModule, args: Sequence[Any]) -> tuple[Any, dict
         for read in node.all_input_nodes:
             if last[read] is node:
                 del env[read]
-    return _as_written(module.graph.process_outputs(result)), found
+    return as_written(module.graph.process_outputs(result)), found
 
 
 def _result(module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -219,15 +219,15 @@ def _result(module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> A
     return _Sized.like(value) if isinstance(value, FakeTensor) else value
 
 
-def _as_written(result: Any) -> Any:
+def as_written(result: Any) -> Any:
     """A result with lists and dicts of their own class, which torch.fx replaces in a graph."""
     if isinstance(result, immutable_dict):
-        return {key: _as_written(value) for key, value in result.items()}
+        return {key: as_written(value) for key, value in result.items()}
     if isinstance(result, immutable_list):
-        return [*map(_as_written, result)]
+        return [*map(as_written, result)]
     if type(result) is tuple:
-        return tuple(map(_as_written, cast("tuple[Any, ...]", result)))
-    return type(result)(*map(_as_written, result)) if hasattr(result, "_fields") else result
+        return tuple(map(as_written, cast("tuple[Any, ...]", result)))
+    return type(result)(*map(as_written, result)) if hasattr(result, "_fields") else result
 
 
 def _is_of_torch(module: fx.GraphModule) -> bool:

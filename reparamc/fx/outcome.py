@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from reparamc.equivalence.runnable import leaves
@@ -63,6 +63,17 @@ def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = 
                 epsilon = max(epsilon, _error(other, e)[0] / 10)
         if error > ROUNDING * epsilon:
             return f"{path} differs by {error:.1e} of its largest value"
+    return ""
+
+
+def another_structure(literal: Any, expected: Any) -> str:
+    """How the containers in ``literal`` are others than in ``expected``, where nodes of a graph stand for anything."""
+    wanted = dict(leaves(expected, types=True))
+    literal = pytree.tree_map_only(fx.Node, lambda n: 0, literal)
+    for path, kind in leaves(literal, types=True):
+        if isinstance(kind, type) and wanted.get(path) is not kind:
+            other = wanted.get(path)
+            return f"{path} is {_shown(kind)} instead of {_shown(other if isinstance(other, type) else type(other))}"
     return ""
 
 

@@ -17,15 +17,16 @@ from reparamc.algebra.recorded import tape
 from reparamc.certificate.fx_shapes import run_recorded
 from reparamc.compiler.host import Options
 from reparamc.errors import InputError, one_line
+from reparamc.fx.arguments import elements
 from reparamc.fx.calls import by_position, is_plain, operation
 from reparamc.fx.copying import State, copied
 from reparamc.fx.direct import chained
 from reparamc.fx.export import can_be_exported, exported, is_exported, keep_sizes
 from reparamc.fx.host import fuse_traced
-from reparamc.fx.outcome import difference, ran
+from reparamc.fx.outcome import another_structure, difference, ran
 from reparamc.fx.result import HOOKS, FusedModule, in_place_of, within
 from reparamc.fx.runnable import perturbed, plain
-from reparamc.fx.trace import fixed_arguments, trace, traced
+from reparamc.fx.trace import Traced, fixed_arguments, trace, traced
 from reparamc.fx.watch import LINEAR, Call, Seen, Watched, is_leaf
 from reparamc.report.data import Counts, Report
 
@@ -182,6 +183,8 @@ class Parts:
         self, path: str, graph: fx.GraphModule, calls: list[Seen], sizes: dict[str, tuple[int, ...]] | None = None
     ) -> str:
         """How a graph differs from the module, on every recorded call; ``sizes`` is given those in the first."""
+        if calls and isinstance(graph, Traced) and (why := another_structure(graph.literal(), calls[0].result)):
+            return why
         original, ways = self.originals[path], list[Callable[..., Any]]()
         way: Callable[..., Any] = graph.forward  # for the module would print what its graph raises
         if has_hooks(original):
@@ -189,7 +192,7 @@ class Parts:
         elif sizes is not None and len(calls) > 1:
             ways.append(partial(_interpreted, graph, sizes))
         ways += [way] * (len(calls) - len(ways))
-        pairs = zip(ways, calls, strict=True)
+        pairs = sorted(zip(ways, calls, strict=True), key=lambda pair: elements(pair[1].call))
         return next((why for way, seen in pairs if (why := _difference(original, way, seen))), "")
 
     def _suspects(self, path: str, opaque: Mapping[str, str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from torch.fx._symbolic_trace import _maybe_revert_all_patches
 from torch.fx.proxy import Attribute, TraceError
 from torch.utils import _pytree as pytree
 
-from reparamc.certificate.fx_shapes import run_recorded
+from reparamc.certificate.fx_shapes import as_written, run_recorded
 from reparamc.errors import InputError, one_line
 from reparamc.fx.calls import by_position
 from reparamc.fx.casts import DTypes, drop_casts
@@ -330,6 +330,11 @@ class Traced(fx.GraphModule):
             return run_recorded(self, given)[0]
         super().recompile()  # which replaces this method
         return self(*args, **kwargs)
+
+    def literal(self) -> Any:
+        """What it returns, as far as that is written out; nodes stand for the rest."""
+        (output,) = self.graph.find_nodes(op="output")
+        return as_written(self.graph.process_outputs(output.args[0]))
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
