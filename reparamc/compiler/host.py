@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy.typing as npt
@@ -32,12 +32,14 @@ class Options:
         level: how much to verify: "off", "region" or "full".
         objective: what to minimise.
         progress: called with (regions done, regions in all).
+        told: what is known of kinds of regions, in all parts of a model; see `reparamc.compiler.reference.Reference`.
     """
 
     passes: tuple[Pass, ...]
     level: str = "full"
     objective: str = "latency"
     progress: Callable[[int, int], None] = lambda done, of: None
+    told: dict[Hashable, float] | None = None
 
 
 class Host(Protocol[ResultT]):

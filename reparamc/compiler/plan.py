@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -67,13 +67,14 @@ class Compilation:
         *,
         verify: bool,
         progress: Callable[[int, int], None],
+        told: dict[Hashable, float],
     ) -> None:
         self.graph, self.passes = graph, passes
         self.objective = replace(objective, stores_ones=graph.stores_ones)
         self.folds: list[Fold] = []
         self.kept: list[Refusal] = []
         self.failed: dict[Value, Decision] = {}
-        self._verify, self._progress = verify, progress
+        self._verify, self._progress, self._told = verify, progress, told
 
     @cached_property
     def setting(self) -> Setting:
@@ -89,7 +90,7 @@ class Compilation:
         if self._verify:
             from reparamc.compiler.reference import Reference
 
-            reference = Reference(self.graph, readings)
+            reference = Reference(self.graph, readings, self._told)
         return Setting(self.graph, readings, self.passes, self.objective, reference)
 
     @cached_property
@@ -147,12 +148,15 @@ def make_plan(
     *,
     verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    told: dict[Hashable, float] | None = None,
 ) -> Plan:
-    """What ``passes`` make of ``graph``.
+    """What ``passes`` make of ``graph``; for ``told`` see `Reference`.
 
     A region whose replacement fails its check stays, and is among those that `Plan.failed` names.
     """
-    compilation = Compilation(graph, passes, objective, verify=verify, progress=progress)
+    compilation = Compilation(
+        graph, passes, objective, verify=verify, progress=progress, told={} if told is None else told
+    )
     for p in passes:
         if isinstance(p, GraphPass):
             p.run(compilation, p.name)

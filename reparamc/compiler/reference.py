@@ -39,6 +39,7 @@ class Reference:
     """What the host's operators said of the readings of a graph.
 
     Attributes:
+        told: the same as ``errors`` for all graphs that are fused together: what ran in one is not run in the next.
         errors: for each kind that was run, the largest error of its reading.
         unable: a place of each kind that could not be run, and why.
         failures: what was found wrong, by this check or another; a region may be considered, and fail, several times.
@@ -46,6 +47,7 @@ class Reference:
 
     graph: Graph
     readings: Mapping[Value, Reading]
+    told: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
     errors: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
     unable: list[Refusal] = field(default_factory=list[Refusal])
     failures: dict[tuple[str, str], FailedRegion] = field(default_factory=dict[tuple[str, str], FailedRegion])
@@ -63,14 +65,15 @@ class Reference:
         if any(isinstance(e, Layout) and isinstance(e.op, Resize) and e.op.mode == OTHER for e in walk(before)):
             return None, None
         kind = self._kind(members, before)
-        if kind in self._asked:
-            return self.errors.get(kind), None
+        if kind in self._asked or kind in self.told:
+            return self.told.get(kind), None
         self._asked.add(kind)
         try:
-            self.errors[kind], replaced = self._compare(members, before, after)
+            self.told[kind], replaced = self._compare(members, before, after)
         except _UnableError as reason:
             self.unable.append(Refusal(self.graph.name(members[-1]), "host", str(reason)))
             return None, None
+        self.errors[kind] = self.told[kind]
         return self.errors[kind], replaced
 
     def checked(

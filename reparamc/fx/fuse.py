@@ -86,7 +86,7 @@ def fuse_fx(
     specialize = specialize or pass_table is not None
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
-    options = Options(select(pass_table, passes, skip), level_of(verify), objective)
+    options = Options(select(pass_table, passes, skip), level_of(verify), objective, told={})
     inner, wrapped = unwrapped(model)
     _check(inner)
     with LOCK, plain_modes(), seldom_collecting_garbage(), ExitStack() as stack:
@@ -134,10 +134,9 @@ class _Fusion:
             classes = recorded(self.model)
             first = Parts(self.model, self.own, self.options, [Seen(call)]).traced("", {})
             parts = None
-            if (
-                as_graph and isinstance(first, Whole) and not (first.opaque or self.blocked)
-            ):  # then its parts need not be watched
-                parts = self.parts(call, None, classes, first)
+            whole = first if as_graph and isinstance(first, Whole) and not (first.opaque or self.blocked) else None
+            if whole is not None and not isinstance(whole.graph.literal(), dict):  # which is often of another class
+                parts = self.parts(call, None, classes, first)  # its parts need not be watched then
             if parts is None or isinstance(parts.whole(""), str):
                 parts = self.parts(call, Watched(self.model), classes, first)
             taken = self.checked(parts, parts.without_doubles(parts.take("", as_graph)))

@@ -61,7 +61,7 @@ class Whole:
         sizes: of its nodes, in the first of the calls that were seen; empty where they were not noted.
     """
 
-    graph: fx.GraphModule
+    graph: Traced
     opaque: dict[str, str]
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 

@@ -348,7 +348,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
 
 def traced(
     model: nn.Module, call: Call | None = None, opaque: Mapping[str, str] = types.MappingProxyType({})
-) -> tuple[fx.GraphModule, dict[str, str]]:
+) -> tuple[Traced, dict[str, str]]:
     """``model`` as a graph over its own submodules, and those that are called as they are, each with the reason.
 
     Functions that torch.fx cannot follow are called as they are, too, where they can be found by their names.
