@@ -8,12 +8,12 @@ from typing import Any, cast
 import numpy as np
 from fault_makers import UNCHECKED_PROBE, call_with, geometry, reading
 from fault_models import F, net, nn, torch, vector
-from planting import NO_SHRINK, Make, fault, given, instead, result
+from planting import NO_SHRINK, Make, Replace, fault, given, instead, result
 
 from reparamc.algebra.expr import Layout, Permute, Scale, Source, Sum
 from reparamc.algebra.shape import Dim
 
-READ, EMIT = "reparamc.fx.readers:_read_", "reparamc.fx.emit:Emitter."
+READ, EMIT, SOURCES = "reparamc.fx.readers:_read_", "reparamc.fx.emit:Emitter.", "reparamc.fx.gathering:"
 
 
 def exchanged_arguments(graph: Any, node: Any, call: Any) -> tuple[Any, ...]:
@@ -31,6 +31,21 @@ def turned(e: Any) -> Any:
 def swapped_axes(e: Any) -> Any:
     begin, end = e.padding
     return geometry(e, begin=begin[::-1], end=end[::-1])
+
+
+def taken(answer: Any) -> Make:
+    """The class that `standardised` makes is taken for one that is sure."""
+    return lambda original: lambda kind: answer if kind.__name__ == "Own" else original(kind)
+
+
+def standardised(weigh: Any) -> Any:
+    """A convolution of a class of its own, which changes its weight, and a BatchNorm."""
+
+    class Own(nn.Conv2d):
+        def forward(self, x: Any) -> Any:
+            return F.conv2d(x, weigh(x, self.weight), self.bias) if x.shape[-1] > 1 else x
+
+    return net(lambda x, c, n: n(c(x)), Own(4, 4, 3), nn.BatchNorm2d(4))
 
 
 def also_linear(original: Any) -> Any:
@@ -131,6 +146,16 @@ FX_READERS = [
         fx=lambda: net(
             lambda x, a, c: c(F.channel_shuffle(a(x).relu(), 2)), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1)
         ),
+    ),
+    fault(
+        "a weight that forward changes read as applied", f"{SOURCES}applies_weight", taken(True),
+        fx=lambda: standardised(lambda x, weight: weight / weight.std()),
+    ),
+    fault(
+        "a weight that its operand depends on read as applied, by the certificate as well",
+        f"{SOURCES}applies_weight", taken(True),
+        Replace("reparamc.certificate.fx_sources:applied_by", taken(nn.Conv2d)),
+        fx=lambda: standardised(lambda x, weight: weight * x.mean() * weight.mean()),
     ),
     fault(
         "hooks ignored", "reparamc.fx.calls:is_plain",

@@ -28,7 +28,7 @@ from reparamc.fx.copying import State, copied, kept_aside, submodules
 from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.export import is_exported, live_in_training
 from reparamc.fx.outcome import difference, ran
-from reparamc.fx.parts import Parts, Placed, Taken, Way, Whole, has_hooks, has_options, remembered
+from reparamc.fx.parts import Parts, Placed, Taken, Way, Whole, has_options, remembered
 from reparamc.fx.parts_alone import run_parts_alone
 from reparamc.fx.runnable import perturbed, plain
 from reparamc.fx.watch import LOCK, Call, Seen, Watched, watching
@@ -187,8 +187,7 @@ class _Fusion:
 
     def checked(self, parts: Parts, taken: Taken) -> Taken:
         """``taken``, compared with the model; of a part that is wrong, its own parts are taken instead."""
-        is_graph = taken.module is not self.own and not parts.placed  # which was compared by itself
-        if self.writes_parameters or (is_graph and not has_hooks(self.model)):
+        if self.writes_parameters or taken.is_compared:
             return taken
         while (fault := self.fault(taken.module, parts.placed)) is not None:
             least = min(self.runs, key=lambda seen: elements(seen.call))

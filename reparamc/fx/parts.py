@@ -46,10 +46,11 @@ class Way:
 
 @dataclass
 class Taken:
-    """What takes the place of a module, and the ways of all parts of it."""
+    """What takes the place of a module, the ways of all parts of it, and whether it was compared with the module."""
 
     module: nn.Module
     ways: list[Way] = field(default_factory=list)
+    is_compared: bool = False
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,8 @@ class Parts:
             taken = self.take(place)
             ways += [Way(w.where, w.how, w.why or why, w.size, w.report) if w.where == place else w for w in taken.ways]
             self._put(place, result, inner, taken.module)
-        return Taken(within(module, result) if path in self.classes and result is not module else result, ways)
+        result = within(module, result) if path in self.classes and result is not module else result
+        return Taken(result, ways, bool(expected))
 
     def _by_export(self, path: str, taken: Taken) -> Taken:
         """As a graph by torch.export, where that folds a BatchNorm that would stay; else what was ``taken``."""

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.fx.fuse import fuse_fx
+from reparamc.fx.watch import LOCK
 
 
 def fuse_exported(program: torch.export.ExportedProgram, **options: Any) -> torch.export.ExportedProgram:
@@ -44,7 +45,7 @@ def fuse_exported(program: torch.export.ExportedProgram, **options: Any) -> torc
             opened = [axis for axis, n in enumerate(value.shape) if not isinstance(n, int)]
             shapes[leaf] = dict.fromkeys(opened, torch.export.Dim.AUTO)
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t, (tuple(args), dict(kwargs)))
-    with warnings.catch_warnings():
+    with LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(_plain(fused), args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
