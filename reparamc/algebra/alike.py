@@ -124,7 +124,10 @@ def _candidates(of: Index | None, parts: Sequence[Array]) -> Iterator[Index]:
     lead = np.abs(np.take_along_axis(numbers, (numbers != 0).argmax(1)[:, None], 1))
     with np.errstate(all="ignore"):
         units = np.where(lead > 0, numbers / lead, 0.0) + 0.0
-    keys = rows_as_bytes(units if of is None else np.concatenate([units, of], 1))
+    first = np.zeros(lead.shape)  # of those that are mostly zero: where their numbers begin
+    empty = np.flatnonzero(lead == 0)
+    first[empty, 0] = np.concatenate([p[empty] != 0 for p in parts], 1).argmax(1)
+    keys = rows_as_bytes(np.concatenate([units, first] if of is None else [units, first, of], 1))
     if len(set(keys)) < len(keys):
         groups: dict[bytes, list[int]] = {}
         for at, key in enumerate(keys):

@@ -52,14 +52,14 @@ def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
         VerificationError: the result differs, and no edit is to blame for it.
     """
     told: list[Report] = []
+    start = perf_counter()
     for p in options.passes:
-        start = perf_counter()
         plan = p.first(host.graph, p.name, options.level != "off") if isinstance(p, FirstPass) else None
         if plan is not None:
             result, report = _carried_out(host, options, plan, start)
             told.append(report)
             host = host.over(result) if report.changed else host
-    start = perf_counter()
+            start = perf_counter()
     plan = make_plan(
         host.graph, options.passes, objective_of(options.objective), verify=options.level != "off",
         progress=options.progress, told=options.told,

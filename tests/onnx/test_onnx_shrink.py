@@ -271,6 +271,17 @@ def test_a_number_in_the_last_place_keeps_channels_apart() -> None:
     assert widths(made(node("Relu", "c", "r"), **parameters))["c"] == (4, 3, 3, 3)
 
 
+@pytest.mark.parametrize(("places", "left"), [((9, 20), 4), ((20, 9), 6)])
+def test_kernels_that_are_mostly_zero(places: tuple[int, int], left: int) -> None:
+    """Rows 0 and 1, and 2 and 3, have their one number at the same place or not."""
+    kernel = np.zeros((6, 27), np.float32)
+    kernel[[0, 2], places[0]] = kernel[[1, 3], 9] = 1.5
+    kernel[4:] = rand(2, 27)
+    kernel[2:4] *= 2
+    parts = {"a": kernel.reshape(6, 3, 3, 3), "ab": np.array([0, 0, 1, 1, 0, 0], np.float32)}
+    assert widths(made(node("Sigmoid", "c", "r"), **parts))["c"] == (left, 3, 3, 3)
+
+
 def test_a_value_added_to_itself_keeps_its_multiples() -> None:
     assert widths(made(node("Add", "c c", "r"), **multiples(2.0)))["y"] == (4, 3, 1, 1)
 
