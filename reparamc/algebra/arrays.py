@@ -90,21 +90,25 @@ def derived(array: Array, shape: tuple[int, ...], function: Callable[[Array], Ar
     return cast(Array, made)
 
 
+_NUMPY = (np.ndarray, np.generic)
+
+
 def _is_numpy(array: Any) -> bool:
-    return isinstance(array, np.ndarray | np.generic)
+    return isinstance(array, _NUMPY)
 
 
 def together(*arrays: Array) -> tuple[Any, ...]:
     """The namespace of ``arrays``, and the arrays in it: those of NumPy become ones of the other library, if any."""
-    arrays = tuple(map(loaded, arrays))
-    other: Any = next((a for a in arrays if not _is_numpy(a)), None)
-    if other is None:
-        return (numpy_namespace, *arrays)
+    held: list[Any] = [loaded(a) for a in arrays]
+    others = [a for a in held if not isinstance(a, _NUMPY)]
+    if not others:
+        return (numpy_namespace, *held)
+    other = others[0]
     from array_api_compat import array_namespace
 
     xp: Any = array_namespace(other)
     how = {"dtype": other.dtype, "device": _device(other)}
-    return (xp, *(xp.asarray(np.array(a), **how) if _is_numpy(a) else a for a in arrays))
+    return (xp, *(xp.asarray(np.array(a), **how) if _is_numpy(a) else a for a in held))
 
 
 def _device(array: Any) -> Any:
@@ -198,7 +202,8 @@ def always(question: Question, *arrays: Array) -> bool:
 
 def is_all(array: Array, number: float) -> bool:
     """Whether every element is ``number`` and will be."""
-    return always(partial(_equals, number), array)
+    array = loaded(array)
+    return _equals(number, array) if _is_numpy(array) else always(partial(_equals, number), array)
 
 
 def _equals(number: float, array: Array) -> bool:

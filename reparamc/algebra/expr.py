@@ -446,7 +446,7 @@ def walk(root: Expr, stop: Callable[[Expr], bool] | None = None) -> Iterator[Exp
         return iter(_ordered(root, stop))
     found: tuple[Expr, ...] | None = vars(root).get(_BELOW)
     if found is None:
-        found = tuple(_ordered(root, lambda _: False)[:-1])
+        found = tuple(_ordered(root)[:-1])
         if len(found) <= _MOST_KEPT:
             object.__setattr__(root, _BELOW, found)
     return iter((*found, root))
@@ -456,7 +456,7 @@ _BELOW, _MOST_KEPT = "_below", 64
 """Where a node that is walked over keeps what is below it, and how much: all of a chain would be quadratic."""
 
 
-def _ordered(root: Expr, stop: Callable[[Expr], bool]) -> list[Expr]:
+def _ordered(root: Expr, stop: Callable[[Expr], bool] | None = None) -> list[Expr]:
     order: list[Expr] = []
     seen: set[Expr] = set()
     stack: list[tuple[Expr, bool]] = [(root, False)]
@@ -467,8 +467,8 @@ def _ordered(root: Expr, stop: Callable[[Expr], bool]) -> list[Expr]:
         elif e not in seen:
             seen.add(e)
             stack.append((e, True))
-            if not stop(e):
-                stack.extend((c, False) for c in reversed(e.children))
+            if stop is None or not stop(e):
+                stack += [(c, False) for c in reversed(e.children) if c not in seen]
     return order
 
 

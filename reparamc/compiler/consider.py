@@ -49,7 +49,7 @@ class Decision:
     """What becomes of one region: its final form, the splice that makes it so, what was declined, what went wrong.
 
     ``apart`` are members without which the rest may be rewritten: they take maps that a convolution refuses, or would
-    be computed several times. ``form`` is what it was decided on.
+    be computed several times.
     """
 
     expr: Expr
@@ -58,20 +58,19 @@ class Decision:
     members: tuple[Value, ...]
     failed: bool = False
     apart: frozenset[Value] = frozenset()
-    form: Form | None = None
 
 
 def consider(
     setting: Setting, parts: Sequence[tuple[Value, ...]], most: float = inf, start: Form | None = None
-) -> Decision:
-    """What becomes of a region: ``parts`` are its members, and those of the regions joined to it.
+) -> tuple[Decision, Form]:
+    """What becomes of a region, and its form: ``parts`` are its members, and those of the regions joined to it.
 
     It stays as it is if it cannot be made cheaper than ``most``. ``start`` is the form of the first of ``parts``.
     """
     form = _simplified(setting, parts, start)
     decision = _decided(setting, form, _in_order(parts, setting.readings), most)
     release(form.before)
-    return replace(decision, form=form)
+    return decision, form
 
 
 def _decided(setting: Setting, found: Form, members: tuple[Value, ...], most: float) -> Decision:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from reparamc.algebra.arrays import is_all
 from reparamc.algebra.expr import Conv, Expr, Layout, Source, rebuild, walk
-from reparamc.compiler.consider import Decision, Setting, consider
+from reparamc.compiler.consider import Decision, Form, Setting, consider
 from reparamc.compiler.graph import Splice
 from reparamc.compiler.joining import joined
 from reparamc.compiler.readings import Reading, Taps, Value, is_norm
@@ -29,7 +29,7 @@ def decide(setting: Setting, progress: Callable[[int, int], None]) -> dict[Value
     Shared members that some region still reads, or that several repeat over different operands, are operands in
     a second try.
     """
-    results: dict[tuple[Value, tuple[Value, ...]], Decision] = {}
+    results: dict[tuple[Value, tuple[Value, ...]], tuple[Decision, Form]] = {}
     stuck, ends = set[Value](), set[Value]()
     most = MOST_SHARED if setting.objective.stores else 1
     while True:
@@ -38,13 +38,14 @@ def decide(setting: Setting, progress: Callable[[int, int], None]) -> dict[Value
             if (root, members) not in results:
                 results[root, members] = consider(setting, (members,))
                 progress(done + 1, len(regions))
-        decisions = {root: results[root, members] for root, members in regions.items()}
+        decisions = {root: results[root, members][0] for root, members in regions.items()}
         times = Counter(v for members in regions.values() for v in members)
         shared = {v: n for v, n in times.items() if n > 1}
         still = _still_there(setting.readings, decisions, shared)
         alone = {v for decision in decisions.values() for v in decision.apart}
         if not still and not alone:
-            return _copied_once(setting.readings, joined(setting, decisions), shared)
+            forms = {root: results[root, members][1] for root, members in regions.items()}
+            return _copied_once(setting.readings, joined(setting, decisions, forms), shared)
         stuck |= still
         ends |= alone
 

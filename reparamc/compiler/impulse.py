@@ -50,6 +50,8 @@ def _find_kernels(setting: Setting, decisions: Mapping[Value, Decision], name: s
         operands = readings[value].operands if value in readings else graph.moves(value)
         if operands is not None and not _is_no_kernel(readings.get(value)):
             wide[value] = readings.get(value, Reading(total([*map(Source, operands)])))
+    if wide.keys() <= readings.keys() and not any(r.at_border for d in decisions.values() for r in d.refusals):
+        return  # there is none to look for
     for members in find_regions(graph, wide, apart=wide).values():
         for tree in _trees_on_one_operand(members, wide):
             left = [decisions[v] for v in tree if v in decisions]

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from reparamc.algebra.cost import multiply_adds
 from reparamc.algebra.expr import Conv, Expr, Select, Source, replaced, walk
-from reparamc.compiler.consider import Decision, Setting, consider
+from reparamc.compiler.consider import Decision, Form, Setting, consider
 from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import linear_users
 
@@ -29,8 +29,8 @@ FEWER = 0.99
 """Of the multiply-adds: to compute a convolution in parts pays if a part becomes one with what follows it."""
 
 
-def joined(setting: Setting, decisions: dict[Value, Decision]) -> dict[Value, Decision]:
-    """``decisions``, with regions joined where one alone reads the result of another, several times, if that pays."""
+def joined(setting: Setting, decisions: dict[Value, Decision], forms: dict[Value, Form]) -> dict[Value, Decision]:
+    """``decisions``, made of ``forms``, with regions joined where one alone reads another several times, if it pays."""
     cost = setting.objective.cost
     home = _homes(decisions)
     parts: dict[Value, tuple[tuple[Value, ...], ...]] = {}
@@ -44,10 +44,10 @@ def joined(setting: Setting, decisions: dict[Value, Decision]) -> dict[Value, De
         chain = (*parts.get(outer, (second.members,)), *parts.get(root, (first.members,)))
         if len(chain) > MOST_JOINED:
             continue
-        whole = consider(setting, chain, cost(_composed(root, first.expr, second.expr)), second.form)
+        whole, form = consider(setting, chain, cost(_composed(root, first.expr, second.expr)), forms[outer])
         if whole.splice is not None:
             del decisions[root]
-            decisions[outer], parts[outer] = whole, chain
+            decisions[outer], forms[outer], parts[outer] = whole, form, chain
             home.update((v, {outer}) for v in first.members)
     return decisions
 
@@ -70,7 +70,7 @@ def parted(setting: Setting, decisions: dict[Value, Decision]) -> None:
             continue
         if any(d.splice is not None and d.splice.shared is not None for d in (first, *second.values())):
             continue
-        found = {o: consider(setting, (d.members, first.members)) for o, d in second.items()}
+        found = {o: consider(setting, (d.members, first.members))[0] for o, d in second.items()}
         rows = sum(len(set(e.index)) / e.width for e in chosen if isinstance(e, Select))
         kernels = rows * _in_kernels([first]) + _in_kernels(second.values())
         if not _in_kernels(found.values()) < FEWER * kernels or not any(_in_kernels([d]) for d in second.values()):
