@@ -101,10 +101,10 @@ def by_position(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str
 
 def is_constant(value: Any) -> bool:
     """Whether ``value`` is a number, a string or None, or a tuple of those."""
-    return type(value) in _CONSTANT or (type(value) is tuple and _CONSTANT.issuperset(map(type, value)))
+    return type(value) in CONSTANTS or (type(value) is tuple and CONSTANTS.issuperset(map(type, value)))
 
 
-_CONSTANT = frozenset((bool, int, float, str, type(None)))
+CONSTANTS = frozenset((bool, int, float, str, type(None)))
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reparamc.errors import InputError, one_line
-from reparamc.fx.calls import is_constant
+from reparamc.fx.calls import CONSTANTS, is_constant
 from reparamc.fx.export import is_exported
 
 Memo = dict[int, Any]
@@ -76,12 +76,12 @@ def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
                     f"{f'{inner!r}, a {kind},' if inner else kind} cannot be copied: {one_line(error)}; "
                     "fuse_fx makes a fused copy: let copy.deepcopy take it"
                 ) from error
-    for module in made.modules():
+    for module in submodules(made).values():
         for name, value in [(n, v) for n, v in vars(module).items() if isinstance(v, _REFERRING) and v]:
             if (moved := _moved(value, memo)) is not value:
                 vars(module)[name] = moved
-    modes = {path: module.training and not is_exported(model) for path, module in model.named_modules()}
-    for path, module in made.named_modules():
+    modes = {path: module.training and not is_exported(model) for path, module in submodules(model).items()}
+    for path, module in submodules(made).items():
         if module.training != modes.get(path, module.training):
             _set_mode(module, modes[path])
     return made
@@ -285,7 +285,9 @@ class _Snapshot:
         held: list[Any] = []
         self.empty: list[Any] = []
         for name, value in self.attributes.items():
-            if not is_constant(value) and isinstance(value, _HOLDING) and name not in again:
+            if type(value) in CONSTANTS or is_constant(value):  # the first is quicker, and most are
+                continue
+            if isinstance(value, _HOLDING) and name not in again:
                 if isinstance(value, Tensor) or value:
                     held += _inside(value)
                 elif not isinstance(value, tuple):

@@ -161,11 +161,17 @@ class FxHost:
         return verify_end_to_end(self.original, result.module, trials, regions, alone)
 
 
-def _sums(module: nn.Module) -> list[str]:
+def _sums(module: nn.Module) -> list[Any]:
     """What tells that a parameter or buffer has been written into."""
     dense = [t for t in tensors(module) if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
-    plain = [t for t in dense if not (t.is_meta or t.is_quantized or t.is_complex())]
-    return [repr(t.detach().sum(dtype=torch.float64).item()) for t in plain]
+    return [_sum(t.detach()) for t in dense if not (t.is_meta or t.is_quantized or t.is_complex())]
+
+
+def _sum(t: Tensor) -> Any:
+    """The sum of its bits, eight bytes at a time, which is exact and quick; where there are fewer, of its values."""
+    t = t.contiguous()
+    whole = not t.numel() * t.element_size() % 8 and not t.storage_offset() * t.element_size() % 8
+    return (t.reshape(-1).view(torch.int64).sum() if whole else t.sum(dtype=torch.float64).view(torch.int64)).item()
 
 
 def _of_runs(

@@ -359,13 +359,18 @@ class Parts:
 
     def without_doubles(self, taken: Taken) -> Taken:
         """``taken``, but that no part is fused whose weights another place in the model keeps as well."""
-        for part in list(self.placed):
-            kept = set(map(id, taken.module.parameters())) if len(part.sites) == 1 else ()
-            gone = {id(p) for p in part.old.parameters()}.difference(map(id, part.new.parameters()))
-            while part in self.placed and not gone.isdisjoint(kept):
-                taken = self.entered(taken, part.where, "another place in the model holds what would fold in it")
-                part = next((p for p in self.placed if p.where == part.where), part)
+        while (part := self._doubled(taken.module)) is not None:
+            taken = self.entered(taken, part.where, "another place in the model holds what would fold in it")
         return taken
+
+    def _doubled(self, root: nn.Module) -> Placed | None:
+        """A part whose parameters ``root`` holds elsewhere, though they are no more in what took its place."""
+        kept = set(map(id, root.parameters()))
+        for part in self.placed:
+            gone = (p for p in part.old.parameters() if id(p) in kept) if len(part.sites) == 1 else ()
+            if any(all(p is not other for other in part.new.parameters()) for p in gone):
+                return part
+        return None
 
     def entered(self, taken: Taken, path: str, why: str) -> Taken:
         """``taken``, with what is at ``path`` in its own class; or, where it is already, with its parts replaced."""
