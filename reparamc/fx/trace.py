@@ -11,14 +11,16 @@ import operator
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any, cast
 from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.fx._symbolic_trace import _maybe_revert_all_patches
+from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute, TraceError
 from torch.utils import _pytree as pytree
 
@@ -122,12 +124,21 @@ class _Tracer(fx.Tracer):
         opaque: submodules that are called as they are, by path, with the reasons; others that cannot be followed join.
         examples: arguments of the outermost forward; those that are lists, tuples and dicts keep their lengths.
         is_mended: whether tracing succeeds once it starts anew, by an error that was raised.
+        answer: what a forward is told that asks a size one question; None where it may ask none.
+
+    Attributes:
+        asked: whether the innermost forward has asked.
     """
 
     def __init__(
-        self, opaque: dict[str, str], examples: Mapping[str, Any], is_mended: Callable[[BaseException], bool]
+        self,
+        opaque: dict[str, str],
+        examples: Mapping[str, Any],
+        is_mended: Callable[[BaseException], bool],
+        answer: bool | None,
     ) -> None:
         super().__init__()
+        self.answer, self.asked, self._again = answer, False, bool(answer)
         self.opaque, self._is_mended = opaque, is_mended
         self.precision = _precision()
         self.thread = threading.get_ident()
@@ -234,7 +245,54 @@ class _Tracer(fx.Tracer):
             message = f"a size must be {'zero' if size == 0 else 'more than zero'}, as the example had it"
             self.create_proxy("call_function", torch._assert, (same, message), {})
             return size == 0
-        return super().to_bool(obj)
+        if self.answer is None or self.asked or not self.is_number(node):
+            return super().to_bool(obj)
+        self.asked = True
+        return self.answer
+
+    def _settled(self, module: nn.Module, run: Callable[[], Any]) -> Any:
+        """What ``run`` of ``module`` gives. A question that it asks of sizes is none if both answers give the same."""
+        outer, place = (self.answer, self.asked, self._again), self._place()
+        self.answer, self.asked = False, False
+        try:
+            try:
+                result = run()
+                if not self.asked or self._again or self._gives_again(module, run, place[0], result):
+                    return result
+            except Exception:
+                if not self.asked:
+                    raise
+            self._back_to(*place)
+            self.answer = None
+            return run()
+        finally:
+            self.answer, self.asked, self._again = outer
+
+    def _gives_again(self, module: nn.Module, run: Callable[[], Any], start: int, result: Any) -> bool:
+        """Whether ``run`` gives ``result``, as it did from ``start`` on, for the other answer."""
+        place, held = self._place(), _attributes(module)
+        self.answer, self.asked, self._again = True, False, True
+        try:
+            other = run()
+            nodes = list(self.graph.nodes)
+            same = _is_same(self.root, nodes[start : place[0]], nodes[place[0] :], result, other)
+            return same and held == _attributes(module)
+        except Exception:  # whatever forward raises
+            return False
+        finally:
+            self._back_to(*place)
+
+    def _place(self) -> tuple[int, int]:
+        return len(self.graph.nodes), len(self.module_stack)
+
+    def _back_to(self, before: int, around: int) -> None:
+        """Forget the nodes after the first ``before`` ones."""
+        for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - before]:
+            self.graph.erase_node(node)
+        for name in [name for name, proxy in self._parameters.items() if proxy.node._erased]:
+            del self._parameters[name]
+        while len(self.module_stack) > around:
+            self.module_stack.popitem(last=True)
 
     def length(self, proxy: fx.Proxy) -> int:
         """The length of an argument, which every later call must have as well."""
@@ -267,18 +325,13 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         self._refuse_autocast()  # here it is the fault of the module around ``m``
-        before, around = len(self.graph.nodes), len(self.module_stack)
+        place = self._place()
         try:
-            return super().call_module(m, forward, args, kwargs)
+            return self._settled(m, functools.partial(super().call_module, m, forward, args, kwargs))
         except Exception as error:
             if self._is_mended(error):
                 raise _Anew from error
-            for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - before]:
-                self.graph.erase_node(node)
-            for name in [name for name, proxy in self._parameters.items() if proxy.node._erased]:
-                del self._parameters[name]
-            while len(self.module_stack) > around:
-                self.module_stack.popitem(last=True)
+            self._back_to(*place)
             path = self.path_of_module(m)
             self.opaque[path] = f"torch.fx cannot follow it: {_first_sentence(error)}"
             return self.create_proxy("call_module", path, args, kwargs)
@@ -293,6 +346,32 @@ class _Tracer(fx.Tracer):
                 self.held[proxy.node] = attr_val
             return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+_CONSTANT = "_tensor_constant"
+"""What torch.fx calls tensors that are no parts of a module, and puts there."""
+
+
+def _is_same(root: nn.Module, first: Sequence[fx.Node], second: Sequence[fx.Node], *results: Any) -> bool:
+    """Whether two lists of nodes do the same, and give the same of two ``results``."""
+    read = {n.target: n for n in first if n.op == "get_attr"}
+    same = {n: read.get(n.target, n) for n in second if n.op == "get_attr"}
+    constants = [[n for n in of if str(n.target).startswith(_CONSTANT)] for of in (read.values(), same)]
+    for a, b in zip(*constants, strict=True):
+        if not torch.equal(getattr(root, str(a.target)), getattr(root, str(b.target))):
+            return False
+        same[b] = a
+    calls = [[n for n in nodes if n.op != "get_attr"] for nodes in (first, second)]
+    for a, b in zip_longest(*calls):
+        given = None if b is None else map_arg((b.args, b.kwargs), lambda n: same.get(n, n))
+        if a is None or b is None or (a.op, a.target) != (b.op, b.target) or given != (a.args, a.kwargs):
+            return False
+        same[b] = a
+    leaves, specs = zip(*map(pytree.tree_flatten, results), strict=True) if results else ([[], []], [None, None])
+    return specs[0] == specs[1] and all(
+        same.get(b.node, b.node) is a.node if isinstance(a, fx.Proxy) and isinstance(b, fx.Proxy) else a is b
+        for a, b in zip(*leaves, strict=True)
+    )
 
 
 _is_autocast_enabled = torch.is_autocast_enabled
@@ -366,14 +445,10 @@ def traced(
     examples = {} if call is None else inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
     fixed, functions = fixed_arguments(model, call), _Functions()
     while True:
-        tracer = _Tracer(dict(opaque), examples, functions.found)
         try:
-            with (
-                LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracer), _lenient_checks(), other_modes(),
-                mock.patch.object(builtins, "isinstance", _is_instance),
-            ):  # fmt: skip
-                torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
-                graph = tracer.trace(model, fixed or None)
+            tracer, graph = _traced_for(
+                model, fixed, lambda answer: _Tracer(dict(opaque), examples, functions.found, answer), functions
+            )
             _plain_assertions(graph)
             _plain_writes(graph)
             _restore_names(graph, model)
@@ -398,6 +473,39 @@ def traced(
                 f"torch.fx cannot trace {type(model).__name__}: {_first_sentence(error)}"
                 f"{way_out if call is None else ''}"
             ) from error
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if not name.startswith(_CONSTANT)}
+
+
+def _traced_for(
+    model: nn.Module, fixed: dict[str, Any], make: Callable[[bool | None], _Tracer], functions: _Functions
+) -> tuple[_Tracer, fx.Graph]:
+    """``model`` traced. A question that its forward asks of sizes is none if both answers give the same."""
+
+    def traced_with(answer: bool | None) -> tuple[_Tracer, fx.Graph]:
+        tracers.append(make(answer))
+        with (
+            LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracers[-1]), _lenient_checks(), other_modes(),
+            mock.patch.object(builtins, "isinstance", _is_instance),
+        ):  # fmt: skip
+            torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
+            return tracers[-1], tracers[-1].trace(model, fixed or None)
+
+    tracers: list[_Tracer] = []
+    held = _attributes(model)
+    try:
+        found = traced_with(False)
+        if not tracers[0].asked:
+            return found
+        graphs = [list(graph.nodes) for _, graph in (found, traced_with(True))]
+        if _is_same(model, *graphs) and held == _attributes(model):
+            return found
+    except Exception:
+        if not tracers[0].asked:
+            raise
+    return traced_with(None)
 
 
 def _first_sentence(error: BaseException) -> str:

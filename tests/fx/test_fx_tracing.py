@@ -653,6 +653,59 @@ def test_compiled_code_takes_no_proxy_for_a_tensor(call: Any) -> None:
     assert relative_error(run(fused, x), run(model, x)) < 1e-5
 
 
+class Asking(nn.Conv2d):
+    """Asks for the size of its operand, and runs a norm of its own."""
+
+    def __init__(self, ask: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__(CHANNELS, CHANNELS, 3, padding=1)
+        self.norm, self.ask, self.empty = nn.BatchNorm2d(CHANNELS), ask, 0
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y = self.ask(self, x)
+        return self.norm(super().forward(x if y is None else y))
+
+
+def asserts(m: Any, x: Tensor) -> None:
+    if x.numel() == 0 and m.training:
+        raise AssertionError("no example")
+
+
+def asks_for_a_factor(m: Any, x: Tensor) -> Tensor:
+    n = 2 if x.shape[-1] > 3 else 2.0
+    return x * torch.tensor(float(n))
+
+
+def counts_the_empty(m: Any, x: Tensor) -> None:
+    if x.numel() == 0:
+        m.empty += 1
+
+
+def asks_twice(m: Any, x: Tensor) -> Tensor | None:
+    return x * 2 if (x.shape[-1] > 5) is not (x.shape[-2] > 5) else None
+
+
+def differs(m: Any, x: Tensor) -> Tensor:
+    return x * 2 if x.shape[-1] > 5 else x + 1
+
+
+def goes_on(m: Any, x: Tensor) -> Tensor:
+    while x.shape[-1] > 5:
+        x = x[..., ::2]
+    return x
+
+
+@pytest.mark.parametrize("ask", [asserts, asks_for_a_factor, counts_the_empty, asks_twice, differs, goes_on])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_question_is_none_if_its_answer_changes_nothing(ask: Any, inside: bool) -> None:
+    asking, x = ready(Asking(ask)), images((2, CHANNELS, 7, 6), dtype=torch.float32)[0]
+    model = nn.Sequential(nn.ReLU(), asking).eval() if inside else asking
+    fused = fuse_fx(model, x)
+    if ask in (asserts, asks_for_a_factor):
+        assert counts(fused) == counts(fuse_fx(model)) == (1, 0)
+    for given in (x, x[:1, :, :4, :3]) if ask in (asserts, asks_for_a_factor) else (x, x[:1]):
+        assert relative_error(run(fused, given), run(model, given)) < 1e-5
+
+
 def test_autocast_within_a_part_keeps_the_part() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), InLowPrecision()).eval(), torch.randn(3, CHANNELS)
