@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from weakref import ref
 
 import numpy as np
 import onnx
@@ -11,12 +13,15 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from reparamc.certificate.proof import Certificate
 from reparamc.compiler import rollback
+from reparamc.compiler.liveness import Liveness
 from reparamc.onnx import weights
+from reparamc.onnx.emit import OnnxEdit
 from reparamc.onnx.fuse import fuse_model
 
 UNUSED = (
     "onnxruntime", "onnx.reference", "rich", "hypothesis", "onnx_graphsurgeon", "scipy", "torch", "numpy.f2py",
-    "reparamc.certificate.proof", "reparamc.equivalence.end_to_end",
+    "reparamc.certificate.proof", "reparamc.equivalence.end_to_end", "reparamc.compiler.rollback", "numpy.ma",
+    "reparamc.compiler.reference", "array_api_compat", "fractions",
 )  # fmt: skip
 
 
@@ -78,3 +83,45 @@ def test_one_region_of_each_kind_is_run_and_what_the_proof_leaves_open_is_sample
     _, report = fuse_model(blocks(4), verify="region")
     assert (len(report.rewrites), len(sampled)) == (4, 4)
     assert all(r.error is not None and r.error < 1e-12 for r in report.rewrites)
+
+
+def test_sizes_are_inferred_once_for_the_model_and_once_for_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    infer = onnx.shape_inference.infer_shapes
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", lambda *a, **k: asked.append(a) or infer(*a, **k))
+    fuse_model(blocks(3), verify="off")
+    assert len(asked) == 2
+
+
+def test_without_verification_only_the_arrays_of_one_splice_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels: list[ref[Any]] = []
+    alive: list[int] = []
+    add = OnnxEdit.add_initializer
+
+    def adding(self: OnnxEdit, wanted: str, array: Any, dtype: Any) -> str:
+        if array.ndim == 4:
+            kernels.append(ref(array))
+            alive.append(sum(kernel() is not None for kernel in kernels))
+        return add(self, wanted, array, dtype)
+
+    monkeypatch.setattr(OnnxEdit, "add_initializer", adding)
+    fuse_model(blocks(5), verify="off")
+    assert alive == [1] * 5
+
+
+@pytest.mark.parametrize(("parts", "followed"), [(2, False), (1, True)])
+def test_channels_are_followed_only_if_some_may_leave(
+    parts: int, followed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = blocks(1)
+    del model.graph.output[0], model.graph.node[2]
+    bounds = {"at0": [0], "at1": [8], "at2": [16], "axis": [1]}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(a), n) for n, a in bounds.items())
+    for i in range(parts):
+        model.graph.node.append(helper.make_node("Slice", ["n0", f"at{i}", f"at{i + 1}", "axis"], [f"y{i}"]))
+        model.graph.output.append(helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, [1, 8, 6, 5]))
+    asked: list[object] = []
+    follow = Liveness._follow
+    monkeypatch.setattr(Liveness, "_follow", lambda self, value: asked.append(value) or follow(self, value))
+    fuse_model(model, verify="off")
+    assert bool(asked) == followed
