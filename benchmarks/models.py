@@ -48,12 +48,13 @@ def _create(name: str) -> nn.Module:
         import fastvit_zoo.torchvision_operators  # noqa: F401
 
         models = importlib.import_module("torchvision.models")
-        return models.get_model(name.removeprefix("torchvision/"), weights=None)
+        options = {"weights_backbone": None} if "deeplab" in name else {}
+        return models.get_model(name.removeprefix("torchvision/"), weights=None, **options)
     return create_model(name)
 
 
 def size(name: str) -> int:
-    return 256 if "fastvit" in name else 224
+    return 256 if "fastvit" in name else 512 if "deeplab" in name else 224
 
 
 def onnx_file(name: str) -> Path:

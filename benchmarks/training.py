@@ -202,6 +202,7 @@ COSTLY = [
     *("fastvit_t8", "fastvit_sa12", "fastvit_sa36", "timm/mobileone_s0", "timm/repvit_m0_9", "timm/repvgg_a0"),
     *("torchvision/mobilenet_v3_small", "torchvision/mobilenet_v3_large", "torchvision/efficientnet_b0"),
     *("torchvision/resnet18", "torchvision/convnext_tiny", "torchvision/densenet121"),
+    "torchvision/deeplabv3_mobilenet_v3_large",
 ]
 
 
