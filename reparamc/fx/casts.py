@@ -1,4 +1,4 @@
-"""Casts of values to the dtype that they have anyway: ``y.to(x.dtype)``, as mixed precision is written."""
+"""Casts of values to the dtype that they have anyway, as mixed precision is written, or to their own device."""
 
 from __future__ import annotations
 
@@ -50,14 +50,16 @@ class DTypes:
             return None
         (one,) = given
         if isinstance(one, fx.Node):
-            return self._known.get(cast(fx.Node, one.args[0]) if _is_read(one) else one)
+            known = self._known.get(cast(fx.Node, one.args[0]) if _is_read(one) else one)
+            is_device = _is_read(one) and one.args[1] == "device"  # that of weights, where they tell the dtype
+            return self._known.get(cast(fx.Node, cast_.args[0])) if is_device and known is not None else known
         return one if isinstance(one, torch.dtype) else None
 
     def _weight(self, call: Call) -> torch.dtype | None:
         """The dtype of the weight that a call multiplies with."""
         weight = call.args.get(_WEIGHTED.get(call.op, ""))
-        if isinstance(weight, fx.Node) and weight.op == "get_attr":
-            weight = lookup(self.module, str(weight.target))
+        if isinstance(weight, fx.Node):
+            return self._known.get(weight) if call.plain else None
         weight = weight.tensor if isinstance(weight, Held) else weight
         return weight.dtype if isinstance(weight, Tensor) and call.plain else None
 
@@ -107,4 +109,4 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_read(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is getattr and node.args[1] == "dtype"
+    return node.op == "call_function" and node.target is getattr and node.args[1] in ("dtype", "device")

@@ -42,6 +42,8 @@ class Values:
     an operator demands of its operand (a rank, a number of channels) is carried back, and the sweep
     repeated with it. Of a graph that torch.export made, the shapes are those that it recorded.
 
+    A sum of sizes with one that is not known is a size of its own: an operator that demands it tells the other one.
+
     ``batches`` names values that have as many examples as others. With ``batched``, the operand of a convolution is
     taken to be a batch where nothing tells its rank: ``assumed`` says of which values.
     """
@@ -63,6 +65,7 @@ class Values:
         self.names: dict[fx.Node, tuple[str, ...]] = {}
         self.ranks, self.batched, self.batches = dict(ranks), batched, batches
         self.bound: dict[str, int] = {}
+        self._parts: dict[tuple[str, ...], tuple[str, int, int]] = {}
         self._evaluate_constants()
         self._sweep()
 
@@ -204,6 +207,9 @@ class Values:
             dim = shape[axis]
             if len(dim.symbols) == 1 and dim.factor > 0 and count % dim.factor == 0:
                 self.bound.setdefault(dim.symbols[0], count // dim.factor)
+                symbol, times, known = self._parts.get(dim.symbols, ("", 1, count))
+                if count > known and (count - known) % times == 0:
+                    self.bound.setdefault(symbol, (count - known) // times)
 
     @staticmethod
     def axis_of_norm(call: Call, rank: int) -> int:
@@ -232,7 +238,7 @@ class Values:
         if call.op in ("add", "sub", "mul", "div"):
             return self._broadcast(node, call.args.get("input"), call.args.get("other"))
         if call.op == "cat":
-            return self._joined(call)
+            return self._joined(node, call)
         if call.op in ("einsum", "matmul") and (found := self.contraction(call)) is not None:
             return self._contracted(found)
         x = call.input
@@ -335,7 +341,7 @@ class Values:
         outs = integers(call.get("output_size"), call.axes) if call.axes else None
         return None if outs is None else shape_of(outs)
 
-    def _joined(self, call: Call) -> Shape | None:
+    def _joined(self, node: fx.Node, call: Call) -> Shape | None:
         terms, axis = call.get("tensors"), call.get("dim", 0)
         if not isinstance(terms, tuple | list) or not terms or not isinstance(axis, int):
             return None
@@ -347,8 +353,11 @@ class Values:
         sizes = [s[axis] for s in found]
         if len(set(sizes)) == 1:
             total = sizes[0] * Dim(len(sizes))
-        elif any(s.known is None for s in sizes):
-            return None
+        elif unknown := [s for s in sizes if s.known is None]:
+            if len({*unknown}) > 1 or len(unknown[0].symbols) > 1 or unknown[0].factor != 1:
+                return None
+            total = self._symbol(f"{node.name}.joined")
+            self._parts[total.symbols] = unknown[0].symbols[0], len(unknown), sum(s.known or 0 for s in sizes)
         else:
             total = Dim(sum(s.factor for s in sizes))
         return (*found[0][:axis], total, *found[0][axis + 1 :])

@@ -30,12 +30,23 @@ NOTHING: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "of a constant": lambda m, x: m.n(m.c(x) * m.gain.to(x.dtype)),
     "through an activation": lambda m, x: m.n(m.b(F.relu(m.a(x)).to(m.b.weight.dtype))).type(x.dtype),
     "beside": _low_rank,
+    "a part of a constant, to the device of its operand": lambda m, x: (
+        lambda y: m.n((y + F.conv2d(x, m.wide[:, :CHANNELS].to(x.device))).to(y.dtype))
+    )(m.c(x)),
 }
 
 
 def _parts(run: Callable[[Any, Tensor], Any]) -> Any:
     a, b, c = nn.Conv2d(CHANNELS, 2, 1), nn.Conv2d(2, CHANNELS, 1), nn.Conv2d(CHANNELS, CHANNELS, 1)
-    return Net(run, a=a, b=b, c=c, n=nn.BatchNorm2d(CHANNELS), gain=nn.Buffer(torch.rand(CHANNELS, 1, 1) + 0.5))
+    return Net(
+        run,
+        a=a,
+        b=b,
+        c=c,
+        n=nn.BatchNorm2d(CHANNELS),
+        gain=nn.Buffer(torch.rand(CHANNELS, 1, 1) + 0.5),
+        wide=nn.Buffer(torch.rand(CHANNELS, 9, 1, 1)),
+    )
 
 
 @pytest.mark.parametrize("name", NOTHING)

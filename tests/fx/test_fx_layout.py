@@ -9,7 +9,20 @@ pytest.importorskip("torch")
 from collections.abc import Callable
 
 import torch
-from fx_checks import CHANNELS, Net, check, conv_bn, counts, fuse_fx, images, ready, relative_error, run, vector
+from fx_checks import (
+    CHANNELS,
+    Net,
+    check,
+    conv_bn,
+    counts,
+    fuse_fx,
+    images,
+    ready,
+    reasons,
+    relative_error,
+    run,
+    vector,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -182,3 +195,19 @@ def test_layer_scale_over_another_axis_stays() -> None:
     model = Net(lambda m, x: m.linear(x) * m.g, **parts(), g=vector(C, 1))
     fused = check(model, (C, C, C), (2, C, C))
     assert [n for n in fused.graph.nodes if n.op == "get_attr"]
+
+
+class Beside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(CHANNELS, 6, 1), nn.Conv2d(12, CHANNELS, 1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.last(torch.cat([z, self.first(x), z], 1))
+
+
+def test_what_reads_a_concatenation_tells_the_channels_of_its_parts() -> None:
+    model, given = ready(Beside()), images((2, CHANNELS, 5, 6), (2, 3, 5, 6), dtype=torch.float32)
+    fused = fuse_fx(model, tuple(given))
+    assert "the number of its channels is unknown" not in reasons(fused)
+    assert relative_error(run(fused, *given), run(model, *given)) < 1e-5
