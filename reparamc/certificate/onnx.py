@@ -7,6 +7,7 @@ functions and other domains are atoms, and so is all that is not listed in `READ
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -352,14 +353,23 @@ class _Side:
         return PRECISIONS["float32" if dtype is None else dtype.name]
 
 
+@cache
+def _schema(op_type: str, opset: int) -> tuple[int, int, Mapping[str, AttributeProto]] | None:
+    """The least and most operands of an operator of the standard, and the defaults of its attributes."""
+    try:
+        schema = onnx.defs.get_schema(op_type, opset)
+    except onnx.defs.SchemaError:
+        return None
+    return schema.min_input, schema.max_input, {n: a.default_value for n, a in schema.attributes.items()}
+
+
 def _has_schema(node: NodeProto, opset: int) -> bool:
     """Whether the standard knows all attributes of an operator, and so many operands."""
-    try:
-        schema = onnx.defs.get_schema(node.op_type, opset)
-    except onnx.defs.SchemaError:
+    found = _schema(node.op_type, opset)
+    if found is None:
         return False
-    known = all(a.name in schema.attributes for a in node.attribute)
-    return known and schema.min_input <= len(node.input) <= schema.max_input
+    least, most, defaults = found
+    return all(a.name in defaults for a in node.attribute) and least <= len(node.input) <= most
 
 
 WINDOW = {"pads": 0, "strides": 1, "dilations": 1}
@@ -372,7 +382,8 @@ def _is_default(said: AttributeProto, node: NodeProto, opset: int) -> bool:
         return False
     if said.name in WINDOW and said.type == AttributeProto.INTS:
         return set(said.ints) == {WINDOW[said.name]} and not any(a.name == "auto_pad" for a in node.attribute)
-    default = onnx.defs.get_schema(node.op_type, opset).attributes[said.name].default_value
+    _, _, defaults = _schema(node.op_type, opset) or (0, 0, {})
+    default = defaults[said.name]
     return default.type == said.type and helper.get_attribute_value(default) == helper.get_attribute_value(said)
 
 

@@ -19,13 +19,18 @@ FAILURES = (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, V
 """What onnx raises of contradictions, and of what none of its readers has thought of."""
 
 
+GRAPH, GRAPHS = AttributeProto.GRAPH, AttributeProto.GRAPHS
+
+
 def bodies(node: NodeProto) -> list[GraphProto]:
     """The graphs that an operator runs."""
-    return [g for a in node.attribute if a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for g in _graphs(a)]
-
-
-def _graphs(a: AttributeProto) -> list[GraphProto]:
-    return [a.g] if a.type == AttributeProto.GRAPH else list(a.graphs)
+    found: list[GraphProto] = []
+    for a in node.attribute:
+        if (kind := a.type) == GRAPH:
+            found.append(a.g)
+        elif kind == GRAPHS:
+            found += a.graphs
+    return found
 
 
 def stand_in(node: NodeProto) -> None:

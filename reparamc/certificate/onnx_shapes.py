@@ -95,17 +95,19 @@ def _has_rest(tensor: TensorProto) -> bool:
 def _tell_ranks(light: ModelProto) -> bool:
     """Note the ranks that only the weights of convolutions tell; whether there is any."""
     graph = light.graph
+    convolutions = [
+        n for n in graph.node if n.op_type in ("Conv", "ConvTranspose") and not n.domain and len(n.input) > 1
+    ]
+    wanted = {name for node in convolutions for name in (*node.input[:2], node.output[0])}
     shaped = {
         v.name: (v.type.tensor_type.elem_type, [d.dim_value for d in v.type.tensor_type.shape.dim])
         for v in (*graph.value_info, *graph.output, *graph.input)
-        if v.type.tensor_type.HasField("shape")
-    } | {t.name: (t.data_type, list(t.dims)) for t in graph.initializer}
+        if v.name in wanted and v.type.tensor_type.HasField("shape")
+    } | {t.name: (t.data_type, list(t.dims)) for t in graph.initializer if t.name in wanted}
     told: dict[str, ValueInfoProto] = {}
-    for node in graph.node:
-        if node.op_type in ("Conv", "ConvTranspose") and not node.domain and len(node.input) > 1:
-            kind, weight = shaped.get(node.input[1], (0, []))
-            if len(weight) < 3:
-                continue
+    for node in convolutions:
+        kind, weight = shaped.get(node.input[1], (0, []))
+        if len(weight) >= 3:
             inside = (
                 weight[0] if node.op_type == "ConvTranspose" else weight[1] * cast(int, attribute(node, "group", 1))
             )
@@ -113,10 +115,12 @@ def _tell_ranks(light: ModelProto) -> bool:
                 if name not in shaped:
                     dims = [None, channels or None, *[None] * (len(weight) - 2)]
                     told[name] = helper.make_tensor_value_info(name, kind, dims)
+    if not told:
+        return False
     kept = [v for v in graph.value_info if v.name not in told]
     del graph.value_info[:]
     graph.value_info.extend([*kept, *told.values()])
-    return bool(told)
+    return True
 
 
 class Shapes:
