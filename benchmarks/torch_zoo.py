@@ -917,7 +917,7 @@ def counts(model: Any) -> tuple[int, int]:
         for node in m.graph.nodes if isinstance(m, fx.GraphModule) else ():
             call = operation(node, m) if node.op == "call_function" else None
             norm += call is not None and call.op in ("batch_norm", "native_batch_norm")
-            conv += call is not None and call.op in ("conv", "linear")
+            conv += call is not None and getattr(node.target, "__name__", "").startswith(("conv", "linear"))
     return norm, conv
 
 
@@ -1057,8 +1057,14 @@ def rows(library: str, names: list[str], time: bool) -> Iterator[dict[str, Any]]
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of the documentation."""
     found = {name: row for name, row in results.items() if "after" in row}
-    last = sum(not row.get("earlier") for row in found.values())
-    lines = [PAGE_TEXT.format(models=len(found), whole=sum(not row["after"][0] for row in found.values()), last=last)]
+    times = [row["fuse"] / row["forward"] for row in found.values() if "fuse" in row]
+    head = PAGE_TEXT.format(
+        models=len(found),
+        whole=sum(not row["after"][0] for row in found.values()),
+        timed=len(times),
+        over=sum(ratio > 1 for ratio in times),
+    )
+    lines = [head]
     for name, row in sorted(found.items()):
         library, _, model = name.partition("/")
         own = " / ".join(map(str, row["own"])) if isinstance(row.get("own"), list | tuple) else ""
@@ -1067,7 +1073,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         times = (
             f"{row['fuse']:.1f} / {row['forward']:.1f} = {row['fuse'] / row['forward']:.1f}" if "fuse" in row else ""
         )
-        cells = [library, f"{model} °" if row.get("earlier") else model, row["way"], norms, convs, own, *errors, times]
+        cells = [library, model, row["way"], norms, convs, own, *errors, times]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -1080,11 +1086,23 @@ PAGE_TEXT = """# Model libraries of torch
 
 `python benchmarks/torch_zoo.py` makes this table. Each model has random weights and random BatchNorm statistics that
 fit what the layers see, and is called as its users call it, on small inputs: positional or keyword arguments, lists of
-images, tokens. None of these {models} models is refused, and all return results of the same type; no BatchNorm stays in
-{whole} of them. {last} rows were made on one state of the code, those with a ° on earlier ones; `--again` makes them
-all again. Models that the script knows and that are not in the table were not run yet. Rows of detectors are of all
-boxes, none left out for its score; where the first error is large, rounding has changed their order. More Conv than
-before: a projection of DeepLabV3 is computed in two parts, one of them before an upsampling.
+images, tokens. None of these {models} models is refused, and all return results of the same type. All rows were made
+within two hours, in which the code changed little; `--again` makes them again. Models that the script knows and that
+are not in the table were not run. Rows of detectors are of all boxes, none left out for its score; where the first
+error is large, rounding has changed their order.
+
+No BatchNorm stays in {whole} models. Why one stays in the others:
+
+- clap-audio, patchtsmixer, repmlp: it acts on another axis than the layer beside it;
+- hubert: a padding with zeros comes between it and the convolution;
+- densenet121, van-tiny, replknet-31b, repmlp: an activation or a sum comes between, or a skip connection reads it too;
+- swiftformer, patchtst, mobilevit-xxsmall of mmpretrain, yolov8n-worldv2: it would be exact, but Python that takes
+  optional arguments, or cannot be followed, calls it and the layer beside it, and stays.
+
+More Conv than before: a projection of DeepLabV3 and MobileViT is computed in two parts, one of them before an
+upsampling; matrices of SwiftFormer that were parameters are layers. More Conv than after the library's own method:
+`fuse` of YOLOv10 and YOLO26 removes the head that is for training, and its predictions from the result (24 Conv);
+RepMLP writes convolutions into a matrix over all positions.
 
 *Way*: the result is one graph, or a module of the same class in which parts are fused. *BatchNorm* and *Conv* (matrices
 included) are counted before and after; *own method* has the same two numbers after the library's own method
@@ -1093,7 +1111,9 @@ the largest value of the output, in float32, on the example and on another batch
 takes no other size). Where the first is above 0.001, *float64* shows that rounding is all there is to it: random
 networks may amplify it. *Time*: `fuse_fx` with verification / one forward of a batch of 32, in CPU seconds on one
 thread, measured by `python benchmarks/torch_zoo.py --time`; images are of the size that the model is made for (224,
-segmentation_models_pytorch 256, detectors 640), those of transformers as small as in the rest of the table.
+segmentation_models_pytorch 256, detectors 640), those of transformers as small as in the rest of the table. Of the
+{timed} models that were measured, {over} take more than one such forward; all of transformers do, as their forward is
+of small models on small images.
 
 | library | model | way | BatchNorm | Conv | own method | example | other size | float64 | time |
 |---|---|---|---|---|---|---|---|---|---|"""
