@@ -56,6 +56,11 @@ def test_what_the_certificate_undoes_is_one_objection(fuzz: ModuleType, monkeypa
     assert len(fuzz.objections(report)) == len(report.failed) == report.certificate.rolled_back
 
 
+def test_a_kernel_of_operators_without_readings_is_not_parted(fuzz: ModuleType) -> None:
+    """A region beside it takes channels of a convolution that such a kernel reads."""
+    assert fuzz.try_one((77, 122), "onnx", "off")[0] == "right"
+
+
 def test_one_seed_gives_one_network(fuzz: ModuleType) -> None:
     first, again, other = (fuzz.draw(seed, "onnx") for seed in ((1, 2), (1, 2), (1, 3)))
     assert repr(first) == repr(again) != repr(other)

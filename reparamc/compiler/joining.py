@@ -68,7 +68,7 @@ def parted(setting: Setting, decisions: dict[Value, Decision]) -> None:
         second = {o: decisions[o] for o in outers if o is not None}
         if any(home[v] != {root} for v in first.members) or not all(map(setting.graph.users, second)):
             continue
-        if any(d.splice is not None and d.splice.shared is not None for d in (first, *second.values())):
+        if not all(_may_be_parted(setting, d) for d in (first, *second.values())):
             continue
         found = {o: consider(setting, (d.members, first.members))[0] for o, d in second.items()}
         rows = sum(len(set(e.index)) / e.width for e in chosen if isinstance(e, Select))
@@ -83,6 +83,12 @@ def parted(setting: Setting, decisions: dict[Value, Decision]) -> None:
                 decisions[outer] = replace(d, splice=d.splice and replace(d.splice, shared=root))
                 for v in d.members:
                     home[v].add(outer)
+
+
+def _may_be_parted(setting: Setting, decision: Decision) -> bool:
+    """Whether a region can be lifted anew, and belongs to no unit of several."""
+    alone = decision.splice is None or decision.splice.shared is None
+    return alone and all(v in setting.readings for v in decision.members)
 
 
 def _price(setting: Setting, decisions: Iterable[Decision]) -> float:
