@@ -92,7 +92,7 @@ _SPELLINGS = {
     **{f"conv{n}d": ("conv", n) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": ("conv_transpose", n) for n in (1, 2, 3)},
     **{f"avg_pool{n}d": ("avg_pool", n) for n in (1, 2, 3)},
-    **{f"adaptive_avg_pool{n}d": ("adaptive_avg_pool", n) for n in (1, 2, 3)},
+    **{f"{start}adaptive_avg_pool{n}d": ("adaptive_avg_pool", n) for n in (1, 2, 3) for start in ("", "_")},
     "truediv": ("div", None), "iadd": ("add", None), "isub": ("sub", None), "imul": ("mul", None),
     "itruediv": ("div", None), "view": ("reshape", None), "_unsafe_view": ("reshape", None), "concat": ("cat", None),
     "contiguous": ("identity", None), "clone": ("identity", None), "detach": ("identity", None),

@@ -337,8 +337,8 @@ def _read_avg_pool(call: Read) -> Value:
 
 def _read_adaptive_avg_pool(call: Read) -> Value:
     x, n = call.x, call.call.axes or 2
-    if call.integers("output_size", n, 0) != (1,) * n:
-        raise Unrepresentable("an adaptive pooling to more than one element")
+    if (sizes := call.integers("output_size", n, 0)) != (1,) * n:
+        return nl.resized(x, ("adaptive", sizes), {x.rank - n + i: Dim(size) for i, size in enumerate(sizes)})
     return nl.averaged(x, range(x.rank - n, x.rank), keep=True)
 
 

@@ -84,6 +84,7 @@ def _pool(name: str, kind: str, *arguments: str, linear: bool = False) -> Operat
         name,
         ("input", *arguments),
         (f"{name}#d",),
+        aten=(f"_{name}#d",),
         modules=_ranked(kind),
         attributes=arguments,
         keeps=("rank", "dtype"),

@@ -380,22 +380,29 @@ def _read_interpolate(graph: Readings, node: fx.Node, call: Call) -> Reading | D
     if mode == OTHER:
         place = ",".join(f"{key}={value}".replace(" ", "") for key, value in call.args.items() if key != "input")
         factors = factors if len(factors) == axes else [Fraction(2)] * axes
-    source = graph.operand(x)
     op = Resize(len(shape), tuple(factors), mode, place, native=node)
     if mode != OTHER and op.growth == 1 == max(op.scales):
-        return Reading(source)  # every result is at a position
-    return moved(source if source.axis is not None else replace(source, axis=1 - len(shape)), op)
+        return Reading(graph.operand(x))  # every result is at a position
+    return _resized(graph, x, op)
+
+
+def _resized(graph: Readings, x: fx.Node, op: Resize) -> Reading | Declined | None:
+    source = graph.operand(x)
+    return moved(source if source.axis is not None else replace(source, axis=-1 - len(op.scales)), op)
 
 
 def _read_mean(graph: Readings, node: fx.Node, call: Call) -> Reading | Declined | None:
-    """A mean over some axes; over all spatial axes for an adaptive pooling to one element."""
+    """A mean over some axes; over all spatial axes for an adaptive pooling to one element, or else some linear map."""
     x = call.input
     rank = graph.facts.rank(x) if x is not None else None
     if x is None or rank is None or x in graph.facts.known or call.args.get("dtype") is not None:
         return None
     if call.op == "adaptive_avg_pool":
-        if call.axes is None or integers(call.get("output_size"), call.axes) != (1,) * call.axes:
+        if call.axes is None:
             return None
+        if integers(sizes := call.get("output_size"), call.axes) != (1,) * call.axes:
+            place = str(sizes).replace(" ", "")
+            return _resized(graph, x, Resize(rank, (Fraction(1, 2),) * call.axes, OTHER, place, native=node))
         axes, keep = tuple(range(rank - (call.axes or 0), rank)), True
     else:
         dims = call.get("dim")

@@ -163,6 +163,7 @@ def by_map(run: Callable[[Any, Tensor], Tensor], channels: int = 8, **parts: nn.
 CORE: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "products": (tail, 2, 0),
     "pixel shuffle": (lambda: by_map(lambda m, x: m.norm(F.pixel_shuffle(m.conv(x), 2)).relu(), 2), 1, 0),
+    "pooling to a size": (lambda: by_map(lambda m, x: m.norm(F.adaptive_avg_pool2d(m.conv(x), (3, 4))).relu()), 1, 0),
     "norm of groups": (
         lambda: by_map(lambda m, x: m.norm(m.group(m.conv(x))).relu(), group=nn.GroupNorm(2, 8)), 1, 0,
     ),
@@ -363,6 +364,12 @@ def test_resizes_of_several_kinds_stay_apart() -> None:
     model = ready(Net(forward, conv=nn.Conv2d(4, 4, 3)))
     fused, x = fuse_fx(model, torch.randn(2, CHANNELS, 9, 8)), torch.randn(1, CHANNELS, 8, 11)
     assert relative_error(fused(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(3, 4), 9])
+def test_batchnorm_after_a_pooling_to_a_size(size: Any) -> None:
+    parts: dict[str, Any] = {"conv": nn.Conv2d(4, 4, 3), "norm": nn.BatchNorm2d(4), "pool": nn.AdaptiveAvgPool2d(size)}
+    proven(Net(lambda m, x: m.norm(m.pool(m.conv(x))).relu(), **parts), torch.randn(2, CHANNELS, 9, 8))
 
 
 def test_factors_that_are_whole_numbers() -> None:
