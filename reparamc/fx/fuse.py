@@ -24,7 +24,7 @@ from reparamc.compiler.pipeline import level_of, seldom_collecting_garbage
 from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
 from reparamc.fx.arguments import call_of, elements, few, others
-from reparamc.fx.copying import State, copied, kept_aside, submodules
+from reparamc.fx.copying import State, copied, kept_aside, submodules, tensors
 from reparamc.fx.end_to_end import verify_end_to_end
 from reparamc.fx.export import is_exported, live_in_training
 from reparamc.fx.outcome import difference, ran
@@ -279,7 +279,7 @@ class _Fusion:
         if self.shared:
             notes.append(f"shared with the original: {', '.join(self.shared)}")
         if report.after.parameters > report.before.parameters:
-            notes.append(_why_more(report, result))
+            notes.append(_why_more(report, self.model, result))
         report.note = "; ".join(notes)
         if not isinstance(getattr(result, "meta", None), dict):
             vars(result)["meta"] = {}
@@ -309,13 +309,16 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _why_more(report: Report, result: nn.Module) -> str:
+def _why_more(report: Report, model: nn.Module, result: nn.Module) -> str:
     """Why a result has more parameters than the model."""
     uses = Counter(name for rewrite in report.rewrites for name in dict.fromkeys(rewrite.parameters))
     uses.update(name for name, _ in result.named_parameters() if name in uses)
     several = [name for name, n in uses.items() if n > 1]
-    others = f" and {len(several) - 1} more" if several[1:] else ""
-    return f"more parameters: {several[0]}{others} used several times" if several else "more parameters: larger kernels"
+    if several:
+        others = f" and {len(several) - 1} more" if several[1:] else ""
+        return f"more parameters: {several[0]}{others} used several times"
+    before, after = (sum(t.numel() for t in tensors(m)) for m in (model, result))
+    return "more parameters: what was in buffers is in them" if after <= before else "more parameters: larger kernels"
 
 
 def _parts(ways: list[Way]) -> list[Part]:

@@ -437,6 +437,12 @@ def test_more_parameters_have_a_reason(x: Tensor) -> None:
     assert report(fused).note == "more parameters: a.weight and 1 more used several times"
 
 
+def test_more_parameters_may_have_been_buffers(x: Tensor) -> None:
+    model = ready(Net(lambda m, x: m.a(x) + m.shift, a=nn.Conv2d(4, 4, 2, bias=False)))
+    model.register_buffer("shift", torch.randn(4, 1, 1))
+    assert report(fuse_fx(model, x)).note == "more parameters: what was in buffers is in them"
+
+
 class Hidden(nn.Module):
     """Has a part that is no submodule."""
 
