@@ -67,7 +67,7 @@ class _Proxy(fx.Proxy):
         tracer = cast(_Tracer, self.tracer)
         kind = type(tracer.container(self.node)) if type(index) is slice else None
         if kind not in (list, tuple):
-            return super().__getitem__(index)
+            return cast(Any, super()).__getitem__(index)
         return kind(self[i] for i in range(*index.indices(tracer.length(self))))
 
     def __len__(self) -> int:

@@ -446,6 +446,8 @@ def test_more_parameters_may_have_been_buffers(x: Tensor) -> None:
 class Hidden(nn.Module):
     """Has a part that is no submodule."""
 
+    teacher: nn.Module
+
     def __init__(self) -> None:
         super().__init__()
         object.__setattr__(self, "teacher", conv_bn().eval())
