@@ -354,10 +354,11 @@ class Values:
         if len(set(sizes)) == 1:
             total = sizes[0] * Dim(len(sizes))
         elif unknown := [s for s in sizes if s.known is None]:
-            if len({*unknown}) > 1 or len(unknown[0].symbols) > 1 or unknown[0].factor != 1:
+            symbol, *others = unknown[0].symbols
+            if len({*unknown}) > 1 or others or unknown[0].factor != 1:
                 return None
             total = self._symbol(f"{node.name}.joined")
-            self._parts[total.symbols] = unknown[0].symbols[0], len(unknown), sum(s.known or 0 for s in sizes)
+            self._parts[total.symbols] = symbol, len(unknown), sum(s.known or 0 for s in sizes)
         else:
             total = Dim(sum(s.factor for s in sizes))
         return (*found[0][:axis], total, *found[0][axis + 1 :])
