@@ -16,7 +16,6 @@ from fx_checks import CHANNELS, SHAPES, Net, check, conv_bn, counts, images, rea
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
-from torch.utils.dlpack import to_dlpack
 
 from reparamc import fuse_fx
 from reparamc.errors import InputError, InputTypeError
@@ -645,7 +644,7 @@ def doubled(x: Tensor) -> Tensor:
     return x * 2 if x.size(0) > 1 else x + x
 
 
-@pytest.mark.parametrize("call", [doubled, lambda x: torch.from_dlpack(to_dlpack(x))])
+@pytest.mark.parametrize("call", [doubled, lambda x: torch.from_dlpack(cast(Any, torch.utils).dlpack.to_dlpack(x))])
 def test_compiled_code_takes_no_proxy_for_a_tensor(call: Any) -> None:
     """It would look for a tensor in its memory."""
     model, x = ready(Net(lambda m, x: m.part(call(x)), part=conv_bn())), torch.randn(2, CHANNELS, 5, 6)
