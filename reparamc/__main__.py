@@ -274,6 +274,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
     from reparamc.onnx import weights
     from reparamc.onnx.files import (
         STANDARD,
+        check_keeps_weights,
         check_target,
         file_origin,
         from_standard_input,
@@ -297,6 +298,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
             origin = stream_origin(source)
         else:
             model, origin = opened(arguments.model), file_origin(arguments.model)
+        check_keeps_weights(output, arguments.report)
         loaded = perf_counter()
         with _progress(arguments.quiet) as progress:
             result, report = fuse_light(
@@ -398,7 +400,7 @@ def _refresh(arguments: argparse.Namespace) -> int:
     checkpoint, output = arguments.checkpoint, arguments.output
     check_target(arguments.model, output, in_place=True)
     check_target(checkpoint, output)
-    model = load(arguments.model)
+    model = load(arguments.model, output)
     if checkpoint.suffix.lower() in (".npz", ".safetensors", ".onnx"):
         weights = read_weights(checkpoint)
     else:

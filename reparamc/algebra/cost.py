@@ -160,7 +160,7 @@ def objective_of(name: str) -> Objective:
     Raises:
         InputError: there is no such objective.
     """
-    plain, _, target = name.partition("@")
+    plain, _, target = str(name).partition("@")
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     if plain == LATENCY.name and target in TARGETS:

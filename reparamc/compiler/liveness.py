@@ -15,9 +15,25 @@ from functools import cached_property
 import numpy as np
 
 from reparamc.algebra.alike import Alike, alike_after, frees_channels, multiples
+from reparamc.algebra.arrays import glanced
 from reparamc.algebra.channels import Index, Mask, is_separate, known_after, takes_constants, uses
-from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Select, Source, axis_through, ranks, rebuild, walk
+from reparamc.algebra.expr import (
+    Array,
+    BatchNorm,
+    Concat,
+    Conv,
+    Expr,
+    Layout,
+    Select,
+    Source,
+    arrays,
+    axis_through,
+    ranks,
+    rebuild,
+    walk,
+)  # fmt: skip
 from reparamc.algebra.infer import channel_axes, channels
+from reparamc.algebra.kernels import coefficients
 from reparamc.algebra.records import entity
 from reparamc.compiler.graph import Graph, Separate
 from reparamc.compiler.readings import MOST_CONCATENATED, Reading, Taps, Value
@@ -59,8 +75,17 @@ class _Matrix:
     takes: Mask
 
 
+def _is_finite(e: Expr) -> bool:
+    """Whether a parameter of ``e`` makes nothing NaN or infinite: zero times that is not zero."""
+    with np.errstate(all="ignore"):
+        held = coefficients(e) if isinstance(e, BatchNorm) else arrays(e)
+        return all(np.isfinite(glanced(a)).all() for a in held)
+
+
 class Liveness:
     """The channels of all values of a graph, and which of them are needed.
+
+    All are, where a parameter is NaN or infinite.
 
     Attributes:
         found: the channels of each value, and of each node in `exprs`.
@@ -78,7 +103,8 @@ class Liveness:
         self._matrices: list[_Matrix] = []
         self._readings = {v: r for v in graph.values() if isinstance(r := graph.read(v), Reading)}
         nodes = [e for r in self._readings.values() for e in walk(r.template)]
-        if not any(map(frees_channels, nodes)) and not _leave_unread([e for e in nodes if isinstance(e, Select)]):
+        frees = any(map(frees_channels, nodes)) or _leave_unread([e for e in nodes if isinstance(e, Select)])
+        if not frees or not all(map(_is_finite, nodes)):
             self.needed = np.ones(0, bool)
             return
         self._demands = self._demanded()

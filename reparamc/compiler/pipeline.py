@@ -25,9 +25,9 @@ def level_of(verify: bool | str) -> str:
     Raises:
         InputError: there is no such level.
     """
-    level = verify if isinstance(verify, str) else "full" if verify else "off"
+    level = ("full" if verify else "off") if isinstance(verify, bool) else verify
     if level not in LEVELS:
-        raise InputError(f"unknown verification level {level!r}; the levels are {', '.join(LEVELS)}")
+        raise InputError(f"unknown verification level {verify!r}; the levels are {', '.join(LEVELS)}")
     return level
 
 

@@ -17,7 +17,7 @@ from reparamc.errors import InputError, one_line
 from reparamc.fx.casts import drop_casts
 from reparamc.fx.recompose import recompose
 from reparamc.fx.shapes import recorded
-from reparamc.fx.trace import drop_unread, other_modes
+from reparamc.fx.trace import drop_unread, other_modes, sizes_without_text
 from reparamc.fx.watch import Call
 
 
@@ -38,7 +38,10 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
             shapes[t] = dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence(), other_modes(), torch.no_grad():
+    with (
+        warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence(), other_modes(), torch.no_grad(),
+        sizes_without_text(),
+    ):  # fmt: skip
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)

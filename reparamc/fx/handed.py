@@ -100,7 +100,9 @@ def _reads(function: Any, parameter: str, depth: int = 3) -> set[Read] | None:
                     found.add((held, False))
                     fine.add(id(own))
             case ast.Call(ast.Name(called), given, []) if at := _places(given, parameter):
-                home = function.__globals__.get(called)
+                code = function.__code__
+                own = {*code.co_varnames, *code.co_freevars, *code.co_cellvars}
+                home = None if called in own else function.__globals__.get(called)
                 names = list(inspect.signature(home).parameters) if isinstance(home, types.FunctionType) else []
                 inner = _all(_reads(home, names[n], depth - 1) for n in at) if len(names) > max(at) else None
                 if inner is None:

@@ -34,8 +34,64 @@ from reparamc.fx.operators import IN_PLACE
 from reparamc.fx.recompose import recompose
 from reparamc.fx.watch import LOCK, Call
 
+_TELLING = {"_assert", "debug", "info", "log", "print", "warn", "warning", "warn_once", "warning_once"}
+"""What functions call that write a value into a text for someone to read."""
 
-class _Proxy(fx.Proxy):
+
+class _Unknown(fx.Proxy):
+    """A proxy that refuses to tell what is not known before a run: a number, a text, whether it is in a dict."""
+
+    def _refuse(self, what: str) -> Any:
+        raise cast(_Tracer, self.tracer).refusal(f"it asks a value for {what}, which is not known before it runs")
+
+    def __int__(self) -> int:
+        return self._refuse("a number")
+
+    def __float__(self) -> float:
+        return self._refuse("a number")
+
+    def __complex__(self) -> complex:
+        return self._refuse("a number")
+
+    def __index__(self) -> int:
+        return self._refuse("a number")
+
+    def __hash__(self) -> int:
+        return object.__hash__(self) if _is_of_torch(sys._getframe(1)) else self._refuse("a key")
+
+    def __str__(self) -> str:
+        return self._text(sys._getframe(1))
+
+    def __format__(self, spec: str) -> str:
+        return self._text(sys._getframe(1))
+
+    def _text(self, asking: types.FrameType) -> str:
+        is_told = _is_of_torch(asking) or not _TELLING.isdisjoint(asking.f_code.co_names)
+        return repr(self) if is_told else self._refuse("a text")
+
+
+@contextmanager
+def sizes_without_text() -> Iterator[None]:
+    """While torch.export runs a forward, the text of a size is the name of a symbol, and is refused as a proxy's is."""
+
+    def text(size: torch.SymInt, *_spec: str) -> str:
+        asking = sys._getframe(1)
+        if size.node.is_constant() or _is_of_torch(asking) or not _TELLING.isdisjoint(asking.f_code.co_names):
+            return repr(size)
+        raise TraceError("it asks a size for a text, which is not known before it runs")
+
+    with (
+        mock.patch.object(torch.SymInt, "__str__", text, create=True),
+        mock.patch.object(torch.SymInt, "__format__", text, create=True),
+    ):
+        yield
+
+
+class _Attribute(_Unknown, Attribute):
+    """An attribute of a value: its shape, its device, or a method."""
+
+
+class _Proxy(_Unknown):
     """A proxy that records ``a += b`` and ``a[i] = b`` as what they are; torch.fx would read ``a + b``, or fail.
 
     ``a.shape`` is read where it is written: torch.fx would read it where it is used, which may be after a write.
@@ -57,7 +113,7 @@ class _Proxy(fx.Proxy):
             return _DType(self, name)
         if name in SHAPES and (held := cast(_Tracer, self.tracer).held.get(self.node)) is not None:
             return getattr(held, name)
-        found = super().__getattr__(name)
+        found = _Attribute(self, name)
         if name == "shape":
             _ = found.node
         return found
@@ -74,7 +130,7 @@ class _Proxy(fx.Proxy):
         return cast(_Tracer, self.tracer).length(self)
 
 
-class _DType(Attribute):
+class _DType(_Attribute):
     """The dtype of a value, which can be compared with that of another one where weights tell both."""
 
     def __eq__(self, other: object) -> Any:
@@ -86,7 +142,7 @@ class _DType(Attribute):
     def __ne__(self, other: object) -> Any:
         return not self == other
 
-    __hash__ = Attribute.__hash__
+    __hash__ = _Unknown.__hash__
 
 
 _isinstance = isinstance
@@ -128,6 +184,7 @@ class _Tracer(fx.Tracer):
 
     Attributes:
         asked: whether the innermost forward has asked.
+        refused: why the innermost forward was refused what it asked for; it may catch the error and go on without.
     """
 
     def __init__(
@@ -139,6 +196,7 @@ class _Tracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self.answer, self.asked, self._again = answer, False, bool(answer)
+        self.refused: TraceError | None = None
         self.opaque, self._is_mended = opaque, is_mended
         self.precision = _precision()
         self.thread = threading.get_ident()
@@ -152,7 +210,15 @@ class _Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         for named in (root.named_modules(), root.named_buffers(), root.named_parameters()):
             self._names |= {id(value): name for name, value in named}
-        return super().trace(root, concrete_args)
+        found = super().trace(root, concrete_args)
+        if self.refused is not None:
+            raise self.refused
+        return found
+
+    def refusal(self, reason: str) -> TraceError:
+        """An error for what a forward asks; it is remembered, for the forward may catch it."""
+        self.refused = TraceError(reason)
+        return self.refused
 
     def _name(self, value: Any) -> str | None:
         """The name of a parameter, buffer or submodule; torch.fx walks the whole model for each."""
@@ -245,15 +311,15 @@ class _Tracer(fx.Tracer):
             message = f"a size must be {'zero' if size == 0 else 'more than zero'}, as the example had it"
             self.create_proxy("call_function", torch._assert, (same, message), {})
             return size == 0
-        if self.answer is None or self.asked or not self.is_number(node):
-            return super().to_bool(obj)
+        if self.answer is None or self.asked or not self.is_number(node) or _writes(_asking().f_code):
+            raise self.refusal("it branches on a value, which is not known before it runs")
         self.asked = True
         return self.answer
 
-    def _settled(self, module: nn.Module, run: Callable[[], Any]) -> Any:
+    def _settled(self, module: nn.Module, run: Callable[[], Any], may_ask: bool) -> Any:
         """What ``run`` of ``module`` gives. A question that it asks of sizes is none if both answers give the same."""
         outer, place = (self.answer, self.asked, self._again), self._place()
-        self.answer, self.asked = False, False
+        self.answer, self.asked = False if may_ask else None, False
         try:
             try:
                 result = run()
@@ -263,7 +329,7 @@ class _Tracer(fx.Tracer):
                 if not self.asked:
                     raise
             self._back_to(*place)
-            self.answer = None
+            self.answer = self.refused = None
             return run()
         finally:
             self.answer, self.asked, self._again = outer
@@ -297,7 +363,7 @@ class _Tracer(fx.Tracer):
     def length(self, proxy: fx.Proxy) -> int:
         """The length of an argument, which every later call must have as well."""
         if proxy.node not in self._containers:
-            raise TraceError("the length of a value is not known")
+            raise self.refusal("the length of a value is not known")
         found = len(self._containers[proxy.node])
         length = self.create_proxy("call_function", len, (proxy,), {})
         message = f"an argument must have {found} elements, as the example had"
@@ -307,7 +373,7 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         given = self.container(obj.node)
         if given is None or isinstance(given, dict):
-            return super().iter(obj)
+            raise self.refusal("it iterates over a value whose length is not known before it runs")
         return iter([cast(Any, obj)[i] for i in range(self.length(obj))])
 
     def _refuse_autocast(self) -> None:
@@ -325,12 +391,20 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         self._refuse_autocast()  # here it is the fault of the module around ``m``
-        place = self._place()
+        place, before, self.refused = self._place(), self.refused, None
+        given = [(x, x.copy()) for x in _containers((args, *kwargs.values()))]
         try:
-            return self._settled(m, functools.partial(super().call_module, m, forward, args, kwargs))
+            result = self._settled(m, functools.partial(super().call_module, m, forward, args, kwargs), not given)
+            if self.refused is not None:
+                raise self.refused
+            self.refused = before
+            return result
         except Exception as error:
             if self._is_mended(error):
                 raise _Anew from error
+            if given and (_may_write(m) or any(not _is_as(x, held) for x, held in given)):
+                raise  # what it writes into a list, another forward reads
+            self.refused = before
             self._back_to(*place)
             path = self.path_of_module(m)
             self.opaque[path] = f"torch.fx cannot follow it: {_first_sentence(error)}"
@@ -358,7 +432,8 @@ def _is_same(root: nn.Module, first: Sequence[fx.Node], second: Sequence[fx.Node
     same = {n: read.get(n.target, n) for n in second if n.op == "get_attr"}
     constants = [[n for n in of if str(n.target).startswith(_CONSTANT)] for of in (read.values(), same)]
     for a, b in zip(*constants, strict=True):
-        if not torch.equal(getattr(root, str(a.target)), getattr(root, str(b.target))):
+        one, other = getattr(root, str(a.target)), getattr(root, str(b.target))
+        if one.dtype != other.dtype or not torch.equal(one, other):
             return False
         same[b] = a
     calls = [[n for n in nodes if n.op != "get_attr"] for nodes in (first, second)]
@@ -366,12 +441,54 @@ def _is_same(root: nn.Module, first: Sequence[fx.Node], second: Sequence[fx.Node
         given = None if b is None else map_arg((b.args, b.kwargs), lambda n: same.get(n, n))
         if a is None or b is None or (a.op, a.target) != (b.op, b.target) or given != (a.args, a.kwargs):
             return False
+        if repr(given) != repr((a.args, a.kwargs)):  # 1 and 1.0 are equal, and are other numbers
+            return False
         same[b] = a
     leaves, specs = zip(*map(pytree.tree_flatten, results), strict=True) if results else ([[], []], [None, None])
     return specs[0] == specs[1] and all(
         same.get(b.node, b.node) is a.node if isinstance(a, fx.Proxy) and isinstance(b, fx.Proxy) else a is b
         for a, b in zip(*leaves, strict=True)
     )
+
+
+def _containers(given: Any) -> list[Any]:
+    """The lists and dicts in ``given``, at any depth."""
+    found = [given] if isinstance(given, list | dict) else []
+    inner = given.values() if isinstance(given, dict) else given if isinstance(given, list | tuple) else ()
+    return found + [x for one in inner for x in _containers(one)]
+
+
+def _is_as(now: Any, before: Any) -> bool:
+    """Whether a list or dict holds the very things that it held before."""
+    a, b = ([*x.keys(), *x.values()] if isinstance(x, dict) else x for x in (now, before))
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+_WRITES = {"STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_DEREF", "DELETE_ATTR", "DELETE_SUBSCR"}
+_WRITING = {
+    "add", "append", "clear", "discard", "extend", "insert", "pop", "popitem", "put", "remove", "setattr", "setdefault",
+    "update", "write",
+}  # fmt: skip
+
+
+def _asking() -> types.FrameType:
+    """The frame of the model that asks a value."""
+    frame = sys._getframe(1)
+    while _is_of_torch(frame) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _may_write(module: nn.Module) -> bool:
+    """Whether a method of ``module``, or of what is in it, may write into something."""
+    kinds = {kind for m in module.modules() for kind in type(m).__mro__ if kind.__module__.partition(".")[0] != "torch"}
+    codes = (getattr(f, "__code__", None) for kind in kinds for name, f in vars(kind).items() if name != "__init__")
+    return any(_writes(code) for code in codes if code is not None)
+
+
+def _writes(code: types.CodeType) -> bool:
+    """Whether a function may write into something: what one answer leaves behind, the other would find."""
+    return not _WRITING.isdisjoint(code.co_names) or any(i.opname in _WRITES for i in dis.get_instructions(code))
 
 
 _is_autocast_enabled = torch.is_autocast_enabled
@@ -447,7 +564,11 @@ def traced(
     while True:
         try:
             tracer, graph = _traced_for(
-                model, fixed, lambda answer: _Tracer(dict(opaque), examples, functions.found, answer), functions
+                model,
+                fixed,
+                lambda answer: _Tracer(dict(opaque), examples, functions.found, answer),
+                functions,
+                not _containers((*examples.values(), *fixed.values())),
             )
             _plain_assertions(graph)
             _plain_writes(graph)
@@ -480,7 +601,11 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _traced_for(
-    model: nn.Module, fixed: dict[str, Any], make: Callable[[bool | None], _Tracer], functions: _Functions
+    model: nn.Module,
+    fixed: dict[str, Any],
+    make: Callable[[bool | None], _Tracer],
+    functions: _Functions,
+    is_plain: bool,
 ) -> tuple[_Tracer, fx.Graph]:
     """``model`` traced. A question that its forward asks of sizes is none if both answers give the same."""
 
@@ -496,7 +621,7 @@ def _traced_for(
     tracers: list[_Tracer] = []
     held = _attributes(model)
     try:
-        found = traced_with(False)
+        found = traced_with(False if is_plain else None)
         if not tracers[0].asked:
             return found
         graphs = [list(graph.nodes) for _, graph in (found, traced_with(True))]

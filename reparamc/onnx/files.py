@@ -48,20 +48,24 @@ def _checked(model: ModelProto, name: object) -> ModelProto:
     return model
 
 
-def load(path: Path) -> ModelProto:
+def load(path: Path, target: Path | None = None) -> ModelProto:
     """The model in the file ``path``, external data included.
 
     Raises:
-        InputError: there is no such file, or it is not ONNX; one line that names it.
+        InputError: there is no such file, or it is not ONNX, or its weights lie in ``target``; one line that names it.
     """
     with weights.holding():
-        return weights.fill(opened(path))
+        model = opened(path)
+        check_keeps_weights(target)
+        return weights.fill(model)
 
 
 def opened(path: Path) -> ModelProto:
     """As `load`, but light."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the .onnx file in it")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file; a model from a pipe is read from standard input, which is -")
     try:
         kind = registry.get_format_from_file_extension(path.suffix)
         model = _read(path) if kind in (None, "protobuf") else weights.light(onnx.load(path))
@@ -139,6 +143,14 @@ def check_target(source: Path, target: Path, in_place: bool = False) -> None:
         raise InputError(f"the output {target} is the input itself; give another name")
 
 
+def check_keeps_weights(*targets: Path | None) -> None:
+    """Raise InputError where one of ``targets`` is a file that holds weights of a model read in this block."""
+    held = {path.resolve() for path in weights.external_files()}
+    for target in targets:
+        if target is not None and target != STANDARD and target.resolve() in held:
+            raise InputError(f"{target} holds weights of the input; give another name")
+
+
 def save_outcome(model: ModelProto, report: Report, source: Path | bytes, target: Path, *, record: bool = True) -> None:
     """Write the outcome of fusing ``source``, a file or its bytes, to ``target``, all of it or nothing.
 
@@ -189,6 +201,9 @@ def _save_beside(model: ModelProto, path: Path) -> None:
     sources = {source.resolve() for source in weights.external_files()}
     data = next(p for name in names if (p := path.with_name(name)).resolve() not in sources)
     light, content = weights.moved_out(model, data.name)
+    if not content:
+        write_atomically(path, [light.SerializeToString()])
+        return
     try:
         with tempfile.TemporaryDirectory(prefix=".reparamc-", dir=path.parent) as folder:
             for name, blocks in ((data.name, weights.blocks(content)), (path.name, [light.SerializeToString()])):

@@ -29,7 +29,7 @@ from reparamc.onnx import weights
 from reparamc.onnx.bodies import called, fuse_bodies, fuse_functions, has_bodies, inlined, merged, resolve
 from reparamc.onnx.check import check, graphs, in_execution_order
 from reparamc.onnx.emit import OnnxEdit
-from reparamc.onnx.files import check_target, file_origin, opened, save_outcome
+from reparamc.onnx.files import check_keeps_weights, check_target, file_origin, opened, save_outcome
 from reparamc.onnx.graph import OnnxGraph
 from reparamc.onnx.record import inscribe, model_origin
 from reparamc.onnx.structure import structure_of
@@ -346,6 +346,7 @@ def fuse_onnx(
         check_target(source, target)
         with weights.holding():
             loaded, origin = opened(source), file_origin(source)
+            check_keeps_weights(target)
             result, report = fused(loaded)
             report.origin = origin
             save_outcome(result, report, source, target)

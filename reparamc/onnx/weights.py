@@ -521,10 +521,17 @@ def _attach(t: TensorProto, numbers: dict[str, int], folder: Path) -> TensorProt
     file = _holder().buffers[numbers[location]]
     assert isinstance(file, File)
     start = _number(entries.get("offset", "0"), t.name)
-    size = _number(entries["length"], t.name) if "length" in entries else max(file.size - start, 0)
+    size = _number(entries["length"], t.name) if "length" in entries else _needed(t, max(file.size - start, 0))
     if start + size > file.size:
         raise InputError(f"{file.path} is too short: {t.name!r} should be {size} bytes from {start} on")
     return _refer(t, numbers[location], start, size)
+
+
+def _needed(t: TensorProto, otherwise: int) -> int:
+    """The bytes that the shape of ``t`` needs, where all its elements take whole ones."""
+    if t.data_type in PACKED or t.data_type in UNEVEN or t.data_type not in helper.get_all_tensor_dtypes():
+        return otherwise
+    return max(prod(t.dims), 0) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
 
 
 def _inside(folder: Path, location: str, name: str) -> Path:

@@ -107,7 +107,7 @@ class Fuser:
 
         source, target = Path(path), Path(output or path)
         check_target(source, target, in_place=True)
-        file = load(source)
+        file = load(source, target)
         if structures(file):
             made, _ = refreshed(file, arrays_of(self._model.state_dict()), "the model")
         else:

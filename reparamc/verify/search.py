@@ -30,7 +30,7 @@ from reparamc.equivalence.trials import Inputs, Slot, Space, Trial
 from reparamc.errors import InputError, InputTypeError, one_line
 from reparamc.onnx import weights
 from reparamc.onnx.check import check as check_model
-from reparamc.onnx.files import check_target, opened
+from reparamc.onnx.files import check_keeps_weights, check_target, opened
 from reparamc.onnx.session import Run, epsilon, fits, session
 from reparamc.verify.arrays import read_inputs, write_inputs
 from reparamc.verify.branches import LARGEST, Branches, branches_of, factors
@@ -144,6 +144,7 @@ def verify_onnx(
         if target is not None:
             for source in (original, fused):
                 check_target(Path() if isinstance(source, ModelProto) else Path(source), target)
+        check_keeps_weights(target)
         interface = compare_interfaces(*models)
         result = Verification(*names, inputs=[str(s) for s in interface.inputs], notes=interface.notes)
         if interface.problem:

@@ -722,3 +722,50 @@ def test_a_shape_is_read_where_it_stands() -> None:
         return m.n(y).reshape(before[0], before[2], -1), y.shape[2]
 
     check(Net(run, c=nn.Conv2d(CHANNELS, CHANNELS, 1), n=nn.BatchNorm2d(CHANNELS)), (2, CHANNELS, 4, 6))
+
+
+KEYS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
+    "dict": lambda m, x, y: y * {11: 3}.get(x.shape[2], 1),
+    "set": lambda m, x, y: y * (3 if x.shape[2] in {11, 12} else 1),
+    "tuple": lambda m, x, y: y * (3 if tuple(x.shape[2:]) in {(11, 6): 1} else 1),
+    "text": lambda m, x, y: y * (3 if f"{x.shape[2]}" == "11" else 1),
+    "name": lambda m, x, y: getattr(m, f"head_{x.shape[2]}", m.head)(y),
+    "type of a number": lambda m, x, y: (y, torch.full((1,), 1 if x.shape[2] > 9 else 1.0)),
+}
+
+
+def swallowed(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    try:
+        return y * (1 + int(x.shape[2] > 9))
+    except Exception:
+        return y
+
+
+def noted(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    y = m.noting(y, skips := [])
+    return sum(skips, y)
+
+
+class Noting(nn.Module):
+    """Writes into its argument if that is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = conv_bn()
+
+    def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
+        x = self.part(x)
+        if x.shape[2] > 9:
+            skips.append(x)
+        return x
+
+
+@pytest.mark.parametrize("way", [*KEYS.values(), swallowed, noted], ids=[*KEYS, "swallowed", "noted"])
+def test_a_forward_that_asks_for_a_size_keeps_asking(way: Any) -> None:
+    parts = {"part": conv_bn(), "head": conv_bn(), "head_11": conv_bn(), "noting": Noting()}
+    model = ready(Net(lambda m, x: way(m, x, m.part(x)), **parts))
+    fused = fuse_fx(model, images((2, CHANNELS, 5, 6))[0].float())
+    for x in images((2, CHANNELS, 5, 6), (1, CHANNELS, 11, 6), dtype=torch.float32):
+        assert relative_error(run(fused, x), run(model, x)) < 1e-4
+    with pytest.raises(InputError, match="with example_inputs its parts are fused"):
+        fuse_fx(model)

@@ -12,6 +12,7 @@ from onnx import ModelProto, NodeProto
 from onnx_models import batchnorm, fuse, model, node, norm, rand
 
 from reparamc.certificate.onnx import certify_onnx
+from reparamc.onnx.fuse import fuse_model
 
 DEAD = [1, 3, 4]
 """Of six channels."""
@@ -280,6 +281,18 @@ def test_kernels_that_are_mostly_zero(places: tuple[int, int], left: int) -> Non
     kernel[2:4] *= 2
     parts = {"a": kernel.reshape(6, 3, 3, 3), "ab": np.array([0, 0, 1, 1, 0, 0], np.float32)}
     assert widths(made(node("Sigmoid", "c", "r"), **parts))["c"] == (left, 3, 3, 3)
+
+
+@pytest.mark.parametrize("level", ["off", "full"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_zero_times_what_is_not_finite_is_not_zero(number: float, level: str) -> None:
+    """Nothing reads the channel, and still it makes all others NaN."""
+    a, z = rand(6, 3, 3, 3), rand(4, 6, 1, 1)
+    a[3], z[:, 3] = number, 0
+    original = made(node("Relu", "c", "r"), a=a, z=z)
+    _, report = fuse_model(original, verify=level)
+    assert report.passes["lossless-shrink"] == 0
+    assert not report.failed
 
 
 def test_a_value_added_to_itself_keeps_its_multiples() -> None:

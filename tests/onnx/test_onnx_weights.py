@@ -9,6 +9,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from reparamc import InputError, fuse_onnx
+from reparamc.__main__ import main
 from reparamc.onnx import weights
 from reparamc.onnx.check import check
 from reparamc.onnx.exact import OPERATORS, exactly
@@ -284,3 +285,53 @@ def test_what_may_have_several_forms_is_left_to_the_witnesses() -> None:
     assert exactly(helper.make_node("Div", ["a", "b"], ["y"]), [np.array([-7]), np.array([2])]) is None
     assert exactly(helper.make_node("Exp", ["a"], ["y"]), [one]) is None
     assert "Exp" not in OPERATORS
+
+
+def in_two_files(folder: Path) -> Path:
+    """The model in a file, its weights in ``w.bin``."""
+    path = folder / "m.onnx"
+    onnx.save(model(), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    return path
+
+
+@pytest.mark.parametrize("name", ["w.bin", "link"])
+def test_weights_of_the_input_are_no_output(tmp_path: Path, name: str) -> None:
+    path = in_two_files(tmp_path)
+    (tmp_path / "link").symlink_to("w.bin")
+    content, target = (tmp_path / "w.bin").read_bytes(), str(tmp_path / name)
+    onnx.save(model(), tmp_path / "other.onnx")
+    for command in (
+        ["fuse", str(path), "-o", target],
+        ["fuse", str(path), "-o", str(tmp_path / "o.onnx"), "--report", target],
+        ["verify", str(path), str(tmp_path / "other.onnx"), "--save", target],
+        ["refresh", str(path), "--checkpoint", str(tmp_path / "other.onnx"), "-o", target],
+    ):
+        assert main(command) == 2
+    with pytest.raises(InputError, match="holds weights of the input"):
+        fuse_onnx(path, output=target)
+    assert (tmp_path / "w.bin").read_bytes() == content
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_a_length_that_is_not_said_is_what_the_shape_needs(tmp_path: Path) -> None:
+    path = in_two_files(tmp_path)
+    stored = onnx.load(path, load_external_data=False)
+    for t in stored.graph.initializer:
+        kept = [e for e in t.external_data if e.key != "length"]
+        del t.external_data[:]
+        t.external_data.extend(kept)
+    path.write_bytes(stored.SerializeToString())
+    assert load(path) == model()
+
+
+def test_no_file_of_weights_is_written_where_none_is_left(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Conv", ["x", name], [f"c{name}"]) for name in "ab"]
+    nodes += [helper.make_node("Add", ["ca", "cb"], ["y"])]
+    stored = [numpy_helper.from_array(np.ones((2, 2, 1, 1), np.float32), name) for name in "ab"]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 2, 3, 3]) for n in "xy")
+    small = helper.make_model(helper.make_graph(nodes, "g", [x], [y], stored), ir_version=9)
+    onnx.save(small, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    (tmp_path / "o.onnx.data").write_text("of another model")
+    fuse_onnx(tmp_path / "m.onnx", output=tmp_path / "o.onnx")
+    assert (tmp_path / "o.onnx.data").read_text() == "of another model"
+    assert len(onnx.load(tmp_path / "o.onnx", load_external_data=False).graph.initializer) == 1
