@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
 import operator
+import random
+import sys
 import types
 import warnings
 from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import starmap
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -137,19 +143,66 @@ def kept_aside(module: nn.Module) -> str:
 
 
 def _inside(value: Any, depth: int = 3) -> list[Any]:
-    """``value``, and what the containers in it hold."""
-    found = [value]
-    if depth and isinstance(value, _CONTAINERS):
-        for inner in value.values() if isinstance(value, dict) else value:
-            if isinstance(inner, _CONTAINERS):
-                found += _inside(inner, depth - 1)
-            else:
-                found.append(inner)
+    """``value``, and what the containers and plain objects in it hold; a plain object is given by its ``__dict__``."""
+    found, seen, stack = list[Any](), set[int](), [(value, depth)]
+    while stack:
+        one, left = stack.pop()
+        one = object.__getattribute__(one, "__dict__") if _is_plain_class(type(one)) else one
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        found.append(one)
+        if left and isinstance(one, _CONTAINERS):
+            held = one.values() if isinstance(one, dict) else one
+            stack += [(v, left - 1) for v in held if type(v) not in CONSTANTS]
     return found
 
 
 _CONTAINERS = (dict, list, tuple, set, deque)
 _HOLDING = (*_CONTAINERS, Tensor)
+
+
+@functools.cache
+def _is_plain_class(kind: type) -> bool:
+    """Whether objects of a class are nothing but what their ``__dict__`` holds: those of a user or of a library."""
+    if issubclass(kind, (*_HOLDING, *_STATES, nn.Module, type)) or not kind.__dictoffset__:
+        return False
+    return kind is types.SimpleNamespace or kind.__module__.partition(".")[0] not in _WITHOUT_STATE
+
+
+_WITHOUT_STATE = {*sys.stdlib_module_names, "torch", "numpy"} - {"__main__"}
+_STATES: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    np.ndarray: (np.copy, lambda a, content: a.__setitem__(..., content)),
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    np.random.Generator: (lambda g: g.bit_generator.state, lambda g, s: setattr(g.bit_generator, "state", s)),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+}
+"""How the content of objects without a ``__dict__`` is read and put back."""
+
+
+def _states(held: list[Any]) -> list[tuple[Any, type, Any]]:
+    """What is in ``held`` that has such a content, how it is read, and what it is."""
+    found: list[tuple[Any, type, Any]] = []
+    for value in held:
+        if (kind := next((k for k in _STATES if isinstance(value, k)), None)) is not None:
+            with suppress(Exception):  # whatever an object raises that cannot be copied
+                found.append((value, kind, _STATES[kind][0](value)))
+    return found
+
+
+def _has_content(value: Any, kind: type, content: Any) -> bool:
+    return _alike(_STATES[kind][0](value), content)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return same_values(a, b)
+    if isinstance(a, np.ndarray):
+        return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if isinstance(a, dict):
+        return all(_alike(v, b[k]) for k, v in a.items())
+    return all(map(_alike, a, b)) if isinstance(a, tuple) else a == b
 
 
 def _uncopyable(model: nn.Module) -> list[tuple[str, Any]]:
@@ -255,7 +308,8 @@ class State:
 
     def __init__(self, model: nn.Module, backup: nn.Module | None = None) -> None:
         copies = {} if backup is None else submodules(backup)
-        self._snapshots = {path: _Snapshot(m, copies.get(path)) for path, m in submodules(model).items()}
+        objects: dict[int, list[Any]] = {}
+        self._snapshots = {path: _Snapshot(m, copies.get(path), objects) for path, m in submodules(model).items()}
         self.has_written_parameters = False
 
     def restore(self) -> list[str]:
@@ -277,9 +331,9 @@ class State:
 class _Snapshot:
     """What one module holds, its submodules left out."""
 
-    __slots__ = ("attributes", "contents", "empty", "module", "tensors")
+    __slots__ = ("attributes", "contents", "empty", "module", "states", "tensors")
 
-    def __init__(self, module: nn.Module, copy: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module, copy: nn.Module | None, objects: dict[int, list[Any]]) -> None:
         self.module, self.attributes = module, dict(vars(module))
         again = _computed_again(module)
         held: list[Any] = []
@@ -292,6 +346,13 @@ class _Snapshot:
                     held += _inside(value)
                 elif not isinstance(value, tuple):
                     self.empty.append(value)
+            elif isinstance(value, tuple(_STATES)):
+                held.append(value)
+            elif _is_plain_class(type(value)):
+                if id(value) not in objects:  # modules often share one, such as a configuration
+                    objects[id(value)] = _inside(value)
+                held += objects[id(value)]
+        self.states = _states(held)
         self.contents = [(v, _shallow(v)) for v in held if isinstance(v, dict | list | set | deque)]
         names = {id(p): name for name, p in module._parameters.items()}
         self.tensors: list[tuple[Tensor, Any]] = []
@@ -309,13 +370,21 @@ class _Snapshot:
             again = _computed_again(self.module)
             if any(now[k] is not v and k not in again for k, v in before.items()):
                 return True
-        return not all(starmap(_same_items, self.contents)) or not all(starmap(same_values, self.tensors))
+        return not (
+            all(starmap(_same_items, self.contents))
+            and all(starmap(same_values, self.tensors))
+            and all(starmap(_has_content, self.states))
+        )
 
     def first_change(self) -> str:
-        moved = [t for t, value in self.tensors if not same_values(t, value)]
-        held = {**vars(self.module), **self.module._parameters, **self.module._buffers}
+        moved = {id(t) for t, value in self.tensors if not same_values(t, value)}
+        moved |= {id(c) for c, content in self.contents if not _same_items(c, content)}
+        moved |= {id(state[0]) for state in self.states if not _has_content(*state)}
+        held = {**self.module._parameters, **self.module._buffers, **vars(self.module)}
         for name, value in held.items():
-            if any(value is t for t in moved) or (name in vars(self.module) and self.attributes.get(name) is not value):
+            if name in vars(self.module) and self.attributes.get(name) is not value:
+                return name
+            if name not in _REGISTRIES and any(id(v) in moved for v in _inside(value)):
                 return name
         return ""
 
@@ -329,6 +398,9 @@ class _Snapshot:
             if not _same_items(container, content):
                 container.clear()
                 container.extend(content) if isinstance(container, list | deque) else container.update(content)
+        for value, kind, content in self.states:
+            if not _has_content(value, kind, content):
+                _STATES[kind][1](value, content)
         moved = [(t, value) for t, value in self.tensors if not same_values(t, value)]
         for tensor, value in moved:
             _put_back(tensor, value)

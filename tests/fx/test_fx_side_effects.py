@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
+    held: Any
+
     def __init__(self, step: Callable[[Net, Tensor], Tensor]) -> None:
         super().__init__()
         self.block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -48,6 +51,64 @@ def test_a_forward_that_writes_parameters(verify: str) -> None:
     assert torch.equal(model.block.get_parameter("0.weight"), before)
     for _ in range(2):
         torch.testing.assert_close(fused(X), model(X))
+
+
+class Counter:
+    """Something plain that a module holds, and that refers to itself."""
+
+    def __init__(self) -> None:
+        self.n, self.seen, self.me = 0, list[int](), self
+
+    def step(self) -> float:
+        self.n += 1
+        self.seen.append(self.n)
+        return 1.0
+
+
+def _counted(a: np.ndarray) -> float:
+    a += 1
+    return 1.0
+
+
+HELD: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "an object": (Counter, Counter.step, lambda o: (o.n, o.seen[:], o.me is o)),
+    "an object in a list": (lambda: [Counter()], lambda h: h[0].step(), lambda h: (h[0].n, h[0].seen[:])),
+    "an array": (lambda: np.array([0.0, np.nan]), _counted, lambda a: a.tolist()[0]),
+    "an array in an object": (
+        lambda: SimpleNamespace(a=np.zeros(2)), lambda o: _counted(o.a), lambda o: o.a.tolist()
+    ),
+    "a generator of torch": (
+        lambda: torch.Generator().manual_seed(1), lambda g: torch.rand(1, generator=g), lambda g: g.get_state().tolist()
+    ),
+    "a generator of NumPy": (lambda: np.random.default_rng(1), lambda g: g.random(), lambda g: g.bit_generator.state),
+    "an older one of NumPy": (
+        lambda: np.random.RandomState(1), lambda g: g.rand(), lambda g: [str(v) for v in g.get_state()]
+    ),
+    "a generator of Python": (lambda: random.Random(1), lambda g: g.random(), lambda g: g.getstate()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_a_module_holds_is_as_before(name: str) -> None:
+    make, step, content = HELD[name]
+    model = Net(lambda net, y: y * step(net.held)).eval()
+    model.held = make()
+    before = content(model.held)
+    fused = fuse_fx(model, X)
+    assert content(model.held) == before
+    assert "forward changes what it holds" in [p.why for p in report(fused).parts]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    model.held, fused.held = make(), make()
+    for _ in range(2):
+        torch.testing.assert_close(fused(X), model(X))
+    assert content(fused.held) == content(model.held) != before
+
+
+def test_what_is_only_read_is_no_change() -> None:
+    model = Net(lambda net, y: y * net.held.n + float(net.held.seen[0])).eval()
+    model.held = Counter()
+    model.held.step()
+    assert not report(fuse_fx(model, X)).parts
 
 
 def test_generators_are_as_before() -> None:
