@@ -173,7 +173,9 @@ class _Origins:
         if call is None or not call.plain:
             return None
         if self.dtypes.weight(call) is not None:
-            return "operators"
+            weight = call.args[_WEIGHTED[call.op]]
+            follows = not isinstance(weight, fx.Node) or self._of[weight] in ("weights", "operators")
+            return "operators" if follows else None
         if call.op in _PROMOTED:
             given = [v for v in (call.args.get("input"), call.args.get("other")) if not isinstance(v, int | float)]
             found = {self._of.get(v) if isinstance(v, fx.Node) else None for v in given}
