@@ -4,6 +4,9 @@ The source tells that each result of the one goes to the other, for all argument
 or ``y = self.a(x)`` right before the one use of ``y``, ``self.b(y)``. Neither is mentioned anywhere else in the class.
 A class derived from `nn.Sequential` tells it of its neighbours where it leaves running them to ``super().forward``.
 Then the pair may become one operator in the place of the first, and the second passes on what it is given.
+
+The source is that of the functions which really run. They read attributes of ``self`` and use it for nothing else, and
+no other class of the model reads an attribute of that name from anything but its own ``self``.
 """
 
 from __future__ import annotations
@@ -12,34 +15,72 @@ import ast
 import inspect
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator
+from functools import cache, cached_property
 from itertools import pairwise
+from types import BuiltinFunctionType, CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType
+from typing import Any
 
 from torch import nn
 
+_WALKS = frozenset(("apply", "get_submodule", "get_parameter", "get_buffer", "state_dict", "__dict__", "__getattr__"))
+_WALKS |= {f"{named}{kind}" for named in ("", "named_") for kind in ("children", "modules", "parameters", "buffers")}
+_WALKS |= {"_modules", "_parameters", "_buffers"}
+_OWN = frozenset((*vars(nn.Module()), *dir(nn.Module), *dir(nn.Sequential))) - {"training", "forward"}
+_SCOPES = frozenset(("locals", "vars", "globals", "eval", "exec"))
 
-def chained(module: nn.Module) -> list[tuple[str, str]]:
+
+def chained(module: nn.Module, kinds: Iterable[type]) -> tuple[list[tuple[str, str]], str]:
     """Pairs of submodules of ``module``: the second is called on each result of the first, and on nothing else.
 
-    Whether the submodules are what their names say now is for the caller to see.
+    Whether the submodules are what their names say now is for the caller to see. ``kinds`` are the classes of the
+    modules around it. With the pairs comes why others are none, where they only look like it.
     """
-    if "forward" in vars(module):
-        return []
-    found = list(_chained(type(module)))
-    if isinstance(module, nn.Sequential) and (named := _named_beside_super(type(module))) is not None:
-        found += [pair for pair in pairwise(module._modules) if named.isdisjoint(pair)]
-    return found
+    kind = type(module)
+    found = list(_chained(kind))
+    if isinstance(module, nn.Sequential):
+        found += list(pairwise(module._modules))
+    if not found:
+        return [], ""
+    if why := _unread(kind) or _replaced(module):
+        return [], why
+    if isinstance(module, nn.Sequential):
+        named = {name for method, _ in _methods(kind) for name in _mentions(method)}
+        found = [*_chained(kind), *(pair for pair in pairwise(module._modules) if named.isdisjoint(pair))]
+    own, others, why = set(_functions(kind)), list(kinds), ""
+    for pair in list(found):
+        reader = next((f for k in others for f in _reached(k) if f not in own and _reaches_in(f, pair)), None)
+        if reader is not None:
+            found.remove(pair)
+            why = f"{reader.__qualname__} may read {' or '.join(map(repr, pair))} of it"
+    return found, why
 
 
 @cache
-def _chained(kind: type[nn.Module]) -> tuple[tuple[str, str], ...]:
-    methods = [m for base in kind.__mro__ if not base.__module__.startswith("torch.") for m in _methods(base)]
-    mentioned = Counter(name for method in methods for name in _mentions(method))
+def reaches_into(kind: type, name: str) -> frozenset[str]:
+    """The attributes that ``forward`` of ``kind``, and methods that it names, read from its attribute ``name``."""
+    methods, run, found = _methods(kind), {"forward"}, set[str]()
+    while names := {n for method, _ in methods if method.name in run for n in _mentions(method)} - run:
+        run |= names
+    for method, owner in methods:
+        for node in ast.walk(method) if method.name in run else ():
+            match node:
+                case ast.Attribute(ast.Attribute(ast.Name(first), middle), attr) if (first, middle) == (owner, name):
+                    found.add(attr)
+                case _:
+                    continue
+    return frozenset(found)
+
+
+@cache
+def _chained(kind: type) -> tuple[tuple[str, str], ...]:
+    methods = _methods(kind)
+    mentioned = Counter(name for method, _ in methods for name in _mentions(method))
     return tuple(
         dict.fromkeys(
             pair
-            for method in methods
+            for method, owner in methods
+            if owner
             for pair in (*_nested(method), *_in_turn(method))
             if pair[0] != pair[1] and mentioned[pair[0]] == mentioned[pair[1]] == 1
         )
@@ -47,31 +88,93 @@ def _chained(kind: type[nn.Module]) -> tuple[tuple[str, str], ...]:
 
 
 @cache
-def _named_beside_super(kind: type[nn.Sequential]) -> frozenset[str] | None:
-    """The names in the methods of ``kind``, where only ``super().forward`` runs what it holds; or None."""
-    names = set[str]()
+def _unread(kind: type) -> str:
+    """Why the methods of ``kind`` do not tell all that happens to its submodules; empty where they do."""
+    for function in _functions(kind):
+        if function is None or (method := _source(function)) is None:
+            return f"a method of {kind.__name__} has no source of its own"
+        if not _leaves_children_alone(method, _functions(kind)[function]):
+            return f"{function.__qualname__} does not only read attributes of {_owner(method) or 'modules'}"
+    return ""
+
+
+def _replaced(module: nn.Module) -> str:
+    """Something that runs for ``module`` beside the methods of its class."""
+    for name, value in vars(module).items():
+        torchs = isinstance(value, type | BuiltinFunctionType) or getattr(value, "__module__", "").startswith("torch.")
+        if callable(value) and (hasattr(type(module), name) or not torchs or getattr(value, "__closure__", None)):
+            return f"{name!r} of the module itself is code"
+    return "it has hooks" if any(value for name, value in vars(module).items() if name.endswith("_hooks")) else ""
+
+
+@cache
+def _functions(kind: type) -> dict[FunctionType | None, bool]:
+    """The functions that run as methods of ``kind``, and whether they are given the instance; None for others."""
+    found = dict[FunctionType | None, bool]()
     for base in kind.__mro__:
-        if base.__module__.startswith("torch.") or base is object:
+        if base is object or base.__module__.startswith("torch."):
             continue
-        methods = _methods(base)
-        plain = {name for name, value in vars(base).items() if callable(value) and name != "__init__"}
-        if not plain <= {m.name for m in methods} or not all(map(_leaves_children_alone, methods)):
-            return None
-        names.update(name for method in methods for name in _mentions(method))
-    return frozenset(names)
+        for name, value in vars(base).items():
+            match value:
+                case staticmethod() | classmethod():
+                    inner, given = [value.__func__], False
+                case property():
+                    inner, given = [f for f in (value.fget, value.fset, value.fdel) if f is not None], True
+                case cached_property():
+                    inner, given = [value.func], True
+                case GetSetDescriptorType() | MemberDescriptorType():
+                    continue
+                case _ if hasattr(type(value), "__get__"):
+                    inner, given = [value], True
+                case _:
+                    continue
+            if name != "__init__":
+                found |= {f if isinstance(f, FunctionType) else None: given for f in map(_bare, inner)}
+    return found
 
 
-_OWN = frozenset(("_modules", *dir(nn.Sequential))) - {"training"}
+def _bare(function: Any) -> Any:
+    """What torch put a decorator around, as `torch.no_grad`."""
+    while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
+        if not function.__globals__["__name__"].startswith("torch."):
+            break
+        function = function.__wrapped__
+    return function
 
 
-def _leaves_children_alone(method: ast.FunctionDef) -> bool:
+@cache
+def _source(function: FunctionType) -> ast.FunctionDef | None:
+    """The definition that ``function`` was compiled from; None where it is no longer there."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(function.__code__))).body
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
+        return None
+    compiled = compile(ast.Module(body, []), "", "exec", dont_inherit=True)
+    free = set(function.__code__.co_freevars)
+    names = [name for name in _names(function.__code__) if name not in free]
+    codes = [c for c in compiled.co_consts if isinstance(c, CodeType) and c.co_name == function.__code__.co_name]
+    return body[0] if any([n for n in _names(c) if n not in free] == names for c in codes) else None
+
+
+def _names(code: CodeType) -> list[str]:
+    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _names(const)]
+    return [*code.co_names, *inner]
+
+
+def _leaves_children_alone(method: ast.FunctionDef, given: bool) -> bool:
     """Whether ``self`` and ``super()`` are only there for their attributes, none of them one that gives submodules."""
-    owner, fine = method.args.args[0].arg, set[ast.AST]()
+    owner, fine = _owner(method) if given else "", set[ast.AST]()
     for node in ast.walk(method):
         match node:
+            case ast.Attribute(_, attr) if attr in _WALKS:
+                return False
+            case ast.Name(name) if name in _SCOPES or (given and not owner):
+                return False
             case ast.Attribute(ast.Name(name) as own, attr) if name == owner and attr not in _OWN:
                 fine.add(own)
-            case ast.Attribute(ast.Call(ast.Name("super"), arguments) as call, "forward"):
+            case ast.Attribute(ast.Call(ast.Name("super"), arguments) as call, attr) if attr not in _OWN:
                 fine.update((call.func, *arguments))
             case _:
                 continue
@@ -79,15 +182,56 @@ def _leaves_children_alone(method: ast.FunctionDef) -> bool:
     return all(node in fine for node in named)
 
 
-def _methods(kind: type) -> list[ast.FunctionDef]:
-    if kind is object:
-        return []
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):  # it has no source
-        return []
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return [f for f in functions if f.name != "__init__" and f.args.args]
+def _owner(method: ast.FunctionDef) -> str:
+    arguments = [*method.args.posonlyargs, *method.args.args]
+    return arguments[0].arg if arguments else ""
+
+
+def _methods(kind: type) -> list[tuple[ast.FunctionDef, str]]:
+    """The methods of ``kind`` that have a source, and what each calls the instance."""
+    sources = [(_source(f), given) for f, given in _functions(kind).items() if f is not None]
+    return [(method, _owner(method) if given else "") for method, given in sources if method is not None]
+
+
+@cache
+def _reached(kind: type) -> dict[FunctionType, bool]:
+    """The methods of ``kind``, with the functions of the same package that they name, and those that these name."""
+    found = {f: given for f, given in _functions(kind).items() if f is not None}
+    left = list(found)
+    while left:
+        function = left.pop()
+        package = function.__module__.partition(".")[0]
+        for name in _names(function.__code__):
+            other = _bare(function.__globals__.get(name))
+            if isinstance(other, FunctionType) and other not in found and other.__module__.startswith(package):
+                found[other] = False
+                left.append(other)
+    return found
+
+
+def _reaches_in(function: FunctionType, pair: tuple[str, str]) -> bool:
+    every = ("parameters", "named_parameters", "state_dict", "modules", "named_modules")
+    return not _others_read(function).isdisjoint((*pair, *(every if function.__name__ == "forward" else ())))
+
+
+@cache
+def _others_read(function: FunctionType) -> frozenset[str]:
+    """The attributes that ``function`` reads from anything but its first argument; of a method, from ``self``."""
+    method, found = _source(function), set[str]()
+    if method is None:
+        return frozenset(_names(function.__code__))
+    own = _owner(method) if "." in function.__qualname__.rpartition("<locals>.")[2] else None
+    for node in ast.walk(method):
+        match node:
+            case ast.Attribute(value, attr):
+                pass
+            case ast.Call(ast.Name("getattr"), [value, ast.Constant(str(attr)), *_]):
+                pass
+            case _:
+                continue
+        if not (isinstance(value, ast.Name) and value.id == own):
+            found.add(attr)
+    return frozenset(found)
 
 
 def _mentions(method: ast.FunctionDef) -> Iterator[str]:
@@ -101,7 +245,7 @@ def _mentions(method: ast.FunctionDef) -> Iterator[str]:
 def _called(node: ast.AST, method: ast.FunctionDef) -> tuple[str, ast.expr] | None:
     """The name and the argument of ``self.name(argument)``."""
     match node:
-        case ast.Call(ast.Attribute(ast.Name(owner), name), [argument], []) if owner == method.args.args[0].arg:
+        case ast.Call(ast.Attribute(ast.Name(owner), name), [argument], []) if owner == _owner(method):
             return None if isinstance(argument, ast.Starred) else (name, argument)
         case _:
             return None

@@ -20,7 +20,7 @@ from reparamc.errors import InputError, one_line
 from reparamc.fx.arguments import elements
 from reparamc.fx.calls import by_position, is_plain, operation
 from reparamc.fx.copying import State, copied
-from reparamc.fx.direct import chained
+from reparamc.fx.direct import chained, reaches_into
 from reparamc.fx.export import can_be_exported, exported, is_exported, keep_sizes
 from reparamc.fx.host import fuse_traced
 from reparamc.fx.outcome import another_structure, difference, ran
@@ -123,6 +123,7 @@ class Parts:
             self.blocked |= {path: cast_at for path, m in self.originals.items() if id(m) in watched.cast}
         self.placed: list[Placed] = []
         self._taken: dict[int, Taken] = {}
+        self._apart: dict[str, str] = {}
         self._wholes: dict[str, Whole | str] = {}
         self._first = first
 
@@ -136,7 +137,11 @@ class Parts:
 
     def is_touched(self, path: str) -> bool:
         """Whether other code reaches into the module at ``path``."""
-        return bool(path) and self.watched is not None and id(self.originals[path]) in self.watched.touched
+        if not path or self.watched is None:
+            return False
+        around, _, name = path.rpartition(".")
+        read = reaches_into(type(self.originals[around]), name) if not is_leaf(self.originals[path]) else frozenset()
+        return id(self.originals[path]) in self.watched.touched or any(n in self.originals[path]._modules for n in read)
 
     def whole(self, path: str) -> Whole | str:
         """The module at ``path`` as a graph that agrees with it; or why there is none."""
@@ -276,7 +281,9 @@ class Parts:
         """As a graph by torch.export, where that folds a BatchNorm that would stay; else what was ``taken``."""
         module, original, calls = self.own[path], self.originals[path], self.seen(path)
         stays = any(isinstance(m, NORM) for m in taken.module.children())
-        if not (stays and calls) or path in self.blocked or self.is_touched(path) or not can_be_exported(original):
+        if not (stays and calls and can_be_exported(original)):
+            return taken
+        if path in self.blocked or path in self._apart or self.is_touched(path):
             return taken
         state = State(original)
         try:
@@ -306,7 +313,7 @@ class Parts:
         pairs, folded = self._pairs(path)
         leaves = [m for name, m in module.named_children() if is_leaf(m) and name not in folded]
         if any(isinstance(m, (NORM, *LINEAR)) for m in leaves) or not path:
-            ways.append(Way(path, "as it is", why, counts_of(leaves)))
+            ways.append(Way(path, "as it is", "; ".join(filter(None, (why, self._apart.get(path)))), counts_of(leaves)))
         return Taken(module, ways + pairs)
 
     def _pairs(self, path: str) -> tuple[list[Way], set[str]]:
@@ -315,7 +322,9 @@ class Parts:
         if not any(isinstance(m, NORM) for m in module.children()):
             return ways, names
         places = Counter(map(id, self.own.values()))
-        for both in chained(module):
+        held = self._held()
+        found, why = chained(module, dict.fromkeys(type(m) for m in self.originals.values() if not is_leaf(m)))
+        for both in found:
             pair = [module._modules.get(name) for name in both]
             first, second = pair
             if not (isinstance(first, LINEAR) and isinstance(second, NORM)):
@@ -326,6 +335,9 @@ class Parts:
             if any(self.is_touched(p) or p in self.blocked for p in inner) or any(places[id(m)] > 1 for m in pair):
                 continue
             if not (is_plain(first) and is_plain(second)):
+                continue
+            if any(id(v) in held for m in pair for v in _with_tensors(m)):
+                why = f"a module holds {both[0]!r} or {both[1]!r} in an attribute that is no submodule"
                 continue
             model = nn.Sequential(first, second)
             model.training = False
@@ -340,7 +352,15 @@ class Parts:
                 sites = (module, both[0], first, new), (module, both[1], second, nn.Identity())
                 self.placed.append(Placed(_joined(path, both[0]), first, new, sites))
                 self.placed[-1].put()
+        if why:
+            self._apart[path] = f"a convolution and its BatchNorm stay two: {why}"
         return ways, names
+
+    def _held(self) -> set[int]:
+        """Ids of what modules hold beside their parameters, buffers and submodules, as in lists of their own."""
+        usual = vars(nn.Module()).keys()
+        values = [[v for name, v in vars(m).items() if name not in usual] for m in set(self.own.values())]
+        return {id(leaf) for leaf in pytree.tree_leaves(values)}
 
     def _put(self, where: str, holder: nn.Module, path: str, new: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
@@ -393,6 +413,10 @@ class Parts:
             )
         root = taken.module if path else self.own[path]
         return Taken(root, [*ways, *self._entered(path, why).ways])
+
+
+def _with_tensors(module: nn.Module | None) -> list[Any]:
+    return [] if module is None else [module, *module.parameters(), *module.buffers()]
 
 
 def _holds(module: nn.Module, path: str) -> bool:

@@ -7,6 +7,7 @@ pytest.importorskip("torch")
 import copy
 import pickle
 import threading
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -236,6 +237,123 @@ def test_operators_that_python_calls_one_after_the_other(kind: type[nn.Module], 
         assert isinstance(fused.a, nn.Conv2d)
         with pytest.raises(AssertionError, match="2 axes"):  # of three, the norm would take the middle one
             fused.c(torch.ones(2, 3, CHANNELS))
+
+
+class Pair(nn.Module):
+    """Its forward has a branch, by size, that the example does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return self.large(x, y) if x.shape[2] > 20 else y
+
+    def large(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * 2
+
+
+def outside(module: Any, x: Tensor) -> Tensor:
+    return module.a(x)
+
+
+class PassedOn(Pair):
+    def large(self, x: Tensor, y: Tensor) -> Tensor:
+        return outside(self, x)
+
+
+class Walked(Pair):
+    def large(self, x: Tensor, y: Tensor) -> Tensor:
+        return next(self.children())(x)
+
+
+class Weighed(Pair):
+    def large(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * sum(p.abs().mean() for p in self.parameters())
+
+
+class Stated(Pair):
+    def large(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.state_dict()["a.weight"].abs().mean()
+
+
+class Aliased(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [self.a]
+
+    def large(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.hidden[0](x)
+
+
+class Named(Pair):
+    def large(self, x: Tensor, y: Tensor) -> Tensor:
+        return getattr(self, chr(97))(x)
+
+
+class Replaced(Pair):
+    pass
+
+
+Replaced.large = lambda self, x, y: self.a(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def with_its_own_method() -> nn.Module:
+    model: Any = Pair()
+    model.large = types.MethodType(lambda self, x, y: self.a(x), model)
+    return model
+
+
+class Straight(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.m: Any = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.m(x)
+        return y + self.m.a(x) if x.shape[2] > 20 else y
+
+
+class Helped(Outer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.m(x)
+        return y + outside(self.m, x) if x.shape[2] > 20 else y
+
+
+class Scaled(Outer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.m(x)
+        return y * sum(p.abs().mean() for p in self.m.parameters()) if x.shape[2] > 20 else y
+
+
+@pytest.mark.parametrize(
+    ("make", "left"),
+    [
+        (Pair, 0),
+        *((kind, 1) for kind in (PassedOn, Walked, Weighed, Stated, Aliased, Named, Replaced, with_its_own_method)),
+        (lambda: Outer(Pair()), 1),
+        (lambda: Outer(Straight()), 1),
+        (lambda: Helped(Pair()), 1),
+        (lambda: Scaled(Pair()), 1),
+    ],
+)
+def test_operators_that_other_code_may_use_stay_two(make: Callable[[], nn.Module], left: int) -> None:
+    model, (x, large) = ready(make()), images((2, CHANNELS, 7, 6), (1, CHANNELS, 21, 5), dtype=torch.float32)
+    fused = fuse_fx(model, x)
+    assert counts(fused)[1] == left
+    for given in (x, large):
+        assert relative_error(run(fused, given), run(model, given)) < 1e-5
+
+
+def test_that_operators_stay_two_has_a_reason(x: Tensor) -> None:
+    (part,) = report(fuse_fx(ready(Walked()), x)).parts
+    assert "a convolution and its BatchNorm stay two: Walked.large" in part.why
 
 
 class Odd(nn.Sequential):
