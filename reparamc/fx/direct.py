@@ -18,7 +18,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from itertools import pairwise
-from types import BuiltinFunctionType, CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+)
 from typing import Any
 
 from torch import nn
@@ -101,8 +108,11 @@ def _unread(kind: type) -> str:
 def _replaced(module: nn.Module) -> str:
     """Something that runs for ``module`` beside the methods of its class."""
     for name, value in vars(module).items():
-        torchs = isinstance(value, type | BuiltinFunctionType) or getattr(value, "__module__", "").startswith("torch.")
-        if callable(value) and (hasattr(type(module), name) or not torchs or getattr(value, "__closure__", None)):
+        plain = isinstance(value, type | BuiltinFunctionType | MethodDescriptorType | FunctionType)
+        plain = plain and not (getattr(value, "__defaults__", None) or getattr(value, "__kwdefaults__", None))
+        torchs = str(getattr(value, "__module__", None)).startswith("torch.")
+        knows = getattr(value, "__closure__", None) or not (plain or torchs)  # what may know the module untold
+        if callable(value) and (hasattr(type(module), name) or knows):
             return f"{name!r} of the module itself is code"
     return "it has hooks" if any(value for name, value in vars(module).items() if name.endswith("_hooks")) else ""
 
