@@ -26,7 +26,7 @@ from types import (
     MemberDescriptorType,
     MethodDescriptorType,
 )
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -148,7 +148,7 @@ def _bare(function: Any) -> Any:
     while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
         if not function.__globals__["__name__"].startswith("torch."):
             break
-        function = function.__wrapped__
+        function = cast(Any, function).__wrapped__
     return function
 
 
