@@ -4,10 +4,10 @@
     P'(P(x))  =  (P' P)(x)
 
 They meet once the BatchNorm between them is folded (LeViT's Linear + BatchNorm over flattened tokens). Two
-permutations cancel if their composition is the identity, two reshapes if the second restores the shape that the
-first was given, for every input size: sizes are compared as products of symbols. A reshape to the shape that is
-there already does nothing by itself. Channels that become positions and then channels again are unchanged. Two
-reshapes become one if at most one size is left open until run time, besides those that stay in their place.
+permutations cancel if their composition is the identity, two reshapes if the second restores the shape that the first
+was given, for every input size: sizes are compared as products of symbols. A reshape to the shape of its operand does
+nothing. Channels that become positions and then channels again are unchanged. Two reshapes become one if at most one
+size is left open until run time, besides those that stay in their place.
 """
 
 from __future__ import annotations

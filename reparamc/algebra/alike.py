@@ -68,8 +68,10 @@ def alike_after(e: Expr, start: int, operands: Sequence[Alike]) -> Alike:
 
 
 def frees_channels(e: Expr) -> bool:
-    """Whether the parameters of ``e`` let channels go: they make a known channel of any operand, leave a channel of
-    their operand unread, or are the rows of a dense kernel of which some are multiples of others.
+    """Whether the parameters of ``e`` let channels go.
+
+    They make a known channel of any operand, or do not read a channel of it; or a dense kernel has rows that are
+    multiples of others.
     """
     match e:
         case Conv():

@@ -167,6 +167,12 @@ def glanced(array: Array) -> npt.NDArray[Any]:
     return array.look() if isinstance(array, Parameter) and not array.is_loaded else values(array)
 
 
+def all_finite(held: npt.NDArray[Any]) -> bool:
+    """Whether no element is NaN or infinite."""
+    with np.errstate(all="ignore"):  # a sum is finite only if all its terms are
+        return bool(np.isfinite(held.sum()) or np.isfinite(held).all())
+
+
 def fixed(array: Array) -> Array:
     """``array`` without a memory of how it was made."""
     array = loaded(array)

@@ -137,7 +137,7 @@ class _Side:
         declared: types to believe where inference says nothing.
         typed: what another graph tells of tensors of the same name.
         read: gives the value of a tensor.
-        alone: the shapes that this graph tells by itself, where another graph tells of them as well.
+        alone: the shapes that this graph alone tells, if ``typed`` tells more.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import ml_dtypes
 import numpy as np
 
-from reparamc.algebra.arrays import Parameter, values
+from reparamc.algebra.arrays import Parameter, all_finite, values
 from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Array, Conv, Expr, arrays, flatten, release, replaced, walk
 from reparamc.algebra.infer import misfit
@@ -211,9 +211,7 @@ def _obstacle(
 
 
 def _is_finite(e: Expr) -> bool:
-    held = (values(a) for part in walk(e) for a in arrays(part))
-    with np.errstate(all="ignore"):  # a sum is finite only if all its terms are
-        return all(np.isfinite(a.sum()) or np.isfinite(a).all() for a in held)
+    return all(all_finite(values(a)) for part in walk(e) for a in arrays(part))
 
 
 def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from reparamc.algebra.alike import Alike, alike_after, frees_channels, multiples
-from reparamc.algebra.arrays import glanced
+from reparamc.algebra.arrays import all_finite, glanced
 from reparamc.algebra.channels import Index, Mask, is_separate, known_after, takes_constants, uses
 from reparamc.algebra.expr import (
     Array,
@@ -31,7 +31,7 @@ from reparamc.algebra.expr import (
     ranks,
     rebuild,
     walk,
-)  # fmt: skip
+)
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import coefficients
 from reparamc.algebra.records import entity
@@ -79,7 +79,7 @@ def _is_finite(e: Expr) -> bool:
     """Whether a parameter of ``e`` makes nothing NaN or infinite: zero times that is not zero."""
     with np.errstate(all="ignore"):
         held = coefficients(e) if isinstance(e, BatchNorm) else arrays(e)
-        return all(np.isfinite(glanced(a)).all() for a in held)
+    return all(all_finite(glanced(a)) for a in held)
 
 
 class Liveness:
@@ -145,7 +145,7 @@ class Liveness:
         return self.found.get(value)
 
     def _opaque(self, value: Value) -> None:
-        """A value of which all channels stay, where its axis is known, and their number, up to a limit."""
+        """A value that keeps all channels, if their axis is known, and their number, which has a limit."""
         shape, axis = self.graph.source(value).shape, self._demands.get(value)
         width = shape[axis].known if shape is not None and axis is not None and -axis <= len(shape) else None
         if axis is not None and width is not None and width <= MOST_CONCATENATED:

@@ -186,7 +186,7 @@ def _states(held: list[Any]) -> list[tuple[Any, type, Any]]:
     found: list[tuple[Any, type, Any]] = []
     for value in held:
         if (kind := next((k for k in _STATES if isinstance(value, k)), None)) is not None:
-            with suppress(Exception):  # whatever an object raises that cannot be copied
+            with suppress(Exception):  # an object that cannot be copied may raise anything
                 found.append((value, kind, _STATES[kind][0](value)))
     return found
 

@@ -12,8 +12,6 @@ no other class of the model reads an attribute of that name from anything but it
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
@@ -30,6 +28,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from reparamc.fx.sources import definition
+
 _WALKS = frozenset(("apply", "get_submodule", "get_parameter", "get_buffer", "state_dict", "__dict__", "__getattr__"))
 _WALKS |= {f"{named}{kind}" for named in ("", "named_") for kind in ("children", "modules", "parameters", "buffers")}
 _WALKS |= {"_modules", "_parameters", "_buffers"}
@@ -44,21 +44,19 @@ def chained(module: nn.Module, kinds: Iterable[type]) -> tuple[list[tuple[str, s
     modules around it. With the pairs comes why others are none, where they only look like it.
     """
     kind = type(module)
-    found = list(_chained(kind))
-    if isinstance(module, nn.Sequential):
-        found += list(pairwise(module._modules))
-    if not found:
+    neighbours = list(pairwise(module._modules)) if isinstance(module, nn.Sequential) else []
+    if not (neighbours or _chained(kind)):
         return [], ""
     if why := _unread(kind) or _replaced(module):
         return [], why
-    if isinstance(module, nn.Sequential):
-        named = {name for method, _ in _methods(kind) for name in _mentions(method)}
-        found = [*_chained(kind), *(pair for pair in pairwise(module._modules) if named.isdisjoint(pair))]
-    own, others, why = set(_functions(kind)), list(kinds), ""
-    for pair in list(found):
-        reader = next((f for k in others for f in _reached(k) if f not in own and _reaches_in(f, pair)), None)
-        if reader is not None:
-            found.remove(pair)
+    named = {name for method, _ in _methods(kind) for name in _mentions(method)} if neighbours else set[str]()
+    others = [f for k in kinds for f in _reached(k) if f not in _functions(kind)]
+    found, why = list[tuple[str, str]](), ""
+    for pair in (*_chained(kind), *(pair for pair in neighbours if named.isdisjoint(pair))):
+        reader = next((f for f in others if _reaches_in(f, pair)), None)
+        if reader is None:
+            found.append(pair)
+        else:
             why = f"{reader.__qualname__} may read {' or '.join(map(repr, pair))} of it"
     return found, why
 
@@ -155,17 +153,14 @@ def _bare(function: Any) -> Any:
 @cache
 def _source(function: FunctionType) -> ast.FunctionDef | None:
     """The definition that ``function`` was compiled from; None where it is no longer there."""
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(function.__code__))).body
-    except (OSError, TypeError, SyntaxError):
+    tree = definition(function)
+    if tree is None:
         return None
-    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
-        return None
-    compiled = compile(ast.Module(body, []), "", "exec", dont_inherit=True)
+    compiled = compile(ast.Module([tree], []), "", "exec", dont_inherit=True)
     free = set(function.__code__.co_freevars)
     names = [name for name in _names(function.__code__) if name not in free]
     codes = [c for c in compiled.co_consts if isinstance(c, CodeType) and c.co_name == function.__code__.co_name]
-    return body[0] if any([n for n in _names(c) if n not in free] == names for c in codes) else None
+    return tree if any([n for n in _names(c) if n not in free] == names for c in codes) else None
 
 
 def _names(code: CodeType) -> list[str]:

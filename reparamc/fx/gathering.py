@@ -9,12 +9,13 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
-import textwrap
 from functools import cache
 from typing import Any
 
 from torch import nn
 from torch.nn import functional as F
+
+from reparamc.fx.sources import definition
 
 _BASES = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _OF_MODULES = frozenset(("_modules", "_parameters", "_buffers", *dir(nn.Module))) - {"training"}
@@ -45,11 +46,8 @@ def applies_weight(kind: type[nn.Module]) -> bool:
         return False  # of what is wrapped, the source is that of what is inside
     if forward is base.forward or forward.__code__.co_freevars not in ((), ("__class__",)):
         return False
-    try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
-    except (OSError, TypeError, SyntaxError, ValueError):  # it has no source
-        return False
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+    function = definition(forward)
+    if function is None or function.decorator_list:
         return False
     return _Forward(kind, base, function, forward.__globals__).applies_weight()
 

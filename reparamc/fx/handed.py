@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparamc.fx.calls import is_constant, lookup
+from reparamc.fx.sources import definition
 
 SHAPES = ("shape", "size", "ndim", "dim", "numel")
 """Attributes of a tensor that tell its shape."""
@@ -79,11 +79,8 @@ def _reads(function: Any, parameter: str, depth: int = 3) -> set[Read] | None:
     """What ``function`` reads of its argument ``parameter``; None where it may do something else with it."""
     if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__") or not depth:
         return None
-    try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, TypeError, SyntaxError, ValueError):  # it has no source
-        return None
-    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
+    tree = definition(function)
+    if tree is None or tree.decorator_list:
         return None
     found, fine = set[Read](), set[int]()
     for node in ast.walk(tree):  # an expression comes before those in it
@@ -101,8 +98,8 @@ def _reads(function: Any, parameter: str, depth: int = 3) -> set[Read] | None:
                     fine.add(id(own))
             case ast.Call(ast.Name(called), given, []) if at := _places(given, parameter):
                 code = function.__code__
-                own = {*code.co_varnames, *code.co_freevars, *code.co_cellvars}
-                home = None if called in own else function.__globals__.get(called)
+                inside = {*code.co_varnames, *code.co_freevars, *code.co_cellvars}
+                home = None if called in inside else function.__globals__.get(called)
                 names = list(inspect.signature(home).parameters) if isinstance(home, types.FunctionType) else []
                 inner = _all(_reads(home, names[n], depth - 1) for n in at) if len(names) > max(at) else None
                 if inner is None:

@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -322,8 +322,7 @@ class Parts:
         if not any(isinstance(m, NORM) for m in module.children()):
             return ways, names
         places = Counter(map(id, self.own.values()))
-        held = self._held()
-        found, why = chained(module, dict.fromkeys(type(m) for m in self.originals.values() if not is_leaf(m)))
+        found, why = chained(module, self._kinds)
         for both in found:
             pair = [module._modules.get(name) for name in both]
             first, second = pair
@@ -336,7 +335,7 @@ class Parts:
                 continue
             if not (is_plain(first) and is_plain(second)):
                 continue
-            if any(id(v) in held for m in pair for v in _with_tensors(m)):
+            if any(id(v) in self._held for m in pair for v in _with_tensors(m)):
                 why = f"a module holds {both[0]!r} or {both[1]!r} in an attribute that is no submodule"
                 continue
             model = nn.Sequential(first, second)
@@ -356,6 +355,12 @@ class Parts:
             self._apart[path] = f"a convolution and its BatchNorm stay two: {why}"
         return ways, names
 
+    @cached_property
+    def _kinds(self) -> list[type]:
+        """The classes of the modules that hold others."""
+        return [*dict.fromkeys(type(m) for m in self.originals.values() if not is_leaf(m))]
+
+    @cached_property
     def _held(self) -> set[int]:
         """Ids of what modules hold beside their parameters, buffers and submodules, as in lists of their own."""
         usual = vars(nn.Module()).keys()

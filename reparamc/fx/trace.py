@@ -66,8 +66,12 @@ class _Unknown(fx.Proxy):
         return self._text(sys._getframe(1))
 
     def _text(self, asking: types.FrameType) -> str:
-        is_told = _is_of_torch(asking) or not _TELLING.isdisjoint(asking.f_code.co_names)
-        return repr(self) if is_told else self._refuse("a text")
+        return repr(self) if _may_tell(asking) else self._refuse("a text")
+
+
+def _may_tell(asking: types.FrameType) -> bool:
+    """Whether the text that a frame asks for is for someone to read."""
+    return _is_of_torch(asking) or not _TELLING.isdisjoint(asking.f_code.co_names)
 
 
 @contextmanager
@@ -75,8 +79,7 @@ def sizes_without_text() -> Iterator[None]:
     """While torch.export runs a forward, the text of a size is the name of a symbol, and is refused as a proxy's is."""
 
     def text(size: torch.SymInt, *_spec: str) -> str:
-        asking = sys._getframe(1)
-        if size.node.is_constant() or _is_of_torch(asking) or not _TELLING.isdisjoint(asking.f_code.co_names):
+        if size.node.is_constant() or _may_tell(sys._getframe(1)):
             return repr(size)
         raise TraceError("it asks a size for a text, which is not known before it runs")
 
@@ -343,7 +346,7 @@ class _Tracer(fx.Tracer):
             nodes = list(self.graph.nodes)
             same = _is_same(self.root, nodes[start : place[0]], nodes[place[0] :], result, other)
             return same and held == _attributes(module)
-        except Exception:  # whatever forward raises
+        except Exception:  # forward may raise anything
             return False
         finally:
             self._back_to(*place)
@@ -487,7 +490,7 @@ def _may_write(module: nn.Module) -> bool:
 
 
 def _writes(code: types.CodeType) -> bool:
-    """Whether a function may write into something: what one answer leaves behind, the other would find."""
+    """Whether a function may write into something: a second run would find what the first one left."""
     return not _WRITING.isdisjoint(code.co_names) or any(i.opname in _WRITES for i in dis.get_instructions(code))
 
 

@@ -184,8 +184,7 @@ def save(model: ModelProto, path: Path) -> None:
         InputError: the file cannot be written.
     """
     with weights.holding():
-        if not weights.references(model):
-            model = weights.light(model)
+        model = weights.lightened(model)
         is_large = weights.total(model) >= FILE_LIMIT
         if not is_large and (path == STANDARD or not weights.external_files()):
             write_atomically(path, weights.blocks(weights.pieces(model)))

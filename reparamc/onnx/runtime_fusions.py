@@ -41,7 +41,7 @@ PLAIN = {
     "Add", "AveragePool", "BatchNormalization", "Clip", "Concat", "Constant", "Conv", "ConvTranspose", "Flatten",
     "Gemm", "GlobalAveragePool", "Identity", "LeakyRelu", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Transpose",
 }  # fmt: skip
-"""Operators of which alone no pattern consists: each of them multiplies or divides, or is named otherwise."""
+"""No pattern consists of these alone: each has a product, a quotient, or another function."""
 
 ItemT = TypeVar("ItemT")
 
@@ -83,8 +83,7 @@ def _optimized(model: ModelProto) -> ModelProto | None:
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         with weights.holding(), tempfile.TemporaryDirectory(prefix="reparamc-") as folder:
-            given = weights.light(model) if not weights.references(model) else model
-            light = weights.for_runtime(_without_kernels(given))
+            light = weights.for_runtime(_without_kernels(weights.lightened(model)))
             light.set_in(options)
             options.optimized_model_filepath = os.path.join(folder, "model.onnx")
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")

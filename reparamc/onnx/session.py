@@ -102,7 +102,7 @@ def session(model: ModelProto, what: str, optimize: bool = False, narrowed: bool
     Where it lacks an operator of doubles or bfloat16, the model runs in float32, if that may be (``narrowed``).
     """
     with weights.holding():
-        given = model if weights.references(model) else weights.light(model)
+        given = weights.lightened(model)
         outputs = [o.name for o in model.graph.output]
         try:
             light = weights.for_runtime(given)

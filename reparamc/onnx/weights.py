@@ -312,6 +312,11 @@ def light(model: ModelProto) -> ModelProto:
     return found
 
 
+def lightened(model: ModelProto) -> ModelProto:
+    """``model``, or a light copy of it where it has no references."""
+    return model if references(model) else light(model)
+
+
 def _copy(message: Any, name: str, value: Any) -> None:
     field_ = getattr(message, name)
     if hasattr(field_, "extend"):
