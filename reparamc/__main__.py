@@ -402,7 +402,7 @@ def _refresh(arguments: argparse.Namespace) -> int:
     check_target(checkpoint, output)
     model = load(arguments.model, output)
     if checkpoint.suffix.lower() in (".npz", ".safetensors", ".onnx"):
-        weights = read_weights(checkpoint)
+        weights = read_weights(checkpoint, output)
     else:
         try:
             from reparamc.training.checkpoints import read_checkpoint

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import ml_dtypes
 import numpy as np
 
-from reparamc.algebra.arrays import Parameter, all_finite, values
+from reparamc.algebra.arrays import Parameter, all_moderate, values
 from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Array, Conv, Expr, arrays, flatten, release, replaced, walk
 from reparamc.algebra.infer import misfit
@@ -85,7 +85,7 @@ def _decided(setting: Setting, found: Form, members: tuple[Value, ...], most: fl
     native = {e: v for v, e in found.exprs.items() if v != members[-1]}
     native.update((found.exprs[v], v) for v in found.exprs if v not in members)  # not what hands operands on
     splice: Splice | Declined | FailedRegion = Declined("the rewritten form would cost more than it saves")
-    if price < cost or not _is_finite(before):
+    if price < cost or not _is_moderate(before):
         splice = checked(setting, members, before, after, native, found.counts)
     if isinstance(splice, Splice):
         return Decision(after, replace(splice, origins=found.origins), refusals, members)
@@ -193,8 +193,8 @@ def _obstacle(
     after: Expr,
     native: dict[Expr, Value],
 ) -> str | None:
-    if not _is_finite(before):
-        return "a parameter is NaN or infinite"
+    if not _is_moderate(before):
+        return "a parameter is NaN, infinite, or too large"
     dtype = graph.dtype(members)
     if dtype is None:
         return "its values have different dtypes, or an unknown one"
@@ -210,8 +210,8 @@ def _obstacle(
     return graph.obstacle(root, members, sources, made)
 
 
-def _is_finite(e: Expr) -> bool:
-    return all(all_finite(values(a)) for part in walk(e) for a in arrays(part))
+def _is_moderate(e: Expr) -> bool:
+    return all(all_moderate(values(a)) for part in walk(e) for a in arrays(part))
 
 
 def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:

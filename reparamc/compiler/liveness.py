@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from reparamc.algebra.alike import Alike, alike_after, frees_channels, multiples
-from reparamc.algebra.arrays import all_finite, glanced
+from reparamc.algebra.arrays import all_moderate, glanced
 from reparamc.algebra.channels import Index, Mask, is_separate, known_after, takes_constants, uses
 from reparamc.algebra.expr import (
     Array,
@@ -75,17 +75,17 @@ class _Matrix:
     takes: Mask
 
 
-def _is_finite(e: Expr) -> bool:
-    """Whether a parameter of ``e`` makes nothing NaN or infinite: zero times that is not zero."""
+def _is_moderate(e: Expr) -> bool:
+    """Whether no parameter of ``e`` makes what it reads NaN or infinite: zero times that is not zero."""
     with np.errstate(all="ignore"):
         held = coefficients(e) if isinstance(e, BatchNorm) else arrays(e)
-    return all(all_finite(glanced(a)) for a in held)
+    return all(all_moderate(glanced(a)) for a in held)
 
 
 class Liveness:
     """The channels of all values of a graph, and which of them are needed.
 
-    All are, where a parameter is NaN or infinite.
+    All are, where a parameter is NaN, infinite, or beyond 2**42.
 
     Attributes:
         found: the channels of each value, and of each node in `exprs`.
@@ -104,7 +104,7 @@ class Liveness:
         self._readings = {v: r for v in graph.values() if isinstance(r := graph.read(v), Reading)}
         nodes = [e for r in self._readings.values() for e in walk(r.template)]
         frees = any(map(frees_channels, nodes)) or _leave_unread([e for e in nodes if isinstance(e, Select)])
-        if not frees or not all(map(_is_finite, nodes)):
+        if not frees or not all(map(_is_moderate, nodes)):
             self.needed = np.ones(0, bool)
             return
         self._demands = self._demanded()

@@ -172,15 +172,15 @@ def outputs_of(model: ModelProto, inputs: Sequence[np.ndarray]) -> dict[str, np.
         raise InputError(f"the file does not run on the example: {one_line(error)}") from error
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, target: Path | None = None) -> Weights:
     """The parameters in a file .npz, .safetensors or .onnx, by name.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or they lie in ``target``.
     """
     suffix = path.suffix.lower()
     if suffix == ".onnx":
-        return {t.name: numpy_helper.to_array(t) for t in load(path).graph.initializer}
+        return {t.name: numpy_helper.to_array(t) for t in load(path, target).graph.initializer}
     try:
         if suffix == ".npz":
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:

@@ -128,12 +128,14 @@ def _body(op: str) -> GraphProto:
 
 
 def test_a_double_that_float32_does_not_hold() -> None:
-    made = in_type(conv_bn(), TensorProto.DOUBLE)
-    weight = made.graph.initializer[0]
-    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1e200, weight.name))
+    made = in_type(
+        model([CONV, BN, node("Relu", "y", "r"), node("Mul", "r k", "z")], {"w": W3, **N, "k": rand(1)}, outputs="z"),
+        TensorProto.DOUBLE,
+    )
+    made.graph.initializer[-1].CopyFrom(numpy_helper.from_array(np.full(1, 1e200), "k"))
     with pytest.raises(InputError, match="--verify region"):
         fuse_model(made)
-    assert operators(fuse_model(made, verify="region")[0]) == {"Conv": 1}
+    assert operators(fuse_model(made, verify="region")[0]) == {"Conv": 1, "Relu": 1, "Mul": 1}
 
 
 def test_mixed_types() -> None:
@@ -178,12 +180,22 @@ def test_gamma_zero() -> None:
     assert_folds(conv_bn(N | {"n.g": np.zeros(6, np.float32)}), Conv=1)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weight_that_is_no_number(value: float) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e37, 3e38])
+def test_weight_that_is_no_number_or_overflows(value: float) -> None:
     weight = W3.copy()
     weight[0, 0, 0, 0] = value
     report = assert_left(conv_bn(weight=weight))
-    assert any("NaN or infinite" in reason for reason in reasons(report))
+    assert any("NaN, infinite, or too large" in reason for reason in reasons(report))
+
+
+@pytest.mark.parametrize("which", ["w", "b"])
+@pytest.mark.parametrize("value", [np.inf, 3e38])
+def test_what_overflows_does_not_leave_with_a_channel_that_nobody_reads(value: float, which: str) -> None:
+    """Zero times infinity is NaN, which is what the original gives."""
+    held = {"w": W3.copy(), "b": rand(6), "k": W1.copy()}
+    held[which][3] = value
+    held["k"][:, 3] = 0.0
+    assert_left(model([node("Conv", "x w b", "c", **PAD), node("Relu", "c", "r"), node("Conv", "r k", "y")], held))
 
 
 def test_infinite_branch_stays() -> None:

@@ -305,6 +305,7 @@ def test_weights_of_the_input_are_no_output(tmp_path: Path, name: str) -> None:
         ["fuse", str(path), "-o", str(tmp_path / "o.onnx"), "--report", target],
         ["verify", str(path), str(tmp_path / "other.onnx"), "--save", target],
         ["refresh", str(path), "--checkpoint", str(tmp_path / "other.onnx"), "-o", target],
+        ["refresh", str(tmp_path / "other.onnx"), "--checkpoint", str(path), "-o", target],
     ):
         assert main(command) == 2
     with pytest.raises(InputError, match="holds weights of the input"):
