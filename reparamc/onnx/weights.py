@@ -88,10 +88,19 @@ class File:
         self.path, self.external = path, external
         self._handle = path.open("rb", buffering=0)
         self._mapped: mmap.mmap | None = None
+        self._found = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        state = os.fstat(self._handle.fileno())
+        return state.st_size, state.st_mtime_ns
 
     @property
     def size(self) -> int:
-        return os.fstat(self._handle.fileno()).st_size
+        return self._state()[0]
+
+    @property
+    def has_changed(self) -> bool:
+        return self._state() != self._found
 
     def read(self, start: int, length: int) -> bytes:
         handle, found = self._handle.fileno(), b""
@@ -160,7 +169,11 @@ _current: ContextVar[_Holder | None] = ContextVar("buffers", default=None)
 
 @contextmanager
 def holding() -> Iterator[None]:
-    """Light models can be made and read inside, and only there. In another such block it changes nothing."""
+    """Light models can be made and read inside, and only there. In another such block it changes nothing.
+
+    Raises:
+        InputError: a file that was read has changed in the meantime, so that nothing holds that was found.
+    """
     if _current.get() is not None:
         yield
         return
@@ -168,11 +181,22 @@ def holding() -> Iterator[None]:
     token = _current.set(holder)
     try:
         yield
+        check_unchanged()
+    except Exception:
+        check_unchanged()
+        raise
     finally:
         _current.reset(token)
         for buffer in holder.buffers:
             if isinstance(buffer, File):
                 buffer.close()
+
+
+def check_unchanged() -> None:
+    """Raise InputError where a file that was read in this block, if it is one, has changed since."""
+    for buffer in holder.buffers if (holder := _current.get()) else ():
+        if isinstance(buffer, File) and buffer.has_changed:
+            raise InputError(f"{buffer.path} has changed while it was read; run it again")
 
 
 def _holder() -> _Holder:
@@ -620,6 +644,7 @@ def blocks(parts: Iterable[Piece]) -> Iterator[Bytes]:
             yield from part.blocks()
         else:
             yield part
+    check_unchanged()
 
 
 # For ONNX Runtime

@@ -73,6 +73,26 @@ def test_onnx_runtime_takes_weights_where_they_are(tmp_path: Path, constant: boo
         assert np.allclose(run(inputs)["y"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("command", ["fuse", "verify"])
+def test_weights_that_change_while_they_are_read(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, other = in_two_files(tmp_path), tmp_path / "o.onnx"
+    read = weights.array
+
+    def changed(tensor: TensorProto) -> np.ndarray:
+        with (tmp_path / "w.bin").open("r+b") as file:
+            file.write(bytes(1000))
+        return read(tensor)
+
+    if command == "verify":
+        assert main(["fuse", str(path), "-o", str(other), "--quiet"]) == 0
+    monkeypatch.setattr(weights, "array", changed)
+    assert main([command, str(path), *["-o"] * (command == "fuse"), str(other)]) == 2
+    assert "w.bin has changed while it was read" in capsys.readouterr().err
+    assert other.exists() == (command == "verify")
+
+
 @pytest.mark.parametrize("name", ["m.onnx", "größe ñ.onnx"])
 def test_onnx_runtime_maps_what_lies_well_in_a_file(tmp_path: Path, name: str) -> None:
     arrays = [numpy_helper.from_array(np.full((64, 64), n + 1, np.float32), f"w{n}") for n in range(3)]
