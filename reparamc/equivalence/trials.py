@@ -146,7 +146,7 @@ SHORT_LIMIT = 16
 MOST_ALONE = 8
 """So many inputs are each changed while the others are ordinary."""
 
-GUESSES = (32, 64, 224, 256, 128, 16, 8, 4, 3, 2, 1)
+GUESSES = (32, 64, 224, 256, 128, 16, 8, 4, 3, 2, 1, 14, 7, 28, 112, 384, 512, 640)
 """Sizes tried for what may vary, until the original takes one."""
 SMALL = (1, 2, 3, 5, 7)
 SIZES = (7, 1, 2, 3, 4, 5, 8, 9, 13, 16)

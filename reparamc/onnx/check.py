@@ -13,7 +13,7 @@ from reparamc.certificate.onnx_bounds import FAILURES, nested
 from reparamc.errors import InputError, one_line
 from reparamc.onnx.sizes import in_order
 from reparamc.onnx.values import captured, defined, skeleton, strictly_inferred, subgraphs
-from reparamc.onnx.weights import PACKED, UNEVEN, is_reference, length
+from reparamc.onnx.weights import PACKED, UNEVEN, check_loaded, is_reference, length
 
 OLDEST_OPSET = 7
 """Before it, broadcasting and BatchNormalization meant something else."""
@@ -32,8 +32,7 @@ def check(model: ModelProto) -> str | None:
         is_there = model.graph.ByteSize()
         what = "no operators and no outputs" if is_there else "no graph: the file is empty or not ONNX"
         raise InputError(f"the model has {what}")
-    if any(t.data_location == TensorProto.EXTERNAL and not is_reference(t) for t in model.graph.initializer):
-        raise InputError("the weights are in another file and not loaded; load the model with onnx.load(path)")
+    check_loaded(model, "load the model with onnx.load(path)")
     _check_opsets(model)
     try:
         for graph in graphs(model):

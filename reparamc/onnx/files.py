@@ -248,7 +248,9 @@ def from_standard_input() -> tuple[ModelProto, bytes]:
         data = sys.stdin.buffer.read()
     except OSError as error:
         raise InputError(f"standard input cannot be read: {error.strerror or error}") from error
-    return parsed(data, "standard input"), data
+    model = parsed(data, "standard input")
+    weights.check_loaded(model, "give the path of the model, so that they are found beside it")
+    return model, data
 
 
 def _write(path: Path, blocks: Iterable[weights.Bytes]) -> None:

@@ -312,14 +312,19 @@ def total(model: ModelProto) -> int:
 # From a model, and to one
 
 
+def check_loaded(model: ModelProto, way: str) -> None:
+    """Raise InputError, with the ``way`` out, where weights of ``model`` lie in another file."""
+    if any(t.data_location == TensorProto.EXTERNAL and not is_reference(t) for t in model.graph.initializer):
+        raise InputError(f"the weights are in another file and not loaded; {way}")
+
+
 def light(model: ModelProto) -> ModelProto:
     """A light copy of ``model``, which stays as it is and keeps its data; to be read in the same `holding` block.
 
     Raises:
         InputError: its weights lie in another file.
     """
-    if any(t.data_location == TensorProto.EXTERNAL and not is_reference(t) for t in model.graph.initializer):
-        raise InputError("the weights are in another file and not loaded; load the model with onnx.load(path)")
+    check_loaded(model, "load the model with onnx.load(path)")
     found = ModelProto()
     for descriptor, value in model.ListFields():
         if descriptor.name != "graph":
