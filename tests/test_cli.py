@@ -658,6 +658,16 @@ def test_nonsense_on_standard_input() -> None:
     assert b"standard input" in done.stderr
 
 
+def test_standard_input_without_the_weights_of_the_model(model: Path) -> None:
+    file = model.with_name("beside.onnx")
+    onnx.save(onnx.load(model), file, save_as_external_data=True, location="w.bin", size_threshold=0)
+    done = subprocess.run(
+        [sys.executable, "-m", "reparamc", "explain", "-"], input=file.read_bytes(), capture_output=True
+    )
+    assert done.returncode == 2
+    assert b"in another file and not loaded; give the path of the model" in done.stderr
+
+
 def test_in_place(run: Run, model: Path) -> None:
     assert run("fuse", model, "--in-place").code == 0
     assert kinds(model) == ["Conv", "Relu"]
