@@ -1,7 +1,7 @@
 """Certificates of ONNX models.
 
-See `proof` for what is proven, and `normal_form` for the algebra. Only the main graph is read; operators with bodies,
-functions and other domains are atoms, and so is all that is not listed in `READERS`.
+See `proof` for what is proven, and `normal_form` for the algebra. Only the main graph is read, and
+local functions that differ; operators with bodies, of other domains, or not listed in `READERS`, are atoms.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from math import prod
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, inliner, numpy_helper
 
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.agreement import Precision
 from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.narrowing import Separate
 from reparamc.certificate.normal_form import Array, Value
-from reparamc.certificate.onnx_bounds import bodies
+from reparamc.certificate.onnx_bounds import FAILURES, bodies
 from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, bounds, is_standard, run_alone
 from reparamc.certificate.onnx_operators import (
     ELEMENTWISE,
@@ -64,6 +64,8 @@ def certify_onnx(
     of a tensor. Tensors ``without`` which the proof is to do may mean something else in each model.
     """
     _keep_freed_blocks()
+    if _functions(original) != _functions(result):
+        original, result = (_inlined(m) for m in (original, result))
     # Where inference is silent, what both files declare of a tensor is believed.
     declared = {v.name: v for v in original.graph.value_info}
     declared = [v for v in result.graph.value_info if declared.get(v.name) == v]
@@ -90,6 +92,18 @@ def _may_be(shape: Sequence[Dim] | None, dims: Sequence[int]) -> bool:
     return known is None or (len(known) == len(dims) and all(m in (None, n) for m, n in zip(known, dims, strict=True)))
 
 
+def _functions(model: ModelProto) -> list[bytes]:
+    return [f.SerializeToString() for f in model.functions]
+
+
+def _inlined(model: ModelProto) -> ModelProto:
+    """``model`` with the bodies of local functions in the place of their calls, if that can be done."""
+    try:
+        return inliner.inline_local_functions(model)
+    except FAILURES:
+        return model
+
+
 def _keep_freed_blocks() -> None:
     """Keep freed blocks in the heap, which saves clearing pages for each window (glibc's mmap threshold)."""
     np.empty(2**25 - 2**16, np.uint8)
@@ -112,7 +126,7 @@ def _outside(original: ModelProto, result: ModelProto, read: Callable[[TensorPro
     versions = [{(o.domain, o.version) for o in m.opset_import} for m in (original, result)]
     if versions[0] != versions[1]:
         found.append(Window("opset", "different", np.inf, np.inf, "the operator sets differ"))
-    if [f.SerializeToString() for f in original.functions] != [f.SerializeToString() for f in result.functions]:
+    if _functions(original) != _functions(result):
         found.append(Window("functions", "different", np.inf, np.inf, "the local functions differ"))
     return found
 

@@ -243,14 +243,17 @@ class Constants:
 def run_alone(
     nodes: Sequence[NodeProto], feeds: Mapping[str, Array], outputs: Sequence[str], model: ModelProto
 ) -> list[Array]:
-    """The results of operators, as ONNX Runtime has them."""
+    """The results of operators, as ONNX Runtime has them. Types that NumPy lacks it takes only as stored."""
     import onnxruntime as ort
 
+    stored = [numpy_helper.from_array(a, name) for name, a in feeds.items() if a.dtype.isbuiltin != 1]
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
         for name, a in feeds.items()
+        if a.dtype.isbuiltin == 1
     ]
-    body = helper.make_graph(nodes, "constant", inputs, [helper.make_empty_tensor_value_info(o) for o in outputs])
+    results = [helper.make_empty_tensor_value_info(o) for o in outputs]
+    body = helper.make_graph(nodes, "constant", inputs, results, stored)
     made = helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -259,7 +262,7 @@ def run_alone(
     session = ort.InferenceSession(
         made.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
     )
-    return [np.asarray(found) for found in session.run(list(outputs), dict(feeds))]
+    return [np.asarray(found) for found in session.run(list(outputs), {v.name: feeds[v.name] for v in inputs})]
 
 
 def is_standard(node: NodeProto) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -297,6 +298,30 @@ def test_a_border_that_is_written_is_read() -> None:
 )
 def test_another_border_is_not(regions: dict[str, Any], off: float, options: dict[str, Any]) -> None:
     assert not certify_onnx(*bordered(regions, off, **options)).holds
+
+
+@pytest.mark.parametrize(("number", "verdict"), [(8.0, "equal"), (8.5, "different")])
+def test_functions_that_differ_are_read_in_the_place_of_their_calls(number: float, verdict: str) -> None:
+    def calling(*factors: float) -> ModelProto:
+        body = [helper.make_node("Constant", [], [f"k{n}"], value_float=k) for n, k in enumerate(factors)]
+        names = ["a", *(f"t{n}" for n in range(len(factors) - 1)), "r"]
+        body += [node("Mul", f"{names[n]} k{n}", names[n + 1]) for n in range(len(factors))]
+        own = helper.make_function("own", "Scaled", ["a"], ["r"], body, [helper.make_opsetid("", 17)])
+        calls = [node("Scaled", "x", "s", domain="own"), node("Relu", "s", "h"), node("Scaled", "h", "y", domain="own")]
+        return model(calls, {}, domains=("own",), functions=[own])
+
+    verdicts = {w.verdict for w in certify_onnx(calling(2.0, 4.0), calling(number)).windows}
+    assert verdict in verdicts
+    assert (verdicts == {"equal"}) == (verdict == "equal")
+
+
+@pytest.mark.parametrize("off", [0.0, 0.5])
+def test_weights_stored_in_a_type_that_numpy_lacks(off: float) -> None:
+    stored = rand(6, 6, 1, 1).astype(ml_dtypes.bfloat16)
+    nodes = [node("Cast", "k", "w", to=TensorProto.FLOAT), node("Conv", "x w", "c"), node("Mul", "c two", "y")]
+    made = model(nodes, {"k": stored, "two": np.array(2, np.float32)})
+    fused = model([node("Conv", "x w", "y")], {"w": 2 * stored.astype(np.float32) + np.float32(off)})
+    assert [w.verdict for w in certify_onnx(made, fused).windows] == ["different" if off else "equal"]
 
 
 # What becomes of wrong rewrites
