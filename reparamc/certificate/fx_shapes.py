@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import dis
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from math import prod
+from types import FunctionType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -231,16 +234,49 @@ def as_written(result: Any) -> Any:
 
 
 def _is_of_torch(module: fx.GraphModule) -> bool:
-    """Whether nothing is called but what torch defines: other code might keep a tensor without values."""
-    called = [attribute(module, str(n.target)) for n in module.graph.find_nodes(op="call_module")]
-    functions = [n.target for n in module.graph.nodes if n.op == "call_function"]
-    homes = [type(m).__module__ for m in called] + [
-        str(getattr(f, "__module__", "torch") or "torch") for f in functions
-    ]
+    """Whether nothing is called but what torch defines, or keeps nothing: a tensor without values might be kept."""
+    values = [attribute(module, str(n.target)) for n in module.graph.nodes if n.op in ("call_module", "get_attr")]
+    called = [value for value in values if isinstance(value, nn.Module)]
     hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in called)
-    return not hooked and all(
-        h.split(".")[0] in ("torch", "torchvision", "_operator", "builtins", "math") for h in homes
-    )
+    functions = (n.target for n in module.graph.nodes if n.op == "call_function")
+    return not hooked and all(_home(type(m)) in _HOMES for m in called) and all(map(_keeps_nothing, functions))
+
+
+_HOMES = ("torch", "torchvision", "_operator", "builtins", "math")
+_WRITING = {
+    "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "put", "remove", "send",
+    "setdefault", "update", "write",
+    "setattr", "delattr", "vars", "locals", "globals", "eval", "exec", "__import__", "__dict__", "__setattr__", "open",
+}  # fmt: skip
+"""Names of what writes into something that may stay."""
+
+
+def _home(value: Any) -> str:
+    return str(getattr(value, "__module__", "torch") or "torch").partition(".")[0]
+
+
+@cache
+def _keeps_nothing(function: Any, depth: int = 3) -> bool:
+    """Whether a function is torch's own, or one that sets local variables alone, and calls nothing but such."""
+    if _home(function) in _HOMES or not (isinstance(function, FunctionType) and depth):
+        return _home(function) in _HOMES
+    if function.__closure__ or hasattr(function, "__wrapped__") or not _WRITING.isdisjoint(function.__code__.co_names):
+        return False
+    known = vars(builtins) | function.__globals__
+    for step in dis.get_instructions(function.__code__):
+        kind, _, where = step.opname.partition("_")
+        if kind in ("STORE", "DELETE", "IMPORT", "MAKE") and where != "FAST":
+            return False
+        if step.opname == "LOAD_GLOBAL" and not _is_pure(known.get(step.argval), depth - 1):
+            return False
+    return True
+
+
+def _is_pure(value: Any, depth: int) -> bool:
+    """Whether a global that a function reads is a module of torch, a constant, or a function that keeps nothing."""
+    if isinstance(value, ModuleType):
+        return value.__name__.partition(".")[0] in _HOMES
+    return value is None or isinstance(value, int | float | str) or (callable(value) and _keeps_nothing(value, depth))
 
 
 def _like(value: Any, shape: list[int] | None) -> Any:

@@ -37,8 +37,8 @@ def ran(module: Callable[..., Any], call: Call, *, in_training: bool = False) ->
         return module(*args, **kwargs)
 
 
-def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = None) -> str:
-    """How two results differ in more than rounding; empty where they do not.
+def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = None, *, most: float = ROUNDING) -> str:
+    """How two results differ in more than rounding, by ``most`` units; empty where they do not.
 
     ``wavering`` gives what becomes of ``expected`` where inputs change at rounding level; it is asked when values
     differ by more than a few units of rounding.
@@ -56,12 +56,12 @@ def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = 
         if (a.shape, a.dtype) != (e.shape, e.dtype):
             return f"{path} is of another shape or dtype"
         error, epsilon = _error(a, e)
-        if error > ROUNDING * epsilon and wavering is not None:
+        if error > most * epsilon and wavering is not None:
             noise = dict(leaves(wavering())) if noise is None else noise
             other = noise.get(path)
             if isinstance(other, Tensor) and other.shape == e.shape:
                 epsilon = max(epsilon, _error(other, e)[0] / 10)
-        if error > ROUNDING * epsilon:
+        if error > most * epsilon:
             return f"{path} differs by {error:.1e} of its largest value"
     return ""
 

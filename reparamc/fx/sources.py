@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from functools import cache
 from types import FunctionType
 
 
+@cache
 def definition(function: FunctionType) -> ast.FunctionDef | None:
     """The definition of ``function`` itself, not of what it wraps; None where there is no source of it alone."""
     try:

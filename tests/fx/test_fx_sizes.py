@@ -4,8 +4,10 @@ import pytest
 
 pytest.importorskip("torch")
 
+import math
 import random
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -261,6 +263,54 @@ def test_sizes_that_are_told_are_those_of_a_run(shape: tuple[int, ...], monkeypa
     monkeypatch.setattr(fx_shapes, "MOST_ELEMENTS", 0)
     monkeypatch.setattr(fx_shapes._Sized, "fake", lambda self: pytest.fail("it runs"))
     assert fx_shapes.sizes_of(module, (x,)) == wanted
+
+
+KEPT: dict[str, Tensor] = {}
+
+
+def padded(x: Tensor, n: int) -> Tensor:
+    return F.pad(x, (n, max(n, 1))) if math.floor(n) else x
+
+
+def pads(x: Tensor) -> Tensor:
+    return padded(x, 2)
+
+
+def keeps(x: Tensor) -> Tensor:
+    KEPT["last"] = x
+    return x
+
+
+def adds(x: Tensor, seen: list[Tensor] = []) -> Tensor:  # noqa: B006
+    seen.append(x)
+    return x
+
+
+@cache
+def remembers(n: int) -> Tensor:
+    return torch.arange(n)
+
+
+def reads(x: Tensor) -> Tensor:
+    return x + remembers(x.shape[-1])
+
+
+def returns_itself(x: Tensor) -> Any:
+    return mutual(x) if x is None else x
+
+
+def mutual(x: Tensor) -> Any:
+    return returns_itself(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "runs"),
+    [(pads, False), (keeps, True), (adds, True), (reads, True), (mutual, True), (remembers, True)],
+)
+def test_code_that_may_keep_a_tensor_is_given_values(function: Any, runs: bool) -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("x"),)))
+    assert fx_shapes._is_of_torch(fx.GraphModule({}, graph)) is not runs
 
 
 def test_a_write_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
