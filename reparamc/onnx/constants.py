@@ -51,49 +51,44 @@ SPELLED = {"ConstantOfShape": 0, "Expand": 1}
 SMALL_BYTES, SCALAR_BYTES = 4 * SMALL, 8
 
 
-def fold_constants(model: ModelProto, types: Callable[[], Types] | None = None, small: int = SMALL_BYTES) -> list[str]:
+def fold_constants(model: ModelProto, small: int = SMALL_BYTES) -> list[str]:
     """Fold the constant operators of the main graph in place; what those that were folded computed.
 
-    Args:
-        types: of its values, if they are known already; they are asked for only if something may be folded.
-        small: bytes that a parameter may take in any case.
+    ``small``: bytes that a parameter may take in any case.
     """
-    return folded(model, types, small)[0]
+    names, result, _ = folded(model, cache(partial(Types, model)), small, Constants(model))
+    if names:
+        model.CopyFrom(result)
+    return names
 
 
 def folded(
-    model: ModelProto, types: Callable[[], Types] | None = None, small: int = SMALL_BYTES
-) -> tuple[list[str], Callable[[], Types]]:
-    """As `fold_constants`, and the types of what comes of ``model``."""
+    model: ModelProto, types: Callable[[], Types], small: int, constants: Constants
+) -> tuple[list[str], ModelProto, Callable[[], Types]]:
+    """As `fold_constants`, in a copy if there is anything to fold; and the types of what comes of ``model``.
+
+    Args:
+        types: of its values; they are asked for only if something may be folded.
+        constants: of ``model``.
+    """
     total: list[str] = []
-    types = types or cache(partial(Types, model))
-    while found := _sweep(model, types, small):
-        total, types = total + found, cache(partial(Types, model))
-        if not any(node.op_type in ("Shape", *SPELLED) for node in model.graph.node):
+    result = model
+    while found := _Foldable(result, types, small, constants).values():
+        if result is model:
+            result = ModelProto()
+            result.CopyFrom(model)
+        names = _replaced(result, found)
+        total += names
+        told = types().tells_all or not any(node.op_type in ("Shape", *SPELLED) for node in result.graph.node)
+        types = types if types().tells_all else cache(partial(Types, result))
+        if told or not names:
             break  # nothing more can have become known
-    return total, types
+        constants = Constants(result)
+    return total, result, types
 
 
-def may_fold(model: ModelProto, types: Callable[[], Types], small: int, constants: Constants | None = None) -> bool:
-    """Whether `fold_constants` may change ``model``, whose ``constants`` are known already, if at all."""
-    found = _Foldable(model, types, small, constants)
-    found.collect()
-    return bool(found.nodes or found.shapes)
-
-
-def _sweep(model: ModelProto, types: Callable[[], Types], small: int) -> list[str]:
-    found = _Foldable(model, types, small)
-    found.collect()
-    if not found.nodes and not found.shapes:
-        return []
-    uses = users(model.graph)
-    while True:
-        growing = found.growing(uses)
-        if growing <= found.apart:
-            break
-        found.apart |= growing
-        found.collect()
-    values = found.values()
+def _replaced(model: ModelProto, values: Mapping[str, np.ndarray]) -> list[str]:
+    """Have ``model`` hold ``values`` where it computes all results of a node; the first of each such node."""
     kept, folded = [], []
     for node in model.graph.node:
         done = all(name in values for name in node.output if name)
@@ -120,10 +115,8 @@ class _Foldable:
         sizes: bytes of every constant, those to be computed included.
     """
 
-    def __init__(
-        self, model: ModelProto, types: Callable[[], Types], small: int, constants: Constants | None = None
-    ) -> None:
-        self.model, self.constants, self._types, self.small = model, constants or Constants(model), types, small
+    def __init__(self, model: ModelProto, types: Callable[[], Types], small: int, constants: Constants) -> None:
+        self.model, self.constants, self._types, self.small = model, constants, types, small
         self.apart: set[str] = set()
         self._outputs = {o.name for o in model.graph.output} | read_elsewhere(model)
 
@@ -131,7 +124,7 @@ class _Foldable:
     def types(self) -> Types:
         return self._types()
 
-    def collect(self) -> None:
+    def _collect(self) -> None:
         self.nodes: list[NodeProto] = []
         self.shapes: dict[str, np.ndarray] = {}
         self.sizes = {name: _bytes(c) for name, c in self.constants.known.items() if c.stored}
@@ -196,7 +189,7 @@ class _Foldable:
         known = self.shapes.get(name, self.constants.array(name) if name in self.constants else None)
         return known.ravel().tolist() if known is not None and known.dtype.kind in "iu" else None
 
-    def growing(self, uses: Mapping[str, Sequence[NodeProto | None]]) -> set[str]:
+    def _growing(self, uses: Mapping[str, Sequence[NodeProto | None]]) -> set[str]:
         """The large constants that take less room than their shares of what is made of them, or stay beside that."""
         made = {_first(node): sum(self.sizes[name] for name in node.output if name) for node in self.nodes}
         found: set[str] = set()
@@ -216,7 +209,14 @@ class _Foldable:
 
         What is beyond doubt takes no sources: ONNX Runtime and the reference are not even imported for it.
         """
-        known = self.constants
+        self._collect()
+        if not self.nodes and not self.shapes:
+            return {}
+        uses = users(self.model.graph)
+        while not (growing := self._growing(uses)) <= self.apart:
+            self.apart |= growing
+            self._collect()
+        known = self.constants.copied()
         for name, sizes in self.shapes.items():
             known.enter(name, sizes)
         found, left = dict(self.shapes), list[NodeProto]()

@@ -19,7 +19,7 @@ from reparamc.compiler.graph import Bounded, Fold, Separate
 from reparamc.compiler.readings import LAST, MOST_CONCATENATED, Reading, Taps, Value
 from reparamc.onnx import taps
 from reparamc.onnx.bounds import bounded
-from reparamc.onnx.constants import folded, may_fold
+from reparamc.onnx.constants import folded
 from reparamc.onnx.emit import is_rows
 from reparamc.onnx.facts import Facts, results_of
 from reparamc.onnx.operators import READERS
@@ -200,13 +200,9 @@ class OnnxGraph(Facts):
 
     def folded(self, small: int) -> tuple[OnnxGraph, list[Fold]]:
         """As `Graph.folded`: the graph of a copy in which it is done already, for all or none."""
-        if not may_fold(self.model, lambda: self.types, 4 * small, self.constants):
-            return self, []
-        copy = ModelProto()
-        copy.CopyFrom(self.model)
-        names, types = folded(copy, lambda: self.types, 4 * small)
+        names, model, types = folded(self.model, lambda: self.types, 4 * small, self.constants)
         if not names:
             return self, []
-        graph = OnnxGraph(copy, self.doubted)
+        graph = OnnxGraph(model, self.doubted)
         graph.types = types()
         return graph, [Fold(name, names[0]) for name in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
@@ -194,6 +195,12 @@ class Constants:
 
     def __contains__(self, name: str) -> bool:
         return name in self.known
+
+    def copied(self) -> Constants:
+        """The same, to enter more into."""
+        found = copy(self)
+        found.known, found._small = self.known.copy(), self._small.copy()
+        return found
 
     def array(self, name: str) -> np.ndarray:
         """The value of the constant ``name``, in its own dtype."""
@@ -437,8 +444,14 @@ def _with_rest(graph: GraphProto) -> set[str]:
     return found
 
 
+_dim = lru_cache(maxsize=4096)(Dim)
+
+
 class Types:
-    """Inferred element types and shapes of every value of a main graph."""
+    """Inferred element types and shapes of every value of a main graph.
+
+    ``tells_all``: whether all sizes are numbers, or symbols of inputs.
+    """
 
     def __init__(self, model: ModelProto) -> None:
         light = skeleton(model)
@@ -447,12 +460,14 @@ class Types:
         plain = None
         with suppress(*FAILURES):
             plain = strictly_inferred(light)
-        if plain is not None and _tells_all(plain):
+        self.tells_all = plain is not None and _tells_all(plain)
+        if plain is not None and self.tells_all:
             light = plain  # data that are propagated tell no more
         else:
             light = inferred(light, STRICT, {}, told=plain)
             if _tell_ranks(light):
                 light = inferred(light, STRICT, {})
+            self.tells_all = _tells_all(light)
         # What the file itself says comes first, to be overruled: it may be stale, and inference may be silent.
         self._types = {
             v.name: v.type.tensor_type
@@ -460,10 +475,12 @@ class Types:
             for v in group
             if v.type.HasField("tensor_type")
         }
-        self._stored = {t.name: (t.data_type, tuple(map(Dim, t.dims))) for t in model.graph.initializer}
+        self._stored = {t.name: (t.data_type, tuple(map(_dim, t.dims))) for t in model.graph.initializer}
         self._shapes: dict[str, Shape | None] = {}
         self._dtypes: dict[str, np.dtype | None] = {}
         self._products: dict[str, Dim] = {}
+        if self.tells_all:
+            return  # nothing is left to be learnt
         given = {symbol for v in model.graph.input for dim in self._shape(v.name) or () for symbol in dim.symbols}
         left = _with_rest(light.graph)
         for node in model.graph.node:
@@ -520,7 +537,7 @@ class Types:
         if kind is None or not kind.HasField("shape"):
             return None
         return tuple(
-            Dim(n) if (n := known_size(d)) is not None else self._open(d.dim_param or f"{name}[{axis}]")
+            _dim(n) if (n := known_size(d)) is not None else self._open(d.dim_param or f"{name}[{axis}]")
             for axis, d in enumerate(kind.shape.dim)
         )
 
