@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
     if argv is None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go
+    often = gc.get_threshold()
+    gc.set_threshold(20_000, *often[1:])  # imports and models make many objects that stay until the end
     try:
         arguments = parser().parse_args(argv)
         return arguments.run(arguments)
@@ -58,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("reparamc: interrupted; nothing was written", file=sys.stderr)
         return 130
     finally:
+        gc.set_threshold(*often)
         _give_up_what_cannot_be_written()
 
 

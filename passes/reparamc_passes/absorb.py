@@ -11,12 +11,11 @@ Operators that move whole channels commute with it, and a sum shares it out:
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from reparamc.algebra.arrays import Array, concatenated, is_all, taken, together
 from reparamc.algebra.channel_map import brought_back
 from reparamc.algebra.expr import ONE, ZERO, BatchNorm, Concat, Conv, Expr, Layout, Scale, Select, Sum, acts_on, rebuild
 from reparamc.algebra.kernels import VARYING, coefficients, scale_inputs, scale_outputs, scaled_again
+from reparamc.algebra.records import replace
 from reparamc.algebra.rewrite import Declined
 
 OTHER_AXIS = "it acts on another axis than the convolution"

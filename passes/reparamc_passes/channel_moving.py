@@ -23,12 +23,12 @@ mostly is all of them. So does a network of colour images that is given grey one
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
 from itertools import accumulate, groupby
 
 from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Concat, Conv, Expr, Select
 from reparamc.algebra.kernels import gather_inputs, grid, select_outputs, stack, stacked_shape
+from reparamc.algebra.records import replace
 from reparamc.algebra.rewrite import Declined, Pass
 
 

@@ -12,9 +12,8 @@ size is left open until run time, besides those that stay in their place.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from reparamc.algebra.expr import Expr, Layout, Permute, Reshape, Spread
+from reparamc.algebra.records import replace
 from reparamc.algebra.rewrite import Pass
 from reparamc.algebra.shape import sizes_after
 

@@ -13,7 +13,6 @@ stores a gain of ones: there it pays where a bias leaves. An InstanceNormalizati
 
 from __future__ import annotations
 
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,6 +20,7 @@ import numpy as np
 from reparamc.algebra.arrays import is_all, together
 from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import ZERO, Array, Conv, Expr, Scale
+from reparamc.algebra.records import replace
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.compiler.readings import is_norm
 from reparamc_passes.absorb import into_consumer, through_layouts, under

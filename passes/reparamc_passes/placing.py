@@ -24,13 +24,12 @@ same side.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from reparamc.algebra.arrays import together
 from reparamc.algebra.channels import with_width
 from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Mean, Reshape, Resize, Take, total
 from reparamc.algebra.kernels import cannot_compose, compose, composed_shape
+from reparamc.algebra.records import replace
 from reparamc.algebra.rewrite import Declined, Pass
 
 DEARER = "apart, its columns would cost more than together"

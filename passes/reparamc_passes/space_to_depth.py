@@ -15,13 +15,13 @@ than a step at the start. Done where it is cheaper; a dilated kernel would be fu
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import accumulate
 
 from reparamc.algebra.arrays import taken, together, zeros_of
 from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Array, Concat, Conv, Expr, Layout, Spread
 from reparamc.algebra.kernels import cannot_compose, compose, composed_shape, equal_taps, merge
+from reparamc.algebra.records import replace
 from reparamc.algebra.rewrite import Declined, Pass
 
 DEARER = "as one kernel over the positions that become channels, it would cost more"

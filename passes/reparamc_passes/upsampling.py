@@ -14,7 +14,6 @@ takes depends on the runtime, so that the price does: see ``--target`` and `repa
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from math import prod
 
@@ -23,6 +22,7 @@ import numpy as np
 from reparamc.algebra.arrays import together, zeros_of
 from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Concat, Conv, Expr, Ints, Layout, Resize, total
+from reparamc.algebra.records import replace
 from reparamc.algebra.resample import resize_matrix
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc_passes.placing import columns

@@ -7,7 +7,6 @@ Once its axis is split, a channel has several indices: channel ``(3 h + i) d + j
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +28,7 @@ from reparamc.algebra.expr import (
     axis_through,
     ranks,
 )
-from reparamc.algebra.records import record
+from reparamc.algebra.records import record, replace
 from reparamc.algebra.shape import Dim, Shape, size
 
 

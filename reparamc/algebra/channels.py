@@ -7,7 +7,6 @@ with NaN for those that vary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from reparamc.algebra.arrays import glanced, values
 from reparamc.algebra.expr import Array, BatchNorm, Concat, Conv, Expr, Layout, Reshape, Scale, Select, Source, Sum
 from reparamc.algebra.kernels import coefficients
+from reparamc.algebra.records import replace
 from reparamc.algebra.shape import Dim
 
 Index = npt.NDArray[np.intp]

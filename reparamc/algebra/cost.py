@@ -8,7 +8,6 @@ a nominal number of positions.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 
 from reparamc.algebra.arrays import count, is_all
@@ -30,7 +29,7 @@ from reparamc.algebra.expr import (
     walk,
 )
 from reparamc.algebra.infer import channel_axes, channels
-from reparamc.algebra.records import record
+from reparamc.algebra.records import record, replace
 from reparamc.errors import InputError
 
 POSITIONS = 196.0

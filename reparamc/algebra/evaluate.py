@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from math import ceil, prod
 
@@ -31,6 +30,7 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.kernels import coefficients
 from reparamc.algebra.places import Places, Positions, reads, result_size
+from reparamc.algebra.records import replace
 from reparamc.algebra.resample import resize_matrix
 from reparamc.algebra.shape import Shape
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import field, replace
+from dataclasses import field
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from reparamc.algebra.arrays import Array, Parameter, always, is_all
-from reparamc.algebra.records import entity, record
+from reparamc.algebra.records import entity, record, replace
 from reparamc.algebra.shape import Shape, axis_through_reshape, sizes_after
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ rewrites decide before they call. Arrays are float64, of any library (`arrays`).
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from itertools import product
 from math import gcd, prod
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from reparamc.algebra.arrays import added, array_of, concatenated, derived, is_all, taken, together, zeros_of
 from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale
 from reparamc.algebra.infer import sizes
+from reparamc.algebra.records import replace
 
 OF_AN_OPERATOR = "it is the weight of an operator into which only a matrix of channels can be multiplied"
 ONE_EACH = "it is the weight of an operator that has one factor for each channel"

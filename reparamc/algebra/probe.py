@@ -9,7 +9,6 @@ found must give what the function gives, on random inputs of several sizes, up t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import product
 from math import gcd, prod
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from reparamc.algebra.dtypes import epsilon_of
 from reparamc.algebra.evaluate import evaluate
 from reparamc.algebra.expr import Array, Conv, Ints, Source
+from reparamc.algebra.records import replace
 from reparamc.algebra.rewrite import Declined
 
 LARGEST = 2**26

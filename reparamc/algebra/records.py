@@ -1,13 +1,13 @@
 """Records: dataclasses that nothing changes once they are made.
 
 A frozen dataclass compiles up to seven functions when it is defined, which makes up most of the time of importing a
-file of them, and sets each attribute through one more call. Here only ``__init__`` is compiled; that nothing assigns to
-an attribute is for the type checker to see.
+file of them, and sets each attribute through one more call. Here only ``__init__`` is compiled, when the first record
+of its class is made; that nothing assigns to an attribute is for the type checker to see.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +25,13 @@ T = TypeVar("T")
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
 def entity(cls: type[T]) -> type[T]:
     """A record that is equal to itself alone."""
-    made: Any = dataclass(repr=False, eq=False)(cls)
+    made: Any = dataclass(init=False, repr=False, eq=False)(cls)
+
+    def first(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.__init__ = _init(made)
+        made.__init__(self, *args, **kwargs)
+
+    made.__init__ = first
     if "__repr__" not in vars(cls):
         made.__repr__ = _shown
     return made
@@ -45,6 +51,31 @@ def record(cls: type[T]) -> type[T]:
 
     made.__eq__, made.__hash__ = equals, digest
     return made
+
+
+def replace(held: T, **changes: Any) -> T:
+    """A record like ``held``, with other values in some fields."""
+    names: Any = type(held).__dataclass_fields__  # type: ignore[attr-defined]
+    if not changes.keys() <= names.keys():
+        raise TypeError(f"{type(held).__name__} has no field {min(changes.keys() - names.keys())!r}")
+    made, values = object.__new__(type(held)), vars(held)
+    vars(made).update({name: values[name] for name in names}, **changes)
+    return made
+
+
+def _init(cls: Any) -> Any:
+    """What a dataclass would have for its ``__init__``."""
+    known: dict[str, Any] = {"MISSING": MISSING}
+    plain, named, body = ["self"], ["*"], list[str]()
+    for name, f in cls.__dataclass_fields__.items():
+        known[f"default_{name}"] = made = f.default if f.default_factory is MISSING else f.default_factory
+        start = "" if made is MISSING else f"=default_{name}" if f.default_factory is MISSING else "=MISSING"
+        (named if f.kw_only else plain).append(name + start)
+        value = f"default_{name}() if {name} is MISSING else {name}" if start == "=MISSING" else name
+        body.append(f" self.{name} = {value}\n")
+    given = ", ".join([*plain, *(named if len(named) > 1 else ())])
+    exec(f"def __init__({given}):\n{''.join(body)}", known)
+    return known["__init__"]
 
 
 def _shown(self: Any) -> str:

@@ -8,13 +8,12 @@ A **pass** is a named tuple of rules: the unit that users select and that report
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeAlias, cast, get_args, get_type_hints
 
 from reparamc.algebra.cost import LATENCY, Objective
 from reparamc.algebra.expr import Expr, Sum, rebuild, walk
-from reparamc.algebra.records import entity, record
+from reparamc.algebra.records import entity, record, replace
 from reparamc.errors import InputError, RewriteLimitError
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -14,7 +13,7 @@ from reparamc.algebra.expr import Array, Conv, Expr, Ints, Layout, Reshape, Scal
 from reparamc.algebra.fitting import Sizes
 from reparamc.algebra.infer import channel_axes, channels, has_layout
 from reparamc.algebra.places import Places, places
-from reparamc.algebra.records import entity, record
+from reparamc.algebra.records import entity, record, replace
 
 
 @record

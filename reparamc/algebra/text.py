@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -57,7 +56,7 @@ from reparamc.algebra.expr import (
     Take,
     walk,
 )
-from reparamc.algebra.records import record
+from reparamc.algebra.records import record, replace
 from reparamc.algebra.shape import Dim, Shape, shape_of, size
 from reparamc.errors import InputError
 

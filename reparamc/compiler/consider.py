@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf, isclose
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +16,7 @@ from reparamc.algebra.expr import Array, Conv, Expr, arrays, flatten, release, r
 from reparamc.algebra.infer import misfit
 from reparamc.algebra.kernels import OF_THIS_SHAPE
 from reparamc.algebra.provenance import names_through
-from reparamc.algebra.records import entity, record
+from reparamc.algebra.records import entity, record, replace
 from reparamc.algebra.rewrite import Declined, Pass, simplify
 from reparamc.algebra.text import show
 from reparamc.compiler.graph import Graph, Splice, not_native

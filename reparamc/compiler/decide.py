@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from reparamc.algebra.arrays import is_all
 from reparamc.algebra.expr import Conv, Expr, Layout, Source, rebuild, walk
+from reparamc.algebra.records import replace
 from reparamc.compiler.consider import Decision, Form, Setting, consider
 from reparamc.compiler.graph import Splice
 from reparamc.compiler.joining import joined

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import field
 from math import inf
 from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from reparamc.algebra.expr import Array, Expr, LayoutOp, Source, arrays, walk
-from reparamc.algebra.records import entity, record
+from reparamc.algebra.records import entity, record, replace
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.readings import Reading, Value, values_in
 

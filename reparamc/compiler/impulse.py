@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -20,6 +19,7 @@ from reparamc.algebra.expr import Array, Conv, Expr, Layout, Resize, Source, arr
 from reparamc.algebra.places import result_size
 from reparamc.algebra.probe import difference, find_kernel, measured, only_moves, slack_of, tried_sizes
 from reparamc.algebra.recorded import Recorded, tape
+from reparamc.algebra.records import replace
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.text import show
 from reparamc.compiler.consider import Decision, Setting, rounding_obstacle

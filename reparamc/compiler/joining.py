@@ -10,10 +10,10 @@ joined if that is cheaper.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from reparamc.algebra.cost import multiply_adds
 from reparamc.algebra.expr import Conv, Expr, Select, Source, replaced, walk
+from reparamc.algebra.records import replace
 from reparamc.compiler.consider import Decision, Form, Setting, consider
 from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import linear_users

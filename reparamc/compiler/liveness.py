@@ -9,7 +9,6 @@ channels that the outputs need, found from the outputs to the inputs.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -34,7 +33,7 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import coefficients
-from reparamc.algebra.records import entity
+from reparamc.algebra.records import entity, replace
 from reparamc.compiler.graph import Graph, Separate
 from reparamc.compiler.readings import MOST_CONCATENATED, Reading, Taps, Value
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -38,7 +37,7 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import coefficients, scaled_again
-from reparamc.algebra.records import record
+from reparamc.algebra.records import record, replace
 from reparamc.algebra.rewrite import Declined, simplify
 from reparamc.algebra.shape import Shape
 from reparamc.compiler.consider import Decision, Setting, checked

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from reparamc.algebra.arrays import is_all
 from reparamc.algebra.cost import LATENCY, Objective, is_multiplied, is_shifted
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
-from reparamc.algebra.records import entity
+from reparamc.algebra.records import entity, replace
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.compiler.consider import Decision, Setting
 from reparamc.compiler.decide import decide

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import ml_dtypes
@@ -30,6 +29,7 @@ from reparamc.algebra.expr import (
     walk,
 )
 from reparamc.algebra.recorded import tape
+from reparamc.algebra.records import replace
 from reparamc.algebra.shape import Dim
 from reparamc.algebra.text import show
 from reparamc.compiler.consider import rounding_obstacle

@@ -8,7 +8,6 @@ by the branch that it takes, and functions by what they compute where that lets 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from onnx import (
@@ -23,6 +22,7 @@ from onnx import (
     numpy_helper,
 )
 
+from reparamc.algebra.records import replace
 from reparamc.errors import InputError
 from reparamc.onnx.constants import fold_constants
 from reparamc.onnx.values import (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 from onnx import ModelProto
 
+from reparamc.algebra.records import replace
 from reparamc.equivalence.end_to_end import Alone, Region, compare_models
 from reparamc.equivalence.pair import Pair
 from reparamc.equivalence.trials import GUESSES

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from onnx import GraphProto, ModelProto
 
+from reparamc.algebra.records import replace
 from reparamc.algebra.rewrite import Pass, select
 from reparamc.certificate.onnx_bounds import nested
 from reparamc.compiler.graph import Edit, Graph, Splice

@@ -8,7 +8,6 @@ is. To add one, write it here, enter it in `READERS`, and let the certificate re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, cast
 
@@ -35,6 +34,7 @@ from reparamc.algebra.expr import (
     total,
 )
 from reparamc.algebra.kernels import averaged, equal_taps, swap_sides, transposed
+from reparamc.algebra.records import replace
 from reparamc.algebra.resample import MODES, PLACES, ROUNDINGS
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Shape

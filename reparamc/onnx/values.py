@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any, cast
@@ -26,7 +25,7 @@ from onnx import (
     numpy_helper,
 )
 
-from reparamc.algebra.records import record
+from reparamc.algebra.records import record, replace
 from reparamc.algebra.shape import Dim, Shape, size
 from reparamc.certificate.onnx_bounds import FAILURES, may_propagate, stand_in
 from reparamc.errors import InputError

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import field, replace
+from dataclasses import field
 from typing import Any
 
 import numpy as np
 import pytest
 
 from reparamc.algebra.expr import ONE, ZERO, Conv, Expr, Scale, Source, Sum
-from reparamc.algebra.records import entity, record
+from reparamc.algebra.records import entity, record, replace
 from reparamc.algebra.rewrite import Pass, simplify
 
 
@@ -25,6 +25,12 @@ class Thing:
     a: int
 
 
+@entity
+class Listed(Thing):
+    parts: list[int] = field(default_factory=list[int])
+    last: int = field(kw_only=True)
+
+
 def test_a_record_is_equal_by_its_fields() -> None:
     assert Pair(1) == Pair(1, 2, "other")
     assert hash(Pair(1)) == hash(Pair(1, 2, "other"))
@@ -37,6 +43,16 @@ def test_an_entity_is_equal_to_itself_alone() -> None:
     thing = Thing(1)
     assert thing != Thing(1)
     assert len({thing, thing, Thing(1)}) == 2
+
+
+def test_fields_are_given_as_to_a_dataclass() -> None:
+    listed = Listed(1, last=2)
+    assert (listed.a, listed.parts, listed.last) == (1, [], 2)
+    assert listed.parts is not Listed(1, last=2).parts
+    assert replace(listed, last=3).parts is listed.parts
+    for wrong in (lambda: Listed(1), lambda: Listed(1, [], 2), lambda: replace(listed, other=1)):
+        with pytest.raises(TypeError):
+            wrong()
 
 
 @pytest.mark.parametrize(
