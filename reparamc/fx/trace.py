@@ -54,7 +54,15 @@ class _Unknown(fx.Proxy):
         return self._refuse("a number")
 
     def __index__(self) -> int:
+        cast(_Tracer, self.tracer).probed(sys._getframe(1))
         return self._refuse("a number")
+
+    @classmethod
+    def __torch_function__(cls, *given: Any, **named: Any) -> Any:
+        result = super().__torch_function__(*given, **named)
+        if isinstance(result, fx.Proxy):
+            cast(_Tracer, result.tracer).took(sys._getframe(1))
+        return result
 
     def __hash__(self) -> int:
         return object.__hash__(self) if _is_of_torch(sys._getframe(1)) else self._refuse("a key")
@@ -200,6 +208,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.answer, self.asked, self._again = answer, False, bool(answer)
         self.refused: TraceError | None = None
+        self._probe: tuple[types.FrameType, int, TraceError | None] | None = None
         self.opaque, self._is_mended = opaque, is_mended
         self.precision = _precision()
         self.thread = threading.get_ident()
@@ -222,6 +231,16 @@ class _Tracer(fx.Tracer):
         """An error for what a forward asks; it is remembered, for the forward may catch it."""
         self.refused = TraceError(reason)
         return self.refused
+
+    def probed(self, frame: types.FrameType) -> None:
+        """A number is asked for, and will be refused: by a function of torch too, to see what it is given."""
+        self._probe = frame, frame.f_lasti, self.refused
+
+    def took(self, frame: types.FrameType) -> None:
+        """A function of torch was recorded: what the same call was refused before that, it goes without."""
+        if self._probe is not None and self._probe[:2] == (frame, frame.f_lasti):
+            self.refused = self._probe[2]
+        self._probe = None
 
     def _name(self, value: Any) -> str | None:
         """The name of a parameter, buffer or submodule; torch.fx walks the whole model for each."""

@@ -741,6 +741,14 @@ def swallowed(m: Any, x: Tensor, y: Tensor) -> Tensor:
         return y
 
 
+def swallowed_before_a_call(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    try:
+        y = y * len(range(x.shape[2]))
+    except Exception:
+        y = torch.reshape(y, x.shape)
+    return torch.reshape(y, x.shape)
+
+
 def noted(m: Any, x: Tensor, y: Tensor) -> Tensor:
     y = m.noting(y, skips := [])
     return sum(skips, y)
@@ -760,7 +768,10 @@ class Noting(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("way", [*KEYS.values(), swallowed, noted], ids=[*KEYS, "swallowed", "noted"])
+OTHERS = swallowed, swallowed_before_a_call, noted
+
+
+@pytest.mark.parametrize("way", [*KEYS.values(), *OTHERS], ids=[*KEYS, *(f.__name__ for f in OTHERS)])
 def test_a_forward_that_asks_for_a_size_keeps_asking(way: Any) -> None:
     parts = {"part": conv_bn(), "head": conv_bn(), "head_11": conv_bn(), "noting": Noting()}
     model = ready(Net(lambda m, x: way(m, x, m.part(x)), **parts))
@@ -769,3 +780,11 @@ def test_a_forward_that_asks_for_a_size_keeps_asking(way: Any) -> None:
         assert relative_error(run(fused, x), run(model, x)) < 1e-4
     with pytest.raises(InputError, match="with example_inputs its parts are fused"):
         fuse_fx(model)
+
+
+def test_functions_of_torch_may_ask_whether_a_value_is_a_number() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = torch.reshape(x, (x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]))
+        return m.part(torch.reshape(y, x.shape))
+
+    check(Net(forward, part=conv_bn()))
