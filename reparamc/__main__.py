@@ -313,6 +313,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
                 objective=_objective(arguments),
                 only_if_faster=arguments.only_if_faster,
                 progress=progress,
+                described=arguments.report is not None,
             )
         report.origin = origin
         before_save = perf_counter()

@@ -121,6 +121,11 @@ def _candidates(of: Index | None, parts: Sequence[Array]) -> Iterator[Index]:
     """Groups of channels that may be multiples of one another."""
     if len(parts[0]) < 2 or (of is not None and len(set(rows_as_bytes(of))) == len(of)):
         return
+    if of is None and parts[0].shape[1] > 1:  # mostly, two numbers of each channel tell all apart
+        a, b = np.asarray(parts[0][:, 0], np.float64), np.asarray(parts[0][:, -1], np.float64)
+        with np.errstate(all="ignore"):
+            if a.all() and len(set((b / np.abs(a)).tolist())) == len(a):
+                return
     sampled = [p[:, :: max(1, (p.shape[1] - 1) // (SAMPLED - 1))] for p in parts if p.shape[1]]
     numbers = np.concatenate(sampled, 1, dtype=np.float64)
     lead = np.abs(np.take_along_axis(numbers, (numbers != 0).argmax(1)[:, None], 1))

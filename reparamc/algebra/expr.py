@@ -119,12 +119,12 @@ class Conv:
     def in_channels(self) -> int:
         return self.weight.shape[1] * self.groups
 
-    @property
+    @cached_property
     def reach(self) -> Ints:
         """Offset of the last tap, per axis."""
         return tuple(a + d * (k - 1) for a, d, k in zip(self.offset, self.dilation, self.kernel, strict=True))
 
-    @property
+    @cached_property
     def padding(self) -> tuple[Ints, Ints]:
         """Zeros read before and after the size, per axis (negative: values skipped).
 
@@ -475,6 +475,8 @@ def _ordered(root: Expr, stop: Callable[[Expr], bool] | None = None) -> list[Exp
 def flatten(root: Expr) -> Expr:
     """``((a + b) + c)`` as ``a + b + c``, wherever the inner sum has no other user."""
     order = list(walk(root))
+    if not any(isinstance(t, Sum) for e in order if isinstance(e, Sum) for t in e.terms):
+        return root
     users = Counter(c for e in order for c in e.children)
     inner = {t for e in order if isinstance(e, Sum) for t in e.terms if isinstance(t, Sum) and users[t] == 1}
     done: dict[Expr, Expr] = {}

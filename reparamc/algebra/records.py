@@ -55,7 +55,7 @@ def record(cls: type[T]) -> type[T]:
 
 def replace(held: T, **changes: Any) -> T:
     """A record like ``held``, with other values in some fields."""
-    names: Any = type(held).__dataclass_fields__  # type: ignore[attr-defined]
+    names: dict[str, Any] = vars(type(held))["__dataclass_fields__"]
     if not changes.keys() <= names.keys():
         raise TypeError(f"{type(held).__name__} has no field {min(changes.keys() - names.keys())!r}")
     made, values = object.__new__(type(held)), vars(held)

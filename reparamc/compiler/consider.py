@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from math import inf, isclose
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:  # without verification it is not needed
 class Setting:
     """What every decision asks for: a graph with its readings, what to do, and by which prices.
 
-    ``reference`` is what the framework's own operators said; None where nothing is to be checked.
+    ``reference`` is what the framework's own operators said; None where nothing is to be checked. ``described``: see
+    `reparamc.compiler.host.Options`.
     """
 
     graph: Graph
@@ -41,6 +43,7 @@ class Setting:
     passes: Sequence[Pass]
     objective: Objective
     reference: Reference | None
+    described: bool = True
 
 
 @record
@@ -133,7 +136,7 @@ def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]], start: For
             return Form(parts, before, before, exprs, Counter[str](), "", [Declined(reason, by=LIFT)], {})
         with np.errstate(all="ignore"):  # whatever is not finite is refused by the check
             outcome = simplify(after, setting.passes, setting.objective)
-        names = names_through(named, outcome.steps)
+        names = names_through(named, outcome.steps) if setting.described else {}
         held = (a for root in (before, outcome.expr) for e in walk(root) for a in arrays(e))
         counts = Counter[str]() if form is None else Counter(form.counts)
         counts.update(step.name for step in outcome.steps)
@@ -179,7 +182,7 @@ def checked(
     dtype = graph.dtype(members)
     assert dtype is not None
     parameters = tuple(dict.fromkeys(p for v in members for p in readings[v].parameters))
-    text = show(before), show(after)
+    text = (show(before), show(after)) if setting.described else ("", "")
     return Splice(root, members, after, native, dtype, counts, parameters, *text, error, original=before)
 
 
@@ -219,17 +222,24 @@ def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
     A value beyond the largest number of the type would become infinite; a row whose every value is
     below the smallest normal number would lose its digits. A vector counts as one row.
     """
-    info: Any = cast(Any, ml_dtypes).finfo(dtype)
+    least, most = _ends(dtype)
     array = values(array)
     by_row = np.reshape(array, (array.shape[0] if array.ndim > 1 else 1, -1))
-    norms, least = np.sqrt(np.einsum("ij,ij->i", by_row, by_row)), float(info.smallest_normal)
-    if np.all((norms <= float(info.max)) & (norms > least * by_row.shape[1])):
+    norms = np.sqrt(np.einsum("ij,ij->i", by_row, by_row))
+    if np.all((norms <= most) & (norms > least * by_row.shape[1])):
         return None  # no row is that small, and no value that large: mostly, this is all there is to read
     rows = np.maximum(by_row.max(axis=1, initial=0.0), -by_row.min(axis=1, initial=0.0))
     if not np.isfinite(rows).all():
         return "a folded parameter is NaN or infinite (a variance of zero without epsilon, or a negative one)"
-    if rows.max(initial=0.0) > float(info.max):
+    if rows.max(initial=0.0) > most:
         return f"a folded parameter exceeds the range of {dtype}"
-    if np.any((rows > 0) & (rows < float(info.smallest_normal))):
+    if np.any((rows > 0) & (rows < least)):
         return f"a folded parameter falls below the range of {dtype}"
     return None
+
+
+@cache
+def _ends(dtype: np.dtype) -> tuple[float, float]:
+    """The smallest normal number and the largest."""
+    info: Any = cast(Any, ml_dtypes).finfo(dtype)
+    return float(info.smallest_normal), float(info.max)

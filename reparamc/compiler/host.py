@@ -33,6 +33,8 @@ class Options:
         objective: what to minimise.
         progress: called with (regions done, regions in all).
         told: what is known of kinds of regions, in all parts of a model; see `reparamc.compiler.reference.Reference`.
+        described: whether the report has the two forms of each region as text, and tells for each new parameter which
+            of the region's it is made from, not all of them.
     """
 
     passes: tuple[Pass, ...]
@@ -40,6 +42,7 @@ class Options:
     objective: str = "latency"
     progress: Callable[[int, int], None] = lambda done, of: None
     told: dict[Hashable, float] | None = None
+    described: bool = True
 
 
 class Host(Protocol[ResultT]):

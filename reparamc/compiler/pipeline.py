@@ -62,7 +62,7 @@ def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
             start = perf_counter()
     plan = make_plan(
         host.graph, options.passes, objective_of(options.objective), verify=options.level != "off",
-        progress=options.progress, told=options.told,
+        progress=options.progress, told=options.told, described=options.described,
     )  # fmt: skip
     result, report = _carried_out(host, options, plan, start)
     return result, in_a_row([*told, report])

@@ -68,13 +68,14 @@ class Compilation:
         verify: bool,
         progress: Callable[[int, int], None],
         told: dict[Hashable, float],
+        described: bool,
     ) -> None:
         self.graph, self.passes = graph, passes
         self.objective = replace(objective, stores_ones=graph.stores_ones)
         self.folds: list[Fold] = []
         self.kept: list[Refusal] = []
         self.failed: dict[Value, Decision] = {}
-        self._verify, self._progress, self._told = verify, progress, told
+        self._verify, self._progress, self._told, self._described = verify, progress, told, described
 
     @cached_property
     def setting(self) -> Setting:
@@ -91,7 +92,7 @@ class Compilation:
             from reparamc.compiler.reference import Reference
 
             reference = Reference(self.graph, readings, self._told)
-        return Setting(self.graph, readings, self.passes, self.objective, reference)
+        return Setting(self.graph, readings, self.passes, self.objective, reference, self._described)
 
     @cached_property
     def decisions(self) -> dict[Value, Decision]:
@@ -149,14 +150,16 @@ def make_plan(
     verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, of: None,
     told: dict[Hashable, float] | None = None,
+    described: bool = True,
 ) -> Plan:
-    """What ``passes`` make of ``graph``; for ``told`` see `Reference`.
+    """What ``passes`` make of ``graph``; for ``told`` see `Reference`, for ``described`` `Options`.
 
     A region whose replacement fails its check stays, and is among those that `Plan.failed` names.
     """
     compilation = Compilation(
-        graph, passes, objective, verify=verify, progress=progress, told={} if told is None else told
-    )
+        graph, passes, objective, verify=verify, progress=progress, told={} if told is None else told,
+        described=described,
+    )  # fmt: skip
     for p in passes:
         if isinstance(p, GraphPass):
             p.run(compilation, p.name)

@@ -60,7 +60,8 @@ def remove_redundant(graph: Graph, name: str, verify: bool) -> Plan | None:
     found: dict[Value, Interval] = {}
     splices: dict[Value, Splice] = {}
     for value in graph.values():
-        reading, bounded = graph.read(value), graph.bounded(value)
+        reading = graph.read(value)
+        bounded = None if isinstance(reading, Reading) else graph.bounded(value)
         known = reading if isinstance(reading, Reading) else bounded
         operands = [] if known is None else [*known.operands]
         given = {x: found[x] for x in operands if x in found and not graph.is_written(x, but=value)}

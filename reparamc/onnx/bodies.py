@@ -23,6 +23,7 @@ from onnx import (
 )
 
 from reparamc.algebra.records import replace
+from reparamc.certificate.onnx_bounds import bodies
 from reparamc.errors import InputError
 from reparamc.onnx.constants import fold_constants
 from reparamc.onnx.values import (
@@ -36,7 +37,6 @@ from reparamc.onnx.values import (
     inferred,
     is_standard,
     operand,
-    subgraphs,
 )
 from reparamc.onnx.weights import fill
 from reparamc.report.data import Report
@@ -45,7 +45,7 @@ Fuse = Callable[[ModelProto], tuple[ModelProto, Report]]
 
 
 def has_bodies(model: ModelProto) -> bool:
-    return any(True for node in model.graph.node for _ in subgraphs(node))
+    return any(map(bodies, model.graph.node))
 
 
 # Functions
@@ -70,7 +70,7 @@ def _all_nodes(graph: GraphProto | FunctionProto) -> Iterator[NodeProto]:
     while stack:
         for node in stack.pop().node:
             yield node
-            stack.extend(subgraphs(node))
+            stack.extend(bodies(node))
 
 
 # Constant conditions
@@ -142,7 +142,7 @@ def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
         for node in g.node:
             for group in (node.input, node.output):
                 group[:] = [names.get(name, name) for name in group]
-            stack.extend(subgraphs(node))
+            stack.extend(bodies(node))
 
 
 # Bodies

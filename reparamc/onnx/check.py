@@ -9,10 +9,10 @@ from math import prod
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
-from reparamc.certificate.onnx_bounds import FAILURES, nested
+from reparamc.certificate.onnx_bounds import FAILURES, bodies, nested
 from reparamc.errors import InputError, one_line
 from reparamc.onnx.sizes import in_order
-from reparamc.onnx.values import captured, defined, skeleton, strictly_inferred, subgraphs
+from reparamc.onnx.values import captured, defined, skeleton, strictly_inferred
 from reparamc.onnx.weights import PACKED, UNEVEN, check_loaded, is_reference, length
 
 OLDEST_OPSET = 7
@@ -88,7 +88,7 @@ def in_execution_order(model: ModelProto) -> ModelProto:
                 raise InputError(
                     f"the model is damaged: {node.op_type} {node.name!r} reads {unknown!r}, which nothing computes"
                 )
-            stack.extend((body, inside) for body in subgraphs(node))
+            stack.extend((body, inside) for body in bodies(node))
     if ordered:
         return model
     made = ModelProto()
@@ -141,6 +141,8 @@ def tensors(graph: GraphProto) -> Iterator[TensorProto]:
 
 def _check_names(graph: GraphProto) -> None:
     """What runtimes take of two initializers of one name is not known unless these are equal."""
+    if len({tensor.name for tensor in graph.initializer}) == len(graph.initializer):
+        return
     found: dict[str, TensorProto] = {}
     for tensor in graph.initializer:
         if found.setdefault(tensor.name, tensor) != tensor:

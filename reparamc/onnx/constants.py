@@ -16,6 +16,7 @@ from typing import cast
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
+from reparamc.certificate.onnx_bounds import bodies
 from reparamc.onnx.exact import exactly
 from reparamc.onnx.values import (
     SMALL,
@@ -30,7 +31,6 @@ from reparamc.onnx.values import (
     itemsize,
     opset_of,
     read_elsewhere,
-    subgraphs,
     users,
 )
 from reparamc.onnx.weights import tensor
@@ -130,7 +130,7 @@ class _Foldable:
         self.sizes = {name: _bytes(c) for name, c in self.constants.known.items() if c.stored}
         partly: dict[str, np.ndarray] = {}  # results of Shape of which some sizes are unknown
         for node in self.model.graph.node:
-            if not is_standard(node) or node.op_type in LEFT or any(subgraphs(node)) or is_placed(node):
+            if not is_standard(node) or node.op_type in LEFT or bodies(node) or is_placed(node):
                 continue
             if self._outputs.isdisjoint(node.output) and not self._is_told(node, partly):
                 self._consider(node)

@@ -53,7 +53,7 @@ class Facts:
         self._table = table
         self._readings: dict[str, Reading | Declined | None] = {}
         self._parameters: dict[str, Parameter] = {}
-        self._empty: dict[str, bool] = {}
+        self._full = {name for name, c in self.constants.known.items() if 0 not in c.dims}
 
     @cached_property
     def types(self) -> Types:
@@ -77,14 +77,12 @@ class Facts:
 
     def is_empty(self, node: NodeProto) -> bool:
         """Whether an operand or a result of ``node`` has no elements, for every input: there is nothing to gain."""
-        return any(self._has_none(name) for name in (*node.input, *node.output) if name)
-
-    def _has_none(self, name: str) -> bool:
-        if name not in self._empty:
-            sizes = self.constants.shape(name) if name in self.constants else None
-            known = sizes if sizes is not None else [dim.factor for dim in self.types.shape(name) or ()]
-            self._empty[name] = 0 in known
-        return self._empty[name]
+        for name in (*node.input, *node.output):
+            if name and name not in self._full:
+                if name in self.constants or any(dim.factor == 0 for dim in self.types.shape(name) or ()):
+                    return True
+                self._full.add(name)
+        return False
 
     def _is_wrong(self, node: NodeProto) -> bool:
         context = onnx.checker.C.CheckerContext()

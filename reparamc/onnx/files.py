@@ -102,8 +102,9 @@ def _hash_of(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            block = memoryview(bytearray(1 << 20))
+            while length := file.readinto(block):
+                digest.update(block[:length])
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()

@@ -17,7 +17,7 @@ from onnx import GraphProto, ModelProto
 
 from reparamc.algebra.records import replace
 from reparamc.algebra.rewrite import Pass, select
-from reparamc.certificate.onnx_bounds import nested
+from reparamc.certificate.onnx_bounds import bodies, nested
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse, level_of, seldom_collecting_garbage
@@ -33,7 +33,7 @@ from reparamc.onnx.files import check_keeps_weights, check_target, file_origin, 
 from reparamc.onnx.graph import OnnxGraph
 from reparamc.onnx.record import inscribe, model_origin
 from reparamc.onnx.structure import structure_of
-from reparamc.onnx.values import FLOATS, constant_tensor, is_standard, subgraphs
+from reparamc.onnx.values import FLOATS, constant_tensor, is_standard
 from reparamc.report.data import Counts, OutputError, Refusal, Report
 
 if TYPE_CHECKING:  # checks are imported when they are asked for
@@ -59,6 +59,7 @@ def fuse_light(
     only_if_faster: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
     pass_table: tuple[Pass, ...] | None = None,
+    described: bool = True,
 ) -> tuple[ModelProto, Report]:
     """As `fuse_model`, from a light model to a light one (see `weights`).
 
@@ -72,6 +73,7 @@ def fuse_light(
             result is faster beyond noise; the report says so.
         progress: called with (regions done, regions in all).
         pass_table: the passes to choose from, instead of the built-in ones.
+        described: see `reparamc.compiler.host.Options`; with verification it is always so.
 
     Raises:
         InputError: the model does not pass the checker or cannot be timed, or an option is unknown.
@@ -80,6 +82,7 @@ def fuse_light(
     if pass_table is None:
         from reparamc_passes import PASSES as pass_table
     options = Options(select(pass_table, passes, skip), level_of(verify), objective, progress)
+    options = replace(options, described=described or options.level != "off")
     given, model = model, in_execution_order(model)
     said = check(model)
     try:
@@ -141,8 +144,9 @@ class _Whole:
         names = [p.name for p in options.passes]
         inside = "off" if options.level == "off" else "region"
         self._fuse_body = partial(
-            fuse_light, verify=inside, passes=names, objective=options.objective, pass_table=pass_table
-        )
+            fuse_light, verify=inside, passes=names, objective=options.objective, pass_table=pass_table,
+            described=options.described,
+        )  # fmt: skip
 
     def fused(self) -> tuple[ModelProto, Report]:
         """The model, fused; calls are replaced by the bodies of functions where more folds then and no file grows."""
@@ -372,7 +376,7 @@ def fuse_onnx(
 def count(model: ModelProto) -> Counts:
     """The size of ``model``, its bodies and local functions among it."""
     parts = [*graphs(model), *model.functions]
-    parts += [g for f in model.functions for node in f.node for body in subgraphs(node) for g in nested(body)]
+    parts += [g for f in model.functions for node in f.node for body in bodies(node) for g in nested(body)]
     nodes = [node for part in parts for node in part.node]
     kinds = Counter(n.op_type for n in nodes if is_standard(n))
     ops = len(nodes) - kinds["Constant"] - kinds["Identity"]

@@ -17,8 +17,9 @@ from typing import TypeVar
 import onnx
 from onnx import ModelProto, helper
 
+from reparamc.certificate.onnx_bounds import bodies
 from reparamc.onnx import weights
-from reparamc.onnx.values import captured, subgraphs
+from reparamc.onnx.values import captured
 
 PROTECTED = {
     "Gelu": ("Gelu", "FastGelu", "BiasGelu"),
@@ -68,7 +69,7 @@ def protected(model: ModelProto) -> dict[str, str]:
     while stack:
         graph = stack.pop()
         found.update((node.output[0], _KIND[node.op_type]) for node in graph.node if node.op_type in _KIND)
-        stack.extend(body for node in graph.node for body in subgraphs(node))
+        stack.extend(body for node in graph.node for body in bodies(node))
     return found
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from functools import lru_cache
+from itertools import chain
 from math import prod
 from typing import Any, cast
 
 import numpy as np
 import onnx
 from onnx import (
-    AttributeProto,
     GraphProto,
     ModelProto,
     NodeProto,
@@ -27,7 +27,7 @@ from onnx import (
 
 from reparamc.algebra.records import record, replace
 from reparamc.algebra.shape import Dim, Shape, size
-from reparamc.certificate.onnx_bounds import FAILURES, may_propagate, stand_in
+from reparamc.certificate.onnx_bounds import FAILURES, bodies, may_propagate, stand_in
 from reparamc.errors import InputError
 from reparamc.onnx.weights import LARGE, array, is_reference
 
@@ -48,10 +48,6 @@ def attribute(node: NodeProto, name: str, default: object = None) -> object:
     return default
 
 
-WITH_BODIES = {"FlexAttention", "If", "Loop", "Scan", "SequenceMap"}
-"""The standard operators that run graphs."""
-
-
 def is_standard(node: NodeProto) -> bool:
     return node.domain in ("", "ai.onnx")
 
@@ -68,8 +64,9 @@ def is_placed(node: NodeProto) -> bool:
 
 def is_fused_conv(node: NodeProto) -> bool:
     """Whether ``node`` is a convolution under the name that ONNX Runtime gives it, with nothing fused into it."""
-    plain = not attribute(node, "activation") and operand(node, 3) is None
-    return node.domain == "com.microsoft" and node.op_type == "FusedConv" and plain
+    if node.domain != "com.microsoft" or node.op_type != "FusedConv":
+        return False
+    return not attribute(node, "activation") and operand(node, 3) is None
 
 
 def opset_of(model: ModelProto) -> int:
@@ -95,26 +92,16 @@ def forget_negative_sizes(values: Iterable[ValueInfoProto]) -> None:
                 dim.Clear()
 
 
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    if node.op_type not in WITH_BODIES and is_standard(node):
-        return  # all nodes are asked, again and again
-    for a in node.attribute:
-        if a.type == AttributeProto.GRAPH:
-            yield a.g
-        elif a.type == AttributeProto.GRAPHS:
-            yield from a.graphs
-
-
 def captured(node: NodeProto) -> list[str]:
     """Names that the bodies of ``node`` read from outside, at any depth."""
+    stack = [(graph, frozenset[str]()) for graph in bodies(node)]
     found: dict[str, None] = {}
-    stack = [(graph, frozenset[str]()) for graph in subgraphs(node)]
     while stack:
         graph, outside = stack.pop()
         own = outside.union(defined(graph))
         for inner in graph.node:
             found.update(dict.fromkeys(name for name in inner.input if name and name not in own))
-            stack.extend((body, own) for body in subgraphs(inner))
+            stack.extend((body, own) for body in bodies(inner))
         found.update(dict.fromkeys(o.name for o in graph.output if o.name not in own))
     return list(found)
 
@@ -138,7 +125,7 @@ def defined_names(graph: GraphProto) -> Iterator[str]:
             yield node.name
             yield from node.input
             yield from node.output
-            stack.extend(subgraphs(node))
+            stack.extend(bodies(node))
 
 
 @record
@@ -323,16 +310,18 @@ def skeleton(model: ModelProto) -> ModelProto:
     """``model`` with its large weights as typed inputs: enough for checking and shape inference, and small."""
     light = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     light.graph.name = model.graph.name or "graph"
-    for node in model.graph.node:
+    light.graph.node.extend(model.graph.node)
+    referring: list[int] = []
+    for place, node in enumerate(light.graph.node):
         if node.op_type == "Constant" and is_standard(node) and (found := _referred(node)) is not None:
             light.graph.input.append(helper.make_tensor_value_info(node.output[0], found.data_type, found.dims))
-        else:
-            light.graph.node.append(node)
-    for node in light.graph.node:
-        if node.domain == "ai.onnx":
+            referring.append(place)
+        elif node.domain == "ai.onnx":
             node.domain = ""  # the same domain; the checker knows it by this name only
         elif is_fused_conv(node):
             node.domain, node.op_type = "", "Conv"
+    for place in reversed(referring):
+        del light.graph.node[place]
     light.graph.input.extend(model.graph.input)
     light.graph.output.extend(model.graph.output)
     forget_negative_sizes((*light.graph.input, *light.graph.output))
@@ -655,14 +644,15 @@ def _without_dead(
 ) -> tuple[list[NodeProto], set[str]]:
     """``nodes`` without the suspects that nothing reads, and the names that are gone with them."""
     reads = [[*node.input, *captured(node)] for node in nodes]
-    uses = Counter(name for names in reads for name in names) + Counter(outputs)
+    uses = Counter(chain(outputs, *reads))
     kept: list[NodeProto] = []
     gone: set[str] = set()
     for node, names in zip(reversed(nodes), reversed(reads), strict=True):
-        if any(uses[name] > 0 for name in node.output) or suspects.isdisjoint(node.output):
+        computed = node.output
+        if suspects.isdisjoint(computed) or any(uses[name] > 0 for name in computed):
             kept.append(node)
             continue
-        gone.update(node.output)
+        gone.update(computed)
         uses.subtract(names)
         suspects.update(name for name in names if name)
     return kept[::-1], gone

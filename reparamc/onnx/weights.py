@@ -253,19 +253,19 @@ def length(tensor: TensorProto) -> int:
 def array(tensor: TensorProto) -> np.ndarray:
     """The value of ``tensor``, a reference or not; not to be written to. While it is held, it is not read again."""
     if not is_reference(tensor):
-        return numpy_helper.to_array(tensor)
+        data = tensor.raw_data if tensor.data_location != TensorProto.EXTERNAL else b""
+        return _decoded(tensor, data) if data else numpy_helper.to_array(tensor)
     found = place(tensor)
     if isinstance(found.buffer, Made):
         return found.buffer.array.reshape(tensor.dims)
     key = (id(found.buffer), found.start, tensor.data_type, tuple(tensor.dims))
     held = _holder().arrays
     if (known := held.get(key)) is None:
-        held[key] = known = _decoded(tensor, found)
+        held[key] = known = _decoded(tensor, found.buffer.read(found.start, found.length))
     return known
 
 
-def _decoded(tensor: TensorProto, found: Place) -> np.ndarray:
-    data = found.buffer.read(found.start, found.length)
+def _decoded(tensor: TensorProto, data: Bytes) -> np.ndarray:
     if tensor.data_type in PACKED or tensor.data_type in UNEVEN or sys.byteorder == "big":
         whole = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=bytes(data))
         return numpy_helper.to_array(whole)
