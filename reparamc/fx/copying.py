@@ -10,7 +10,7 @@ import random
 import sys
 import types
 import warnings
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -83,7 +83,8 @@ def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:
                     "fuse_fx makes a fused copy: let copy.deepcopy take it"
                 ) from error
     for module in submodules(made).values():
-        for name, value in [(n, v) for n, v in vars(module).items() if isinstance(v, _REFERRING) and v]:
+        held = [(n, v) for n, v in vars(module).items() if type(v) not in CONSTANTS and n not in _REGISTRIES]
+        for name, value in [(n, v) for n, v in held if isinstance(v, _REFERRING) and v]:
             if (moved := _moved(value, memo)) is not value:
                 vars(module)[name] = moved
     modes = {path: module.training and not is_exported(model) for path, module in submodules(model).items()}
@@ -99,9 +100,15 @@ def _deep(model: nn.Module, memo: Memo) -> nn.Module:
     if all(map(_has_plain_copies, {type(m) for m in modules})):
         memo |= {id(m): type(m).__new__(type(m)) for m in modules}
         for m in reversed(modules):
-            held = {name: v if is_constant(v) else copy.deepcopy(v, memo) for name, v in vars(m).items()}
-            memo[id(m)].__setstate__(held)
+            memo[id(m)].__setstate__({name: _copy(v, memo) for name, v in vars(m).items()})
     return copy.deepcopy(model, memo)
+
+
+def _copy(value: Any, memo: Memo) -> Any:
+    """As `copy.deepcopy`, which takes longer to find what needs no copy, or is copied already."""
+    if type(value) in CONSTANTS or is_constant(value):
+        return value
+    return memo[id(value)] if id(value) in memo else copy.deepcopy(value, memo)
 
 
 def _has_plain_copies(kind: type[nn.Module]) -> bool:
@@ -125,20 +132,39 @@ def _set_mode(module: nn.Module, training: bool) -> None:
 
 
 def _begun(model: nn.Module) -> Memo:
-    """Copies of what `copy.deepcopy` refuses (tensors that were computed), or is slow at (empty registries)."""
+    """Copies of what `copy.deepcopy` refuses (tensors that were computed), or is slow at (registries, buffers)."""
     memo: Memo = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if type(value) in (OrderedDict, dict, list, set) and not value:
-                memo[id(value)] = type(value)()
-            elif isinstance(value, _HOLDING):
-                memo |= {id(t): t.detach().clone() for t in _inside(value) if isinstance(t, Tensor) and not t.is_leaf}
+    held: dict[int, Tensor] = {}
+    for module in submodules(model).values():
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in _EMPTIED and not value:
+                memo[id(value)] = kind()
+            elif kind not in CONSTANTS and name != "_modules" and isinstance(value, _HOLDING):
+                inner = value.values() if name in _REGISTRIES else _inside(value)
+                held.update((id(t), t) for t in inner if isinstance(t, Tensor))
+    memo |= {key: t.detach().clone() for key, t in held.items() if not t.is_leaf}
+    plain = {
+        key: t
+        for key, t in held.items()
+        if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and t.device.type in ("cpu", "cuda")
+    }
+    uses = Counter(t.untyped_storage()._cdata for t in plain.values())
+    for key, t in plain.items():
+        storage = t.untyped_storage()
+        alone = storage.nbytes() == t.nbytes and uses[storage._cdata] == 1
+        if alone and type(t) is Tensor and not (t.requires_grad or t.is_quantized or vars(t)):
+            memo[key] = t.clone()
     return memo
+
+
+_MAPPINGS = frozenset((OrderedDict, dict))
+_EMPTIED = _MAPPINGS | {list, set}
 
 
 def kept_aside(module: nn.Module) -> str:
     """The name of a mapping in which ``module`` keeps tensors, such as a cache; empty where there is none."""
-    held = ((name, v) for name, v in vars(module).items() if type(v) in (dict, OrderedDict) and name not in _REGISTRIES)
+    held = [(name, v) for name, v in vars(module).items() if type(v) in _MAPPINGS and v and name not in _REGISTRIES]
     return next((name for name, v in held if any(isinstance(t, Tensor) for t in v.values())), "")
 
 
@@ -179,13 +205,15 @@ _STATES: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
     random.Random: (random.Random.getstate, random.Random.setstate),
 }
 """How the content of objects without a ``__dict__`` is read and put back."""
+_WITH_STATES = tuple(_STATES)
 
 
 def _states(held: list[Any]) -> list[tuple[Any, type, Any]]:
     """What is in ``held`` that has such a content, how it is read, and what it is."""
     found: list[tuple[Any, type, Any]] = []
     for value in held:
-        if (kind := next((k for k in _STATES if isinstance(value, k)), None)) is not None:
+        if isinstance(value, _WITH_STATES):
+            kind = next(k for k in _STATES if isinstance(value, k))
             with suppress(Exception):  # an object that cannot be copied may raise anything
                 found.append((value, kind, _STATES[kind][0](value)))
     return found
@@ -339,14 +367,16 @@ class _Snapshot:
         held: list[Any] = []
         self.empty: list[Any] = []
         for name, value in self.attributes.items():
-            if type(value) in CONSTANTS or is_constant(value):  # the first is quicker, and most are
+            kind = type(value)
+            if kind in CONSTANTS or is_constant(value):  # the first is quicker, and most are
                 continue
-            if isinstance(value, _HOLDING) and name not in again:
-                if isinstance(value, Tensor) or value:
-                    held += _inside(value)
-                elif not isinstance(value, tuple):
-                    self.empty.append(value)
-            elif isinstance(value, tuple(_STATES)):
+            if kind in _EMPTIED and not value:  # most others are
+                self.empty.append(value)
+            elif name in _REGISTRIES:
+                held += (value, *(value.values() if name != "_modules" else ()))
+            elif isinstance(value, _HOLDING) and name not in again:
+                held += _inside(value)
+            elif isinstance(value, _WITH_STATES):
                 held.append(value)
             elif _is_plain_class(type(value)):
                 if id(value) not in objects:  # modules often share one, such as a configuration
