@@ -18,7 +18,10 @@ from reparamc.certificate.fx_sources import applied_by
 
 def attribute(module: Any, path: str) -> Any:
     for part in path.split("."):
-        inner = vars(module)["_modules"].get(part) if isinstance(module, nn.Module) else None  # torch takes longer
+        try:
+            inner = module._modules.get(part)  # torch takes longer
+        except AttributeError:  # it is no module
+            inner = None
         module = getattr(module, part) if inner is None else inner
     return module
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -65,7 +65,10 @@ def lookup(module: nn.Module, target: str) -> Any:
     """The attribute that a dotted ``target`` names."""
     found: Any = module
     for part in target.split("."):
-        inner = vars(found)["_modules"].get(part) if isinstance(found, nn.Module) else None  # torch takes longer
+        try:
+            inner = found._modules.get(part)  # torch takes longer
+        except AttributeError:  # it is no module
+            inner = None
         found = getattr(found, part) if inner is None else inner
     return found
 
@@ -83,9 +86,10 @@ def with_operands(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether ``module`` is one of torch's own, or applies its weight as one, and runs nothing but its own forward."""
-    hooked = any(getattr(module, name, None) for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"))
+    hooked = bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
     hooked = hooked or not all(isinstance(h, tuple(_COMPUTING)) for h in module._forward_pre_hooks.values())
-    is_own = class_of(module).__module__.startswith("torch.nn.modules") or applies_weight(class_of(module))
+    kind = class_of(module)
+    is_own = kind.__module__.startswith("torch.nn.modules") or applies_weight(kind)
     return is_own and not hooked and "forward" not in vars(module)
 
 
@@ -99,6 +103,11 @@ def by_position(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str
     return None if named else found
 
 
+def is_exported(model: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether ``model`` is the module of an exported program: its graph has a mode, its flags say nothing of that."""
+    return isinstance(model, fx.GraphModule) and "eval" in vars(model)  # replaced by one that refuses
+
+
 def is_constant(value: Any) -> bool:
     """Whether ``value`` is a number, a string or None, or a tuple of those."""
     return type(value) in CONSTANTS or (type(value) is tuple and CONSTANTS.issuperset(map(type, value)))
@@ -109,7 +118,8 @@ CONSTANTS = frozenset((bool, int, float, str, type(None)))
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class of ``module``; where its parameters are computed from others, that of the module without."""
-    return type(module).__mro__[1] if nn.utils.parametrize.is_parametrized(module) else type(module)
+    computed = "parametrizations" in module._modules and nn.utils.parametrize.is_parametrized(module)
+    return type(module).__mro__[1] if computed else type(module)
 
 
 _COMPUTING: dict[type, Callable[[Any, nn.Module], Tensor]] = {
@@ -202,16 +212,20 @@ def aten_name(target: Any) -> str:
 def spelled(node: fx.Node, module: nn.Module) -> tuple[Operator, int | None] | None:
     """The operator that ``node`` calls, and its spatial axes where the spelling tells; None where it is not known."""
     if node.op == "call_module":
-        kind = class_of(lookup(module, str(node.target)))
-        if applies_weight(kind):
-            return OPERATORS["gathering"], None
-        kinds = (k for k in kind.__mro__ if k is kind or (k in MODULES and not MODULES[k][0].parameters))
-        return next((MODULES[k] for k in kinds if k in MODULES), None)
+        return _of_class(class_of(lookup(module, str(node.target))))
     if node.op == "call_method":
         return METHODS.get(_pure(str(node.target)))
     if node.op != "call_function":
         return None
     return ATEN.get(_pure(name)) if (name := aten_name(node.target)) else FUNCTIONS.get(node.target)
+
+
+@cache
+def _of_class(kind: type[nn.Module]) -> tuple[Operator, int | None] | None:
+    if applies_weight(kind):
+        return OPERATORS["gathering"], None
+    kinds = (k for k in kind.__mro__ if k is kind or (k in MODULES and not MODULES[k][0].parameters))
+    return next((MODULES[k] for k in kinds if k in MODULES), None)
 
 
 def _pure(name: str) -> str:

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from reparamc.errors import InputError, one_line
-from reparamc.fx.calls import CONSTANTS, is_constant
-from reparamc.fx.export import is_exported
+from reparamc.fx.calls import CONSTANTS, is_constant, is_exported
 
 Memo = dict[int, Any]
 """What replaces an object in a copy, by its id; as `copy.deepcopy` keeps it."""
@@ -45,11 +44,22 @@ def submodules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def tensors(model: nn.Module) -> list[Tensor]:
+def named_tensors(model: nn.Module, *kinds: str) -> dict[str, Tensor]:
+    """As `nn.Module.named_parameters`, and `nn.Module.named_buffers` after that; or one ("_parameters") alone."""
+    found, seen = dict[str, Tensor](), set[int]()
+    modules = submodules(model)
+    for kind in kinds or ("_parameters", "_buffers"):
+        for path, module in modules.items():
+            for name, t in getattr(module, kind).items():
+                if t is not None and id(t) not in seen:
+                    seen.add(id(t))
+                    found[f"{path}.{name}".lstrip(".")] = t
+    return found
+
+
+def tensors(model: nn.Module, *kinds: str) -> list[Tensor]:
     """All parameters, and all buffers."""
-    modules = submodules(model).values()
-    held = [t for m in modules for t in m._parameters.values()] + [t for m in modules for t in m._buffers.values()]
-    return [*{id(t): t for t in held if t is not None}.values()]
+    return [*named_tensors(model, *kinds).values()]
 
 
 def copied(model: nn.Module, shared: list[str] | None = None) -> nn.Module:

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -85,11 +85,6 @@ def _silence() -> Iterator[None]:
 
 def _nothing(record: logging.LogRecord) -> bool:
     return False
-
-
-def is_exported(model: nn.Module) -> TypeGuard[fx.GraphModule]:
-    """Whether ``model`` is the module of an exported program: its graph has a mode, its flags say nothing of that."""
-    return isinstance(model, fx.GraphModule) and "eval" in vars(model)  # replaced by one that refuses
 
 
 def live_in_training(module: fx.GraphModule) -> str | None:

@@ -24,9 +24,10 @@ from reparamc.compiler.pipeline import level_of, seldom_collecting_garbage
 from reparamc.equivalence.end_to_end import Region
 from reparamc.errors import InputError, InputTypeError, VerificationError, one_line
 from reparamc.fx.arguments import call_of, elements, few, others
-from reparamc.fx.copying import State, copied, kept_aside, submodules, tensors
+from reparamc.fx.calls import is_exported
+from reparamc.fx.copying import State, copied, kept_aside, named_tensors, submodules, tensors
 from reparamc.fx.end_to_end import verify_end_to_end
-from reparamc.fx.export import is_exported, live_in_training
+from reparamc.fx.export import live_in_training
 from reparamc.fx.outcome import difference, ran
 from reparamc.fx.parts import Parts, Placed, Taken, Way, Whole, has_options, remembered
 from reparamc.fx.parts_alone import run_parts_alone
@@ -290,13 +291,13 @@ class _Fusion:
 def recorded(model: nn.Module) -> list[str]:
     """The paths of modules that transformers finds by their class when it is asked for hidden states or attentions."""
     kinds: list[Any] = []
-    for module in model.modules():
+    for module in submodules(model).values():
         given = getattr(type(module), "_can_record_outputs", None)
         for held in given.values() if isinstance(given, dict) else ():
             for one in held if isinstance(held, list | tuple) else [held]:
                 kinds.append(getattr(one, "target_class", one))
     classes = tuple(k for k in kinds if isinstance(k, type))
-    return [path for path, module in model.named_modules() if path and isinstance(module, classes)]
+    return [path for path, module in submodules(model).items() if path and isinstance(module, classes)]
 
 
 def _around(path: str) -> list[str]:
@@ -306,7 +307,7 @@ def _around(path: str) -> list[str]:
 
 
 def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return sum(p.numel() for p in tensors(module, "_parameters"))
 
 
 def _why_more(report: Report, model: nn.Module, result: nn.Module) -> str:
@@ -391,7 +392,7 @@ def _check(model: Any) -> None:
         raise InputTypeError(
             f"fuse_fx takes a torch.nn.Module, not {type(model).__name__}; an ONNX model goes to fuse_onnx"
         )
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
+    for name, t in named_tensors(model).items():
         if nn.parameter.is_lazy(t):
             raise InputError(f"{name!r} is a parameter that is not initialised yet; run the model once first")
         if t.is_meta:
@@ -407,7 +408,7 @@ def _check(model: Any) -> None:
             "the model is in training mode, where BatchNorm and Dropout are live; call .eval() on it first"
         )
     else:
-        for name, module in model.named_modules():
+        for name, module in submodules(model).items():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise InputError(
                     f"BatchNorm {name!r} is in training mode inside a model in eval mode; call .eval() first"
@@ -417,7 +418,7 @@ def _check(model: Any) -> None:
 def _origin(model: nn.Module) -> Origin | None:
     """SHA-256 of all parameters and buffers, names and types included; None where one has no data of its own."""
     digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in named_tensors(model).items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             return None
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -21,6 +21,7 @@ from reparamc.compiler.graph import Bounded, Fold, Separate
 from reparamc.compiler.readings import Reading, Taps, Value, is_norm, values_in
 from reparamc.fx.bounds import bounded
 from reparamc.fx.calls import Held, lookup, with_operands
+from reparamc.fx.copying import tensors
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.readers import READERS
 from reparamc.fx.readings import Readings
@@ -228,7 +229,7 @@ class FxGraph(Readings):
         """The tensors, by identity, that something else reads as they are."""
         known = self.facts.known
         modules = [lookup(self.module, str(n.target)) for n in self.graph.nodes if n.op == "call_module"]
-        held = {id(t) for m in modules for t in (*m.parameters(), *m.buffers())}
+        held = {id(t) for m in modules for t in tensors(m)}
         own = [n for n in self.graph.nodes if n.op == "get_attr" and isinstance(known.get(n), Tensor)]
         return held | {id(known[n]) for n in own if any(u not in known for u in n.users)}
 

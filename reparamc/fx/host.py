@@ -56,13 +56,14 @@ def fuse_traced(
     Raises:
         VerificationError: the result computes something else.
     """
-    result, report = fuse(FxHost(traced, model, calls, expected, exported, sizes), options)
+    host = FxHost(traced, model, calls, expected, exported, sizes, is_proven=options.level != "off")
+    result, report = fuse(host, options)
     result.module.meta["reparamc"] = report
     return result.module
 
 
 class FxHost:
-    """`reparamc.compiler.host.Host` over a traced module."""
+    """`reparamc.compiler.host.Host` over a traced module; ``is_proven``: whether `certify` is asked."""
 
     def __init__(
         self,
@@ -72,14 +73,16 @@ class FxHost:
         expected: Sequence[Outputs],
         exported: bool,
         sizes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        *,
+        is_proven: bool = True,
     ) -> None:
         self.traced, self.original, self.calls, self.expected = traced, original, calls, expected
-        self.exported = exported
+        self.exported, self._is_proven = exported, is_proven
         self._positional = self._by_position(calls[0]) if calls else None
         self._sizes = dict(sizes) or _of_runs(sizes_of, self.original, traced, self._positional)
         examples = examples_of(original, *calls[0]) if calls else {}
         self.graph = FxGraph(traced, examples, self._sizes, exported=exported)
-        self._before = _sums(traced)
+        self._before = _sums(traced) if is_proven else []
         self._nodes = {node.name: node for node in traced.graph.nodes}
 
     def _by_position(self, call: Given) -> Sequence[Any] | None:
@@ -91,7 +94,7 @@ class FxHost:
         return Editor(cast(FxGraph, graph)).carry_out([*edits])
 
     def over(self, result: Edited) -> FxHost:
-        return FxHost(result.module, self.original, self.calls, self.expected, self.exported)
+        return FxHost(result.module, self.original, self.calls, self.expected, self.exported, is_proven=self._is_proven)
 
     def size(self, result: Edited | None) -> Counts:
         return count(self.traced, self.graph.facts.calls) if result is None else count(result.module)
@@ -202,4 +205,4 @@ def count(module: fx.GraphModule, calls: Mapping[fx.Node, Call | None] | None = 
             ops += 1
             conv += call is not None and call.op == "conv"
             norm += call is not None and call.op == "batch_norm"
-    return Counts(ops, conv, norm, sum(p.numel() for p in module.parameters()))
+    return Counts(ops, conv, norm, sum(p.numel() for p in tensors(module, "_parameters")))

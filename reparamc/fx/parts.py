@@ -18,10 +18,10 @@ from reparamc.certificate.fx_shapes import run_recorded
 from reparamc.compiler.host import Options
 from reparamc.errors import InputError, one_line
 from reparamc.fx.arguments import elements
-from reparamc.fx.calls import by_position, is_plain, operation
+from reparamc.fx.calls import by_position, is_exported, is_plain, operation
 from reparamc.fx.copying import State, copied
 from reparamc.fx.direct import chained, reaches_into
-from reparamc.fx.export import can_be_exported, exported, is_exported, keep_sizes
+from reparamc.fx.export import can_be_exported, exported, keep_sizes
 from reparamc.fx.host import fuse_traced
 from reparamc.fx.outcome import another_structure, difference, ran
 from reparamc.fx.result import HOOKS, FusedModule, in_place_of, within

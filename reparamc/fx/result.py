@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from reparamc.fx.export import is_exported
+from reparamc.fx.calls import is_exported
 from reparamc.fx.operators import IN_PLACE
 
 HOOKS = (

@@ -18,7 +18,7 @@ from reparamc.equivalence.runnable import Domain, NoArrayError, Tree, bounds_of,
 from reparamc.equivalence.trials import GUESSES, Slot
 from reparamc.errors import InputError
 from reparamc.fx.calls import is_plain, lookup
-from reparamc.fx.copying import State, tensors
+from reparamc.fx.copying import State, submodules, tensors
 
 
 class TorchRunnable:
@@ -161,7 +161,7 @@ def _is_stateless(module: nn.Module) -> bool:
     if not isinstance(module, fx.GraphModule) or module.graph.find_nodes(op="get_attr"):
         return False
     called = {str(node.target) for node in module.graph.find_nodes(op="call_module")}
-    inner = [m for path in called for m in lookup(module, path).modules()]
+    inner = [m for path in called for m in submodules(lookup(module, path)).values()]
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, *inner))
     return not hooked and all(is_plain(m) and not m.training for m in inner)
 

@@ -28,6 +28,7 @@ from reparamc.certificate.fx_shapes import as_written, run_recorded
 from reparamc.errors import InputError, one_line
 from reparamc.fx.calls import by_position
 from reparamc.fx.casts import DTypes, drop_casts
+from reparamc.fx.copying import named_tensors, submodules
 from reparamc.fx.handed import SHAPES, describe_handed
 from reparamc.fx.memory import reads_size_only
 from reparamc.fx.operators import IN_PLACE
@@ -220,8 +221,8 @@ class _Tracer(fx.Tracer):
         self.held: dict[fx.Node, nn.Parameter] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        for named in (root.named_modules(), root.named_buffers(), root.named_parameters()):
-            self._names |= {id(value): name for name, value in named}
+        for named in (submodules(root), named_tensors(root, "_buffers"), named_tensors(root, "_parameters")):
+            self._names |= {id(value): name for name, value in named.items()}
         found = super().trace(root, concrete_args)
         if self.refused is not None:
             raise self.refused
@@ -405,7 +406,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooked = bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         hooked = hooked or "forward" in vars(m)
-        parametrized = nn.utils.parametrize.is_parametrized(m)
+        parametrized = "parametrizations" in m._modules and nn.utils.parametrize.is_parametrized(m)
         special = hooked or parametrized or module_qualified_name in self.opaque
         return special or super().is_leaf_module(m, module_qualified_name)
 
