@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -34,7 +35,7 @@ from reparamc.certificate.onnx_operators import (
     rescaled,
     weighted,
 )
-from reparamc.certificate.onnx_shapes import Shapes, Typed
+from reparamc.certificate.onnx_shapes import Shapes, Typed, attribute
 from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
 from reparamc.certificate.ranges import Bound
 
@@ -45,7 +46,7 @@ PRECISIONS = {
     "bfloat16": Precision(2.0**-8, 2.0**-134),
 }
 
-MOST_STEPS = 4
+MOST_STEPS = 8
 """Operators in a row that are followed to the sizes which a tensor tells."""
 
 OLDEST = 7
@@ -144,6 +145,47 @@ def _other_default(original: ModelProto, result: ModelProto, read: Callable[[Ten
     return None
 
 
+class Sizes(NamedTuple):
+    """A whole number (rank 0) or several in a row (rank 1), each a size or a product of such."""
+
+    rank: int
+    sizes: tuple[Dim, ...]
+
+
+def _gathered(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    sizes, places = given[0].sizes, [e.known for e in given[1].sizes]
+    picked = [sizes[i] for i in places if i is not None and -len(sizes) <= i < len(sizes)]
+    return tuple(picked) if given[0].rank == 1 and len(picked) == len(places) else None
+
+
+def _sliced(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    bounds_ = [e.known for part in given[1:] for e in part.sizes]
+    if len(given) < 3 or len(bounds_) < len(given) - 1 or None in bounds_ or (bounds_[3:] or [1]) != [1]:
+        return None
+    return given[0].sizes[bounds_[0] : bounds_[1]]
+
+
+def _multiplied(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    """One size times another; negative numbers are no sizes."""
+    if any(len(part.sizes) != 1 or part.sizes[0].factor < 0 for part in given):
+        return None
+    return (given[0].sizes[0].times(given[1].sizes[0]),)
+
+
+def _same(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    return given[0].sizes if attribute(node, "to", TensorProto.INT64) == TensorProto.INT64 else None
+
+
+SIZES: Mapping[str, Callable[[NodeProto, Sequence[Sizes]], tuple[Dim, ...] | None]] = {
+    "Concat": lambda node, given: sum((part.sizes for part in given), ()),
+    "Gather": _gathered,
+    "Slice": _sliced,
+    "Mul": _multiplied,
+    **dict.fromkeys(("Identity", "Cast", "Unsqueeze", "Squeeze"), _same),
+}
+"""Operators on sizes in a row. Axes decide nothing, for there is one."""
+
+
 class _Side:
     """`proof.Side` over the main graph of a model.
 
@@ -174,7 +216,7 @@ class _Side:
         self.shapes, self.constants, self.constant = self.stored.shapes, self.stored.names, self.stored.array
         self._by_itself = alone or self.shapes
         self._kinds: dict[str, Hashable] = {}
-        self._sizes: dict[str, Sequence[Dim] | None] = {}
+        self._sizes: dict[str, Sizes | None] = {}
         self.shape_of: dict[str, tuple[Dim, ...] | None] | None = None
         """The shapes of tensors as the original has them, if this is not the original."""
         self._operands: dict[str, Sequence[str]] = {}
@@ -291,33 +333,38 @@ class _Side:
             return np.full(count, np.nan)
         return run_alone([node], feeds, [node.output[0]], self.model)[0].astype(np.float64)
 
-    def sizes_told(self, name: str) -> Sequence[Dim] | None:
+    def sizes_told(self, name: str) -> Sizes | None:
         if name not in self._sizes:
-            self._sizes[name] = self._told(name, MOST_STEPS)
+            self._sizes[name] = self.told(name, self.known_as)
         return self._sizes[name]
 
-    def _told(self, name: str, steps: int) -> tuple[Dim, ...] | None:
+    def known_as(self, name: str) -> Sequence[Dim] | None:
+        """The shape of a tensor, with unknown sizes as the original has them."""
+        shape = self.shapes.shape(name) if self.shape_of is None else self.shape_of.get(name)
+        named = (tuple(s if s in self.symbols else f"original {s}" for s in e.symbols) for e in shape or ())
+        return None if shape is None else [Dim(e.factor, n) for e, n in zip(shape, named, strict=True)]
+
+    def told(self, name: str, shape_of: Callable[[str], Sequence[Dim] | None], steps: int = MOST_STEPS) -> Sizes | None:
+        """The whole numbers that ``name`` holds, if they are sizes of tensors, given the shapes of these."""
         if name in self.constants:
             array = self.constant(name)
-            if array is None or array.dtype != np.int64 or array.ndim != 1 or array.size > MOST_SIZES:
+            if array is None or array.dtype != np.int64 or array.ndim > 1 or array.size > MOST_SIZES:
                 return None
-            return tuple(map(Dim, array.tolist()))
+            return Sizes(array.ndim, tuple(map(Dim, array.reshape(-1).tolist())))
         node = self.producers[name][0] if name in self.producers else None
-        if node is None or not is_standard(node) or not steps:
+        if node is None or not is_standard(node) or not all(node.input) or not steps:
             return None
         if node.op_type == "Shape":
-            x = node.input[0]
-            shape = self.shapes.shape(x) if self.shape_of is None else self.shape_of.get(x)
-            return None if shape is None else shape[bounds(node)]
-        if node.op_type not in ("Concat", "Gather", "Identity"):
+            shape = shape_of(node.input[0])
+            return None if shape is None else Sizes(1, tuple(shape[bounds(node)]))
+        if node.op_type not in SIZES:
             return None
-        parts = [part for n in node.input if (part := self._told(n, steps - 1)) is not None]
-        if len(parts) < len(node.input):
+        found = [self.told(n, shape_of, steps - 1) for n in node.input]
+        rank = self.shapes.shape(name)
+        if rank is None or len(rank) > 1 or None in found:
             return None
-        if node.op_type != "Gather":
-            return sum(parts, ())
-        sizes, places = parts[0], [e.factor for e in parts[1]]
-        return tuple(sizes[i] for i in places) if all(-len(sizes) <= i < len(sizes) for i in places) else None
+        sizes = SIZES[node.op_type](node, [e for e in found if e is not None])
+        return None if sizes is None else Sizes(len(rank), sizes)
 
     def bound(self, name: str) -> Bound:
         node, at = self.producers[name]

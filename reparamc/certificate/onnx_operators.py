@@ -47,6 +47,8 @@ class Side(Protocol):
     def dtype(self, name: str) -> np.dtype | None: ...
     def inferred(self, name: str) -> list[Dim | None] | None: ...
     def measured(self, name: str) -> str | None: ...
+    def known_as(self, name: str) -> Sequence[Dim] | None: ...
+    def told(self, name: str, shape_of: Callable[[str], Sequence[Dim] | None]) -> Any: ...
 
 
 class Call:
@@ -74,6 +76,13 @@ class Call:
             return self._of(name)
         except KeyError as error:
             raise Unrepresentable(f"{name!r} is not followed") from error
+
+    def shape(self, name: str) -> Sequence[Dim] | None:
+        """The shape of a tensor from which an operand is computed; None where that is unknown."""
+        try:
+            return self._of(name).shape
+        except KeyError:
+            return self.side.known_as(name)
 
     def constant(self, position: int) -> Array:
         name = self.name(position)
@@ -573,20 +582,34 @@ def _read_reshape(call: Call) -> Value:
     x = call.value()
     if call.is_constant(1) or call.side.opset < 5:
         given = call.vector(1) if call.side.opset >= 5 else call.integers("shape", [])
-        zero_is_zero = call.flag("allowzero")
-        if any(n < -1 or (n == 0 and not zero_is_zero and i >= x.rank) for i, n in enumerate(given)):
-            raise Unrepresentable("a reshape to sizes that are not there")
-        target = [
-            None if n == -1 else x.shape[i] if n == 0 and not zero_is_zero else Dim(n) for i, n in enumerate(given)
-        ]
-        y = nl.regrouped(x, target)
-        # What is left of no elements cannot be told, and is refused.
-        others = {s for e in target if e is not None for s in e.symbols} if None in target else set[str]()
-        return replace(y, filled=y.filled | others)
+        return _regrouped(call, x, list(map(Dim, given)))
     measured = call.side.measured(call.node.input[1])
     if measured is not None and call.of(measured).shape == x.shape:
         return x
+    told = call.side.told(call.node.input[1], call.shape)
+    if told is not None:
+        try:
+            return _regrouped(call, x, told.sizes)
+        except Unrepresentable:  # shape inference may know more
+            pass
     return nl.regrouped(x, _inferred(call, x))
+
+
+def _regrouped(call: Call, x: Value, given: Sequence[Dim]) -> Value:
+    """``x`` reshaped to sizes of which -1 is what is left, and 0 may be the size that ``x`` has there.
+
+    Sizes by which no elements are left are refused, or mean another thing, unless ``x`` has them there.
+    """
+    zero_is_zero = call.flag("allowzero")
+    if any(n.factor < -1 or (n == Dim(0) and not zero_is_zero and i >= x.rank) for i, n in enumerate(given)):
+        raise Unrepresentable("a reshape to sizes that are not there")
+    target = [
+        None if n == Dim(-1) else x.shape[i] if n == Dim(0) and not zero_is_zero else n for i, n in enumerate(given)
+    ]
+    moved = [e for i, e in enumerate(given) if e not in x.shape[i : i + 1]]
+    refused = [e for e in target if e is not None] if None in target else moved
+    y = nl.regrouped(x, target)
+    return replace(y, filled=y.filled.union(*(e.symbols for e in refused)))
 
 
 def _inferred(call: Call, x: Value) -> list[Dim]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple, cast
 
@@ -58,9 +58,11 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
             stand_in(graph.node[-1])
     graph.input.extend(model.graph.input)
     graph.output.extend(o for o in model.graph.output if o.name not in known)
+    named = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim}
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_value < 0:  # some exporters write an open size so
+            # Some exporters write an open size so; and what an output calls a size may be another one elsewhere.
+            if dim.dim_value < 0 or (dim.dim_param and dim.dim_param not in named):
                 dim.Clear()
     for sparse in model.graph.sparse_initializer:  # inference takes it for the vector of its values
         graph.input.append(helper.make_tensor_value_info(sparse.values.name, sparse.values.data_type, sparse.dims))
@@ -123,6 +125,27 @@ def _tell_ranks(light: ModelProto) -> bool:
     return True
 
 
+def _is_made_up(size: Dim, given: Collection[str]) -> bool:
+    """Whether ``size`` is a symbol of inference."""
+    return size.factor == 1 and len(size.symbols) == 1 and size.symbols[0] not in given
+
+
+BROADCAST = {"Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Pow", "Sub", "Sum", "Where"}
+"""Operators whose operands are stretched to one shape."""
+
+
+def _broadcast(dims: Iterable[Dim]) -> Dim | None:
+    """The size that operands of the sizes ``dims`` are stretched to; None where that is unknown."""
+    wide = {e for e in dims if e != Dim()}
+    found = {e for e in wide if e.known is not None} or wide or {Dim()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _sum(dims: Iterable[Dim]) -> Dim | None:
+    known = [e.known for e in dims]
+    return None if None in known else Dim(sum(e for e in known if e is not None))
+
+
 class Shapes:
     """What is inferred of every tensor of a main graph.
 
@@ -154,13 +177,21 @@ class Shapes:
         """What a symbol that inference made up is, where that is known."""
         given = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim}
         rests = {t.name for t in light.graph.initializer if _has_rest(t)}
+        constants = [n for n in light.graph.node if n.op_type == "Constant" and not n.domain]
+        made = {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
+        open_ = {v.name for v in model.graph.input}
+        self._parts = made | {t.name: t for t in light.graph.initializer if t.name not in open_}
         for node in light.graph.node:  # operands come first
             if node.domain:
                 continue
+            if node.op_type == "Split":
+                self._explain_parts(node, given)
+            if node.op_type in BROADCAST or node.op_type in ("Concat", "MatMul"):
+                self._explain_sizes(node, given)
             if node.op_type in ("Flatten", "Reshape"):
                 is_rest = node.op_type == "Flatten" or node.input[1] in rests
                 self._explain(node.input[0], node.output[0], given, is_rest)
-            elif (node.op_type in ("Concat", "Identity") and not rests.isdisjoint(node.input)) or any(
+            elif (node.op_type in ("Concat", "Identity", "Unsqueeze") and not rests.isdisjoint(node.input)) or any(
                 _has_rest(a.t) or -1 in a.ints for a in node.attribute if node.op_type == "Constant"
             ):
                 rests.add(node.output[0])
@@ -197,6 +228,35 @@ class Shapes:
     def _open(self, symbol: str) -> Dim:
         return self._meaning.get(symbol, Dim(1, (symbol,)))
 
+    def _explain_sizes(self, node: NodeProto, given: set[str]) -> None:
+        """Learn sizes of a result that inference made up before those of the operands were explained."""
+        after = self._read(node.output[0])
+        if after is None or given.union(self._meaning).issuperset(s for e in after for s in e.symbols):
+            return
+        shapes = [self._read(name) for name in node.input]
+        operands = [shape for shape in shapes if shape is not None]
+        if len(operands) < len(shapes):
+            return
+        joined = cast(int, attribute(node, "axis", 0)) % len(after) if node.op_type == "Concat" and after else -1
+        for axis, made_up in enumerate(after):
+            if not _is_made_up(made_up, given) or (node.op_type == "MatMul" and axis >= len(after) - 2):
+                continue
+            at = axis - len(after)
+            dims = [shape[at] for shape in operands if len(shape) >= -at]
+            if (found := _sum(dims) if axis == joined else _broadcast(dims)) not in (None, made_up):
+                self._meaning[made_up.symbols[0]] = found
+
+    def _explain_parts(self, node: NodeProto, given: set[str]) -> None:
+        """Learn the sizes that a Split cuts; inference tells them only where it knows their sum."""
+        parts = cast("Sequence[int] | None", attribute(node, "split"))
+        if len(node.input) > 1 and (tensor := self._parts.get(node.input[1])) is not None:
+            parts = numpy_helper.to_array(tensor).reshape(-1).tolist()
+        axis = cast(int, attribute(node, "axis", 0))
+        for name, size in zip(node.output, parts or (), strict=False):
+            shape = self._read(name)
+            if shape and _is_made_up(shape[axis], given) and size >= 0:
+                self._meaning[shape[axis].symbols[0]] = Dim(size)
+
     def _explain(self, operand: str, name: str, given: set[str], is_rest: bool) -> None:
         """Learn the one size of a reshape that inference made up: what is left of the elements.
 
@@ -206,7 +266,7 @@ class Shapes:
         if before is None or after is None:
             return
         known = given.union(self._meaning, *(e.symbols for e in before))
-        new = [e for e in after if e.factor == 1 and len(e.symbols) == 1 and e.symbols[0] not in known]
+        new = [e for e in after if _is_made_up(e, known)]
         if len(new) != 1:
             return
         elements, others = Dim(), Dim()

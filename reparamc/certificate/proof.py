@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from reparamc.certificate.agreement import Agreement, Precision, agree
-from reparamc.certificate.axes import Dim, Unrepresentable
+from reparamc.certificate.axes import Unrepresentable
 from reparamc.certificate.budget import BLOCK, LEAST, PER_PARAMETER, TAP, Exceeded, Meter
 from reparamc.certificate.layouts import RESIZED
 from reparamc.certificate.narrowing import (
@@ -93,7 +93,7 @@ class Side(Protocol):
         """The operator of ``name``, which is none that is known, as one that ends in a known matrix of channels."""
         ...
 
-    def sizes_told(self, name: str) -> Sequence[Dim] | None:
+    def sizes_told(self, name: str) -> Hashable:
         """The sizes that ``name`` holds, as sizes of the original; None if it is none, or unknown."""
         ...
 

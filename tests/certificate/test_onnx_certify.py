@@ -425,3 +425,47 @@ def test_a_reshape_to_the_shape_that_it_has(measured: str, verdict: str) -> None
     before = model([*nodes, node("Shape", measured, "s"), node("Reshape", "n s", "y")], {}, ("N", 4, "H", "W"))
     after = model([*nodes, node("Neg", "x", "y")], {}, ("N", 4, "H", "W"))
     assert [w.verdict for w in certify_onnx(before, after).windows] == [verdict]
+
+
+NUMBERS = {"zero": 0, "one": 1, "minus": -1, "end": 2**62}
+SINGLE = {"at": [0], "first": [1], "three": [3], "four": [4]}
+SHAPES = {
+    "gathered": [node("Gather", "s zero", "n"), node("Unsqueeze", "n at", "b")],
+    "sliced": [node("Slice", "s at first", "b")],
+    "multiplied": [node("Gather", "s at", "o"), node("Mul", "o first", "b")],
+    "of another axis": [node("Gather", "s one", "n"), node("Unsqueeze", "n at", "b")],
+}
+
+
+@pytest.mark.parametrize("how", SHAPES)
+@pytest.mark.parametrize("off", [0.0, 0.5])
+def test_a_reshape_to_sizes_that_are_told_when_it_runs(how: str, off: float) -> None:
+    """As in attention: what is left of the elements is the number of heads, and the batch is measured."""
+    rest, target = node("Unsqueeze", "minus at", "r"), node("Concat", "b three r four", "t", axis=0)
+    measured = [node("Shape", "x", "s"), rest]
+    sizes = {n: np.array(a, np.int64) for n, a in (NUMBERS | SINGLE).items()}
+    head = [node("MatMul", "x w", "m"), node("Reshape", "m t", "h"), node("Transpose", "h", "p", perm=[0, 2, 1, 3])]
+    last = node("Softmax", "q", "y")
+    weights = {"w": rand(8, 8), "k": np.array(2, np.float32), **sizes}
+    before = model(
+        [*measured, *SHAPES["gathered"], target, *head, node("Mul", "p k", "q"), last], weights, (None, 3, 8)
+    )
+    folded = [node("MatMul", "x w", "d"), node("Reshape", "d t", "e"), node("Transpose", "e", "q", perm=[0, 2, 1, 3])]
+    after = model(
+        [*measured, *SHAPES[how], target, *folded, last], {"w": 2 * rand(8, 8) + np.float32(off), **sizes}, (None, 3, 8)
+    )
+    verdicts = {w.verdict for w in certify_onnx(before, after).windows}
+    assert (verdicts == {"equal"}) == (how != "of another axis" and not off), verdicts
+
+
+def test_sizes_that_follow_from_a_reshape_of_what_is_left() -> None:
+    """Inference makes up a size of the reshape, and of all that is made of it; the parts of a split tell theirs."""
+    start = [node("Unsqueeze", "minus at", "r"), node("Shape", "x", "s"), node("Slice", "s at first", "b")]
+    start += [node("Concat", "b three r", "t", axis=0), node("Reshape", "x t", "h")]
+    middle = [node("Split", "h parts", "u v", axis=2), node("Concat", "u v", "c", axis=2), node("Add", "c h", "a")]
+    sizes = {n: np.array(a, np.int64) for n, a in (NUMBERS | SINGLE | {"parts": [4, 12], "to": [0, -1]}).items()}
+    tail = [node("Reshape", "a to", "f"), node("Gemm", "f w", "g"), node("Mul", "g k", "y")]
+    weights = {"w": rand(48, 5), "k": np.array(2, np.float32), **sizes}
+    before = model([*start, *middle, *tail], weights, (None, 6, 8))
+    after = model([*start, *middle, tail[0], node("Gemm", "f w", "y")], {"w": 2 * rand(48, 5), **sizes}, (None, 6, 8))
+    assert {w.verdict for w in certify_onnx(before, after).windows} == {"equal"}
