@@ -1,7 +1,7 @@
 """A convolution and the BatchNorm after it, both called in Python that cannot be traced.
 
 The source tells that each result of the one goes to the other, for all arguments and branches: ``self.b(self.a(x))``,
-or ``y = self.a(x)`` right before the one use of ``y``, ``self.b(y)``. Neither is mentioned anywhere else in the class.
+or ``y = self.a(x)`` right before the one use of ``y``, ``self.b(y)``. The class mentions neither in any other way.
 A class derived from `nn.Sequential` tells it of its neighbours where it leaves running them to ``super().forward``.
 Then the pair may become one operator in the place of the first, and the second passes on what it is given.
 
@@ -81,15 +81,8 @@ def reaches_into(kind: type, name: str) -> frozenset[str]:
 def _chained(kind: type) -> tuple[tuple[str, str], ...]:
     methods = _methods(kind)
     mentioned = Counter(name for method, _ in methods for name in _mentions(method))
-    return tuple(
-        dict.fromkeys(
-            pair
-            for method, owner in methods
-            if owner
-            for pair in (*_nested(method), *_in_turn(method))
-            if pair[0] != pair[1] and mentioned[pair[0]] == mentioned[pair[1]] == 1
-        )
-    )
+    pairs = Counter(p for method, owner in methods if owner for p in (*_nested(method), *_in_turn(method)))
+    return tuple(p for p, n in pairs.items() if p[0] != p[1] and mentioned[p[0]] == mentioned[p[1]] == n)
 
 
 @cache
@@ -200,18 +193,39 @@ def _methods(kind: type) -> list[tuple[ast.FunctionDef, str]]:
 
 @cache
 def _reached(kind: type) -> dict[FunctionType, bool]:
-    """The methods of ``kind``, with the functions of the same package that they name, and those that these name."""
-    found = {f: given for f, given in _functions(kind).items() if f is not None}
+    """The methods of ``kind``, with the functions of the same package that they name, and those that these name.
+
+    Class methods, which make instances, are among them where one of these reads them from a class of ``kind``.
+    """
+    makers = {name: f for base in kind.__mro__ for name, f in vars(base).items() if isinstance(f, classmethod)}
+    makers = {name: _bare(f.__func__) for name, f in makers.items()}
+    found = {f: given for f, given in _functions(kind).items() if f is not None and f not in makers.values()}
     left = list(found)
     while left:
         function = left.pop()
         package = function.__module__.partition(".")[0]
-        for name in _names(function.__code__):
-            other = _bare(function.__globals__.get(name))
+        named = [_bare(function.__globals__.get(name)) for name in _names(function.__code__)]
+        if not makers.keys().isdisjoint(_names(function.__code__)):
+            named += [makers.get(name) for name in _read_from(function, kind)]
+        for other in named:
             if isinstance(other, FunctionType) and other not in found and other.__module__.startswith(package):
                 found[other] = False
                 left.append(other)
     return found
+
+
+def _read_from(function: FunctionType, kind: type) -> Iterator[str]:
+    """The attributes that ``function`` reads, but for those of other classes than ``kind`` that it names."""
+    if (method := _source(function)) is None:
+        yield from _names(function.__code__)
+        return
+    names = [node for node in ast.walk(method) if isinstance(node, ast.Name)]
+    may_be = {base.__name__ for base in kind.__mro__} | {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    may_be |= {n.id for n in names if function.__globals__.get(n.id) in kind.__mro__}
+    may_be |= {argument.arg for argument in ast.walk(method.args) if isinstance(argument, ast.arg)}
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and (not isinstance(node.value, ast.Name) or node.value.id in may_be):
+            yield node.attr
 
 
 def _reaches_in(function: FunctionType, pair: tuple[str, str]) -> bool:

@@ -328,8 +328,7 @@ class Parts:
             first, second = pair
             if not (isinstance(first, LINEAR) and isinstance(second, NORM)):
                 continue
-            if (calls := self.seen(_joined(path, both[0]))) == []:
-                continue
+            calls = self.seen(_joined(path, both[0]))
             inner = [_joined(path, name) for name in both]
             if any(self.is_touched(p) or p in self.blocked for p in inner) or any(places[id(m)] > 1 for m in pair):
                 continue

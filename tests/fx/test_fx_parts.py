@@ -205,6 +205,8 @@ class Direct(Operators):
         y = self.na(y)
         if mask is not None:
             y = self.nb(self.b(y * mask))
+        elif x.shape[2] > 20:
+            y = self.nb(self.b(y))
         pooled = self.c(y.mean((2, 3)))
         return self.nc(pooled) * 2
 
@@ -225,10 +227,15 @@ class Looks(Operators):
         return y if mask is None else self.nc(self.c(self.a(y).mean((2, 3))))
 
 
-@pytest.mark.parametrize(("kind", "left"), [(Direct, (3, 0)), (Skips, (3, 2)), (Looks, (3, 2))])
-def test_operators_that_python_calls_one_after_the_other(kind: type[nn.Module], left: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "masked", "left"),
+    [(Direct, True, (3, 0)), (Direct, False, (3, 0)), (Skips, True, (3, 2)), (Looks, True, (3, 2))],
+)
+def test_operators_that_python_calls_one_after_the_other(
+    kind: type[nn.Module], masked: bool, left: tuple[int, int]
+) -> None:
     model, x = ready(kind()), images((2, CHANNELS, 7, 6), dtype=torch.float32)[0]
-    fused = fuse_fx(model, {"x": x, "mask": x[:, :1]})
+    fused = fuse_fx(model, {"x": x} | ({"mask": x[:, :1]} if masked else {}))
     assert (type(fused), counts(fused)) == (kind, left)
     assert report(fused).after.batchnorm == left[1]
     for mask in ((), (x[:, 1:2],)):
@@ -326,6 +333,34 @@ class Helped(Outer):
         return y + outside(self.m, x) if x.shape[2] > 20 else y
 
 
+class Halves:
+    @classmethod
+    def of(cls, x: Tensor) -> Tensor:
+        return x / 2
+
+
+class Made(nn.Module):
+    """Nothing calls its class method; that of another class has the same name."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.m: Any = inner
+
+    @classmethod
+    def of(cls, inner: Any) -> nn.Module:
+        return inner.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.m(Halves.of(x))
+        return y * 2 if x.shape[2] > 20 else y
+
+
+class MadeNow(Made):
+    def forward(self, x: Tensor) -> Tensor:
+        kind = type(self)
+        return kind.of(self.m)(x) if x.shape[2] > 20 else self.m(x)
+
+
 class Scaled(Outer):
     def forward(self, x: Tensor) -> Tensor:
         y = self.m(x)
@@ -341,6 +376,8 @@ class Scaled(Outer):
         (lambda: Outer(Straight()), 1),
         (lambda: Helped(Pair()), 1),
         (lambda: Scaled(Pair()), 1),
+        (lambda: Made(Pair()), 0),
+        (lambda: MadeNow(Pair()), 1),
     ],
 )
 def test_operators_that_other_code_may_use_stay_two(make: Callable[[], nn.Module], left: int) -> None:
