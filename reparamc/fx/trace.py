@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from reparamc.certificate.fx_shapes import as_written, run_recorded
 from reparamc.errors import InputError, one_line
-from reparamc.fx.calls import by_position
+from reparamc.fx.calls import by_position, lookup
 from reparamc.fx.casts import DTypes, drop_casts
 from reparamc.fx.copying import named_tensors, submodules
 from reparamc.fx.handed import SHAPES, describe_handed
@@ -170,6 +170,22 @@ def _is_instance(value: Any, kind: Any) -> bool:
     if type(value) is not _Proxy or _is_of_torch(sys._getframe(1)):
         return False
     return issubclass(cast(_Tracer, value.tracer).type_of(value.node), kind)
+
+
+@contextmanager
+def _told_types() -> Iterator[None]:
+    """Let models ask `_is_instance`, and what asks most in torch the function itself, which is quicker."""
+    for home in _ASKING:
+        home["isinstance"] = _isinstance
+    try:
+        with mock.patch.object(builtins, "isinstance", _is_instance):
+            yield
+    finally:
+        for home in _ASKING:
+            home.pop("isinstance", None)
+
+
+_ASKING = [globals(), *map(vars, (pytree, fx.graph, fx.proxy, fx._symbolic_trace, nn.parameter))]
 
 
 def _recorder(function: Any, of_numbers: Any) -> Any:
@@ -476,6 +492,8 @@ def _is_same(root: nn.Module, first: Sequence[fx.Node], second: Sequence[fx.Node
 
 def _containers(given: Any) -> list[Any]:
     """The lists and dicts in ``given``, at any depth."""
+    if type(given) is _Proxy:  # most are
+        return []
     found = [given] if isinstance(given, list | dict) else []
     inner = given.values() if isinstance(given, dict) else given if isinstance(given, list | tuple) else ()
     return found + [x for one in inner for x in _containers(one)]
@@ -636,7 +654,7 @@ def _traced_for(
         tracers.append(make(answer))
         with (
             LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracers[-1]), _lenient_checks(), other_modes(),
-            mock.patch.object(builtins, "isinstance", _is_instance),
+            _told_types(),
         ):  # fmt: skip
             torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
             return tracers[-1], tracers[-1].trace(model, fixed or None)
@@ -669,7 +687,7 @@ def _called_as_they_are(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
     """Modules with parts that the graph calls: those whose hooks, or replaced forward, are to stay in force."""
     called = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="call_module"))
     return {
-        path: "it has hooks, or computes its weights" for path in called if any(model.get_submodule(path).children())
+        path: "it has hooks, or computes its weights" for path in called if any(lookup(model, path)._modules.values())
     }
 
 
