@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch.fx.node import map_arg
 from reparamc.algebra.expr import Array
 from reparamc.algebra.recorded import Recorded, tape
 from reparamc.compiler.readings import Value
-from reparamc.fx.calls import as_plain, lookup
+from reparamc.fx.calls import as_plain, is_plain, lookup
 from reparamc.fx.readings import Readings, array
 
 
@@ -29,7 +30,7 @@ def run(readings: Readings, value: Value, operands: Mapping[Value, Array], sizes
                 values[node] = found if node in readings.facts.sizes else found[0]
     nodes = _between(readings, {*given, *values}, root)
     values |= {node: readings.facts.known[node] for node in nodes if node in readings.facts.known}
-    modules = {str(n.target): as_plain(lookup(readings.module, str(n.target))) for n in nodes if n.op == "call_module"}
+    modules = {str(n.target): _apart(lookup(readings.module, str(n.target))) for n in nodes if n.op == "call_module"}
     region = _Region([n for n in nodes if n not in values], values, modules, root)
     on = tape()
     if on is None or not any(isinstance(x, Recorded) for x in operands.values()):
@@ -66,6 +67,16 @@ class _Region:
                 values[node] = cast(Callable[..., Any], node.target)(*args, **kwargs)
         made = values[self.root]
         return made if is_torch else made.detach().numpy()
+
+
+def _apart(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` that can be given another dtype; one of torch's own writes into nothing that it holds."""
+    if module._modules or module._forward_pre_hooks or not is_plain(module):
+        return as_plain(module)
+    made = copy.copy(module)
+    held = {name: None if p is None else nn.Parameter(p.detach(), False) for name, p in module._parameters.items()}
+    vars(made).update(_parameters=held, _buffers=dict(module._buffers))
+    return made
 
 
 def _own(value: Any, where: Any) -> Any:
