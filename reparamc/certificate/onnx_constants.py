@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import cast
 
@@ -57,6 +57,7 @@ class Constants:
         self.producers = {name: node for node in graph.node for name in node.output if name}
         overridable = {v.name for v in graph.input} if model.ir_version >= 4 else set()
         self.tensors = {t.name: t for t in graph.initializer if t.name not in overridable}
+        self._open = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim}
         self._arrays: dict[str, Array] = {}
         self._computed_small = False
         self.shapes = inferred({})
@@ -100,9 +101,9 @@ class Constants:
         """Constants that operators compute, from which shapes follow that are unknown so far."""
         found: dict[str, Array] = {}
         for node in self.model.graph.node:
-            if node.op_type not in SHAPED or self.shapes.known_shape(node.output[0]) is not None:
+            if node.op_type not in SHAPED or self._is_told(node.output[0]):
                 continue
-            for name in node.input[node.op_type not in ("ConstantOfShape", "Range") :]:
+            for name in self._parts(node.input[node.op_type not in ("ConstantOfShape", "Range") :]):
                 if name not in self.names or name in given or self._stored(name) is not None:
                     continue
                 try:
@@ -112,6 +113,17 @@ class Constants:
                 if array is not None and array.size <= MOST_SIZES:
                     found[name] = array
         return found
+
+    def _is_told(self, name: str) -> bool:
+        """Whether the sizes of ``name`` are known, or those of inputs."""
+        shape = self.shapes.shape(name)
+        return shape is not None and all(self._open.issuperset(e.symbols) for e in shape)
+
+    def _parts(self, names: Iterable[str]) -> Iterator[str]:
+        """``names``, and what those are joined of that are no constants."""
+        for name in names:
+            joined = None if name in self.names else self.producers.get(name)
+            yield from joined.input if joined is not None and joined.op_type == "Concat" else (name,)
 
     # Shapes
 
