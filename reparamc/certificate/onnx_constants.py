@@ -59,7 +59,7 @@ class Constants:
         self.tensors = {t.name: t for t in graph.initializer if t.name not in overridable}
         self._open = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim}
         self._arrays: dict[str, Array] = {}
-        self._computed_small = False
+        self._tried = 0
         self.shapes = inferred({})
         self.names = self._names()
         given: dict[str, Array] = {}
@@ -186,7 +186,7 @@ class Constants:
             waiting = [n for n in node.input if n and n not in self._arrays and self._stored(n) is None]
             if of_shape is not None:
                 self._arrays[node.output[0]] = of_shape
-            elif not self._computed_small:
+            elif self._tried < len(self.names):
                 self._compute_small()
             elif waiting:
                 stack.extend(waiting)
@@ -196,19 +196,25 @@ class Constants:
 
     def _compute_small(self) -> None:
         """Enter what all operators on small constants make, in one session; nothing where one of them does not run."""
-        self._computed_small = True
+        self._tried = len(self.names)
         feeds: dict[str, Array] = {}
         nodes: list[NodeProto] = []
         inside: set[str] = set()
         for node in self.model.graph.node:
             results = [name for name in node.output if name]
-            if not results or not self.names.issuperset(results) or node.op_type in ("Constant", "Identity"):
+            if not results or not self.names.issuperset(results) or node.op_type == "Constant":
                 continue
-            stored = {n: a for n in node.input if n and n not in inside and (a := self._small(n)) is not None}
-            if self._of_shape(node) is None and all(n in inside or n in stored for n in node.input if n):
+            if self._arrays.keys() >= set(results):
+                continue
+            known = {n: a for n in node.input if n and n not in inside and (a := self._small(n)) is not None}
+            if (told := self._of_shape(node)) is not None:
+                self._arrays[results[0]] = told
+            elif node.op_type == "Identity" and known:
+                self._arrays[results[0]] = known[node.input[0]]
+            elif all(n in inside or n in known for n in node.input if n):
                 nodes.append(node)
                 inside.update(results)
-                feeds |= stored
+                feeds |= known
         outputs = [name for node in nodes for name in node.output if name]
         if not nodes:
             return
@@ -218,11 +224,11 @@ class Constants:
             return
 
     def _small(self, name: str) -> Array | None:
-        """The value of a stored constant of few elements."""
+        """The value of a constant of few elements, if it is stored or known by now."""
         if name in self.tensors and prod(self.tensors[name].dims) > MOST_SMALL:
             return None
-        stored = self._stored(name)
-        return None if stored is None or stored.size > MOST_SMALL else stored
+        known = self._arrays[name] if name in self._arrays else self._stored(name)
+        return None if known is None or known.size > MOST_SMALL else known
 
     def idle(self) -> list[Window]:
         """Constants that nothing reads, and that cannot be computed."""
