@@ -58,9 +58,10 @@ class Cost:
 
 def run(python: str, tool: str, source: Path, folder: Path) -> Cost | None:
     """The cost of one run of ``tool``; None where it fails."""
-    ours = (
-        f"from reparamc.__main__ import main; raise SystemExit(main(['fuse', a, '-o', b, '-q', '--verify', {tool!r}]))"
-    )
+    ours = f"""
+from reparamc.__main__ import main
+sys.argv[1:] = ['fuse', a, '-o', b, '-q', '--verify', {tool!r}]
+raise SystemExit(main())"""
     code = f"import sys; a, b = sys.argv[1:]\n{OTHERS.get(tool, ours)}"
     # Python compiles what it imports once; that belongs to the first run, which never is the better one.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}

@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
     if argv is None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go
-    often = gc.get_threshold()
-    gc.set_threshold(20_000, *often[1:])  # imports and models make many objects that stay until the end
+        gc.set_threshold(500_000)  # most objects stay until the process ends, from imports on
     try:
         arguments = parser().parse_args(argv)
         return arguments.run(arguments)
@@ -61,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("reparamc: interrupted; nothing was written", file=sys.stderr)
         return 130
     finally:
-        gc.set_threshold(*often)
+        if argv is None:
+            gc.freeze()  # the end of the process need not look through them either
         _give_up_what_cannot_be_written()
 
 
@@ -272,9 +272,21 @@ def _check_names(arguments: argparse.Namespace) -> None:
     select(PASSES, arguments.passes, arguments.skip)
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc keep it: arrays of weights come and go, and new pages take longer than what is computed in them."""
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**26)
+
+
 def _fuse(arguments: argparse.Namespace) -> int:
     output = _output(arguments)
     _check_names(arguments)
+    _keep_freed_memory()
     from reparamc.onnx import weights
     from reparamc.onnx.files import (
         STANDARD,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
@@ -87,7 +87,7 @@ class File:
     def __init__(self, path: Path, external: bool = False) -> None:
         self.path, self.external = path, external
         self._handle = path.open("rb", buffering=0)
-        self._mapped: mmap.mmap | None = None
+        self._mapped: ref[mmap.mmap] | None = None  # a map takes memory: it goes with the last array that reads it
         self._found = self._state()
 
     def _state(self) -> tuple[int, int]:
@@ -113,9 +113,10 @@ class File:
     def mapped(self) -> memoryview:
         if not self.size:
             return memoryview(b"")
-        if self._mapped is None:
-            self._mapped = mmap.mmap(self._handle.fileno(), 0, access=mmap.ACCESS_READ)
-        return memoryview(self._mapped)
+        if self._mapped is None or (held := self._mapped()) is None:
+            held = mmap.mmap(self._handle.fileno(), 0, access=mmap.ACCESS_READ)
+            self._mapped = ref(held)
+        return memoryview(held)
 
     def is_at(self, path: str) -> bool:
         """Whether this file is what lies at ``path`` now."""
@@ -125,7 +126,7 @@ class File:
             return False
 
     def close(self) -> None:
-        self._handle.close()  # a map goes with the last array that reads it
+        self._handle.close()
 
 
 class Stream:
