@@ -133,9 +133,9 @@ class _Fusion:
         call, self.state = call_of(self.model, example_inputs), State(self.model, self.own)
         try:
             classes = recorded(self.model)
-            first = Parts(self.model, self.own, self.options, [Seen(call)]).traced("", {})
-            parts = None
-            whole = first if as_graph and isinstance(first, Whole) and not (first.opaque or self.blocked) else None
+            alone = Parts(self.model, self.own, self.options, [Seen(call)])
+            first, parts = alone.traced("", {}) if as_graph else None, None
+            whole = first if isinstance(first, Whole) and not (first.opaque or self.blocked) else None
             if whole is not None and not isinstance(whole.graph.literal(), dict):  # which is often of another class
                 parts = self.parts(call, None, classes, first)  # its parts need not be watched then
             if parts is None or isinstance(parts.whole(""), str):
@@ -145,7 +145,7 @@ class _Fusion:
             self.state.restore()
         return self.reported(taken, "")
 
-    def parts(self, call: Call, watched: Watched | None, classes: list[str], first: Whole | str) -> Parts:
+    def parts(self, call: Call, watched: Watched | None, classes: list[str], first: Whole | str | None) -> Parts:
         """The parts of the model, after it was run on the example and on other arguments, if it takes some."""
         changed: set[str] = set()
 
