@@ -151,7 +151,7 @@ def _begun(model: nn.Module) -> Memo:
             if kind in _EMPTIED and not value:
                 memo[id(value)] = kind()
             elif kind not in CONSTANTS and name != "_modules" and isinstance(value, _HOLDING):
-                inner = value.values() if name in _REGISTRIES else _inside(value)
+                inner = value.values() if name in _REGISTRIES and isinstance(value, dict) else _inside(value)
                 held.update((id(t), t) for t in inner if isinstance(t, Tensor))
     memo |= {key: t.detach().clone() for key, t in held.items() if not t.is_leaf}
     plain = {

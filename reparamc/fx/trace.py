@@ -185,7 +185,8 @@ def _told_types() -> Iterator[None]:
             home.pop("isinstance", None)
 
 
-_ASKING = [globals(), *map(vars, (pytree, fx.graph, fx.proxy, fx._symbolic_trace, nn.parameter))]
+_ASKING = [globals(), vars(pytree), vars(nn.parameter)]
+_ASKING += [vars(sys.modules[f"torch.fx.{name}"]) for name in ("graph", "proxy", "_symbolic_trace")]
 
 
 def _recorder(function: Any, of_numbers: Any) -> Any:
