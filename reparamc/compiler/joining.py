@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from reparamc.algebra.cost import multiply_adds
-from reparamc.algebra.expr import Conv, Expr, Select, Source, replaced, walk
+from reparamc.algebra.expr import Conv, Expr, Select, Source, Sum, flatten, replaced, walk
 from reparamc.algebra.records import replace
+from reparamc.algebra.rewrite import simplify
 from reparamc.compiler.consider import Decision, Form, Setting, consider
 from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import linear_users
@@ -42,9 +45,10 @@ def joined(setting: Setting, decisions: dict[Value, Decision], forms: dict[Value
             continue
         first, second = decisions[root], decisions[outer]
         chain = (*parts.get(outer, (second.members,)), *parts.get(root, (first.members,)))
-        if len(chain) > MOST_JOINED:
+        apart = _composed(root, first.expr, second.expr)
+        if len(chain) > MOST_JOINED or (isinstance(first.expr, Sum) and not _goes_on(setting, apart)):
             continue
-        whole, form = consider(setting, chain, cost(_composed(root, first.expr, second.expr)), forms[outer])
+        whole, form = consider(setting, chain, cost(apart), forms[outer])
         if whole.splice is not None:
             del decisions[root]
             decisions[outer], forms[outer], parts[outer] = whole, form, chain
@@ -83,6 +87,12 @@ def parted(setting: Setting, decisions: dict[Value, Decision]) -> None:
                 decisions[outer] = replace(d, splice=d.splice and replace(d.splice, shared=root))
                 for v in d.members:
                     home[v].add(outer)
+
+
+def _goes_on(setting: Setting, e: Expr) -> bool:
+    """Whether a rule applies to two final forms put together. If none does, a sum (of a residual block) stays apart."""
+    with np.errstate(all="ignore"):
+        return bool(simplify(flatten(e), setting.passes, setting.objective).steps)
 
 
 def _may_be_parted(setting: Setting, decision: Decision) -> bool:
