@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from math import prod
 
 import onnx
@@ -132,11 +132,15 @@ def tensors(graph: GraphProto) -> Iterator[TensorProto]:
         yield from (sparse.values, sparse.indices)
     for node in graph.node:
         for a in node.attribute:
-            if a.type == AttributeProto.TENSOR:
-                yield a.t
-            elif a.type == AttributeProto.SPARSE_TENSOR:
-                yield from (a.sparse_tensor.values, a.sparse_tensor.indices)
-            yield from a.tensors
+            match a.type:
+                case AttributeProto.INT | AttributeProto.INTS | AttributeProto.FLOAT | AttributeProto.STRING:
+                    continue
+                case AttributeProto.TENSOR:
+                    yield a.t
+                case AttributeProto.SPARSE_TENSOR:
+                    yield from (a.sparse_tensor.values, a.sparse_tensor.indices)
+                case _:
+                    yield from a.tensors
 
 
 def _check_names(graph: GraphProto) -> None:
@@ -149,15 +153,19 @@ def _check_names(graph: GraphProto) -> None:
             raise ValueError(f"there are two initializers {tensor.name!r}, of different values")
 
 
+_dtype = cache(helper.tensor_dtype_to_np_dtype)
+
+
 def _check_tensor(tensor: TensorProto) -> None:
     """The checker's test of a tensor's size, without copying its data; and that its type is one."""
     try:
-        kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        kind = _dtype(tensor.data_type)
     except KeyError as error:
         raise ValueError(f"the tensor {tensor.name!r} is of the unknown element type {tensor.data_type}") from error
-    if any(n < 0 for n in tensor.dims):
+    if min(tensor.dims, default=0) < 0:
         raise ValueError(f"the tensor {tensor.name!r} has a negative size")
-    if tensor.data_location == TensorProto.EXTERNAL and not is_reference(tensor):
+    refers = is_reference(tensor)
+    if tensor.data_location == TensorProto.EXTERNAL and not refers:
         return
     count = prod(tensor.dims)
     if count > MOST_ELEMENTS:
@@ -165,7 +173,7 @@ def _check_tensor(tensor: TensorProto) -> None:
     if tensor.data_type in UNEVEN:
         return
     packed = PACKED.get(tensor.data_type, 1)
-    if tensor.HasField("raw_data") or is_reference(tensor):
+    if refers or tensor.HasField("raw_data"):
         need, has, unit = -(-count // packed) * kind.itemsize, length(tensor), "bytes"
     else:
         parts = 2 if kind.kind == "c" else 1

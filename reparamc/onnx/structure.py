@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable
 from typing import Any
 
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import AttributeProto, ModelProto, TensorProto, numpy_helper
 
 from reparamc.errors import InputError, one_line
 from reparamc.onnx import weights
@@ -27,7 +27,8 @@ def structure_of(model: ModelProto, passes: Iterable[str], objective: str) -> st
         if field.name != "initializer":
             _copied(light.graph, field.name, value)
     held = [a for node in light.graph.node for a in node.attribute]
-    if any(a.ByteSize() > LARGEST or weights.is_reference(a.t) for a in held) or light.functions:
+    tensors = (a.t for a in held if a.type == AttributeProto.TENSOR)
+    if any(a.ByteSize() > LARGEST for a in held) or any(map(weights.is_reference, tensors)) or light.functions:
         return ""
     for tensor in model.graph.initializer:
         if is_parameter(tensor):
