@@ -86,8 +86,8 @@ class Constants:
         if node.op_type == "Constant":
             array = constant_array(node, self._read)
             return {} if array is None else dict.fromkeys(results, array.size)
-        if self._of_shape(node) is not None:
-            return dict.fromkeys(results, 1)
+        if (told := self._of_shape(node)) is not None:
+            return dict.fromkeys(results, told.size)
         if not node.input or not all(name in sizes for name in node.input if name):
             return {}
         given = 1
@@ -128,10 +128,13 @@ class Constants:
     # Shapes
 
     def _of_shape(self, node: NodeProto) -> Array | None:
-        """What a node reads of known sizes, for any operand; None for all others."""
+        """What a node reads of known sizes or of a dtype, for any operand; None for all others."""
         if node.op_type == "Shape":
             dims = self.shapes.known_shape(node.input[0])
             return None if dims is None else np.array(dims[bounds(node)], np.int64)
+        if node.op_type == "CastLike" and is_standard(node):
+            number, dtype = self._small(node.input[0]), self.shapes.dtype(node.input[1])
+            return None if number is None or dtype is None else number.astype(dtype)
         return self._picked(node) if node.op_type in ("Gather", "Slice") and len(node.input) > 1 else None
 
     def _picked(self, node: NodeProto) -> Array | None:

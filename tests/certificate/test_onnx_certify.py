@@ -469,3 +469,16 @@ def test_sizes_that_follow_from_a_reshape_of_what_is_left() -> None:
     before = model([*start, *middle, *tail], weights, (None, 6, 8))
     after = model([*start, *middle, tail[0], node("Gemm", "f w", "y")], {"w": 2 * rand(48, 5), **sizes}, (None, 6, 8))
     assert {w.verdict for w in certify_onnx(before, after).windows} == {"equal"}
+
+
+@pytest.mark.parametrize("number", [0.0, 1.5])
+def test_a_bias_that_an_exporter_spells_by_type_and_size(number: float) -> None:
+    """The number takes its type from an activation, and is stretched to the channels of the weight."""
+    spelled = [node("CastLike", "number x", "like"), node("Shape", "w", "all"), node("Slice", "all at first", "one")]
+    spelled += [node("Expand", "like one", "b"), node("Conv", "x w b", "c"), batchnorm("c", "n", "y")]
+    sizes = {n: np.array(a, np.int64) for n, a in SINGLE.items()}
+    made = model(spelled, {"w": rand(6, 6, 1, 1), "number": np.array(number, np.float32), **sizes, **norm("n", 6, 1)})
+    fused, report = fuse_model(made)
+    assert [n.op_type for n in fused.graph.node] == ["Conv"]
+    assert report.certificate is not None
+    assert not report.certificate.undecided
