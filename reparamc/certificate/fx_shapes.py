@@ -6,8 +6,9 @@ import builtins
 import dis
 import logging
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -17,10 +18,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from reparamc.certificate.axes import Dim
 from reparamc.certificate.fx_calls import attribute
@@ -147,7 +149,9 @@ def _resized(value: Any, change: Change, batch: int, channels: str) -> list[int]
 
 
 MOST_ELEMENTS = 1 << 15
-"""Where an argument has more elements, tensors have shapes alone, and nothing is computed."""
+"""Where an argument has more elements, tensors have shapes alone, and little is computed."""
+MOST_COMPUTED = 1 << 18, 1 << 21
+"""Elements of operands up to which one call is; and up to which before anything imports what fake tensors need."""
 
 
 def sizes_of(
@@ -158,7 +162,7 @@ def sizes_of(
     is_large = any(prod(a.shape if s is None else s) > MOST_ELEMENTS for a, s in pairs if isinstance(a, Tensor))
     if is_large and _is_of_torch(module):
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), _silence():
+            with _silence():
                 return _recorded(module, [_Sized.like(a, s) if isinstance(a, Tensor) else a for a, s in pairs])
         except Exception:  # it asks for values
             pass
@@ -210,16 +214,36 @@ def run_recorded(module: fx.GraphModule, args: Sequence[Any]) -> tuple[Any, dict
 def _result(module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     """What a call makes of the values in ``env``."""
     called = attribute(module, str(node.target)) if node.op == "call_module" else node.target
-    sized = [n for n in node.all_input_nodes if isinstance(env[n], _Sized)]
+    sized = [n for n in node.all_input_nodes if _is_sized(env[n])]
     args, kwargs = cast("tuple[Any, dict[str, Any]]", map_arg((node.args, node.kwargs), env.__getitem__))
-    if sized:
-        if (told := _computed(called, args, kwargs)) is not None:
-            return told
-        env.update((n, env[n].fake()) for n in sized)
+    if not sized:
+        return _called(called, args, kwargs)
+    if (told := _computed(called, args, kwargs)) is not None:
+        return told
+    held = [env[n] for n in sized]
+    fake = _fake_mode(sum(prod(t.shape) for t in pytree.tree_leaves(held) if isinstance(t, _Sized)))
+    with fake or nullcontext():
+        made = pytree.tree_map_only(_Sized, lambda t: t.made(fake is None), held)
+        env.update(zip(sized, made, strict=True))
         args, kwargs = cast("tuple[Any, dict[str, Any]]", map_arg((node.args, node.kwargs), env.__getitem__))
-    value = getattr(args[0], called)(*args[1:], **kwargs) if isinstance(called, str) else called(*args, **kwargs)
-    env.update((n, _Sized.like(env[n])) for n in sized)  # it may have another shape now
-    return _Sized.like(value) if isinstance(value, FakeTensor) else value
+        value = _called(called, args, kwargs)
+    made, value = pytree.tree_map_only(Tensor, _Sized.like, (made, value))  # operands may have another shape now
+    env.update(zip(sized, made, strict=True))
+    return value
+
+
+def _is_sized(value: Any) -> bool:
+    return isinstance(value, _Sized) or (type(value) in (list, tuple) and any(isinstance(v, _Sized) for v in value))
+
+
+def _called(called: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return getattr(args[0], called)(*args[1:], **kwargs) if isinstance(called, str) else called(*args, **kwargs)
+
+
+def _fake_mode(elements: int) -> FakeTensorMode | None:
+    """A mode in which tensors have no values; None where it takes less to compute with so many."""
+    is_imported = "torch.fx.experimental.symbolic_shapes" in sys.modules  # which takes seconds
+    return FakeTensorMode(allow_non_fake_inputs=True) if elements > MOST_COMPUTED[not is_imported] else None
 
 
 def as_written(result: Any) -> Any:
@@ -297,8 +321,9 @@ class _Sized:
     def like(cls, value: Tensor, shape: Sequence[int] | None = None) -> _Sized:
         return cls(tuple(value.shape if shape is None else shape), value.dtype, value.device)
 
-    def fake(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def made(self, with_values: bool) -> Tensor:
+        empty = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return _like(empty, [*self.shape]) if with_values else empty
 
 
 _KEEPING = (

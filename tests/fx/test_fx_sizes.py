@@ -6,6 +6,7 @@ pytest.importorskip("torch")
 
 import math
 import random
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -261,8 +262,24 @@ def test_sizes_that_are_told_are_those_of_a_run(shape: tuple[int, ...], monkeypa
     module, x = trace(Sized().eval()), torch.randn(shape)
     wanted = fx_shapes.sizes_of(module, (x,))
     monkeypatch.setattr(fx_shapes, "MOST_ELEMENTS", 0)
-    monkeypatch.setattr(fx_shapes._Sized, "fake", lambda self: pytest.fail("it runs"))
+    monkeypatch.setattr(fx_shapes._Sized, "made", lambda *_: pytest.fail("it runs"))
     assert fx_shapes.sizes_of(module, (x,)) == wanted
+
+
+def pooled(m: Any, x: Tensor) -> Tensor:
+    first, second = F.max_pool2d(m.a(x), 3, 2).split(C // 2, 1)
+    return m.b(torch.cat([first, second, first], 1)).mean((2, 3)) + m.n(x).amax((2, 3))
+
+
+def test_sizes_are_told_without_importing_what_fake_tensors_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch.fx.experimental.symbolic_shapes", raising=False)
+    monkeypatch.setattr(fx_shapes, "FakeTensorMode", lambda **_: pytest.fail("it is made"))
+    net = ready(Net(pooled, a=conv_bn(), b=nn.Conv2d(C * 3 // 2, C, 1), n=nn.BatchNorm2d(C)))
+    made = fuse_fx(net, torch.randn(2, C, 70, 66))
+    assert (found := report(made).certificate) is not None
+    assert found.undecided == ()
+    shapes = fx_shapes.shapes_of(trace(net), [torch.randn(2, C, 70, 66)])
+    assert [d.known for d in shapes["cat"]] == [None, C * 3 // 2, None, None]
 
 
 KEPT: dict[str, Tensor] = {}
