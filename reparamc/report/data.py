@@ -32,7 +32,7 @@ class Rewrite:
         operators: all operators it consisted of.
         passes: how often each pass applied.
         parameters: names of the parameters that went into the new ones.
-        before, after: both forms as text.
+        before, after: both forms as text; empty where no one was to read them.
         error: largest difference in float64 on samples, relative; None when it was not sampled, because it is proven,
             or nothing is verified.
         tensors: names of the new parameters.
