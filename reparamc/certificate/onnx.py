@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import cache
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -21,7 +20,7 @@ from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.narrowing import Separate
 from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.onnx_bounds import FAILURES, bodies
-from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, bounds, is_standard, run_alone
+from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, run_alone
 from reparamc.certificate.onnx_operators import (
     ELEMENTWISE,
     HOMOGENEOUS,
@@ -35,7 +34,7 @@ from reparamc.certificate.onnx_operators import (
     rescaled,
     weighted,
 )
-from reparamc.certificate.onnx_shapes import Shapes, Typed, attribute
+from reparamc.certificate.onnx_shapes import SIZES, Shapes, Sizes, Typed, bounds, is_standard
 from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
 from reparamc.certificate.ranges import Bound
 
@@ -143,47 +142,6 @@ def _other_default(original: ModelProto, result: ModelProto, read: Callable[[Ten
         if a is None or b is None or not same_bytes(read(a), read(b)):
             return name
     return None
-
-
-class Sizes(NamedTuple):
-    """A whole number (rank 0) or several in a row (rank 1), each a size or a product of such."""
-
-    rank: int
-    sizes: tuple[Dim, ...]
-
-
-def _gathered(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
-    sizes, places = given[0].sizes, [e.known for e in given[1].sizes]
-    picked = [sizes[i] for i in places if i is not None and -len(sizes) <= i < len(sizes)]
-    return tuple(picked) if given[0].rank == 1 and len(picked) == len(places) else None
-
-
-def _sliced(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
-    bounds_ = [e.known for part in given[1:] for e in part.sizes]
-    if len(given) < 3 or len(bounds_) < len(given) - 1 or None in bounds_ or (bounds_[3:] or [1]) != [1]:
-        return None
-    return given[0].sizes[bounds_[0] : bounds_[1]]
-
-
-def _multiplied(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
-    """One size times another; negative numbers are no sizes."""
-    if any(len(part.sizes) != 1 or part.sizes[0].factor < 0 for part in given):
-        return None
-    return (given[0].sizes[0].times(given[1].sizes[0]),)
-
-
-def _same(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
-    return given[0].sizes if attribute(node, "to", TensorProto.INT64) == TensorProto.INT64 else None
-
-
-SIZES: Mapping[str, Callable[[NodeProto, Sequence[Sizes]], tuple[Dim, ...] | None]] = {
-    "Concat": lambda node, given: sum((part.sizes for part in given), ()),
-    "Gather": _gathered,
-    "Slice": _sliced,
-    "Mul": _multiplied,
-    **dict.fromkeys(("Identity", "Cast", "Unsqueeze", "Squeeze"), _same),
-}
-"""Operators on sizes in a row. Axes decide nothing, for there is one."""
 
 
 class _Side:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import cast
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -12,7 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from reparamc.certificate.axes import Unrepresentable
 from reparamc.certificate.normal_form import Array
 from reparamc.certificate.onnx_bounds import bodies
-from reparamc.certificate.onnx_shapes import Shapes, attribute
+from reparamc.certificate.onnx_shapes import Shapes, bounds, is_standard
 from reparamc.certificate.proof import Window
 
 RANDOM = {
@@ -286,10 +285,6 @@ def run_alone(
     return [np.asarray(found) for found in session.run(list(outputs), {v.name: feeds[v.name] for v in inputs})]
 
 
-def is_standard(node: NodeProto) -> bool:
-    return node.domain in ("", "ai.onnx")
-
-
 def constant_array(node: NodeProto, read: Callable[[TensorProto], Array]) -> Array | None:
     """The value of a Constant; None for strings and sparse tensors."""
     for a in node.attribute:
@@ -300,11 +295,6 @@ def constant_array(node: NodeProto, read: Callable[[TensorProto], Array]) -> Arr
         if a.name in ("value_int", "value_ints"):
             return np.array(helper.get_attribute_value(a), np.int64)
     return None
-
-
-def bounds(shape: NodeProto) -> slice:
-    """The axes that a Shape reads."""
-    return slice(cast(int, attribute(shape, "start", 0)), cast("int | None", attribute(shape, "end")))
 
 
 def _range(given: Sequence[Array | None], width: int) -> Array | None:

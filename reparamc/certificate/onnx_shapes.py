@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple, cast
 
@@ -125,10 +125,23 @@ def _tell_ranks(light: ModelProto) -> bool:
     return True
 
 
+def _constant(node: NodeProto) -> TensorProto | None:
+    """What a Constant holds, if that may be a size or several."""
+    for a in node.attribute:
+        if a.name == "value":
+            return a.t
+        if a.name in ("value_int", "value_ints"):
+            return numpy_helper.from_array(np.array(helper.get_attribute_value(a), np.int64))
+    return None
+
+
 def _is_made_up(size: Dim, given: Collection[str]) -> bool:
     """Whether ``size`` is a symbol of inference."""
     return size.factor == 1 and len(size.symbols) == 1 and size.symbols[0] not in given
 
+
+TOLD = {"Reshape": 1, "ConstantOfShape": 0}
+"""Operators that are given the sizes of their result, and by which operand."""
 
 BROADCAST = {"Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Pow", "Sub", "Sum", "Where"}
 """Operators whose operands are stretched to one shape."""
@@ -144,6 +157,56 @@ def _broadcast(dims: Iterable[Dim]) -> Dim | None:
 def _sum(dims: Iterable[Dim]) -> Dim | None:
     known = [e.known for e in dims]
     return None if None in known else Dim(sum(e for e in known if e is not None))
+
+
+def is_standard(node: NodeProto) -> bool:
+    return node.domain in ("", "ai.onnx")
+
+
+def bounds(shape: NodeProto) -> slice:
+    """The axes that a Shape reads."""
+    return slice(cast(int, attribute(shape, "start", 0)), cast("int | None", attribute(shape, "end")))
+
+
+class Sizes(NamedTuple):
+    """A whole number (rank 0) or several in a row (rank 1), each a size or a product of such."""
+
+    rank: int
+    sizes: tuple[Dim, ...]
+
+
+def _gathered(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    sizes, places = given[0].sizes, [e.known for e in given[1].sizes]
+    picked = [sizes[i] for i in places if i is not None and -len(sizes) <= i < len(sizes)]
+    return tuple(picked) if given[0].rank == 1 and len(picked) == len(places) else None
+
+
+def _sliced(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    bounds_ = [e.known for part in given[1:] for e in part.sizes]
+    if len(given) < 3 or len(bounds_) < len(given) - 1 or None in bounds_ or (bounds_[3:] or [1]) != [1]:
+        return None
+    return given[0].sizes[bounds_[0] : bounds_[1]]
+
+
+def _multiplied(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    """One size times another; negative numbers are no sizes."""
+    if any(len(part.sizes) != 1 or part.sizes[0].factor < 0 for part in given):
+        return None
+    return (given[0].sizes[0].times(given[1].sizes[0]),)
+
+
+def _same(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    return given[0].sizes if attribute(node, "to", TensorProto.INT64) == TensorProto.INT64 else None
+
+
+SIZES: Mapping[str, Callable[[NodeProto, Sequence[Sizes]], tuple[Dim, ...] | None]] = {
+    "Concat": lambda node, given: sum((part.sizes for part in given), ()),
+    "Gather": _gathered,
+    "Slice": _sliced,
+    "Mul": _multiplied,
+    **dict.fromkeys(("Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze"), _same),
+}
+"""Operators on sizes in a row. Axes decide nothing, for there is one."""
 
 
 class Shapes:
@@ -178,16 +241,20 @@ class Shapes:
         given = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim}
         rests = {t.name for t in light.graph.initializer if _has_rest(t)}
         constants = [n for n in light.graph.node if n.op_type == "Constant" and not n.domain]
-        made = {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
+        made = {n.output[0]: t for n in constants if (t := _constant(n)) is not None}
         open_ = {v.name for v in model.graph.input}
         self._parts = made | {t.name: t for t in light.graph.initializer if t.name not in open_}
+        self._vectors: dict[str, Sizes] = {}
         for node in light.graph.node:  # operands come first
             if node.domain:
                 continue
+            self._measure(node)
             if node.op_type == "Split":
                 self._explain_parts(node, given)
             if node.op_type in BROADCAST or node.op_type in ("Concat", "MatMul"):
                 self._explain_sizes(node, given)
+            if node.op_type in TOLD and (told := self._vectors.get(node.input[TOLD[node.op_type]])) is not None:
+                self._explain_told(node, told, given)
             if node.op_type in ("Flatten", "Reshape"):
                 is_rest = node.op_type == "Flatten" or node.input[1] in rests
                 self._explain(node.input[0], node.output[0], given, is_rest)
@@ -227,6 +294,38 @@ class Shapes:
 
     def _open(self, symbol: str) -> Dim:
         return self._meaning.get(symbol, Dim(1, (symbol,)))
+
+    def _measure(self, node: NodeProto) -> None:
+        """Enter what sizes a node gives, if it gives such."""
+        if node.op_type == "Shape":
+            shape = self._read(node.input[0])
+            if shape is not None:
+                self._vectors[node.output[0]] = Sizes(1, shape[bounds(node)])
+        elif node.op_type in SIZES:
+            rank = self._read(node.output[0])
+            given = [self._vectors.get(n) or self._stored_sizes(n) for n in node.input]
+            if rank is not None and len(rank) < 2 and None not in given:
+                sizes = SIZES[node.op_type](node, [e for e in given if e is not None])
+                if sizes is not None:
+                    self._vectors[node.output[0]] = Sizes(len(rank), sizes)
+
+    def _stored_sizes(self, name: str) -> Sizes | None:
+        tensor = self._parts.get(name)
+        if tensor is None or tensor.data_type != TensorProto.INT64 or len(tensor.dims) > 1 or prod(tensor.dims) > 16:
+            return None  # of more elements it is no shape
+        found = self._vectors[name] = Sizes(
+            len(tensor.dims), tuple(map(Dim, numpy_helper.to_array(tensor).ravel().tolist()))
+        )
+        return found
+
+    def _explain_told(self, node: NodeProto, told: Sizes, given: set[str]) -> None:
+        """Learn sizes of a result from those that it is given as numbers."""
+        after = self._read(node.output[0])
+        if after is None or len(after) != len(told.sizes):
+            return
+        for made_up, size in zip(after, told.sizes, strict=True):
+            if _is_made_up(made_up, given) and size.factor > 0 and size != made_up:
+                self._meaning[made_up.symbols[0]] = size
 
     def _explain_sizes(self, node: NodeProto, given: set[str]) -> None:
         """Learn sizes of a result that inference made up before those of the operands were explained."""
