@@ -183,6 +183,12 @@ class _Origins:
         return self._of.get(call.input) if call.op in _STEADY and call.input is not None else None
 
 
+def names_dtype(node: fx.Node) -> bool:
+    """Whether a call gives a floating dtype that it names, whatever its operands are."""
+    named = (a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype))
+    return _name(node) in _NAMED or any(dtype.is_floating_point for dtype in named)
+
+
 def _asked(cast_: fx.Node) -> Any:
     """What a cast is to: a node, a dtype, or nothing but its name."""
     return next(iter([*cast_.args[1:], *cast_.kwargs.values()]), None)

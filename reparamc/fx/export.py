@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
 from reparamc.fx.casts import drop_casts
+from reparamc.fx.questions import Questions
 from reparamc.fx.recompose import recompose
 from reparamc.fx.shapes import recorded
-from reparamc.fx.trace import drop_unread, other_modes, sizes_without_text
+from reparamc.fx.trace import drop_unread
 from reparamc.fx.watch import Call
 
 
@@ -38,13 +39,14 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
             shapes[t] = dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO)
+    questions = Questions()
     with (
-        warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence(), other_modes(), torch.no_grad(),
-        sizes_without_text(),
+        warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence(), torch.no_grad(), questions.asked(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
+            questions.settle()
             module = cast(fx.GraphModule, program.module())
         except Exception as error:  # whatever the model's forward or the exporter raises
             raise InputError(f"torch.export does not follow {type(model).__name__}: {one_line(error)}") from error

@@ -18,21 +18,15 @@ ROUNDING = 100
 """Units of rounding, relative to the largest value, by which a traced graph may differ without a second look."""
 
 
-def ran(module: Callable[..., Any], call: Call, *, in_training: bool = False) -> Any:
+def ran(module: Callable[..., Any], call: Call) -> Any:
     """What ``module`` makes of copies of the arguments; random operators draw the same numbers each time.
-
-    ``in_training``: with gradients, of the arguments as well.
 
     Raises:
         Exception: whatever it raises.
     """
-
-    def fresh(t: Tensor) -> Tensor:
-        return t.detach().requires_grad_(in_training and (t.is_floating_point() or t.is_complex())).clone()
-
     devices = [t.device for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
-    with torch.set_grad_enabled(in_training), same_random_numbers(devices), warnings.catch_warnings():
-        args, kwargs = pytree.tree_map_only(Tensor, fresh, call)
+    with torch.no_grad(), same_random_numbers(devices), warnings.catch_warnings():
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), call)
         warnings.simplefilter("ignore")
         return module(*args, **kwargs)
 

@@ -292,7 +292,7 @@ class Parts:
             return taken
         finally:
             state.restore()
-        if self._disagreement(path, graph, calls) or _differs_in_training(original, graph, calls[-1]):
+        if self._disagreement(path, graph, calls):
             return taken
         remembered(graph, path)
         fused = fuse_traced(graph, original, [seen.call for seen in calls], [], self.options, exported=True)
@@ -494,14 +494,6 @@ def _difference(original: nn.Module, graph: Callable[..., Any], seen: Seen) -> s
     if isinstance(actual, Exception):
         return one_line(actual)
     return difference(actual, expected, lambda: ran(original, perturbed(seen.call, 0)))
-
-
-def _differs_in_training(original: nn.Module, graph: nn.Module, seen: Seen) -> str:
-    """How ``graph`` differs from ``original`` where gradients are asked for: an export is of the branches without."""
-    try:
-        return difference(*(ran(module, seen.call, in_training=True) for module in (graph, original)))
-    except Exception as error:  # whatever forward raises
-        return one_line(error)
 
 
 def size(module: nn.Module) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from reparamc.algebra.recorded import tape
 from reparamc.algebra.shape import Dim, Shape, shape_of, size
 from reparamc.fx.calls import Call, Held, aten_name, first_operand, integers, lookup, operation, takes_all
+from reparamc.fx.casts import names_dtype
 from reparamc.fx.memory import Memory, is_known, reads_size_only, written
 from reparamc.fx.operators import OPERATORS
 
@@ -127,8 +128,9 @@ class Values:
         operands = node.all_input_nodes
         known = node.op == "call_method" or is_known(node.target)
         fixed = bool(operands) and all(n in self.known for n in operands)
-        asserts = node.target is torch._assert or "assert" in aten_name(node.target)
-        return known and fixed and not asserts and not self.memory.writers(node) and not written(node, self.module)
+        stays = node.target is torch._assert or "assert" in aten_name(node.target)
+        stays = stays or names_dtype(node)  # weights of a copy may be converted to another one
+        return known and fixed and not stays and not self.memory.writers(node) and not written(node, self.module)
 
     def _compute(self, node: fx.Node) -> Any:
         """The value of a call of constants; None where it draws random numbers, writes, or cannot be run."""

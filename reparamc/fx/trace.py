@@ -12,7 +12,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import zip_longest
 from typing import Any, cast
 from unittest import mock
@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.fx._symbolic_trace import _maybe_revert_all_patches
 from torch.fx.node import map_arg
-from torch.fx.proxy import Attribute, TraceError
+from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
 from reparamc.certificate.fx_shapes import as_written, run_recorded
@@ -32,18 +32,18 @@ from reparamc.fx.copying import named_tensors, submodules
 from reparamc.fx.handed import SHAPES, describe_handed
 from reparamc.fx.memory import reads_size_only
 from reparamc.fx.operators import IN_PLACE
+from reparamc.fx.questions import Questions, asking, is_called, is_of_torch, may_tell
 from reparamc.fx.recompose import recompose
 from reparamc.fx.watch import LOCK, Call
-
-_TELLING = {"_assert", "debug", "info", "log", "print", "warn", "warning", "warn_once", "warning_once"}
-"""What functions call that write a value into a text for someone to read."""
 
 
 class _Unknown(fx.Proxy):
     """A proxy that refuses to tell what is not known before a run: a number, a text, whether it is in a dict."""
 
     def _refuse(self, what: str) -> Any:
-        raise cast(_Tracer, self.tracer).refusal(f"it asks a value for {what}, which is not known before it runs")
+        raise cast(_Tracer, self.tracer).questions.refusal(
+            f"it asks a value for {what}, which is not known before it runs"
+        )
 
     def __int__(self) -> int:
         return self._refuse("a number")
@@ -55,18 +55,18 @@ class _Unknown(fx.Proxy):
         return self._refuse("a number")
 
     def __index__(self) -> int:
-        cast(_Tracer, self.tracer).probed(sys._getframe(1))
+        cast(_Tracer, self.tracer).questions.probed(sys._getframe(1))
         return self._refuse("a number")
 
     @classmethod
     def __torch_function__(cls, *given: Any, **named: Any) -> Any:
         result = super().__torch_function__(*given, **named)
         if isinstance(result, fx.Proxy):
-            cast(_Tracer, result.tracer).took(sys._getframe(1))
+            cast(_Tracer, result.tracer).questions.took(sys._getframe(1))
         return result
 
     def __hash__(self) -> int:
-        return object.__hash__(self) if _is_of_torch(sys._getframe(1)) else self._refuse("a key")
+        return object.__hash__(self) if is_of_torch(sys._getframe(1)) else self._refuse("a key")
 
     def __str__(self) -> str:
         return self._text(sys._getframe(1))
@@ -75,28 +75,10 @@ class _Unknown(fx.Proxy):
         return self._text(sys._getframe(1))
 
     def _text(self, asking: types.FrameType) -> str:
-        return repr(self) if _may_tell(asking) else self._refuse("a text")
+        return repr(self) if may_tell(asking) else self._refuse("a text")
 
 
-def _may_tell(asking: types.FrameType) -> bool:
-    """Whether the text that a frame asks for is for someone to read."""
-    return _is_of_torch(asking) or not _TELLING.isdisjoint(asking.f_code.co_names)
-
-
-@contextmanager
-def sizes_without_text() -> Iterator[None]:
-    """While torch.export runs a forward, the text of a size is the name of a symbol, and is refused as a proxy's is."""
-
-    def text(size: torch.SymInt, *_spec: str) -> str:
-        if size.node.is_constant() or _may_tell(sys._getframe(1)):
-            return repr(size)
-        raise TraceError("it asks a size for a text, which is not known before it runs")
-
-    with (
-        mock.patch.object(torch.SymInt, "__str__", text, create=True),
-        mock.patch.object(torch.SymInt, "__format__", text, create=True),
-    ):
-        yield
+_MAY_LACK = ("grad", "grad_fn", "_base", "names")
 
 
 class _Attribute(_Unknown, Attribute):
@@ -108,18 +90,22 @@ class _Proxy(_Unknown):
 
     ``a.shape`` is read where it is written: torch.fx would read it where it is used, which may be after a write.
     That of a parameter is a number, so that nobody has to keep the parameter for it.
-    ``a.requires_grad`` is true here, and false in the runs that a graph is compared with: what depends on it is found.
+    ``a.requires_grad`` is true if the graph is compared with runs, in which it is false: what depends on it is found.
     """
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As `_is_instance` has it, for patterns of ``match``."""
+        """As `_is_instance` has it, for patterns of ``match``, and where it is read."""
         caller = sys._getframe(1)
-        is_matched = dis.opname[caller.f_code.co_code[caller.f_lasti]] == "MATCH_CLASS"
-        return cast(_Tracer, self.tracer).type_of(self.node) if is_matched else type(self)
+        return type(self) if is_called(caller) or is_of_torch(caller) else cast(_Tracer, self.tracer).kind(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "requires_grad":
+        caller = sys._getframe(1)
+        if not is_of_torch(caller):
+            cast(_Tracer, self.tracer).questions.meet(caller)
+            if name in _MAY_LACK or (is_called(caller) and not hasattr(torch.Tensor, name)):
+                self._refuse(f"its {name!r}")
+        if name == "requires_grad" and self.node.op != "get_attr" and cast(_Tracer, self.tracer).is_compared:
             return True
         if name == "dtype":
             return _DType(self, name)
@@ -161,15 +147,18 @@ _isinstance = isinstance
 
 
 def _is_instance(value: Any, kind: Any) -> bool:
-    """As `isinstance`. To models, though not to torch, a proxy is what it is in the example, or a Tensor.
+    """As `isinstance`. To models, though not to torch, a proxy is what it is in the example, a number, or a Tensor.
 
     A proxy cannot say so by its ``__class__`` in calls: torch would read memory of it that only a tensor has.
     """
     if _isinstance(value, kind):
         return True
-    if type(value) is not _Proxy or _is_of_torch(sys._getframe(1)):
+    asking = sys._getframe(1)
+    if asking.f_code is torch.is_tensor.__code__ and asking.f_back is not None:
+        asking = asking.f_back
+    if not _isinstance(value, _Unknown) or is_of_torch(asking):
         return False
-    return issubclass(cast(_Tracer, value.tracer).type_of(value.node), kind)
+    return issubclass(cast(_Tracer, value.tracer).kind(value), kind)
 
 
 @contextmanager
@@ -208,28 +197,30 @@ class _Tracer(fx.Tracer):
     Args:
         opaque: submodules that are called as they are, by path, with the reasons; others that cannot be followed join.
         examples: arguments of the outermost forward; those that are lists, tuples and dicts keep their lengths.
+        is_compared: whether the graph is compared with runs of the module.
         is_mended: whether tracing succeeds once it starts anew, by an error that was raised.
         answer: what a forward is told that asks a size one question; None where it may ask none.
 
     Attributes:
         asked: whether the innermost forward has asked.
-        refused: why the innermost forward was refused what it asked for; it may catch the error and go on without.
+        questions: what forwards ask beside.
     """
 
     def __init__(
         self,
         opaque: dict[str, str],
         examples: Mapping[str, Any],
+        is_compared: bool,
         is_mended: Callable[[BaseException], bool],
         answer: bool | None,
     ) -> None:
         super().__init__()
         self.answer, self.asked, self._again = answer, False, bool(answer)
-        self.refused: TraceError | None = None
-        self._probe: tuple[types.FrameType, int, TraceError | None] | None = None
+        self.questions = Questions(self._told)
         self.opaque, self._is_mended = opaque, is_mended
         self.precision = _precision()
         self.thread = threading.get_ident()
+        self.is_compared = is_compared
         self.examples = examples
         self._containers: dict[fx.Node, Any] = {}
         self._numbers: dict[fx.Node, bool] = {}
@@ -241,24 +232,15 @@ class _Tracer(fx.Tracer):
         for named in (submodules(root), named_tensors(root, "_buffers"), named_tensors(root, "_parameters")):
             self._names |= {id(value): name for name, value in named.items()}
         found = super().trace(root, concrete_args)
-        if self.refused is not None:
-            raise self.refused
+        self.questions.settle()
         return found
 
-    def refusal(self, reason: str) -> TraceError:
-        """An error for what a forward asks; it is remembered, for the forward may catch it."""
-        self.refused = TraceError(reason)
-        return self.refused
-
-    def probed(self, frame: types.FrameType) -> None:
-        """A number is asked for, and will be refused: by a function of torch too, to see what it is given."""
-        self._probe = frame, frame.f_lasti, self.refused
-
-    def took(self, frame: types.FrameType) -> None:
-        """A function of torch was recorded: what the same call was refused before that, it goes without."""
-        if self._probe is not None and self._probe[:2] == (frame, frame.f_lasti):
-            self.refused = self._probe[2]
-        self._probe = None
+    def _told(self, value: torch.Tensor, name: str, *given: Any) -> Any:
+        """What is read of a parameter or buffer, as a value: a copy may be moved, or converted to another dtype."""
+        if (path := self._name(value)) is None:
+            return NotImplemented
+        found = getattr(self.create_proxy("get_attr", path, (), {}), name)
+        return found(*given) if callable(getattr(torch.Tensor, name)) else found
 
     def _name(self, value: Any) -> str | None:
         """The name of a parameter, buffer or submodule; torch.fx walks the whole model for each."""
@@ -289,6 +271,7 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if kind.startswith("call"):
             self._refuse_autocast()
+            self.questions.meet(sys._getframe(1))
         node = super().create_node(kind, *args, **kwargs)
         if isinstance(given := self._example(node), list | tuple | dict):
             self._containers[node] = given
@@ -336,11 +319,29 @@ class _Tracer(fx.Tracer):
     def dtypes(self) -> DTypes:
         return DTypes(self.graph, self.root)
 
-    def type_of(self, node: fx.Node) -> type:
-        """The type of ``node``, as far as it is known: a Tensor where nothing tells of another one."""
+    def kind(self, value: fx.Proxy) -> type:
+        """The type of a value, a Tensor where nothing tells of another one; it is refused for some numbers."""
+        try:
+            if isinstance(value, Attribute):
+                return type(getattr(self._sample(value.root.node), value.attr))
+            return type(self._sample(value.node))
+        except Exception as error:
+            raise self.questions.refusal(
+                "it asks of what type a value is, which is not known before it runs"
+            ) from error
+
+    def _sample(self, node: Any) -> Any:
+        """Something of the type of ``node``."""
+        if not isinstance(node, fx.Node):
+            return node
         if (given := self._example(node)) is not None:
-            return type(given)
-        return fx.Proxy if self.is_number(node) else torch.Tensor
+            return given
+        if not self.is_number(node):
+            return torch.empty((1,) * 8, device="meta")
+        args, kwargs = map_arg((node.args, node.kwargs), self._sample)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return cast(Any, node.target)(*args, **kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Whether a size is zero, as in the example, and it must be so in every later call."""
@@ -351,8 +352,8 @@ class _Tracer(fx.Tracer):
             message = f"a size must be {'zero' if size == 0 else 'more than zero'}, as the example had it"
             self.create_proxy("call_function", torch._assert, (same, message), {})
             return size == 0
-        if self.answer is None or self.asked or not self.is_number(node) or _writes(_asking().f_code):
-            raise self.refusal("it branches on a value, which is not known before it runs")
+        if self.answer is None or self.asked or not self.is_number(node) or _writes(asking().f_code):
+            raise self.questions.refusal("it branches on a value, which is not known before it runs")
         self.asked = True
         return self.answer
 
@@ -369,7 +370,7 @@ class _Tracer(fx.Tracer):
                 if not self.asked:
                     raise
             self._back_to(*place)
-            self.answer = self.refused = None
+            self.answer = self.questions.refused = None
             return run()
         finally:
             self.answer, self.asked, self._again = outer
@@ -403,7 +404,7 @@ class _Tracer(fx.Tracer):
     def length(self, proxy: fx.Proxy) -> int:
         """The length of an argument, which every later call must have as well."""
         if proxy.node not in self._containers:
-            raise self.refusal("the length of a value is not known")
+            raise self.questions.refusal("the length of a value is not known")
         found = len(self._containers[proxy.node])
         length = self.create_proxy("call_function", len, (proxy,), {})
         message = f"an argument must have {found} elements, as the example had"
@@ -413,7 +414,7 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         given = self.container(obj.node)
         if given is None or isinstance(given, dict):
-            raise self.refusal("it iterates over a value whose length is not known before it runs")
+            raise self.questions.refusal("it iterates over a value whose length is not known before it runs")
         return iter([cast(Any, obj)[i] for i in range(self.length(obj))])
 
     def _refuse_autocast(self) -> None:
@@ -431,20 +432,16 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         self._refuse_autocast()  # here it is the fault of the module around ``m``
-        place, before, self.refused = self._place(), self.refused, None
+        place = self._place()
         given = [(x, x.copy()) for x in _containers((args, *kwargs.values()))]
         try:
-            result = self._settled(m, functools.partial(super().call_module, m, forward, args, kwargs), not given)
-            if self.refused is not None:
-                raise self.refused
-            self.refused = before
-            return result
+            with self.questions.of_another():
+                return self._settled(m, functools.partial(super().call_module, m, forward, args, kwargs), not given)
         except Exception as error:
             if self._is_mended(error):
                 raise _Anew from error
             if given and (_may_write(m) or any(not _is_as(x, held) for x, held in given)):
                 raise  # what it writes into a list, another forward reads
-            self.refused = before
             self._back_to(*place)
             path = self.path_of_module(m)
             self.opaque[path] = f"torch.fx cannot follow it: {_first_sentence(error)}"
@@ -513,14 +510,6 @@ _WRITING = {
 }  # fmt: skip
 
 
-def _asking() -> types.FrameType:
-    """The frame of the model that asks a value."""
-    frame = sys._getframe(1)
-    while _is_of_torch(frame) and frame.f_back is not None:
-        frame = frame.f_back
-    return frame
-
-
 def _may_write(module: nn.Module) -> bool:
     """Whether a method of ``module``, or of what is in it, may write into something."""
     kinds = {kind for m in module.modules() for kind in type(m).__mro__ if kind.__module__.partition(".")[0] != "torch"}
@@ -533,28 +522,9 @@ def _writes(code: types.CodeType) -> bool:
     return not _WRITING.isdisjoint(code.co_names) or any(i.opname in _WRITES for i in dis.get_instructions(code))
 
 
-_is_autocast_enabled = torch.is_autocast_enabled
-
-
 def _precision() -> list[torch.dtype | None]:
     """What autocast computes in now, where it is on."""
-    return [torch.get_autocast_dtype(d) if _is_autocast_enabled(d) else None for d in ("cpu", "cuda")]
-
-
-@contextmanager
-def other_modes() -> Iterator[None]:
-    """Modes are other than in the runs that a graph is compared with, so that what depends on them differs there.
-
-    Gradients are enabled, and models that ask for it are told that autocast is on; torch itself is told what is so.
-    """
-    thread = threading.get_ident()
-
-    def asked(*device: str) -> bool:
-        told = threading.get_ident() == thread and not _is_of_torch(sys._getframe(1))
-        return told or _is_autocast_enabled(*device)
-
-    with mock.patch.object(torch, "is_autocast_enabled", asked), torch.enable_grad():
-        yield
+    return [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")]
 
 
 class Traced(fx.GraphModule):
@@ -608,7 +578,7 @@ def traced(
             tracer, graph = _traced_for(
                 model,
                 fixed,
-                lambda answer: _Tracer(dict(opaque), examples, functions.found, answer),
+                lambda answer: _Tracer(dict(opaque), examples, call is not None, functions.found, answer),
                 functions,
                 not _containers((*examples.values(), *fixed.values())),
             )
@@ -654,8 +624,8 @@ def _traced_for(
     def traced_with(answer: bool | None) -> tuple[_Tracer, fx.Graph]:
         tracers.append(make(answer))
         with (
-            LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracers[-1]), _lenient_checks(), other_modes(),
-            _told_types(),
+            LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracers[-1]), _lenient_checks(),
+            tracers[-1].questions.asked(), _told_types(),
         ):  # fmt: skip
             torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
             return tracers[-1], tracers[-1].trace(model, fixed or None)
@@ -705,7 +675,7 @@ class _Functions:
         while at is not None:
             frames.append(at.tb_frame)
             at = at.tb_next
-        while frames and _is_of_torch(frames[-1]):
+        while frames and is_of_torch(frames[-1]):
             frames.pop()
         while len(frames) > 1 and not _is_method(frames[-1]):
             frame, caller = frames.pop(), frames[-1]
@@ -761,11 +731,6 @@ def _called(function: Any, tracer: fx.Tracer) -> Any:
         return tracer.create_proxy("call_function", function, args, kwargs)
 
     return call
-
-
-def _is_of_torch(frame: types.FrameType) -> bool:
-    home = str(frame.f_globals.get("__name__", ""))
-    return home.startswith(("torch.", "reparamc.")) or home in ("torch", "contextlib", "functools", "inspect")
 
 
 def _is_method(frame: types.FrameType) -> bool:

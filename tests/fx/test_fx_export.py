@@ -486,3 +486,21 @@ def test_the_exporter_says_nothing_in_a_process_of_its_own() -> None:
     paths = [str(Path(__file__).parent), *sys.path]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("fused\n", "", 0)
+
+
+class Clamped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.n = nn.Conv2d(CHANNELS, CHANNELS, 3), nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(x)
+        if y.dtype == torch.float64:
+            y = y.clamp(-0.1, 0.1)
+        return self.n(y)
+
+
+def test_no_export_holds_the_dtype_of_an_argument() -> None:
+    model, (x,) = ready(Clamped()), images((2, CHANNELS, 6, 5))
+    fused = fuse_fx(model, x.float(), verify="off")
+    assert relative_error(run(fused.double(), x), run(model.double(), x)) < 1e-6

@@ -1,0 +1,290 @@
+"""What a forward asks while a graph is made of it, and what later runs may answer otherwise: no graph is made then.
+
+A graph would hold the answer of now: the dtype or the device of a weight, whether gradients are enabled, of what type
+a value is, whether two values are one object, whether an operator raises an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import inspect
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from types import CodeType, FrameType, FunctionType
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+_TELLING = {"_assert", "debug", "info", "log", "print", "warn", "warning", "warn_once", "warning_once"}
+"""What functions call that write a value into a text for someone to read."""
+_OF_TENSORS = {
+    "dtype", "device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "requires_grad", "grad", "grad_fn",
+    "is_leaf", "itemsize", "nbytes", "element_size", "get_device", "type", "is_inference", "is_contiguous", "stride",
+    "data_ptr",
+}  # fmt: skip
+_OF_MODES = (
+    "is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled", "is_inference_mode_enabled",
+    "get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype",
+)  # fmt: skip
+_STARTS = {
+    ("torch.fx._symbolic_trace", "forward"),
+    ("torch.fx._symbolic_trace", "trace"),
+    ("reparamc.fx.export", "exported"),
+}
+_OF_OBJECTS = {"type", "callable", "id", "vars", "dir"}
+
+
+class Questions(TorchFunctionMode):
+    """What the innermost forward that is followed asks, in this thread.
+
+    Args:
+        told: what a forward is told that asks a tensor for an attribute, or calls such a method; NotImplemented where
+            it may be told what is so now.
+
+    Attributes:
+        refused: why it was refused what it asked for; it may catch the error and go on without.
+    """
+
+    def __init__(self, told: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self._told = told or self._refused
+        self.refused: TraceError | None = None
+        self._probe: tuple[FrameType, int, TraceError | None] | None = None
+        self._frames: dict[FrameType, None] = {}
+
+    def refusal(self, reason: str) -> TraceError:
+        """An error for what a forward asks; it is remembered."""
+        self.refused = TraceError(reason)
+        return self.refused
+
+    def _refused(self, _value: Tensor, name: str, *_given: Any) -> Any:
+        raise self.refusal(f"it asks a tensor for its {name}, which may be another one later")
+
+    def probed(self, frame: FrameType) -> None:
+        """A number is asked for, and will be refused: by a function of torch too, to see what it is given."""
+        self._probe = frame, frame.f_lasti, self.refused
+
+    def took(self, frame: FrameType) -> None:
+        """A function of torch was recorded: what the same call was refused before that, it goes without."""
+        if self._probe is not None and self._probe[:2] == (frame, frame.f_lasti):
+            self.refused = self._probe[2]
+        self._probe = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frame = sys._getframe(1)
+        while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+            frame = frame.f_back
+        self.took(frame)
+        if not is_of_torch(frame):
+            self.meet(frame)
+            name = getattr(func, "__name__", "")
+            name = func.__self__.__name__ if name == "__get__" else name
+            is_asked = name in _OF_TENSORS and isinstance(args[0], Tensor) and not (name == "type" and args[1:])
+            answer = self._told(args[0], name, *args[1:]) if is_asked else NotImplemented
+            if answer is not NotImplemented:
+                return answer
+        return func(*args, **(kwargs or {}))
+
+    def meet(self, frame: FrameType | None) -> None:
+        """``frame`` computes something, and so do those around it, up to where a forward begins that is followed."""
+        while frame is not None and (_home(frame), frame.f_code.co_name) not in _STARTS:
+            if not is_of_torch(frame):
+                if any(frame.f_lineno in lines for lines in _caught(frame.f_code)):
+                    raise self.refusal("it catches errors of operators, and whether there are some is not known")
+                if _asked_in(frame):
+                    self._frames[frame] = None
+            frame = frame.f_back
+
+    @contextmanager
+    def of_another(self) -> Iterator[None]:
+        """What a forward asks that is called by this one: it is settled by itself."""
+        outer = self.refused, self._frames
+        self.refused, self._frames = None, {}
+        try:
+            yield
+            self.settle()
+        finally:
+            self.refused, self._frames = outer
+
+    def settle(self) -> None:
+        """Raise the error where something was refused, or where a function asked what a value alone cannot refuse."""
+        for frame in self._frames:
+            held = [frame.f_locals.get(n) for n in _asked_in(frame)]
+            if any(_is_value(leaf) for leaf in pytree.tree_leaves(held)):
+                self.refusal("it asks what object or of what type a value is, which is not known before it runs")
+        self._frames.clear()
+        if self.refused is not None:
+            raise self.refused
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """While this thread makes a graph."""
+        thread = threading.get_ident()
+
+        def text(size: torch.SymInt, *_spec: str) -> str:
+            if size.node.is_constant() or may_tell(sys._getframe(1)):
+                return repr(size)
+            raise self.refusal("it asks a size for a text, which is not known before it runs")
+
+        def mode(name: str) -> Any:
+            plain = getattr(torch, name)
+
+            def asked(*given: Any) -> Any:
+                if threading.get_ident() == thread and not is_of_torch(sys._getframe(1)):
+                    raise self.refusal(f"it asks torch.{name}, which may answer otherwise later")
+                return plain(*given)
+
+            return asked
+
+        with ExitStack() as patches:
+            for name in _OF_MODES:
+                patches.enter_context(mock.patch.object(torch, name, mode(name)))
+            for name in ("__str__", "__format__"):
+                patches.enter_context(mock.patch.object(torch.SymInt, name, text, create=True))
+            patches.enter_context(self)
+            yield
+
+
+def may_tell(asking: FrameType) -> bool:
+    """Whether the text that a frame asks for is for someone to read."""
+    return is_of_torch(asking) or not _TELLING.isdisjoint(asking.f_code.co_names)
+
+
+def asking() -> FrameType:
+    """The frame of the model that asks a value."""
+    frame = sys._getframe(1)
+    while is_of_torch(frame) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def is_of_torch(frame: FrameType) -> bool:
+    home = _home(frame)
+    return home.startswith(("torch.", "reparamc.")) or home in ("torch", "contextlib", "functools", "inspect")
+
+
+def is_called(frame: FrameType) -> bool:
+    """Whether ``frame`` calls something, and reads no attribute by its name."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("CALL", "PRECALL"))
+
+
+def _home(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _is_value(held: object) -> bool:
+    return isinstance(held, fx.Proxy | torch.SymInt | Tensor) and not isinstance(held, nn.Parameter)
+
+
+_FOUND: dict[tuple[CodeType, ...], frozenset[str]] = {}
+
+
+def _asked_in(frame: FrameType) -> frozenset[str]:
+    """As `_asked`, of the function that runs in ``frame``."""
+    held = frame.f_locals
+    owner = held.get(next(iter(frame.f_code.co_varnames), ""))
+    return _asked(frame.f_code, {n: held.get(n) for n in frame.f_code.co_freevars}, frame.f_globals, type(owner))
+
+
+def _asked(code: CodeType, free: dict[str, Any], names: dict[str, Any], kind: type) -> frozenset[str]:
+    """The variables in what a function asks for its type or identity: ``type(x)``, ``x is y``, also by a helper.
+
+    ``free`` are the values of its free variables, ``names`` its globals, ``kind`` is the class of its first argument.
+    """
+    key = code, *(f.__code__ for f in free.values() if isinstance(f, FunctionType))
+    if (found := _FOUND.get(key)) is not None:
+        return found
+    _FOUND[key] = frozenset()  # it may call itself
+    steps = list(dis.get_instructions(code))
+    for at, step in enumerate(steps):
+        if step.opname == "IS_OP" and not _is_none(steps[at - 1]):
+            _FOUND[key] |= _variables(steps[_before(steps, at) : at])
+        elif step.opname in _LOADING and _is_question(step, free, names, kind):
+            _FOUND[key] |= _variables(steps[at + 1 : _end(steps, at)])
+    return _FOUND[key]
+
+
+_LOADING = {"LOAD_GLOBAL", "LOAD_METHOD", "LOAD_ATTR", "LOAD_DEREF"}
+
+
+def _is_question(step: dis.Instruction, free: dict[str, Any], names: dict[str, Any], kind: type) -> bool:
+    """Whether what is loaded asks for the type or identity of its arguments."""
+    name = str(step.argval)
+    if step.opname == "LOAD_GLOBAL" and name in _OF_OBJECTS and name not in names:
+        return True
+    if step.opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
+        helper = (names if step.opname == "LOAD_GLOBAL" else free).get(name)
+    else:
+        helper = inspect.getattr_static(kind, name, None) if issubclass(kind, nn.Module) else None
+    if not isinstance(helper, FunctionType) or helper.__module__.partition(".")[0] in ("torch", "reparamc"):
+        return False
+    code, inner = helper.__code__, dict[str, Any]()
+    for variable, cell in zip(code.co_freevars, helper.__closure__ or (), strict=True):
+        with suppress(ValueError):  # it has no value yet
+            inner[variable] = cell.cell_contents
+    return not _asked(code, inner, helper.__globals__, kind).isdisjoint(code.co_varnames[: code.co_argcount])
+
+
+def _is_none(step: dis.Instruction) -> bool:
+    return step.opname == "LOAD_CONST" and step.argval is None
+
+
+def _effect(step: dis.Instruction) -> int:
+    return dis.stack_effect(step.opcode, step.arg if step.opcode >= dis.HAVE_ARGUMENT else None, jump=False)
+
+
+def _before(steps: list[dis.Instruction], at: int) -> int:
+    """Where the two operands of the step ``at`` begin."""
+    height = 0
+    while height < 2 and at > 0:
+        at -= 1
+        height += _effect(steps[at])
+    return at
+
+
+def _end(steps: list[dis.Instruction], at: int) -> int:
+    """Where the call ends of the function that the step ``at`` loads."""
+    height = 1 if steps[at].opname in ("LOAD_METHOD", "LOAD_ATTR") else 0
+    for n in range(at, len(steps)):
+        height += _effect(steps[n])
+        if height <= 1 and steps[n].opname.startswith("CALL"):
+            return n
+    return len(steps)
+
+
+def _variables(steps: list[dis.Instruction]) -> frozenset[str]:
+    found = [s.argval for s in steps if s.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))]
+    return frozenset(name for one in found for name in (one if isinstance(one, tuple) else [one]))
+
+
+@cache
+def _caught(code: CodeType) -> tuple[range, ...]:
+    """The lines of a function on which errors are caught."""
+    if dis.opmap["POP_EXCEPT"] not in code.co_code[::2]:
+        return ()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    found = list[range]()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Try(body, handlers) if handlers:
+                pass
+            case ast.With(items, body) if any("suppress" in ast.dump(item) for item in items):
+                pass
+            case _:
+                continue
+        last = cast(int, body[-1].end_lineno)
+        found.append(range(code.co_firstlineno + body[0].lineno - 1, code.co_firstlineno + last))
+    return tuple(found)

@@ -1,0 +1,110 @@
+"""What a forward asks that each run may answer otherwise is in no graph."""
+
+import pytest
+
+pytest.importorskip("torch")
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from fx_checks import CHANNELS, Net, conv_bn, counts, images, ready, relative_error, run
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparamc import fuse_fx
+from reparamc.errors import InputError
+
+
+def _is_plain(x: Any) -> bool:
+    return type(x) is Tensor
+
+
+def _viewed(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).transpose(2, 3)
+    try:
+        return y.view(len(x), -1)
+    except RuntimeError:
+        return y.flatten(1) * 2
+
+
+def _viewed_or_not(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).transpose(2, 3)
+    with suppress(RuntimeError):
+        return y.view(1, -1)
+    return y * 2
+
+
+def _doubled_if(asked: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    return lambda m, x: m.a(x) * (2 if asked(m, x) else 1)
+
+
+QUESTIONS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "type": _doubled_if(lambda m, x: type(x) is Tensor),
+    "type, by a helper": _doubled_if(lambda m, x: _is_plain(x)),
+    "callable": _doubled_if(lambda m, x: callable(m.same(x))),
+    "identity": _doubled_if(lambda m, x: m.same(x) is x),
+    "identity of sizes": _doubled_if(lambda m, x: x.shape[2] is x.shape[3]),
+    "attribute": _doubled_if(lambda m, x: hasattr(x, "tag")),
+    "attribute with a default": _doubled_if(lambda m, x: getattr(x, "tag", None)),
+    "attribute that may be None": _doubled_if(lambda m, x: x.grad_fn is None),
+    "gradients": _doubled_if(lambda m, x: x.requires_grad),
+    "mode": _doubled_if(lambda m, x: torch.is_inference_mode_enabled()),
+    "autocast": _doubled_if(lambda m, x: torch.is_autocast_enabled("cpu")),
+    "dtype of a parameter": _doubled_if(lambda m, x: next(m.parameters()).dtype == torch.float64),
+    "dtype of a buffer": _doubled_if(lambda m, x: m.a[1].running_var.dtype == torch.float64),
+    "device of a buffer": _doubled_if(lambda m, x: m.a[1].running_var.is_cuda),
+    "error": _viewed,
+    "error that is suppressed": _viewed_or_not,
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_question_that_runs_may_answer_otherwise(name: str) -> None:
+    model = ready(Net(QUESTIONS[name], a=conv_bn(), same=nn.Identity()))
+    with pytest.raises(InputError, match="with example_inputs its parts are fused"):
+        fuse_fx(model, verify="off")
+    xs = images((2, CHANNELS, 6, 6), (1, CHANNELS, 6, 5), dtype=torch.float32)
+    fused = fuse_fx(model, xs[0], verify="off")
+    assert counts(fused) == (1, int("of a buffer" in name))  # which has to stay
+    for x in xs:
+        assert relative_error(run(fused, x), run(model, x)) < 1e-5
+        with torch.inference_mode():
+            assert relative_error(fused(x), model(x)) < 1e-5
+    for one in (model, fused):
+        one.double()
+    assert relative_error(run(fused, xs[1].double()), run(model, xs[1].double())) < 1e-6
+
+
+def test_types_of_sizes_are_known() -> None:
+    def asking(m: Any, x: Tensor) -> Tensor:
+        n, shape = x.shape[0] + 1, x.shape
+        known = isinstance(shape, torch.Size), isinstance(x.size(1), int), isinstance(n, int), isinstance(n, float)
+        also = isinstance(x.dtype, torch.dtype), isinstance(shape[1:], tuple), torch.is_tensor(x), x.__class__.__name__
+        return m.a(x) if (*known, *also) == (True, True, True, False, True, True, True, "Tensor") else x
+
+    (x,) = images((2, CHANNELS, 6, 5), dtype=torch.float32)
+    fused = fuse_fx(model := ready(Net(asking, a=conv_bn())))
+    assert counts(fused) == (1, 0)
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.a(x.to(next(m.parameters()).dtype)),
+        lambda m, x: m.a(x.to(m.a[1].running_mean.dtype)),
+        lambda m, x: m.a(F.conv2d(x.float(), m.c.weight.float()).to(x.dtype)),
+        lambda m, x: m.a[1](F.conv2d(x.float(), m.c.weight.to(torch.float32), m.c.bias.float()).to(x.dtype)),
+    ],
+)
+def test_what_follows_the_dtype_of_weights_does_so_in_a_copy(forward: Callable[..., Any], examples: bool) -> None:
+    model, (x,) = ready(Net(forward, a=conv_bn(), c=nn.Conv2d(CHANNELS, CHANNELS, 1))), images((2, CHANNELS, 6, 5))
+    fused = fuse_fx(model, x.float() if examples else None, verify="off")
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.bfloat16, 0.05)):
+        pair = [copy.deepcopy(one).to(dtype) for one in (model, fused)]
+        results = [run(one, x.to(dtype)) for one in pair]
+        assert relative_error(*results) < tolerance
