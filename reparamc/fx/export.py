@@ -21,6 +21,9 @@ from reparamc.fx.shapes import recorded
 from reparamc.fx.trace import drop_unread
 from reparamc.fx.watch import Call
 
+_MANY = 1 << 31
+"""More than any size is: a smaller bound is one up to which forward computes something."""
+
 
 def can_be_exported(model: nn.Module) -> bool:
     """Whether nothing would be lost: hooks run once during the export, and never again."""
@@ -47,6 +50,8 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             questions.settle()
+            if any(sizes.upper < _MANY for sizes in program.range_constraints.values()):
+                raise InputError("it takes other ways for large inputs")
             module = cast(fx.GraphModule, program.module())
         except Exception as error:  # whatever the model's forward or the exporter raises
             raise InputError(f"torch.export does not follow {type(model).__name__}: {one_line(error)}") from error

@@ -312,6 +312,8 @@ class Parts:
                 self._put(_joined(path, name), module, name, taken.module)
         pairs, folded = self._pairs(path)
         leaves = [m for name, m in module.named_children() if is_leaf(m) and name not in folded]
+        if isinstance(module, (NORM, *LINEAR)) and not is_leaf(module):  # of a class of its own
+            leaves.append(module)
         if any(isinstance(m, (NORM, *LINEAR)) for m in leaves) or not path:
             ways.append(Way(path, "as it is", "; ".join(filter(None, (why, self._apart.get(path)))), counts_of(leaves)))
         return Taken(module, ways + pairs)

@@ -173,9 +173,9 @@ def is_of_torch(frame: FrameType) -> bool:
     return home.startswith(("torch.", "reparamc.")) or home in ("torch", "contextlib", "functools", "inspect")
 
 
-def is_called(frame: FrameType) -> bool:
-    """Whether ``frame`` calls something, and reads no attribute by its name."""
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("CALL", "PRECALL"))
+def step_of(frame: FrameType) -> str:
+    """The name of the instruction that ``frame`` carries out."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]]
 
 
 def _home(frame: FrameType) -> str:
@@ -186,7 +186,7 @@ def _is_value(held: object) -> bool:
     return isinstance(held, fx.Proxy | torch.SymInt | Tensor) and not isinstance(held, nn.Parameter)
 
 
-_FOUND: dict[tuple[CodeType, ...], frozenset[str]] = {}
+_FOUND: dict[tuple[CodeType | type, ...], frozenset[str]] = {}
 
 
 def _asked_in(frame: FrameType) -> frozenset[str]:
@@ -201,7 +201,7 @@ def _asked(code: CodeType, free: dict[str, Any], names: dict[str, Any], kind: ty
 
     ``free`` are the values of its free variables, ``names`` its globals, ``kind`` is the class of its first argument.
     """
-    key = code, *(f.__code__ for f in free.values() if isinstance(f, FunctionType))
+    key = code, kind, *(f.__code__ for f in free.values() if isinstance(f, FunctionType))
     if (found := _FOUND.get(key)) is not None:
         return found
     _FOUND[key] = frozenset()  # it may call itself

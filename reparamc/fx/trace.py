@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import dis
 import functools
 import inspect
@@ -11,6 +12,7 @@ import operator
 import sys
 import threading
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
@@ -20,6 +22,7 @@ from unittest import mock
 import torch
 from torch import fx, nn
 from torch.fx._symbolic_trace import _maybe_revert_all_patches
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
@@ -32,7 +35,7 @@ from reparamc.fx.copying import named_tensors, submodules
 from reparamc.fx.handed import SHAPES, describe_handed
 from reparamc.fx.memory import reads_size_only
 from reparamc.fx.operators import IN_PLACE
-from reparamc.fx.questions import Questions, asking, is_called, is_of_torch, may_tell
+from reparamc.fx.questions import Questions, asking, is_of_torch, may_tell, step_of
 from reparamc.fx.recompose import recompose
 from reparamc.fx.watch import LOCK, Call
 
@@ -97,13 +100,16 @@ class _Proxy(_Unknown):
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As `_is_instance` has it, for patterns of ``match``, and where it is read."""
         caller = sys._getframe(1)
-        return type(self) if is_called(caller) or is_of_torch(caller) else cast(_Tracer, self.tracer).kind(self)
+        is_read = step_of(caller) in ("MATCH_CLASS", "LOAD_ATTR", "LOAD_METHOD") and not is_of_torch(caller)
+        return cast(_Tracer, self.tracer).kind(self) if is_read else type(self)
 
     def __getattr__(self, name: str) -> Any:
         caller = sys._getframe(1)
         if not is_of_torch(caller):
             cast(_Tracer, self.tracer).questions.meet(caller)
-            if name in _MAY_LACK or (is_called(caller) and not hasattr(torch.Tensor, name)):
+            if name in _MAY_LACK or (
+                step_of(caller).startswith(("CALL", "PRECALL")) and not hasattr(torch.Tensor, name)
+            ):
                 self._refuse(f"its {name!r}")
         if name == "requires_grad" and self.node.op != "get_attr" and cast(_Tracer, self.tracer).is_compared:
             return True
@@ -262,8 +268,21 @@ class _Tracer(fx.Tracer):
             return a.node
         if kind is tuple:
             return tuple(map(self.create_arg, a))
+        if isinstance(a, dict | list) and kind not in _PLAIN and not self.is_compared:
+            return self._container(a)
         named = isinstance(a, (torch.Tensor, nn.Module)) and self._name(a)  # quicker than by a union
         return self.create_node("get_attr", named, (), {}) if named else super().create_arg(a)
+
+    def _container(self, a: Any) -> fx.Node:
+        """A call that makes a dict or list of a class of its own; torch.fx would make a plain one."""
+        kind = type(a)
+        if dataclasses.is_dataclass(a):
+            fields = {f.name: self.create_arg(getattr(a, f.name)) for f in dataclasses.fields(a)}
+            return self.create_node("call_function", kind, (), fields)
+        if kind is not OrderedDict:
+            raise self.questions.refusal(f"it makes a {kind.__name__}, which no graph holds")
+        given = [(name, self.create_arg(value)) for name, value in a.items()]
+        return self.create_node("call_function", kind, (given,), {})
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -459,6 +478,7 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
+_PLAIN = (dict, list, immutable_dict, immutable_list)
 _CONSTANT = "_tensor_constant"
 """What torch.fx calls tensors that are no parts of a module, and puts there."""
 

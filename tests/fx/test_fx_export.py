@@ -504,3 +504,14 @@ def test_no_export_holds_the_dtype_of_an_argument() -> None:
     model, (x,) = ready(Clamped()), images((2, CHANNELS, 6, 5))
     fused = fuse_fx(model, x.float(), verify="off")
     assert relative_error(run(fused.double(), x), run(model.double(), x)) < 1e-6
+
+
+def test_no_export_refuses_larger_inputs() -> None:
+    class Large(Clamped):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(x)
+            return y * 2 if x.shape[2] > 30 else self.n(y)
+
+    model, (x, large) = ready(Large()), images((2, CHANNELS, 6, 5), (1, CHANNELS, 40, 5), dtype=torch.float32)
+    fused = fuse_fx(model, x, verify="off")
+    assert all(relative_error(run(fused, y), run(model, y)) < 1e-5 for y in (x, large))

@@ -738,3 +738,13 @@ def test_what_runs_within_autocast_stays(verify: str, x: Tensor) -> None:
     assert counts(fused) == (1, 1)
     assert report(fused).after.batchnorm == 1
     assert relative_error(run(fused, x), run(model, x)) == 0
+
+
+def test_a_convolution_of_a_class_of_its_own_that_stays_is_counted() -> None:
+    class Unless(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) if input.numel() else input
+
+    model = ready(nn.Sequential(Unless(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)))
+    sizes = report(fuse_fx(model, images((2, CHANNELS, 5, 4), dtype=torch.float32)[0], verify="off"))
+    assert (sizes.before.conv, sizes.before.batchnorm, sizes.after.conv, sizes.after.batchnorm) == (1, 1, 1, 1)

@@ -5,8 +5,10 @@ import pytest
 pytest.importorskip("torch")
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,3 +110,36 @@ def test_what_follows_the_dtype_of_weights_does_so_in_a_copy(forward: Callable[.
         pair = [copy.deepcopy(one).to(dtype) for one in (model, fused)]
         results = [run(one, x.to(dtype)) for one in pair]
         assert relative_error(*results) < tolerance
+
+
+@dataclass
+class Held(OrderedDict[str, Any]):
+    """As transformers has it."""
+
+    first: Any = None
+
+    def __post_init__(self) -> None:
+        self["first"] = self.first
+
+
+class Own(dict[str, Any]):
+    pass
+
+
+def test_containers_are_of_their_class_without_examples() -> None:
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "ordered": lambda y: OrderedDict(first=y, others=[y]),
+        "dataclass": lambda y: Held(first=y),
+        "own": lambda y: Own(first=y),
+    }
+    (x,) = images((2, CHANNELS, 6, 5), dtype=torch.float32)
+    for name, made in kinds.items():
+        model = ready(Net(lambda m, x, made=made: made(m.a(x)), a=conv_bn()))
+        if name == "own":
+            with pytest.raises(InputError, match="it makes a Own, which no graph holds"):
+                fuse_fx(model)
+            continue
+        fused = fuse_fx(model)
+        found, wanted = run(fused, x), run(model, x)
+        assert (counts(fused), type(found), found.keys()) == ((1, 0), type(wanted), wanted.keys())
+        assert relative_error(found["first"], wanted["first"]) < 1e-5
