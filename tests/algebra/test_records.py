@@ -50,7 +50,8 @@ def test_fields_are_given_as_to_a_dataclass() -> None:
     assert (listed.a, listed.parts, listed.last) == (1, [], 2)
     assert listed.parts is not Listed(1, last=2).parts
     assert replace(listed, last=3).parts is listed.parts
-    for wrong in (lambda: Listed(1), lambda: Listed(1, [], 2), lambda: replace(listed, other=1)):
+    made: Any = Listed
+    for wrong in (lambda: made(1), lambda: made(1, [], 2), lambda: replace(listed, other=1)):
         with pytest.raises(TypeError):
             wrong()
 
