@@ -189,10 +189,12 @@ def _sliced(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
 
 
 def _multiplied(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
-    """One size times another; negative numbers are no sizes."""
+    """One size times another, or divided without a rest; negative numbers are no sizes."""
     if any(len(part.sizes) != 1 or part.sizes[0].factor < 0 for part in given):
         return None
-    return (given[0].sizes[0].times(given[1].sizes[0]),)
+    first, second = (part.sizes[0] for part in given)
+    found = first.times(second) if node.op_type == "Mul" else first.over(second)
+    return None if found is None else (found,)
 
 
 def _same(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
@@ -204,6 +206,7 @@ SIZES: Mapping[str, Callable[[NodeProto, Sequence[Sizes]], tuple[Dim, ...] | Non
     "Gather": _gathered,
     "Slice": _sliced,
     "Mul": _multiplied,
+    "Div": _multiplied,
     **dict.fromkeys(("Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze"), _same),
 }
 """Operators on sizes in a row. Axes decide nothing, for there is one."""

@@ -433,6 +433,7 @@ SHAPES = {
     "gathered": [node("Gather", "s zero", "n"), node("Unsqueeze", "n at", "b")],
     "sliced": [node("Slice", "s at first", "b")],
     "multiplied": [node("Gather", "s at", "o"), node("Mul", "o first", "b")],
+    "divided": [node("Gather", "s at", "o"), node("Mul", "o three", "p3"), node("Div", "p3 three", "b")],
     "of another axis": [node("Gather", "s one", "n"), node("Unsqueeze", "n at", "b")],
 }
 
