@@ -48,6 +48,11 @@ class _Unknown(fx.Proxy):
             f"it asks a value for {what}, which is not known before it runs"
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not is_of_torch(sys._getframe(1)):
+            self._refuse(f"another {name!r}")
+        object.__setattr__(self, name, value)
+
     def __int__(self) -> int:
         return self._refuse("a number")
 

@@ -39,6 +39,12 @@ def _viewed_or_not(m: Any, x: Tensor) -> Tensor:
     return y * 2
 
 
+def _rewritten(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y.data = y.data * 2
+    return y
+
+
 def _doubled_if(asked: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
     return lambda m, x: m.a(x) * (2 if asked(m, x) else 1)
 
@@ -58,6 +64,7 @@ QUESTIONS: dict[str, Callable[[Any, Tensor], Any]] = {
     "dtype of a parameter": _doubled_if(lambda m, x: next(m.parameters()).dtype == torch.float64),
     "dtype of a buffer": _doubled_if(lambda m, x: m.a[1].running_var.dtype == torch.float64),
     "device of a buffer": _doubled_if(lambda m, x: m.a[1].running_var.is_cuda),
+    "data that is set": _rewritten,
     "error": _viewed,
     "error that is suppressed": _viewed_or_not,
 }
