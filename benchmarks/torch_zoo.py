@@ -1274,32 +1274,37 @@ PAGE_TEXT = """# Model libraries of torch
 
 `python benchmarks/torch_zoo.py` makes this table. Each model has random weights and random BatchNorm statistics that
 fit what the layers see, and is called as its users call it, on small inputs: positional or keyword arguments, lists of
-images, tokens. None of these {models} models is refused, and all return results of the same type. All rows were made
-within two hours, in which the code changed little; `--again` makes them again. Models that the script knows and that
-are not in the table were not run. Rows of detectors are of all boxes, none left out for its score; where the first
-error is large, rounding has changed their order.
+images, tokens. None of these {models} models is refused, and all return results of the same type. EARLIER Models that
+the script knows and that are not in the table were not run, most of them because one forward takes long. Rows of
+detectors are of all boxes, none left out for its score; where the first error is large, rounding has changed their
+order.
 
 No BatchNorm stays in {whole} models. Why one stays in the others:
 
 - clap-audio, patchtsmixer, repmlp: it acts on another axis than the layer beside it;
 - hubert: a padding with zeros comes between it and the convolution;
-- densenet121, van-tiny, replknet-31b, repmlp: an activation or a sum comes between, or a skip connection reads it too;
-- swiftformer, patchtst, mobilevit-xxsmall of mmpretrain, yolov8n-worldv2: it would be exact, but Python that takes
-  optional arguments, or cannot be followed, calls it and the layer beside it, and stays;
+- densenet121, dpn48b, lambda_resnet26t, van-tiny, replknet-31b, repmlp: an activation, an attention or a sum comes
+  between, or a skip connection reads it too;
+- features/ghostnetv2_100: what the BatchNorm reads is an output of the model as well;
+- swiftformer, patchtst, mobilevit-xxsmall of mmpretrain, yolov8n-worldv2, yoloe-11s: it would be exact, but Python that
+  takes optional arguments, or cannot be followed, calls it and the layer beside it, and stays;
+- yoloe-11s and yolo26n-seg: ten and two, in parts that the example does not run (prompts, and a loss);
 - levit-128s of mmpretrain: one of 50, which could go and does not yet.
 
-More Conv than before: a projection of DeepLabV3 and MobileViT is computed in two parts, one of them before an
-upsampling; matrices of SwiftFormer that were parameters are layers. More Conv than after the library's own method:
-`fuse` of YOLOv10 and YOLO26 removes the head that is for training, and its predictions from the result (24 Conv);
-RepMLP writes convolutions into a matrix over all positions.
+More Conv than before: a convolution of joined channels is computed in parts where one of them may then go before an
+upsampling, or into the convolution before it (DeepLabV3, MobileViT, UnetPlusPlus, CSPResNet, DPN); matrices of
+SwiftFormer that were parameters are layers. More Conv than after the library's own method: `fuse` of YOLOv10 and YOLO26
+removes the head that is for training (24 Conv, more in those for segmentation and poses), and its predictions from the
+result, which is then of another structure; a copy keeps both. RepMLP writes convolutions into a matrix over all
+positions, and keeps 77 BatchNorms for that, where a copy has 21.
 
 *Way*: the result is one graph, or a module of the same class in which parts are fused. *BatchNorm* and *Conv* (matrices
 included) are counted before and after; *own method* has the same two numbers after the library's own method
 (`fuse`, `reparameterize_model`, `switch_to_deploy`), where it has one. Errors are the largest difference relative to
 the largest value of the output, in float32, on the example and on another batch and size ("refused": the model itself
-takes no other size). Where the first is above 0.001, *float64* shows that rounding is all there is to it: random
-networks may amplify it (a change of 1e-7 in the input of efficientvit_m0 and shvit_s1 changes their outputs about 1e13
-times). *Time*: `fuse_fx` with verification / one forward of a batch of 32, in CPU seconds on one thread, measured by
+takes no other size). Where one of them is above 0.001, *float64* shows that rounding is all there is to it, on both:
+random networks may amplify it (a change of 1e-7 in the input of efficientvit_m0 and shvit_s1 changes their outputs
+about 1e13 times). *Time*: `fuse_fx` with verification / one forward of a batch of 32, in CPU seconds on one thread, measured by
 `python benchmarks/torch_zoo.py --time`; images are of the size that the model is made for (224,
 segmentation_models_pytorch 256, detectors 640), those of transformers as small as in the rest of the table. Of the
 {timed} models that were measured, {over} take more than one such forward; all of transformers do, as their forward is
