@@ -1274,21 +1274,23 @@ PAGE_TEXT = """# Model libraries of torch
 
 `python benchmarks/torch_zoo.py` makes this table. Each model has random weights and random BatchNorm statistics that
 fit what the layers see, and is called as its users call it, on small inputs: positional or keyword arguments, lists of
-images, tokens. None of these {models} models is refused, and all return results of the same type. EARLIER Models that
-the script knows and that are not in the table were not run, most of them because one forward takes long. Rows of
-detectors are of all boxes, none left out for its score; where the first error is large, rounding has changed their
-order.
+images, tokens. None of these {models} models is refused, and all return results of the same type. The rows of
+open_clip, s3d, ssdlite320, cspresnet50, densenet121, hrnet, replknet, repmlp and res2net of mmpretrain were made before
+the last changes of the code; `--again` makes them again. Models that the script knows and that are not in the table
+were not run, most of them because one forward takes long. Rows of detectors are of all boxes, none left out for its
+score; where the first error is large, rounding has changed their order.
 
 No BatchNorm stays in {whole} models. Why one stays in the others:
 
 - clap-audio, patchtsmixer, repmlp: it acts on another axis than the layer beside it;
 - hubert: a padding with zeros comes between it and the convolution;
-- densenet121, dpn48b, lambda_resnet26t, van-tiny, replknet-31b, repmlp: an activation, an attention or a sum comes
-  between, or a skip connection reads it too;
-- features/ghostnetv2_100: what the BatchNorm reads is an output of the model as well;
+- densenet121, dpn48b, van-tiny, replknet-31b, repmlp: an activation or a sum comes between, or a skip connection reads
+  it too;
 - swiftformer, patchtst, mobilevit-xxsmall of mmpretrain, yolov8n-worldv2, yoloe-11s: it would be exact, but Python that
   takes optional arguments, or cannot be followed, calls it and the layer beside it, and stays;
 - yoloe-11s and yolo26n-seg: ten and two, in parts that the example does not run (prompts, and a loss);
+- resnest50 of mmpretrain: torch.fx cannot follow `*x.shape[2:]` of its split attention, with two BatchNorms each;
+- xcit_nano_12_p16_224: it comes after an activation, and goes into a depthwise convolution that pads with zeros;
 - levit-128s of mmpretrain: one of 50, which could go and does not yet.
 
 More Conv than before: a convolution of joined channels is computed in parts where one of them may then go before an
@@ -1304,8 +1306,8 @@ included) are counted before and after; *own method* has the same two numbers af
 the largest value of the output, in float32, on the example and on another batch and size ("refused": the model itself
 takes no other size). Where one of them is above 0.001, *float64* shows that rounding is all there is to it, on both:
 random networks may amplify it (a change of 1e-7 in the input of efficientvit_m0 and shvit_s1 changes their outputs
-about 1e13 times). *Time*: `fuse_fx` with verification / one forward of a batch of 32, in CPU seconds on one thread, measured by
-`python benchmarks/torch_zoo.py --time`; images are of the size that the model is made for (224,
+about 1e13 times). *Time*: `fuse_fx` with verification / one forward of a batch of 32, in CPU seconds on one thread,
+measured by `python benchmarks/torch_zoo.py --time`; images are of the size that the model is made for (224,
 segmentation_models_pytorch 256, detectors 640), those of transformers as small as in the rest of the table. Of the
 {timed} models that were measured, {over} take more than one such forward; all of transformers do, as their forward is
 of small models on small images.
