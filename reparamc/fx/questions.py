@@ -36,6 +36,8 @@ _OF_MODES = (
     "is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled", "is_inference_mode_enabled",
     "get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype",
 )  # fmt: skip
+_SETTING = "set_autocast_enabled"
+"""What a forward calls, by way of `torch.autocast`, to turn autocast on or off around a part of it."""
 _STARTS = {
     ("torch.fx._symbolic_trace", "forward"),
     ("torch.fx._symbolic_trace", "trace"),
@@ -146,7 +148,14 @@ class Questions(TorchFunctionMode):
 
             return asked
 
+        def setting(*given: Any) -> None:
+            plain_setting(*given)
+            if threading.get_ident() == thread:
+                raise self.refusal("it turns autocast on or off, which no graph holds")
+
+        plain_setting = getattr(torch, _SETTING)
         with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(torch, _SETTING, setting))
             for name in _OF_MODES:
                 patches.enter_context(mock.patch.object(torch, name, mode(name)))
             for name in ("__str__", "__format__"):

@@ -229,7 +229,6 @@ class _Tracer(fx.Tracer):
         self.answer, self.asked, self._again = answer, False, bool(answer)
         self.questions = Questions(self._told)
         self.opaque, self._is_mended = opaque, is_mended
-        self.precision = _precision()
         self.thread = threading.get_ident()
         self.is_compared = is_compared
         self.examples = examples
@@ -294,7 +293,6 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if kind.startswith("call"):
-            self._refuse_autocast()
             self.questions.meet(sys._getframe(1))
         node = super().create_node(kind, *args, **kwargs)
         if isinstance(given := self._example(node), list | tuple | dict):
@@ -441,10 +439,6 @@ class _Tracer(fx.Tracer):
             raise self.questions.refusal("it iterates over a value whose length is not known before it runs")
         return iter([cast(Any, obj)[i] for i in range(self.length(obj))])
 
-    def _refuse_autocast(self) -> None:
-        if _precision() != self.precision:
-            raise RuntimeError("it turns autocast on or off, which torch.fx does not record")
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooked = bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         hooked = hooked or "forward" in vars(m)
@@ -455,7 +449,6 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
-        self._refuse_autocast()  # here it is the fault of the module around ``m``
         place = self._place()
         given = [(x, x.copy()) for x in _containers((args, *kwargs.values()))]
         try:
@@ -545,11 +538,6 @@ def _may_write(module: nn.Module) -> bool:
 def _writes(code: types.CodeType) -> bool:
     """Whether a function may write into something: a second run would find what the first one left."""
     return not _WRITING.isdisjoint(code.co_names) or any(i.opname in _WRITES for i in dis.get_instructions(code))
-
-
-def _precision() -> list[torch.dtype | None]:
-    """What autocast computes in now, where it is on."""
-    return [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")]
 
 
 class Traced(fx.GraphModule):

@@ -556,6 +556,33 @@ def test_autocast_within_forward_is_not_lost() -> None:
         fuse_fx(model)
 
 
+class InFullPrecision(InLowPrecision):
+    """A layer that computes in float32 whatever is around it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.high(self.low(x).float()) * self.gain
+
+
+class Decorated(InLowPrecision):
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.high(self.low(x)) * self.gain
+
+
+@pytest.mark.parametrize("kind", [InFullPrecision, Decorated])
+@pytest.mark.parametrize("verify", ["off", "full"])
+def test_autocast_switched_off_within_forward_is_not_lost(kind: type[nn.Module], verify: str) -> None:
+    """It changes nothing while the model is fused, but autocast may be on later."""
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(3, CHANNELS)
+    fused = fuse_fx(model, (x,), verify=verify)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, actual = model(x), fused(x)
+    assert actual.dtype == expected.dtype == torch.float32
+    assert relative_error(actual, expected) < 1e-5
+
+
 def _doubled_if(asked: Callable[[Tensor], bool], of: type = Tensor) -> Callable[[Any, Tensor], Tensor]:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.n(m.c(x))
