@@ -20,7 +20,7 @@ from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.narrowing import Separate
 from reparamc.certificate.normal_form import Array, Value
 from reparamc.certificate.onnx_bounds import FAILURES, bodies
-from reparamc.certificate.onnx_constants import MOST_SIZES, RANDOM, Constants, run_alone
+from reparamc.certificate.onnx_constants import RANDOM, Constants, run_alone
 from reparamc.certificate.onnx_operators import (
     ELEMENTWISE,
     HOMOGENEOUS,
@@ -34,7 +34,7 @@ from reparamc.certificate.onnx_operators import (
     rescaled,
     weighted,
 )
-from reparamc.certificate.onnx_shapes import SIZES, Shapes, Sizes, Typed, bounds, is_standard
+from reparamc.certificate.onnx_shapes import SIZES, Shapes, Sizes, Typed, is_standard, sizes_made
 from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
 from reparamc.certificate.ranges import Bound
 
@@ -306,23 +306,13 @@ class _Side:
         """The whole numbers that ``name`` holds, if they are sizes of tensors, given the shapes of these."""
         if name in self.constants:
             array = self.constant(name)
-            if array is None or array.dtype != np.int64 or array.ndim > 1 or array.size > MOST_SIZES:
-                return None
-            return Sizes(array.ndim, tuple(map(Dim, array.reshape(-1).tolist())))
+            return None if array is None else Sizes.of(array)
         node = self.producers[name][0] if name in self.producers else None
         if node is None or not is_standard(node) or not all(node.input) or not steps:
             return None
-        if node.op_type == "Shape":
-            shape = shape_of(node.input[0])
-            return None if shape is None else Sizes(1, tuple(shape[bounds(node)]))
-        if node.op_type not in SIZES:
-            return None
-        found = [self.told(n, shape_of, steps - 1) for n in node.input]
-        rank = self.shapes.shape(name)
-        if rank is None or len(rank) > 1 or None in found:
-            return None
-        sizes = SIZES[node.op_type](node, [e for e in found if e is not None])
-        return None if sizes is None else Sizes(len(rank), sizes)
+        given = [self.told(n, shape_of, steps - 1) for n in node.input] if node.op_type in SIZES else []
+        shape = self.shapes.shape(name)
+        return sizes_made(node, shape_of, None if shape is None else len(shape), given)
 
     def bound(self, name: str) -> Bound:
         node, at = self.producers[name]

@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from reparamc.certificate.axes import Unrepresentable
 from reparamc.certificate.normal_form import Array
 from reparamc.certificate.onnx_bounds import bodies
-from reparamc.certificate.onnx_shapes import Shapes, bounds, is_standard
+from reparamc.certificate.onnx_shapes import MOST_SIZES, Shapes, bounds, constant, is_standard
 from reparamc.certificate.proof import Window
 
 RANDOM = {
@@ -27,10 +27,6 @@ SHAPED = {
 
 MOST_MADE, PER_STORED = 2**23, 8
 """Elements that constants may have in all, and so many more for each that is stored."""
-
-MOST_SIZES = 16
-"""A constant of more elements is no shape."""
-
 
 MOST_SMALL = 4096
 """Elements of a constant that is given to a session together with others."""
@@ -83,8 +79,8 @@ class Constants:
         """The results of a node that are constants, and how many elements they have at most."""
         results = [name for name in node.output if name]
         if node.op_type == "Constant":
-            array = constant_array(node, self._read)
-            return {} if array is None else dict.fromkeys(results, array.size)
+            held = constant(node)
+            return {} if held is None else dict.fromkeys(results, prod(held.dims))
         if (told := self._of_shape(node)) is not None:
             return dict.fromkeys(results, told.size)
         if not node.input or not all(name in sizes for name in node.input if name):
@@ -162,11 +158,8 @@ class Constants:
         if name in self.tensors:  # read again where it is read again: the weights need not all be held twice
             return self._read(self.tensors[name])
         node = self.producers.get(name)
-        return (
-            constant_array(node, self._read)
-            if node is not None and node.op_type == "Constant" and is_standard(node)
-            else None
-        )
+        held = constant(node) if node is not None and node.op_type == "Constant" and is_standard(node) else None
+        return None if held is None else self._read(held)
 
     def array(self, name: str) -> Array | None:
         """The value of a constant; None for what is none.
@@ -283,18 +276,6 @@ def run_alone(
         made.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
     )
     return [np.asarray(found) for found in session.run(list(outputs), {v.name: feeds[v.name] for v in inputs})]
-
-
-def constant_array(node: NodeProto, read: Callable[[TensorProto], Array]) -> Array | None:
-    """The value of a Constant; None for strings and sparse tensors."""
-    for a in node.attribute:
-        if a.name == "value":
-            return read(a.t)
-        if a.name in ("value_float", "value_floats"):
-            return np.array(helper.get_attribute_value(a), np.float32)
-        if a.name in ("value_int", "value_ints"):
-            return np.array(helper.get_attribute_value(a), np.int64)
-    return None
 
 
 def _range(given: Sequence[Array | None], width: int) -> Array | None:

@@ -125,14 +125,17 @@ def _tell_ranks(light: ModelProto) -> bool:
     return True
 
 
-def _constant(node: NodeProto) -> TensorProto | None:
-    """What a Constant holds, if that may be a size or several."""
+def constant(node: NodeProto) -> TensorProto | None:
+    """What a Constant holds; None for strings and sparse tensors."""
     for a in node.attribute:
         if a.name == "value":
             return a.t
-        if a.name in ("value_int", "value_ints"):
-            return numpy_helper.from_array(np.array(helper.get_attribute_value(a), np.int64))
+        if a.name in _NUMBERS:
+            return numpy_helper.from_array(np.array(helper.get_attribute_value(a), _NUMBERS[a.name]))
     return None
+
+
+_NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
 def _is_made_up(size: Dim, given: Collection[str]) -> bool:
@@ -174,6 +177,17 @@ class Sizes(NamedTuple):
     rank: int
     sizes: tuple[Dim, ...]
 
+    @classmethod
+    def of(cls, array: Array) -> Sizes | None:
+        """The sizes that a constant holds; None where it is no shape."""
+        if array.dtype != np.int64 or array.ndim > 1 or array.size > MOST_SIZES:
+            return None
+        return cls(array.ndim, tuple(map(Dim, array.reshape(-1).tolist())))
+
+
+MOST_SIZES = 16
+"""A constant of more elements is no shape."""
+
 
 def _gathered(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
     sizes, places = given[0].sizes, [e.known for e in given[1].sizes]
@@ -212,6 +226,25 @@ SIZES: Mapping[str, Callable[[NodeProto, Sequence[Sizes]], tuple[Dim, ...] | Non
 """Operators on sizes in a row. Axes decide nothing, for there is one."""
 
 
+def sizes_made(
+    node: NodeProto, shape_of: Callable[[str], Sequence[Dim] | None], rank: int | None, given: Sequence[Sizes | None]
+) -> Sizes | None:
+    """The sizes that the result of ``node`` holds, given those that its operands hold, if they do.
+
+    Args:
+        shape_of: gives the shape of a tensor, which a Shape reads.
+        rank: that of the result, if it is known.
+    """
+    if node.op_type == "Shape":
+        shape = shape_of(node.input[0])
+        return None if shape is None else Sizes(1, tuple(shape[bounds(node)]))
+    known = [e for e in given if e is not None]
+    if node.op_type not in SIZES or rank is None or rank > 1 or len(known) < len(given):
+        return None
+    sizes = SIZES[node.op_type](node, known)
+    return None if sizes is None else Sizes(rank, sizes)
+
+
 class Shapes:
     """What is inferred of every tensor of a main graph.
 
@@ -242,11 +275,12 @@ class Shapes:
         self._meaning: dict[str, Dim] = {}
         """What a symbol that inference made up is, where that is known."""
         given = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim}
-        rests = {t.name for t in light.graph.initializer if _has_rest(t)}
         constants = [n for n in light.graph.node if n.op_type == "Constant" and not n.domain]
-        made = {n.output[0]: t for n in constants if (t := _constant(n)) is not None}
+        made = {n.output[0]: t for n in constants if (t := constant(n)) is not None}
+        stored_ = {t.name: t for t in light.graph.initializer}
+        rests = {name for name, t in (made | stored_).items() if _has_rest(t)}
         open_ = {v.name for v in model.graph.input}
-        self._parts = made | {t.name: t for t in light.graph.initializer if t.name not in open_}
+        self._parts = made | {name: t for name, t in stored_.items() if name not in open_}
         self._vectors: dict[str, Sizes] = {}
         for node in light.graph.node:  # operands come first
             if node.domain:
@@ -261,9 +295,7 @@ class Shapes:
             if node.op_type in ("Flatten", "Reshape"):
                 is_rest = node.op_type == "Flatten" or node.input[1] in rests
                 self._explain(node.input[0], node.output[0], given, is_rest)
-            elif (node.op_type in ("Concat", "Identity", "Unsqueeze") and not rests.isdisjoint(node.input)) or any(
-                _has_rest(a.t) or -1 in a.ints for a in node.attribute if node.op_type == "Constant"
-            ):
+            elif node.op_type in ("Concat", "Identity", "Unsqueeze") and not rests.isdisjoint(node.input):
                 rests.add(node.output[0])
 
     def dtype(self, name: str) -> np.dtype | None:
@@ -300,25 +332,19 @@ class Shapes:
 
     def _measure(self, node: NodeProto) -> None:
         """Enter what sizes a node gives, if it gives such."""
-        if node.op_type == "Shape":
-            shape = self._read(node.input[0])
-            if shape is not None:
-                self._vectors[node.output[0]] = Sizes(1, shape[bounds(node)])
-        elif node.op_type in SIZES:
-            rank = self._read(node.output[0])
+        if node.op_type == "Shape" or node.op_type in SIZES:
+            shape = self._read(node.output[0])
             given = [self._vectors.get(n) or self._stored_sizes(n) for n in node.input]
-            if rank is not None and len(rank) < 2 and None not in given:
-                sizes = SIZES[node.op_type](node, [e for e in given if e is not None])
-                if sizes is not None:
-                    self._vectors[node.output[0]] = Sizes(len(rank), sizes)
+            made = sizes_made(node, self._read, None if shape is None else len(shape), given)
+            if made is not None:
+                self._vectors[node.output[0]] = made
 
     def _stored_sizes(self, name: str) -> Sizes | None:
         tensor = self._parts.get(name)
-        if tensor is None or tensor.data_type != TensorProto.INT64 or len(tensor.dims) > 1 or prod(tensor.dims) > 16:
-            return None  # of more elements it is no shape
-        found = self._vectors[name] = Sizes(
-            len(tensor.dims), tuple(map(Dim, numpy_helper.to_array(tensor).ravel().tolist()))
-        )
+        if tensor is None or tensor.data_type != TensorProto.INT64 or prod(tensor.dims) > MOST_SIZES:
+            return None
+        if (found := Sizes.of(numpy_helper.to_array(tensor))) is not None:
+            self._vectors[name] = found
         return found
 
     def _explain_told(self, node: NodeProto, told: Sizes, given: set[str]) -> None:
