@@ -87,6 +87,7 @@ class _Unknown(fx.Proxy):
 
 
 _MAY_LACK = ("grad", "grad_fn", "_base", "names")
+"""Attributes that a tensor may have no value for, which is not known before a run."""
 
 
 class _Attribute(_Unknown, Attribute):
