@@ -176,7 +176,7 @@ def all_moderate(held: npt.NDArray[Any]) -> bool:
     By such an element an operator may give NaN or infinity for ordinary inputs, where its folded form gives none.
     """
     with np.errstate(invalid="ignore"):
-        return bool(held.max(initial=0) <= MODERATE and held.min(initial=0) >= -MODERATE)
+        return float(held.max(initial=0)) <= MODERATE and float(held.min(initial=0)) >= -MODERATE
 
 
 def fixed(array: Array) -> Array:

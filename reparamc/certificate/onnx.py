@@ -77,6 +77,7 @@ def certify_onnx(
     computed = set(before.order)
     stands_for = {name: name for name in after.order if name in computed and name not in without}
     stands_for.update({v.name: v.name for v in result.graph.input if v.name in before.inputs})
+    after.doubted |= before.doubted
     after.shape_of = {name: before.shapes.shape(meant) for name, meant in stands_for.items()}
     outputs = [(o.name, o.name) for o in result.graph.output]
     parameters = sum(prod(t.dims) for t in original.graph.initializer)
@@ -175,6 +176,8 @@ class _Side:
         self._by_itself = alone or self.shapes
         self._kinds: dict[str, Hashable] = {}
         self._sizes: dict[str, Sizes | None] = {}
+        self.doubted = {name for s in self.shapes.doubted for name in (s, f"{which} {s}")}
+        """Symbols that may stand for two sizes; see `Shapes`."""
         self.shape_of: dict[str, tuple[Dim, ...] | None] | None = None
         """The shapes of tensors as the original has them, if this is not the original."""
         self._operands: dict[str, Sequence[str]] = {}
@@ -312,7 +315,8 @@ class _Side:
             return None
         given = [self.told(n, shape_of, steps - 1) for n in node.input] if node.op_type in SIZES else []
         shape = self.shapes.shape(name)
-        return sizes_made(node, shape_of, None if shape is None else len(shape), given)
+        made = sizes_made(node, shape_of, None if shape is None else len(shape), given)
+        return made if made is None or self.doubted.isdisjoint(s for e in made.sizes for s in e.symbols) else None
 
     def bound(self, name: str) -> Bound:
         node, at = self.producers[name]

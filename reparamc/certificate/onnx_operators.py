@@ -18,7 +18,7 @@ import reparamc.certificate.meaning as meaning
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.normal_form import Array, Value
-from reparamc.certificate.onnx_shapes import attribute, is_plain_fused
+from reparamc.certificate.onnx_shapes import attribute, is_plain_fused, may_be_copied
 from reparamc.certificate.ranges import ANY, SIGNED, Bound, bound_of, clamp
 
 MIXING = {"AveragePool", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"}
@@ -598,7 +598,7 @@ def _read_reshape(call: Call) -> Value:
 def _regrouped(call: Call, x: Value, given: Sequence[Dim]) -> Value:
     """``x`` reshaped to sizes of which -1 is what is left, and 0 may be the size that ``x`` has there.
 
-    Sizes by which no elements are left are refused, or mean another thing, unless ``x`` has them there.
+    What is left of no elements is refused.
     """
     zero_is_zero = call.flag("allowzero")
     if any(n.factor < -1 or (n == Dim(0) and not zero_is_zero and i >= x.rank) for i, n in enumerate(given)):
@@ -606,9 +606,10 @@ def _regrouped(call: Call, x: Value, given: Sequence[Dim]) -> Value:
     target = [
         None if n == Dim(-1) else x.shape[i] if n == Dim(0) and not zero_is_zero else n for i, n in enumerate(given)
     ]
-    moved = [e for i, e in enumerate(given) if e not in x.shape[i : i + 1]]
-    refused = [e for e in target if e is not None] if None in target else moved
+    if not zero_is_zero and any(map(may_be_copied, given, [*x.shape, *[None] * len(given)])):
+        raise Unrepresentable("a reshape to a size that means another one if it is zero")
     y = nl.regrouped(x, target)
+    refused = [e for e in target if e is not None] if None in target else []
     return replace(y, filled=y.filled.union(*(e.symbols for e in refused)))
 
 

@@ -138,6 +138,11 @@ def constant(node: NodeProto) -> TensorProto | None:
 _NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
+def may_be_copied(told: Dim, own: Dim | None) -> bool:
+    """Whether a reshape to the size ``told`` takes ``own`` instead, the size of its operand there, if that is zero."""
+    return bool(told.symbols) and (own is None or not set(told.symbols) <= set(own.symbols))
+
+
 def _is_made_up(size: Dim, given: Collection[str]) -> bool:
     """Whether ``size`` is a symbol of inference."""
     return size.factor == 1 and len(size.symbols) == 1 and size.symbols[0] not in given
@@ -282,6 +287,8 @@ class Shapes:
         open_ = {v.name for v in model.graph.input}
         self._parts = made | {name: t for name, t in stored_.items() if name not in open_}
         self._vectors: dict[str, Sizes] = {}
+        self.doubted: set[str] = set()
+        """Unknown sizes that inference believes of a reshape that copies another one where they are zero."""
         for node in light.graph.node:  # operands come first
             if node.domain:
                 continue
@@ -290,10 +297,10 @@ class Shapes:
                 self._explain_parts(node, given)
             if node.op_type in BROADCAST or node.op_type in ("Concat", "MatMul"):
                 self._explain_sizes(node, given)
-            if node.op_type in TOLD and (told := self._vectors.get(node.input[TOLD[node.op_type]])) is not None:
-                self._explain_told(node, told, given)
+            if node.op_type in TOLD:
+                self._explain_told(node, given)
             if node.op_type in ("Flatten", "Reshape"):
-                is_rest = node.op_type == "Flatten" or node.input[1] in rests
+                is_rest = node.op_type == "Flatten" or not rests.isdisjoint(node.input[1:])
                 self._explain(node.input[0], node.output[0], given, is_rest)
             elif node.op_type in ("Concat", "Identity", "Unsqueeze") and not rests.isdisjoint(node.input):
                 rests.add(node.output[0])
@@ -336,7 +343,7 @@ class Shapes:
             shape = self._read(node.output[0])
             given = [self._vectors.get(n) or self._stored_sizes(n) for n in node.input]
             made = sizes_made(node, self._read, None if shape is None else len(shape), given)
-            if made is not None:
+            if made is not None and self.doubted.isdisjoint(s for e in made.sizes for s in e.symbols):
                 self._vectors[node.output[0]] = made
 
     def _stored_sizes(self, name: str) -> Sizes | None:
@@ -347,13 +354,19 @@ class Shapes:
             self._vectors[name] = found
         return found
 
-    def _explain_told(self, node: NodeProto, told: Sizes, given: set[str]) -> None:
-        """Learn sizes of a result from those that it is given as numbers."""
-        after = self._read(node.output[0])
-        if after is None or len(after) != len(told.sizes):
+    def _explain_told(self, node: NodeProto, given: set[str]) -> None:
+        """Learn sizes of a result from those that it is given as numbers; doubt what may be copied in their place."""
+        at = TOLD[node.op_type]
+        told = self._vectors.get(node.input[at]) if at < len(node.input) else None
+        before, after = self._read(node.input[0]) or (), self._read(node.output[0])
+        if after is None or (told is not None and len(after) != len(told.sizes)):
             return
-        for made_up, size in zip(after, told.sizes, strict=True):
-            if _is_made_up(made_up, given) and size.factor > 0 and size != made_up:
+        copies = node.op_type == "Reshape" and not attribute(node, "allowzero", 0)
+        for i, made_up in enumerate(after):
+            size = made_up if told is None else told.sizes[i]
+            if copies and may_be_copied(size, before[i] if i < len(before) else None):
+                self.doubted.update(size.symbols)
+            elif _is_made_up(made_up, given) and size.factor > 0 and size != made_up:
                 self._meaning[made_up.symbols[0]] = size
 
     def _explain_sizes(self, node: NodeProto, given: set[str]) -> None:
@@ -363,8 +376,10 @@ class Shapes:
             return
         shapes = [self._read(name) for name in node.input]
         operands = [shape for shape in shapes if shape is not None]
-        if len(operands) < len(shapes):
-            return
+        if len(operands) < len(shapes) or (node.op_type == "MatMul" and any(len(shape) < 2 for shape in operands)):
+            return  # a vector takes an axis away
+        if node.op_type in BROADCAST and any(a.name in ("axis", "broadcast") for a in node.attribute):
+            return  # the first operator sets stretch along axes that are named
         joined = cast(int, attribute(node, "axis", 0)) % len(after) if node.op_type == "Concat" and after else -1
         for axis, made_up in enumerate(after):
             if not _is_made_up(made_up, given) or (node.op_type == "MatMul" and axis >= len(after) - 2):

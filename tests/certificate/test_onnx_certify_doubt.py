@@ -358,3 +358,37 @@ def test_an_output_loses_no_channel(before: str, after: str) -> None:
     ]
     made[1].graph.output[0].CopyFrom(made[0].graph.output[0])
     assert not certify_onnx(made[0], made[1]).holds
+
+
+def measured(target: str) -> ModelProto:
+    """Its output has the size that ``x``, reshaped, has along one axis; a vector has taken the last axis away."""
+    nodes = [node("Reshape", "x t", "r"), node("MatMul", "r v", "z"), node("Shape", "r", "s")]
+    nodes += [node("Gather", f"s {target}", "g", axis=0), node("Reshape", "r g", "y")]
+    orders = {"first": whole(0, 1, 2, 3), "second": whole(1, 0, 2, 3)}
+    made = model(nodes, {"v": rand(5), **orders}, ("n",), outputs="y z", inputs={"t": (4,)})
+    made.graph.input[1].type.tensor_type.elem_type = TensorProto.INT64
+    return made
+
+
+def test_a_vector_takes_an_axis_away_from_a_product() -> None:
+    before, after = measured("first"), measured("second")
+    feeds = {"x": rand(120), "t": whole(2, 3, 4, 5)}
+    assert outcome(before, feeds) != outcome(after, feeds)
+    assert "equal" not in {w.verdict for w in certify_onnx(before, after).windows if w.where == "y"}
+    assert certify_onnx(before, after).windows
+
+
+@pytest.mark.parametrize("allowzero", [0, 1])
+def test_a_size_that_a_reshape_copies_where_it_is_zero(allowzero: int) -> None:
+    def reading(source: str) -> ModelProto:
+        nodes = [node("Shape", "z", "s"), node("Concat", "s three", "t", axis=0)]
+        nodes += [node("Reshape", "x t", "r", allowzero=allowzero), node("Shape", "r", "q")]
+        nodes += [node("Gather", f"{source} zero", "g", axis=0), node("Mul", "g one", "y")]
+        numbers = {"three": whole(3), "zero": np.array(0), "one": np.array(1)}
+        return model(nodes, numbers, ("a", 3), outputs="y r", inputs={"z": ("s",)})
+
+    before, after = reading("q"), reading("s")
+    feeds = {"x": rand(2, 3), "z": rand(0)}
+    proven = all(w.verdict == "equal" for w in certify_onnx(before, after).windows)
+    assert not proven or outcome(before, feeds) == outcome(after, feeds)
+    assert proven == bool(allowzero)
