@@ -225,9 +225,9 @@ def _target(e: Layout, shape: Sequence[int]) -> list[int]:
     """The target of a reshape: numbers, sizes that keep their place, and one -1 at most."""
     assert isinstance(e.op, Reshape)
     kept = [at < len(e.op.before) and dim == e.op.before[at] for at, dim in enumerate(e.op.after)]
-    known = [dim.known if dim.known is not None else shape[at] if kept[at] else -1 for at, dim in enumerate(e.op.after)]
-    assert sum(isinstance(n, int) and n == -1 for n in known) <= 1, "a reshape with two unknown sizes"
-    return known
+    rests = [dim.known is None and not kept[at] for at, dim in enumerate(e.op.after)]
+    assert sum(rests) <= 1, "a reshape with two unknown sizes"
+    return [-1 if rests[at] else shape[at] if dim.known is None else dim.known for at, dim in enumerate(e.op.after)]
 
 
 def _torch() -> Any:

@@ -42,7 +42,7 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
             shapes[t] = dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO)
-    questions = Questions()
+    questions = Questions(holds_autocast=True)
     with (
         warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence(), torch.no_grad(), questions.asked(),
     ):  # fmt: skip

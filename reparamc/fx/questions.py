@@ -52,13 +52,15 @@ class Questions(TorchFunctionMode):
     Args:
         told: what a forward is told that asks a tensor for an attribute, or calls such a method; NotImplemented where
             it may be told what is so now.
+        holds_autocast: whether the graph holds that a part turns autocast on or off.
 
     Attributes:
         refused: why it was refused what it asked for; it may catch the error and go on without.
     """
 
-    def __init__(self, told: Callable[..., Any] | None = None) -> None:
+    def __init__(self, told: Callable[..., Any] | None = None, holds_autocast: bool = False) -> None:
         super().__init__()
+        self._holds_autocast = holds_autocast
         self._told = told or self._refused
         self.refused: TraceError | None = None
         self._probe: tuple[FrameType, int, TraceError | None] | None = None
@@ -91,7 +93,8 @@ class Questions(TorchFunctionMode):
             self.meet(frame)
             name = getattr(func, "__name__", "")
             name = func.__self__.__name__ if name == "__get__" else name
-            is_asked = name in _OF_TENSORS and isinstance(args[0], Tensor) and not (name == "type" and args[1:])
+            of_tensor = bool(args) and isinstance(args[0], Tensor)
+            is_asked = of_tensor and name in _OF_TENSORS and not (name == "type" and args[1:])
             answer = self._told(args[0], name, *args[1:]) if is_asked else NotImplemented
             if answer is not NotImplemented:
                 return answer
@@ -150,7 +153,7 @@ class Questions(TorchFunctionMode):
 
         def setting(*given: Any) -> None:
             plain_setting(*given)
-            if threading.get_ident() == thread:
+            if threading.get_ident() == thread and not self._holds_autocast:
                 raise self.refusal("it turns autocast on or off, which no graph holds")
 
         plain_setting = getattr(torch, _SETTING)
