@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from reparamc.errors import InputError, one_line
 from reparamc.fx.casts import drop_casts
+from reparamc.fx.memory import GUARDS
 from reparamc.fx.questions import Questions
 from reparamc.fx.recompose import recompose
 from reparamc.fx.shapes import recorded
@@ -42,7 +43,7 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
             shapes[t] = dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO)
-    questions = Questions(holds_autocast=True)
+    questions = Questions(exporting=True)
     with (
         warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence(), torch.no_grad(), questions.asked(),
     ):  # fmt: skip
@@ -56,9 +57,23 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
         except Exception as error:  # whatever the model's forward or the exporter raises
             raise InputError(f"torch.export does not follow {type(model).__name__}: {one_line(error)}") from error
     made = plain_graph(module, type(model).__name__)
+    try:
+        _spell_guards(made)
+    except Exception as error:  # whatever a proxy cannot follow
+        raise InputError("what torch.export takes for granted of sizes cannot be written as a graph") from error
     recompose(made)
     drop_casts(made)
     return made
+
+
+def _spell_guards(made: fx.GraphModule) -> None:
+    """Write what torch.export takes for granted of sizes as operators: its own function for that cannot be pickled."""
+    for node in made.graph.find_nodes(op="call_module", target=GUARDS):
+        with made.graph.inserting_before(node):
+            made.get_submodule(GUARDS)(*map(fx.Proxy, node.args))
+        made.graph.erase_node(node)
+    made.delete_submodule(GUARDS)
+    made.recompile()
 
 
 def keep_sizes(made: fx.GraphModule, program: fx.GraphModule) -> None:

@@ -38,6 +38,11 @@ _OF_MODES = (
 )  # fmt: skip
 _SETTING = "set_autocast_enabled"
 """What a forward calls, by way of `torch.autocast`, to turn autocast on or off around a part of it."""
+_NUMBERS = (
+    (torch.SymBool, "__bool__"), (torch.SymInt, "__bool__"), (torch.SymInt, "__int__"), (torch.SymInt, "__index__"),
+    (torch.SymFloat, "__bool__"), (torch.SymFloat, "__int__"),
+)  # fmt: skip
+"""How Python asks what sizes are."""
 _STARTS = {
     ("torch.fx._symbolic_trace", "forward"),
     ("torch.fx._symbolic_trace", "trace"),
@@ -52,15 +57,16 @@ class Questions(TorchFunctionMode):
     Args:
         told: what a forward is told that asks a tensor for an attribute, or calls such a method; NotImplemented where
             it may be told what is so now.
-        holds_autocast: whether the graph holds that a part turns autocast on or off.
+        exporting: whether torch.export makes the graph. That holds where autocast is turned on or off, but takes for
+            granted what Python branches on, and that no size is 1.
 
     Attributes:
         refused: why it was refused what it asked for; it may catch the error and go on without.
     """
 
-    def __init__(self, told: Callable[..., Any] | None = None, holds_autocast: bool = False) -> None:
+    def __init__(self, told: Callable[..., Any] | None = None, exporting: bool = False) -> None:
         super().__init__()
-        self._holds_autocast = holds_autocast
+        self._exporting = exporting
         self._told = told or self._refused
         self.refused: TraceError | None = None
         self._probe: tuple[FrameType, int, TraceError | None] | None = None
@@ -89,8 +95,9 @@ class Questions(TorchFunctionMode):
         while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
             frame = frame.f_back
         self.took(frame)
-        if not is_of_torch(frame):
+        if self._exporting or not is_of_torch(frame):
             self.meet(frame)
+        if not is_of_torch(frame):
             name = getattr(func, "__name__", "")
             name = func.__self__.__name__ if name == "__get__" else name
             of_tensor = bool(args) and isinstance(args[0], Tensor)
@@ -153,11 +160,27 @@ class Questions(TorchFunctionMode):
 
         def setting(*given: Any) -> None:
             plain_setting(*given)
-            if threading.get_ident() == thread and not self._holds_autocast:
+            if threading.get_ident() == thread and not self._exporting:
                 raise self.refusal("it turns autocast on or off, which no graph holds")
+
+        def number(kind: type, name: str) -> Any:
+            plain = getattr(kind, name)
+
+            def asked(value: Any) -> Any:
+                if (
+                    threading.get_ident() == thread
+                    and not is_of_torch(sys._getframe(1))
+                    and not value.node.is_constant()
+                ):
+                    raise self.refusal("it branches on a size, or takes it for a number, which a graph would fix")
+                return plain(value)
+
+            return asked
 
         plain_setting = getattr(torch, _SETTING)
         with ExitStack() as patches:
+            for kind, name in _NUMBERS if self._exporting else ():
+                patches.enter_context(mock.patch.object(kind, name, number(kind, name)))
             patches.enter_context(mock.patch.object(torch, _SETTING, setting))
             for name in _OF_MODES:
                 patches.enter_context(mock.patch.object(torch, name, mode(name)))

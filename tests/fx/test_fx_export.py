@@ -41,7 +41,7 @@ class PadsAsNeeded(nn.Module):
 
 
 class Standardised(nn.Module):
-    """Weights computed from parameters in forward, beside control flow that asks for a shape."""
+    """Weights computed from parameters in forward, beside a loop over channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Standardised(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = torch.einsum("oikl,ol->oikl", self.weight, self.mix) / self.weight.std()
         y = self.n(F.conv2d(x, weight, padding=1)) + self.g * (self.a(x) + self.b(x))
-        return y if x.shape[-1] > 2 else x
+        return torch.stack([*y.unbind(1)], 1)
 
 
 class Halves(nn.Module):
@@ -515,3 +515,39 @@ def test_no_export_refuses_larger_inputs() -> None:
     model, (x, large) = ready(Large()), images((2, CHANNELS, 6, 5), (1, CHANNELS, 40, 5), dtype=torch.float32)
     fused = fuse_fx(model, x, verify="off")
     assert all(relative_error(run(fused, y), run(model, y)) < 1e-5 for y in (x, large))
+
+
+class OfSeveral(nn.Module):
+    """What it does depends on sizes in ways that an export takes for granted, or refuses to be given."""
+
+    def __init__(self, asked: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.asked = nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), asked
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.asked(x):
+            y = y - y.mean((2, 3), keepdim=True)
+        return torch.stack([*self.norm(y + y.roll(1, 1)).unbind(1)], 1)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda x: x.shape[0] > 1,
+        lambda x: x.shape[0] != 1,
+        lambda x: x.shape == torch.Size([2, C, 9, 8]),
+        lambda x: x.shape[-1] % 4,
+        lambda x: int(x.shape[-1] ** 0.5) == 3,
+        lambda x: x.shape[-1] == x.shape[-2] == 12,
+        lambda x: max(7, x.shape[-2]) == 7,
+        lambda x: len(range(x.shape[-1])) == 8,
+    ],
+)
+def test_no_way_that_depends_on_sizes_is_fixed(asked: Callable[[Tensor], bool]) -> None:
+    model = ready(OfSeveral(asked))
+    fused = fuse_fx(model, torch.randn(2, C, 9, 8), verify="off")
+    for shape in ((2, C, 9, 8), (1, C, 9, 8), (3, C, 12, 12), (1, C, 7, 10), (2, C, 5, 6)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert relative_error(fused(x), model(x)) < 1e-5
