@@ -81,11 +81,16 @@ def _numbers(graphs: Iterable[GraphProto], inside: Iterable[NodeProto]) -> Itera
     """The entries of all small constants that something else than a slice reads."""
     for nodes, stored in [*((g.node, g.initializer) for g in graphs), (inside, ())]:
         read = {n for node in nodes for at, n in enumerate(node.input) if node.op_type != "Slice" or not at}
+        steps = {node.input[4] for node in nodes if node.op_type == "Slice" and len(node.input) > 4}
         named = [(t.name, t) for t in stored]
         named += [
             (n.output[0], a.t) for n in nodes if n.op_type == "Constant" for a in n.attribute if a.name == "value"
         ]
         for name, tensor in named:
             small = prod(tensor.dims) <= MOST_READ and not tensor.external_data
-            if small and tensor.data_type in (TensorProto.INT64, TensorProto.INT32) and name in read:
+            if not small or tensor.data_type not in (TensorProto.INT64, TensorProto.INT32):
+                continue
+            if name in read:
                 yield from np.ravel(numpy_helper.to_array(tensor)).tolist()
+            if name in steps:  # inference adds them to places, which overflows
+                yield from (min(abs(n), LAST - 1) for n in np.ravel(numpy_helper.to_array(tensor)).tolist())

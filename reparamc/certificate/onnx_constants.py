@@ -129,7 +129,8 @@ class Constants:
             return None if dims is None else np.array(dims[bounds(node)], np.int64)
         if node.op_type == "CastLike" and is_standard(node):
             number, dtype = self._small(node.input[0]), self.shapes.dtype(node.input[1])
-            return None if number is None or dtype is None else number.astype(dtype)
+            with np.errstate(all="ignore"):
+                return None if number is None or dtype is None else number.astype(dtype)
         return self._picked(node) if node.op_type in ("Gather", "Slice") and len(node.input) > 1 else None
 
     def _picked(self, node: NodeProto) -> Array | None:
@@ -279,6 +280,6 @@ def run_alone(
 
 
 def _range(given: Sequence[Array | None], width: int) -> Array | None:
-    """The positions of a Slice with the operands ``given``; None in reverse."""
-    start, end, _, step = (None if g is None else int(g.item()) for g in [*given, None, None][:4])
-    return None if step is not None and step < 1 else np.arange(width)[start:end:step]
+    """The positions of a Slice with the operands ``given``; None in reverse, or along an axis that is not there."""
+    start, end, axis, step = (None if g is None else int(g.item()) for g in [*given, None, None][:4])
+    return None if (step or 1) < 1 or axis not in (None, 0, -1) else np.arange(width)[start:end:step]

@@ -588,6 +588,8 @@ def _read_reshape(call: Call) -> Value:
         return x
     told = call.side.told(call.node.input[1], call.shape)
     if told is not None:
+        if not call.flag("allowzero") and any(map(may_be_copied, told.sizes, [*x.shape, *[None] * len(told.sizes)])):
+            raise Unrepresentable("a reshape to a size that means another one if it is zero")
         try:
             return _regrouped(call, x, told.sizes)
         except Unrepresentable:  # shape inference may know more
@@ -606,8 +608,6 @@ def _regrouped(call: Call, x: Value, given: Sequence[Dim]) -> Value:
     target = [
         None if n == Dim(-1) else x.shape[i] if n == Dim(0) and not zero_is_zero else n for i, n in enumerate(given)
     ]
-    if not zero_is_zero and any(map(may_be_copied, given, [*x.shape, *[None] * len(given)])):
-        raise Unrepresentable("a reshape to a size that means another one if it is zero")
     y = nl.regrouped(x, target)
     refused = [e for e in target if e is not None] if None in target else []
     return replace(y, filled=y.filled.union(*(e.symbols for e in refused)))
@@ -623,6 +623,8 @@ def _inferred(call: Call, x: Value) -> list[Dim]:
     found = [e for e in shape or [None] if e is not None and own.issuperset(e.symbols)]
     if shape is None or len(found) < len(shape):
         raise Unrepresentable("the sizes of a reshape are unknown")
+    if not call.flag("allowzero") and any(map(may_be_copied, found, [*x.shape, *[None] * len(found)])):
+        raise Unrepresentable("a reshape to a size that may mean another one if it is zero")
     return found
 
 

@@ -67,7 +67,10 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
     for sparse in model.graph.sparse_initializer:  # inference takes it for the vector of its values
         graph.input.append(helper.make_tensor_value_info(sparse.values.name, sparse.values.data_type, sparse.dims))
     given = {v.name for v in model.graph.input}
+    defaults = given if model.ir_version >= 4 else set[str]()  # inference takes them for what no caller can override
     for tensor in model.graph.initializer:
+        if tensor.name in defaults:
+            continue
         if prod(tensor.dims) <= WEIGHT and tensor.data_location != TensorProto.EXTERNAL:
             graph.initializer.append(tensor)
         elif tensor.name not in given:
@@ -201,10 +204,11 @@ def _gathered(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None
 
 
 def _sliced(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
-    bounds_ = [e.known for part in given[1:] for e in part.sizes]
-    if len(given) < 3 or len(bounds_) < len(given) - 1 or None in bounds_ or (bounds_[3:] or [1]) != [1]:
+    numbers = [e.known for part in given[1:] for e in part.sizes]
+    if not 2 <= len(numbers) == len(given) - 1 or None in numbers:
         return None
-    return given[0].sizes[bounds_[0] : bounds_[1]]
+    start, end, axis, step = [*numbers, *(0, 1)[len(numbers) - 2 :]]
+    return given[0].sizes[start:end] if axis in (0, -1) and step == 1 else None
 
 
 def _multiplied(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
@@ -213,7 +217,7 @@ def _multiplied(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | No
         return None
     first, second = (part.sizes[0] for part in given)
     found = first.times(second) if node.op_type == "Mul" else first.over(second)
-    return None if found is None else (found,)
+    return None if found is None or (node.op_type == "Div" and second.symbols) else (found,)  # which may be zero
 
 
 def _same(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
@@ -262,7 +266,7 @@ class Shapes:
     def __init__(
         self,
         model: ModelProto,
-        declared: Iterable[ValueInfoProto] = (),
+        declared: Sequence[ValueInfoProto] = (),
         stored: Mapping[str, Array] | None = None,
         typed: Mapping[str, Typed] | None = None,
     ) -> None:
@@ -272,6 +276,10 @@ class Shapes:
         if _tell_ranks(light):
             light, self.is_strict = _inferred(light)
         self._types: dict[str, TypeProto.Tensor] = {}
+        # Names that inference makes up, too, are not believed.
+        declared = [
+            v for v in declared if not any(d.dim_param.startswith("unk__") for d in v.type.tensor_type.shape.dim)
+        ]
         for values in (declared, light.graph.value_info, light.graph.output, light.graph.input):
             self._types.update((v.name, v.type.tensor_type) for v in values if v.type.HasField("tensor_type"))
         kept = [*model.graph.initializer, *(t for t in light.graph.initializer if t.name in (stored or {}))]

@@ -329,7 +329,10 @@ def skeleton(model: ModelProto) -> ModelProto:
         info = helper.make_tensor_value_info(sparse.values.name, sparse.values.data_type, sparse.dims)
         light.graph.input.append(info)
     inputs = {v.name for v in model.graph.input}
+    defaults = inputs if model.ir_version >= 4 else set[str]()  # inference takes them for what no caller can override
     for tensor in model.graph.initializer:
+        if tensor.name in defaults:
+            continue
         if prod(tensor.dims) <= SMALL and tensor.data_location != TensorProto.EXTERNAL:
             light.graph.initializer.append(tensor)
         elif tensor.name not in inputs:
