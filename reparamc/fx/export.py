@@ -53,6 +53,8 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
             questions.settle()
             if any(sizes.upper < _MANY for sizes in program.range_constraints.values()):
                 raise InputError("it takes other ways for large inputs")
+            if any("!=" in guard for guard in getattr(program, "_guards_code", ())):
+                raise InputError("it refuses some sizes")
             module = cast(fx.GraphModule, program.module())
         except Exception as error:  # whatever the model's forward or the exporter raises
             raise InputError(f"torch.export does not follow {type(model).__name__}: {one_line(error)}") from error
