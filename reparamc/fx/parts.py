@@ -137,6 +137,8 @@ class Parts:
 
     def is_touched(self, path: str) -> bool:
         """Whether other code reaches into the module at ``path``."""
+        if path and self._is_held(path):
+            return True
         if not path or self.watched is None:
             return False
         around, _, name = path.rpartition(".")
@@ -362,11 +364,26 @@ class Parts:
         return [*dict.fromkeys(type(m) for m in self.originals.values() if not is_leaf(m))]
 
     @cached_property
-    def _held(self) -> set[int]:
-        """Ids of what modules hold beside their parameters, buffers and submodules, as in lists of their own."""
+    def _held(self) -> dict[int, set[int]]:
+        """Ids of what modules hold in attributes of another kind, such as lists, each with those of the holders."""
         usual = vars(nn.Module()).keys()
-        values = [[v for name, v in vars(m).items() if name not in usual] for m in set(self.own.values())]
-        return {id(leaf) for leaf in pytree.tree_leaves(values)}
+        found: dict[int, set[int]] = {}
+        for m in set(self.own.values()):
+            for leaf in pytree.tree_leaves([v for name, v in vars(m).items() if name not in usual]):
+                found.setdefault(id(leaf), set()).add(id(m))
+        return found
+
+    @cached_property
+    def _listed(self) -> bool:
+        """Whether modules hold others in such a way."""
+        return not self._held.keys().isdisjoint(map(id, self.own.values()))
+
+    def _is_held(self, path: str) -> bool:
+        """Whether a module elsewhere holds the one at ``path``, or one in it, beside its place."""
+        if not self._listed:
+            return False
+        inside = set(map(id, self.own[path].modules()))
+        return any(not self._held.get(m, set()) <= inside for m in inside)
 
     def _put(self, where: str, holder: nn.Module, path: str, new: nn.Module) -> None:
         parent, _, name = path.rpartition(".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dis
 import inspect
+import random
 import sys
 import textwrap
 import threading
@@ -34,7 +35,8 @@ _OF_TENSORS = {
 }  # fmt: skip
 _OF_MODES = (
     "is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled", "is_inference_mode_enabled",
-    "get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype",
+    "get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype", "get_default_dtype",
+    "are_deterministic_algorithms_enabled",
 )  # fmt: skip
 _SETTING = "set_autocast_enabled"
 """What a forward calls, by way of `torch.autocast`, to turn autocast on or off around a part of it."""
@@ -187,7 +189,10 @@ class Questions(TorchFunctionMode):
             for name in ("__str__", "__format__"):
                 patches.enter_context(mock.patch.object(torch.SymInt, name, text, create=True))
             patches.enter_context(self)
+            drawn = random.getstate()
             yield
+            if random.getstate() != drawn:
+                raise self.refusal("it draws random numbers of Python, which a graph would fix")
 
 
 def may_tell(asking: FrameType) -> bool:
