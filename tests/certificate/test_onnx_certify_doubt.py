@@ -392,3 +392,14 @@ def test_a_size_that_a_reshape_copies_where_it_is_zero(allowzero: int) -> None:
     proven = all(w.verdict == "equal" for w in certify_onnx(before, after).windows)
     assert not proven or outcome(before, feeds) == outcome(after, feeds)
     assert proven == bool(allowzero)
+
+
+def test_a_size_that_may_be_zero_divides_nothing() -> None:
+    def sized(nodes: list[Any]) -> ModelProto:
+        head = [node("Shape", "x", "s"), node("Gather", "s zero", "n"), node("Gather", "s one", "w")]
+        return model([*head, *nodes], {"zero": np.array(0), "one": np.array(1)}, ("A", "B"), outputs="y w n")
+
+    before = sized([node("Identity", "w", "y")])
+    after = sized([node("Mul", "n w", "p"), node("Div", "p n", "y")])
+    assert outcome(after, {"x": rand(0, 3)}) == [] != outcome(before, {"x": rand(0, 3)})
+    assert {w.verdict for w in certify_onnx(before, after).windows} == {"undecided"}

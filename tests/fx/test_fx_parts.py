@@ -8,7 +8,7 @@ import copy
 import pickle
 import threading
 import types
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -748,3 +748,27 @@ def test_a_convolution_of_a_class_of_its_own_that_stays_is_counted() -> None:
     model = ready(nn.Sequential(Unless(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)))
     sizes = report(fuse_fx(model, images((2, CHANNELS, 5, 4), dtype=torch.float32)[0], verify="off"))
     assert (sizes.before.conv, sizes.before.batchnorm, sizes.after.conv, sizes.after.batchnorm) == (1, 1, 1, 1)
+
+
+class Listed(nn.Module):
+    """Its forward calls modules of a list that is no ModuleList."""
+
+    def __init__(self, kind: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Sequential(conv_bn(), nn.ReLU()) for _ in range(2))
+        self.held = kind([self.a, self.b])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for m in self.held:
+            x = m(x)
+        return x if x.sum() < 1e9 else x + 1
+
+
+@pytest.mark.parametrize("kind", [list, tuple, deque])
+def test_modules_that_a_list_holds_are_those_that_run(kind: Callable[[Any], Any]) -> None:
+    model, x = ready(Listed(kind)), torch.randn(2, CHANNELS, 7, 6)
+    fused = fuse_fx(model, x, verify="off")
+    assert list(fused.held) == [fused.a, fused.b]
+    with torch.no_grad():
+        assert relative_error(fused(x), model(x)) < 1e-5
+    assert fused.half()(x.half()).dtype == torch.half

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("torch")
 
 import copy
+import random
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -150,3 +151,18 @@ def test_containers_are_of_their_class_without_examples() -> None:
         found, wanted = run(fused, x), run(model, x)
         assert (counts(fused), type(found), found.keys()) == ((1, 0), type(wanted), wanted.keys())
         assert relative_error(found["first"], wanted["first"]) < 1e-5
+
+
+def test_random_numbers_of_python_are_drawn_in_each_run() -> None:
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = conv_bn()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x) * (1 if random.random() < 0.5 else 2)
+
+    fused, x = fuse_fx(ready(Drawing()), torch.randn(1, CHANNELS, 7, 6)), torch.randn(1, CHANNELS, 7, 6)
+    random.seed(0)
+    with torch.no_grad():
+        assert len({float(fused(x).sum()) for _ in range(20)}) == 2

@@ -133,6 +133,23 @@ def test_overridable_initializer(name: str) -> None:
     assert any("override" in reason for reason in reasons(report))
 
 
+SIZES = {"s": np.array([1, 3, 16, 1]), "q": np.array([1, 3, 4, 4]), "w": rand(3, 6, 1, 1), "v": rand(2, 3, 1, 1)}
+
+
+@pytest.mark.parametrize("verify", ["off", "full"])
+def test_sizes_that_a_caller_may_override(verify: str) -> None:
+    """Shape inference takes the default of an input for its value."""
+    nodes = [node("Conv", "x w", "c"), node("Reshape", "c s", "r"), node("Sigmoid", "r", "g"), node("Shape", "g", "y")]
+    back = [node("Reshape", "g q", "b"), node("Conv", "b v", "z")]
+    for more, outputs in (([], "y g"), (back, "y z")):
+        made = overridable(model([*nodes, *more], SIZES, (1, 6, 4, 4), outputs=outputs), "s")
+        fused, _ = fuse(made, verify=verify)
+        x = rand(1, 6, 4, 4)
+        for feeds in ({"x": x}, {"x": x, "s": np.array([1, 3, 4, 4])}, {"x": x, "s": np.array([3, 1, 16, 1])}):
+            for before, after in zip(run(made, feeds), run(fused, feeds), strict=True):
+                np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
+
+
 def test_ir_version_3_lists_every_initializer() -> None:
     made = overridable(conv_bn(opset=8, ir_version=3), *PARAMETERS)
     fused = assert_folds(made, Conv=1)

@@ -65,6 +65,17 @@ def with_constant(kind: str, where: str) -> ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=made.functions)
 
 
+@pytest.mark.parametrize("step", [2**63 - 1, 2**40])
+def test_a_vast_step(step: int) -> None:
+    """ONNX's shape inference adds it to a place: the process ends there."""
+    numbers = {"start": 1, "end": 2**63 - 1, "axis": 0, "step": step}
+    stored = {name: np.array([n]) for name, n in numbers.items()}
+    shape = [node("Shape", "d", "s"), node("Slice", "s start end axis step", "t"), node("ConstantOfShape", "t", "z")]
+    fused, _ = fuse_model(model([CONV, batchnorm("c", "n", "d"), *shape], {**D, **stored}, outputs="d z"))
+    assert operators(fused)["Conv"] == 1
+    assert "BatchNormalization" not in operators(fused)
+
+
 @pytest.mark.parametrize("kind", VAST)
 def test_a_vast_constant(kind: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
