@@ -588,19 +588,17 @@ def _read_reshape(call: Call) -> Value:
         return x
     told = call.side.told(call.node.input[1], call.shape)
     if told is not None:
-        if not call.flag("allowzero") and any(map(may_be_copied, told.sizes, [*x.shape, *[None] * len(told.sizes)])):
-            raise Unrepresentable("a reshape to a size that means another one if it is zero")
         try:
             return _regrouped(call, x, told.sizes)
         except Unrepresentable:  # shape inference may know more
             pass
-    return nl.regrouped(x, _inferred(call, x))
+    return _regrouped(call, x, _inferred(call, x))
 
 
 def _regrouped(call: Call, x: Value, given: Sequence[Dim]) -> Value:
     """``x`` reshaped to sizes of which -1 is what is left, and 0 may be the size that ``x`` has there.
 
-    What is left of no elements is refused.
+    What is left of no elements is refused, and so is a size of zero in the place of which another one is taken.
     """
     zero_is_zero = call.flag("allowzero")
     if any(n.factor < -1 or (n == Dim(0) and not zero_is_zero and i >= x.rank) for i, n in enumerate(given)):
@@ -610,6 +608,8 @@ def _regrouped(call: Call, x: Value, given: Sequence[Dim]) -> Value:
     ]
     y = nl.regrouped(x, target)
     refused = [e for e in target if e is not None] if None in target else []
+    if not zero_is_zero:
+        refused += [n for n, own in zip(given, [*x.shape, *[None] * len(given)], strict=False) if may_be_copied(n, own)]
     return replace(y, filled=y.filled.union(*(e.symbols for e in refused)))
 
 
@@ -623,8 +623,6 @@ def _inferred(call: Call, x: Value) -> list[Dim]:
     found = [e for e in shape or [None] if e is not None and own.issuperset(e.symbols)]
     if shape is None or len(found) < len(shape):
         raise Unrepresentable("the sizes of a reshape are unknown")
-    if not call.flag("allowzero") and any(map(may_be_copied, found, [*x.shape, *[None] * len(found)])):
-        raise Unrepresentable("a reshape to a size that may mean another one if it is zero")
     return found
 
 
