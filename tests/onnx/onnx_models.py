@@ -14,7 +14,7 @@ from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.session import random_inputs
 from reparamc.report.data import Report
 
-Sizes = Sequence[int | str]
+Sizes = Sequence[int | str | None]
 SIZES = (7, 8)
 
 
