@@ -14,7 +14,7 @@ from reparamc.onnx.fuse import fuse_model
 from reparamc.onnx.session import random_inputs
 from reparamc.report.data import Report
 
-Sizes = Sequence[int | str | None]
+Sizes = Sequence[int | str]
 SIZES = (7, 8)
 
 
@@ -31,7 +31,7 @@ def node(op: str, inputs: str, outputs: str, **attributes: Any) -> NodeProto:
 def model(
     nodes: Sequence[NodeProto],
     parameters: Mapping[str, Any],
-    shape: Sizes = ("N", 6, "H", "W"),
+    shape: Sequence[int | str | None] = ("N", 6, "H", "W"),
     *,
     outputs: str = "y",
     opset: int = 17,
