@@ -1275,8 +1275,10 @@ PAGE_TEXT = """# Model libraries of torch
 `python benchmarks/torch_zoo.py` makes this table. Each model has random weights and random BatchNorm statistics that
 fit what the layers see, and is called as its users call it, on small inputs: positional or keyword arguments, lists of
 images, tokens. None of these {models} models is refused, and all return results of the same type. The rows of
-open_clip, s3d, ssdlite320, cspresnet50, densenet121, hrnet, replknet, repmlp and res2net of mmpretrain were made before
-the last changes of the code; `--again` makes them again. Models that the script knows and that are not in the table
+open_clip, s3d, ssdlite320, and of mmpretrain cspresnet50, densenet121, efficientnet-b0, hrnet, levit-128s,
+mobileone-s0, mobilevit, regnetx-400mf, replknet, repmlp, repvgg, res2net, riformer and van-tiny were made before the
+others, and all rows before torch.export gave up parts that branch on sizes; `--again` makes them again.
+Models that the script knows and that are not in the table
 were not run, most of them because one forward takes long. Rows of detectors are of all boxes, none left out for its
 score; where the first error is large, rounding has changed their order.
 
