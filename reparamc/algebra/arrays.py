@@ -168,6 +168,7 @@ def glanced(array: Array) -> npt.NDArray[Any]:
 
 
 MODERATE = 2.0**42
+"""The product of three such numbers is finite in float32."""
 
 
 def all_moderate(held: npt.NDArray[Any]) -> bool:

@@ -316,7 +316,7 @@ class _Side:
         given = [self.told(n, shape_of, steps - 1) for n in node.input] if node.op_type in SIZES else []
         shape = self.shapes.shape(name)
         made = sizes_made(node, shape_of, None if shape is None else len(shape), given)
-        return made if made is None or self.doubted.isdisjoint(s for e in made.sizes for s in e.symbols) else None
+        return made if made is None or self.doubted.isdisjoint(made.symbols) else None
 
     def bound(self, name: str) -> Bound:
         node, at = self.producers[name]

@@ -596,9 +596,9 @@ def _read_reshape(call: Call) -> Value:
 
 
 def _regrouped(call: Call, x: Value, given: Sequence[Dim]) -> Value:
-    """``x`` reshaped to sizes of which -1 is what is left, and 0 may be the size that ``x`` has there.
+    """``x`` reshaped to ``given``: -1 means the elements that are left, and 0 may mean the size of ``x`` there.
 
-    What is left of no elements is refused, and so is a size of zero in the place of which another one is taken.
+    The result refuses inputs for which no elements are left, or a size is zero and another one replaces it.
     """
     zero_is_zero = call.flag("allowzero")
     if any(n.factor < -1 or (n == Dim(0) and not zero_is_zero and i >= x.rank) for i, n in enumerate(given)):

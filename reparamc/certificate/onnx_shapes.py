@@ -185,6 +185,10 @@ class Sizes(NamedTuple):
     rank: int
     sizes: tuple[Dim, ...]
 
+    @property
+    def symbols(self) -> set[str]:
+        return {s for e in self.sizes for s in e.symbols}
+
     @classmethod
     def of(cls, array: Array) -> Sizes | None:
         """The sizes that a constant holds; None where it is no shape."""
@@ -351,7 +355,7 @@ class Shapes:
             shape = self._read(node.output[0])
             given = [self._vectors.get(n) or self._stored_sizes(n) for n in node.input]
             made = sizes_made(node, self._read, None if shape is None else len(shape), given)
-            if made is not None and self.doubted.isdisjoint(s for e in made.sizes for s in e.symbols):
+            if made is not None and self.doubted.isdisjoint(made.symbols):
                 self._vectors[node.output[0]] = made
 
     def _stored_sizes(self, name: str) -> Sizes | None:

@@ -184,7 +184,7 @@ class _Origins:
 
 
 def names_dtype(node: fx.Node) -> bool:
-    """Whether a call gives a floating dtype that it names, whatever its operands are."""
+    """Whether a call names the floating dtype of its result, so that operands do not change it."""
     named = (a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype))
     return _name(node) in _NAMED or any(dtype.is_floating_point for dtype in named)
 

@@ -61,7 +61,7 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
     made = plain_graph(module, type(model).__name__)
     try:
         _spell_guards(made)
-    except Exception as error:  # whatever a proxy cannot follow
+    except Exception as error:  # a proxy cannot follow the guards
         raise InputError("what torch.export takes for granted of sizes cannot be written as a graph") from error
     recompose(made)
     drop_casts(made)

@@ -121,7 +121,7 @@ class Questions(TorchFunctionMode):
 
     @contextmanager
     def of_another(self) -> Iterator[None]:
-        """What a forward asks that is called by this one: it is settled by itself."""
+        """While this forward calls another one: what that asks is settled by itself."""
         outer = self.refused, self._frames
         self.refused, self._frames = None, {}
         try:
@@ -145,6 +145,9 @@ class Questions(TorchFunctionMode):
         """While this thread makes a graph."""
         thread = threading.get_ident()
 
+        def is_asking(frame: FrameType) -> bool:
+            return threading.get_ident() == thread and not is_of_torch(frame)
+
         def text(size: torch.SymInt, *_spec: str) -> str:
             if size.node.is_constant() or may_tell(sys._getframe(1)):
                 return repr(size)
@@ -153,41 +156,36 @@ class Questions(TorchFunctionMode):
         def mode(name: str) -> Any:
             plain = getattr(torch, name)
 
-            def asked(*given: Any) -> Any:
-                if threading.get_ident() == thread and not is_of_torch(sys._getframe(1)):
+            def answer(*given: Any) -> Any:
+                if is_asking(sys._getframe(1)):
                     raise self.refusal(f"it asks torch.{name}, which may answer otherwise later")
                 return plain(*given)
 
-            return asked
+            return answer
 
-        def setting(*given: Any) -> None:
-            plain_setting(*given)
+        def setting(*given: Any) -> None:  # torch itself calls it, in `torch.autocast`
             if threading.get_ident() == thread and not self._exporting:
                 raise self.refusal("it turns autocast on or off, which no graph holds")
+            plain_setting(*given)
 
         def number(kind: type, name: str) -> Any:
             plain = getattr(kind, name)
 
-            def asked(value: Any) -> Any:
-                if (
-                    threading.get_ident() == thread
-                    and not is_of_torch(sys._getframe(1))
-                    and not value.node.is_constant()
-                ):
+            def answer(value: Any) -> Any:
+                if is_asking(sys._getframe(1)) and not value.node.is_constant():
                     raise self.refusal("it branches on a size, or takes it for a number, which a graph would fix")
                 return plain(value)
 
-            return asked
+            return answer
 
         plain_setting = getattr(torch, _SETTING)
+        answers: list[tuple[Any, str, Any]] = [(torch, _SETTING, setting)]
+        answers += [(torch, name, mode(name)) for name in _OF_MODES]
+        answers += [(torch.SymInt, name, text) for name in ("__str__", "__format__")]
+        answers += [(kind, name, number(kind, name)) for kind, name in (_NUMBERS if self._exporting else ())]
         with ExitStack() as patches:
-            for kind, name in _NUMBERS if self._exporting else ():
-                patches.enter_context(mock.patch.object(kind, name, number(kind, name)))
-            patches.enter_context(mock.patch.object(torch, _SETTING, setting))
-            for name in _OF_MODES:
-                patches.enter_context(mock.patch.object(torch, name, mode(name)))
-            for name in ("__str__", "__format__"):
-                patches.enter_context(mock.patch.object(torch.SymInt, name, text, create=True))
+            for owner, name, made in answers:
+                patches.enter_context(mock.patch.object(owner, name, made, create=True))
             patches.enter_context(self)
             drawn = random.getstate()
             yield

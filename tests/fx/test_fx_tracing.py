@@ -557,7 +557,7 @@ def test_autocast_within_forward_is_not_lost() -> None:
 
 
 class InFullPrecision(InLowPrecision):
-    """A layer that computes in float32 whatever is around it."""
+    """A layer that computes in float32, also where autocast is on around it."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
