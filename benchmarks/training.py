@@ -184,9 +184,9 @@ def cost(names: list[str]) -> None:
     row("", "8 images, s", "32 images, s", "unverified / 8", "full / 32", "no example", "example of 32")
     for name in names or COSTLY:
         model, x = build(name), images(name)
-        model(x[:2])
-        few, many = (seconds_of(model, x[:8]) for _ in range(2)), seconds_of(model, x)
-        least = min(few)
+        with torch.no_grad():
+            model(x[:2])
+            least, many = (min(seconds_of(model, given) for _ in range(2)) for given in (x[:8], x))
         bare = seconds_of(fuse_fx, model, x[:2], verify=False)
         full = [seconds_of(fuse_fx, model, *given) for given in ((x[:2],), (), (x,))]
         row(name, least, many, bare / least, *(f / many for f in full))
