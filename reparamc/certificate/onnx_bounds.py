@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, inliner, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
 
 VAST, LAST = 2**20, 2**62
 """Vectors of more entries take too long. From the second on, a number is no size: exporters mean the end of an axis."""
@@ -44,6 +44,42 @@ def stand_in(node: NodeProto) -> None:
     if node.op_type == "GroupNormalization" and not node.domain:
         node.op_type = "Identity"
         del node.attribute[:], node.input[1:]
+
+
+def hide_ends_in_reverse(light: ModelProto) -> None:
+    """Have inference say nothing of slices in reverse that end at the largest number.
+
+    That is behind the last position: nothing is left, as inference has it. ONNX Runtime goes on to the first position.
+    """
+    for graph in [*nested(light.graph)]:
+        slices = [n for n in graph.node if n.op_type == "Slice" and not n.domain and len(n.input) > 4]
+        small = _small_constants(light.graph, graph) if slices else {}
+        for node in slices:
+            ends, steps = small.get(node.input[2], ()), small.get(node.input[4], ())
+            if any(step < 0 and end in ENDLESS for end, step in zip(ends, steps, strict=False)):
+                name = f"end of {node.output[0]}"
+                light.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, [len(ends)]))
+                node.input[2] = name
+
+
+ENDLESS = (2**31 - 1, 2**63 - 1)
+"""The largest numbers of their types."""
+
+
+def _small_constants(*graphs: GraphProto) -> dict[str, list[int]]:
+    """The entries of small constants that are whole numbers."""
+    found = [(t.name, t) for graph in graphs for t in graph.initializer]
+    found += [
+        (n.output[0], a.t)
+        for graph in graphs
+        for n in graph.node
+        if n.op_type == "Constant"
+        for a in n.attribute
+        if a.name == "value"
+    ]
+    whole = TensorProto.INT64, TensorProto.INT32
+    found = [(n, t) for n, t in found if t.data_type in whole and prod(t.dims) <= MOST_READ and not t.external_data]
+    return {name: np.ravel(numpy_helper.to_array(t)).tolist() for name, t in found}
 
 
 def may_propagate(light: ModelProto, told: ModelProto | None = None) -> bool:

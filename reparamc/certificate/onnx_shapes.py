@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, 
 
 from reparamc.certificate.axes import Dim
 from reparamc.certificate.normal_form import Array
-from reparamc.certificate.onnx_bounds import FAILURES, may_propagate, stand_in
+from reparamc.certificate.onnx_bounds import FAILURES, hide_ends_in_reverse, may_propagate, stand_in
 
 WEIGHT = 1024
 """A stored tensor of more elements is a weight: shape inference gets its type alone."""
@@ -78,6 +78,7 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
     graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in stored.items())
     for name, (dtype, dims) in typed.items():
         graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), dims))
+    hide_ends_in_reverse(found)
     return found
 
 

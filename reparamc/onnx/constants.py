@@ -258,6 +258,9 @@ def _picked(node: NodeProto, sizes: np.ndarray, constants: Constants) -> np.ndar
     try:
         if node.op_type == "Slice":
             start, end, _, step = (None if a is None else a.item() for a in [*given, None, None][:4])
+            in_range = start is not None and end is not None and -len(sizes) <= start and end < len(sizes)
+            if step is not None and step < 0 and not in_range:
+                return None  # the standard and runtimes do not agree on it
             index = slice(start, end, step)
         return np.asarray(sizes[index], dtype=object)
     except (IndexError, ValueError):

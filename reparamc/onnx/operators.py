@@ -477,6 +477,8 @@ def _read_slice(graph: Facts, node: NodeProto, output: str) -> Reading | Decline
         cuts = {axis - 2: bounds for axis, bounds in zip(axes, zip(starts, ends, steps, strict=True), strict=True)}
         return cropped(graph.operand(node.input[0]), channels, [d.known for d in shape[2:]], cuts)
     if len(axes) == 1 and (width := shape[axes[0]].known) is not None:
+        if steps[0] < 0 and not (-width <= starts[0] and ends[0] < width):
+            return None  # the standard and runtimes do not agree on it
         return _selection(graph, node.input[0], axes[0], range(width)[starts[0] : ends[0] : steps[0]])
     return None
 

@@ -141,3 +141,24 @@ def test_in_order() -> None:
     assert in_order(nodes) == nodes
     with pytest.raises(ValueError, match="form a circle"):
         in_order([*nodes, helper.make_node("Relu", ["p"], ["q"]), helper.make_node("Relu", ["q"], ["p"])])
+
+
+@pytest.mark.parametrize("level", ["off", "region", "full"])
+@pytest.mark.parametrize("of", ["sizes", "channels", "positions"])
+@pytest.mark.parametrize(("start", "end"), [(-1, 2**63 - 1), (2, 2**31 - 1), (-(2**62), -(2**63)), (-(2**40), -9)])
+@pytest.mark.parametrize("shape", [BATCH, FIXED])
+def test_a_slice_in_reverse_of_which_there_are_two_readings(
+    shape: Any, start: int, end: int, of: str, level: str
+) -> None:
+    """ONNX Runtime takes the largest number for the beginning, shape inference for what is behind the end."""
+    axis = {"sizes": 0, "channels": 1, "positions": 2}[of]
+    given = {"start": np.array([start]), "end": np.array([end]), "axis": np.array([axis])}
+    given |= {"back": np.array([-1]), **{name: PARAMETERS[name] for name in ("w", *N)}}
+    turned = node("Slice", f"{'s' if of == 'sizes' else 'c'} start end axis back", "t")
+    if of == "sizes":
+        nodes = [CONV, node("Shape", "x", "s"), turned, node("ConstantOfShape", "t", "m"), node("ReduceSum", "m", "k")]
+        nodes = [*nodes, BN, node("Add", "y k", "z")]
+    else:
+        nodes = [CONV, turned, node("Shape", "t", "s"), node("Cast", "s", "f", to=1), node("ReduceSum", "f", "k")]
+        nodes = [*nodes, node("ReduceMax", "t", "l"), BN, node("Sum", "y k l", "z")]
+    fuse(model(nodes, given, shape, outputs="z"), verify=level)  # which compares
