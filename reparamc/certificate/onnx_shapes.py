@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, 
 
 from reparamc.certificate.axes import Dim
 from reparamc.certificate.normal_form import Array
-from reparamc.certificate.onnx_bounds import FAILURES, hide_ends_in_reverse, may_propagate, stand_in
+from reparamc.certificate.onnx_bounds import FAILURES, LAST, hide_ends_in_reverse, may_propagate, stand_in
 
 WEIGHT = 1024
 """A stored tensor of more elements is a weight: shape inference gets its type alone."""
@@ -147,23 +147,28 @@ def may_be_copied(told: Dim, own: Dim | None) -> bool:
     return bool(told.symbols) and (own is None or not set(told.symbols) <= set(own.symbols))
 
 
+def _copied(node: NodeProto, before: Sequence[Dim] | None, told: Sequence[Dim]) -> list[Dim]:
+    """Those of the sizes ``told`` to a reshape for which it takes others, of its operand, if they are zero."""
+    if node.op_type != "Reshape" or attribute(node, "allowzero", 0):
+        return []
+    if before is None:
+        return [e for e in told if e.symbols]
+    return [e for own, e in zip(before, told, strict=False) if may_be_copied(e, own)]  # behind these, it refuses zero
+
+
 def _is_made_up(size: Dim, given: Collection[str]) -> bool:
-    """Whether ``size`` is a symbol of inference."""
+    """Whether ``size`` is a symbol of inference, and none of those ``given``."""
     return size.factor == 1 and len(size.symbols) == 1 and size.symbols[0] not in given
 
 
 TOLD = {"Reshape": 1, "ConstantOfShape": 0}
 """Operators that are given the sizes of their result, and by which operand."""
 
+MADE = {"Expand", "Range", "Slice"}
+"""Operators that are given numbers from which sizes follow, in another way."""
+
 BROADCAST = {"Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Pow", "Sub", "Sum", "Where"}
 """Operators whose operands are stretched to one shape."""
-
-
-def _broadcast(dims: Iterable[Dim]) -> Dim | None:
-    """The size that operands of the sizes ``dims`` are stretched to; None where that is unknown."""
-    wide = {e for e in dims if e != Dim()}
-    found = {e for e in wide if e.known is not None} or wide or {Dim()}
-    return found.pop() if len(found) == 1 else None
 
 
 def _sum(dims: Iterable[Dim]) -> Dim | None:
@@ -185,6 +190,8 @@ class Sizes(NamedTuple):
 
     rank: int
     sizes: tuple[Dim, ...]
+    are_truths: bool = False
+    """Whether one and zero stand for true and false."""
 
     @property
     def symbols(self) -> set[str]:
@@ -217,12 +224,49 @@ def _sliced(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
 
 
 def _multiplied(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
-    """One size times another, or divided without a rest; negative numbers are no sizes."""
-    if any(len(part.sizes) != 1 or part.sizes[0].factor < 0 for part in given):
+    """Sizes times others, or divided without a rest; negative numbers are no sizes."""
+    found = [_product(node, first, second) for first, second in _side_by_side(given)]
+    return None if None in found or not found else tuple(e for e in found if e is not None)
+
+
+def _product(node: NodeProto, first: Dim, second: Dim) -> Dim | None:
+    if first.known is not None and second.known is not None and node.op_type == "Mul":
+        return Dim(first.factor * second.factor) if abs(first.factor * second.factor) < LAST else None
+    if min(first.factor, second.factor) < 0:
         return None
-    first, second = (part.sizes[0] for part in given)
     found = first.times(second) if node.op_type == "Mul" else first.over(second)
-    return None if found is None or (node.op_type == "Div" and second.symbols) else (found,)  # which may be zero
+    return None if node.op_type == "Div" and second.symbols else found  # which may be zero
+
+
+def _side_by_side(given: Sequence[Sizes]) -> list[tuple[Dim, ...]]:
+    """The entries of vectors that an operator takes together, of one length but for single numbers; else nothing."""
+    length = max(len(part.sizes) for part in given)
+    wide = [part.sizes * (length if len(part.sizes) == 1 else 1) for part in given]
+    return [*zip(*wide, strict=True)] if all(len(part) == length for part in wide) else []
+
+
+def _compared(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    """Whether sizes are equal: one and zero where that is known for all of them. No size is negative."""
+    pairs = _side_by_side(given)
+    for a, b in pairs:
+        is_apart = min(a.factor, b.factor) < 0 <= max(a.factor, b.factor)
+        if a != b and not is_apart and (a.symbols or b.symbols):
+            return None
+    return tuple(Dim(int(a == b)) for a, b in pairs) or None
+
+
+def _chosen(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    rows = _side_by_side(given)
+    return tuple(a if here == Dim() else b for here, a, b in rows) or None
+
+
+def _filled(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
+    """A vector of one number."""
+    value = cast("TensorProto | None", attribute(node, "value"))
+    length = given[0].sizes[0].known if len(given[0].sizes) == 1 else None
+    if value is None or value.data_type != TensorProto.INT64 or length is None or not 0 <= length <= MOST_SIZES:
+        return None
+    return (Dim(int(numpy_helper.to_array(value).reshape(-1)[0])),) * length
 
 
 def _same(node: NodeProto, given: Sequence[Sizes]) -> tuple[Dim, ...] | None:
@@ -235,9 +279,12 @@ SIZES: Mapping[str, Callable[[NodeProto, Sequence[Sizes]], tuple[Dim, ...] | Non
     "Slice": _sliced,
     "Mul": _multiplied,
     "Div": _multiplied,
+    "Equal": _compared,
+    "Where": _chosen,
+    "ConstantOfShape": _filled,
     **dict.fromkeys(("Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze"), _same),
 }
-"""Operators on sizes in a row. Axes decide nothing, for there is one."""
+"""Operators on sizes in a row. Axes decide nothing, for there is one. Only Where reads truths."""
 
 
 def sizes_made(
@@ -255,8 +302,10 @@ def sizes_made(
     known = [e for e in given if e is not None]
     if node.op_type not in SIZES or rank is None or rank > 1 or len(known) < len(given):
         return None
+    if [e.are_truths for e in known] != [node.op_type == "Where", *[False] * len(known)][: len(known)]:
+        return None
     sizes = SIZES[node.op_type](node, known)
-    return None if sizes is None else Sizes(rank, sizes)
+    return None if sizes is None else Sizes(rank, sizes, node.op_type == "Equal")
 
 
 class Shapes:
@@ -300,9 +349,16 @@ class Shapes:
         open_ = {v.name for v in model.graph.input}
         self._parts = made | {name: t for name, t in stored_.items() if name not in open_}
         self._vectors: dict[str, Sizes] = {}
+        self._cut: dict[Dim, Dim] = {}
+        """The sizes of slices that end at a size, or at the end of what is not empty: that size.
+
+        What is stretched together with such a slice to the size where it ends has that size, or does not run."""
         self.doubted: set[str] = set()
         """Unknown sizes that inference believes of a reshape that copies another one where they are zero."""
+        fresh: set[str] = set()
         for node in light.graph.node:  # operands come first
+            given |= fresh  # what a symbol is follows from the operator that it comes from
+            fresh = self._symbols(node.output)
             if node.domain:
                 continue
             self._measure(node)
@@ -312,9 +368,11 @@ class Shapes:
                 self._explain_sizes(node, given)
             if node.op_type in TOLD:
                 self._explain_told(node, given)
+            if node.op_type in MADE:
+                self._explain_made(node, given)
             if node.op_type in ("Flatten", "Reshape"):
                 is_rest = node.op_type == "Flatten" or not rests.isdisjoint(node.input[1:])
-                self._explain(node.input[0], node.output[0], given, is_rest)
+                self._explain(node, given, is_rest)
             elif node.op_type in ("Concat", "Identity", "Unsqueeze") and not rests.isdisjoint(node.input):
                 rests.add(node.output[0])
 
@@ -350,6 +408,10 @@ class Shapes:
     def _open(self, symbol: str) -> Dim:
         return self._meaning.get(symbol, Dim(1, (symbol,)))
 
+    def _symbols(self, names: Iterable[str]) -> set[str]:
+        kinds = (self._types[name] for name in names if name in self._types)
+        return {d.dim_param for kind in kinds for d in kind.shape.dim if d.dim_param}
+
     def _measure(self, node: NodeProto) -> None:
         """Enter what sizes a node gives, if it gives such."""
         if node.op_type == "Shape" or node.op_type in SIZES:
@@ -371,15 +433,14 @@ class Shapes:
         """Learn sizes of a result from those that it is given as numbers; doubt what may be copied in their place."""
         at = TOLD[node.op_type]
         told = self._vectors.get(node.input[at]) if at < len(node.input) else None
-        before, after = self._read(node.input[0]) or (), self._read(node.output[0])
+        before, after = self._read(node.input[0]), self._read(node.output[0])
         if after is None or (told is not None and len(after) != len(told.sizes)):
             return
-        copies = node.op_type == "Reshape" and not attribute(node, "allowzero", 0)
-        for i, made_up in enumerate(after):
-            size = made_up if told is None else told.sizes[i]
-            if copies and may_be_copied(size, before[i] if i < len(before) else None):
-                self.doubted.update(size.symbols)
-            elif _is_made_up(made_up, given) and size.factor > 0 and size != made_up:
+        sizes = after if told is None else told.sizes
+        doubtful = _copied(node, before, sizes)
+        self.doubted.update(s for e in doubtful for s in e.symbols)
+        for made_up, size in zip(after, sizes, strict=True):
+            if size not in doubtful and _is_made_up(made_up, given) and size.factor > 0 and size != made_up:
                 self._meaning[made_up.symbols[0]] = size
 
     def _explain_sizes(self, node: NodeProto, given: set[str]) -> None:
@@ -399,8 +460,52 @@ class Shapes:
                 continue
             at = axis - len(after)
             dims = [shape[at] for shape in operands if len(shape) >= -at]
-            if (found := _sum(dims) if axis == joined else _broadcast(dims)) not in (None, made_up):
+            if (found := _sum(dims) if axis == joined else self._broadcast(dims)) not in (None, made_up):
                 self._meaning[made_up.symbols[0]] = found
+
+    def _explain_made(self, node: NodeProto, given: set[str]) -> None:
+        """Learn sizes of an Expand, a Slice or a Range from the numbers that it is given."""
+        before, after = self._read(node.input[0]), self._read(node.output[0])
+        if before is None or after is None or not any(_is_made_up(e, given) for e in after):
+            return
+        numbers = [self._vectors.get(n) or self._stored_sizes(n) for n in node.input]
+        found: list[Dim | None] = [None] * len(after)
+        if node.op_type == "Slice":
+            found = self._sliced(before, after, numbers[1:])
+        elif node.op_type == "Range" and None not in numbers:
+            start, limit, step = (part.sizes for part in numbers if part is not None)
+            found = [*limit] if (start, step) == ((Dim(0),), (Dim(),)) and limit[0].factor >= 0 else found
+        elif node.op_type == "Expand" and (told := numbers[1]) is not None and len(told.sizes) <= len(after):
+            rows = ((Dim(),) * (len(after) - len(row)) + row for row in (before, told.sizes))
+            found = [self._broadcast(pair) for pair in zip(*rows, strict=True)]
+        for made_up, size in zip(after, found, strict=True):
+            if _is_made_up(made_up, given) and size not in (None, made_up):
+                self._meaning[made_up.symbols[0]] = size
+
+    def _sliced(self, before: Sequence[Dim], after: Sequence[Dim], numbers: Sequence[Sizes | None]) -> list[Dim | None]:
+        """The sizes of a slice, as far as it starts at the start and leaves nothing out; others are noted in `_cut`."""
+        known = [part.sizes for part in numbers if part is not None]
+        if len(known) < max(len(numbers), 3) or not all(
+            a.known is not None and -len(after) <= a.factor < len(after) for a in known[2]
+        ):
+            return [None] * len(after)
+        starts, ends, axes, steps = *known, *[(Dim(),) * len(known[0])][: 4 - len(known)]
+        found: list[Dim | None] = [*before]
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            at, width = axis.factor, before[axis.factor]
+            is_first = start == Dim(0) and step == Dim()
+            if is_first and end.symbols and end.factor > 0 and width.known and not after[at].known:
+                self._cut[after[at]] = end
+            if not is_first or (end != width and end.factor < LAST):
+                found[at] = None
+        return found
+
+    def _broadcast(self, dims: Iterable[Dim]) -> Dim | None:
+        """The size that operands of the sizes ``dims`` are stretched to; None where that is unknown."""
+        wide = {e for e in dims if e != Dim()}
+        wide = {e for e in wide if self._cut.get(e) not in wide}
+        found = {e for e in wide if e.known is not None} or wide or {Dim()}
+        return found.pop() if len(found) == 1 and min(found).factor >= 0 else None
 
     def _explain_parts(self, node: NodeProto, given: set[str]) -> None:
         """Learn the sizes that a Split cuts; inference tells them only where it knows their sum."""
@@ -413,17 +518,17 @@ class Shapes:
             if shape and _is_made_up(shape[axis], given) and size >= 0:
                 self._meaning[shape[axis].symbols[0]] = Dim(size)
 
-    def _explain(self, operand: str, name: str, given: set[str], is_rest: bool) -> None:
+    def _explain(self, node: NodeProto, given: set[str], is_rest: bool) -> None:
         """Learn the one size of a reshape that inference made up: what is left of the elements.
 
         Empty tensors tell nothing of it, unless the runtime takes it for the rest, too (``is_rest``): it refuses them.
         """
-        before, after = self._read(operand), self._read(name)
+        before, after = self._read(node.input[0]), self._read(node.output[0])
         if before is None or after is None:
             return
         known = given.union(self._meaning, *(e.symbols for e in before))
         new = [e for e in after if _is_made_up(e, known)]
-        if len(new) != 1:
+        if len(new) != 1 or any(e != new[0] for e in _copied(node, before, after)):
             return
         elements, others = Dim(), Dim()
         for e in before:
