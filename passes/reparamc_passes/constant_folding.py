@@ -18,11 +18,10 @@ OREPA's sum over the kernels of its branches, LoRA's `s B A` added to a frozen m
 
 from __future__ import annotations
 
-from reparamc.compiler.plan import GraphPass, fold_constants
+from reparamc.compiler.plan import FoldingPass
 
-CONSTANT_FOLDING = GraphPass(
+CONSTANT_FOLDING = FoldingPass(
     name="constant-folding",
     equation="f(c) = c'",
     exact_when="f is deterministic and its operands cannot be overridden; done when c' takes no more room",
-    run=fold_constants,
 )

@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import field
-from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from reparamc.algebra.arrays import Array, Parameter, always, is_all
-from reparamc.algebra.records import entity, record, replace
+from reparamc.algebra.records import entity, lazy, record, replace
 from reparamc.algebra.shape import Shape, axis_through_reshape, sizes_after
 
 if TYPE_CHECKING:
@@ -119,12 +118,12 @@ class Conv:
     def in_channels(self) -> int:
         return self.weight.shape[1] * self.groups
 
-    @cached_property
+    @lazy
     def reach(self) -> Ints:
         """Offset of the last tap, per axis."""
         return tuple(a + d * (k - 1) for a, d, k in zip(self.offset, self.dilation, self.kernel, strict=True))
 
-    @cached_property
+    @lazy
     def padding(self) -> tuple[Ints, Ints]:
         """Zeros read before and after the size, per axis (negative: values skipped).
 
@@ -405,7 +404,7 @@ class Layout:
     op: LayoutOp
     axis_in: int | None
 
-    @cached_property
+    @lazy
     def axis(self) -> int | None:
         if self.axis_in is None:
             return None
@@ -540,4 +539,5 @@ def release(root: Expr) -> None:
 
 def arrays(e: Expr) -> tuple[Array, ...]:
     """The parameters that ``e`` itself holds."""
-    return tuple([a for name in _HELD.get(type(e), ()) if (a := getattr(e, name)) is not None])
+    names = _HELD.get(type(e))
+    return () if names is None else tuple([a for name in names if (a := getattr(e, name)) is not None])

@@ -12,9 +12,27 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from typing_extensions import dataclass_transform
-else:  # from Python 3.11 on, it is in typing
+    from functools import cached_property as lazy  # pyright: ignore[reportUnusedImport]
 
+    from typing_extensions import dataclass_transform
+else:
+
+    class lazy:
+        """A `cached_property` without the lock that it takes before Python 3.12."""
+
+        def __init__(self, function: Any) -> None:
+            self.function, self.__doc__ = function, function.__doc__
+
+        def __set_name__(self, owner: Any, name: str) -> None:
+            self.name = name
+
+        def __get__(self, held: Any, owner: Any = None) -> Any:
+            if held is None:
+                return self
+            made = vars(held)[self.name] = self.function(held)
+            return made
+
+    # from Python 3.11 on, it is in typing
     def dataclass_transform(**_: Any) -> Any:
         return lambda decorator: decorator
 
@@ -59,7 +77,7 @@ def replace(held: T, **changes: Any) -> T:
     if not changes.keys() <= names.keys():
         raise TypeError(f"{type(held).__name__} has no field {min(changes.keys() - names.keys())!r}")
     made, values = object.__new__(type(held)), vars(held)
-    vars(made).update({name: values[name] for name in names}, **changes)
+    vars(made).update(zip(names, map(values.__getitem__, names), strict=True), **changes)
     return made
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import ml_dtypes
 import numpy as np
 
-from reparamc.algebra.arrays import Parameter, all_moderate, values
+from reparamc.algebra.arrays import Parameter, is_moderate, values
 from reparamc.algebra.cost import Objective
 from reparamc.algebra.expr import Array, Conv, Expr, arrays, flatten, release, replaced, walk
 from reparamc.algebra.infer import misfit
@@ -213,7 +213,7 @@ def _obstacle(
 
 
 def _is_moderate(e: Expr) -> bool:
-    return all(all_moderate(values(a)) for part in walk(e) for a in arrays(part))
+    return all(is_moderate(a) for part in walk(e) for a in arrays(part))
 
 
 def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:

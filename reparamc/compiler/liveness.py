@@ -9,12 +9,11 @@ channels that the outputs need, found from the outputs to the inputs.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
-from functools import cached_property
 
 import numpy as np
 
 from reparamc.algebra.alike import Alike, alike_after, frees_channels, multiples
-from reparamc.algebra.arrays import all_moderate, glanced
+from reparamc.algebra.arrays import is_moderate
 from reparamc.algebra.channels import Index, Mask, is_separate, known_after, takes_constants, uses
 from reparamc.algebra.expr import (
     Array,
@@ -33,7 +32,7 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import coefficients
-from reparamc.algebra.records import entity, replace
+from reparamc.algebra.records import entity, lazy, replace
 from reparamc.compiler.graph import Graph, Separate
 from reparamc.compiler.readings import MOST_CONCATENATED, Reading, Taps, Value
 
@@ -58,7 +57,7 @@ class Channels:
     def numbers(self) -> Index:
         return np.arange(self.start, self.start + self.width)
 
-    @cached_property
+    @lazy
     def merged(self) -> Alike:
         """The channel of this value, counted from 0, that each is a multiple of."""
         return self.alike.within()
@@ -78,7 +77,7 @@ def _is_moderate(e: Expr) -> bool:
     """Whether no parameter of ``e`` makes what it reads NaN or infinite: zero times that is not zero."""
     with np.errstate(all="ignore"):
         held = coefficients(e) if isinstance(e, BatchNorm) else arrays(e)
-    return all(all_moderate(glanced(a)) for a in held)
+    return all(map(is_moderate, held))
 
 
 class Liveness:

@@ -11,7 +11,7 @@ from time import perf_counter
 from reparamc.algebra.cost import objective_of
 from reparamc.compiler.attempt import Attempt, rewritten
 from reparamc.compiler.host import Host, Options, ResultT
-from reparamc.compiler.plan import FirstPass, Plan, make_plan
+from reparamc.compiler.plan import FirstPass, Plan, folded, make_plan
 from reparamc.errors import InputError, one_line
 from reparamc.report.data import Report
 from reparamc.report.merge import in_a_row
@@ -45,7 +45,8 @@ def seldom_collecting_garbage() -> Generator[None]:
 def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
     """A fused copy of the model of ``host``, and the report.
 
-    A pass that comes before all others is carried out, proven and compared by itself; the others go on with its result.
+    A pass that comes before all others is carried out, proven and compared by itself, with the constants that are
+    folded; the others go on with its result.
 
     Raises:
         InputError: the model cannot be read, or the framework does not accept the result.
@@ -53,15 +54,20 @@ def fuse(host: Host[ResultT], options: Options) -> tuple[ResultT, Report]:
     """
     told: list[Report] = []
     start = perf_counter()
+    objective = objective_of(options.objective)
+    graph, folds = folded(host.graph, options.passes, objective)
     for p in options.passes:
-        plan = p.first(host.graph, p.name, options.level != "off") if isinstance(p, FirstPass) else None
+        plan = p.first(graph, p.name, options.level != "off") if isinstance(p, FirstPass) else None
         if plan is not None:
+            plan.folds += folds
             result, report = _carried_out(host, options, plan, start)
             told.append(report)
-            host = host.over(result) if report.changed else host
+            if report.changed:
+                host = host.over(result)
+                graph, folds = folded(host.graph, options.passes, objective)
             start = perf_counter()
     plan = make_plan(
-        host.graph, options.passes, objective_of(options.objective), verify=options.level != "off",
+        graph, options.passes, objective, folds, verify=options.level != "off",
         progress=options.progress, told=options.told, described=options.described,
     )  # fmt: skip
     result, report = _carried_out(host, options, plan, start)

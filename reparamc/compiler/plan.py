@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from reparamc.algebra.arrays import is_all
 from reparamc.algebra.cost import LATENCY, Objective, is_multiplied, is_shifted
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
-from reparamc.algebra.records import entity, replace
+from reparamc.algebra.records import entity, lazy, replace
 from reparamc.algebra.rewrite import Declined, Pass
 from reparamc.compiler.consider import Decision, Setting
 from reparamc.compiler.decide import decide
@@ -52,11 +51,15 @@ class GraphPass(Pass):
     run: Callable[[Compilation, str], None] = field(kw_only=True)
 
 
+@entity
+class FoldingPass(Pass):
+    """The pass that has operators over constants computed once, before anything is read; see `folded`."""
+
+
 class Compilation:
     """A graph on its way through the passes; a `GraphPass` changes it.
 
-    The first that asks for `decisions` has the operators read and the rules applied, so that what comes before it in
-    the table of passes may still change `graph`.
+    The first that asks for `decisions` has the operators read and the rules applied.
     """
 
     def __init__(
@@ -72,12 +75,11 @@ class Compilation:
     ) -> None:
         self.graph, self.passes = graph, passes
         self.objective = replace(objective, stores_ones=graph.stores_ones)
-        self.folds: list[Fold] = []
         self.kept: list[Refusal] = []
         self.failed: dict[Value, Decision] = {}
         self._verify, self._progress, self._told, self._described = verify, progress, told, described
 
-    @cached_property
+    @lazy
     def setting(self) -> Setting:
         """The graph with the readings of its operators."""
         readings: dict[Value, Reading] = {}
@@ -94,14 +96,14 @@ class Compilation:
             reference = Reference(self.graph, readings, self._told)
         return Setting(self.graph, readings, self.passes, self.objective, reference, self._described)
 
-    @cached_property
+    @lazy
     def decisions(self) -> dict[Value, Decision]:
         """What becomes of each region by its root, but for those in `failed`, whose replacement is wrong."""
         found = decide(self.setting, self._progress)
         self.failed = {root: d for root, d in found.items() if d.failed}
         return {root: d for root, d in found.items() if not d.failed}
 
-    @cached_property
+    @lazy
     def _places(self) -> dict[Value, int]:
         return {value: place for place, value in enumerate(self.graph.values())}
 
@@ -119,10 +121,10 @@ class Compilation:
             reference.fail(splice.root, "reading", wrong[0], tuple(splice.counts), splice.before, splice.after)
         return not wrong
 
-    def plan(self) -> Plan:
-        """What is to be done, and why the rest stays."""
+    def plan(self, folds: Sequence[Fold] = ()) -> Plan:
+        """What is to be done, ``folds`` among it, and why the rest stays."""
         decisions = {**self.decisions, **self.failed}
-        plan = Plan(self.graph, self.folds, kept=[*self.kept])
+        plan = Plan(self.graph, [*folds], kept=[*self.kept])
         if (reference := self.setting.reference) is not None:
             plan.failed = list(reference.failures.values())
             plan.host = HostCheck(len(reference.errors), reference.unable)
@@ -146,13 +148,15 @@ def make_plan(
     graph: Graph,
     passes: Sequence[Pass],
     objective: Objective = LATENCY,
+    folds: Sequence[Fold] = (),
     *,
     verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, of: None,
     told: dict[Hashable, float] | None = None,
     described: bool = True,
 ) -> Plan:
-    """What ``passes`` make of ``graph``; for ``told`` see `Reference`, for ``described`` `Options`.
+    """What ``passes`` make of ``graph``, in which ``folds`` are made; for ``told`` see `Reference`, for ``described``
+    `Options`.
 
     A region whose replacement fails its check stays, and is among those that `Plan.failed` names.
     """
@@ -163,22 +167,20 @@ def make_plan(
     for p in passes:
         if isinstance(p, GraphPass):
             p.run(compilation, p.name)
-    return compilation.plan()
+    return compilation.plan(folds)
 
 
 SMALL = 1024
 """Numbers that a constant may take more room by, where room is not what counts."""
 
 
-def fold_constants(compilation: Compilation, name: str) -> None:
-    """Have operators over constants computed once, before anything is read."""
-    stores = compilation.objective.stores
-    compilation.graph, folds = compilation.graph.folded(0 if stores else SMALL)
-    compilation.folds += [replace(f, counts=Counter({name: 1})) for f in folds]
-
-
-def folds_constants(p: Pass) -> bool:
-    return isinstance(p, GraphPass) and p.run is fold_constants
+def folded(graph: Graph, passes: Sequence[Pass], objective: Objective) -> tuple[Graph, list[Fold]]:
+    """What ``graph`` becomes where operators over constants are computed once, if that is among ``passes``."""
+    name = next((p.name for p in passes if isinstance(p, FoldingPass)), None)
+    if name is None:
+        return graph, []
+    graph, folds = graph.folded(0 if objective.stores else SMALL)
+    return graph, [replace(f, counts=Counter({name: 1})) for f in folds]
 
 
 LEFT = "region"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
-from functools import cached_property
 from math import prod
 from typing import TypeAlias
 
@@ -26,7 +25,7 @@ from reparamc.algebra.expr import (
 )
 from reparamc.algebra.infer import channel_axes, channels
 from reparamc.algebra.kernels import arithmetic, averaged, equal_taps
-from reparamc.algebra.records import record
+from reparamc.algebra.records import lazy, record
 from reparamc.algebra.rewrite import Declined
 from reparamc.algebra.shape import Dim, Shape, size
 
@@ -94,38 +93,38 @@ class Reading:
 
     template: Expr
 
-    @cached_property
+    @lazy
     def operands(self) -> tuple[Value, ...]:
         """The values it reads, parameters left out; or its `Taps` alone."""
         return tuple(e.key for e in walk(self.template) if isinstance(e, Source))
 
-    @cached_property
+    @lazy
     def leaves(self) -> tuple[Parameter, ...]:
         """The parameters it holds."""
         found = (a for e in walk(self.template) for a in arrays(e))
         return tuple(a for a in found if isinstance(a, Parameter))
 
-    @cached_property
+    @lazy
     def parameters(self) -> tuple[str, ...]:
         """The names of the parameters it holds."""
         return tuple(dict.fromkeys(name for leaf in self.leaves for name in leaf.names))
 
-    @cached_property
+    @lazy
     def axis(self) -> int | None:
         """The channel axis of its result, where it is known."""
         return channel_axes(self.template)[self.template]
 
-    @cached_property
+    @lazy
     def channels(self) -> int | None:
         """The number of channels of its result, where it is known."""
         return channels(self.template)[self.template]
 
-    @cached_property
+    @lazy
     def scales(self) -> bool:
         """Whether it scales, so that a linear operator before it would rather take it in."""
         return isinstance(self.template, BatchNorm | Scale) and isinstance(self.template.x, Source)
 
-    @cached_property
+    @lazy
     def commutes(self) -> bool:
         """Whether it scales or moves each channel separately, so that each of its users may take it in."""
         e = self.template

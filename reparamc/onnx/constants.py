@@ -9,13 +9,14 @@ others are not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from math import prod
 from typing import cast
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
+from reparamc.algebra.records import lazy
 from reparamc.certificate.onnx_bounds import bodies
 from reparamc.onnx.exact import exactly
 from reparamc.onnx.values import (
@@ -120,7 +121,7 @@ class _Foldable:
         self.apart: set[str] = set()
         self._outputs = {o.name for o in model.graph.output} | read_elsewhere(model)
 
-    @cached_property
+    @lazy
     def types(self) -> Types:
         return self._types()
 

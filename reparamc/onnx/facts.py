@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -12,6 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from reparamc.algebra.arrays import Parameter
 from reparamc.algebra.expr import Array, Reshape, Source
+from reparamc.algebra.records import lazy
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.readings import Reading, Value
 from reparamc.errors import InputError
@@ -53,9 +53,8 @@ class Facts:
         self._table = table
         self._readings: dict[str, Reading | Declined | None] = {}
         self._parameters: dict[str, Parameter] = {}
-        self._full = {name for name, c in self.constants.known.items() if 0 not in c.dims}
 
-    @cached_property
+    @lazy
     def types(self) -> Types:
         return Types(self.model)
 
@@ -77,12 +76,13 @@ class Facts:
 
     def is_empty(self, node: NodeProto) -> bool:
         """Whether an operand or a result of ``node`` has no elements, for every input: there is nothing to gain."""
-        for name in (*node.input, *node.output):
-            if name and name not in self._full:
-                if name in self.constants or any(dim.factor == 0 for dim in self.types.shape(name) or ()):
-                    return True
-                self._full.add(name)
-        return False
+        return not (self._empty.isdisjoint(node.input) and self._empty.isdisjoint(node.output))
+
+    @lazy
+    def _empty(self) -> set[str]:
+        known = self.constants.known
+        found = {name for name, c in known.items() if 0 in c.dims}
+        return found.union(name for name in self.types.empty if name not in known)
 
     def _is_wrong(self, node: NodeProto) -> bool:
         context = onnx.checker.C.CheckerContext()

@@ -21,7 +21,7 @@ from reparamc.certificate.onnx_bounds import bodies, nested
 from reparamc.compiler.graph import Edit, Graph, Splice
 from reparamc.compiler.host import Options, Trial
 from reparamc.compiler.pipeline import fuse, level_of, seldom_collecting_garbage
-from reparamc.compiler.plan import folds_constants
+from reparamc.compiler.plan import FoldingPass
 from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import LIFT
 from reparamc.errors import InputError, InputTypeError
@@ -88,7 +88,7 @@ def fuse_light(
     try:
         result, report = _Whole(model, options, pass_table, doubted=said is not None).fused()
     except _Refused as error:  # a runtime may object to a constant where it takes what computes the same
-        rest = tuple(p for p in options.passes if not folds_constants(p))
+        rest = tuple(p for p in options.passes if not isinstance(p, FoldingPass))
         if rest == options.passes:
             raise
         result, report = _Whole(model, replace(options, passes=rest), pass_table, doubted=said is not None).fused()
@@ -140,7 +140,7 @@ class _Whole:
         """Bytes that a result may take in which calls are replaced."""
         self.least = self.again = 0
         """What folds where they are not; and what of that counts once more for each further call."""
-        self.folding = next((p.name for p in options.passes if folds_constants(p)), None)
+        self.folding = next((p.name for p in options.passes if isinstance(p, FoldingPass)), None)
         names = [p.name for p in options.passes]
         inside = "off" if options.level == "off" else "region"
         self._fuse_body = partial(

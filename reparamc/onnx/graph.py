@@ -7,13 +7,13 @@ What bodies of If, Loop and Scan capture counts as read; they are graphs of thei
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from functools import cached_property
 from math import prod
 
 import numpy as np
 from onnx import ModelProto
 
 from reparamc.algebra.expr import Array, Conv, Expr, Source
+from reparamc.algebra.records import lazy
 from reparamc.algebra.rewrite import Declined
 from reparamc.compiler.graph import Bounded, Fold, Separate
 from reparamc.compiler.readings import LAST, MOST_CONCATENATED, Reading, Taps, Value
@@ -52,7 +52,7 @@ class OnnxGraph(Facts):
         self._functions: dict[str, Operator] = {}
         self._users: dict[Value, Sequence[Value | None]] = {}
 
-    @cached_property
+    @lazy
     def sizes(self) -> Sizes:
         return Sizes(self, lambda name: self.is_linear(name) or self.moves(name) is not None)
 
@@ -61,7 +61,7 @@ class OnnxGraph(Facts):
     def values(self) -> Sequence[str]:
         return self._values
 
-    @cached_property
+    @lazy
     def _values(self) -> list[str]:
         return [name for node in self.nodes for name in results_of(node) if name not in self.constants]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from copy import copy
 from functools import lru_cache
@@ -20,12 +20,13 @@ from onnx import (
     SparseTensorProto,
     TensorProto,
     TensorShapeProto,
+    TypeProto,
     ValueInfoProto,
     helper,
     numpy_helper,
 )
 
-from reparamc.algebra.records import record, replace
+from reparamc.algebra.records import lazy, record, replace
 from reparamc.algebra.shape import Dim, Shape, size
 from reparamc.certificate.onnx_bounds import FAILURES, bodies, hide_ends_in_reverse, may_propagate, stand_in
 from reparamc.errors import InputError
@@ -94,7 +95,9 @@ def forget_negative_sizes(values: Iterable[ValueInfoProto]) -> None:
 
 def captured(node: NodeProto) -> list[str]:
     """Names that the bodies of ``node`` read from outside, at any depth."""
-    stack = [(graph, frozenset[str]()) for graph in bodies(node)]
+    if not (graphs := bodies(node)):
+        return []  # as most have none
+    stack = [(graph, frozenset[str]()) for graph in graphs]
     found: dict[str, None] = {}
     while stack:
         graph, outside = stack.pop()
@@ -313,13 +316,15 @@ def skeleton(model: ModelProto) -> ModelProto:
     light.graph.node.extend(model.graph.node)
     referring: list[int] = []
     for place, node in enumerate(light.graph.node):
-        if node.op_type == "Constant" and is_standard(node) and (found := _referred(node)) is not None:
+        domain = node.domain
+        if domain not in ("", "ai.onnx"):
+            if is_fused_conv(node):
+                node.domain, node.op_type = "", "Conv"
+        elif node.op_type == "Constant" and (found := _referred(node)) is not None:
             light.graph.input.append(helper.make_tensor_value_info(node.output[0], found.data_type, found.dims))
             referring.append(place)
-        elif node.domain == "ai.onnx":
+        elif domain:
             node.domain = ""  # the same domain; the checker knows it by this name only
-        elif is_fused_conv(node):
-            node.domain, node.op_type = "", "Conv"
     for place in reversed(referring):
         del light.graph.node[place]
     light.graph.input.extend(model.graph.input)
@@ -376,18 +381,45 @@ def _strictly_inferred(light: bytes) -> ModelProto:
     return onnx.shape_inference.infer_shapes(light, strict_mode=True)
 
 
-def _tells_all(light: ModelProto) -> bool:
-    """Whether every size of every value is told: by a number, or a symbol of an input."""
-    graph = light.graph
-    given = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim} - {""}
-    told = {
-        v.name
-        for group in (graph.value_info, graph.output)
-        for v in group
-        if (kind := v.type.tensor_type).HasField("shape")
-        and all(d.HasField("dim_value") or d.dim_param in given for d in kind.shape.dim)
-    }
-    return told.issuperset(name for node in graph.node for name in node.output if name)
+class _Declared:
+    """The types of values as they are declared; of two for one value, the later.
+
+    Attributes:
+        kinds: the tensor type of each value.
+        sizes: its sizes, a number, a symbol or None each; None where its rank is open.
+    """
+
+    def __init__(self, values: Iterable[ValueInfoProto]) -> None:
+        self.kinds: dict[str, TypeProto.Tensor] = {}
+        self.sizes: dict[str, tuple[int | str | None, ...] | None] = {}
+        for v in values:
+            if (kind := v.type).HasField("tensor_type"):
+                name, tensor = v.name, kind.tensor_type
+                self.kinds[name] = tensor
+                self.sizes[name] = tuple(map(_declared, tensor.shape.dim)) if tensor.HasField("shape") else None
+
+    def tell_all(self, graph: GraphProto) -> bool:
+        """Whether every size of every value of ``graph`` is told: by a number, or a symbol of an input."""
+        given = {size for v in graph.input for size in self.sizes.get(v.name) or () if isinstance(size, str)}
+        for node in graph.node:
+            for name in node.output:
+                if name and ((sizes := self.sizes.get(name)) is None or not all(map(given.__contains__, _open(sizes)))):
+                    return False
+        return True
+
+
+def _declared(dim: TensorShapeProto.Dimension) -> int | str | None:
+    if n := dim.dim_value:
+        return n
+    return 0 if dim.HasField("dim_value") else dim.dim_param or None
+
+
+def _open(sizes: Iterable[int | str | None]) -> list[int | str | None]:
+    return [size for size in sizes if not isinstance(size, int)]
+
+
+def _values(graph: GraphProto) -> Iterator[ValueInfoProto]:
+    return chain(graph.value_info, graph.output, graph.input)
 
 
 def _small_constants(graph: GraphProto) -> dict[str, np.ndarray]:
@@ -449,24 +481,21 @@ class Types:
         for node in light.graph.node:
             stand_in(node)
         hide_ends_in_reverse(light)
-        plain = None
+        plain = told = None
         with suppress(*FAILURES):
             plain = strictly_inferred(light)
-        self.tells_all = plain is not None and _tells_all(plain)
-        if plain is not None and self.tells_all:
-            light = plain  # data that are propagated tell no more
+            told = _Declared(_values(plain.graph))
+        if plain is not None and told is not None and told.tell_all(plain.graph):
+            self.tells_all = True  # data that are propagated tell no more
         else:
             light = inferred(light, STRICT, {}, told=plain)
             if _tell_ranks(light):
                 light = inferred(light, STRICT, {})
-            self.tells_all = _tells_all(light)
+            told = _Declared(_values(light.graph))
+            self.tells_all = told.tell_all(light.graph)
         # What the file itself says comes first, to be overruled: it may be stale, and inference may be silent.
-        self._types = {
-            v.name: v.type.tensor_type
-            for group in (model.graph.value_info, light.graph.value_info, light.graph.output, light.graph.input)
-            for v in group
-            if v.type.HasField("tensor_type")
-        }
+        stale = _Declared(v for v in model.graph.value_info if v.name not in told.kinds)
+        self._types, self._sizes = stale.kinds | told.kinds, stale.sizes | told.sizes
         self._stored = {t.name: (t.data_type, tuple(map(_dim, t.dims))) for t in model.graph.initializer}
         self._shapes: dict[str, Shape | None] = {}
         self._dtypes: dict[str, np.dtype | None] = {}
@@ -525,16 +554,29 @@ class Types:
     def _shape(self, name: str) -> Shape | None:
         if name in self._stored:
             return self._stored[name][1]
-        kind = self._types.get(name)
-        if kind is None or not kind.HasField("shape"):
+        sizes = self._sizes.get(name)
+        if sizes is None:
             return None
         return tuple(
-            _dim(n) if (n := known_size(d)) is not None else self._open(d.dim_param or f"{name}[{axis}]")
-            for axis, d in enumerate(kind.shape.dim)
+            [
+                _dim(n) if isinstance(n, int) and n >= 0 else self._open(n if isinstance(n, str) else f"{name}[{axis}]")
+                for axis, n in enumerate(sizes)
+            ]
         )
 
     def _open(self, symbol: str) -> Dim:
         return self._products.get(symbol) or Dim.of(symbol)
+
+    @lazy
+    def empty(self) -> Set[str]:
+        """The values that have no elements, for every input."""
+        sizes = self._sizes.values()
+        if not any(0 in dims for dims in sizes if dims) and not any(
+            Dim(0) in dims for _, dims in self._stored.values()
+        ):
+            return frozenset()
+        names = {*self._sizes, *self._stored}
+        return {name for name in names if any(dim.factor == 0 for dim in self.shape(name) or ())}
 
     def rank(self, name: str) -> int | None:
         shape = self.shape(name)
