@@ -188,7 +188,7 @@ def all_moderate(held: npt.NDArray[Any]) -> bool:
 
     By such an element an operator may give NaN or infinity for ordinary inputs, where its folded form gives none.
     """
-    if np.vdot(held, held) <= MODERATE:
+    if held.dtype.char in "fd" and np.vdot(held, held) <= MODERATE:  # NumPy warns where that overflows float16
         return True  # mostly, this sum of squares is all there is to compute
     with np.errstate(invalid="ignore"):
         return float(held.max(initial=0)) <= MODERATE and float(held.min(initial=0)) >= -MODERATE
@@ -230,6 +230,8 @@ def count(array: Array) -> int:
 def always(question: Question, *arrays: Array) -> bool:
     """Whether ``question`` holds for ``arrays`` and will: one that has gradients may become another."""
     arrays = tuple(map(loaded, arrays))
+    if all(map(_is_numpy, arrays)):
+        return bool(question(*arrays))
     if any(getattr(a, "requires_grad", False) for a in arrays) or not question(*map(values, arrays)):
         return False
     assume(question, arrays)

@@ -170,11 +170,11 @@ def objective_of(name: str) -> Objective:
 
 def positions_after(e: Expr, positions: float = POSITIONS) -> float:
     """The positions of the result of ``e`` over a map of ``positions``."""
+    if isinstance(e, Conv):
+        return positions * prod(e.stride) if e.transposed else positions / prod(e.stride)
+    if not isinstance(e, Layout):
+        return positions
     match e:
-        case Conv(transposed=True):
-            return positions * prod(e.stride)
-        case Conv():
-            return positions / prod(e.stride)
         case Layout(op=Resize() as op):
             return positions * float(op.growth)
         case Layout(op=Spread(block=block, back=True)):

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import field
 from math import prod
+from operator import is_
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -432,7 +433,11 @@ def acts_on(e: Scale | BatchNorm, axis: int | None) -> bool:
 
 def rebuild(e: Expr, children: Sequence[Expr]) -> Expr:
     """The same operator over other operands; the same object when the operands are the same."""
-    if all(old is new for old, new in zip(e.children, children, strict=True)):
+    held = e.children
+    if len(held) == 1:
+        if held[0] is children[0]:
+            return e
+    elif all(map(is_, held, children)):
         return e
     if isinstance(e, Sum | Concat):
         return replace(e, terms=tuple(children))
@@ -445,14 +450,25 @@ def walk(root: Expr, stop: Callable[[Expr], bool] | None = None) -> Iterator[Exp
         return iter(_ordered(root, stop))
     found: tuple[Expr, ...] | None = vars(root).get(_BELOW)
     if found is None:
-        found = tuple(_ordered(root)[:-1])
+        found = _below(root)
         if len(found) <= _MOST_KEPT:
-            object.__setattr__(root, _BELOW, found)
+            vars(root)[_BELOW] = found
     return iter((*found, root))
 
 
 _BELOW, _MOST_KEPT = "_below", 64
 """Where a node that is walked over keeps what is below it, and how much: all of a chain would be quadratic."""
+
+
+def _below(root: Expr) -> tuple[Expr, ...]:
+    parts: list[Expr] = []
+    for e in root.children:
+        if e.children:
+            if (below := vars(e).get(_BELOW)) is None:
+                return tuple(_ordered(root)[:-1])
+            parts += below
+        parts.append(e)
+    return tuple(parts if len(parts) < 2 else dict.fromkeys(parts))
 
 
 def _ordered(root: Expr, stop: Callable[[Expr], bool] | None = None) -> list[Expr]:

@@ -72,7 +72,7 @@ def scale_outputs(conv: Conv, scale: Array, shift: Array) -> Conv:
     """``scale * conv(x) + shift``: W' = scale[o] W, b' = scale b + shift."""
     held, is_own = fresh(conv.weight)
     xp, weight, bias, scale, shift = together(held, conv.bias_or_zero, scale, shift)
-    rows = xp.broadcast_to(scale, (conv.out_channels,))
+    rows = scale if scale.ndim else xp.broadcast_to(scale, (conv.out_channels,))
     weight = _product(weight, xp.reshape(rows, (-1, *[1] * (weight.ndim - 1))), is_own and weight is held)
     if conv.bias is None and is_all(shift, 0):
         return replace(conv, weight=weight)
@@ -135,7 +135,7 @@ def stacked_shape(convs: Sequence[Conv]) -> Conv:
     """What `stack` makes, all but its weights and bias: those are zero and take no memory."""
     shape = merged_shape(convs)
     rows = sum(c.out_channels for c in convs)
-    return replace(shape, weight=np.broadcast_to(ZERO, (rows, *shape.weight.shape[1:])))
+    return replace(shape, weight=_blank(rows, *shape.weight.shape[1:]))
 
 
 def stack(convs: Sequence[Conv]) -> Conv:
@@ -173,7 +173,7 @@ def composed_shape(outer: Conv, inner: Conv) -> Conv:
         )
         kernel = tuple((r - a) // d + 1 for r, a, d in zip(reach, offset, dilation, strict=True))
     groups = gcd(inner.groups, outer.groups)
-    weight = np.broadcast_to(ZERO, (outer.out_channels, inner.in_channels // groups, *kernel))
+    weight = _blank(outer.out_channels, inner.in_channels // groups, *kernel)
     return Conv(inner.x, weight, None, stride, dilation, offset, delta, groups, transposed)
 
 
@@ -278,17 +278,25 @@ def merged_shape(convs: Sequence[Conv]) -> Conv:
         zip(*(_span(convs, axis) for axis in range(first.spatial)), strict=True) if first.spatial else ((), (), ())
     )
     groups = gcd(*(c.groups for c in convs))
-    weight = np.broadcast_to(ZERO, (first.out_channels, first.in_channels // groups, *kernel))
+    weight = _blank(first.out_channels, first.in_channels // groups, *kernel)
     return replace(first, weight=weight, bias=None, dilation=dilation, offset=offset, delta=delta, groups=groups)
 
 
-def merge(convs: Sequence[Conv]) -> Conv:
-    """The sum of convolutions of one input and one `grid`, as one.
+def _blank(*shape: int) -> Array:
+    """Zeros that take no memory."""
+    return np.ndarray(shape, np.float64, _ZERO, strides=(0,) * len(shape))
+
+
+_ZERO = bytes(8)
+
+
+def merge(convs: Sequence[Conv], shape: Conv | None = None) -> Conv:
+    """The sum of convolutions of one input and one `grid`, as one; ``shape`` is their `merged_shape`, if it is known.
 
     Taps add at their absolute offsets: the new kernel spans from the first tap of all to the last,
     on the coarsest grid that holds every tap. Its groups are the greatest common divisor of theirs.
     """
-    shape = merged_shape(convs)
+    shape = shape or merged_shape(convs)
     _, *weights = together(*(regroup(c, shape.groups) for c in convs))
     merged = zeros_of(weights[0], shape.weight.shape)
     for conv, weight in zip(convs, weights, strict=True):

@@ -31,13 +31,21 @@ STRIDES = (1, 2, 3, 4)
 FARTHEST = 64
 """How far operators may reach together where sizes are open; beyond it the sizes to try would be too large."""
 NOT_EVEN = "what it adds differs from place to place, so it is no convolution"
+OTHER_SIZES = "its result has other sizes than that of a convolution"
 NOT_AFFINE = "it is not the same affine map everywhere, so it is no convolution"
 
 Function = Callable[[Array], Array]
 
 
 def find_kernel(
-    f: Function, x: Source, batch: int | None, channels: int, sizes: Sequence[int | None], reach: int, dtype: np.dtype
+    f: Function,
+    x: Source,
+    batch: int | None,
+    channels: int,
+    sizes: Sequence[int | None],
+    reach: int,
+    dtype: np.dtype,
+    ends: Sequence[int | None] = (),
 ) -> tuple[Conv, float] | Declined:
     """``f`` as a convolution of ``x``, and how far the two lie apart, relative to the values met.
 
@@ -50,7 +58,11 @@ def find_kernel(
         dtype: what parameters are stored in. Constants that agree to their last digits in it (in
             float32, where it is coarser) count as equal: a border that was computed beforehand and a
             bias that is computed now.
+        ends: the sizes of its results for ``sizes``, where they are known.
     """
+    pairs = zip(sizes, ends, strict=False)
+    if any(n is not None and end is not None and not _strides_and_deltas([(n, end)]) for n, end in pairs):
+        return Declined(OTHER_SIZES)
     slack = slack_of(dtype)
     spatial = len(sizes)
     if None in sizes and reach > FARTHEST:
@@ -80,7 +92,7 @@ def find_kernel(
         return Declined(NOT_EVEN)
     grid = _grid(f, (batch, channels), {tried[0]: at_zero.shape[2:]}, tried[0], sizes)
     if grid is None:
-        return Declined("its result has other sizes than that of a convolution")
+        return Declined(OTHER_SIZES)
     if not _follows(f, (batch, channels), tried[0], grid[0], at_zero[:1], tolerance, rng):
         return Declined(NOT_AFFINE)
     conv = _from_impulses(f, x, (batch, channels), tried[0], at_zero[:1], bias, grid, tolerance)
@@ -163,8 +175,7 @@ def _grid(
                 except Exception:  # as above
                     return None
             points.append((size[axis], seen[size][axis]))
-        candidates = product(STRIDES, range(-WINDOW, WINDOW + 1))
-        fits = [(s, d) for s, d in candidates if all((n - 1 - d) // s + 1 == out for n, out in points)]
+        fits = _strides_and_deltas(points)
         if fixed is not None:  # one size tells little: the stride that comes closest to the ratio
             fits.sort(key=lambda fit: (abs(points[0][0] / points[0][1] - fit[0]), abs(fit[1])))
         if not fits:
@@ -172,6 +183,12 @@ def _grid(
         strides.append(fits[0][0])
         deltas.append(fits[0][1])
     return tuple(strides), tuple(deltas)
+
+
+def _strides_and_deltas(points: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """All (stride, delta) by which each of the sizes in ``points`` becomes the other."""
+    candidates = product(STRIDES, range(-WINDOW, WINDOW + 1))
+    return [(s, d) for s, d in candidates if all((n - 1 - d) // s + 1 == out for n, out in points)]
 
 
 def _from_impulses(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from math import inf, isclose
+from math import inf, isclose, sqrt
 from typing import TYPE_CHECKING, Any, cast
 
 import ml_dtypes
@@ -126,7 +126,9 @@ def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]], start: For
         joint = exprs.pop(part[-1], None)
         lifted(setting.graph, part, setting.readings, exprs)
         before = after = flatten(exprs[part[-1]])
-        named = {id(a): frozenset(a.names if isinstance(a, Parameter) else ()) for e in walk(before) for a in arrays(e)}
+        named: dict[int, frozenset[str]] = {}
+        if setting.described:
+            named = {id(a): frozenset(a.names if isinstance(a, Parameter) else ()) for a in _held(before)}
         if form is not None and joint is not None:
             moved = replaced((form.before, form.after, *exprs.values()), joint, before)
             before, after = flatten(moved[form.before]), flatten(moved[form.after])
@@ -137,7 +139,7 @@ def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]], start: For
         with np.errstate(all="ignore"):  # whatever is not finite is refused by the check
             outcome = simplify(after, setting.passes, setting.objective)
         names = names_through(named, outcome.steps) if setting.described else {}
-        held = (a for root in (before, outcome.expr) for e in walk(root) for a in arrays(e))
+        held = (*_held(before), *_held(outcome.expr)) if setting.described else ()
         counts = Counter[str]() if form is None else Counter(form.counts)
         counts.update(step.name for step in outcome.steps)
         last = outcome.steps[-1].name if outcome.steps else form.last if form is not None else ""
@@ -145,6 +147,10 @@ def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]], start: For
         form = Form(parts, before, outcome.expr, exprs, counts, last, outcome.refusals, origins)
     assert form is not None
     return form
+
+
+def _held(root: Expr) -> list[Array]:
+    return [a for e in walk(root) for a in arrays(e)]
 
 
 def _in_order(parts: Sequence[tuple[Value, ...]], readings: dict[Value, Reading]) -> tuple[Value, ...]:
@@ -213,7 +219,7 @@ def _obstacle(
 
 
 def _is_moderate(e: Expr) -> bool:
-    return all(is_moderate(a) for part in walk(e) for a in arrays(part))
+    return all(map(is_moderate, _held(e)))
 
 
 def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
@@ -224,6 +230,8 @@ def rounding_obstacle(array: Array, dtype: np.dtype) -> str | None:
     """
     least, most = _ends(dtype)
     array = values(array)
+    if array.ndim < 2 and least * array.size < sqrt(np.vdot(array, array)) <= most:
+        return None
     by_row = np.reshape(array, (array.shape[0] if array.ndim > 1 else 1, -1))
     norms = np.sqrt(np.einsum("ij,ij->i", by_row, by_row))
     if np.all((norms <= most) & (norms > least * by_row.shape[1])):

@@ -108,7 +108,8 @@ def _as_kernel(
         if sum(not isinstance(e, Source) for e in walk(whole)) < 2 or any(isinstance(e, Layout) for e in walk(whole)):
             return None
     function = _function(graph, tree, operand, wide, readings)
-    found = find_kernel(function, source, batch if unread else 1, channels, sizes, reach, dtype)
+    ends = [d.known for d in shape[2:]] if shape is not None else []
+    found = find_kernel(function, source, batch if unread else 1, channels, sizes, reach, dtype, ends)
     if isinstance(found, Declined):
         return None
     conv, error = found

@@ -18,6 +18,7 @@ from reparamc.algebra.expr import (
     Reshape,
     Scale,
     Source,
+    Sum,
     arrays,
     ranks,
     rebuild,
@@ -112,7 +113,8 @@ class Reading:
     @lazy
     def axis(self) -> int | None:
         """The channel axis of its result, where it is known."""
-        return channel_axes(self.template)[self.template]
+        e = self.template
+        return channel_axes(e)[e] if isinstance(e, Sum | Scale) else e.axis
 
     @lazy
     def channels(self) -> int | None:

@@ -40,7 +40,7 @@ def check(model: ModelProto) -> str | None:
                 _check_tensor(tensor)
             _check_names(graph)
         for node in model.graph.node:
-            for attribute in node.attribute:
+            for attribute in node.attribute[:]:
                 if attribute.ref_attr_name:
                     name = attribute.ref_attr_name
                     raise ValueError(f"a {node.op_type} refers to an attribute {name!r} of a function, but is in none")
@@ -79,12 +79,13 @@ def in_execution_order(model: ModelProto) -> ModelProto:
     while stack:
         graph, outside = stack.pop()
         inside = outside.union(defined(graph))
-        computed = {name for node in graph.node for name in node.output}
+        computed = {name for node in graph.node for name in node.output[:]}
         for node in graph.node:
-            read = [name for name in (*node.input, *captured(node)) if name]
+            read = [name for name in (*node.input[:], *captured(node)) if name]
             ordered = ordered and computed.isdisjoint(read)
-            computed.difference_update(node.output)
-            if (unknown := next((name for name in read if name not in inside), None)) is not None:
+            computed.difference_update(node.output[:])
+            if not inside.issuperset(read):
+                unknown = next(name for name in read if name not in inside)
                 raise InputError(
                     f"the model is damaged: {node.op_type} {node.name!r} reads {unknown!r}, which nothing computes"
                 )
@@ -131,7 +132,7 @@ def tensors(graph: GraphProto) -> Iterator[TensorProto]:
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
     for node in graph.node:
-        for a in node.attribute:
+        for a in node.attribute[:]:
             match a.type:
                 case AttributeProto.INT | AttributeProto.INTS | AttributeProto.FLOAT | AttributeProto.STRING:
                     continue
@@ -162,12 +163,12 @@ def _check_tensor(tensor: TensorProto) -> None:
         kind = _dtype(tensor.data_type)
     except KeyError as error:
         raise ValueError(f"the tensor {tensor.name!r} is of the unknown element type {tensor.data_type}") from error
-    if min(tensor.dims, default=0) < 0:
+    if min(tensor.dims[:], default=0) < 0:
         raise ValueError(f"the tensor {tensor.name!r} has a negative size")
     refers = is_reference(tensor)
     if tensor.data_location == TensorProto.EXTERNAL and not refers:
         return
-    count = prod(tensor.dims)
+    count = prod(tensor.dims[:])
     if count > MOST_ELEMENTS:
         raise ValueError(f"the tensor {tensor.name!r} has {count} elements")
     if tensor.data_type in UNEVEN:

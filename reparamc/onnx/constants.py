@@ -92,11 +92,11 @@ def _replaced(model: ModelProto, values: Mapping[str, np.ndarray]) -> list[str]:
     """Have ``model`` hold ``values`` where it computes all results of a node; the first of each such node."""
     kept, folded = [], []
     for node in model.graph.node:
-        done = all(name in values for name in node.output if name)
-        (folded if done and any(node.output) else kept).append(node)
+        done = all(name in values for name in node.output[:] if name)
+        (folded if done and any(node.output[:]) else kept).append(node)
     if folded:
-        read = {name for node in kept for name in (*node.input, *captured(node))}
-        fed = {name for node in folded for name in node.input}
+        read = {name for node in kept for name in (*node.input[:], *captured(node))}
+        fed = {name for node in folded for name in node.input[:]}
         fresh = [tensor(a, name) for name, a in values.items() if name in read]
         commit(model, kept, fresh, fed)
     return [_first(node) for node in folded]
@@ -133,7 +133,7 @@ class _Foldable:
         for node in self.model.graph.node:
             if not is_standard(node) or node.op_type in LEFT or bodies(node) or is_placed(node):
                 continue
-            if self._outputs.isdisjoint(node.output) and not self._is_told(node, partly):
+            if self._outputs.isdisjoint(node.output[:]) and not self._is_told(node, partly):
                 self._consider(node)
 
     def _is_told(self, node: NodeProto, partly: dict[str, np.ndarray]) -> bool:
@@ -157,11 +157,11 @@ class _Foldable:
 
     def _consider(self, node: NodeProto) -> None:
         node = self._plain_cast(node)
-        given = [name for name in node.input if name]
+        given = [name for name in node.input[:] if name]
         if not given or not all(name in self.sizes for name in given) or not self.apart.isdisjoint(given):
             return
         room = max(sum(self.sizes[name] for name in set(given)), self._small(node.output[0]))
-        outputs = [name for name in node.output if name]
+        outputs = [name for name in node.output[:] if name]
         sizes = [self._size(node, name, sum(self.sizes[name] for name in given)) for name in outputs]
         if outputs and all(size is not None and size <= room for size in sizes):
             self.sizes.update(zip(outputs, (s or 0 for s in sizes), strict=True))
@@ -192,9 +192,9 @@ class _Foldable:
 
     def _growing(self, uses: Mapping[str, Sequence[NodeProto | None]]) -> set[str]:
         """The large constants that take less room than their shares of what is made of them, or stay beside that."""
-        made = {_first(node): sum(self.sizes[name] for name in node.output if name) for node in self.nodes}
+        made = {_first(node): sum(self.sizes[name] for name in node.output[:] if name) for node in self.nodes}
         found: set[str] = set()
-        for name in {name for node in self.nodes for name in node.input}:
+        for name in {name for node in self.nodes for name in node.input[:]}:
             size, shares, stays = self.sizes.get(name, 0), 0.0, False
             for user in uses.get(name, []) if size > self._small(name) else []:
                 result = made.get(_first(user), 0) if user is not None else 0
@@ -226,7 +226,7 @@ class _Foldable:
             if not name:
                 left.append(node)
                 continue
-            if not known.follow(node) and all(n in known for n in node.input):
+            if not known.follow(node) and all(n in known for n in node.input[:]):
                 known.enter(name, exactly(node, map(known.array, node.input)))
             if name in known:
                 found[name] = known.array(name)
@@ -236,8 +236,8 @@ class _Foldable:
             return found
         from reparamc.onnx.witnesses import computed
 
-        given = {n: known.array(n) for node in left for n in node.input if n in known}
-        kinds = {name: self.types.dtype(name) for node in left for name in node.output}
+        given = {n: known.array(n) for node in left for n in node.input[:] if n in known}
+        kinds = {name: self.types.dtype(name) for node in left for name in node.output[:]}
         return found | computed(left, given, opset_of(self.model), self.sizes, kinds)
 
 

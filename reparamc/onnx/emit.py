@@ -101,14 +101,14 @@ class OnnxEdit:
         self._complete_slices()
         nodes: list[NodeProto] = []
         for node in self.model.graph.node:
-            roots = [name for name in node.output if name in self._replaced]
+            roots = [name for name in node.output[:] if name in self._replaced]
             if not roots or any(name not in self._replaced for name in results_of(node)):
                 nodes.append(self._without(node, roots))
             else:
-                self._suspects.update(name for name in node.input if name)
+                self._suspects.update(name for name in node.input[:] if name)
             for root in roots:
                 nodes.extend(node for node in self._inserted[root] if node.output)
-        used = {name for made in self._inserted.values() for node in made for name in node.input}
+        used = {name for made in self._inserted.values() for node in made for name in node.input[:]}
         gone = self._suspects - self._replaced - used
         nodes, asked = answered(self.sizes, gone, nodes, self.names, self.add_integers)
         commit(self.model, nodes, self._initializers, self._suspects | asked, self._narrowed)

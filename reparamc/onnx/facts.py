@@ -45,7 +45,8 @@ class Facts:
         self.nodes = list(model.graph.node)
         self.constants = Constants(model)
         self.opset = opset_of(model)
-        self.producers = {name: node for node in self.nodes for name in node.output if name}
+        self._results = {id(node): results_of(node) for node in self.nodes}
+        self.producers = {name: node for node in self.nodes for name in node.output[:] if name}
         self.uses = users(model.graph)
         for name in read_elsewhere(model):
             self.uses.setdefault(name, []).append(None)
@@ -65,7 +66,7 @@ class Facts:
             reader = self._table.get(node.op_type) if is_standard(node) or is_fused_conv(node) else None
             readable = (
                 reader is not None
-                and name in results_of(node)
+                and name in self.results(node)
                 and not is_placed(node)
                 and self.types.dtype(name) is not None
                 and not self.is_empty(node)
@@ -74,9 +75,13 @@ class Facts:
             self._readings[name] = reader(self, node, name) if reader is not None and readable else None
         return self._readings[name]
 
+    def results(self, node: NodeProto) -> list[str]:
+        """As `results_of`, of a node of this graph."""
+        return self._results[id(node)]
+
     def is_empty(self, node: NodeProto) -> bool:
         """Whether an operand or a result of ``node`` has no elements, for every input: there is nothing to gain."""
-        return not (self._empty.isdisjoint(node.input) and self._empty.isdisjoint(node.output))
+        return not (self._empty.isdisjoint(node.input[:]) and self._empty.isdisjoint(node.output[:]))
 
     @lazy
     def _empty(self) -> set[str]:
@@ -147,5 +152,5 @@ class Facts:
 
 def results_of(node: NodeProto) -> list[str]:
     """The outputs of ``node`` that values are read from: one, but for Split."""
-    outputs = list(node.output) if node.op_type == "Split" else node.output[:1]
+    outputs = node.output[:] if node.op_type == "Split" else node.output[:1]
     return [name for name in outputs if name]

@@ -117,7 +117,7 @@ def _no_text(model: ModelProto) -> bytes | None:
     names: Iterable[object] = chain(
         defined_names(graph),
         (o.domain for o in model.opset_import),
-        (text for n in graph.node for text in (n.op_type, n.domain, *(a.name for a in n.attribute))),
+        (text for n in graph.node for text in (n.op_type, n.domain, *(a.name for a in n.attribute[:]))),
         (d.dim_param for v in values for d in v.type.tensor_type.shape.dim),
     )
     return next((name for name in names if isinstance(name, bytes)), None)

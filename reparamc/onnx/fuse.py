@@ -248,11 +248,11 @@ class OnnxHost:
         if isinstance(edit, Splice):
             return {str(edit.root)}
         users = self.graph.uses.get(str(edit.root), [])
-        return {name for node in users if node is not None for name in node.output if name}
+        return {name for node in users if node is not None for name in node.output[:] if name}
 
     def operands(self, tensor: str) -> Sequence[str] | None:
         node = self.graph.producers.get(tensor)
-        return None if node is None else [name for name in node.input if name and name not in self.graph.constants]
+        return None if node is None else [name for name in node.input[:] if name and name not in self.graph.constants]
 
     def certify(self, result: ModelProto) -> Certificate:
         from reparamc.certificate.onnx import certify_onnx
@@ -282,7 +282,7 @@ class OnnxHost:
             found = fused_by_runtime(fused)
             if found is None:
                 return None
-            computed = {name for node in fused.graph.node for name in node.output}
+            computed = {name for node in fused.graph.node for name in node.output[:]}
             needed = computed.union(*(map(str, s.members) for s in splices if str(s.unit) not in others))
             return Counter(found.values()) + Counter(kind for name, kind in kernels.items() if name not in needed)
 
@@ -382,5 +382,5 @@ def count(model: ModelProto) -> Counts:
     ops = len(nodes) - kinds["Constant"] - kinds["Identity"]
     tensors = [t for part in parts if isinstance(part, GraphProto) for t in part.initializer]
     tensors += [t for n in nodes if n.op_type == "Constant" and (t := constant_tensor(n)) is not None]
-    elements = sum(prod(t.dims) for t in tensors if t.data_type in FLOATS)
+    elements = sum(prod(t.dims[:]) for t in tensors if t.data_type in FLOATS)
     return Counts(ops, kinds["Conv"], kinds["BatchNormalization"], elements)

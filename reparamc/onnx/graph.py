@@ -21,7 +21,7 @@ from reparamc.onnx import taps
 from reparamc.onnx.bounds import bounded
 from reparamc.onnx.constants import folded
 from reparamc.onnx.emit import is_rows
-from reparamc.onnx.facts import Facts, results_of
+from reparamc.onnx.facts import Facts
 from reparamc.onnx.operators import READERS
 from reparamc.onnx.reference import Operator, in_float64
 from reparamc.onnx.separate import may_narrow, separate
@@ -63,7 +63,7 @@ class OnnxGraph(Facts):
 
     @lazy
     def _values(self) -> list[str]:
-        return [name for node in self.nodes for name in results_of(node) if name not in self.constants]
+        return [name for node in self.nodes for name in self.results(node) if name not in self.constants]
 
     def name(self, value: Value) -> str:
         node = self.producers.get(str(value))
@@ -80,22 +80,21 @@ class OnnxGraph(Facts):
         for node in self.uses.get(str(value), []):
             if freed and reads_size_only(node):
                 continue
-            found += [None] if node is None else [name for name in results_of(node) if name in self.uses] or [None]
+            found += [None] if node is None else [name for name in self.results(node) if name in self.uses] or [None]
         return [self._reader(name, str(value)) for name in found]
 
     def _reader(self, user: str | None, value: str) -> str | None:
         """``user`` of ``value``, or what reads that two operators later, as one that three of them make up together."""
-        name = user
-        for _ in range(2):
-            (name,) = self._results(name) or (None,)
+        name = self._moved.get(self._moved.get(user))
         reading = self.read(name) if name is not None else None
         return name if isinstance(reading, Reading) and value in reading.operands else user
 
-    def _results(self, name: str | None) -> list[str]:
-        """The result of the operator that reads ``name``, where it is the only one and moves it at most."""
-        readers = self.uses.get(name, []) if name is not None else []
-        alone = [r for r in readers if r is not None and r.op_type in ("Reshape", "Transpose")]
-        return list(alone[0].output) if len(alone) == len(readers) == 1 else []
+    @lazy
+    def _moved(self) -> dict[str | None, str]:
+        """By each value the result of the operator that reads it, where it is the only one and moves it at most."""
+        moving = (node for node in self.nodes if node.op_type in ("Reshape", "Transpose"))
+        named = ((node.input[0], node.output[0]) for node in moving if node.input and node.output)
+        return {x: y for x, y in named if len(self.uses.get(x, ())) == 1}
 
     def holders(self, parameter: str) -> Sequence[Value | None]:
         return self.users(parameter)
@@ -142,7 +141,7 @@ class OnnxGraph(Facts):
             return None  # what is at the border depends on its neighbours
         if len(node.output) > 1 and node.op_type != "Split":
             return None
-        floating = [name for name in node.input if name and name not in self.constants]
+        floating = [name for name in node.input[:] if name and name not in self.constants]
         if any(self.types.dtype(name) is None for name in floating):
             return None  # indices that are computed at run time
         most = {"Mul": 1, "Div": 1, "MatMul": 1, "Gemm": 1, "Einsum": 1}.get(node.op_type, len(floating))
@@ -151,7 +150,7 @@ class OnnxGraph(Facts):
 
     def reads(self, value: Value) -> Sequence[Value]:
         node = self.producers[str(value)]
-        return [n for n in (*node.input, *captured(node)) if n and n not in self.constants]
+        return [n for n in (*node.input[:], *captured(node)) if n and n not in self.constants]
 
     def separate(self, value: Value) -> Separate | None:
         return separate(self, str(value))
@@ -165,9 +164,9 @@ class OnnxGraph(Facts):
     def reach(self, value: Value) -> int:
         node = self.producers[str(value)]
         found = [0]
-        for a in node.attribute:
+        for a in node.attribute[:]:
             found += [abs(n) for n in (a.i, *a.ints)]
-        for name in node.input:
+        for name in node.input[:]:
             if name in self.constants:
                 array = self.constants.array(name)
                 found += [abs(int(n)) for n in array.ravel()] if array.dtype.kind in "iu" else list(array.shape[2:])
@@ -177,15 +176,15 @@ class OnnxGraph(Facts):
         name = str(value)
         if name not in self._functions:
             node = self.producers[name]
-            constants = {n: self.constants.array(n) for n in node.input if n in self.constants}
+            constants = {n: self.constants.array(n) for n in node.input[:] if n in self.constants}
             self._functions[name] = in_float64(node, name, constants, self.opset, self.model.ir_version)
         return self._functions[name]({str(v): x for v, x in operands.items()})
 
     def kind(self, value: Value) -> Hashable:
         node = self.producers[str(value)]
-        attributes = [a.SerializeToString(deterministic=True) for a in node.attribute if a.name != "group"]
-        inputs: list[Hashable] = [str(value) == name for name in node.output]
-        for name in node.input:
+        attributes = [a.SerializeToString(deterministic=True) for a in node.attribute[:] if a.name != "group"]
+        inputs: list[Hashable] = [str(value) == name for name in node.output[:]]
+        for name in node.input[:]:
             if name not in self.constants:
                 inputs.append(bool(name))
                 continue

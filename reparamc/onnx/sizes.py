@@ -51,7 +51,7 @@ class Sizes:
         wanted = [name for name in wanted if name not in facts.constants and not self._stays(name)]
         if not wanted:
             return
-        self._position = {name: at for at, node in enumerate(facts.nodes) for name in node.output if name}
+        self._position = {name: at for at, node in enumerate(facts.nodes) for name in node.output[:] if name}
         self._alike: dict[Shape, list[str]] = {}
         self._homes: dict[Dim, tuple[str, int]] = {}
         for name in (*(v.name for v in facts.model.graph.input), *self._position):
@@ -119,7 +119,7 @@ class Sizes:
             if name == read or len(seen) > MOST_FOLLOWED:
                 return False
             node = self.facts.producers.get(name)
-            given = [] if node is None or self._at(name) < start else [*node.input, *captured(node)]
+            given = [] if node is None or self._at(name) < start else [*node.input[:], *captured(node)]
             given += [self._asked[name]] if name in self._asked else []
             fresh = set(filter(None, given)) - seen
             seen |= fresh
@@ -201,7 +201,7 @@ def in_order(nodes: Iterable[NodeProto]) -> list[NodeProto]:
         ValueError: some of them wait for one another.
     """
     nodes = list(nodes)
-    makes = {name: at for at, node in enumerate(nodes) for name in node.output if name}
+    makes = {name: at for at, node in enumerate(nodes) for name in node.output[:] if name}
     done, waiting = [False] * len(nodes), [False] * len(nodes)
     found: list[NodeProto] = []
     for start in range(len(nodes)):

@@ -253,13 +253,14 @@ def length(tensor: TensorProto) -> int:
 
 def array(tensor: TensorProto) -> np.ndarray:
     """The value of ``tensor``, a reference or not; not to be written to. While it is held, it is not read again."""
-    if not is_reference(tensor):
-        data = tensor.raw_data if tensor.data_location != TensorProto.EXTERNAL else b""
+    is_external = tensor.data_location == TensorProto.EXTERNAL
+    if not is_external or not is_reference(tensor):
+        data = b"" if is_external else tensor.raw_data
         return _decoded(tensor, data) if data else numpy_helper.to_array(tensor)
     found = place(tensor)
     if isinstance(found.buffer, Made):
         return found.buffer.array.reshape(tensor.dims)
-    key = (id(found.buffer), found.start, tensor.data_type, tuple(tensor.dims))
+    key = (id(found.buffer), found.start, tensor.data_type, tuple(tensor.dims[:]))
     held = _holder().arrays
     if (known := held.get(key)) is None:
         held[key] = known = _decoded(tensor, found.buffer.read(found.start, found.length))
@@ -267,10 +268,11 @@ def array(tensor: TensorProto) -> np.ndarray:
 
 
 def _decoded(tensor: TensorProto, data: Bytes) -> np.ndarray:
-    if tensor.data_type in PACKED or tensor.data_type in UNEVEN or sys.byteorder == "big":
-        whole = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=bytes(data))
+    kind = tensor.data_type
+    if kind in PACKED or kind in UNEVEN or sys.byteorder == "big":
+        whole = TensorProto(dims=tensor.dims, data_type=kind, raw_data=bytes(data))
         return numpy_helper.to_array(whole)
-    return np.frombuffer(data, helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tensor.dims)
+    return np.frombuffer(data, helper.tensor_dtype_to_np_dtype(kind)).reshape(tensor.dims)
 
 
 class Made:
@@ -297,7 +299,7 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
     """The tensors of the main graph that may be references."""
     yield from model.graph.initializer
     yield from (
-        a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute if a.HasField("t")
+        a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute[:] if a.HasField("t")
     )
 
 
@@ -368,7 +370,7 @@ def _referring(t: TensorProto) -> TensorProto:
     for name in ("data_type", "name", "doc_string", "data_location"):
         if t.HasField(name):
             setattr(made, name, getattr(t, name))
-    size = prod(t.dims) * _itemsize(t.data_type)
+    size = prod(t.dims[:]) * _itemsize(t.data_type)
     whole = made.ByteSize() + 1 + len(_as_varint(size)) + size  # its own data would be copied to be counted
     return _refer(made, _holder().add(Given(t)), 0, size) if size > LARGE and whole == t.ByteSize() else t
 
@@ -387,7 +389,7 @@ def _with_reference(node: NodeProto) -> NodeProto:
     for descriptor, value in node.ListFields():
         if descriptor.name != "attribute":
             _copy(made, descriptor.name, value)
-    for a in node.attribute:
+    for a in node.attribute[:]:
         copy = made.attribute.add()
         for descriptor, value in a.ListFields():
             _copy(copy, descriptor.name, _referring(value) if descriptor.name == "t" else value)
@@ -566,7 +568,7 @@ def _needed(t: TensorProto, otherwise: int) -> int:
     """The bytes that the shape of ``t`` needs, where all its elements take whole ones."""
     if t.data_type in PACKED or t.data_type in UNEVEN or t.data_type not in helper.get_all_tensor_dtypes():
         return otherwise
-    return max(prod(t.dims), 0) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
+    return max(prod(t.dims[:]), 0) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
 
 
 def _inside(folder: Path, location: str, name: str) -> Path:
@@ -702,7 +704,7 @@ def for_runtime(model: ModelProto) -> ForRuntime:
     named = [(t.name, t) for t in copy.graph.initializer]
     for node in copy.graph.node:
         if node.op_type == "Constant":
-            named += [(node.output[0], a.t) for a in node.attribute if a.HasField("t")]
+            named += [(node.output[0], a.t) for a in node.attribute[:] if a.HasField("t")]
     for name, t in named:
         if not is_reference(t):
             continue
@@ -710,7 +712,7 @@ def for_runtime(model: ModelProto) -> ForRuntime:
             _inlined(t)
             continue
         where = place(t)
-        key = (id(where.buffer), where.start, t.data_type, tuple(t.dims))
+        key = (id(where.buffer), where.start, t.data_type, tuple(t.dims[:]))
         held = _holder().runtime
         value = held.get(key)
         if value is None:
