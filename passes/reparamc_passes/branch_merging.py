@@ -74,7 +74,7 @@ def _if_cheaper(convs: list[Conv], objective: Objective) -> list[Conv]:
     added = objective.addition(convs[0].out_channels, positions_after(convs[0]))
     apart = sum(map(objective.price, convs)) + (len(convs) - 1) * added
     shape = merged_shape(convs)
-    return [merge(convs, shape)] if objective.price(shape) < apart and not shape.skips_border else convs
+    return [merge(convs)] if objective.price(shape) < apart and not shape.skips_border else convs
 
 
 def _difference(convs: list[Conv]) -> str:

@@ -26,10 +26,8 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
     Attributes:
         names: those that the host graph gives to what it is made of.
         shape: known without loading.
-        load: gives the values in float64, each time anew.
         origin: what the host graph holds, if the adapter needs it.
         look: gives the values in the dtype that they are stored in.
-        moderate: see `is_moderate`; None where nothing has asked yet.
     """
 
     def __init__(
@@ -42,7 +40,6 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
     ) -> None:
         self.names, self.shape, self.origin = names, shape, origin
         self.load, self.look = load, look or load
-        self.moderate: bool | None = None
         self._value: Array | None = None
 
     @property
@@ -82,15 +79,6 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
 def loaded(array: Any) -> Any:
     """``array`` itself; what a `Parameter` holds."""
     return array.value if isinstance(array, Parameter) else array
-
-
-def fresh(array: Array) -> tuple[Array, bool]:
-    """What ``array`` holds, and whether that may be written to: a `Parameter` that is not loaded does not keep it."""
-    if not isinstance(array, Parameter) or array.is_loaded:
-        return loaded(array), False
-    held = array.load()
-    array.moderate = all_moderate(values(held))
-    return held, _is_numpy(held) and held.flags.owndata
 
 
 def derived(array: Array, shape: tuple[int, ...], function: Callable[[Array], Array]) -> Array:
@@ -195,12 +183,8 @@ def all_moderate(held: npt.NDArray[Any]) -> bool:
 
 
 def is_moderate(array: Array) -> bool:
-    """Whether the elements of ``array`` are `all_moderate`; of a `Parameter` that is found out once."""
-    if not isinstance(array, Parameter):
-        return all_moderate(values(array))
-    if array.moderate is None:
-        array.moderate = all_moderate(glanced(array))
-    return array.moderate
+    """Whether the elements of ``array`` are `all_moderate`."""
+    return all_moderate(glanced(array))
 
 
 def fixed(array: Array) -> Array:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from reparamc.algebra.arrays import added, array_of, concatenated, derived, fresh, is_all, taken, together, zeros_of
+from reparamc.algebra.arrays import added, array_of, concatenated, derived, is_all, taken, together, zeros_of
 from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale
 from reparamc.algebra.infer import sizes
 from reparamc.algebra.records import replace
@@ -70,10 +70,9 @@ def _inverse(c: Array) -> Array:
 
 def scale_outputs(conv: Conv, scale: Array, shift: Array) -> Conv:
     """``scale * conv(x) + shift``: W' = scale[o] W, b' = scale b + shift."""
-    held, is_own = fresh(conv.weight)
-    xp, weight, bias, scale, shift = together(held, conv.bias_or_zero, scale, shift)
-    rows = scale if scale.ndim else xp.broadcast_to(scale, (conv.out_channels,))
-    weight = _product(weight, xp.reshape(rows, (-1, *[1] * (weight.ndim - 1))), is_own and weight is held)
+    xp, weight, bias, scale, shift = together(conv.weight, conv.bias_or_zero, scale, shift)
+    rows = scale if scale.shape == (conv.out_channels,) else xp.broadcast_to(scale, (conv.out_channels,))
+    weight = weight * xp.reshape(rows, (-1, *[1] * (weight.ndim - 1)))
     if conv.bias is None and is_all(shift, 0):
         return replace(conv, weight=weight)
     return replace(conv, weight=weight, bias=rows * bias + shift)
@@ -88,22 +87,17 @@ def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
     per_group = conv.in_channels // conv.groups
     rows = conv.out_channels // conv.groups
     no_shift = is_all(shift, 0)
-    held, is_own = fresh(conv.weight)
-    xp, weight, bias, scale, shift = together(held, conv.bias_or_zero, scale, shift)
+    xp, weight, bias, scale, shift = together(conv.weight, conv.bias_or_zero, scale, shift)
     grouped = xp.reshape(weight, (conv.groups, rows, per_group, *conv.kernel))
     scales, shifts = (
         xp.reshape(xp.broadcast_to(v, (conv.in_channels,)), (conv.groups, 1, per_group)) for v in (scale, shift)
     )
-    if not no_shift:
-        read = xp.matmul(_summed_taps(xp, grouped), xp.permute_dims(shifts, (0, 2, 1)))
-        conv = replace(conv, bias=bias + xp.reshape(read, (-1,)))
-    product = _product(grouped, xp.reshape(scales, (*scales.shape, *[1] * conv.spatial)), is_own and weight is held)
-    return replace(conv, x=x, weight=xp.reshape(product, conv.weight.shape))
-
-
-def _product(array: Array, factor: Array, is_own: bool) -> Array:
-    """``array * factor``, in the place of ``array`` if that may be written to."""
-    return np.multiply(array, factor, out=array) if is_own else array * factor
+    weight = xp.reshape(grouped * xp.reshape(scales, (*scales.shape, *[1] * conv.spatial)), conv.weight.shape)
+    if no_shift:
+        return replace(conv, x=x, weight=weight)
+    taps = _summed_taps(xp, grouped)
+    read = xp.matmul(taps, xp.permute_dims(shifts, (0, 2, 1)))
+    return replace(conv, x=x, weight=weight, bias=bias + xp.reshape(read, (-1,)))
 
 
 def _summed_taps(xp: Any, weight: Array) -> Array:
@@ -290,13 +284,13 @@ def _blank(*shape: int) -> Array:
 _ZERO = bytes(8)
 
 
-def merge(convs: Sequence[Conv], shape: Conv | None = None) -> Conv:
-    """The sum of convolutions of one input and one `grid`, as one; ``shape`` is their `merged_shape`, if it is known.
+def merge(convs: Sequence[Conv]) -> Conv:
+    """The sum of convolutions of one input and one `grid`, as one.
 
     Taps add at their absolute offsets: the new kernel spans from the first tap of all to the last,
     on the coarsest grid that holds every tap. Its groups are the greatest common divisor of theirs.
     """
-    shape = shape or merged_shape(convs)
+    shape = merged_shape(convs)
     _, *weights = together(*(regroup(c, shape.groups) for c in convs))
     merged = zeros_of(weights[0], shape.weight.shape)
     for conv, weight in zip(convs, weights, strict=True):

@@ -60,13 +60,10 @@ def find_kernel(
             bias that is computed now.
         ends: the sizes of its results for ``sizes``, where they are known.
     """
-    pairs = zip(sizes, ends, strict=False)
-    if any(n is not None and end is not None and not _strides_and_deltas([(n, end)]) for n, end in pairs):
-        return Declined(OTHER_SIZES)
     slack = slack_of(dtype)
     spatial = len(sizes)
-    if None in sizes and reach > FARTHEST:
-        return Declined("it reaches too far to be probed")
+    if (why := _hopeless(sizes, ends, reach)) is not None:
+        return Declined(why)
     tried = tried_sizes(sizes, reach)
     trials = [(batch or 2 + n, size) for n, size in enumerate(tried)]
     if batch is None:
@@ -98,6 +95,14 @@ def find_kernel(
     conv = _from_impulses(f, x, (batch, channels), tried[0], at_zero[:1], bias, grid, tolerance)
     error = _difference(f, conv, channels, trials, rng)
     return (conv, error) if error <= slack else Declined(NOT_AFFINE)
+
+
+def _hopeless(sizes: Sequence[int | None], ends: Sequence[int | None], reach: int) -> str | None:
+    """What can be said against a kernel before anything is run."""
+    if None in sizes and reach > FARTHEST:
+        return "it reaches too far to be probed"
+    known = [(n, end) for n, end in zip(sizes, ends, strict=False) if n is not None and end is not None]
+    return None if all(_strides_and_deltas([pair]) for pair in known) else OTHER_SIZES
 
 
 def slack_of(dtype: np.dtype) -> float:

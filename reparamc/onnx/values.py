@@ -59,7 +59,8 @@ def is_standard(node: NodeProto) -> bool:
 
 def operand(node: NodeProto, position: int) -> str | None:
     """The name of the operand at ``position``; None when it is absent or empty."""
-    return node.input[position] or None if position < len(node.input) else None
+    names = node.input
+    return names[position] or None if position < len(names) else None
 
 
 def is_placed(node: NodeProto) -> bool:
