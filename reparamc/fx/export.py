@@ -43,7 +43,7 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
             shapes[t] = dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO)
-    questions = Questions(exporting=True)
+    questions = Questions()
     with (
         warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silence(), torch.no_grad(), questions.asked(),
     ):  # fmt: skip
@@ -55,6 +55,8 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
                 raise InputError("it takes other ways for large inputs")
             if any("!=" in guard for guard in getattr(program, "_guards_code", ())):
                 raise InputError("it refuses some sizes")
+            if any(isinstance(t, Tensor) and t.is_floating_point() for t in program.constants.values()):
+                raise InputError("it makes constants, whose dtype a copy would not keep")
             module = cast(fx.GraphModule, program.module())
         except Exception as error:  # whatever the model's forward or the exporter raises
             raise InputError(f"torch.export does not follow {type(model).__name__}: {one_line(error)}") from error

@@ -221,9 +221,9 @@ TABLE: tuple[Operator, ...] = (
     Operator("clamp", ("input", "min", "max"), ("clamp", "clip"), methods=("clamp", "clip"), allocates=True),
     # Nothing is computed
     Operator(
-        "identity", ("input",), ("detach", "alias"), methods=("detach",), modules=_any(nn.Identity), keeps=ALL,
-        linear="each", any_rank=True,
+        "identity", ("input",), ("alias",), modules=_any(nn.Identity), keeps=ALL, linear="each", any_rank=True,
     ),
+    Operator("detach", ("input",), ("detach",), methods=("detach",), keeps=ALL, any_rank=True),
     Operator(
         "copy", ("input",), ("contiguous", "clone"), methods=("contiguous", "clone"), keeps=ALL, linear="each",
         any_rank=True, allocates=("clone",),

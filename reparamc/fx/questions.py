@@ -9,16 +9,16 @@ from __future__ import annotations
 import ast
 import dis
 import inspect
+import os
 import random
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
-from types import CodeType, FrameType, FunctionType
-from typing import Any, cast
-from unittest import mock
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,13 +33,27 @@ _OF_TENSORS = {
     "is_leaf", "itemsize", "nbytes", "element_size", "get_device", "type", "is_inference", "is_contiguous", "stride",
     "data_ptr",
 }  # fmt: skip
-_OF_MODES = (
-    "is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled", "is_inference_mode_enabled",
-    "get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype", "get_default_dtype",
-    "are_deterministic_algorithms_enabled",
-)  # fmt: skip
-_SETTING = "set_autocast_enabled"
-"""What a forward calls, by way of `torch.autocast`, to turn autocast on or off around a part of it."""
+_MODES = {
+    "torch": (
+        "is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled", "is_inference_mode_enabled",
+        "are_deterministic_algorithms_enabled", "get_autocast_dtype", "get_autocast_cpu_dtype",
+        "get_autocast_gpu_dtype", "get_default_dtype",
+    ),
+    "torch._C": ("_get_tracing_state", "_is_tracing"),
+    "torch.jit": ("is_tracing",),
+    "torch.compiler": ("is_compiling", "is_dynamo_compiling", "is_exporting"),
+    "torch._dynamo": ("is_compiling",),
+    "torch.onnx": ("is_in_onnx_export",),
+}  # fmt: skip
+"""Functions that each run may answer otherwise, by their modules; what is True or False is asked by name."""
+_SIZED = ("zeros", "ones", "full", "empty")
+"""Functions of torch that take sizes, and refuse those of a graph."""
+_CASTS = ("float", "double", "half", "bfloat16")
+_SETTINGS = {
+    "torch": ("set_autocast_enabled",),
+    "torch._C": ("_set_grad_enabled", "_InferenceMode"),
+}
+"""What a forward calls, by way of `torch.autocast` and `torch.no_grad`, to set a mode around a part of it."""
 _NUMBERS = (
     (torch.SymBool, "__bool__"), (torch.SymInt, "__bool__"), (torch.SymInt, "__int__"), (torch.SymInt, "__index__"),
     (torch.SymFloat, "__bool__"), (torch.SymFloat, "__int__"),
@@ -53,24 +67,38 @@ _STARTS = {
 _OF_OBJECTS = {"type", "callable", "id", "vars", "dir"}
 
 
+class Answering(Protocol):
+    """What makes a graph of a forward, and answers what that asks."""
+
+    def told(self, value: Tensor, name: str, *given: Any) -> Any:
+        """What it is told that asks a tensor for an attribute, or calls such a method; NotImplemented: what is so."""
+
+    def chosen(self, question: str, reason: str) -> bool:
+        """What it is told that asks for a mode; an error with ``reason`` where it may not ask."""
+        ...
+
+    def made(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tensor of sizes that the graph computes."""
+
+
 class Questions(TorchFunctionMode):
     """What the innermost forward that is followed asks, in this thread.
 
     Args:
-        told: what a forward is told that asks a tensor for an attribute, or calls such a method; NotImplemented where
-            it may be told what is so now.
-        exporting: whether torch.export makes the graph. That holds where autocast is turned on or off, but takes for
-            granted what Python branches on, and that no size is 1.
+        answering: what makes the graph; None for torch.export. That holds where autocast is turned on or off, but takes
+            for granted what Python branches on, and that no size is 1.
 
     Attributes:
         refused: why it was refused what it asked for; it may catch the error and go on without.
+        follows: tensors computed from parameters and buffers alone, by id: converted with those, they would be as well.
     """
 
-    def __init__(self, told: Callable[..., Any] | None = None, exporting: bool = False) -> None:
+    def __init__(self, answering: Answering | None = None) -> None:
         super().__init__()
-        self._exporting = exporting
-        self._told = told or self._refused
+        self._answering, self._exporting = answering, answering is None
         self.refused: TraceError | None = None
+        self.follows: dict[int, Tensor] = {}
+        self._thread = threading.get_ident()
         self._probe: tuple[FrameType, int, TraceError | None] | None = None
         self._frames: dict[FrameType, None] = {}
 
@@ -79,7 +107,9 @@ class Questions(TorchFunctionMode):
         self.refused = TraceError(reason)
         return self.refused
 
-    def _refused(self, _value: Tensor, name: str, *_given: Any) -> Any:
+    def _told(self, value: Tensor, name: str, *given: Any) -> Any:
+        if self._answering is not None:
+            return self._answering.told(value, name, *given)
         raise self.refusal(f"it asks a tensor for its {name}, which may be another one later")
 
     def probed(self, frame: FrameType) -> None:
@@ -107,7 +137,20 @@ class Questions(TorchFunctionMode):
             answer = self._told(args[0], name, *args[1:]) if is_asked else NotImplemented
             if answer is not NotImplemented:
                 return answer
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if type(result) is not Tensor or self._exporting:
+            return result
+        return self._noted(result, getattr(func, "__name__", "") in _CASTS, (args, kwargs or {}))
+
+    def _noted(self, result: Tensor, is_cast: bool, given: Any) -> Tensor:
+        """``result``, a tensor of its own unless it follows the dtype of parameters and buffers."""
+        leaves = pytree.tree_leaves(given)
+        held = [v for v in leaves if isinstance(v, Tensor) and v.is_floating_point() and v.ndim]
+        if is_cast or any(isinstance(v, torch.dtype) for v in leaves):
+            return result.clone() if id(result) in self.follows else result
+        if held and all(id(v) in self.follows for v in held):
+            self.follows[id(result)] = result
+        return result
 
     def meet(self, frame: FrameType | None) -> None:
         """``frame`` computes something, and so do those around it, up to where a forward begins that is followed."""
@@ -143,54 +186,170 @@ class Questions(TorchFunctionMode):
     @contextmanager
     def asked(self) -> Iterator[None]:
         """While this thread makes a graph."""
-        thread = threading.get_ident()
+        answers = [(torch.SymInt, name, self._text) for name in ("__str__", "__format__")]
+        answers += [(kind, name, self._number(kind, name)) for kind, name in (_NUMBERS if self._exporting else ())]
+        answers += [(torch.backends.ContextProp, "__get__", self._setting_of_backends())]
+        answers += [(os._Environ, "__getitem__", self._variable(os._Environ.__getitem__))]
+        kept = [(owner, name, vars(owner).get(name)) for owner, name, _ in answers]
+        drawn = random.getstate(), torch.get_rng_state()
+        with replaced_by_name(self._functions()), self:
+            try:
+                for owner, name, made in answers:
+                    setattr(owner, name, made)
+                yield
+            finally:
+                for owner, name, plain in kept:
+                    setattr(owner, name, plain) if plain is not None else delattr(owner, name)
+        if random.getstate() != drawn[0]:
+            raise self.refusal("it draws random numbers of Python, which a graph would fix")
+        if not self._exporting and not torch.equal(torch.get_rng_state(), drawn[1]):
+            raise self.refusal("it draws random numbers, which a graph would fix")
 
-        def is_asking(frame: FrameType) -> bool:
-            return threading.get_ident() == thread and not is_of_torch(frame)
+    def _functions(self) -> dict[Any, Any]:
+        """What functions of torch are replaced by."""
+        found = dict[Any, Any]()
+        for home, names in _MODES.items():
+            for name in names:
+                if (plain := getattr(sys.modules.get(home), name, None)) is not None:
+                    found[plain] = self._mode(plain, f"{home}.{name}")
+        for home, names in _SETTINGS.items():
+            for name in names:
+                plain = getattr(sys.modules[home], name)
+                found[plain] = self._setting(plain, "autocast" if "autocast" in name else "gradients")
+        if not self._exporting:
+            found |= {getattr(torch, name): self._sized(name) for name in _SIZED}
+        return found
 
-        def text(size: torch.SymInt, *_spec: str) -> str:
-            if size.node.is_constant() or may_tell(sys._getframe(1)):
-                return repr(size)
-            raise self.refusal("it asks a size for a text, which is not known before it runs")
+    def _mode(self, plain: Any, name: str) -> Any:
+        is_choice = "is_" in name or "are_" in name or "state" in name
 
-        def mode(name: str) -> Any:
-            plain = getattr(torch, name)
-
-            def answer(*given: Any) -> Any:
-                if is_asking(sys._getframe(1)):
-                    raise self.refusal(f"it asks torch.{name}, which may answer otherwise later")
+        def answer(*given: Any) -> Any:
+            if not self._is_asked_by(sys._getframe(1)):
                 return plain(*given)
+            reason = f"it asks {name}, which may answer otherwise later"
+            if self._answering is None or not is_choice:
+                raise self.refusal(reason)
+            return self._answering.chosen(f"{name}{given}", reason) or (None if "state" in name else False)
 
-            return answer
+        return answer
 
-        def setting(*given: Any) -> None:  # torch itself calls it, in `torch.autocast`
-            if threading.get_ident() == thread and not self._exporting:
-                raise self.refusal("it turns autocast on or off, which no graph holds")
-            plain_setting(*given)
+    def _setting(self, plain: Any, what: str) -> Any:
+        def setting(*given: Any) -> Any:  # torch itself calls it, in `torch.autocast` and `torch.no_grad`
+            caller = sys._getframe(1)
+            refused = not self._exporting if what == "autocast" else _is_set_by_model(caller)
+            if threading.get_ident() == self._thread and refused:
+                raise self.refusal(f"it turns {what} on or off, which no graph holds")
+            return plain(*given)
 
-        def number(kind: type, name: str) -> Any:
-            plain = getattr(kind, name)
+        return setting
 
-            def answer(value: Any) -> Any:
-                if is_asking(sys._getframe(1)) and not value.node.is_constant():
-                    raise self.refusal("it branches on a size, or takes it for a number, which a graph would fix")
-                return plain(value)
+    def _sized(self, name: str) -> Any:
+        plain = getattr(torch, name)
 
-            return answer
+        def made(*given: Any, **named: Any) -> Any:
+            answering = self._answering if self._is_asked_by(sys._getframe(1)) else None
+            if answering is not None and any(isinstance(v, fx.Proxy) for v in pytree.tree_leaves((given, named))):
+                return answering.made(name, given, named)
+            return plain(*given, **named)
 
-        plain_setting = getattr(torch, _SETTING)
-        answers: list[tuple[Any, str, Any]] = [(torch, _SETTING, setting)]
-        answers += [(torch, name, mode(name)) for name in _OF_MODES]
-        answers += [(torch.SymInt, name, text) for name in ("__str__", "__format__")]
-        answers += [(kind, name, number(kind, name)) for kind, name in (_NUMBERS if self._exporting else ())]
-        with ExitStack() as patches:
-            for owner, name, made in answers:
-                patches.enter_context(mock.patch.object(owner, name, made, create=True))
-            patches.enter_context(self)
-            drawn = random.getstate()
-            yield
-            if random.getstate() != drawn:
-                raise self.refusal("it draws random numbers of Python, which a graph would fix")
+        return made
+
+    def _number(self, kind: type, name: str) -> Any:
+        plain = getattr(kind, name)
+
+        def answer(value: Any) -> Any:
+            if self._is_asked_by(sys._getframe(1)) and not value.node.is_constant():
+                raise self.refusal("it branches on a size, or takes it for a number, which a graph would fix")
+            return plain(value)
+
+        return answer
+
+    def _setting_of_backends(self) -> Any:
+        plain = torch.backends.ContextProp.__get__
+
+        def answer(prop: Any, owner: Any, kind: Any = None) -> Any:
+            if self._is_asked_by(sys._getframe(1)):
+                raise self.refusal("it asks for a setting of torch.backends, which may be another one later")
+            return plain(prop, owner, kind)
+
+        return answer
+
+    def _variable(self, plain: Any) -> Any:
+        def answer(environment: Any, name: Any) -> Any:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and _home(frame) in ("os", "_collections_abc", "collections.abc"):
+                frame = frame.f_back
+            if frame is not None and self._is_asked_by(frame) and not _is_imported(frame):
+                raise self.refusal("it asks for an environment variable, which may be another one later")
+            return plain(environment, name)
+
+        return answer
+
+    def _text(self, size: torch.SymInt, *_spec: str) -> str:
+        if size.node.is_constant() or may_tell(sys._getframe(1)):
+            return repr(size)
+        raise self.refusal("it asks a size for a text, which is not known before it runs")
+
+    def _is_asked_by(self, frame: FrameType) -> bool:
+        is_models = not is_of_torch(frame) and _home(frame).partition(".")[0] not in _STANDARD
+        return is_models and threading.get_ident() == self._thread
+
+
+_STANDARD = sys.stdlib_module_names - {"__main__"}
+_SCANNED: dict[str, ModuleType] = {}
+_PLACES: list[tuple[dict[str, Any], str, Any]] = []
+"""Where modules of others hold functions by name that may be replaced, and those functions."""
+
+
+@contextmanager
+def replaced_by_name(functions: dict[Any, Any]) -> Iterator[None]:
+    """Functions are other ones wherever modules hold them by a name."""
+    for name, module in list(sys.modules.items()):
+        if _SCANNED.get(name) is module and name != "__main__":
+            continue
+        _SCANNED[name] = module
+        top = name.partition(".")[0]
+        if top == "reparamc" or top in _STANDARD:
+            continue
+        if top != "torch" or name in (*_MODES, *_SETTINGS):
+            known = {id(f) for f in functions}
+            held = vars(module)
+            _PLACES.extend((held, key, v) for key, v in list(held.items()) if id(v) in known)
+    places = [(held, key, functions[v]) for held, key, v in _PLACES if held.get(key) is v and v in functions]
+    with replaced_globals(places):
+        yield
+
+
+@contextmanager
+def replaced_globals(places: list[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Names in modules stand for other values for a while."""
+    kept = [(held, key, held[key]) for held, key, _ in places]
+    try:
+        for held, key, value in places:
+            held[key] = value
+        yield
+    finally:
+        for held, key, value in kept:
+            held[key] = value
+
+
+def _is_set_by_model(frame: FrameType | None) -> bool:
+    """Whether the model sets a mode; torch does so for itself, too."""
+    while frame is not None and _home(frame) in ("torch.autograd.grad_mode", "contextlib"):
+        frame = frame.f_back
+    if frame is not None and _home(frame) == "torch.utils._contextlib":
+        home = str(getattr(frame.f_locals.get("func"), "__module__", ""))
+        return home.partition(".")[0] not in ("torch", "reparamc")
+    return frame is not None and not is_of_torch(frame)
+
+
+def _is_imported(frame: FrameType | None) -> bool:
+    """Whether a module is imported, which happens once."""
+    while frame is not None and (_home(frame), frame.f_code.co_name) not in _STARTS:
+        if frame.f_code.co_name == "<module>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def may_tell(asking: FrameType) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from reparamc.fx.calls import is_exported
@@ -31,9 +32,23 @@ class FusedModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         """As the one of torch, and its meta. torch traces the code anew, so writes in place become calls of methods."""
         plain = fx.GraphModule(self, _in_words(self.graph), type(self).__name__)
+        _with_bits(plain)
         vars(plain).update({k: v for k, v in vars(self).items() if k not in vars(plain)} | {"_tracer_cls": None})
         kept = {name: vars(self)[name] for name in HOOKS if vars(self).get(name)}
         return (*fx.GraphModule.__reduce__(plain), {"meta": self.meta, "training": self.training, **kept})
+
+
+def _with_bits(module: fx.GraphModule) -> None:
+    """Let a module of its own read the bits of a constant as another dtype: torch would run a call that is read."""
+    for node in module.graph.find_nodes(op="call_method", target="view"):
+        held, dtype = node.args[0], node.args[-1]
+        if isinstance(held, fx.Node) and held.op == "get_attr" and isinstance(dtype, torch.dtype):
+            inner = fx.Graph()
+            inner.output(inner.call_method("view", (inner.placeholder("bits"), dtype)))
+            name = f"as_{str(dtype).rpartition('.')[2]}"
+            module.add_submodule(name, fx.GraphModule(nn.Module(), inner))
+            node.op, node.target, node.args = "call_module", name, (held,)
+    module.recompile()
 
 
 def _in_words(graph: fx.Graph) -> fx.Graph:

@@ -32,8 +32,9 @@ from reparamc.errors import InputError, one_line
 from reparamc.fx.calls import by_position, lookup
 from reparamc.fx.casts import DTypes, drop_casts
 from reparamc.fx.copying import named_tensors, submodules
+from reparamc.fx.functions import Functions
 from reparamc.fx.handed import SHAPES, describe_handed
-from reparamc.fx.memory import reads_size_only
+from reparamc.fx.memory import Memory, reads_size_only
 from reparamc.fx.operators import IN_PLACE
 from reparamc.fx.questions import Questions, asking, is_of_torch, may_tell, step_of
 from reparamc.fx.recompose import recompose
@@ -214,7 +215,7 @@ class _Tracer(fx.Tracer):
         answer: what a forward is told that asks a size one question; None where it may ask none.
 
     Attributes:
-        asked: whether the innermost forward has asked.
+        asked: what the innermost forward has asked.
         questions: what forwards ask beside.
     """
 
@@ -227,8 +228,8 @@ class _Tracer(fx.Tracer):
         answer: bool | None,
     ) -> None:
         super().__init__()
-        self.answer, self.asked, self._again = answer, False, bool(answer)
-        self.questions = Questions(self._told)
+        self.answer, self.asked, self._again = answer, "", bool(answer)
+        self.questions = Questions(self)
         self.opaque, self._is_mended = opaque, is_mended
         self.thread = threading.get_ident()
         self.is_compared = is_compared
@@ -238,15 +239,17 @@ class _Tracer(fx.Tracer):
         self._parameters: dict[str, fx.Proxy] = {}
         self._names: dict[int, str] = {}
         self.held: dict[fx.Node, nn.Parameter] = {}
+        self._bits: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         for named in (submodules(root), named_tensors(root, "_buffers"), named_tensors(root, "_parameters")):
             self._names |= {id(value): name for name, value in named.items()}
+            self.questions.follows |= {id(t): t for t in named.values() if isinstance(t, torch.Tensor)}
         found = super().trace(root, concrete_args)
         self.questions.settle()
         return found
 
-    def _told(self, value: torch.Tensor, name: str, *given: Any) -> Any:
+    def told(self, value: torch.Tensor, name: str, *given: Any) -> Any:
         """What is read of a parameter or buffer, as a value: a copy may be moved, or converted to another dtype."""
         if (path := self._name(value)) is None:
             return NotImplemented
@@ -276,7 +279,18 @@ class _Tracer(fx.Tracer):
         if isinstance(a, dict | list) and kind not in _PLAIN and not self.is_compared:
             return self._container(a)
         named = isinstance(a, (torch.Tensor, nn.Module)) and self._name(a)  # quicker than by a union
-        return self.create_node("get_attr", named, (), {}) if named else super().create_arg(a)
+        if named:
+            return self.create_node("get_attr", named, (), {})
+        return self._constant(cast(torch.Tensor, a)) if kind is torch.Tensor else super().create_arg(a)
+
+    def _constant(self, a: torch.Tensor) -> Any:
+        """A constant, in its own dtype wherever a copy is converted to another one: the graph holds its bits."""
+        if id(a) in self.questions.follows or not (a.is_floating_point() or a.is_complex()):
+            return super().create_arg(a)
+        if id(a) not in self._bits:
+            self._bits[id(a)] = a, a.detach().view(_BITS[a.itemsize])
+        held = super().create_arg(self._bits[id(a)][1])
+        return self.create_node("call_method", "view", (held, a.dtype), {})
 
     def _container(self, a: Any) -> fx.Node:
         """A call that makes a dict or list of a class of its own; torch.fx would make a plain one."""
@@ -375,15 +389,41 @@ class _Tracer(fx.Tracer):
             message = f"a size must be {'zero' if size == 0 else 'more than zero'}, as the example had it"
             self.create_proxy("call_function", torch._assert, (same, message), {})
             return size == 0
-        if self.answer is None or self.asked or not self.is_number(node) or _writes(asking().f_code):
-            raise self.questions.refusal("it branches on a value, which is not known before it runs")
-        self.asked = True
+        reason = "it branches on a value, which is not known before it runs"
+        if not self.is_number(node):
+            raise self.questions.refusal(reason)
+        return self.chosen(f"{node} {len(self.graph.nodes)}", reason)
+
+    def chosen(self, question: str, reason: str) -> bool:
+        """An answer to one question, which may be asked again."""
+        if self.asked == question and self.answer is not None:
+            return self.answer
+        if self.answer is None or self.asked or _writes(asking().f_code):
+            raise self.questions.refusal(reason)
+        self.asked = question
         return self.answer
+
+    def made(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As ``torch.zeros(h, w)``, by a method of what tells a size: files follow no function that takes sizes."""
+        filled = args[1:] if name == "full" else ()
+        sizes = args[0] if filled or isinstance(args[0], list | tuple) else args
+        like = next((n.node for n in pytree.tree_leaves(sizes) if isinstance(n, fx.Proxy)), None)
+        while like is not None and like.op != "placeholder" and (self.is_number(like) or like.all_input_nodes):
+            if not self.is_number(like) and like.target is operator.getitem:
+                break
+            like = like.all_input_nodes[0]
+        kind = {int: torch.int64, bool: torch.bool, float: torch.get_default_dtype()}.get(
+            type(filled[0] if filled else 1.0)
+        )
+        if like is None or kind is None or self.is_number(like):
+            raise self.questions.refusal(f"it gives torch.{name} what is not known before it runs")
+        given = {"dtype": kind, "device": torch.get_default_device()} | kwargs
+        return self.create_proxy("call_method", f"new_{name}", (fx.Proxy(like, self), sizes, *filled), given)
 
     def _settled(self, module: nn.Module, run: Callable[[], Any], may_ask: bool) -> Any:
         """What ``run`` of ``module`` gives. A question that it asks of sizes is none if both answers give the same."""
         outer, place = (self.answer, self.asked, self._again), self._place()
-        self.answer, self.asked = False if may_ask else None, False
+        self.answer, self.asked = False if may_ask else None, ""
         try:
             try:
                 result = run()
@@ -401,7 +441,7 @@ class _Tracer(fx.Tracer):
     def _gives_again(self, module: nn.Module, run: Callable[[], Any], start: int, result: Any) -> bool:
         """Whether ``run`` gives ``result``, as it did from ``start`` on, for the other answer."""
         place, held = self._place(), _attributes(module)
-        self.answer, self.asked, self._again = True, False, True
+        self.answer, self.asked, self._again = True, "", True
         try:
             other = run()
             nodes = list(self.graph.nodes)
@@ -477,6 +517,7 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (dict, list, immutable_dict, immutable_list)
 _CONSTANT = "_tensor_constant"
 """What torch.fx calls tensors that are no parts of a module, and puts there."""
@@ -586,7 +627,7 @@ def traced(
     if "forward" in vars(model):
         raise InputError(f"the forward of this {type(model).__name__} was replaced on the instance")
     examples = {} if call is None else inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
-    fixed, functions = fixed_arguments(model, call), _Functions()
+    fixed, functions = fixed_arguments(model, call), Functions()
     while True:
         try:
             tracer, graph = _traced_for(
@@ -600,6 +641,7 @@ def traced(
             _plain_writes(graph)
             _restore_names(graph, model)
             _refuse_reserved(graph, model)
+            _refuse_written(graph, tracer.root)
             graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
             called = _called_as_they_are(graph, model)
             drop_unread(graph)
@@ -630,19 +672,17 @@ def _traced_for(
     model: nn.Module,
     fixed: dict[str, Any],
     make: Callable[[bool | None], _Tracer],
-    functions: _Functions,
+    functions: Functions,
     is_plain: bool,
 ) -> tuple[_Tracer, fx.Graph]:
     """``model`` traced. A question that its forward asks of sizes is none if both answers give the same."""
 
     def traced_with(answer: bool | None) -> tuple[_Tracer, fx.Graph]:
         tracers.append(make(answer))
-        with (
-            LOCK, torch.random.fork_rng(devices=[]), functions.wrapped(tracers[-1]), _lenient_checks(),
-            tracers[-1].questions.asked(), _told_types(),
-        ):  # fmt: skip
+        with LOCK, torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
-            return tracers[-1], tracers[-1].trace(model, fixed or None)
+            with functions.wrapped(tracers[-1]), _lenient_checks(), tracers[-1].questions.asked(), _told_types():
+                return tracers[-1], tracers[-1].trace(model, fixed or None)
 
     tracers: list[_Tracer] = []
     held = _attributes(model)
@@ -676,52 +716,6 @@ def _called_as_they_are(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
     }
 
 
-class _Functions:
-    """Functions that torch.fx cannot follow: it records the calls of those, where they are found by name."""
-
-    def __init__(self) -> None:
-        self._places: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
-
-    def found(self, error: BaseException) -> bool:
-        """Whether a function that is not yet among these raised ``error``, having been called by its name."""
-        frames: list[types.FrameType] = []
-        at = error.__traceback__
-        while at is not None:
-            frames.append(at.tb_frame)
-            at = at.tb_next
-        while frames and is_of_torch(frames[-1]):
-            frames.pop()
-        while len(frames) > 1 and not _is_method(frames[-1]):
-            frame, caller = frames.pop(), frames[-1]
-            for name, value in caller.f_globals.items():
-                place = id(caller.f_globals), name
-                plain = inspect.unwrap(value) if isinstance(value, types.FunctionType) else None
-                if plain is not None and plain.__code__ is frame.f_code and place not in self._places:
-                    self._places[place] = caller.f_globals, value
-                    return True
-        return False
-
-    def wrapped(self, tracer: fx.Tracer) -> Any:
-        return _Replaced({place: (home, _called(f, tracer)) for place, (home, f) in self._places.items()})
-
-
-class _Replaced:
-    """Globals that have other values for a while."""
-
-    def __init__(self, values: Mapping[tuple[int, str], tuple[dict[str, Any], Any]]) -> None:
-        self._values = values
-        self._kept: dict[tuple[int, str], Any] = {}
-
-    def __enter__(self) -> None:
-        for (_, name), (home, value) in self._values.items():
-            self._kept[id(home), name] = home[name]
-            home[name] = value
-
-    def __exit__(self, *_raised: object) -> None:
-        for (_, name), (home, _value) in self._values.items():
-            home[name] = self._kept[id(home), name]
-
-
 def _lenient_checks() -> ExitStack:
     """Let classes derived from BatchNorm call its forward, which asks for the rank of its input."""
     patches = ExitStack()
@@ -733,23 +727,6 @@ def _lenient_checks() -> ExitStack:
 
 def _lenient(check: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     return lambda module, x: None if isinstance(x, fx.Proxy) else check(module, x)
-
-
-def _called(function: Any, tracer: fx.Tracer) -> Any:
-    """``function``, a call of which is recorded where a proxy is among its arguments."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(a, fx.Proxy) for a in pytree.tree_leaves((args, kwargs))):
-            return function(*args, **kwargs)
-        return tracer.create_proxy("call_function", function, args, kwargs)
-
-    return call
-
-
-def _is_method(frame: types.FrameType) -> bool:
-    names = frame.f_code.co_varnames[:1]
-    return bool(names) and isinstance(frame.f_locals.get(names[0]), nn.Module)
 
 
 class Reserved(InputError):
@@ -777,6 +754,14 @@ def _refuse_reserved(graph: fx.Graph, model: nn.Module) -> None:
                 f"{type(model).__name__} has a part called {node.target!r}, and a keyword of Python is no name that "
                 "torch.fx can write; rename it"
             )
+
+
+def _refuse_written(graph: fx.Graph, root: nn.Module) -> None:
+    """Raise InputError where a constant is written into, which forward makes anew in each run."""
+    held = [node for node in graph.find_nodes(op="get_attr") if str(node.target).startswith(_CONSTANT)]
+    memory = Memory(graph, root) if held else None
+    if memory is not None and any(memory.writers(node) for node in held):
+        raise InputError("it writes into a tensor that it makes")
 
 
 def drop_unread(graph: fx.Graph) -> None:

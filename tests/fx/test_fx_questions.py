@@ -5,16 +5,19 @@ import pytest
 pytest.importorskip("torch")
 
 import copy
+import os
+import pickle
 import random
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from fx_checks import CHANNELS, Net, conv_bn, counts, images, ready, relative_error, run
-from torch import Tensor, nn
+from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, run
+from torch import Tensor, is_grad_enabled, nn, zeros
+from torch.jit._trace import is_tracing
 from torch.nn import functional as F
 
 from reparamc import fuse_fx
@@ -46,6 +49,15 @@ def _rewritten(m: Any, x: Tensor) -> Tensor:
     return y
 
 
+def _without_gradients(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return m.a(x)
+
+
+def _gradients() -> bool:
+    return is_grad_enabled()
+
+
 def _doubled_if(asked: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
     return lambda m, x: m.a(x) * (2 if asked(m, x) else 1)
 
@@ -61,6 +73,17 @@ QUESTIONS: dict[str, Callable[[Any, Tensor], Any]] = {
     "attribute that may be None": _doubled_if(lambda m, x: x.grad_fn is None),
     "gradients": _doubled_if(lambda m, x: x.requires_grad),
     "mode": _doubled_if(lambda m, x: torch.is_inference_mode_enabled()),
+    "mode, by its own name": _doubled_if(lambda m, x: is_grad_enabled()),
+    "mode, by a helper": _doubled_if(lambda m, x: _gradients()),
+    "mode that is set": _without_gradients,
+    "tracing": _doubled_if(lambda m, x: is_tracing()),
+    "tracing, as torchvision asks": _doubled_if(lambda m, x: torch._C._get_tracing_state() is not None),
+    "compiling": _doubled_if(lambda m, x: torch.compiler.is_compiling()),
+    "setting": _doubled_if(lambda m, x: torch.backends.cudnn.enabled),
+    "environment": _doubled_if(lambda m, x: os.environ.get("DOUBLED")),
+    "environment, by a mapping": _doubled_if(lambda m, x: "DOUBLED" in os.environ),
+    "random numbers": lambda m, x: m.a(x) + 0 * torch.rand(1),
+    "tensor that is written": lambda m, x: torch.zeros(CHANNELS, 1, 1).add_(m.a(x).mean((0, 2, 3)).view(-1, 1, 1)),
     "autocast": _doubled_if(lambda m, x: torch.is_autocast_enabled("cpu")),
     "dtype of a parameter": _doubled_if(lambda m, x: next(m.parameters()).dtype == torch.float64),
     "dtype of a buffer": _doubled_if(lambda m, x: m.a[1].running_var.dtype == torch.float64),
@@ -81,11 +104,71 @@ def test_a_question_that_runs_may_answer_otherwise(name: str) -> None:
     assert counts(fused) == (1, int("of a buffer" in name))  # which has to stay
     for x in xs:
         assert relative_error(run(fused, x), run(model, x)) < 1e-5
+        assert relative_error(fused(x), expected := model(x)) < 1e-5
+        assert fused(x).requires_grad == expected.requires_grad
         with torch.inference_mode():
             assert relative_error(fused(x), model(x)) < 1e-5
     for one in (model, fused):
         one.double()
     assert relative_error(run(fused, xs[1].double()), run(model, xs[1].double())) < 1e-6
+
+
+def test_modes_that_are_asked_later() -> None:
+    (x,) = images((2, CHANNELS, 6, 6), dtype=torch.float32)
+    for name in ("tracing", "tracing, as torchvision asks", "setting", "environment"):
+        model = ready(Net(QUESTIONS[name], a=conv_bn()))
+        fused, expected = fuse_fx(model, x), run(model, x)
+        pair: list[Any] = [model, fused]
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=False), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DOUBLED", "1")
+            if "tracing" in name:
+                pair = [cast(Any, torch.jit.trace(one, x, check_trace=False)) for one in pair]
+            pair = [one(x) for one in pair]
+        assert relative_error(pair[1], pair[0]) < 1e-5
+        assert relative_error(pair[0], expected) > 0.4
+
+
+def test_a_mode_that_changes_nothing_is_followed() -> None:
+    def telling(m: Any, x: Tensor) -> Tensor:
+        factor = 1 if is_tracing() else len("a")
+        return m.a(x) if is_tracing() == is_tracing() else m.a(x) * factor
+
+    assert counts(check(Net(telling, a=conv_bn()))) == (1, 0)
+    with pytest.raises(InputError, match=r"it asks torch\.jit\.is_tracing"):
+        fuse_fx(ready(Net(lambda m, x: m.a(x) if is_tracing() else m.a(x).relu(), a=conv_bn())))
+
+
+MADE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "vector": lambda m, x: m.a(x) * torch.tensor([1.5]),
+    "scalar": lambda m, x: m.a(x) * torch.tensor(1.5),
+    "range": lambda m, x: m.a(x) + torch.arange(4.0).view(4, 1, 1) / 3,
+    "sizes": lambda m, x: m.a(x) + torch.zeros(x.shape[2], x.shape[3]),
+    "sizes, by a name": lambda m, x: m.a(x) + zeros(x.shape[2], x.shape[3]),
+    "sizes, and a number": lambda m, x: m.a(x) + torch.full((1, x.size(2) - 1 + 1, 1), 2),
+    "range of a size": lambda m, x: m.a(x) + torch.arange(x.size(3)),
+    "dtype": lambda m, x: torch.cat([torch.full((1, x.size(2), x.size(3)), 0.1)[None], m.a(x)[:1]], 1),
+    "double": lambda m, x: m.a(x) + torch.ones(1, dtype=torch.float64) / 3,
+    "attribute": lambda m, x: m.a(x) * m.kept,
+    "computed attribute": lambda m, x: m.a(x) * (m.kept + 1),
+    "computed buffer": lambda m, x: m.a(x).relu() * (m.own + 1),
+    "cast buffer": lambda m, x: m.a(x).relu() * (m.own.float() + 1),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("examples", [False, True])
+def test_what_forward_makes_keeps_its_dtype(name: str, examples: bool) -> None:
+    xs = images((2, CHANNELS, 6, 5), (1, CHANNELS, 7, 8), dtype=torch.float32)
+    model = ready(Net(MADE[name], a=conv_bn(), own=nn.Buffer(torch.rand(CHANNELS, 1, 1))))
+    model.kept = torch.rand(CHANNELS, 1, 1)
+    fused = fuse_fx(model, xs[0] if examples else None)
+    assert (isinstance(fused, torch.fx.GraphModule), counts(fused)) == (True, (1, 0))
+    del fused.run  # which no file can hold
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-6), (torch.bfloat16, 0.02)):
+        for one in (fused, pickle.loads(pickle.dumps(fused))):
+            pair = [copy.deepcopy(m).to(dtype) for m in (one, model)]
+            for x in xs:
+                assert relative_error(*(run(m, x.to(dtype)) for m in pair)) < tolerance
 
 
 def test_types_of_sizes_are_known() -> None:

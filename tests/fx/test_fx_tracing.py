@@ -460,15 +460,10 @@ def test_names_that_a_graph_module_needs(name: str) -> None:
     assert relative_error(run(fused, x), run(model, x)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["parameter", "buffer", "tensor"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
 def test_values_of_a_name_that_a_graph_module_needs(kind: str) -> None:
     model = Net(lambda m, x: m.a(x) * m.graph, a=conv_bn())
-    if kind == "parameter":
-        model.graph = vector()
-    elif kind == "buffer":
-        model.register_buffer("graph", vector().detach())
-    else:
-        model.graph = vector().detach()
+    model.graph = vector() if kind == "parameter" else nn.Buffer(vector().detach())
     with pytest.raises(InputError, match="Net has a part called 'graph'"):
         fuse_fx(ready(model))
 
