@@ -51,6 +51,7 @@ class Sizes:
     Attributes:
         freed: by the value that nobody asks for its shape then. All reads of a value can be moved, or none.
         homes: for each size that is no number the first value that stays and has it, and along which axis.
+        shared: the same of values that several read, which are asked where nothing else tells a size.
 
     Args:
         goes: whether an operator may become part of another one.
@@ -60,11 +61,12 @@ class Sizes:
         self.facts, self.goes = facts, goes
         self.position = {node: at for at, node in enumerate(facts.module.graph.nodes)}
         self.homes: dict[Dim, tuple[fx.Node, int]] = {}
+        self.shared: dict[Dim, tuple[fx.Node, int]] = {}
         for node in self.position:
-            if node not in facts.known and self._stays(node):
+            if node not in facts.known and ((stays := self._stays(node)) or self._is_shared(node)):
                 for axis, dim in enumerate(facts.shapes.get(node, ())):
                     if dim.known is None:
-                        self.homes.setdefault(dim, (node, axis))
+                        (self.homes if stays else self.shared).setdefault(dim, (node, axis))
         found = {node: self._free(node) for node in self.position if self._can_be_freed(node)}
         self.freed = {node: freed for node, freed in found.items() if freed is not None}
 
@@ -131,9 +133,15 @@ class Sizes:
         return dim.known is not None or self.home(dim, user) is not None or all(self.home(s, user) for s in symbols)
 
     def home(self, dim: Dim, user: fx.Node) -> tuple[fx.Node, int] | None:
-        """The value that stays, and its axis, that tell ``dim`` before ``user``."""
-        home = self.homes.get(dim)
-        return home if home is not None and self.position[home[0]] < self.position[user] else None
+        """The value, and its axis, that tell ``dim`` before ``user``; None where its factors do, or nothing does."""
+
+        def told_by(homes: dict[Dim, tuple[fx.Node, int]], dim: Dim) -> tuple[fx.Node, int] | None:
+            home = homes.get(dim)
+            return home if home is not None and self.position[home[0]] < self.position[user] else None
+
+        if (home := told_by(self.homes, dim)) or all(told_by(self.homes, Dim.of(s)) for s in dim.symbols):
+            return home
+        return told_by(self.shared, dim)
 
 
 class Mover:
@@ -204,7 +212,8 @@ class Mover:
 
     def _product(self, dim: Dim, user: fx.Node) -> int | fx.Node:
         symbols = [Dim.of(s) for s in dim.symbols]
-        latest = max((self.sizes.homes[s][0] for s in symbols), key=self.sizes.position.__getitem__)
+        homes = (home[0] for s in symbols if (home := self.sizes.home(s, user)))
+        latest = max(homes, key=self.sizes.position.__getitem__)
         product, *rest = (*(self._ask(s, user) for s in symbols), *[dim.factor] * (dim.factor != 1))
         for factor in rest:
             pair = product, factor

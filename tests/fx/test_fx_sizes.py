@@ -30,6 +30,7 @@ def parts(**options: int) -> dict[str, nn.Module]:
         "a": conv_bn(**options),
         "b": conv_bn(1),
         "n": nn.BatchNorm2d(C),
+        "flat": nn.BatchNorm1d(C),
         "linear": nn.Linear(C, C),
         "second": nn.Linear(C, C),
     }
@@ -96,6 +97,14 @@ def returned(m: Any, x: Tensor) -> tuple[Tensor, int, int]:
     return z, y.shape[0], y.shape[1]
 
 
+def tokens(m: Any, x: Tensor) -> Tensor:
+    t = m.b[0](m.a[0](x)).flatten(2).transpose(1, 2)
+    y = m.linear(t)
+    b, n, _ = t.shape
+    z = m.flat(y.flatten(0, 1)).reshape_as(y).view(b, n, 2, -1).flatten(2)
+    return t + m.second(z.relu())
+
+
 def computed(m: Any, x: Tensor) -> Tensor:
     y = m.a[0](x)
     z = m.a[1](y).relu()
@@ -113,6 +122,7 @@ FREED = [
     like,
     attention,
     returned,
+    tokens,
     computed,
 ]
 
