@@ -1287,13 +1287,11 @@ PAGE_TEXT = """# Model libraries of torch
 
 `python benchmarks/torch_zoo.py` makes this table. Each model has random weights and random BatchNorm statistics that
 fit what the layers see, and is called as its users call it, on small inputs: positional or keyword arguments, lists of
-images, tokens. None of these {models} models is refused, and all return results of the same type. The rows of
-open_clip, s3d, ssdlite320, and of mmpretrain cspresnet50, densenet121, efficientnet-b0, hrnet, levit-128s,
-mobileone-s0, mobilevit, regnetx-400mf, replknet, repmlp, repvgg, res2net, riformer and van-tiny were made before the
-others, and all rows before torch.export gave up parts that branch on sizes; `--again` makes them again.
-Models that the script knows and that are not in the table
-were not run, most of them because one forward takes long. Rows of detectors are of all boxes, none left out for its
-score; where the first error is large, rounding has changed their order.
+images, tokens. None of these {models} models is refused, and all return results of the same type. All rows
+were made on one state of the code, but that of levit-128s of mmpretrain, which was made on the next one. Models that
+the script knows and that are not in the table were not run, most of them because one forward takes long. Rows of
+detectors are of all boxes, none left out for its score; where the first error is large, rounding has changed their
+order.
 
 No BatchNorm stays in {whole} models. Why one stays in the others:
 
@@ -1305,15 +1303,17 @@ No BatchNorm stays in {whole} models. Why one stays in the others:
   takes optional arguments, or cannot be followed, calls it and the layer beside it, and stays;
 - yoloe-11s and yolo26n-seg: ten and two, in parts that the example does not run (prompts, and a loss);
 - resnest50 of mmpretrain: torch.fx cannot follow `*x.shape[2:]` of its split attention, with two BatchNorms each;
-- xcit_nano_12_p16_224: it comes after an activation, and goes into a depthwise convolution that pads with zeros;
-- levit-128s of mmpretrain: one of 50, which could go and does not yet.
+- deeplabv3_resnet50, fcn_resnet50, fasterrcnn_resnet50_fpn: the first one, which a module calls that walks over its
+  children and returns an OrderedDict; a graph of it would return a dict;
+- convmixer-768 of mmpretrain: it comes after an activation, and a sum reads it;
+- xcit_nano_12_p16_224: it comes after an activation, and goes into a depthwise convolution that pads with zeros.
 
 More Conv than before: a convolution of joined channels is computed in parts where one of them may then go before an
 upsampling, or into the convolution before it (DeepLabV3, MobileViT, UnetPlusPlus, CSPResNet, DPN); matrices of
 SwiftFormer that were parameters are layers. More Conv than after the library's own method: `fuse` of YOLOv10 and YOLO26
 removes the head that is for training (24 Conv, more in those for segmentation and poses), and its predictions from the
 result, which is then of another structure; a copy keeps both. RepMLP writes convolutions into a matrix over all
-positions, and keeps 77 BatchNorms for that, where a copy has 21.
+positions, and keeps 77 BatchNorms for that, where a copy has 24 and all Conv: its blocks branch on sizes.
 
 *Way*: the result is one graph, or a module of the same class in which parts are fused. *BatchNorm* and *Conv* (matrices
 included) are counted before and after; *own method* has the same two numbers after the library's own method
@@ -1324,9 +1324,9 @@ random networks may amplify it (a change of 1e-7 in the input of efficientvit_m0
 about 1e13 times). *Time*: `fuse_fx` with verification / one forward of a batch of 32, in CPU seconds on one thread,
 measured by `python benchmarks/torch_zoo.py --time`, the quicker of two forwards; images are of the size that the model
 is made for (224, segmentation_models_pytorch 256, detectors 640, of which a batch is four of eight), those of
-transformers as small as in the rest of the table. Of the
-{timed} models that were measured, {over} take more than one such forward; all of transformers do, as their forward is
-of small models on small images.
+transformers as small as in the rest of the table. Those marked *before* were measured on earlier code, with four
+forwards of eight for one of 32. Of the {timed} models that were measured, {over} take more than one such forward; all
+of transformers do, as their forward is of small models on small images.
 
 | library | model | way | BatchNorm | Conv | own method | example | other size | float64 | time |
 |---|---|---|---|---|---|---|---|---|---|"""
