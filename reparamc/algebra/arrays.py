@@ -164,7 +164,7 @@ def values(array: Array) -> Array:
 
 def glanced(array: Array) -> npt.NDArray[Any]:
     """As `values`, for one look: in the dtype that it is stored in, and not kept, unless it is loaded already."""
-    return array.look() if isinstance(array, Parameter) and not array.is_loaded else values(array)
+    return values(array.look() if isinstance(array, Parameter) and not array.is_loaded else array)
 
 
 MODERATE = 2.0**42
