@@ -1324,9 +1324,8 @@ random networks may amplify it (a change of 1e-7 in the input of efficientvit_m0
 about 1e13 times). *Time*: `fuse_fx` with verification / one forward of a batch of 32, in CPU seconds on one thread,
 measured by `python benchmarks/torch_zoo.py --time`, the quicker of two forwards; images are of the size that the model
 is made for (224, segmentation_models_pytorch 256, detectors 640, of which a batch is four of eight), those of
-transformers as small as in the rest of the table. Those marked *before* were measured on earlier code, with four
-forwards of eight for one of 32. Of the {timed} models that were measured, {over} take more than one such forward; all
-of transformers do, as their forward is of small models on small images.
+transformers as small as in the rest of the table. Of the {timed} models that were measured, {over} take more than one
+such forward; all of transformers do, as their forward is of small models on small images.
 
 | library | model | way | BatchNorm | Conv | own method | example | other size | float64 | time |
 |---|---|---|---|---|---|---|---|---|---|"""
