@@ -67,8 +67,8 @@ def samples(roots: Sequence[Expr], largest: int | None = None) -> Iterator[Sampl
     """Inputs on which expressions over the same sources are compared.
 
     Args:
-        largest: how many elements inputs may have together, which are then given everywhere; None: as many as is
-            sensible; few of them are given where all would take long.
+        largest: how many elements inputs may have together, which are then given everywhere, each as a batch of one;
+            None: as many as is sensible; few of them are given where all would take long.
 
     Raises:
         ValueError: no input just larger than the kernels fits all branches, or it is too large.
@@ -113,13 +113,14 @@ def draw(roots: Sequence[Expr], size: Size, rng: np.random.Generator, largest: i
         shapes, symbols = _declared(roots[0], whole, size)
         _check(shapes, largest)
         return Sample({e: rng.standard_normal(shape) for e, shape in shapes.items()}, symbols)
-    shapes = _just_larger(roots[0], whole, size)
+    batch = 3 if size == ORDINARY and largest is None else 1
+    shapes = _just_larger(roots[0], whole, size, batch)
     spatial = {e: shape[2:] for e, shape in shapes.items()}
     at = places(roots, spatial, rng) if largest is None else None
     if at is not None:
         shapes = {e: (*shape[:2], *at.shape(e)) for e, shape in shapes.items()}
     _check(shapes, largest)
-    values = _of_all_sizes if size == ORDINARY else np.random.Generator.standard_normal
+    values = _of_all_sizes if batch > 1 else np.random.Generator.standard_normal
     return Sample({e: values(rng, shape) for e, shape in shapes.items()}, {}, at)
 
 
@@ -163,7 +164,7 @@ def _declared(root: Expr, whole: Expr, size: Size) -> tuple[dict[Source, Ints], 
     return {e: tuple(dim.at(symbols) for dim in e.shape or ()) for e in sources}, symbols
 
 
-def _just_larger(root: Expr, whole: Expr, size: Size) -> dict[Source, Ints]:
+def _just_larger(root: Expr, whole: Expr, size: Size, batch: int) -> dict[Source, Ints]:
     """Shapes [batch, channels, *sizes] that are just larger than the kernels, or give results that are tiny."""
     channels_of, spatial = channels(whole), -1 - (channel_axes(whole)[whole] or -1)
     least = 2 + _span(whole) + size.extra
@@ -172,7 +173,6 @@ def _just_larger(root: Expr, whole: Expr, size: Size) -> dict[Source, Ints]:
         if isinstance(e, Scale) and e.axis is not None and -e.axis <= spatial:
             wanted[e.axis] = max(count(e.scale), count(e.shift))  # it acts on a spatial axis
     sizes = _sizes(root, wanted)
-    batch = 3 if size == ORDINARY else 1
     return {
         e: (batch, channels_of[e] or 3, *(low + size.extra % (high - low + 1) for low, high in sizes[e]))
         for e in walk(root)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from reparamc.certificate.normal_form import (
     Where,
     needed,
     promoted,
+    replace,
     rows_of,
     spread_dim,
     summed,

@@ -7,7 +7,6 @@ channels of positions is the slices that it puts side by side.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby, product
 
 import numpy as np
@@ -34,6 +33,7 @@ from reparamc.certificate.normal_form import (
     Tap,
     Value,
     promoted,
+    replace,
     rows_of,
     stacked,
     unsplit,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from math import prod
 
@@ -13,7 +12,7 @@ import reparamc.certificate.kernels as nk
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.kernels import Kernel
-from reparamc.certificate.normal_form import Array, Value
+from reparamc.certificate.normal_form import Array, Value, replace
 
 Numbers = Sequence[int]
 

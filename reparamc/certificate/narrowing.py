@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 import reparamc.certificate.layouts as nl
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Dim, identity_view
-from reparamc.certificate.normal_form import Array, Block, Grid, Guard, Value, Vector, Where
+from reparamc.certificate.normal_form import Array, Block, Grid, Guard, Value, Vector, Where, replace
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from math import ceil, floor, prod
 from typing import Any, Protocol, cast
@@ -17,7 +16,7 @@ import reparamc.certificate.layouts as nl
 import reparamc.certificate.meaning as meaning
 import reparamc.certificate.normal_form as nf
 from reparamc.certificate.axes import Dim, Unrepresentable
-from reparamc.certificate.normal_form import Array, Value
+from reparamc.certificate.normal_form import Array, Value, replace
 from reparamc.certificate.onnx_shapes import attribute, is_plain_fused, may_be_copied
 from reparamc.certificate.ranges import ANY, SIGNED, Bound, bound_of, clamp
 

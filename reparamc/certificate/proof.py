@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -31,7 +31,7 @@ from reparamc.certificate.narrowing import (
     put_back,
     shape_of,
 )
-from reparamc.certificate.normal_form import Array, Value, Vector, promoted, span
+from reparamc.certificate.normal_form import Array, Value, Vector, promoted, replace, span
 from reparamc.certificate.normal_form import leaf as nf_leaf
 from reparamc.certificate.ranges import Bound, unchanged
 

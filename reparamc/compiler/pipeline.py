@@ -35,7 +35,7 @@ def level_of(verify: bool | str) -> str:
 def seldom_collecting_garbage() -> Generator[None]:
     """Many small objects are made that stay until the end, and Python would look through them over and over."""
     often, *others = gc.get_threshold()
-    gc.set_threshold(often and max(often, 20_000), *others)
+    gc.set_threshold(often and max(often, 100_000), *others)
     try:
         yield
     finally:

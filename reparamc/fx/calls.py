@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch.fx.graph_module import _copy_attr
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -71,6 +72,34 @@ def lookup(module: nn.Module, target: str) -> Any:
             inner = None
         found = getattr(found, part) if inner is None else inner
     return found
+
+
+def put(home: nn.Module, source: nn.Module, paths: Iterable[str]) -> None:
+    """Put what ``source`` has at ``paths`` there in ``home``, as torch.fx does, which takes longer."""
+    homes = {"": home}
+    for path in dict.fromkeys(paths):
+        around, _, name = path.rpartition(".")
+        value = lookup(source, path)
+        if around in homes and isinstance(value, nn.Module | nn.Parameter):
+            own = homes[around]
+            held: dict[str, Any] = own._modules if isinstance(value, nn.Module) else own._parameters
+            held[name] = value
+        else:
+            _copy_attr(source, home, path)
+            if around and (inner := lookup(home, around)) is not lookup(source, around):
+                homes[around] = inner
+
+
+GraphT = TypeVar("GraphT", bound=fx.GraphModule)
+
+
+def over(kind: type[GraphT], root: nn.Module, graph: fx.Graph, name: str) -> GraphT:
+    """``graph`` as a module of ``kind``, over what it calls and reads of ``root``."""
+    made = kind(nn.Module(), fx.Graph(), name)
+    made.training = root.training
+    put(made, root, (str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")))
+    made.graph = graph
+    return made
 
 
 def with_operands(nodes: Iterable[fx.Node]) -> set[fx.Node]:

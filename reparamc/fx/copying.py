@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from itertools import starmap
+from itertools import chain, starmap
 from typing import Any
 
 import numpy as np
@@ -116,9 +116,16 @@ def _deep(model: nn.Module, memo: Memo) -> nn.Module:
 
 def _copy(value: Any, memo: Memo) -> Any:
     """As `copy.deepcopy`, which takes longer to find what needs no copy, or is copied already."""
-    if type(value) in CONSTANTS or is_constant(value):
+    kind = type(value)
+    if kind in CONSTANTS or is_constant(value):
         return value
-    return memo[id(value)] if id(value) in memo else copy.deepcopy(value, memo)
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind is dict and all(type(key) is str for key in value):
+        memo[id(value)] = made = dict[str, Any]()
+        made.update((key, _copy(held, memo)) for key, held in value.items())
+        return made
+    return copy.deepcopy(value, memo)
 
 
 def _has_plain_copies(kind: type[nn.Module]) -> bool:
@@ -339,15 +346,20 @@ class State:
     Args:
         model: the module.
         backup: a copy of it, which has the values of its parameters; without one they are not looked at.
+        only: the parts that are looked at, by path, where the others do not change.
 
     Attributes:
         has_written_parameters: whether a parameter had another value when it was put back.
     """
 
-    def __init__(self, model: nn.Module, backup: nn.Module | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, backup: nn.Module | None = None, only: dict[str, nn.Module] | None = None
+    ) -> None:
         copies = {} if backup is None else submodules(backup)
         objects: dict[int, list[Any]] = {}
-        self._snapshots = {path: _Snapshot(m, copies.get(path), objects) for path, m in submodules(model).items()}
+        parts = submodules(model) if only is None else only
+        self._snapshots = {path: _Snapshot(m, copies.get(path), objects) for path, m in parts.items()}
+        self._whole = _Whole([*self._snapshots.values()])
         self.has_written_parameters = False
 
     def restore(self) -> list[str]:
@@ -359,11 +371,68 @@ class State:
 
     def changed(self) -> list[str]:
         """The paths of all modules that hold something else than before."""
+        if self._whole.is_same():  # most often
+            return []
         return [path for path, snapshot in self._snapshots.items() if snapshot.is_changed()]
 
     def first_change(self) -> str:
         """The first attribute that holds something else than before, by its path."""
         return next((f"{path}.{self._snapshots[path].first_change()}".strip(".") for path in self.changed()), "")
+
+
+class _Whole:
+    """All snapshots of a module, compared at once. It may say that something has changed where nothing has."""
+
+    def __init__(self, snapshots: list[_Snapshot]) -> None:
+        contents = [both for s in snapshots for both in s.contents]
+        self._modules, self._dicts = [s.module for s in snapshots], [v for v, _ in contents if isinstance(v, dict)]
+        self._others = [both for both in contents if not isinstance(both[0], dict)]
+        before = [s.attributes for s in snapshots] + [content for v, content in contents if isinstance(v, dict)]
+        self._lengths = [*map(len, before)]
+        self._keys, self._values = [*chain.from_iterable(before)], [*chain.from_iterable(d.values() for d in before)]
+        self._empty = [value for s in snapshots for value in s.empty]
+        self._states = [state for s in snapshots for state in s.states]
+        tensors = [both for s in snapshots for both in s.tensors]
+        plain = [both for both in tensors if all(map(_is_small, both))]
+        self._packs = [_Pack([both for both in plain if both[0].dtype == kind]) for kind in {t.dtype for t, _ in plain}]
+        known = {id(t) for t, _ in plain}
+        self._tensors = [both for both in tensors if id(both[0]) not in known]
+
+    def is_same(self) -> bool:
+        dicts = [*map(vars, self._modules), *self._dicts]
+        return (
+            [*map(len, dicts)] == self._lengths
+            and all(map(operator.is_, chain.from_iterable(dicts), self._keys))
+            and all(map(operator.is_, chain.from_iterable(d.values() for d in dicts), self._values))
+            and not any(self._empty)
+            and all(starmap(_same_items, self._others))
+            and all(pack.is_same() for pack in self._packs)
+            and all(starmap(same_values, self._tensors))
+            and all(starmap(_has_content, self._states))
+        )
+
+
+def _is_small(t: Tensor) -> bool:
+    is_dense = type(t) is Tensor and t.layout is torch.strided and t.device.type == "cpu" and not t.is_quantized
+    return is_dense and t.numel() <= 1 << 12
+
+
+class _Pack:
+    """Small tensors of one dtype, compared as one: to ask about each takes longer than to read it."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self._tensors, before = [t for t, _ in pairs], [value for _, value in pairs]
+        self._shapes, self._before = [t.shape for t in before], _in_a_row(before)
+
+    def is_same(self) -> bool:
+        kind, now = self._before.dtype, self._tensors
+        same = [t.shape for t in now] == self._shapes and all(_is_small(t) and t.dtype == kind for t in now)
+        return same and torch.equal(_in_a_row(now), self._before)
+
+
+def _in_a_row(tensors: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([t.reshape(-1) for t in tensors])
 
 
 class _Snapshot:

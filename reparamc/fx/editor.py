@@ -15,7 +15,7 @@ from reparamc.algebra.expr import Layout, Select
 from reparamc.algebra.recorded import tape
 from reparamc.compiler.graph import Fold, Splice
 from reparamc.compiler.readings import Value
-from reparamc.fx.calls import with_operands
+from reparamc.fx.calls import over, with_operands
 from reparamc.fx.emit import Emitter, Target
 from reparamc.fx.memory import only_asserted, reads_size_only
 from reparamc.fx.operators import OPERATORS
@@ -128,7 +128,7 @@ class Editor:
                 self.graph.erase_node(node)
         self._mover.drop_unused()
         self.graph.lint()
-        fused = FusedModule(self.target.holder(), self.graph, type(self.source.module).__name__)
+        fused = over(FusedModule, self.target.holder(), self.graph, type(self.source.module).__name__)
         fused.training = False
         for module in fused.modules():
             if type(module) is nn.Module:  # a container that tracing made; the modules in it keep their modes

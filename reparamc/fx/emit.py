@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph_module import _copy_attr
 from torch.nn import functional as F
 
 from reparamc.algebra.arrays import is_all, loaded, values, zeros_of
@@ -43,7 +42,7 @@ from reparamc.algebra.shape import sizes_after
 from reparamc.compiler.emit import Emission
 from reparamc.compiler.graph import Splice
 from reparamc.compiler.readings import Taps, Value
-from reparamc.fx.calls import Call, as_plain, first_operand, lookup, operation, with_arguments
+from reparamc.fx.calls import Call, as_plain, first_operand, lookup, operation, put, with_arguments
 from reparamc.fx.operators import OPERATORS
 from reparamc.fx.readings import Readings
 
@@ -81,9 +80,8 @@ class Target:
         (end,), (copied_end,) = (g.find_nodes(op="output") for g in (source.graph, self.graph))
         self.copies[end] = copied_end
         self.module = fx.GraphModule(nn.Module(), fx.Graph())
-        for node in self.graph.find_nodes(op="call_module"):
-            if lookup(source, str(node.target))._modules:  # what is new may be put into it
-                _copy_attr(source, self.module, str(node.target))
+        called = (str(node.target) for node in self.graph.find_nodes(op="call_module"))
+        put(self.module, source, (p for p in called if lookup(source, p)._modules))  # what is new may be put into it
         self.emitted: dict[Expr, fx.Node] = {}
         self.spliced: dict[fx.Node, fx.Node] = {}
         """What has taken the place of a node."""
@@ -101,10 +99,8 @@ class Target:
 
     def holder(self) -> nn.Module:
         """A module with all that the graph calls and reads, as it is now."""
-        for node in self.graph.nodes:
-            path = str(node.target)
-            if node.op in ("call_module", "get_attr") and self._fresh.isdisjoint((path, path.rpartition(".")[0])):
-                _copy_attr(self.source, self.module, path)
+        named = (str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr"))
+        put(self.module, self.source, (p for p in named if self._fresh.isdisjoint((p, p.rpartition(".")[0]))))
         return self.module
 
     def current(self, value: Value) -> fx.Node:

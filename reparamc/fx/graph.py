@@ -208,12 +208,13 @@ class FxGraph(Readings):
     def folded(self, small: int) -> tuple[FxGraph, list[Fold]]:
         """As `Graph.folded`. A result that takes more room than those of its operands that go is left."""
         found: list[Fold] = []
-        stays = self._kept_constants()
+        stays: set[int] | None = None
         for node in self.graph.nodes:
             value = self.facts.known.get(node)
             users = [u for u in node.users if u not in self.facts.known]
             if not isinstance(value, Tensor) or not node.op.startswith("call") or not users:
                 continue
+            stays = self._kept_constants() if stays is None else stays
             given = {at: n for at, n in self._made_of(node).items() if at not in stays}
             if value.numel() <= max(sum(given.values()), small, 1):
                 found.append(Fold(node, node))

@@ -148,22 +148,26 @@ def _plain(leaf: Any) -> Any:
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Buffers and attributes of all submodules are as before when it ends, and so are lists and mappings in them."""
-    state = None if _is_stateless(module) else State(module)
+    state = State(module, only=_read_alone(module))
     try:
         yield
     finally:
-        if state is not None:
-            state.restore()
+        state.restore()
 
 
-def _is_stateless(module: nn.Module) -> bool:
-    """Whether ``module`` is a graph that calls torch's own modules in eval mode, and reads no tensor of itself."""
-    if not isinstance(module, fx.GraphModule) or module.graph.find_nodes(op="get_attr"):
-        return False
-    called = {str(node.target) for node in module.graph.find_nodes(op="call_module")}
-    inner = [m for path in called for m in submodules(lookup(module, path)).values()]
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, *inner))
-    return not hooked and all(is_plain(m) and not m.training for m in inner)
+def _read_alone(module: nn.Module) -> dict[str, nn.Module] | None:
+    """The parts whose tensors a graph reads, if all else it does is to call torch's own modules in eval mode."""
+    if not isinstance(module, fx.GraphModule) or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    for path in {str(node.target) for node in module.graph.find_nodes(op="call_module")}:
+        called = lookup(module, path)
+        for m in submodules(called).values() if called._modules else [called]:
+            if m._forward_hooks or m._forward_pre_hooks or m.training or not is_plain(m):
+                return None
+    read = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    if not all(isinstance(lookup(module, path), Tensor) for path in read):
+        return None
+    return {home: lookup(module, home) if home else module for home in {path.rpartition(".")[0] for path in read}}
 
 
 @contextmanager

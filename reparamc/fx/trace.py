@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from reparamc.certificate.fx_shapes import as_written, run_recorded
 from reparamc.errors import InputError, one_line
-from reparamc.fx.calls import by_position, lookup
+from reparamc.fx.calls import by_position, lookup, over
 from reparamc.fx.casts import DTypes, drop_casts
 from reparamc.fx.copying import named_tensors, submodules
 from reparamc.fx.functions import Functions
@@ -645,7 +645,7 @@ def traced(
             graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
             called = _called_as_they_are(graph, model)
             drop_unread(graph)
-            made = Traced(tracer.root, graph, type(model).__name__)
+            made = over(Traced, tracer.root, graph, type(model).__name__)
             describe_handed(made)
             recompose(made)
             drop_casts(made)
