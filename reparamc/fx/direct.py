@@ -262,9 +262,11 @@ def _mentions(method: ast.FunctionDef) -> Iterator[str]:
 
 
 def _called(node: ast.AST, method: ast.FunctionDef) -> tuple[str, ast.expr] | None:
-    """The name and the argument of ``self.name(argument)``."""
+    """The name and the argument of ``self.name(argument)``, which may be given as ``input``."""
     match node:
-        case ast.Call(ast.Attribute(ast.Name(owner), name), [argument], []) if owner == _owner(method):
+        case ast.Call(ast.Attribute(ast.Name(owner), name), [argument], []) | ast.Call(
+            ast.Attribute(ast.Name(owner), name), [], [ast.keyword("input", argument)]
+        ) if owner == _owner(method):
             return None if isinstance(argument, ast.Starred) else (name, argument)
         case _:
             return None

@@ -204,11 +204,11 @@ class Direct(Operators):
         y = self.a(x)
         y = self.na(y)
         if mask is not None:
-            y = self.nb(self.b(y * mask))
+            y = self.nb(input=self.b(y * mask))
         elif x.shape[2] > 20:
             y = self.nb(self.b(y))
-        pooled = self.c(y.mean((2, 3)))
-        return self.nc(pooled) * 2
+        pooled = self.c(input=y.mean((2, 3)))
+        return self.nc(input=pooled) * 2
 
 
 class Skips(Operators):
