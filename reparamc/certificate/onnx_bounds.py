@@ -46,10 +46,11 @@ def stand_in(node: NodeProto) -> None:
         del node.attribute[:], node.input[1:]
 
 
-def hide_ends_in_reverse(light: ModelProto) -> None:
-    """Have inference say nothing of slices in reverse that end at the largest number.
+def hide_doubtful(light: ModelProto) -> None:
+    """Have inference say nothing of sizes that ONNX Runtime takes otherwise.
 
-    That is behind the last position: nothing is left, as inference has it. ONNX Runtime goes on to the first position.
+    A slice in reverse to the largest number, which is behind the last position, goes on to the first there. And a
+    pooling that rounds up has no window that would start behind the map and its padding; SAME does not see dilations.
     """
     for graph in [*nested(light.graph)]:
         slices = [n for n in graph.node if n.op_type == "Slice" and not n.domain and len(n.input) > 4]
@@ -57,9 +58,37 @@ def hide_ends_in_reverse(light: ModelProto) -> None:
         for node in slices:
             ends, steps = small.get(node.input[2], ()), small.get(node.input[4], ())
             if any(step < 0 and end in ENDLESS for end, step in zip(ends, steps, strict=False)):
-                name = f"end of {node.output[0]}"
-                light.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, [len(ends)]))
-                node.input[2] = name
+                node.input[2] = _unknown(light, node.output[0], [len(ends)])
+        for node in graph.node:
+            if node.op_type in POOLS and not node.domain and _is_doubtful(node):
+                for name in node.output[1:]:
+                    light.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, None))
+                node.op_type = "Slice"
+                del node.attribute[:], node.output[1:]
+                node.input.extend([_unknown(light, node.output[0], None)] * 2)
+
+
+POOLS = ("AveragePool", "LpPool", "MaxPool")
+
+
+def _unknown(light: ModelProto, name: str, shape: list[int] | None) -> str:
+    """A new input of whole numbers, the bounds of ``name``."""
+    name = f"bounds of {name}"
+    light.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
+    return name
+
+
+def _is_doubtful(pool: NodeProto) -> bool:
+    """Whether ONNX Runtime may take a pooling to have other sizes than inference; see `hide_doubtful`."""
+    said = {a.name: helper.get_attribute_value(a) for a in pool.attribute}
+    kernel = said.get("kernel_shape", [])
+    n = len(kernel)
+    steps, spread = (said.get(key, [1] * n) for key in ("strides", "dilations"))
+    ends = said.get("pads", [0] * 2 * n)[n:]
+    rows = zip(kernel, steps, spread, ends, strict=False)
+    if said.get("auto_pad", b"NOTSET") != b"NOTSET" and any(d > 1 for d in spread):
+        return True
+    return bool(said.get("ceil_mode")) and any(s > 1 and e + s > d * (k - 1) + 1 for k, s, d, e in rows)
 
 
 ENDLESS = (2**31 - 1, 2**63 - 1)

@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, 
 
 from reparamc.certificate.axes import Dim
 from reparamc.certificate.normal_form import Array
-from reparamc.certificate.onnx_bounds import FAILURES, LAST, hide_ends_in_reverse, may_propagate, stand_in
+from reparamc.certificate.onnx_bounds import FAILURES, LAST, hide_doubtful, may_propagate, stand_in
 
 WEIGHT = 1024
 """A stored tensor of more elements is a weight: shape inference gets its type alone."""
@@ -78,7 +78,7 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
     graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in stored.items())
     for name, (dtype, dims) in typed.items():
         graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), dims))
-    hide_ends_in_reverse(found)
+    hide_doubtful(found)
     return found
 
 
@@ -164,7 +164,9 @@ def _is_made_up(size: Dim, given: Collection[str]) -> bool:
 TOLD = {"Reshape": 1, "ConstantOfShape": 0}
 """Operators that are given the sizes of their result, and by which operand."""
 
-MADE = {"Expand", "Range", "Slice"}
+WINDOWS = {"AveragePool", "Conv", "LpPool", "MaxPool"}
+
+MADE = {"Expand", "Range", "Slice", "Tile"}
 """Operators that are given numbers from which sizes follow, in another way."""
 
 BROADCAST = {"Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Pow", "Sub", "Sum", "Where"}
@@ -370,6 +372,8 @@ class Shapes:
                 self._explain_told(node, given)
             if node.op_type in MADE:
                 self._explain_made(node, given)
+            if node.op_type in WINDOWS:
+                self._explain_window(node, given)
             if node.op_type in ("Flatten", "Reshape"):
                 is_rest = node.op_type == "Flatten" or not rests.isdisjoint(node.input[1:])
                 self._explain(node, given, is_rest)
@@ -464,7 +468,7 @@ class Shapes:
                 self._meaning[made_up.symbols[0]] = found
 
     def _explain_made(self, node: NodeProto, given: set[str]) -> None:
-        """Learn sizes of an Expand, a Slice or a Range from the numbers that it is given."""
+        """Learn sizes of an Expand, a Range, a Slice or a Tile from the numbers that it is given."""
         before, after = self._read(node.input[0]), self._read(node.output[0])
         if before is None or after is None or not any(_is_made_up(e, given) for e in after):
             return
@@ -475,12 +479,37 @@ class Shapes:
         elif node.op_type == "Range" and None not in numbers:
             start, limit, step = (part.sizes for part in numbers if part is not None)
             found = [*limit] if (start, step) == ((Dim(0),), (Dim(),)) and limit[0].factor >= 0 else found
+        elif node.op_type == "Tile" and (told := numbers[1]) is not None and len(told.sizes) == len(before):
+            found = [e.times(n) if n.factor > 0 else None for e, n in zip(before, told.sizes, strict=True)]
         elif node.op_type == "Expand" and (told := numbers[1]) is not None and len(told.sizes) <= len(after):
             rows = ((Dim(),) * (len(after) - len(row)) + row for row in (before, told.sizes))
             found = [self._broadcast(pair) for pair in zip(*rows, strict=True)]
         for made_up, size in zip(after, found, strict=True):
             if _is_made_up(made_up, given) and size not in (None, made_up):
                 self._meaning[made_up.symbols[0]] = size
+
+    def _explain_window(self, node: NodeProto, given: set[str]) -> None:
+        """Learn the sizes that a kernel or a pooling leaves as they are, in steps of one."""
+        before, after = self._read(node.input[0]), self._read(node.output[0])
+        if (
+            before is None
+            or after is None
+            or len(before) != len(after)
+            or not any(_is_made_up(e, given) for e in after)
+        ):
+            return
+        weight = self.shape(node.input[1]) if node.op_type == "Conv" and len(node.input) > 1 else None
+        dims = [e.known for e in weight[2:]] if weight is not None else []
+        kernel, n = cast("Sequence[int | None]", attribute(node, "kernel_shape", dims)), len(before) - 2
+        ones, pads = [1] * n, cast("Sequence[int]", attribute(node, "pads", [0] * 2 * n))
+        steps, spread = (cast("Sequence[int]", attribute(node, key, ones)) for key in ("strides", "dilations"))
+        is_same = attribute(node, "auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER")
+        if not len(kernel) == len(steps) == len(spread) == n or len(pads) != 2 * n:
+            return
+        for i, k in enumerate(kernel):
+            keeps = is_same or (k is not None and pads[i] + pads[i + n] == spread[i] * (k - 1))
+            if keeps and steps[i] == 1 and _is_made_up(after[2 + i], given) and after[2 + i] != before[2 + i]:
+                self._meaning[after[2 + i].symbols[0]] = before[2 + i]
 
     def _sliced(self, before: Sequence[Dim], after: Sequence[Dim], numbers: Sequence[Sizes | None]) -> list[Dim | None]:
         """The sizes of a slice, as far as it starts at the start and leaves nothing out; others are noted in `_cut`."""

@@ -239,8 +239,9 @@ WIDE, NARROW, FEW_DIGITS = 2.0**30, 2.0**4, 2.0**-11
 ADDED = 2.0**8
 """And how much larger may be what is added, which takes as many digits from all the rest."""
 
-MOST_TRIES = 16
-"""How often the leaves of a window are expanded further until both graphs have the same."""
+MOST_TRIES, FEW_TRIES, SPARE_TRIES = 16, 4, 48
+"""How often the leaves of a window are expanded further until both graphs have the same; and how often if others have
+taken what may be spared: most windows take one or two tries, or are in vain."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,6 +347,8 @@ class _Proof:
         """See `_unchanged`; found when an operator has no reading."""
         self.narrowings: dict[str, Narrowing] = {}
         """The tensors of the original that have fewer channels in the emitted graph."""
+        self.tries = 0
+        """Of windows, beyond a few for each."""
         self.met: set[str] = set()
         """The tensors of the emitted graph that some proof is about."""
 
@@ -474,7 +477,10 @@ class _Proof:
         through, fixed = set[str](), set[str]()  # the second are constant
         different: Window | None = None
         last = Window(before, "undecided", reason="the two depend on different tensors, however far they are followed")
-        for _ in range(MOST_TRIES):
+        for trial in range(MOST_TRIES):
+            self.tries += trial >= FEW_TRIES
+            if trial >= FEW_TRIES and self.tries > SPARE_TRIES:
+                break
             atoms: list[_Atom] = []
             try:
                 mine, m = self._expand(0, before, through | fixed, atoms, None)

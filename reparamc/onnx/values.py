@@ -28,7 +28,7 @@ from onnx import (
 
 from reparamc.algebra.records import lazy, record, replace
 from reparamc.algebra.shape import Dim, Shape, size
-from reparamc.certificate.onnx_bounds import FAILURES, bodies, hide_ends_in_reverse, may_propagate, stand_in
+from reparamc.certificate.onnx_bounds import FAILURES, bodies, hide_doubtful, may_propagate, stand_in
 from reparamc.errors import InputError
 from reparamc.onnx.weights import LARGE, array, is_reference
 
@@ -487,7 +487,7 @@ class Types:
         light = skeleton(model)
         for node in light.graph.node:
             stand_in(node)
-        hide_ends_in_reverse(light)
+        hide_doubtful(light)
         plain = told = None
         with suppress(*FAILURES):
             plain = strictly_inferred(light)

@@ -71,6 +71,14 @@ TOLD: dict[str, tuple[list[NodeProto], tuple[Dim, ...]]] = {
         (A, B, Dim(3)),
     ),
     "a range": ([*X_SIZES, node("Range", "zero m one", "r"), node("Cast", "r", "y", to=1)], (B,)),
+    "a table repeated": ([*X_SIZES, *COLUMN, node("Concat", "n_ m_ at1", "t", axis=0), node("Tile", "row t", "y")],
+                         (A, B, Dim(3))),
+    "a window that keeps the size": ([node("MaxPool", "x", "y", kernel_shape=[3], pads=[1, 1])], (A, B, Dim(3))),
+    "with dilations": (
+        [node("Transpose", "x", "t", perm=[0, 2, 1]),
+         node("MaxPool", "t", "y", kernel_shape=[2], pads=[1, 1], dilations=[2])],
+        (A, Dim(3), B),
+    ),
     "a slice of positions, added": (
         [*X_SIZES, *COLUMN, node("Slice", "ones at0 m_ at1", "p"), node("Transpose", "p", "t", perm=[1, 0]),
          node("Add", "x t", "y")],
@@ -111,6 +119,10 @@ SILENT = {
     "a slice that starts later": [
         *X_SIZES, *COLUMN, node("Slice", "ones at1 m_ at1", "p"), node("Transpose", "p", "t", perm=[1, 0]),
         node("Add", "x t", "y"),
+    ],
+    "a window in steps": [
+        node("Transpose", "x", "t", perm=[0, 2, 1]),
+        node("MaxPool", "t", "y", kernel_shape=[2], pads=[0, 1], strides=[2]),
     ],
     "a range that starts later": [*X_SIZES, node("Range", "one m one", "r"), node("Cast", "r", "y", to=1)],
     "a reshape that copies where its size is zero": [

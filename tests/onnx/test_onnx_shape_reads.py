@@ -162,3 +162,24 @@ def test_a_slice_in_reverse_of_which_there_are_two_readings(
         nodes = [CONV, turned, node("Shape", "t", "s"), node("Cast", "s", "f", to=1), node("ReduceSum", "f", "k")]
         nodes = [*nodes, node("ReduceMax", "t", "l"), BN, node("Sum", "y k l", "z")]
     fuse(model(nodes, given, shape, outputs="z"), verify=level)  # which compares
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool", "LpPool"])
+@pytest.mark.parametrize(
+    ("kernel", "said", "opset"),
+    [
+        (1, {"strides": [2, 2], "ceil_mode": 1}, 18),
+        (2, {"strides": [2, 2], "ceil_mode": 1, "pads": [1, 1, 1, 1]}, 18),
+        (2, {"dilations": [2, 2], "auto_pad": "SAME_UPPER"}, 19),
+        (3, {"strides": [2, 2], "ceil_mode": 1}, 18),  # this one is beyond doubt
+    ],
+)
+def test_a_pooling_whose_windows_are_counted_otherwise(kernel: int, said: dict[str, Any], opset: int, op: str) -> None:
+    """ONNX Runtime has no window that starts behind the map; nor has PyTorch."""
+    pooled = node(op, "c", "p", kernel_shape=[kernel] * 2, **said)
+    nodes = [CONV, pooled, node("Shape", "p", "s"), node("Cast", "s", "f", to=1), node("ReduceSum", "f", "k")]
+    nodes = [*nodes, BN, node("Add", "y k", "z")]
+    for shape in (BATCH, (2, 6, 6, 8), (2, 6, 3, 5)):
+        fuse(
+            model(nodes, {name: PARAMETERS[name] for name in ("w", *N)}, shape, outputs="z", opset=opset), verify="off"
+        )
