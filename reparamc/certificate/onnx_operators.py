@@ -687,7 +687,7 @@ def _read_resize(call: Call) -> Value:
         raise Unrepresentable("a resize to sizes of run time")
     by = call.optional(scales)
     after = call.side.inferred(call.node.output[0])
-    if by is not None and by.size == x.rank:
+    if by is not None and by.size == x.rank and np.isfinite(by).all():
         factors = [Fraction(float(f)) for f in by]
     elif sizes is not None and call.name(sizes) and all(e.known for e in x.shape[2:]):
         factors = [Fraction(1), Fraction(1)]

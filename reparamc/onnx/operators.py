@@ -619,7 +619,8 @@ def _factors(graph: Facts, scales: str | None, before: Shape, after: Shape) -> t
     from fractions import Fraction
 
     if scales is not None:
-        found = [Fraction(float(s)) for s in graph.constants.array(scales).ravel()]
+        given = graph.constants.array(scales).ravel()
+        found = [Fraction(float(s)) for s in given] if np.isfinite(given).all() else []
     else:
         sizes = [(m.known, n.known) for m, n in zip(before, after, strict=True)]
         if any(not m or not n for m, n in sizes[2:]) or before[:2] != after[:2]:

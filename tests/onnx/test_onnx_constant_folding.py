@@ -335,3 +335,18 @@ def test_a_constant_that_the_runtime_refuses_is_not_folded(level: str) -> None:
     assert operators(fused) == operators(made) - Counter(BatchNormalization=report.passes["bn-folding"])
     feeds = random_inputs(made, 0, 5)
     assert_close(run(made, feeds)[0], run(fused, feeds)[0], 1e-5)
+
+
+@pytest.mark.parametrize("level", ["off", "full"])
+@pytest.mark.parametrize("kind", [TensorProto.INT64, TensorProto.INT32, TensorProto.UINT8])
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan, 2.0**70, -(2.0**40) * 2**30])
+def test_what_processors_cast_otherwise_stays(number: float, kind: int, level: str) -> None:
+    nodes = [
+        node("Div", "k one", "q"),
+        node("Cast", "q", "i", to=kind),
+        node("Cast", "i", "f", to=1),
+        node("Add", "x f", "y"),
+    ]
+    numbers = {"k": np.full((2, 2), number, np.float32), "one": np.array(0.75, np.float32)}
+    fused, _ = fuse_model(model(nodes, numbers, ("N", 2, 2, 2)), verify=level)
+    assert operators(fused)["Cast"] == 2

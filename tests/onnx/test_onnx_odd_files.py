@@ -227,3 +227,12 @@ def test_the_function_that_pays_is_inlined_alone() -> None:
     assert report.after.batchnorm == 0
     assert [f.name for f in fused.functions] == ["Gate"]
     assert any(kept.where == "own.Gate" for kept in report.kept)
+
+
+@pytest.mark.parametrize("scale", [np.inf, -np.inf, np.nan])
+def test_resizes_by_what_is_no_number(scale: float) -> None:
+    """No runtime takes them; the rest of the file is fused all the same."""
+    nodes = [CONV, batchnorm("c", "n", "y"), node("Resize", "y - by", "z")]
+    made = model(nodes, {"w": W3, **N, "by": np.array([1, 1, scale, 2], np.float32)}, outputs="z")
+    fused, _ = fuse_model(made, verify="off")
+    assert operators(fused) == {"Conv": 1, "Resize": 1}
