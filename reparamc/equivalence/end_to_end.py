@@ -143,7 +143,7 @@ def compare_outputs(
     judged = [] if seen is None else compare_regions(seen, regions, epsilon)
     for entry, found in unsure:
         assert entry.tolerance is not None
-        if seen is not None and found.same_dtype and _same_when_fed(seen, regions, entry):
+        if seen is not None and found.same_dtype and _same_when_fed(seen, regions, entry, epsilon):
             entries[entries.index(entry)] = replace(entry, tolerance=None)
         elif not (found.within(entry.tolerance) and found.same_dtype):
             text = f"output {entry.output!r} of the fused model {_what(found, entry.tolerance)}; nothing was written"
@@ -175,13 +175,20 @@ def _entry(
     return entry, False
 
 
-def _same_when_fed(seen: Alone, regions: Sequence[Region], entry: OutputError) -> bool:
-    """Whether an output is the same when what is before it has the original's values; a region's own was compared."""
+def _same_when_fed(
+    seen: Alone, regions: Sequence[Region], entry: OutputError, epsilon: Callable[[npt.NDArray[Any]], float]
+) -> bool:
+    """Whether an output is the same when what is before it has the original's values; a region's own was compared.
+
+    What regions give may be of a coarser type than the output, which is made of it.
+    """
     if any(entry.output == region.root for region in regions):
         return True
     if entry.output not in seen.actual:
         return False
-    return difference(seen.expected[entry.output], seen.actual[entry.output]).within(entry.tolerance or 0.0)
+    roots = (seen.actual[region.root] for region in regions if region.root in seen.actual)
+    allowed = max([entry.tolerance or 0.0, *(tolerance(0.0, epsilon(root)) for root in roots)])
+    return difference(seen.expected[entry.output], seen.actual[entry.output]).within(allowed)
 
 
 def _what(found: Difference, allowed: float) -> str:

@@ -25,6 +25,7 @@ from onnx_models import (
     fuse,
     model,
     node,
+    norm,
     rand,
     reasons,
 )
@@ -427,3 +428,19 @@ def test_the_report_counts_what_happened() -> None:
 def test_names_of_passes_that_are_none(wrong: Any) -> None:
     with pytest.raises(InputError, match="takes the names of passes"):
         fuse_model(conv_bn(), **wrong)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_float16_between_inputs_and_outputs_of_float32(seed: int) -> None:
+    """As tools convert models that keep their inputs and outputs: what the output rounds is not what it is made of."""
+    made = in_type(conv_bn(norm("n", 6, seed)), TensorProto.FLOAT16)
+    x, y = made.graph.input[0], made.graph.output[0]
+    made.graph.node.insert(0, node("Cast", x.name, "half", to=TensorProto.FLOAT16))
+    made.graph.node[1].input[0] = "half"
+    made.graph.node[-1].output[0] = "wide"
+    made.graph.node.append(node("Tanh", "wide", "last"))
+    made.graph.node.append(node("Cast", "last", y.name, to=TensorProto.FLOAT))
+    x.type.tensor_type.elem_type = y.type.tensor_type.elem_type = TensorProto.FLOAT
+    fused, report = fuse_model(made, verify="full")
+    assert operators(fused) == {"Conv": 1, "Tanh": 1, "Cast": 2}
+    assert not report.failed
