@@ -110,9 +110,8 @@ class Constants:
         return found
 
     def _is_told(self, name: str) -> bool:
-        """Whether the sizes of ``name`` are known, or those of inputs."""
-        shape = self.shapes.shape(name)
-        return shape is not None and all(self._open.issuperset(e.symbols) for e in shape)
+        """Whether inference itself knows the sizes of ``name``, or has those of inputs: others follow from them."""
+        return self.shapes.is_inferred(name, self._open)
 
     def _parts(self, names: Iterable[str]) -> Iterator[str]:
         """``names``, and what those are joined of that are no constants."""

@@ -397,6 +397,14 @@ class Shapes:
         shape = self.shape(name)
         return None if shape is None or any(e.symbols for e in shape) else tuple(e.factor for e in shape)
 
+    def is_inferred(self, name: str, given: Collection[str]) -> bool:
+        """Whether inference alone knows all sizes of ``name``, as numbers or as symbols ``given``."""
+        if name in self._stored:
+            return True
+        if name not in self._types or not self._types[name].HasField("shape"):
+            return False
+        return all(d.HasField("dim_value") or d.dim_param in given for d in self._types[name].shape.dim)
+
     def _read(self, name: str) -> tuple[Dim, ...] | None:
         if name in self._stored:
             return self._stored[name][1]
