@@ -266,7 +266,7 @@ def _is_of_torch(module: fx.GraphModule) -> bool:
     return not hooked and all(_home(type(m)) in _HOMES for m in called) and all(map(_keeps_nothing, functions))
 
 
-_HOMES = ("torch", "torchvision", "_operator", "builtins", "math")
+_HOMES = ("torch", "torchvision", "_operator", "builtins", "collections", "math")
 _WRITING = {
     "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "put", "remove", "send",
     "setdefault", "update", "write",

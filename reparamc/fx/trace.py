@@ -276,7 +276,8 @@ class _Tracer(fx.Tracer):
             return a.node
         if kind is tuple:
             return tuple(map(self.create_arg, a))
-        if isinstance(a, dict | list) and kind not in _PLAIN and not self.is_compared:
+        is_own = isinstance(a, dict | list) and kind not in _PLAIN
+        if is_own and (kind is OrderedDict or not self.is_compared):
             return self._container(a)
         named = isinstance(a, (torch.Tensor, nn.Module)) and self._name(a)  # quicker than by a union
         if named:
@@ -296,12 +297,14 @@ class _Tracer(fx.Tracer):
         """A call that makes a dict or list of a class of its own; torch.fx would make a plain one."""
         kind = type(a)
         if dataclasses.is_dataclass(a):
-            fields = {f.name: self.create_arg(getattr(a, f.name)) for f in dataclasses.fields(a)}
-            return self.create_node("call_function", kind, (), fields)
-        if kind is not OrderedDict:
+            given, fields = (), {f.name: self.create_arg(getattr(a, f.name)) for f in dataclasses.fields(a)}
+        elif kind is OrderedDict:
+            given, fields = ([(name, self.create_arg(value)) for name, value in a.items()],), {}
+        else:
             raise self.questions.refusal(f"it makes a {kind.__name__}, which no graph holds")
-        given = [(name, self.create_arg(value)) for name, value in a.items()]
-        return self.create_node("call_function", kind, (given,), {})
+        node = self.create_node("call_function", kind, given, fields)
+        node.meta["is_wrapped"] = True  # a graph is traced again when it is loaded from a file: as a call there, too
+        return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

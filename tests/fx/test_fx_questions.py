@@ -19,6 +19,7 @@ from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, rela
 from torch import Tensor, is_grad_enabled, nn, zeros
 from torch.jit._trace import is_tracing
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from reparamc import fuse_fx
 from reparamc.errors import InputError
@@ -217,23 +218,41 @@ class Own(dict[str, Any]):
     pass
 
 
-def test_containers_are_of_their_class_without_examples() -> None:
-    kinds: dict[str, Callable[[Any], Any]] = {
-        "ordered": lambda y: OrderedDict(first=y, others=[y]),
-        "dataclass": lambda y: Held(first=y),
-        "own": lambda y: Own(first=y),
-    }
-    (x,) = images((2, CHANNELS, 6, 5), dtype=torch.float32)
-    for name, made in kinds.items():
-        model = ready(Net(lambda m, x, made=made: made(m.a(x)), a=conv_bn()))
-        if name == "own":
+def _ordered(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    return OrderedDict(first=y, others=[y])
+
+
+def _nested(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    return {"first": y, "others": (OrderedDict(y=y), [OrderedDict(y=-y)])}
+
+
+def _held(m: Any, x: Tensor) -> Any:
+    return Held(first=m.a(x))
+
+
+def _own(m: Any, x: Tensor) -> Any:
+    return Own(first=m.a(x))
+
+
+@pytest.mark.parametrize("examples", [False, True])
+def test_containers_are_of_their_class(examples: bool) -> None:
+    x, other = images((2, CHANNELS, 6, 5), (3, CHANNELS, 9, 4), dtype=torch.float32)
+    for forward in (_ordered, _nested, _held, _own):
+        model = ready(Net(forward, a=conv_bn()))
+        if forward is _own and not examples:
             with pytest.raises(InputError, match="it makes a Own, which no graph holds"):
                 fuse_fx(model)
             continue
-        fused = fuse_fx(model)
-        found, wanted = run(fused, x), run(model, x)
-        assert (counts(fused), type(found), found.keys()) == ((1, 0), type(wanted), wanted.keys())
-        assert relative_error(found["first"], wanted["first"]) < 1e-5
+        fused = fuse_fx(model, x if examples else None)
+        for one in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+            for given in (x, other):
+                found, wanted = run(one, given), run(model, given)
+                assert (counts(one), type(found)) == ((1, 0), type(wanted))
+                (found, kinds_found), (wanted, kinds_wanted) = (pytree.tree_flatten({**r}) for r in (found, wanted))
+                assert kinds_found == kinds_wanted
+                assert all(relative_error(a, b) < 1e-5 for a, b in zip(found, wanted, strict=True))
 
 
 def test_random_numbers_of_python_are_drawn_in_each_run() -> None:
