@@ -1288,7 +1288,8 @@ PAGE_TEXT = """# Model libraries of torch
 `python benchmarks/torch_zoo.py` makes this table. Each model has random weights and random BatchNorm statistics that
 fit what the layers see, and is called as its users call it, on small inputs: positional or keyword arguments, lists of
 images, tokens. None of these {models} models is refused, and all return results of the same type. All rows
-were made on one state of the code, but that of levit-128s of mmpretrain, which was made on the next one. Models that
+were made on one state of the code, but those of levit-128s of mmpretrain, deeplabv3_resnet50, fcn_resnet50 and
+fasterrcnn_resnet50_fpn, which were made on later ones. Models that
 the script knows and that are not in the table were not run, most of them because one forward takes long. Rows of
 detectors are of all boxes, none left out for its score; where the first error is large, rounding has changed their
 order.
@@ -1303,8 +1304,6 @@ No BatchNorm stays in {whole} models. Why one stays in the others:
   takes optional arguments, or cannot be followed, calls it and the layer beside it, and stays;
 - yoloe-11s and yolo26n-seg: ten and two, in parts that the example does not run (prompts, and a loss);
 - resnest50 of mmpretrain: torch.fx cannot follow `*x.shape[2:]` of its split attention, with two BatchNorms each;
-- deeplabv3_resnet50, fcn_resnet50, fasterrcnn_resnet50_fpn: the first one, which a module calls that walks over its
-  children and returns an OrderedDict; a graph of it would return a dict;
 - convmixer-768 of mmpretrain: it comes after an activation, and a sum reads it;
 - xcit_nano_12_p16_224: it comes after an activation, and goes into a depthwise convolution that pads with zeros.
 
