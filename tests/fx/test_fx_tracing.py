@@ -130,7 +130,7 @@ class Optional(Branching):
         y = self.block(x) * factor
         y = y if mask is None else y * mask
         y = -y if flip else y
-        return y.sum() if mode == "sum" else y.to(dtype)
+        return y.abs().sum() if mode == "sum" else y.to(dtype)
 
 
 def test_optional_arguments_take_their_defaults() -> None:
