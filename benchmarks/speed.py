@@ -155,9 +155,12 @@ def main() -> int:
 
 
 def exported(name: str) -> Path:
-    import models
-
-    return models.onnx_file(name)
+    """The file of a model, made by another process: what is started by a large one counts as being as large."""
+    code = "import sys, models; print(models.onnx_file(sys.argv[1]))"
+    found = subprocess.run(
+        [sys.executable, "-c", code, name], cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return Path(found.stdout.splitlines()[-1]).resolve()
 
 
 if __name__ == "__main__":
