@@ -19,7 +19,7 @@ from reparamc.certificate.agreement import Precision
 from reparamc.certificate.axes import Dim, Unrepresentable
 from reparamc.certificate.narrowing import Separate
 from reparamc.certificate.normal_form import Array, Value
-from reparamc.certificate.onnx_bounds import FAILURES, bodies
+from reparamc.certificate.onnx_bounds import FAILURES, bodies, unnamed
 from reparamc.certificate.onnx_constants import RANDOM, Constants, run_alone
 from reparamc.certificate.onnx_operators import (
     ELEMENTWISE,
@@ -72,7 +72,7 @@ def certify_onnx(
     after = _Side("emitted", result, declared, {}, read)
     # A tensor has the sizes in the original that it has in the result, once it is proven to be the same.
     typed, alone = after.typed(), Shapes(original, declared)
-    typed = {name: t for name, t in typed.items() if _may_be(alone.shape(name), t.dims)}
+    typed = {name: t for name, t in typed.items() if _is_news(alone.shape(name), t.dims)}
     before = _Side("original", original, declared, typed, read, alone)
     computed = set(before.order)
     stands_for = {name: name for name in after.order if name in computed and name not in without}
@@ -87,9 +87,11 @@ def certify_onnx(
     return certify(before, after, outputs, stands_for, after.precision, outside, parameters)
 
 
-def _may_be(shape: Sequence[Dim] | None, dims: Sequence[int]) -> bool:
-    """Whether a tensor of that shape can have these sizes: one that lost channels has others."""
+def _is_news(shape: Sequence[Dim] | None, dims: Sequence[int]) -> bool:
+    """Whether these sizes tell more of a tensor of that shape, and are possible: with channels lost, it has others."""
     known = None if shape is None else [e.known for e in shape]
+    if known == [*dims]:
+        return False
     return known is None or (len(known) == len(dims) and all(m in (None, n) for m, n in zip(known, dims, strict=True)))
 
 
@@ -171,12 +173,18 @@ class _Side:
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.inputs = {v.name for v in graph.input}
         self.producers = {name: (node, at) for node in graph.node for at, name in enumerate(node.output) if name}
-        self.stored = Constants(model, lambda arrays: Shapes(model, declared, arrays, typed), read)
+
+        def inferred(stored: Mapping[str, Array]) -> Shapes:
+            if alone is not None and not typed and not stored:
+                return alone
+            return Shapes(model, declared, stored, typed)
+
+        self.stored = Constants(model, inferred, read)
         self.shapes, self.constants, self.constant = self.stored.shapes, self.stored.names, self.stored.array
         self._by_itself = alone or self.shapes
         self._kinds: dict[str, Hashable] = {}
         self._sizes: dict[str, Sizes | None] = {}
-        self.doubted = {name for s in self.shapes.doubted for name in (s, f"{which} {s}")}
+        self.doubted = {name for s in self.shapes.doubted for name in (s, self._own(s))}
         """Symbols that may stand for two sizes; see `Shapes`."""
         self.shape_of: dict[str, tuple[Dim, ...] | None] | None = None
         """The shapes of tensors as the original has them, if this is not the original."""
@@ -302,7 +310,7 @@ class _Side:
     def known_as(self, name: str) -> Sequence[Dim] | None:
         """The shape of a tensor, with unknown sizes as the original has them."""
         shape = self.shapes.shape(name) if self.shape_of is None else self.shape_of.get(name)
-        named = (tuple(s if s in self.symbols else f"original {s}" for s in e.symbols) for e in shape or ())
+        named = (tuple(s if s in self.symbols else self._own(s, "original") for s in e.symbols) for e in shape or ())
         return None if shape is None else [Dim(e.factor, n) for e, n in zip(shape, named, strict=True)]
 
     def told(self, name: str, shape_of: Callable[[str], Sequence[Dim] | None], steps: int = MOST_STEPS) -> Sizes | None:
@@ -339,7 +347,11 @@ class _Side:
         return nf.leaf(known_as, [Dim(e.factor, self._named(e.symbols)) for e in shape])
 
     def _named(self, symbols: Sequence[str]) -> tuple[str, ...]:
-        return tuple(sorted(s if s in self.symbols else f"{self.which} {s}" for s in symbols))
+        return tuple(sorted(s if s in self.symbols else self._own(s) for s in symbols))
+
+    def _own(self, symbol: str, which: str = "") -> str:
+        """What a symbol that shape inference made up in one of the two graphs goes by."""
+        return unnamed(f"{which or self.which} {symbol}", self.symbols)
 
     def value(self, name: str, of: Callable[[str], Value]) -> Value:
         node, at = self.producers[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from math import prod
 
 import numpy as np
@@ -46,11 +46,18 @@ def stand_in(node: NodeProto) -> None:
         del node.attribute[:], node.input[1:]
 
 
+def unnamed(symbol: str, named: Collection[str]) -> str:
+    """``symbol``, for a size without a name, or one like it, if it is among those that inputs have ``named``."""
+    while symbol in named:
+        symbol += "'"
+    return symbol
+
+
 def hide_doubtful(light: ModelProto) -> None:
     """Have inference say nothing of sizes that ONNX Runtime takes otherwise.
 
     A slice in reverse to the largest number, which is behind the last position, goes on to the first there. And a
-    pooling that rounds up has no window that would start behind the map and its padding; SAME does not see dilations.
+    pooling that rounds up has no window that would start after the map and its padding; auto_pad hides dilations, pads.
     """
     for graph in [*nested(light.graph)]:
         slices = [n for n in graph.node if n.op_type == "Slice" and not n.domain and len(n.input) > 4]
@@ -86,7 +93,7 @@ def _is_doubtful(pool: NodeProto) -> bool:
     steps, spread = (said.get(key, [1] * n) for key in ("strides", "dilations"))
     ends = said.get("pads", [0] * 2 * n)[n:]
     rows = zip(kernel, steps, spread, ends, strict=False)
-    if said.get("auto_pad", b"NOTSET") != b"NOTSET" and any(d > 1 for d in spread):
+    if said.get("auto_pad", b"NOTSET") != b"NOTSET" and ("pads" in said or any(d > 1 for d in spread)):
         return True
     return bool(said.get("ceil_mode")) and any(s > 1 and e + s > d * (k - 1) + 1 for k, s, d, e in rows)
 

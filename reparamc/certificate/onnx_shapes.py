@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, 
 
 from reparamc.certificate.axes import Dim
 from reparamc.certificate.normal_form import Array
-from reparamc.certificate.onnx_bounds import FAILURES, LAST, hide_doubtful, may_propagate, stand_in
+from reparamc.certificate.onnx_bounds import FAILURES, LAST, hide_doubtful, may_propagate, stand_in, unnamed
 
 WEIGHT = 1024
 """A stored tensor of more elements is a weight: shape inference gets its type alone."""
@@ -343,7 +343,8 @@ class Shapes:
         self._shapes: dict[str, tuple[Dim, ...] | None] = {}
         self._meaning: dict[str, Dim] = {}
         """What a symbol that inference made up is, where that is known."""
-        given = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim}
+        self._named = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim}
+        given = {*self._named}
         constants = [n for n in light.graph.node if n.op_type == "Constant" and not n.domain]
         made = {n.output[0]: t for n in constants if (t := constant(n)) is not None}
         stored_ = {t.name: t for t in light.graph.initializer}
@@ -413,7 +414,7 @@ class Shapes:
         return tuple(
             Dim(d.dim_value)
             if d.HasField("dim_value") and d.dim_value >= 0
-            else self._open(d.dim_param or f"{name}[{axis}]")
+            else self._open(d.dim_param or unnamed(f"{name}[{axis}]", self._named))
             for axis, d in enumerate(self._types[name].shape.dim)
         )
 
@@ -527,6 +528,8 @@ class Shapes:
         ):
             return [None] * len(after)
         starts, ends, axes, steps = *known, *[(Dim(),) * len(known[0])][: 4 - len(known)]
+        if len({len(starts), len(ends), len(axes), len(steps)}) > 1:
+            return [None] * len(after)
         found: list[Dim | None] = [*before]
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
             at, width = axis.factor, before[axis.factor]

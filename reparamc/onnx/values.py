@@ -28,7 +28,7 @@ from onnx import (
 
 from reparamc.algebra.records import lazy, record, replace
 from reparamc.algebra.shape import Dim, Shape, size
-from reparamc.certificate.onnx_bounds import FAILURES, bodies, hide_doubtful, may_propagate, stand_in
+from reparamc.certificate.onnx_bounds import FAILURES, bodies, hide_doubtful, may_propagate, stand_in, unnamed
 from reparamc.errors import InputError
 from reparamc.onnx.weights import LARGE, array, is_reference
 
@@ -507,6 +507,7 @@ class Types:
         self._shapes: dict[str, Shape | None] = {}
         self._dtypes: dict[str, np.dtype | None] = {}
         self._products: dict[str, Dim] = {}
+        self._named = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim}
         if self.tells_all:
             return  # nothing is left to be learnt
         given = {symbol for v in model.graph.input for dim in self._shape(v.name) or () for symbol in dim.symbols}
@@ -564,12 +565,12 @@ class Types:
         sizes = self._sizes.get(name)
         if sizes is None:
             return None
-        return tuple(
-            [
-                _dim(n) if isinstance(n, int) and n >= 0 else self._open(n if isinstance(n, str) else f"{name}[{axis}]")
-                for axis, n in enumerate(sizes)
-            ]
-        )
+        return tuple([self._size(name, axis, n) for axis, n in enumerate(sizes)])
+
+    def _size(self, name: str, axis: int, n: int | str | None) -> Dim:
+        if isinstance(n, int) and n >= 0:
+            return _dim(n)
+        return self._open(n if isinstance(n, str) else unnamed(f"{name}[{axis}]", self._named))
 
     def _open(self, symbol: str) -> Dim:
         return self._products.get(symbol) or Dim.of(symbol)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from reparamc.certificate.onnx_bounds import unnamed
 from reparamc.equivalence.trials import Inputs, Slot
 from reparamc.errors import InputError, one_line
 from reparamc.onnx.session import free_inputs
@@ -26,11 +27,12 @@ def slots(model: ModelProto) -> list[Slot]:
     Raises:
         InputError: one of them is no dense tensor.
     """
-    return [slot(value) for value in free_inputs(model)]
+    named = {d.dim_param for value in free_inputs(model) for d in value.type.tensor_type.shape.dim}
+    return [slot(value, named) for value in free_inputs(model)]
 
 
-def slot(value: onnx.ValueInfoProto) -> Slot:
-    """A declared input or output; an size without a name is named by its place."""
+def slot(value: onnx.ValueInfoProto, named: Collection[str] = ()) -> Slot:
+    """A declared input or output; a size without a name is named by its place, unless that is among those ``named``."""
     if not value.type.HasField("tensor_type"):
         what = _OTHER.get(value.type.WhichOneof("value") or "", "no tensor")
         raise InputError(f"{value.name!r} is {what}; such models cannot be compared")
@@ -38,7 +40,7 @@ def slot(value: onnx.ValueInfoProto) -> Slot:
     dims: list[int | str] = []
     for axis, d in enumerate(kind.shape.dim):
         known = d.HasField("dim_value") and d.dim_value >= 0
-        dims.append(d.dim_value if known else d.dim_param or f"{value.name}[{axis}]")
+        dims.append(d.dim_value if known else d.dim_param or unnamed(f"{value.name}[{axis}]", named))
     try:
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type))
     except KeyError as error:

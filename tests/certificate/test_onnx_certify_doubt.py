@@ -403,3 +403,23 @@ def test_a_size_that_may_be_zero_divides_nothing() -> None:
     after = sized([node("Mul", "n w", "p"), node("Div", "p n", "y")])
     assert outcome(after, {"x": rand(0, 3)}) == [] != outcome(before, {"x": rand(0, 3)})
     assert {w.verdict for w in certify_onnx(before, after).windows} == {"undecided"}
+
+
+@pytest.mark.parametrize("symbol", ["z[0]", "original unk__0", "unk__0"])
+def test_a_symbol_that_reads_like_a_size_without_a_name_is_another(symbol: str) -> None:
+    def reading(source: str) -> ModelProto:
+        nodes = [node("NonZero", "m", "found"), node("Transpose", "found", "f", perm=[1, 0])]
+        nodes += [
+            node("Shape", source, "s"),
+            node("Expand", "one s", "e"),
+            node("ReduceSum", "e axes", "y", keepdims=0),
+        ]
+        numbers = {"one": np.ones((1,), np.float32), "axes": whole(0)}
+        inputs = {"z": (None, 2), "m": ("k", 2)}
+        return model(nodes, numbers, (symbol, 2), outputs="y f", inputs=inputs)
+
+    feeds = {"x": rand(2, 2), "z": rand(3, 2), "m": np.ones((2, 2), np.float32)}
+    assert [outcome(reading(name), feeds)[0][1] for name in "zfx"] == [[3.0, 3.0], [4.0, 4.0], [2.0, 2.0]]
+    for before in "zfx":
+        for after in "zfx":
+            assert certify_onnx(reading(before), reading(after)).holds == (before == after)

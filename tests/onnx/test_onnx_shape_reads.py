@@ -171,11 +171,13 @@ def test_a_slice_in_reverse_of_which_there_are_two_readings(
         (1, {"strides": [2, 2], "ceil_mode": 1}, 18),
         (2, {"strides": [2, 2], "ceil_mode": 1, "pads": [1, 1, 1, 1]}, 18),
         (2, {"dilations": [2, 2], "auto_pad": "SAME_UPPER"}, 19),
+        (3, {"pads": [1] * 4, "auto_pad": "VALID"}, 18),
+        (3, {"pads": [0] * 4, "auto_pad": "SAME_LOWER", "strides": [2, 2]}, 18),
         (3, {"strides": [2, 2], "ceil_mode": 1}, 18),  # this one is beyond doubt
     ],
 )
 def test_a_pooling_whose_windows_are_counted_otherwise(kernel: int, said: dict[str, Any], opset: int, op: str) -> None:
-    """ONNX Runtime has no window that starts behind the map; nor has PyTorch."""
+    """ONNX Runtime has no window that starts after the map, as PyTorch, and sees no pads beside auto_pad."""
     pooled = node(op, "c", "p", kernel_shape=[kernel] * 2, **said)
     nodes = [CONV, pooled, node("Shape", "p", "s"), node("Cast", "s", "f", to=1), node("ReduceSum", "f", "k")]
     nodes = [*nodes, BN, node("Add", "y k", "z")]
