@@ -676,6 +676,7 @@ class ForRuntime:
         """Add to the options of a session what it needs for this model."""
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", ROOT)
         options.add_external_initializers(list(self.values), list(self.values.values()))
+        options.enable_mem_pattern = False  # to plan where n weights lie takes n^2 steps, and runs are few
 
 
 ROOT = os.path.abspath(os.sep)
@@ -684,6 +685,10 @@ ROOT = os.path.abspath(os.sep)
 
 MAPS = (1, 21)
 """The version of ONNX Runtime from which on a model in memory may have its weights in files."""
+
+
+TINY = 128
+"""Bytes of an initializer that ONNX Runtime leaves in the graph."""
 
 
 def for_runtime(model: ModelProto) -> ForRuntime:
@@ -700,6 +705,8 @@ def for_runtime(model: ModelProto) -> ForRuntime:
         if maps and is_reference(t) and (path := _mappable(t)) is not None:
             where = place(t)
             _locate(t, path, where.start, where.length)
+    # ONNX Runtime moves those that are not tiny, and looks for each from the first on.
+    copy.graph.initializer.sort(key=lambda t: t.ByteSize() < TINY)
     values: dict[str, Any] = {}
     named = [(t.name, t) for t in copy.graph.initializer]
     for node in copy.graph.node:
