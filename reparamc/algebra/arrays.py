@@ -41,6 +41,7 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
         self.names, self.shape, self.origin = names, shape, origin
         self.load, self.look = load, look or load
         self._value: Array | None = None
+        self._seen: Any = None
 
     @property
     def ndim(self) -> int:
@@ -57,9 +58,20 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
             self._value = self.load()
         return self._value
 
+    def glance(self) -> Any:
+        """What it holds, in the dtype that it is stored in unless it is loaded already."""
+        held = self._value if self._seen is None else self._seen
+        return self.look() if held is None else held
+
+    @property
+    def seen(self) -> Any:
+        """The same, kept until it is released."""
+        self._seen = self.glance()
+        return self._seen
+
     def release(self) -> None:
         """Forget the values; they are loaded again when they are asked for."""
-        self._value = None
+        self._value = self._seen = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.array(values(self.value), dtype, copy=True) if copy else np.asarray(values(self.value), dtype)
@@ -76,9 +88,28 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
         return getattr(self.value, name)
 
 
+class Rounded(Parameter):
+    """An array that was computed, as it is ``stored``: rounded. In float64 it is computed again when asked for."""
+
+    def __init__(self, stored: npt.NDArray[Any], load: Callable[[], Array]) -> None:
+        super().__init__((), stored.shape, load)
+        self.stored = stored
+
+
+def as_stored(array: Array) -> Array:
+    """``array`` itself; of one that is `Rounded`, what is stored of it."""
+    return array.stored if isinstance(array, Rounded) else array
+
+
 def loaded(array: Any) -> Any:
     """``array`` itself; what a `Parameter` holds."""
     return array.value if isinstance(array, Parameter) else array
+
+
+def factor(array: Any) -> Any:
+    """As `loaded`, but as it is stored where that gives the same products with arrays of float64, without a copy."""
+    is_stored = isinstance(array, Parameter) and not array.is_loaded and array.look is not array.load
+    return array.seen if is_stored and array.seen.dtype == np.float32 else loaded(array)
 
 
 def derived(array: Array, shape: tuple[int, ...], function: Callable[[Array], Array]) -> Array:
@@ -164,7 +195,7 @@ def values(array: Array) -> Array:
 
 def glanced(array: Array) -> npt.NDArray[Any]:
     """As `values`, for one look: in the dtype that it is stored in, and not kept, unless it is loaded already."""
-    return values(array.look() if isinstance(array, Parameter) and not array.is_loaded else array)
+    return values(array.glance() if isinstance(array, Parameter) else array)
 
 
 MODERATE = 2.0**42
@@ -176,8 +207,10 @@ def all_moderate(held: npt.NDArray[Any]) -> bool:
 
     By such an element an operator may give NaN or infinity for ordinary inputs, where its folded form gives none.
     """
-    if held.dtype.char in "fd" and np.vdot(held, held) <= MODERATE:  # NumPy warns where that overflows float16
-        return True  # mostly, this sum of squares is all there is to compute
+    if held.dtype.char in "fd":  # NumPy warns where that overflows float16
+        flat = held.ravel(order="K")  # no copy of what is stored column by column
+        if np.vdot(flat, flat) <= MODERATE:
+            return True  # mostly, this sum of squares is all there is to compute
     with np.errstate(invalid="ignore"):
         return float(held.max(initial=0)) <= MODERATE and float(held.min(initial=0)) >= -MODERATE
 
@@ -200,6 +233,10 @@ def beside(x: Array, array: Array) -> Array:
 
 def same(a: Array, b: Array) -> bool:
     """Whether two arrays are equal and will be."""
+    if a is b:
+        return True
+    if isinstance(a, Rounded) and isinstance(b, Rounded) and not np.array_equal(a.stored, b.stored):
+        return False
     a, b = loaded(a), loaded(b)
     if isinstance(a, Recorded) or isinstance(b, Recorded):
         return isinstance(a, Recorded) and isinstance(b, Recorded) and a.at == b.at
@@ -223,7 +260,9 @@ def always(question: Question, *arrays: Array) -> bool:
 
 
 def is_all(array: Array, number: float) -> bool:
-    """Whether every element is ``number`` and will be."""
+    """Whether every element is ``number``, one that no dtype rounds, and will be."""
+    if isinstance(array, Rounded) and array.stored.size and array.stored.ravel()[0] != number:
+        return False
     array = loaded(array)
     return _equals(number, array) if _is_numpy(array) else always(partial(_equals, number), array)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from reparamc.algebra.arrays import added, array_of, concatenated, derived, is_all, taken, together, zeros_of
+from reparamc.algebra.arrays import added, array_of, concatenated, derived, factor, is_all, taken, together, zeros_of
 from reparamc.algebra.expr import ONE, ZERO, Array, BatchNorm, Conv, Expr, Ints, Scale
 from reparamc.algebra.infer import sizes
 from reparamc.algebra.records import replace
@@ -70,7 +70,7 @@ def _inverse(c: Array) -> Array:
 
 def scale_outputs(conv: Conv, scale: Array, shift: Array) -> Conv:
     """``scale * conv(x) + shift``: W' = scale[o] W, b' = scale b + shift."""
-    xp, weight, bias, scale, shift = together(conv.weight, conv.bias_or_zero, scale, shift)
+    xp, weight, bias, scale, shift = together(factor(conv.weight), conv.bias_or_zero, scale, shift)
     rows = scale if scale.shape == (conv.out_channels,) else xp.broadcast_to(scale, (conv.out_channels,))
     weight = weight * xp.reshape(rows, (-1, *[1] * (weight.ndim - 1)))
     if conv.bias is None and is_all(shift, 0):
@@ -87,7 +87,8 @@ def scale_inputs(conv: Conv, x: Expr, scale: Array, shift: Array) -> Conv:
     per_group = conv.in_channels // conv.groups
     rows = conv.out_channels // conv.groups
     no_shift = is_all(shift, 0)
-    xp, weight, bias, scale, shift = together(conv.weight, conv.bias_or_zero, scale, shift)
+    held = factor(conv.weight) if no_shift else conv.weight  # a sum of it takes float64
+    xp, weight, bias, scale, shift = together(held, conv.bias_or_zero, scale, shift)
     grouped = xp.reshape(weight, (conv.groups, rows, per_group, *conv.kernel))
     scales, shifts = (
         xp.reshape(xp.broadcast_to(v, (conv.in_channels,)), (conv.groups, 1, per_group)) for v in (scale, shift)

@@ -87,6 +87,12 @@ def simplify(root: Expr, passes: Sequence[Pass], objective: Objective = LATENCY)
     return _Simplifier(passes, objective).run(root)
 
 
+def applies(root: Expr, passes: Sequence[Pass], objective: Objective = LATENCY) -> bool:
+    """Whether a rule of ``passes`` changes ``root`` or anything below it."""
+    simplifier = _Simplifier(passes, objective)
+    return any(simplifier.apply(e) is not e for e in walk(root))
+
+
 _Rules: TypeAlias = "dict[type, list[tuple[str, Any, bool]]]"
 
 
@@ -121,7 +127,7 @@ class _Simplifier:
                 stack.pop()
                 continue
             if e not in becomes:
-                becomes[e] = self._apply(e)
+                becomes[e] = self.apply(e)
             e2 = becomes[e]
             if e2 is not e:
                 if e2 in done:
@@ -145,7 +151,7 @@ class _Simplifier:
         final = done[root]
         return Outcome(final, tuple(self.steps), tuple(self._standing(final)))
 
-    def _apply(self, e: Expr) -> Expr:
+    def apply(self, e: Expr) -> Expr:
         refusals: list[Declined] = []
         for name, rule, is_priced in self.rules[type(e)]:
             result = rule(e, self.objective) if is_priced else rule(e)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import count
 from math import inf, isclose, sqrt
 from typing import TYPE_CHECKING, Any, cast
 
 import ml_dtypes
 import numpy as np
 
-from reparamc.algebra.arrays import Parameter, is_moderate, values
+from reparamc.algebra.arrays import Parameter, Rounded, is_moderate, values
 from reparamc.algebra.cost import Objective
-from reparamc.algebra.expr import Array, Conv, Expr, arrays, flatten, release, replaced, walk
+from reparamc.algebra.expr import Array, Conv, Expr, array_fields, arrays, flatten, release, replaced, walk
 from reparamc.algebra.infer import misfit
 from reparamc.algebra.kernels import OF_THIS_SHAPE
 from reparamc.algebra.provenance import names_through
@@ -71,6 +72,8 @@ def consider(
     """
     form = _simplified(setting, parts, start)
     decision = _decided(setting, form, _in_order(parts, setting.readings), most)
+    if decision.splice is not None:
+        hold_rounded(setting, decision.splice, lambda: _simplified(setting, form.parts, None).after)
     release(form.before)
     return decision, form
 
@@ -147,6 +150,32 @@ def _simplified(setting: Setting, parts: Sequence[tuple[Value, ...]], start: For
         form = Form(parts, before, outcome.expr, exprs, counts, last, outcome.refusals, origins)
     assert form is not None
     return form
+
+
+def hold_rounded(setting: Setting, splice: Splice, again: Callable[[], Expr]) -> None:
+    """Have a replacement hold its large arrays as they are stored, which takes half of the memory or less.
+
+    It stays the same: what asks for them in float64, such as a region that is joined, has them computed ``again``.
+    """
+    if setting.reference is not None or setting.described or splice.original is None:
+        return
+
+    def computed(place: int) -> Array:
+        found = again()
+        array = values(_held(found)[place])
+        release(found)
+        return array
+
+    given, place = {id(a) for a in _held(splice.original)}, count()
+    for e in walk(splice.expr):
+        for name, a in array_fields(e).items():
+            at = next(place)
+            if type(a) is np.ndarray and a.size > LARGE and id(a) not in given:
+                vars(e)[name] = Rounded(a.astype(splice.dtype), partial(computed, at))
+
+
+LARGE = 2**13
+"""Numbers of an array from which on it matters how it is held."""
 
 
 def _held(root: Expr) -> list[Array]:

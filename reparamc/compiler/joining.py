@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from reparamc.algebra.cost import multiply_adds
-from reparamc.algebra.expr import Conv, Expr, Select, Source, Sum, flatten, replaced, walk
+from reparamc.algebra.expr import Conv, Expr, Select, Source, Sum, flatten, release, replaced, walk
 from reparamc.algebra.records import replace
-from reparamc.algebra.rewrite import simplify
+from reparamc.algebra.rewrite import applies
 from reparamc.compiler.consider import Decision, Form, Setting, consider
 from reparamc.compiler.readings import Value
 from reparamc.compiler.regions import linear_users
@@ -49,6 +49,7 @@ def joined(setting: Setting, decisions: dict[Value, Decision], forms: dict[Value
         if len(chain) > MOST_JOINED or (isinstance(first.expr, Sum) and not _goes_on(setting, apart)):
             continue
         whole, form = consider(setting, chain, cost(apart), forms[outer])
+        release(apart)
         if whole.splice is not None:
             del decisions[root]
             decisions[outer], forms[outer], parts[outer] = whole, form, chain
@@ -92,7 +93,9 @@ def parted(setting: Setting, decisions: dict[Value, Decision]) -> None:
 def _goes_on(setting: Setting, e: Expr) -> bool:
     """Whether a rule applies to two final forms put together. If none does, a sum (of a residual block) stays apart."""
     with np.errstate(all="ignore"):
-        return bool(simplify(flatten(e), setting.passes, setting.objective).steps)
+        found = applies(flatten(e), setting.passes, setting.objective)
+    release(e)
+    return found
 
 
 def _may_be_parted(setting: Setting, decision: Decision) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from reparamc.algebra.expr import (
     flatten,
     ranks,
     rebuild,
+    release,
     replaced,
     walk,
 )
@@ -40,7 +42,7 @@ from reparamc.algebra.kernels import coefficients, scaled_again
 from reparamc.algebra.records import record, replace
 from reparamc.algebra.rewrite import Declined, simplify
 from reparamc.algebra.shape import Shape
-from reparamc.compiler.consider import Decision, Setting, checked
+from reparamc.compiler.consider import Decision, Setting, checked, hold_rounded
 from reparamc.compiler.joining import parted
 from reparamc.compiler.plan import Compilation
 from reparamc.compiler.readings import Value
@@ -75,6 +77,7 @@ def fold_pieces(compilation: Compilation, name: str) -> None:
             for root in roots:
                 decisions[root] = replace(decisions[root], refusals=[*decisions[root].refusals, declined])
         elif found:
+            _hold_rounded(folder, value, whole, regions, found)
             del decisions[value]
             decisions.update((d.members[-1], d) for d in found)
     parted(setting, decisions)
@@ -233,6 +236,24 @@ class _Folder:
             refusals = decision.refusals if found else [*decision.refusals, *whole.refusals]
             found.append(Decision(new.expr, replace(splice, shared=value), refusals, members))
         return found
+
+
+def _hold_rounded(
+    folder: _Folder, value: Value, whole: Decision, regions: Sequence[Decision], found: Sequence[Decision]
+) -> None:
+    """Have what was ``found`` hold less; see `hold_rounded`."""
+
+    def again(place: int) -> Expr:
+        anew = folder.fold(value, whole, regions)
+        assert isinstance(anew, list)
+        return anew[place].expr
+
+    for place, d in enumerate(found):
+        if d.splice is not None:
+            hold_rounded(folder.setting, d.splice, partial(again, place))
+            release(d.splice.original or d.expr)
+    for d in (whole, *regions, *found):
+        release(d.expr)
 
 
 @record

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from reparamc.algebra.arrays import is_all
+from reparamc.algebra.arrays import as_stored, is_all
 from reparamc.algebra.cost import LATENCY, Objective, is_multiplied, is_shifted
 from reparamc.algebra.expr import Concat, Conv, Expr, Layout, Scale, Select, Source, is_negation, walk
 from reparamc.algebra.records import entity, lazy, replace
@@ -197,7 +197,7 @@ def _why_left(graph: Graph, root: Value, expr: Expr, readings: Container[Value],
         nonlinear = [r for r in users if r not in readings]  # these are in the way of the linear ones
         other = (nonlinear or [r for r in users[1:] if r != users[0]] or users)[0]
         return f"second consumer at {'the output of the model' if other is None else graph.name(other)}"
-    if len(kinds) > 1 and any(isinstance(e, Conv) and is_all(e.weight, 0) for e in kinds):
+    if len(kinds) > 1 and any(isinstance(e, Conv) and is_all(as_stored(e.weight), 0) for e in kinds):
         return "its weights are all zero, and the sizes of its constant result follow those of its operand"
     if kinds and not any(isinstance(e, Conv) for e in kinds):
         return "there is no convolution or linear layer beside it"

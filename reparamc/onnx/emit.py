@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from reparamc.algebra.arrays import Parameter
+from reparamc.algebra.arrays import Parameter, as_stored
 from reparamc.algebra.expr import (
     ONE,
     Array,
@@ -337,7 +337,7 @@ class _Emitter(Emission[str]):
             inputs = [x, self._parameter("weight", weight)]
             inputs += [self._parameter("bias", e.bias)] if e.bias is not None else []
             return self._node("Gemm", inputs, output, transB=1)
-        inputs = [x, self._parameter("weight", weight.T)]
+        inputs = [x, self._parameter("weight", as_stored(weight).T)]
         if e.bias is None:
             return self._node("MatMul", inputs, output)
         return self._node("Add", [self._node("MatMul", inputs, None), self._parameter("bias", e.bias)], output)
@@ -379,9 +379,9 @@ class _Emitter(Emission[str]):
                     e = e.children[0]
 
     def _parameter(self, kind: str, array: Array) -> str:
-        if isinstance(array, Parameter) and self.graph.facts.is_stored(array, self.splice.dtype):
+        if isinstance(array, Parameter) and array.names and self.graph.facts.is_stored(array, self.splice.dtype):
             return array.names[0]
-        name = self.graph.add_initializer(f"{self.base}.{kind}", array, self.splice.dtype)
+        name = self.graph.add_initializer(f"{self.base}.{kind}", as_stored(array), self.splice.dtype)
         self.record(name)
         return name
 
