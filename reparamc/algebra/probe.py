@@ -79,7 +79,7 @@ def find_kernel(
         return Declined("it does not run on random inputs")
     if not at_zero.size:
         return Declined("its result is empty")
-    if at_zero.ndim != spatial + 2 or not np.isfinite(at_random).all():
+    if at_zero.ndim != spatial + 2 or np.iscomplexobj(at_zero) or not np.isfinite(at_random).all():
         return Declined(NOT_AFFINE)
     flat: Array = np.reshape(np.moveaxis(at_zero, 1, 0), (at_zero.shape[1], -1))
     bias = np.partition(flat, flat.shape[1] // 2, axis=1)[:, flat.shape[1] // 2]  # a border may have others

@@ -209,6 +209,8 @@ class Read:
                 return found
         if not isinstance(given, Tensor):
             raise Unrepresentable("a parameter is computed at run time")
+        if given.is_complex():
+            raise Unrepresentable("a parameter of complex numbers")
         return as_array(given)
 
     def parameter(self, name: str) -> Array:
@@ -522,6 +524,8 @@ def _read_getitem(call: Read) -> Value:
         return _taken(whole.x, index, whole.axis("dim", whole.x))
     x = call.x
     items = _items(index, x.rank)
+    if sum(isinstance(i, fx.Node | list) for i in items) == 1:
+        return _selected(call, x, items)
     if not all(isinstance(i, slice) or type(i) is int for i in items):
         raise Unrepresentable("an index that adds an axis, or is computed at run time")
     for axis, s in reversed([*enumerate(items)]):
@@ -533,6 +537,20 @@ def _read_getitem(call: Read) -> Value:
             raise Unrepresentable("a slice that is computed at run time")
         x = nl.sliced(x, axis, *bounds)
     return x
+
+
+def _selected(call: Read, x: Value, items: Sequence[Any]) -> Value:
+    """What a constant vector of positions, or a mask, takes along one axis, all others being whole."""
+    axis = next(at for at, item in enumerate(items) if isinstance(item, fx.Node | list))
+    given, width = items[axis], x.shape[axis].known
+    index = call.array(given) if isinstance(given, fx.Node) else np.array(given)
+    if index is not None and index.dtype == bool and index.shape == (width,):
+        index = np.flatnonzero(index)
+    if index is None or index.ndim != 1 or index.dtype.kind not in "iu" or width is None:
+        raise Unrepresentable("an index that is no vector of positions, or along an unknown size")
+    if any(item != slice(None) for at, item in enumerate(items) if at != axis) or (abs(index + 0.5) > width).any():
+        raise Unrepresentable("positions along one axis and a part of another")
+    return nl.selected(x, [int(i) % width for i in index], axis)
 
 
 def _read_select(call: Read) -> Value:

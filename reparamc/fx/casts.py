@@ -184,9 +184,9 @@ class _Origins:
 
 
 def names_dtype(node: fx.Node) -> bool:
-    """Whether a call names the floating dtype of its result, so that operands do not change it."""
+    """Whether a call names the dtype of its result, which is no whole one, so that operands do not change it."""
     named = (a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype))
-    return _name(node) in _NAMED or any(dtype.is_floating_point for dtype in named)
+    return _name(node) in (*_NAMED, "new_tensor") or any(t.is_floating_point or t.is_complex for t in named)
 
 
 def _asked(cast_: fx.Node) -> Any:

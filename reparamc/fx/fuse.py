@@ -63,8 +63,8 @@ def fuse_fx(
     A model that torch.fx can follow comes back as a `torch.fx.GraphModule`. Any other one, and one whose forward has
     arguments that can be left out, comes back as a module of its own class: the parts in it that torch.fx can follow
     are replaced by fused graphs, the Python around them stays. In these graphs attributes that a forward reads, such
-    as flags, are as they are now. Under autocast a scale or shift in float32 that was folded no longer makes its result
-    float32.
+    as flags, are as they are now. Under autocast a scale, shift or skip in float32 that was folded no longer makes its
+    result float32.
 
     Args:
         model: a module in eval mode, its BatchNorms included.

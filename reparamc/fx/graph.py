@@ -222,8 +222,9 @@ class FxGraph(Readings):
         return self, found
 
     def _made_of(self, node: fx.Node) -> dict[int, int]:
-        """The tensors of the module that a constant is computed from, by identity, and how many numbers they have."""
-        held = [self.facts.known.get(n) for n in with_operands([node]) if n.op == "get_attr"]
+        """The tensors that a constant is computed from, by identity, and how many numbers they have."""
+        made = [n for n in with_operands([node]) if n.op == "get_attr" or n.target == "new_tensor"]
+        held = [self.facts.known.get(n) for n in made]
         return {id(t): t.numel() for t in held if isinstance(t, Tensor)}
 
     def _kept_constants(self) -> set[int]:

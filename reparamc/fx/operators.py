@@ -270,6 +270,7 @@ TABLE: tuple[Operator, ...] = (
         "repeat", ("input", "repeats"), methods=("repeat",), keeps=("dtype",), linear="each", allocates=True,
         spread=True,
     ),
+    Operator("new_tensor", methods=("new_tensor",), allocates=True),
     Operator("roll", methods=("roll",), linear="each"),
     Operator("flip", methods=("flip",), linear="each"),
     Operator("unfold", functions=(F.unfold,), linear="each"),

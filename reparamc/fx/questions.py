@@ -11,13 +11,14 @@ import dis
 import inspect
 import os
 import random
+import re
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Protocol, cast
 
 import torch
@@ -33,19 +34,20 @@ _OF_TENSORS = {
     "is_leaf", "itemsize", "nbytes", "element_size", "get_device", "type", "is_inference", "is_contiguous", "stride",
     "data_ptr",
 }  # fmt: skip
-_MODES = {
-    "torch": (
-        "is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled", "is_inference_mode_enabled",
-        "are_deterministic_algorithms_enabled", "get_autocast_dtype", "get_autocast_cpu_dtype",
-        "get_autocast_gpu_dtype", "get_default_dtype",
-    ),
-    "torch._C": ("_get_tracing_state", "_is_tracing"),
-    "torch.jit": ("is_tracing",),
-    "torch.compiler": ("is_compiling", "is_dynamo_compiling", "is_exporting"),
-    "torch._dynamo": ("is_compiling",),
-    "torch.onnx": ("is_in_onnx_export",),
-}  # fmt: skip
-"""Functions that each run may answer otherwise, by their modules; what is True or False is asked by name."""
+_HOMES = (
+    "torch", "torch._C", "torch.jit", "torch.compiler", "torch._dynamo", "torch.onnx", "torch.cuda",
+    "torch.backends.cuda", "torch.backends.mha", "torch.distributed", "torch.fx._symbolic_trace",
+)  # fmt: skip
+_MODE = re.compile(
+    r"(?!_is_torch_function)_?(is|are)_\w*(enabled|only|tracing|compiling|exporting|onnx_export|capturing|initialized)"
+    r"|_?get_\w*(enabled|autocast\w*|default_dtype|default_device|precision|num_\w*threads|tf32|tracing_state|debug_mode)"
+    r"|get_rank|get_world_size|\w+_sdp_enabled"
+)
+"""Functions that each run may answer otherwise, in the modules ``_HOMES``; what is True or False is asked by name."""
+_DRAWING = re.compile(
+    r"rand|normal|uniform|bernoulli|multinomial|poisson|exponential|geometric|cauchy|drop|rrelu|gumbel|seed"
+)
+"""Names of functions of torch that draw random numbers, or may."""
 _SIZED = ("zeros", "ones", "full", "empty")
 """Functions of torch that take sizes, and refuse those of a graph."""
 _CASTS = ("float", "double", "half", "bfloat16")
@@ -101,6 +103,9 @@ class Questions(TorchFunctionMode):
         self._thread = threading.get_ident()
         self._probe: tuple[FrameType, int, TraceError | None] | None = None
         self._frames: dict[FrameType, None] = {}
+        self._looked: dict[CodeType, str | None] = {}
+        self._modes = _modes(tuple(home for home in _HOMES if home in sys.modules))
+        self._drew = False
 
     def refusal(self, reason: str) -> TraceError:
         """An error for what a forward asks; it is remembered."""
@@ -129,8 +134,9 @@ class Questions(TorchFunctionMode):
         self.took(frame)
         if self._exporting or not is_of_torch(frame):
             self.meet(frame)
+        name = getattr(func, "__name__", "")
+        self._drew = self._drew or _draws(name)
         if not is_of_torch(frame):
-            name = getattr(func, "__name__", "")
             name = func.__self__.__name__ if name == "__get__" else name
             of_tensor = bool(args) and isinstance(args[0], Tensor)
             is_asked = of_tensor and name in _OF_TENSORS and not (name == "type" and args[1:])
@@ -156,11 +162,32 @@ class Questions(TorchFunctionMode):
         """``frame`` computes something, and so do those around it, up to where a forward begins that is followed."""
         while frame is not None and (_home(frame), frame.f_code.co_name) not in _STARTS:
             if not is_of_torch(frame):
+                if (mode := self._mode_held_in(frame)) is not None:
+                    raise self.refusal(f"it holds {mode} aside, which may answer otherwise later")
                 if any(frame.f_lineno in lines for lines in _caught(frame.f_code)):
                     raise self.refusal("it catches errors of operators, and whether there are some is not known")
                 if _asked_in(frame):
                     self._frames[frame] = None
             frame = frame.f_back
+
+    def _mode_held_in(self, frame: FrameType) -> str | None:
+        """The mode that a function may ask for by a variable, a default or an attribute: `_functions` are not asked."""
+        code = frame.f_code
+        if code not in self._looked or code.co_freevars:
+            held = frame.f_locals
+            owner = held.get(next(iter(code.co_varnames), ""))
+            read = (
+                [inspect.getattr_static(owner, n, None) for n in code.co_names] if isinstance(owner, nn.Module) else []
+            )
+            self._looked[code] = self._mode_among([*held.values(), *read], 2)
+        return self._looked[code]
+
+    def _mode_among(self, values: Sequence[object], depth: int) -> str | None:
+        """The name of the first mode among ``values``, or ``depth`` steps inside them."""
+        found = next((self._modes[id(v)][1] for v in values if id(v) in self._modes), None)
+        if found is not None or not depth:
+            return found
+        return self._mode_among([inner for v in values for inner in _held_by(v)], depth - 1)
 
     @contextmanager
     def of_another(self) -> Iterator[None]:
@@ -188,10 +215,12 @@ class Questions(TorchFunctionMode):
         """While this thread makes a graph."""
         answers = [(torch.SymInt, name, self._text) for name in ("__str__", "__format__")]
         answers += [(kind, name, self._number(kind, name)) for kind, name in (_NUMBERS if self._exporting else ())]
-        answers += [(torch.backends.ContextProp, "__get__", self._setting_of_backends())]
+        answers += [(torch.backends.ContextProp, "__get__", self._setting_of_backends("__get__"))]
+        answers += [(type(torch.backends.cuda.matmul), "__getattr__", self._setting_of_backends("__getattr__"))]
         answers += [(os._Environ, "__getitem__", self._variable(os._Environ.__getitem__))]
         kept = [(owner, name, vars(owner).get(name)) for owner, name, _ in answers]
-        drawn = random.getstate(), torch.get_rng_state()
+        drawn, alone = (random.getstate(), torch.get_rng_state()), threading.active_count() == 1
+        self._drew = False
         with replaced_by_name(self._functions()), self:
             try:
                 for owner, name, made in answers:
@@ -200,6 +229,8 @@ class Questions(TorchFunctionMode):
             finally:
                 for owner, name, plain in kept:
                     setattr(owner, name, plain) if plain is not None else delattr(owner, name)
+        if not self._drew and not (alone and threading.active_count() == 1):
+            return  # other threads did
         if random.getstate() != drawn[0]:
             raise self.refusal("it draws random numbers of Python, which a graph would fix")
         if not self._exporting and not torch.equal(torch.get_rng_state(), drawn[1]):
@@ -207,21 +238,16 @@ class Questions(TorchFunctionMode):
 
     def _functions(self) -> dict[Any, Any]:
         """What functions of torch are replaced by."""
-        found = dict[Any, Any]()
-        for home, names in _MODES.items():
-            for name in names:
-                if (plain := getattr(sys.modules.get(home), name, None)) is not None:
-                    found[plain] = self._mode(plain, f"{home}.{name}")
+        found = {plain: self._mode(plain, name) for plain, name in self._modes.values()}
+        found |= {plain: self._drawing(plain) for plain in vars(random).values() if _is_drawing(plain)}
         for home, names in _SETTINGS.items():
             for name in names:
                 plain = getattr(sys.modules[home], name)
                 found[plain] = self._setting(plain, "autocast" if "autocast" in name else "gradients")
-        if not self._exporting:
-            found |= {getattr(torch, name): self._sized(name) for name in _SIZED}
-        return found
+        return found | {getattr(torch, name): self._sized(name) for name in _SIZED}
 
     def _mode(self, plain: Any, name: str) -> Any:
-        is_choice = "is_" in name or "are_" in name or "state" in name
+        is_choice = re.search("is_|are_|state|enabled", name) is not None
 
         def answer(*given: Any) -> Any:
             if not self._is_asked_by(sys._getframe(1)):
@@ -232,6 +258,13 @@ class Questions(TorchFunctionMode):
             return self._answering.chosen(f"{name}{given}", reason) or (None if "state" in name else False)
 
         return answer
+
+    def _drawing(self, plain: Any) -> Any:
+        def drawing(*given: Any, **named: Any) -> Any:
+            self._drew = self._drew or threading.get_ident() == self._thread
+            return plain(*given, **named)
+
+        return drawing
 
     def _setting(self, plain: Any, what: str) -> Any:
         def setting(*given: Any) -> Any:  # torch itself calls it, in `torch.autocast` and `torch.no_grad`
@@ -264,13 +297,13 @@ class Questions(TorchFunctionMode):
 
         return answer
 
-    def _setting_of_backends(self) -> Any:
-        plain = torch.backends.ContextProp.__get__
+    def _setting_of_backends(self, how: str) -> Any:
+        plain = getattr(torch.backends.ContextProp if how == "__get__" else type(torch.backends.cuda.matmul), how)
 
-        def answer(prop: Any, owner: Any, kind: Any = None) -> Any:
+        def answer(*asked: Any) -> Any:
             if self._is_asked_by(sys._getframe(1)):
                 raise self.refusal("it asks for a setting of torch.backends, which may be another one later")
-            return plain(prop, owner, kind)
+            return plain(*asked)
 
         return answer
 
@@ -309,9 +342,9 @@ def replaced_by_name(functions: dict[Any, Any]) -> Iterator[None]:
             continue
         _SCANNED[name] = module
         top = name.partition(".")[0]
-        if top == "reparamc" or top in _STANDARD:
+        if top == "reparamc" or (top in _STANDARD and top != "random"):
             continue
-        if top != "torch" or name in (*_MODES, *_SETTINGS):
+        if top != "torch" or name in (*_HOMES, *_SETTINGS):
             known = {id(f) for f in functions}
             held = vars(module)
             _PLACES.extend((held, key, v) for key, v in list(held.items()) if id(v) in known)
@@ -331,6 +364,55 @@ def replaced_globals(places: list[tuple[dict[str, Any], str, Any]]) -> Iterator[
     finally:
         for held, key, value in kept:
             held[key] = value
+
+
+@cache
+def _modes(homes: tuple[str, ...]) -> dict[int, tuple[Any, str]]:
+    """The functions of modules that each run may answer otherwise, and their names, by identity."""
+    found = dict[int, tuple[Any, str]]()
+    for home in homes:
+        for name, held in vars(sys.modules[home]).items():
+            if type(held) in (FunctionType, BuiltinFunctionType) and _MODE.fullmatch(name):
+                found.setdefault(id(held), (held, f"{home}.{name}"))
+    return found
+
+
+@cache
+def _draws(name: str) -> bool:
+    return _DRAWING.search(name) is not None
+
+
+def _is_drawing(held: object) -> bool:
+    """Whether a function of `random` draws from the generator that all threads share, or sets it."""
+    return isinstance(getattr(held, "__self__", None), random.Random)
+
+
+def _held_by(value: object) -> Sequence[object]:
+    """What a function, a method or a list has beside it."""
+    match value:
+        case staticmethod() | classmethod():
+            return [value.__func__]
+        case FunctionType():
+            named = (value.__kwdefaults__ or {}).values()
+            return [*_cells(value).values(), *(value.__defaults__ or ()), *named]
+        case list() | tuple() if len(value) < _MOST_HELD:
+            return value
+        case dict() if len(value) < _MOST_HELD:
+            return list(value.values())
+        case _:
+            return ()
+
+
+_MOST_HELD = 64
+
+
+def _cells(function: FunctionType) -> dict[str, Any]:
+    """The values of the free variables of ``function``."""
+    found = dict[str, Any]()
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # it has no value yet
+            found[variable] = cell.cell_contents
+    return found
 
 
 def _is_set_by_model(frame: FrameType | None) -> bool:
@@ -425,11 +507,8 @@ def _is_question(step: dis.Instruction, free: dict[str, Any], names: dict[str, A
         helper = inspect.getattr_static(kind, name, None) if issubclass(kind, nn.Module) else None
     if not isinstance(helper, FunctionType) or helper.__module__.partition(".")[0] in ("torch", "reparamc"):
         return False
-    code, inner = helper.__code__, dict[str, Any]()
-    for variable, cell in zip(code.co_freevars, helper.__closure__ or (), strict=True):
-        with suppress(ValueError):  # it has no value yet
-            inner[variable] = cell.cell_contents
-    return not _asked(code, inner, helper.__globals__, kind).isdisjoint(code.co_varnames[: code.co_argcount])
+    code = helper.__code__
+    return not _asked(code, _cells(helper), helper.__globals__, kind).isdisjoint(code.co_varnames[: code.co_argcount])
 
 
 def _is_none(step: dis.Instruction) -> bool:

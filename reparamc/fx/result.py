@@ -32,22 +32,23 @@ class FusedModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         """As the one of torch, and its meta. torch traces the code anew, so writes in place become calls of methods."""
         plain = fx.GraphModule(self, _in_words(self.graph), type(self).__name__)
-        _with_bits(plain)
+        _with_constants(plain)
         vars(plain).update({k: v for k, v in vars(self).items() if k not in vars(plain)} | {"_tracer_cls": None})
         kept = {name: vars(self)[name] for name in HOOKS if vars(self).get(name)}
         return (*fx.GraphModule.__reduce__(plain), {"meta": self.meta, "training": self.training, **kept})
 
 
-def _with_bits(module: fx.GraphModule) -> None:
-    """Let a module of its own read the bits of a constant as another dtype: torch would run a call that is read."""
-    for node in module.graph.find_nodes(op="call_method", target="view"):
-        held, dtype = node.args[0], node.args[-1]
-        if isinstance(held, fx.Node) and held.op == "get_attr" and isinstance(dtype, torch.dtype):
+def _with_constants(module: fx.GraphModule) -> None:
+    """Let modules of their own make the constants of other tensors: torch would run such a call where it is read."""
+    calls = [n for n in module.graph.nodes if n.op == "call_method" and n.target in ("new_tensor", "view")]
+    for at, node in enumerate(calls):
+        held, given = node.args[0], (*node.args[1:], *node.kwargs.values())
+        is_read = isinstance(held, fx.Node) and held.op == "get_attr"
+        if is_read and any(isinstance(one, torch.dtype) for one in given):
             inner = fx.Graph()
-            inner.output(inner.call_method("view", (inner.placeholder("bits"), dtype)))
-            name = f"as_{str(dtype).rpartition('.')[2]}"
-            module.add_submodule(name, fx.GraphModule(nn.Module(), inner))
-            node.op, node.target, node.args = "call_module", name, (held,)
+            inner.output(inner.call_method(str(node.target), (inner.placeholder("held"), *node.args[1:]), node.kwargs))
+            module.add_submodule(f"constant_{at}", fx.GraphModule(nn.Module(), inner))
+            node.op, node.target, node.args, node.kwargs = "call_module", f"constant_{at}", (held,), {}
     module.recompile()
 
 

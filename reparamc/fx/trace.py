@@ -240,6 +240,7 @@ class _Tracer(fx.Tracer):
         self._names: dict[int, str] = {}
         self.held: dict[fx.Node, nn.Parameter] = {}
         self._bits: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._like = torch.empty(0, dtype=torch.int8)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         for named in (submodules(root), named_tensors(root, "_buffers"), named_tensors(root, "_parameters")):
@@ -285,9 +286,16 @@ class _Tracer(fx.Tracer):
         return self._constant(cast(torch.Tensor, a)) if kind is torch.Tensor else super().create_arg(a)
 
     def _constant(self, a: torch.Tensor) -> Any:
-        """A constant, in its own dtype wherever a copy is converted to another one: the graph holds its bits."""
+        """A constant, in its own dtype wherever a copy is converted to another one.
+
+        The graph makes it of numbers, as forward does, or of the bits of a large one, which exporters do not take.
+        """
         if id(a) in self.questions.follows or not (a.is_floating_point() or a.is_complex()):
             return super().create_arg(a)
+        if a.numel() <= _MOST_NUMBERS and a.layout == torch.strided and (a.isfinite().all() or not a.is_complex()):
+            return self.create_node(*_anew(cast(fx.Node, super().create_arg(self._like)), a))
+        if a.itemsize not in _BITS:
+            raise self.questions.refusal(f"it makes a large tensor of {a.dtype}")
         if id(a) not in self._bits:
             self._bits[id(a)] = a, a.detach().view(_BITS[a.itemsize])
         held = super().create_arg(self._bits[id(a)][1])
@@ -359,8 +367,10 @@ class _Tracer(fx.Tracer):
     def dtypes(self) -> DTypes:
         return DTypes(self.graph, self.root)
 
-    def kind(self, value: fx.Proxy) -> type:
+    def kind(self, value: Any) -> type:
         """The type of a value, a Tensor where nothing tells of another one; it is refused for some numbers."""
+        if not isinstance(value, fx.Proxy):
+            return type(value)
         try:
             if isinstance(value, Attribute):
                 return type(getattr(self._sample(value.root.node), value.attr))
@@ -408,20 +418,21 @@ class _Tracer(fx.Tracer):
 
     def made(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As ``torch.zeros(h, w)``, by a method of what tells a size: files follow no function that takes sizes."""
-        filled = args[1:] if name == "full" else ()
-        sizes = args[0] if filled or isinstance(args[0], list | tuple) else args
+        named = {key: value for key, value in kwargs.items() if value is not None}
+        given = [named.pop("size"), *args] if "size" in named else list(args)
+        fill = [named.pop("fill_value") if "fill_value" in named else given.pop()] if name == "full" else []
+        is_whole = len(given) == 1 and not issubclass(self.kind(given[0]), int)
+        sizes = given[0] if is_whole else given
         like = next((n.node for n in pytree.tree_leaves(sizes) if isinstance(n, fx.Proxy)), None)
         while like is not None and like.op != "placeholder" and (self.is_number(like) or like.all_input_nodes):
             if not self.is_number(like) and like.target is operator.getitem:
                 break
             like = like.all_input_nodes[0]
-        kind = {int: torch.int64, bool: torch.bool, float: torch.get_default_dtype()}.get(
-            type(filled[0] if filled else 1.0)
-        )
-        if like is None or kind is None or self.is_number(like):
+        kind = {int: torch.int64, bool: torch.bool, float: torch.get_default_dtype()}.get(type((fill or [1.0])[0]))
+        if like is None or kind is None or self.is_number(like) or not named.keys() <= {"dtype", "device"}:
             raise self.questions.refusal(f"it gives torch.{name} what is not known before it runs")
-        given = {"dtype": kind, "device": torch.get_default_device()} | kwargs
-        return self.create_proxy("call_method", f"new_{name}", (fx.Proxy(like, self), sizes, *filled), given)
+        given = {"dtype": kind, "device": torch.get_default_device()} | named
+        return self.create_proxy("call_method", f"new_{name}", (fx.Proxy(like, self), sizes, *fill), given)
 
     def _settled(self, module: nn.Module, run: Callable[[], Any], may_ask: bool) -> Any:
         """What ``run`` of ``module`` gives. A question that it asks of sizes is none if both answers give the same."""
@@ -521,9 +532,16 @@ class _Tracer(fx.Tracer):
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MOST_NUMBERS = 1024
 _PLAIN = (dict, list, immutable_dict, immutable_list)
 _CONSTANT = "_tensor_constant"
 """What torch.fx calls tensors that are no parts of a module, and puts there."""
+
+
+def _anew(held: fx.Node, a: torch.Tensor) -> tuple[str, str, tuple[Any, ...], dict[str, Any]]:
+    """A call that makes ``a`` of numbers: a method of a tensor, as a function of numbers would run in a loaded copy."""
+    numbers = a.detach().to(torch.float32 if a.itemsize == 1 and a.is_floating_point() else a.dtype).tolist()
+    return "call_method", "new_tensor", (held, numbers), {"dtype": a.dtype, "device": a.device}
 
 
 def _is_same(root: nn.Module, first: Sequence[fx.Node], second: Sequence[fx.Node], *results: Any) -> bool:
@@ -644,7 +662,7 @@ def traced(
             _plain_writes(graph)
             _restore_names(graph, model)
             _refuse_reserved(graph, model)
-            _refuse_written(graph, tracer.root)
+            _own_constants(graph, tracer.root)
             graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
             called = _called_as_they_are(graph, model)
             drop_unread(graph)
@@ -759,12 +777,23 @@ def _refuse_reserved(graph: fx.Graph, model: nn.Module) -> None:
             )
 
 
-def _refuse_written(graph: fx.Graph, root: nn.Module) -> None:
-    """Raise InputError where a constant is written into, which forward makes anew in each run."""
+def _own_constants(graph: fx.Graph, root: nn.Module) -> None:
+    """Have each run return tensors of its own, where forward makes them anew in each; refuse what is written into."""
     held = [node for node in graph.find_nodes(op="get_attr") if str(node.target).startswith(_CONSTANT)]
-    memory = Memory(graph, root) if held else None
-    if memory is not None and any(memory.writers(node) for node in held):
-        raise InputError("it writes into a tensor that it makes")
+    if not held:
+        return
+    memory = Memory(graph, root)
+    for node in held:
+        if any(map(memory.writers, (node, *(n for n in node.users if n.target == "new_tensor")))):
+            raise InputError("it writes into a tensor that it makes")
+        value = getattr(root, str(node.target))
+        views = {node}
+        views.update(n for n in memory.aliases(node) if n.args and n.args[0] in views)
+        if any(u.op == "output" for n in views for u in n.users) and value.numel() <= _MOST_NUMBERS:
+            with graph.inserting_after(node):
+                made = graph.create_node(*_anew(node, value))
+            node.replace_all_uses_with(made)
+            made.update_arg(0, node)
 
 
 def drop_unread(graph: fx.Graph) -> None:

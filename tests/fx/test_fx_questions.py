@@ -8,6 +8,7 @@ import copy
 import os
 import pickle
 import random
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import Any, cast
 import torch
 from fx_checks import CHANNELS, Net, check, conv_bn, counts, images, ready, relative_error, run
 from torch import Tensor, is_grad_enabled, nn, zeros
+from torch.fx import _symbolic_trace
 from torch.jit._trace import is_tracing
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -63,6 +65,10 @@ def _doubled_if(asked: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], 
     return lambda m, x: m.a(x) * (2 if asked(m, x) else 1)
 
 
+def _closed_over(asked: Callable[[], bool]) -> Callable[[Any, Tensor], Tensor]:
+    return lambda m, x: m.a(x) * (2 if asked() else 1)
+
+
 QUESTIONS: dict[str, Callable[[Any, Tensor], Any]] = {
     "type": _doubled_if(lambda m, x: type(x) is Tensor),
     "type, by a helper": _doubled_if(lambda m, x: _is_plain(x)),
@@ -76,10 +82,19 @@ QUESTIONS: dict[str, Callable[[Any, Tensor], Any]] = {
     "mode": _doubled_if(lambda m, x: torch.is_inference_mode_enabled()),
     "mode, by its own name": _doubled_if(lambda m, x: is_grad_enabled()),
     "mode, by a helper": _doubled_if(lambda m, x: _gradients()),
+    "mode, by a default": lambda m, x, asked=is_grad_enabled: m.a(x) * (2 if asked() else 1),
+    "mode, by a closure": _closed_over(is_grad_enabled),
+    "mode, by a helper of a closure": _closed_over(lambda asked=is_grad_enabled: asked()),
+    "mode, by a list": _closed_over(lambda asked=(torch.is_inference_mode_enabled,): asked[0]()),
+    "mode, by a dict": lambda m, x, asked={"grad": is_grad_enabled}: m.a(x) * (2 if asked["grad"]() else 1),
     "mode that is set": _without_gradients,
     "tracing": _doubled_if(lambda m, x: is_tracing()),
     "tracing, as torchvision asks": _doubled_if(lambda m, x: torch._C._get_tracing_state() is not None),
     "compiling": _doubled_if(lambda m, x: torch.compiler.is_compiling()),
+    "torch.fx": _doubled_if(lambda m, x: _symbolic_trace.is_fx_tracing()),
+    "threads": _doubled_if(lambda m, x: torch.get_num_threads() == 1000),
+    "setting of products": _doubled_if(lambda m, x: torch.backends.cuda.matmul.allow_tf32),
+    "setting of attention": _doubled_if(lambda m, x: not torch.backends.cuda.flash_sdp_enabled()),
     "setting": _doubled_if(lambda m, x: torch.backends.cudnn.enabled),
     "environment": _doubled_if(lambda m, x: os.environ.get("DOUBLED")),
     "environment, by a mapping": _doubled_if(lambda m, x: "DOUBLED" in os.environ),
@@ -114,6 +129,44 @@ def test_a_question_that_runs_may_answer_otherwise(name: str) -> None:
     assert relative_error(run(fused, xs[1].double()), run(model, xs[1].double())) < 1e-6
 
 
+class Asking(Net):
+    grad = staticmethod(torch.is_grad_enabled)
+
+
+def test_a_mode_that_a_class_or_a_module_holds() -> None:
+    (x,) = images((2, CHANNELS, 6, 6), dtype=torch.float32)
+    model = ready(Asking(lambda m, x: m.a(x) * (2 if m.grad() else 1), a=conv_bn())).float()
+    other = ready(Net(lambda m, x: m.a(x) * (2 if m.asked["grad"]() else 1), a=conv_bn())).float()
+    other.asked = {"grad": torch.is_grad_enabled}
+    for one in (model, other):
+        with pytest.raises(InputError, match="is_grad_enabled aside"):
+            fuse_fx(one)
+        fused = fuse_fx(one, x)
+        assert relative_error(run(fused, x), run(one, x)) < 1e-5
+        assert relative_error(fused(x), one(x)) < 1e-5
+
+
+@pytest.mark.parametrize("drawing", [lambda: torch.rand(3), random.random])
+def test_random_numbers_of_other_threads_are_theirs(drawing: Callable[[], Any]) -> None:
+    ended = threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            drawing()
+
+    model, x = ready(Net(lambda m, x: m.a(x), a=conv_bn())).float(), torch.randn(2, CHANNELS, 6, 6)
+    asking = ready(Net(lambda m, x: m.a(x) + random.random() * torch.rand(1), a=conv_bn())).float()
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        assert counts(fuse_fx(model)) == counts(fuse_fx(model, x)) == (1, 0)
+        with pytest.raises(InputError, match="it draws random numbers"):
+            fuse_fx(asking)
+    finally:
+        ended.set()
+        thread.join()
+
+
 def test_modes_that_are_asked_later() -> None:
     (x,) = images((2, CHANNELS, 6, 6), dtype=torch.float32)
     for name in ("tracing", "tracing, as torchvision asks", "setting", "environment"):
@@ -146,6 +199,13 @@ MADE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "sizes": lambda m, x: m.a(x) + torch.zeros(x.shape[2], x.shape[3]),
     "sizes, by a name": lambda m, x: m.a(x) + zeros(x.shape[2], x.shape[3]),
     "sizes, and a number": lambda m, x: m.a(x) + torch.full((1, x.size(2) - 1 + 1, 1), 2),
+    "a whole shape": lambda m, x: m.a(x) + torch.zeros(x.shape),
+    "a whole size": lambda m, x: m.a(x) + torch.ones(x.size(), device=x.device),
+    "a part of a shape": lambda m, x: m.a(x) + torch.zeros(x.shape[1:], dtype=x.dtype),
+    "a shape and a number": lambda m, x: m.a(x) + torch.full(x.shape, 0.5),
+    "sizes by name": lambda m, x: m.a(x) + torch.full(size=x.shape, fill_value=2, dtype=None),
+    "the shape of a result": lambda m, x: (y := m.a(x).relu()) + torch.zeros(size=(y.shape[0], 1, 1, y.shape[-1])),
+    "one size": lambda m, x: m.a(x) + torch.ones(x.shape[-1]),
     "range of a size": lambda m, x: m.a(x) + torch.arange(x.size(3)),
     "dtype": lambda m, x: torch.cat([torch.full((1, x.size(2), x.size(3)), 0.1)[None], m.a(x)[:1]], 1),
     "double": lambda m, x: m.a(x) + torch.ones(1, dtype=torch.float64) / 3,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fx_checks import CHANNELS, compared, conv_bn, counts, images, ready, report
+from fx_checks import CHANNELS, Net, compared, conv_bn, counts, images, ready, relative_error, report, run
 from torch import Tensor, nn
 
 from reparamc import fuse_fx
@@ -270,3 +270,27 @@ def test_regions_in_float64_are_run_by_the_operators_of_the_original() -> None:
     assert traced.get_buffer("norm.running_mean").dtype == torch.float32
     wide = model.double()
     np.testing.assert_allclose(found, wide.norm(wide.conv(x.double())).detach().numpy(), rtol=1e-9, atol=1e-9)
+
+
+CHOSEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a buffer": lambda m, y: y[:, m.index],
+    "negative positions": lambda m, y: y[:, m.index - CHANNELS].relu(),
+    "numbers": lambda m, y: y[:, [2, 0, 1]],
+    "a mask": lambda m, y: y[:, torch.tensor([True, False, True, True])],
+    "the last axis": lambda m, y: y[..., m.index],
+    "twice": lambda m, y: y[:, m.index][:, [1, 1]].relu(),
+    "a row of another axis": lambda m, y: y[:, m.index, 0],
+    "two axes": lambda m, y: y[:, m.index, m.index],
+}
+
+
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize("name", CHOSEN)
+def test_channels_that_an_index_chooses_are_proven(name: str, examples: bool) -> None:
+    model, x = ready(Net(lambda m, y: CHOSEN[name](m, m.a(y)), a=conv_bn())), torch.randn(2, CHANNELS, 7, 6)
+    model.float().register_buffer("index", torch.tensor([3, 0, 0]))
+    fused = fuse_fx(model, *((x,) if examples else ()), verify="region")
+    assert relative_error(run(fused, x), run(model, x)) < 1e-5
+    certificate = report(fused).certificate
+    assert certificate is not None
+    assert (counts(fused), certificate.undecided, certificate.rolled_back) == ((1, 0), (), 0)
