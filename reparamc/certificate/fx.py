@@ -46,8 +46,9 @@ from reparamc.certificate.fx_operators import (
 )
 from reparamc.certificate.narrowing import Separate
 from reparamc.certificate.normal_form import Array, Value
-from reparamc.certificate.proof import Certificate, Opened, Window, certify
+from reparamc.certificate.proof import Certificate, Window, certify
 from reparamc.certificate.ranges import Bound
+from reparamc.certificate.sides import Opened
 
 STANDS_FOR = "stands_for"
 """The key in the metadata of a node; its value is the name of the node that it replaces."""
@@ -469,6 +470,12 @@ class _Side:
 
     def sizes_told(self, name: str) -> None:
         """Reads of sizes are compared by `kind`."""
+
+    def form(self, name: str) -> None:
+        """Modules are read one by one."""
+
+    def beside(self, members: Sequence[Mapping[str, str]]) -> _Side:
+        raise Unrepresentable("modules are read one by one")
 
     def unread(self, met: Collection[str]) -> Sequence[str]:
         return ()

@@ -34,9 +34,10 @@ from reparamc.certificate.onnx_operators import (
     rescaled,
     weighted,
 )
-from reparamc.certificate.onnx_shapes import SIZES, Shapes, Sizes, Typed, is_standard, sizes_made
-from reparamc.certificate.proof import Certificate, Opened, Window, certify, same_bytes
+from reparamc.certificate.onnx_shapes import FLOATS, SIZES, Shapes, Sizes, Typed, is_standard, sizes_made
+from reparamc.certificate.proof import Certificate, Window, certify, same_bytes
 from reparamc.certificate.ranges import Bound
+from reparamc.certificate.sides import Form, Opened
 
 PRECISIONS = {
     "float64": Precision(2.0**-53, 2.0**-1075),
@@ -148,7 +149,7 @@ def _other_default(original: ModelProto, result: ModelProto, read: Callable[[Ten
 
 
 class _Side:
-    """`proof.Side` over the main graph of a model.
+    """`sides.Side` over the main graph of a model.
 
     Args:
         declared: types to believe where inference says nothing.
@@ -360,7 +361,21 @@ class _Side:
             raise Unrepresentable(f"{node.op_type} is not affine")
         if node.domain in ("", "ai.onnx") and not _has_schema(node, self.opset):
             raise Unrepresentable(f"{node.op_type} has attributes or operands that the standard does not know")
-        return self._with_doubts(node, reader(Call(self, node, at, of)))
+        return self._with_doubts(node, reader(self._call(node, at, of)))
+
+    def _call(self, node: NodeProto, at: int, of: Callable[[str], Value]) -> Call:
+        return Call(self, node, at, of)
+
+    def form(self, name: str) -> Form | None:
+        node, dtype = self.producers[name][0], self.dtype(name)
+        if node.op_type not in BESIDE or not is_standard(node) or dtype is None:
+            return None
+        stored = [self.stored.tensors.get(n) for n in node.input if n in self.constants]
+        shapes = tuple(tuple(t.dims[:]) for t in stored if t is not None and FLOATS.get(t.data_type) == dtype)
+        return Form(self.kind(name), dtype, shapes) if len(shapes) == len(stored) else None
+
+    def beside(self, members: Sequence[Mapping[str, str]]) -> _Beside:
+        return _Beside(self, members)
 
     def _with_doubts(self, node: NodeProto, value: Value) -> Value:
         """``value``, the result of ``node``, unsure by the rounding of what its weight is multiplied from."""
@@ -376,6 +391,55 @@ class _Side:
     def precision(self, name: str) -> Precision:
         dtype = self.dtype(name)
         return PRECISIONS["float32" if dtype is None else dtype.name]
+
+
+BESIDE = {"Add": None, "BatchNormalization": 0, "Conv": 0, "Div": None, "Mul": None, "Sub": None}
+"""Operators that can be put side by side, each with its channels along axis 1, and the axis of channels in their
+parameters; None where these lie as their operand does."""
+
+
+class _Beside(_Side):
+    """See `sides.Side.beside`."""
+
+    def __init__(self, side: _Side, members: Sequence[Mapping[str, str]]) -> None:
+        vars(self).update(vars(side))
+        self.members = members
+
+    def leaf(self, name: str, known_as: str) -> Value:
+        shape = list(super().leaf(name, known_as).shape)
+        if len(shape) < 2 or shape[1].known is None:
+            raise Unrepresentable("the number of channels is unknown")
+        shape[1] = Dim(shape[1].factor * len(self.members))
+        return nf.leaf(known_as, shape)
+
+    def opened(self, name: str) -> Opened | None:
+        raise Unrepresentable("an operator that cannot be put beside others")
+
+    def _call(self, node: NodeProto, at: int, of: Callable[[str], Value]) -> Call:
+        if node.output[at] not in self.members[0]:
+            raise Unrepresentable("what is before the window need not be of one form")
+        return _CallBeside(self, node, at, of)
+
+
+class _CallBeside(Call):
+    """Nodes of one form as one, with the channels of all."""
+
+    side: _Beside
+
+    def integer(self, key: str, default: int = 0) -> int:
+        return super().integer(key, default) * (len(self.side.members) if key == "group" else 1)
+
+    def constant(self, position: int) -> Array:
+        made = self.node.output[self.at]
+        nodes = [self.side.producers[of[made]][0] for of in self.side.members]
+        found = [a for n in nodes if (a := self.side.constant(n.input[position])) is not None]
+        axis = BESIDE[self.node.op_type]
+        if axis is None:
+            x = self.value(1 - position)
+            axis = 1 - (x.rank - found[0].ndim)
+            if axis < 0 or Dim(found[0].shape[axis] * len(nodes)) != x.shape[1]:
+                raise Unrepresentable("a parameter that is not one for each channel")
+        return np.concatenate(found, axis)
 
 
 @cache

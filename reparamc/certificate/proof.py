@@ -11,10 +11,12 @@ Nothing here knows how graphs are rewritten, nor shares code with what does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from math import prod
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +26,6 @@ from reparamc.certificate.budget import BLOCK, LEAST, PER_PARAMETER, TAP, Exceed
 from reparamc.certificate.layouts import RESIZED
 from reparamc.certificate.narrowing import (
     Narrowing,
-    Separate,
     matched,
     narrowed_axis,
     passed,
@@ -33,93 +34,8 @@ from reparamc.certificate.narrowing import (
 )
 from reparamc.certificate.normal_form import Array, Value, Vector, promoted, replace, span
 from reparamc.certificate.normal_form import leaf as nf_leaf
-from reparamc.certificate.ranges import Bound, unchanged
-
-
-class Opened(NamedTuple):
-    """An operator as an unknown function and an affine map of what that gives.
-
-    Attributes:
-        kind: all that decides what the function is, but for its operands.
-        operands: what it reads, in order.
-        leaf: what it gives, as a source of that name; raises Unrepresentable where its rank is unknown.
-        finish: the affine map.
-    """
-
-    kind: Hashable
-    operands: Sequence[str]
-    leaf: Callable[[str], Value]
-    finish: Callable[[Value], Value]
-
-
-class Side(Protocol):
-    """One of the two graphs. Tensors have names; `operands` are those that a caller or an operator gives."""
-
-    @property
-    def order(self) -> Sequence[str]:
-        """What operators compute, in execution order, constants left out."""
-        ...
-
-    @property
-    def constants(self) -> Collection[str]:
-        """The tensors that no input reaches."""
-        ...
-
-    def constant(self, name: str) -> Array | None:
-        """The value of a tensor that no input reaches; None for all others."""
-        ...
-
-    def is_input(self, name: str) -> bool:
-        """Whether no operator computes ``name``."""
-        ...
-
-    def operands(self, name: str) -> Sequence[str]:
-        """What the operator of ``name`` reads, in order."""
-        ...
-
-    def kind(self, name: str) -> Hashable:
-        """All that decides what the operator of ``name`` computes, but for its operands; None for an input."""
-        ...
-
-    def value(self, name: str, of: Callable[[str], Value]) -> Value:
-        """``name`` as an affine map of its operands.
-
-        Raises:
-            Unrepresentable: it is none, or none that is known.
-        """
-        ...
-
-    def opened(self, name: str) -> Opened | None:
-        """The operator of ``name``, which is none that is known, as one that ends in a known matrix of channels."""
-        ...
-
-    def sizes_told(self, name: str) -> Hashable:
-        """The sizes that ``name`` holds, as sizes of the original; None if it is none, or unknown."""
-        ...
-
-    def unread(self, met: Collection[str]) -> Sequence[str]:
-        """The results of operators that give none of ``met``, and might refuse to run."""
-        ...
-
-    def mixes(self, name: str) -> bool:
-        """Whether the operator of ``name`` applies a kernel or a matrix."""
-        ...
-
-    def narrowed(self, name: str) -> None:
-        """Take note that ``name`` has fewer channels than the original: nothing is told of its sizes."""
-        ...
-
-    def separate(self, name: str) -> Separate | None:
-        """The operator of ``name`` as one that does the same to each channel of its operands; None if it is none."""
-        ...
-
-    def bound(self, name: str) -> Bound:
-        """What is known of the sizes of the elements of ``name``, by its operator alone."""
-        ...
-
-    def leaf(self, name: str, known_as: str) -> Value:
-        """``name`` as a source that both graphs call ``known_as``; raises Unrepresentable where its rank is unknown."""
-        ...
+from reparamc.certificate.ranges import unchanged
+from reparamc.certificate.sides import Opened, Side
 
 
 @dataclass(frozen=True)
@@ -217,6 +133,7 @@ def certify(
     for name in sorted(set(stands_for.values())):
         if name.startswith((_own(0, ""), _own(1, ""))):
             windows.append(Window(name, "undecided", reason="the proof itself gives such names"))
+    proof.foresee([(stands_for[name], name) for name in emitted.order if name in stands_for])
     congruent = 0
     for name in emitted.order:
         if name not in stands_for:
@@ -242,6 +159,26 @@ ADDED = 2.0**8
 MOST_TRIES, FEW_TRIES, SPARE_TRIES = 16, 4, 48
 """How often the leaves of a window are expanded further until both graphs have the same; and how often if others have
 taken what may be spared: most windows take one or two tries, or are in vain."""
+
+
+MOST_BESIDE = 1 << 16
+"""Parameters of windows that are proven side by side: few enough for a processor's cache."""
+
+
+class _Case(NamedTuple):
+    """A window between the nearest cuts.
+
+    Attributes:
+        made: the tensors that each graph computes in it, operands first.
+        leaves: the cuts that it reads, by their names in the original.
+        parameters: how many it has.
+    """
+
+    before: str
+    after: str
+    made: tuple[list[str], list[str]]
+    leaves: Collection[str]
+    parameters: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,6 +288,8 @@ class _Proof:
         """Of windows, beyond a few for each."""
         self.met: set[str] = set()
         """The tensors of the emitted graph that some proof is about."""
+        self.foreseen: dict[str, tuple[Window, Collection[str]]] = {}
+        """What is proven of tensors of the emitted graph, if the cuts that they read have all their channels."""
 
     def unread(self) -> list[Window]:
         """Operators of the emitted graph that no proof is about: nothing depends on them, but they may not run."""
@@ -392,6 +331,9 @@ class _Proof:
     def window(self, before: str, after: str, precision: Precision) -> Window:
         """Compare two tensors: joint by joint if that succeeds, else as functions of cuts alone."""
         self.met.update(self._reached(1, after, set()))
+        found, leaves = self.foreseen.get(after, (None, ()))
+        if found is not None and found.where == before and self.narrowings.keys().isdisjoint(leaves):
+            return found
         try:
             self.meter.start()
             return self._jointed(before, after, precision) or self._whole(before, after, precision)
@@ -399,6 +341,69 @@ class _Proof:
             return Window(before, "undecided", reason=str(error))
         except Exception as error:
             return _stopped(before, error)
+
+    def foresee(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Prove windows that differ in names and parameters alone side by side, as one of many channels.
+
+        It is equal exactly if each of them is. If it is not found to be, each is looked at by itself.
+        """
+        alike: dict[Hashable, list[_Case]] = {}
+        for before, after in pairs:
+            try:
+                form, case = self._form(before, after)
+            except Exception:  # as in `window`
+                continue
+            alike.setdefault(form, []).append(case)
+        for cases in alike.values():
+            for together in _batches(cases):
+                try:
+                    found = self._beside(together)
+                except Exception:  # as in `window`
+                    continue
+                if found is not None:
+                    self.foreseen |= {c.after: (replace(found, where=c.before), c.leaves) for c in together}
+
+    def _form(self, before: str, after: str) -> tuple[Hashable, _Case]:
+        """All that decides whether a window is equal, but for the numbers of its parameters.
+
+        Raises:
+            Unrepresentable: it cannot be put beside others, or needs no proof.
+        """
+        leaves: dict[str, int] = {}
+        found: list[Hashable] = []
+        parameters = 0
+        made = list[str](), list[str]()
+        for which, root in ((1, after), (0, before)):
+            side, cuts, numbers = self.sides[which], self.cuts[which], dict[str, int]()
+            for name in self._reached(which, root, set()):
+                known_as, numbers[name] = cuts.get(name), len(numbers)
+                if name != root and (known_as is not None or side.is_input(name)):
+                    if known_as is None:
+                        raise Unrepresentable("a leaf that one graph alone has")
+                    found.append(leaves.setdefault(known_as, len(leaves)))
+                    continue
+                form = side.form(name)
+                if form is None:
+                    raise Unrepresentable("an operator that cannot be put beside others")
+                made[which].append(name)
+                parameters += sum(map(prod, form.shapes))
+                found.append((form, tuple(map(numbers.get, side.operands(name)))))
+        if parameters > MOST_BESIDE // 2 or self.is_congruent(before, after):
+            raise Unrepresentable("it is proven by itself")
+        shapes = tuple(self.sides[0].leaf(name, name).shape for name in leaves)
+        return (*found, shapes), _Case(before, after, made, leaves, parameters)
+
+    def _beside(self, cases: Sequence[_Case]) -> Window | None:
+        """What is proven of all of ``cases``, which have one form; None if nothing is."""
+        first, both = cases[0], copy(self)
+        original, emitted = ([dict(zip(first.made[n], c.made[n], strict=True)) for c in cases] for n in (0, 1))
+        both.sides = self.sides[0].beside(original), self.sides[1].beside(emitted)
+        both.last, both.whole = [[], []], {first.before}
+        both.equal = [{}, {}]
+        precision = self.precision(first.after)
+        self.meter.start()
+        found = both._jointed(first.before, first.after, precision) or both._whole(first.before, first.after, precision)
+        return found if found.verdict == "equal" and all(span(v).is_ordinary for v in both.last[1][:-1]) else None
 
     def _passes_on(self, before: str, after: str) -> bool:
         """Whether two tensors are made by one operator, channel by channel, of operands that lost the same channels."""
@@ -673,6 +678,12 @@ class _Proof:
         atom = _Atom(_own(which, name), kind, tuple(given), leaf)
         atoms.append(atom)
         return opened.finish(atom.leaf)
+
+
+def _batches(cases: Sequence[_Case]) -> Iterator[Sequence[_Case]]:
+    """``cases``, at least two at a time, and as many as are quick to compare together."""
+    count = max(2, MOST_BESIDE // max(cases[0].parameters, 1))
+    yield from (cases[at : at + count] for at in range(0, len(cases) - 1, count))
 
 
 def _as_it_is(value: Value) -> Value:
