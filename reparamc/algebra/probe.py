@@ -62,7 +62,7 @@ def find_kernel(
     """
     slack = slack_of(dtype)
     spatial = len(sizes)
-    if (why := _hopeless(sizes, ends, reach)) is not None:
+    if (why := _hopeless(channels, sizes, ends, reach)) is not None:
         return Declined(why)
     tried = tried_sizes(sizes, reach)
     trials = [(batch or 2 + n, size) for n, size in enumerate(tried)]
@@ -97,11 +97,13 @@ def find_kernel(
     return (conv, error) if error <= slack else Declined(NOT_AFFINE)
 
 
-def _hopeless(sizes: Sequence[int | None], ends: Sequence[int | None], reach: int) -> str | None:
+def _hopeless(channels: int, sizes: Sequence[int | None], ends: Sequence[int | None], reach: int) -> str | None:
     """What can be said against a kernel before anything is run."""
     if None in sizes and reach > FARTHEST:
         return "it reaches too far to be probed"
     known = [(n, end) for n, end in zip(sizes, ends, strict=False) if n is not None and end is not None]
+    if len(known) == len(sizes) and not _shows(channels, *zip(*known, strict=True)):
+        return NOT_AFFINE
     return None if all(_strides_and_deltas([pair]) for pair in known) else OTHER_SIZES
 
 
@@ -261,7 +263,12 @@ def _follows(
             other = tuple(slice(max(-k, 0), n + min(-k, 0)) for k, n in zip(back, here.shape[2:], strict=True))
             if np.any(_largest(here[(*rest, *one)] - there[(*rest, *other)]) > tolerance):
                 return False
-    return min(here.shape[2:]) > 4 or lead[1] * prod(size) <= SMALL  # a map as small as that shows little
+    return _shows(lead[1], size, here.shape[2:])
+
+
+def _shows(channels: int, size: Sequence[int], ends: Sequence[int]) -> bool:
+    """Whether a result of sizes ``ends`` is large enough to tell that it follows a map of ``size``, or all is tried."""
+    return min(ends) > 4 or channels * prod(size) <= SMALL
 
 
 def _groups(weight: Array, threshold: Array) -> int:
