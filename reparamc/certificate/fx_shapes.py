@@ -187,13 +187,14 @@ def _recorded(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, tuple[in
 
 def run_recorded(module: fx.GraphModule, args: Sequence[Any]) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """What ``module`` makes of ``args``, and the sizes of all nodes that are tensors."""
-    nodes = list(module.graph.nodes)
-    last = {given: node for node in nodes for given in node.all_input_nodes}
+    reads = {node: node.all_input_nodes for node in module.graph.nodes}
+    last = {read: node for node, given in reads.items() for read in given}
     given = iter(module.graph.process_inputs(*args))
     env: dict[fx.Node, Any] = {}
     found: dict[str, tuple[int, ...]] = {}
     result: Any = None
-    for node in nodes:
+    fake = cache(lambda: FakeTensorMode(allow_non_fake_inputs=True))  # it takes a while to make one
+    for node, inputs in reads.items():
         if node.op == "placeholder":
             value = [*given] if str(node.target).startswith("*") else next(given, *node.args)
         elif node.op == "get_attr":
@@ -201,35 +202,46 @@ def run_recorded(module: fx.GraphModule, args: Sequence[Any]) -> tuple[Any, dict
         elif node.op == "output":
             result = value = map_arg(node.args[0], env.__getitem__)
         else:
-            value = _result(module, node, env)
+            value = _result(module, node, inputs, env, fake)
         env[node] = value
         if isinstance(value, Tensor | _Sized):
             found[node.name] = tuple(value.shape)
-        for read in node.all_input_nodes:
+        for read in inputs:
             if last[read] is node:
                 del env[read]
     return as_written(module.graph.process_outputs(result)), found
 
 
-def _result(module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    """What a call makes of the values in ``env``."""
+def _result(
+    module: fx.GraphModule,
+    node: fx.Node,
+    inputs: list[fx.Node],
+    env: dict[fx.Node, Any],
+    fake: Callable[[], FakeTensorMode],
+) -> Any:
+    """What a call makes of its ``inputs`` in ``env``; ``fake`` gives a mode in which tensors have no values."""
     called = attribute(module, str(node.target)) if node.op == "call_module" else node.target
-    sized = [n for n in node.all_input_nodes if _is_sized(env[n])]
+    sized = [n for n in inputs if _is_sized(env[n])]
     args, kwargs = cast("tuple[Any, dict[str, Any]]", map_arg((node.args, node.kwargs), env.__getitem__))
     if not sized:
         return _called(called, args, kwargs)
     if (told := _computed(called, args, kwargs)) is not None:
         return told
     held = [env[n] for n in sized]
-    fake = _fake_mode(sum(prod(t.shape) for t in pytree.tree_leaves(held) if isinstance(t, _Sized)))
-    with fake or nullcontext():
-        made = pytree.tree_map_only(_Sized, lambda t: t.made(fake is None), held)
+    is_fake = _is_much(sum(prod(t.shape) for t in pytree.tree_leaves(held) if isinstance(t, _Sized)))
+    with fake() if is_fake else nullcontext():
+        made = [_each(_Sized, lambda t: t.made(not is_fake), one) for one in held]
         env.update(zip(sized, made, strict=True))
         args, kwargs = cast("tuple[Any, dict[str, Any]]", map_arg((node.args, node.kwargs), env.__getitem__))
         value = _called(called, args, kwargs)
-    made, value = pytree.tree_map_only(Tensor, _Sized.like, (made, value))  # operands may have another shape now
+    made = [_each(Tensor, _Sized.like, one) for one in made]  # they may have another shape now
     env.update(zip(sized, made, strict=True))
-    return value
+    return _each(Tensor, _Sized.like, value)
+
+
+def _each(kind: type, change: Callable[[Any], Any], value: Any) -> Any:
+    """As `pytree.tree_map_only`, which takes long for what is no tree."""
+    return change(value) if isinstance(value, kind) else pytree.tree_map_only(kind, change, value)
 
 
 def _is_sized(value: Any) -> bool:
@@ -240,10 +252,10 @@ def _called(called: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return getattr(args[0], called)(*args[1:], **kwargs) if isinstance(called, str) else called(*args, **kwargs)
 
 
-def _fake_mode(elements: int) -> FakeTensorMode | None:
-    """A mode in which tensors have no values; None where it takes less to compute with so many."""
+def _is_much(elements: int) -> bool:
+    """Whether it takes longer to compute with so many than with tensors that have no values."""
     is_imported = "torch.fx.experimental.symbolic_shapes" in sys.modules  # which takes seconds
-    return FakeTensorMode(allow_non_fake_inputs=True) if elements > MOST_COMPUTED[not is_imported] else None
+    return elements > MOST_COMPUTED[not is_imported]
 
 
 def as_written(result: Any) -> Any:

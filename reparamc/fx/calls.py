@@ -80,10 +80,9 @@ def put(home: nn.Module, source: nn.Module, paths: Iterable[str]) -> None:
     for path in dict.fromkeys(paths):
         around, _, name = path.rpartition(".")
         value = lookup(source, path)
-        if around in homes and isinstance(value, nn.Module | nn.Parameter):
-            own = homes[around]
-            held: dict[str, Any] = own._modules if isinstance(value, nn.Module) else own._parameters
-            held[name] = value
+        if around in homes and isinstance(value, nn.Module | Tensor):
+            kind = "_modules" if isinstance(value, nn.Module) else "_buffers"
+            getattr(homes[around], "_parameters" if isinstance(value, nn.Parameter) else kind)[name] = value
         else:
             _copy_attr(source, home, path)
             if around and (inner := lookup(home, around)) is not lookup(source, around):

@@ -33,14 +33,18 @@ _REFERRING = (types.FunctionType, types.MethodType, partial, dict, list)
 
 def submodules(model: nn.Module) -> dict[str, nn.Module]:
     """As `nn.Module.named_modules`, which takes longer the deeper they are nested."""
-    found, seen, stack = dict[str, nn.Module](), set[int](), [("", model)]
+    found, seen, stack = {"": model}, {id(model)}, [("", iter(model._modules.items()))]
     while stack:
-        path, module = stack.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found[path] = module
-            inner = [(f"{path}.{name}".lstrip("."), m) for name, m in module._modules.items() if m is not None]
-            stack += reversed(inner)
+        path, inner = stack[-1]
+        for name, module in inner:
+            if module is not None and id(module) not in seen:
+                seen.add(id(module))
+                found[f"{path}{name}"] = module
+                if module._modules:
+                    stack.append((f"{path}{name}.", iter(module._modules.items())))
+                    break
+        else:
+            stack.pop()
     return found
 
 
@@ -53,7 +57,7 @@ def named_tensors(model: nn.Module, *kinds: str) -> dict[str, Tensor]:
             for name, t in getattr(module, kind).items():
                 if t is not None and id(t) not in seen:
                     seen.add(id(t))
-                    found[f"{path}.{name}".lstrip(".")] = t
+                    found[f"{path}.{name}" if path else name] = t
     return found
 
 
@@ -117,10 +121,12 @@ def _deep(model: nn.Module, memo: Memo) -> nn.Module:
 def _copy(value: Any, memo: Memo) -> Any:
     """As `copy.deepcopy`, which takes longer to find what needs no copy, or is copied already."""
     kind = type(value)
-    if kind in CONSTANTS or is_constant(value):
+    if kind in CONSTANTS:
         return value
     if id(value) in memo:
         return memo[id(value)]
+    if is_constant(value):
+        return value
     if kind is dict and all(type(key) is str for key in value):
         memo[id(value)] = made = dict[str, Any]()
         made.update((key, _copy(held, memo)) for key, held in value.items())
@@ -223,6 +229,7 @@ _STATES: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
 }
 """How the content of objects without a ``__dict__`` is read and put back."""
 _WITH_STATES = tuple(_STATES)
+_WITHOUT_STATES = _EMPTIED | {Tensor, nn.Parameter}
 
 
 def _states(held: list[Any]) -> list[tuple[Any, type, Any]]:
@@ -447,10 +454,12 @@ class _Snapshot:
         self.empty: list[Any] = []
         for name, value in self.attributes.items():
             kind = type(value)
-            if kind in CONSTANTS or is_constant(value):  # the first is quicker, and most are
+            if kind in CONSTANTS:  # as most are
                 continue
-            if kind in _EMPTIED and not value:  # most others are
+            if kind in _EMPTIED and not value:  # as most others are
                 self.empty.append(value)
+            elif is_constant(value):
+                continue
             elif name in _REGISTRIES:
                 held += (value, *(value.values() if name != "_modules" else ()))
             elif isinstance(value, _HOLDING) and name not in again:
@@ -461,7 +470,7 @@ class _Snapshot:
                 if id(value) not in objects:  # modules often share one, such as a configuration
                     objects[id(value)] = _inside(value)
                 held += objects[id(value)]
-        self.states = _states(held)
+        self.states = _states([v for v in held if type(v) not in _WITHOUT_STATES])
         self.contents = [(v, _shallow(v)) for v in held if isinstance(v, dict | list | set | deque)]
         names = {id(p): name for name, p in module._parameters.items()}
         self.tensors: list[tuple[Tensor, Any]] = []

@@ -127,7 +127,6 @@ class Editor:
                 suspects += [n for n in given if n in quiet or n.op == "get_attr" or reads_size_only(n)]
                 self.graph.erase_node(node)
         self._mover.drop_unused()
-        self.graph.lint()
         fused = over(FusedModule, self.target.holder(), self.graph, type(self.source.module).__name__)
         fused.training = False
         for module in fused.modules():

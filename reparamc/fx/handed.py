@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparamc.fx.calls import is_constant, lookup
-from reparamc.fx.sources import definition
+from reparamc.fx.sources import definition, nodes_of
 
 SHAPES = ("shape", "size", "ndim", "dim", "numel")
 """Attributes of a tensor that tell its shape."""
@@ -83,7 +83,7 @@ def _reads(function: Any, parameter: str, depth: int = 3) -> set[Read] | None:
     if tree is None or tree.decorator_list:
         return None
     found, fine = set[Read](), set[int]()
-    for node in ast.walk(tree):  # an expression comes before those in it
+    for node in nodes_of(tree):
         match node:
             case ast.Attribute(ast.Attribute(ast.Name(name) as own, held) as inner, shape) if name == parameter:
                 if shape in SHAPES and isinstance(inner.ctx, ast.Load):

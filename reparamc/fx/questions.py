@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dis
 import inspect
+import operator
 import os
 import random
 import re
@@ -330,6 +331,7 @@ class Questions(TorchFunctionMode):
 
 _STANDARD = sys.stdlib_module_names - {"__main__"}
 _SCANNED: dict[str, ModuleType] = {}
+_SEEN: list[ModuleType] = []
 _PLACES: list[tuple[dict[str, Any], str, Any]] = []
 """Where modules of others hold functions by name that may be replaced, and those functions."""
 
@@ -337,7 +339,9 @@ _PLACES: list[tuple[dict[str, Any], str, Any]] = []
 @contextmanager
 def replaced_by_name(functions: dict[Any, Any]) -> Iterator[None]:
     """Functions are other ones wherever modules hold them by a name."""
-    for name, module in list(sys.modules.items()):
+    modules = [*sys.modules.values()]
+    same = len(modules) == len(_SEEN) and all(map(operator.is_, modules, _SEEN))  # as most often
+    for name, module in [("__main__", sys.modules["__main__"])] if same else list(sys.modules.items()):
         if _SCANNED.get(name) is module and name != "__main__":
             continue
         _SCANNED[name] = module
@@ -348,6 +352,7 @@ def replaced_by_name(functions: dict[Any, Any]) -> Iterator[None]:
             known = {id(f) for f in functions}
             held = vars(module)
             _PLACES.extend((held, key, v) for key, v in list(held.items()) if id(v) in known)
+    _SEEN[:] = modules
     places = [(held, key, functions[v]) for held, key, v in _PLACES if held.get(key) is v and v in functions]
     with replaced_globals(places):
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -78,19 +78,43 @@ class Values:
         return alone
 
     def _sweep(self) -> None:
+        """Visit all nodes in turn, and again those whose facts depend on what was learnt of others after that."""
+        self.shapes: dict[fx.Node, Shape] = {}
+        self.dims: dict[fx.Node, Dim] = {}
+        self.sizes: dict[fx.Node, Shape] = {}
+        self.pieces: dict[fx.Node, list[Shape]] = {}
+        self.assumed: dict[fx.Node, int] = {}
+        nodes = [node for node in self.module.graph.nodes if node not in self.known]
+        bound, ranks = set[str](), set(self.ranks)
+        for node in nodes:
+            self._visit(node)
         for _ in range(_SWEEPS):
-            self.shapes: dict[fx.Node, Shape] = {}
-            self.dims: dict[fx.Node, Dim] = {}
-            self.sizes: dict[fx.Node, Shape] = {}
-            self.pieces: dict[fx.Node, list[Shape]] = {}
-            self.assumed: dict[fx.Node, int] = {}
-            before = len(self.bound) + len(self.ranks)
-            for node in self.module.graph.nodes:
-                if node not in self.known:
-                    self._visit(node)
             self._carry_ranks_back()
-            if len(self.bound) + len(self.ranks) == before:
+            fresh = self.bound.keys() - bound
+            stale = {node for node in nodes if not fresh.isdisjoint(self._symbols(node))} if fresh else set[fx.Node]()
+            stale |= self.ranks.keys() - ranks
+            if not stale:
                 break
+            bound, ranks = set(self.bound), set(self.ranks)
+            for node in nodes:
+                if node in stale:
+                    stale.update(self._revisited(node))
+
+    def _revisited(self, node: fx.Node) -> set[fx.Node]:
+        """Those who may learn more, after ``node`` was visited again."""
+        facts = (self.shapes, self.dims, self.sizes, self.pieces)
+        around = (node, *node.all_input_nodes)
+        before = [[f.get(n) for f in facts] for n in around]
+        for f in (*facts, self.assumed):
+            f.pop(node, None)
+        self._visit(node)
+        told = zip(around, before, strict=True)
+        return {user for n, known in told if [f.get(n) for f in facts] != known for user in n.users}
+
+    def _symbols(self, node: fx.Node) -> Iterator[str]:
+        """The sizes that the facts of ``node`` name."""
+        dim, shapes = self.dims.get(node), (self.shapes.get(node), self.sizes.get(node), *self.pieces.get(node, ()))
+        return (s for d in (dim, *(d for shape in shapes for d in shape or ())) if d is not None for s in d.symbols)
 
     def rank(self, node: fx.Node) -> int | None:
         shape = self.shapes.get(node)

@@ -17,3 +17,9 @@ def definition(function: FunctionType) -> ast.FunctionDef | None:
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
     return tree if isinstance(tree, ast.FunctionDef) else None
+
+
+@cache
+def nodes_of(tree: ast.AST) -> list[ast.AST]:
+    """What is in ``tree``, an expression before those in it."""
+    return [*ast.walk(tree)]

@@ -701,7 +701,8 @@ def _traced_for(
     def traced_with(answer: bool | None) -> tuple[_Tracer, fx.Graph]:
         tracers.append(make(answer))
         with LOCK, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
+            for generator in (torch.default_generator, *torch.cuda.default_generators):
+                generator.manual_seed(2)  # not that of any run: what is drawn while tracing would be a constant
             with functions.wrapped(tracers[-1]), _lenient_checks(), tracers[-1].questions.asked(), _told_types():
                 return tracers[-1], tracers[-1].trace(model, fixed or None)
 
