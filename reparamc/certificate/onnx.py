@@ -83,7 +83,7 @@ def certify_onnx(
     outputs = [(o.name, o.name) for o in result.graph.output]
     parameters = sum(prod(t.dims) for t in original.graph.initializer)
     outside = [*_outside(original, result, read), *after.stored.idle()]
-    if not after.shapes.is_strict and Shapes(original).is_strict:
+    if alone.is_strict and not after.shapes.is_strict:
         outside.append(Window("graph", "undecided", reason="shape inference refuses the result alone"))
     return certify(before, after, outputs, stands_for, after.precision, outside, parameters)
 

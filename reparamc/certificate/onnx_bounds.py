@@ -127,8 +127,11 @@ def may_propagate(light: ModelProto, told: ModelProto | None = None) -> bool:
     """
     inside = [node for f in light.functions for node in f.node]
     every = [*nested(light.graph), *(g for node in inside for body in bodies(node) for g in nested(body))]
+    numbers = [*_numbers(every, inside)]
+    if not numbers and not any(map(_tells_numbers, (*inside, *(node for g in every for node in g.node)))):
+        return False  # there is nothing to propagate
     dims = (d.dim_value for v in light.graph.input for d in v.type.tensor_type.shape.dim)
-    if any(VAST < n < LAST for n in (*dims, *_numbers(every, inside))):
+    if any(VAST < n < LAST for n in (*dims, *numbers)):
         return False
     try:
         plain = inliner.inline_local_functions(light) if inside else light
@@ -138,6 +141,13 @@ def may_propagate(light: ModelProto, told: ModelProto | None = None) -> bool:
     values = [v for g in nested(plain.graph) for v in (*g.input, *g.value_info, *g.output)]
     shapes = [v.type.tensor_type.shape.dim for v in values]
     return all(len(dims) != 1 or dims[0].dim_value <= VAST for dims in shapes)
+
+
+def _tells_numbers(node: NodeProto) -> bool:
+    """Whether a node gives whole numbers that `_numbers` does not see."""
+    return node.op_type in ("Shape", "Size") or (
+        node.op_type == "Constant" and any(a.name.startswith("value_int") for a in node.attribute)
+    )
 
 
 def nested(graph: GraphProto) -> Iterator[GraphProto]:

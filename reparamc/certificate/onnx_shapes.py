@@ -459,7 +459,7 @@ class Shapes:
     def _explain_sizes(self, node: NodeProto, given: set[str]) -> None:
         """Learn sizes of a result that inference made up before those of the operands were explained."""
         after = self._read(node.output[0])
-        if after is None or given.union(self._meaning).issuperset(s for e in after for s in e.symbols):
+        if after is None or all(s in given or s in self._meaning for e in after for s in e.symbols):
             return
         shapes = [self._read(name) for name in node.input]
         operands = [shape for shape in shapes if shape is not None]
@@ -566,8 +566,9 @@ class Shapes:
         before, after = self._read(node.input[0]), self._read(node.output[0])
         if before is None or after is None:
             return
-        known = given.union(self._meaning, *(e.symbols for e in before))
-        new = [e for e in after if _is_made_up(e, known)]
+        known = {s for e in before for s in e.symbols}
+        new = [e for e in after if _is_made_up(e, given) and known.isdisjoint(e.symbols)]
+        new = [e for e in new if e.symbols[0] not in self._meaning]
         if len(new) != 1 or any(e != new[0] for e in _copied(node, before, after)):
             return
         elements, others = Dim(), Dim()
