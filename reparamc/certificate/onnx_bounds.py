@@ -12,6 +12,9 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 VAST, LAST = 2**20, 2**62
 """Vectors of more entries take too long. From the second on, a number is no size: exporters mean the end of an axis."""
 
+WHOLE = (TensorProto.INT64, TensorProto.INT32)
+"""The types of shapes."""
+
 MOST_READ = 1024
 """A constant of more entries is no shape."""
 
@@ -113,8 +116,7 @@ def _small_constants(*graphs: GraphProto) -> dict[str, list[int]]:
         for a in n.attribute
         if a.name == "value"
     ]
-    whole = TensorProto.INT64, TensorProto.INT32
-    found = [(n, t) for n, t in found if t.data_type in whole and prod(t.dims) <= MOST_READ and not t.external_data]
+    found = [(n, t) for n, t in found if t.data_type in WHOLE and prod(t.dims) <= MOST_READ and not t.external_data]
     return {name: np.ravel(numpy_helper.to_array(t)).tolist() for name, t in found}
 
 
@@ -162,16 +164,16 @@ def nested(graph: GraphProto) -> Iterator[GraphProto]:
 def _numbers(graphs: Iterable[GraphProto], inside: Iterable[NodeProto]) -> Iterator[int]:
     """The entries of all small constants that something else than a slice reads."""
     for nodes, stored in [*((g.node, g.initializer) for g in graphs), (inside, ())]:
-        read = {n for node in nodes for at, n in enumerate(node.input) if node.op_type != "Slice" or not at}
-        steps = {node.input[4] for node in nodes if node.op_type == "Slice" and len(node.input) > 4}
         named = [(t.name, t) for t in stored]
         named += [
             (n.output[0], a.t) for n in nodes if n.op_type == "Constant" for a in n.attribute if a.name == "value"
         ]
+        named = [(n, t) for n, t in named if t.data_type in WHOLE and prod(t.dims) <= MOST_READ and not t.external_data]
+        if not named:
+            continue
+        read = {n for node in nodes for at, n in enumerate(node.input) if node.op_type != "Slice" or not at}
+        steps = {node.input[4] for node in nodes if node.op_type == "Slice" and len(node.input) > 4}
         for name, tensor in named:
-            small = prod(tensor.dims) <= MOST_READ and not tensor.external_data
-            if not small or tensor.data_type not in (TensorProto.INT64, TensorProto.INT32):
-                continue
             if name in read:
                 yield from np.ravel(numpy_helper.to_array(tensor)).tolist()
             if name in steps:  # inference adds them to places, which overflows

@@ -47,15 +47,13 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
     graph = found.graph
     graph.name = "outline"
     known = stored.keys() | typed.keys()
-    for node in model.graph.node:
-        names = {name for name in node.output if name}
-        if names.isdisjoint(stored) and not (names and names <= known):
-            graph.node.add().CopyFrom(node)
-            if node.domain == "ai.onnx":  # inference knows this domain by its other name only
-                graph.node[-1].domain = ""
-            elif is_plain_fused(node):
-                graph.node[-1].domain, graph.node[-1].op_type = "", "Conv"
-            stand_in(graph.node[-1])
+    graph.node.extend(n for n in model.graph.node if not known or _is_wanted(n, stored, known))
+    for node in graph.node:
+        if node.domain == "ai.onnx":  # inference knows this domain by its other name only
+            node.domain = ""
+        elif is_plain_fused(node):
+            node.domain, node.op_type = "", "Conv"
+        stand_in(node)
     graph.input.extend(model.graph.input)
     graph.output.extend(o for o in model.graph.output if o.name not in known)
     named = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim}
@@ -82,6 +80,12 @@ def outline(model: ModelProto, stored: Mapping[str, Array], typed: Mapping[str, 
     return found
 
 
+def _is_wanted(node: NodeProto, stored: Mapping[str, Array], known: set[str]) -> bool:
+    """Whether a result of ``node`` is to be inferred: none is stored, and not all are known."""
+    names = {name for name in node.output if name}
+    return names.isdisjoint(stored) and not (names and names <= known)
+
+
 def _inferred(light: ModelProto) -> tuple[ModelProto, bool]:
     """``light`` with what inference tells, and whether it has no objection; as it is where it finds a contradiction."""
     for options in ({"strict_mode": True, "data_prop": may_propagate(light)}, {}):
@@ -105,10 +109,14 @@ def _tell_ranks(light: ModelProto) -> bool:
         n for n in graph.node if n.op_type in ("Conv", "ConvTranspose") and not n.domain and len(n.input) > 1
     ]
     wanted = {name for node in convolutions for name in (*node.input[:2], node.output[0])}
+    values = (*graph.value_info, *graph.output, *graph.input)
+    ranked = {v.name for v in values if v.type.tensor_type.HasField("shape")}
+    if wanted <= ranked | {t.name for t in graph.initializer}:
+        return False
     shaped = {
         v.name: (v.type.tensor_type.elem_type, [d.dim_value for d in v.type.tensor_type.shape.dim])
-        for v in (*graph.value_info, *graph.output, *graph.input)
-        if v.name in wanted and v.type.tensor_type.HasField("shape")
+        for v in values
+        if v.name in wanted and v.name in ranked
     } | {t.name: (t.data_type, list(t.dims)) for t in graph.initializer if t.name in wanted}
     told: dict[str, ValueInfoProto] = {}
     for node in convolutions:
@@ -358,19 +366,24 @@ class Shapes:
         What is stretched together with such a slice to the size where it ends has that size, or does not run."""
         self.doubted: set[str] = set()
         """Unknown sizes that inference believes of a reshape that copies another one where they are zero."""
+        opened = {name for name, kind in self._types.items() if any(d.dim_value < 1 for d in kind.shape.dim[:])}
         fresh: set[str] = set()
         for node in light.graph.node:  # operands come first
             given |= fresh  # what a symbol is follows from the operator that it comes from
-            fresh = self._symbols(node.output)
+            fresh = self._symbols(opened.intersection(node.output))
             if node.domain:
                 continue
             self._measure(node)
+            if node.op_type in TOLD:
+                self._explain_told(node, given)
+            if node.op_type in ("Concat", "Identity", "Unsqueeze") and not rests.isdisjoint(node.input):
+                rests.add(node.output[0])
+            if opened.isdisjoint(node.output):
+                continue
             if node.op_type == "Split":
                 self._explain_parts(node, given)
             if node.op_type in BROADCAST or node.op_type in ("Concat", "MatMul"):
                 self._explain_sizes(node, given)
-            if node.op_type in TOLD:
-                self._explain_told(node, given)
             if node.op_type in MADE:
                 self._explain_made(node, given)
             if node.op_type in WINDOWS:
@@ -378,8 +391,6 @@ class Shapes:
             if node.op_type in ("Flatten", "Reshape"):
                 is_rest = node.op_type == "Flatten" or not rests.isdisjoint(node.input[1:])
                 self._explain(node, given, is_rest)
-            elif node.op_type in ("Concat", "Identity", "Unsqueeze") and not rests.isdisjoint(node.input):
-                rests.add(node.output[0])
 
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype of a floating tensor; None for other types and where it is unknown."""
