@@ -31,10 +31,12 @@ from reparamc.certificate.fx_shapes import as_written, run_recorded
 from reparamc.errors import InputError, one_line
 from reparamc.fx.calls import by_position, lookup, over
 from reparamc.fx.casts import DTypes, drop_casts
+from reparamc.fx.constants import BITS, CONSTANT, MOST_NUMBERS, anew, own_constants
 from reparamc.fx.copying import named_tensors, submodules
+from reparamc.fx.dry_run import DryRun
 from reparamc.fx.functions import Functions
 from reparamc.fx.handed import SHAPES, describe_handed
-from reparamc.fx.memory import Memory, reads_size_only
+from reparamc.fx.memory import reads_size_only
 from reparamc.fx.operators import IN_PLACE
 from reparamc.fx.questions import Questions, asking, is_of_torch, may_tell, step_of
 from reparamc.fx.recompose import recompose
@@ -93,6 +95,9 @@ _MAY_LACK = ("grad", "grad_fn", "_base", "names")
 
 class _Attribute(_Unknown, Attribute):
     """An attribute of a value: its shape, its device, or a method."""
+
+    def __len__(self) -> int:
+        return cast(_Tracer, self.tracer).length(self)
 
 
 class _Proxy(_Unknown):
@@ -241,6 +246,7 @@ class _Tracer(fx.Tracer):
         self.held: dict[fx.Node, nn.Parameter] = {}
         self._bits: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._like = torch.empty(0, dtype=torch.int8)
+        self._asserted: dict[fx.Node, fx.Node] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         for named in (submodules(root), named_tensors(root, "_buffers"), named_tensors(root, "_parameters")):
@@ -292,12 +298,12 @@ class _Tracer(fx.Tracer):
         """
         if id(a) in self.questions.follows or not (a.is_floating_point() or a.is_complex()):
             return super().create_arg(a)
-        if a.numel() <= _MOST_NUMBERS and a.layout == torch.strided and (a.isfinite().all() or not a.is_complex()):
-            return self.create_node(*_anew(cast(fx.Node, super().create_arg(self._like)), a))
-        if a.itemsize not in _BITS:
+        if a.numel() <= MOST_NUMBERS and a.layout == torch.strided and (a.isfinite().all() or not a.is_complex()):
+            return self.create_node(*anew(cast(fx.Node, super().create_arg(self._like)), a))
+        if a.itemsize not in BITS:
             raise self.questions.refusal(f"it makes a large tensor of {a.dtype}")
         if id(a) not in self._bits:
-            self._bits[id(a)] = a, a.detach().view(_BITS[a.itemsize])
+            self._bits[id(a)] = a, a.detach().view(BITS[a.itemsize])
         held = super().create_arg(self._bits[id(a)][1])
         return self.create_node("call_method", "view", (held, a.dtype), {})
 
@@ -364,6 +370,10 @@ class _Tracer(fx.Tracer):
         return node.op == "call_function" and plain and bool(given) and all(map(self.is_number, given))
 
     @functools.cached_property
+    def _dry_run(self) -> DryRun:
+        return DryRun(self.root, self.examples)
+
+    @functools.cached_property
     def dtypes(self) -> DTypes:
         return DTypes(self.graph, self.root)
 
@@ -380,15 +390,15 @@ class _Tracer(fx.Tracer):
                 "it asks of what type a value is, which is not known before it runs"
             ) from error
 
-    def _sample(self, node: Any) -> Any:
-        """Something of the type of ``node``."""
+    def _sample(self, node: Any, rank: int | None = None) -> Any:
+        """Something of the type of ``node``, as in the example; or where all values have ``rank`` axes."""
         if not isinstance(node, fx.Node):
             return node
-        if (given := self._example(node)) is not None:
+        if rank is None and (given := self._example(node)) is not None:
             return given
         if not self.is_number(node):
-            return torch.empty((1,) * 8, device="meta")
-        args, kwargs = map_arg((node.args, node.kwargs), self._sample)
+            return torch.empty((1,) * (rank or 8), device="meta")
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._sample(n, rank))
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return cast(Any, node.target)(*args, **kwargs)
@@ -479,18 +489,45 @@ class _Tracer(fx.Tracer):
             self.module_stack.popitem(last=True)
 
     def length(self, proxy: fx.Proxy) -> int:
-        """The length of an argument, which every later call must have as well."""
-        if proxy.node not in self._containers:
+        """The length of an argument, or of a shape, which every later call must have as well."""
+        if (found := self._number_of_sizes(proxy.node)) is not None:
+            return found
+        given = self.container(proxy.node)
+        if given is None:
             raise self.questions.refusal("the length of a value is not known")
-        found = len(self._containers[proxy.node])
+        found = len(given)
         length = self.create_proxy("call_function", len, (proxy,), {})
         message = f"an argument must have {found} elements, as the example had"
         self.create_proxy("call_function", torch._assert, (length == found, message), {})
         return found
 
+    def _number_of_sizes(self, node: fx.Node) -> int | None:
+        """How many sizes a shape or a part of it has, for values of any rank, or of that of the example."""
+        if not self.is_number(node):
+            return None
+        try:
+            found = {len(self._sample(node, rank)) for rank in range(2, 8)}
+            if len(found) == 1:
+                return found.pop()
+            value = node
+            while self.is_number(value):
+                value = value.all_input_nodes[0]
+            rank = self._dry_run.rank(value) if self.examples else None
+            return None if rank is None else len(self._sample(node, self._with_rank(value, rank)))
+        except (IndexError, TypeError, ValueError):  # it is one number, or there are no such axes
+            return None
+
+    def _with_rank(self, value: fx.Node, rank: int) -> int:
+        """``rank``, which ``value`` must have in every later call as well."""
+        if value not in self._asserted or self._asserted[value]._erased:
+            same = self.create_proxy("call_method", "dim", (fx.Proxy(value, self),), {}) == rank
+            message = f"a value must have {rank} axes, as it had in the example"
+            self._asserted[value] = self.create_proxy("call_function", torch._assert, (same, message), {}).node
+        return rank
+
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         given = self.container(obj.node)
-        if given is None or isinstance(given, dict):
+        if isinstance(given, dict) or (given is None and self._number_of_sizes(obj.node) is None):
             raise self.questions.refusal("it iterates over a value whose length is not known before it runs")
         return iter([cast(Any, obj)[i] for i in range(self.length(obj))])
 
@@ -531,24 +568,14 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_MOST_NUMBERS = 1024
 _PLAIN = (dict, list, immutable_dict, immutable_list)
-_CONSTANT = "_tensor_constant"
-"""What torch.fx calls tensors that are no parts of a module, and puts there."""
-
-
-def _anew(held: fx.Node, a: torch.Tensor) -> tuple[str, str, tuple[Any, ...], dict[str, Any]]:
-    """A call that makes ``a`` of numbers: a method of a tensor, as a function of numbers would run in a loaded copy."""
-    numbers = a.detach().to(torch.float32 if a.itemsize == 1 and a.is_floating_point() else a.dtype).tolist()
-    return "call_method", "new_tensor", (held, numbers), {"dtype": a.dtype, "device": a.device}
 
 
 def _is_same(root: nn.Module, first: Sequence[fx.Node], second: Sequence[fx.Node], *results: Any) -> bool:
     """Whether two lists of nodes do the same, and give the same of two ``results``."""
     read = {n.target: n for n in first if n.op == "get_attr"}
     same = {n: read.get(n.target, n) for n in second if n.op == "get_attr"}
-    constants = [[n for n in of if str(n.target).startswith(_CONSTANT)] for of in (read.values(), same)]
+    constants = [[n for n in of if str(n.target).startswith(CONSTANT)] for of in (read.values(), same)]
     for a, b in zip(*constants, strict=True):
         one, other = getattr(root, str(a.target)), getattr(root, str(b.target))
         if one.dtype != other.dtype or not torch.equal(one, other):
@@ -662,7 +689,7 @@ def traced(
             _plain_writes(graph)
             _restore_names(graph, model)
             _refuse_reserved(graph, model)
-            _own_constants(graph, tracer.root)
+            own_constants(graph, tracer.root)
             graph._tracer_cls = None  # or else a file with the module in it could be read by reparamc only
             called = _called_as_they_are(graph, model)
             drop_unread(graph)
@@ -686,7 +713,7 @@ def traced(
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if not name.startswith(_CONSTANT)}
+    return {name: value for name, value in vars(module).items() if not name.startswith(CONSTANT)}
 
 
 def _traced_for(
@@ -776,25 +803,6 @@ def _refuse_reserved(graph: fx.Graph, model: nn.Module) -> None:
                 f"{type(model).__name__} has a part called {node.target!r}, and a keyword of Python is no name that "
                 "torch.fx can write; rename it"
             )
-
-
-def _own_constants(graph: fx.Graph, root: nn.Module) -> None:
-    """Have each run return tensors of its own, where forward makes them anew in each; refuse what is written into."""
-    held = [node for node in graph.find_nodes(op="get_attr") if str(node.target).startswith(_CONSTANT)]
-    if not held:
-        return
-    memory = Memory(graph, root)
-    for node in held:
-        if any(map(memory.writers, (node, *(n for n in node.users if n.target == "new_tensor")))):
-            raise InputError("it writes into a tensor that it makes")
-        value = getattr(root, str(node.target))
-        views = {node}
-        views.update(n for n in memory.aliases(node) if n.args and n.args[0] in views)
-        if any(u.op == "output" for n in views for u in n.users) and value.numel() <= _MOST_NUMBERS:
-            with graph.inserting_after(node):
-                made = graph.create_node(*_anew(node, value))
-            node.replace_all_uses_with(made)
-            made.update_arg(0, node)
 
 
 def drop_unread(graph: fx.Graph) -> None:

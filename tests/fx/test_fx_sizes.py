@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from reparamc import fuse_fx
 from reparamc.certificate import fx_shapes
+from reparamc.errors import InputError
 from reparamc.fx.trace import trace
 
 C = CHANNELS
@@ -351,3 +352,35 @@ def test_a_write_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(fx_shapes, "MOST_ELEMENTS", most)
         with pytest.raises(RuntimeError):
             fx_shapes.sizes_of(module, (torch.randn(1, 2, 4, 4),))
+
+
+ITERATED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "unpacked": lambda m, x: m.a(x).relu().flatten(1).view(x.shape[0], CHANNELS, *x.shape[2:]),
+    "a list": lambda m, x: m.a(x).flatten(1).view(list(x.shape)),
+    "a comprehension": lambda m, x: F.pad(m.a(x), [0, *(n % 2 for n in x.shape[2:]), 0]),
+    "the first and the rest": lambda m, x: (lambda n, *rest: m.a(x).flatten(2).view(n, rest[0], -1))(*x.shape),
+    "a sum": lambda m, x: m.a(x) / sum(x.size()[2:]),
+    "a length": lambda m, x: m.a(x) * len(x.shape),
+    "sizes of a result": lambda m, x: (lambda y: torch.cat([y, y.new_zeros(*y.shape)], 1))(m.a(x).relu()),
+    "the last two": lambda m, x: F.interpolate(m.a(x).relu(), size=tuple(2 * n for n in x.shape[-2:])),
+    "positions that are not there": lambda m, x: m.a(x) + sum(1 for _ in x.shape[3:5]),
+}
+
+
+@pytest.mark.parametrize("name", ITERATED)
+def test_sizes_that_a_forward_iterates_over(name: str) -> None:
+    xs = images((2, CHANNELS, 6, 5), (1, CHANNELS, 7, 8), (3, CHANNELS, 4, 4), dtype=torch.float32)
+    model = ready(Net(ITERATED[name], a=conv_bn())).float()
+    fused = fuse_fx(model, xs[0])
+    assert (isinstance(fused, torch.fx.GraphModule), counts(fused)) == (True, (1, 0))
+    for x in xs:
+        assert relative_error(run(fused, x), run(model, x)) < 1e-5
+
+
+def test_an_example_gives_the_rank_for_later_calls() -> None:
+    model = ready(Net(lambda m, x: m.a(x).reshape(*x.shape[:-1], -1), a=nn.Conv2d(CHANNELS, CHANNELS, 1))).float()
+    fused = fuse_fx(model, torch.randn(2, CHANNELS, 6, 5))
+    with pytest.raises(AssertionError, match="must have 4 axes"):
+        fused(torch.randn(CHANNELS, 6, 5))
+    with pytest.raises(InputError, match="it iterates over a value whose length is not known"):
+        fuse_fx(model)
