@@ -354,11 +354,16 @@ def test_a_write_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> N
             fx_shapes.sizes_of(module, (torch.randn(1, 2, 4, 4),))
 
 
+def _first_and_rest(m: Any, x: Tensor) -> Tensor:
+    n, *rest = x.shape
+    return m.a(x).flatten(2).view(n, rest[0], -1)
+
+
 ITERATED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "unpacked": lambda m, x: m.a(x).relu().flatten(1).view(x.shape[0], CHANNELS, *x.shape[2:]),
     "a list": lambda m, x: m.a(x).flatten(1).view(list(x.shape)),
     "a comprehension": lambda m, x: F.pad(m.a(x), [0, *(n % 2 for n in x.shape[2:]), 0]),
-    "the first and the rest": lambda m, x: (lambda n, *rest: m.a(x).flatten(2).view(n, rest[0], -1))(*x.shape),
+    "the first and the rest": _first_and_rest,
     "a sum": lambda m, x: m.a(x) / sum(x.size()[2:]),
     "a length": lambda m, x: m.a(x) * len(x.shape),
     "sizes of a result": lambda m, x: (lambda y: torch.cat([y, y.new_zeros(*y.shape)], 1))(m.a(x).relu()),
