@@ -28,6 +28,7 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
         shape: known without loading.
         origin: what the host graph holds, if the adapter needs it.
         look: gives the values in the dtype that they are stored in.
+        is_exact: whether these are the same numbers: whatever was computed in another dtype than float64 is rounded.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
         look: Callable[[], npt.NDArray[Any]] | None = None,
     ) -> None:
         self.names, self.shape, self.origin = names, shape, origin
-        self.load, self.look = load, look or load
+        self.load, self.look, self.is_exact = load, look or load, False
         self._value: Array | None = None
         self._seen: Any = None
 
@@ -108,16 +109,20 @@ def loaded(array: Any) -> Any:
 
 def factor(array: Any) -> Any:
     """As `loaded`, but as it is stored where that gives the same products with arrays of float64, without a copy."""
-    is_stored = isinstance(array, Parameter) and not array.is_loaded and array.look is not array.load
+    is_stored = isinstance(array, Parameter) and array.is_exact and not array.is_loaded
     return array.seen if is_stored and array.seen.dtype == np.float32 else loaded(array)
 
 
-def derived(array: Array, shape: tuple[int, ...], function: Callable[[Array], Array]) -> Array:
-    """``function`` of ``array``, which has that shape; of a `Parameter` it is computed when it is loaded."""
+def derived(array: Array, shape: tuple[int, ...], function: Callable[[Array], Array], *, moves: bool = False) -> Array:
+    """``function`` of ``array``, which has that shape; of a `Parameter` it is computed when it is loaded.
+
+    ``moves``: whether it only moves numbers, and so gives the same ones in every dtype.
+    """
     if not isinstance(array, Parameter):
         return function(array)
     load, look = array.load, array.look
     made = Parameter(array.names, shape, lambda: function(load()), array.origin, lambda: function(look()))
+    made.is_exact = moves and array.is_exact
     return cast(Array, made)
 
 

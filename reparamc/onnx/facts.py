@@ -137,6 +137,7 @@ class Facts:
             return stored.astype(np.float64)
 
         self._parameters[name] = found = Parameter((name,), self.constants.shape(name), load, look=look)
+        found.is_exact = True
         return cast(Array, found)
 
     def is_stored(self, array: Parameter, dtype: np.dtype) -> bool:

@@ -366,7 +366,7 @@ def _read_gemm(graph: Facts, node: NodeProto, output: str) -> Reading | Declined
         return read_stored(graph, node, bias)
     alpha, beta = (float(cast(float, attribute(node, key, 1.0))) for key in ("alpha", "beta"))
     rows = (out, graph.constants.shape(weight)[1 if transposed else 0])
-    w = derived(graph.parameter(weight), rows, lambda w: (w if transposed else w.T) * alpha)
+    w = derived(graph.parameter(weight), rows, lambda w: (w if transposed else w.T) * alpha, moves=alpha == 1)
     b = None
     if bias is not None:
         b = derived(graph.parameter(bias), (out,), lambda b: np.broadcast_to(b.reshape(-1) * beta, (out,)).copy())
@@ -384,12 +384,12 @@ def _read_matmul(graph: Facts, node: NodeProto, output: str) -> Reading | Declin
     if len(shape) != 2:
         return Declined("its constant is not a matrix")
     if fixed[1]:
-        rows = derived(graph.parameter(weight), shape[::-1], lambda w: w.T)
+        rows = derived(graph.parameter(weight), shape[::-1], lambda w: w.T, moves=True)
         return Reading(Conv(graph.operand(node.input[0]), rows, None))
     if (graph.types.rank(node.input[1]) or 0) < 2:
         return None
     # ``W x`` multiplies the last axis but one: a convolution with one tap along the last
-    rows = derived(graph.parameter(weight), (*shape, 1), lambda w: w[..., None])
+    rows = derived(graph.parameter(weight), (*shape, 1), lambda w: w[..., None], moves=True)
     return Reading(Conv(graph.operand(node.input[1]), rows, None, (1,), (1,), (0,), (0,)))
 
 

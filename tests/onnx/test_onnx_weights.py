@@ -158,6 +158,26 @@ def test_what_no_rule_reads_is_never_decoded(tmp_path: Path) -> None:
     assert graph_hash(fused) == graph_hash(load(tmp_path / "out.onnx"))
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.1])
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_factors_are_rounded_once(alpha: float, transposed: int) -> None:
+    rng = np.random.default_rng(0)
+    w, s = rng.normal(0, 1, (7, 5)).astype(np.float32), rng.uniform(0.5, 1.5, 7).astype(np.float32)
+    stored = {"w": w if transposed else np.ascontiguousarray(w.T), "s": s}
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["g"], alpha=alpha, transB=transposed),
+        helper.make_node("Mul", ["g", "s"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [3, k]) for n, k in (("x", 5), ("y", 7)))
+    graph = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(a, n) for n, a in stored.items()])
+    whole = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    fused, _ = fuse_model(whole, verify="off")
+    (node,), (found,) = fused.graph.node, map(numpy_helper.to_array, fused.graph.initializer)
+    written = next((a.f for a in whole.graph.node[0].attribute if a.name == "alpha"), 1.0)
+    expected = (w.astype(np.float64) * written * s.astype(np.float64)[:, None]).astype(np.float32)
+    assert np.array_equal(found if found.shape == (7, 5) else found.T, expected), node.op_type
+
+
 def test_what_is_held_as_stored_is_folded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regions that are joined need in float64 again what was rounded when they were considered alone."""
     again = 0
