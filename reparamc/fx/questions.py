@@ -161,8 +161,8 @@ class Questions(TorchFunctionMode):
 
     def meet(self, frame: FrameType | None) -> None:
         """``frame`` computes something, and so do those around it, up to where a forward begins that is followed."""
-        while frame is not None and (_home(frame), frame.f_code.co_name) not in _STARTS:
-            if not is_of_torch(frame):
+        while frame is not None and ((home := _home(frame)), frame.f_code.co_name) not in _STARTS:
+            if not _is_home_of_torch(home):
                 if (mode := self._mode_held_in(frame)) is not None:
                     raise self.refusal(f"it holds {mode} aside, which may answer otherwise later")
                 if any(frame.f_lineno in lines for lines in _caught(frame.f_code)):
@@ -453,7 +453,11 @@ def asking() -> FrameType:
 
 
 def is_of_torch(frame: FrameType) -> bool:
-    home = _home(frame)
+    return _is_home_of_torch(_home(frame))
+
+
+@cache
+def _is_home_of_torch(home: str) -> bool:
     return home.startswith(("torch.", "reparamc.")) or home in ("torch", "contextlib", "functools", "inspect")
 
 
