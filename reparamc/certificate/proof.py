@@ -391,7 +391,7 @@ class _Proof:
         if parameters > MOST_BESIDE // 2 or self.is_congruent(before, after):
             raise Unrepresentable("it is proven by itself")
         shapes = tuple(self.sides[0].leaf(name, name).shape for name in leaves)
-        return (*found, shapes), _Case(before, after, made, leaves, parameters)
+        return (*found, *map(len, made), shapes), _Case(before, after, made, leaves, parameters)
 
     def _beside(self, cases: Sequence[_Case]) -> Window | None:
         """What is proven of all of ``cases``, which have one form; None if nothing is."""
