@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from reparamc.certificate.fx_calls import attribute, name_of
 
@@ -59,6 +59,8 @@ def written_by(node: fx.Node, module: fx.GraphModule) -> list[fx.Node]:
         graphs = [n for n in node.all_input_nodes if n.op == "get_attr"]
         quiet = all(_is_quiet(attribute(module, str(n.target))) for n in graphs)
         return [] if graphs and quiet else [n for n in node.all_input_nodes if n not in graphs]
+    if _is_mutating(node.target):
+        return list(node.all_input_nodes)
     if not _writes(node, module):
         return []
     first = node.args[0] if node.args else node.kwargs.get("input")
@@ -96,13 +98,20 @@ def _writes(node: fx.Node, module: fx.GraphModule) -> bool:
     )
 
 
+def _is_mutating(target: object) -> bool:
+    """Whether an operator of another library is declared to write into what it is given."""
+    if isinstance(target, OpOverload):
+        return target.namespace not in ("aten", "prims") and target._schema.is_mutable
+    return isinstance(target, OpOverloadPacket) and any(_is_mutating(getattr(target, o)) for o in target.overloads())
+
+
 def _is_view(node: fx.Node, module: fx.GraphModule) -> bool:
     if node.op == "call_module":
         inner = attribute(module, str(node.target))
         return isinstance(inner, VIEWING_MODULES) or not type(inner).__module__.startswith("torch.nn.")
     if node.target is getattr:
         return node.args[1] in ("T", "mT", "H", "mH", "data", "real", "imag")
-    return name_of(node) in VIEWS
+    return name_of(node) in VIEWS or _is_mutating(node.target)
 
 
 class Memory:

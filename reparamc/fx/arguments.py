@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -46,6 +47,8 @@ def elements(call: Call) -> int:
 def few(call: Call) -> Call | None:
     """``call`` with the first examples only of what seems to be a batch; None where none does."""
     found = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.ndim]
+    if any(t.layout != torch.strided for t in found):
+        return None
     batches = {t.shape[0] for t in found}
     if len(batches) != 1 or min(batches) <= FEW or all(t.ndim == 1 for t in found):
         return None
@@ -57,6 +60,8 @@ def others(call: Call) -> Iterator[Call]:
     from reparamc.fx.end_to_end import resized
 
     tensors = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
+    if any(t.layout != torch.strided for t in tensors):
+        return
     if any(t.ndim > 1 for t in tensors):
         for channels in (2, 1) if any(t.ndim == 3 for t in tensors) else (1,):
             yield resized(call, channels)

@@ -38,7 +38,10 @@ def exported(model: nn.Module, call: Call) -> fx.GraphModule:
     Raises:
         InputError: torch.export does not follow it.
     """
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), call)  # it leaves marks on them
+    try:
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), call)  # it leaves marks on them
+    except RuntimeError as error:  # they were seen inside torch.vmap
+        raise InputError(f"its arguments cannot be copied: {one_line(error)}") from error
     shapes = torch.export.ShapesCollection()
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):

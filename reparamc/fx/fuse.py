@@ -127,7 +127,7 @@ class _Fusion:
         if example_inputs is None:
             parts = Parts(self.model, self.own, self.options, blocked=self.blocked)
             if isinstance(why := parts.whole(""), str):
-                way_out = "; with example_inputs its parts are fused" if self.blocked else ""
+                way_out = "" if "example_inputs" in why else "; with example_inputs its parts are fused"
                 raise InputError(f"{why}{way_out}")
             return self.reported(
                 parts.without_doubles(parts.take("", as_graph)), "not run end to end: no example_inputs"

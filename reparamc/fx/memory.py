@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
 from reparamc.fx.calls import allocates, aten_name, first_operand, is_plain, lookup, spelled
@@ -153,7 +153,7 @@ def written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
         flag = node.kwargs.get("inplace") or (node.target in _INPLACE_SECOND and node.args[1:2] == (True,))
         name = name.split(".")[0]  # overloads of aten operators carry theirs after a dot
         writes = bool(flag) or node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        if not writes and not is_known(node.target):
+        if not is_known(node.target) and (not writes or isinstance(node.target, _OF_LIBRARIES)):
             return list(node.all_input_nodes)
     else:
         return found
@@ -173,12 +173,19 @@ def _reshapes(node: fx.Node, module: nn.Module) -> bool:
 
 
 def is_known(function: Any) -> bool:
-    """Whether a function comes with Python or torch, and so writes only where its name says so; or makes a tuple."""
+    """Whether a function comes with Python or torch, and so writes only where its name says so; or makes a tuple.
+
+    Or it is an operator of another library that is declared to write into nothing.
+    """
     if isinstance(function, type) and issubclass(function, tuple):
         return True
+    if isinstance(function, _OF_LIBRARIES):
+        overloads = [function] if isinstance(function, OpOverload) else map(function.__getattr__, function.overloads())
+        return all(o.namespace in ("aten", "prims") or not o._schema.is_mutable for o in overloads)
     home = getattr(function, "__module__", None) or ""
     return home.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "")
 
 
+_OF_LIBRARIES = OpOverload, OpOverloadPacket
 _IN_PLACE = set(IN_PLACE.values())
 _INPLACE_SECOND = {F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.mish}

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from reparamc.equivalence.runnable import leaves
-from reparamc.fx.runnable import same_random_numbers
+from reparamc.fx.runnable import same_random_numbers, without_gradients
 from reparamc.fx.watch import Call
 
 ROUNDING = 100
@@ -21,14 +21,24 @@ ROUNDING = 100
 def ran(module: Callable[..., Any], call: Call) -> Any:
     """What ``module`` makes of copies of the arguments; random operators draw the same numbers each time.
 
+    It runs without gradients, unless it asks for some itself.
+
     Raises:
         Exception: whatever it raises.
     """
-    devices = [t.device for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
-    with torch.no_grad(), same_random_numbers(devices), warnings.catch_warnings():
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), call)
-        warnings.simplefilter("ignore")
-        return module(*args, **kwargs)
+
+    def once() -> Any:
+        devices = [t.device for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
+        with same_random_numbers(devices), warnings.catch_warnings():
+            args, kwargs = pytree.tree_map_only(Tensor, _copied, call)
+            warnings.simplefilter("ignore")
+            return module(*args, **kwargs)
+
+    return without_gradients(once)
+
+
+def _copied(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_(t.requires_grad)
 
 
 def difference(actual: Any, expected: Any, wavering: Callable[[], Any] | None = None, *, most: float = ROUNDING) -> str:

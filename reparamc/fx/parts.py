@@ -180,7 +180,8 @@ class Parts:
             for name in [n for n in vars(module) if n.startswith("_tensor_constant")]:
                 delattr(module, name)  # torch.fx puts them there; the graph has its own
             if not calls and state.changed():
-                return f"forward changes {state.first_change()!r}: a state that every call updates is not fused"
+                name = state.first_change()
+                return f"forward changes {repr(name) if name else 'a buffer'}: a state that a call changes is not fused"
             return found
         except InputError as error:
             return str(error)
@@ -242,6 +243,8 @@ class Parts:
         fixed = fixed_argument(module, seen[0].call if seen else None)
         if path and self.is_touched(path):
             whole = "other code reaches into it"
+        elif calls_its_own_way(module):
+            whole = f"{type(module).__name__} has a __call__ of its own"
         elif fixed:
             whole = f"a graph would fix its argument {fixed!r}, of which callers may give another value"
         elif as_graph or any(map(is_leaf, module.children())):
@@ -454,6 +457,12 @@ def has_options(module: nn.Module) -> bool:
     """Whether forward takes arguments that can be left out, or any number of them."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def calls_its_own_way(module: nn.Module) -> bool:
+    """Whether the class of ``module`` does more than run its forward where it is called."""
+    kind = type(module)
+    return not isinstance(module, fx.GraphModule) and kind.__call__ is not nn.Module.__call__
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -107,6 +107,7 @@ class Questions(TorchFunctionMode):
         self._looked: dict[CodeType, str | None] = {}
         self._modes = _modes(tuple(home for home in _HOMES if home in sys.modules))
         self._drew = False
+        self._set: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
 
     def refusal(self, reason: str) -> TraceError:
         """An error for what a forward asks; it is remembered."""
@@ -219,6 +220,8 @@ class Questions(TorchFunctionMode):
         answers += [(torch.backends.ContextProp, "__get__", self._setting_of_backends("__get__"))]
         answers += [(type(torch.backends.cuda.matmul), "__getattr__", self._setting_of_backends("__getattr__"))]
         answers += [(os._Environ, "__getitem__", self._variable(os._Environ.__getitem__))]
+        answers += [(torch.autograd.Function, "apply", self._gradients_of_its_own())]
+        answers += [(nn.Module, "__setattr__", self._setting_of_a_part())]
         kept = [(owner, name, vars(owner).get(name)) for owner, name, _ in answers]
         drawn, alone = (random.getstate(), torch.get_rng_state()), threading.active_count() == 1
         self._drew = False
@@ -230,6 +233,9 @@ class Questions(TorchFunctionMode):
             finally:
                 for owner, name, plain in kept:
                     setattr(owner, name, plain) if plain is not None else delattr(owner, name)
+        for (_, name), (module, before) in self._set.items():
+            if _is_one(vars(module).get(name), before):
+                raise self.refusal(f"it sets {name!r} of a part, and sets it back")
         if not self._drew and not (alone and threading.active_count() == 1):
             return  # other threads did
         if random.getstate() != drawn[0]:
@@ -308,6 +314,28 @@ class Questions(TorchFunctionMode):
 
         return answer
 
+    def _gradients_of_its_own(self) -> Any:
+        plain = vars(torch.autograd.Function)["apply"].__func__
+
+        def apply(kind: Any, *given: Any, **named: Any) -> Any:
+            if self._is_asked_by(sys._getframe(1)):
+                raise self.refusal(f"it calls {kind.__name__}, whose gradients no graph would keep")
+            return plain(kind, *given, **named)
+
+        return classmethod(apply)
+
+    def _setting_of_a_part(self) -> Any:
+        plain = nn.Module.__setattr__
+
+        def setting(module: nn.Module, name: str, value: Any) -> None:
+            before = vars(module).get(name, value)
+            own = threading.get_ident() == self._thread and not _is_one(before, value)
+            if own and not _home(sys._getframe(1)).startswith(("torch.fx.", "reparamc.")):
+                self._set.setdefault((id(module), name), (module, before))
+            plain(module, name, value)
+
+        return setting
+
     def _variable(self, plain: Any) -> Any:
         def answer(environment: Any, name: Any) -> Any:
             frame: FrameType | None = sys._getframe(1)
@@ -380,6 +408,11 @@ def _modes(homes: tuple[str, ...]) -> dict[int, tuple[Any, str]]:
             if type(held) in (FunctionType, BuiltinFunctionType) and _MODE.fullmatch(name):
                 found.setdefault(id(held), (held, f"{home}.{name}"))
     return found
+
+
+def _is_one(a: object, b: object) -> bool:
+    """Whether two values are one object, or equal numbers or texts."""
+    return a is b or (type(a) is type(b) and isinstance(a, int | float | str) and a == b)
 
 
 @cache

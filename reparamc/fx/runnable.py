@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +19,8 @@ from reparamc.equivalence.trials import GUESSES, Slot
 from reparamc.errors import InputError
 from reparamc.fx.calls import is_plain, lookup
 from reparamc.fx.copying import State, submodules, tensors
+
+T = TypeVar("T")
 
 
 class TorchRunnable:
@@ -36,8 +38,8 @@ class TorchRunnable:
         self.device = next((t.device for t in tensors(module)), torch.device("cpu"))
 
     def __call__(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> Outputs:
-        with unchanged(self.module), torch.no_grad():
-            result = called(self.module, args, kwargs, self.device)
+        with unchanged(self.module):
+            result = without_gradients(lambda: called(self.module, args, kwargs, self.device))
             return {place: array(leaf) if isinstance(leaf, Tensor) else leaf for place, leaf in leaves(result)}
 
     def runs(self, inputs: Tree) -> bool:
@@ -122,9 +124,21 @@ def run(model: nn.Module, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> O
 
     Tensors that are no arrays are made dense or plain ones. What cannot be compared is given by its type.
     """
-    with unchanged(model), torch.no_grad():
+    with unchanged(model):
         devices = [t.device for t in tensors(model)]
-        return plain(called(model, args, kwargs, next(iter(devices), "cpu")))
+        return plain(without_gradients(lambda: called(model, args, kwargs, next(iter(devices), "cpu"))))
+
+
+def without_gradients(runs: Callable[[], T]) -> T:
+    """What ``runs`` gives without gradients; if it asks for some itself, as force fields do, with them."""
+    try:
+        with torch.no_grad():
+            return runs()
+    except RuntimeError as error:
+        if "require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        return runs()
 
 
 def plain(result: Any) -> dict[str, Any]:

@@ -541,6 +541,7 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        self._refuse_others(m, recurse=False)
         place = self._place()
         given = [(x, x.copy()) for x in _containers((args, *kwargs.values()))]
         try:
@@ -551,10 +552,16 @@ class _Tracer(fx.Tracer):
                 raise _Anew from error
             if given and (_may_write(m) or any(not _is_as(x, held) for x, held in given)):
                 raise  # what it writes into a list, another forward reads
+            self._refuse_others(m, recurse=True)
             self._back_to(*place)
             path = self.path_of_module(m)
             self.opaque[path] = f"torch.fx cannot follow it: {_first_sentence(error)}"
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def _refuse_others(self, m: nn.Module, recurse: bool) -> None:
+        """Raise an error where ``m`` was given other parameters or buffers for this call."""
+        if any(id(t) not in self._names for t in (*m.parameters(recurse), *m.buffers(recurse))):
+            raise self.questions.refusal("it calls a part with other parameters or buffers than its own")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:

@@ -175,3 +175,135 @@ def test_defaults_of_hooks_refer_to_the_copy(named: bool) -> None:
     model.kept.clear()
     assert relative_error(run(fused, x), expected) < 1e-5
     assert not model.kept
+
+
+def _dropout(net: Net, y: Tensor) -> Tensor:
+    net.held.train()
+    y = net.held(y)
+    net.held.eval()
+    return y
+
+
+def _slope(net: Net, y: Tensor) -> Tensor:
+    net.held.negative_slope = 0.9
+    y = net.held(y)
+    net.held.negative_slope = 0.1
+    return y
+
+
+def _stride(net: Net, y: Tensor) -> Tensor:
+    net.held.stride, kept = (2, 2), net.held.stride
+    y = net.held(y)
+    net.held.stride = kept
+    return y
+
+
+def _other_parameters(net: Net, y: Tensor) -> Tensor:
+    return torch.func.functional_call(net.held, {n: p + 0.5 for n, p in net.held.named_parameters()}, (y,))
+
+
+SET_BACK: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[], nn.Module]]] = {
+    "a mode": (_dropout, nn.Dropout),
+    "a setting": (_slope, lambda: nn.LeakyReLU(0.1)),
+    "a stride": (_stride, lambda: nn.Conv2d(4, 4, 3)),
+    "parameters": (_other_parameters, lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))),
+    "parameters of a layer": (_other_parameters, lambda: nn.Conv2d(4, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SET_BACK)
+def test_what_forward_sets_and_sets_back(name: str) -> None:
+    step, make = SET_BACK[name]
+    model = Net(step)
+    model.held = make()
+    model = ready(model.eval()).float()
+    with pytest.raises(InputError, match="with example_inputs its parts are fused"):
+        fuse_fx(model, verify="off")
+    fused = fuse_fx(model, X)
+    for x in (X, X[:1, :, 1:]):
+        expected = seeded(model, x)
+        torch.testing.assert_close(seeded(fused, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def seeded(model: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return run(model, x)
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
+
+
+def test_gradients_of_its_own_are_kept() -> None:
+    model = ready(Net(lambda _, y: Rounded.apply(y * 8))).float()
+    fused = fuse_fx(model, X)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    grads = []
+    for one in (model, fused):
+        x = X.clone().requires_grad_()
+        one(x).sum().backward()
+        grads.append(x.grad)
+    assert relative_error(*grads) < 1e-4
+    assert grads[0].abs().max() > 0.1
+    with pytest.raises(InputError, match="whose gradients no graph would keep"):
+        fuse_fx(model)
+
+
+class Times(Net):
+    def __call__(self, x: Tensor, factor: float = 2.0) -> Tensor:
+        return super().__call__(x) * factor
+
+
+@pytest.mark.parametrize("examples", [False, True])
+def test_a_call_of_its_own_is_kept(examples: bool) -> None:
+    model = ready(Times(lambda _, y: y.relu())).float()
+    fused = fuse_fx(model, X if examples else None)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    for factor in (2.0, 3.0):
+        torch.testing.assert_close(fused(X, factor), model(X, factor), rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_that_asks_for_gradients() -> None:
+    class Field(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.requires_grad_()
+            return torch.autograd.grad(self.block(x).square().sum(), x)[0]
+
+    model = ready(Field(lambda _, y: y)).float()
+    fused = fuse_fx(model, X)
+    torch.testing.assert_close(fused(X.clone()), model(X.clone()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_examples() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 5), nn.BatchNorm1d(5)
+
+        def forward(self, near: Tensor, x: Tensor) -> Tensor:
+            return torch.sparse.mm(near, self.norm(self.linear(x)).relu())
+
+    model, x = ready(Graph()).float(), torch.randn(6, 4)
+    dense = (torch.rand(6, 6) > 0.5).float()
+    for near in (dense.to_sparse(), dense.to_sparse_csr()):
+        fused = fuse_fx(model, (near, x))
+        assert report(fused).after.batchnorm == 0
+        torch.testing.assert_close(run(fused, near, x), run(model, near, x), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_that_are_run_inside_vmap() -> None:
+    def slopes(net: Net, y: Tensor) -> Tensor:
+        return torch.vmap(torch.func.jacrev(net.held))(y.mean((2, 3)))
+
+    model = Net(slopes)
+    model.held = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    model = ready(model).float()
+    fused = fuse_fx(model, X)
+    torch.testing.assert_close(run(fused, X), run(model, X), rtol=1e-4, atol=1e-4)

@@ -90,3 +90,45 @@ def test_constants_that_forward_computes_are_kept() -> None:
 
     fused = check(Net(body))
     assert sum(n.op.startswith("call_") for n in fused.graph.nodes) == 2
+
+
+@torch.library.custom_op("reparamc_tests::add_one", mutates_args=("x",))
+def add_one(x: Tensor) -> None:
+    x.add_(1)
+
+
+@torch.library.custom_op("reparamc_tests::add_one_to_all", mutates_args=("xs",))
+def add_one_to_all(xs: list[Tensor]) -> None:
+    for x in xs:
+        x.add_(1)
+
+
+@torch.library.custom_op("reparamc_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+WRITING: dict[str, Callable[[Tensor], object]] = {
+    "a custom operator": add_one,
+    "by its namespace": lambda y: torch.ops.reparamc_tests.add_one(y),
+    "an overload": lambda y: torch.ops.reparamc_tests.add_one.default(y),
+    "a list": lambda y: add_one_to_all([y]),
+    "a view": lambda y: add_one(y.flatten(2)),
+}
+
+
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize("name", WRITING)
+def test_operators_of_other_libraries_that_write(name: str, examples: bool) -> None:
+    def body(m: Net, x: Tensor) -> Tensor:
+        y = m.n(m.a(x))
+        before = m.a(y)
+        WRITING[name](y)
+        return m.b(y) + before
+
+    check(Net(body), (2, 4, 7, 6), (1, 4, 5, 8), examples=examples)
+
+
+def test_operators_of_other_libraries_that_write_nothing() -> None:
+    fused = check(Net(lambda m, x: doubled(m.n(m.a(x)))), (2, 4, 7, 6))
+    assert report(fused).after.batchnorm == 0
