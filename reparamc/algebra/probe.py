@@ -27,6 +27,9 @@ WINDOW = 24
 """How far from an impulse its response is looked for; what lies farther shows as a difference in the end."""
 SMALL = 2**12
 """Elements of an input up to which every impulse is tried without knowing whether it leads anywhere."""
+NOISE = 2.0**-43
+"""What rounding of float64 may leave of a zero, relative to the largest number of a channel."""
+CANCELLED = 2.0**10
 STRIDES = (1, 2, 3, 4)
 FARTHEST = 64
 """How far operators may reach together where sizes are open; beyond it the sizes to try would be too large."""
@@ -84,15 +87,16 @@ def find_kernel(
     flat: Array = np.reshape(np.moveaxis(at_zero, 1, 0), (at_zero.shape[1], -1))
     bias = np.partition(flat, flat.shape[1] // 2, axis=1)[:, flat.shape[1] // 2]  # a border may have others
     # Per channel, so that a large one hides no small one.
-    tolerance = slack * np.maximum(_largest(at_random), _largest(at_zero))
-    if np.any(np.abs(flat - bias[:, None]).max(axis=1, initial=0.0) > tolerance):
+    scale = np.maximum(_largest(at_random), _largest(at_zero))
+    tolerance = slack * scale
+    if np.any(np.abs(flat - bias[:, None]).max(axis=1, initial=0.0) > _uneven(slack, scale, _largest(at_zero))):
         return Declined(NOT_EVEN)
     grid = _grid(f, (batch, channels), {tried[0]: at_zero.shape[2:]}, tried[0], sizes)
     if grid is None:
         return Declined(OTHER_SIZES)
     if not _follows(f, (batch, channels), tried[0], grid[0], at_zero[:1], tolerance, rng):
         return Declined(NOT_AFFINE)
-    conv = _from_impulses(f, x, (batch, channels), tried[0], at_zero[:1], bias, grid, tolerance)
+    conv = _from_impulses(f, x, (batch, channels), tried[0], at_zero[:1], bias, grid, NOISE * scale)
     error = _difference(f, conv, channels, trials, rng)
     return (conv, error) if error <= slack else Declined(NOT_AFFINE)
 
@@ -148,6 +152,15 @@ def only_moves(conv: Conv, sizes: Sequence[int | None]) -> bool:
     x = np.random.default_rng(0).standard_normal(shape)
     y, _ = evaluate(replace(conv, x=(source := Source("x"))), {source: x})
     return bool(np.isin(y, np.append(x, 0)).all())
+
+
+def _uneven(slack: float, scale: Array, added: Array) -> Array:
+    """By how much what a function adds may differ from place to place, in each channel.
+
+    ``added`` is the largest of it in each channel: however large the rest is, a small one must be as even. Where terms
+    cancel, it may be up to ``CANCELLED`` times less even.
+    """
+    return np.maximum(slack * np.minimum(scale, np.minimum(added.max(initial=0.0), CANCELLED * added)), NOISE * scale)
 
 
 def _largest(y: Array) -> Array:
@@ -206,7 +219,7 @@ def _from_impulses(
     at_zero: Array,
     bias: Array,
     grid: tuple[Ints, Ints],
-    tolerance: Array,
+    noise: Array,
 ) -> Conv:
     (stride, delta), channels = grid, lead[1]
     taps: dict[Ints, Array] = {}  # offset -> [out, in]
@@ -217,7 +230,7 @@ def _from_impulses(
         window = (slice(None), slice(None), *near)
         ones = np.eye(channels)
         response = np.concatenate([(_impulse(f, lead, one, centre, size) - at_zero)[window] for one in ones])
-        strong = np.abs(response).max(axis=0) > 1e-3 * np.reshape(tolerance, (-1, *[1] * len(size)))
+        strong = np.abs(response).max(axis=0) > np.reshape(noise, (-1, *[1] * len(size)))
         for place in np.argwhere(strong.any(axis=0)):
             offset = tuple(int(c - s * (a + p)) for c, s, a, p in zip(centre, stride, low, place, strict=True))
             taps[offset] = np.transpose(response[(slice(None), slice(None), *place)])
@@ -230,11 +243,11 @@ def _from_impulses(
     for offset, matrix in taps.items():
         at = tuple((t - axis[0]) // d for t, axis, d in zip(offset, spread, dilation, strict=True))
         weight[(slice(None), slice(None), *at)] = matrix
-    groups = _groups(weight, 1e-3 * tolerance)
+    groups = _groups(weight, noise)
     rows, columns = weight.shape[0] // groups, channels // groups
     own = [weight[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
     first = tuple(axis[0] for axis in spread)
-    kept = bias if np.any(np.abs(bias) > 1e-3 * tolerance) else None
+    kept = bias if np.any(np.abs(bias) > noise) else None
     return Conv(x, np.concatenate(own), kept, stride, dilation, first, delta, groups)
 
 

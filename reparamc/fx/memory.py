@@ -180,7 +180,8 @@ def is_known(function: Any) -> bool:
     if isinstance(function, type) and issubclass(function, tuple):
         return True
     if isinstance(function, _OF_LIBRARIES):
-        overloads = [function] if isinstance(function, OpOverload) else map(function.__getattr__, function.overloads())
+        is_one = isinstance(function, OpOverload)
+        overloads = [function] if is_one else [getattr(function, name) for name in function.overloads()]
         return all(o.namespace in ("aten", "prims") or not o._schema.is_mutable for o in overloads)
     home = getattr(function, "__module__", None) or ""
     return home.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "")

@@ -360,7 +360,7 @@ class Questions(TorchFunctionMode):
 _STANDARD = sys.stdlib_module_names - {"__main__"}
 _SCANNED: dict[str, ModuleType] = {}
 _SEEN: list[ModuleType] = []
-_PLACES: list[tuple[dict[str, Any], str, Any]] = []
+_PLACES: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
 """Where modules of others hold functions by name that may be replaced, and those functions."""
 
 
@@ -379,9 +379,9 @@ def replaced_by_name(functions: dict[Any, Any]) -> Iterator[None]:
         if top != "torch" or name in (*_HOMES, *_SETTINGS):
             known = {id(f) for f in functions}
             held = vars(module)
-            _PLACES.extend((held, key, v) for key, v in list(held.items()) if id(v) in known)
+            _PLACES.update({(id(held), key): (held, key, v) for key, v in list(held.items()) if id(v) in known})
     _SEEN[:] = modules
-    places = [(held, key, functions[v]) for held, key, v in _PLACES if held.get(key) is v and v in functions]
+    places = [(held, key, functions[v]) for held, key, v in _PLACES.values() if held.get(key) is v and v in functions]
     with replaced_globals(places):
         yield
 

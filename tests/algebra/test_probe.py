@@ -241,3 +241,24 @@ def test_a_kernel_that_only_moves_elements_is_known(factor: float, moves: bool) 
     weight[0, [0, 1, 2], [2, 1, 0]] = factor
     conv = Conv.padded(Source("x", 3, -2), weight, None, stride=(1,), dilation=(2,), begin=(4,), end=(4,))
     assert only_moves(conv, [2]) == moves
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 1e-6, 1e-8])
+def test_a_bias_that_meets_padding_is_uneven_however_small(factor: float) -> None:
+    first, second = function("3->3 k=1x1 s=1 p=0"), function("3->3 k=3x3 s=1 p=1", 1)
+    bias = factor * np.array([1.0, -2.0, 0.5]).reshape(3, 1, 1)
+    assert isinstance(probe(lambda a: second(first(a) + bias), 3, (None, None), dtype=np.dtype(np.float32)), Declined)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-6, 1e-10])
+def test_a_small_bias_and_small_taps_are_kept(factor: float) -> None:
+    first, second = function("3->3 k=3x3 s=1 p=1"), function("3->3 k=1x1 s=1 p=0", 1)
+    bias = factor * np.array([1.0, -2.0, 0.5]).reshape(3, 1, 1)
+    conv = probe(lambda a: second(a) + factor * first(a) + bias, 3, (None, None), dtype=np.dtype(np.float32))
+    assert isinstance(conv, Conv)
+    assert conv.bias is not None
+    assert_close(np.array(conv.bias), bias.ravel(), 1e-9)
+    zero, tap = np.zeros((1, 3, 9, 9)), np.zeros((1, 3, 9, 9))
+    tap[0, :, 4, 4] = 1
+    expected = (factor * (first(tap) - first(zero)))[0, :, 3, 3]
+    assert_close(np.array(conv.weight)[:, :, -1, -1].sum(1), expected, 1e-4)
