@@ -399,7 +399,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         save=arguments.save or default.with_suffix(".failing.npz"),
     )
     _show(result.to_json() if arguments.json else result.verdict if arguments.quiet else result.table())
-    return DIFFERS if not result.equal else UNCERTAIN if result.doubt else DONE
+    return DIFFERS if result.failure else UNCERTAIN if result.doubt else DONE
 
 
 def _audit(arguments: argparse.Namespace) -> int:

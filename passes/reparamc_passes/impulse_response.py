@@ -12,8 +12,9 @@ sizes, at those. If sizes are dynamic, the inputs are larger than everything tha
 every position that its operators name, so that what holds for them holds for all larger ones; a tree that
 reaches farther than 64 positions is left alone. The framework's own operators run f. The two must agree to 32
 units in the last place of the stored dtype (of float32, if that is coarser), because a border may have been
-computed beforehand in it. Each channel is held to its own magnitude. Where a fusion is recorded, f runs on
-recorded arrays, so that K and b are functions of its parameters; a tree that is another kernel for others is left.
+computed beforehand in it. Each channel is held to its own magnitude, and what f adds to that of b alone, which
+may be far smaller. Where a fusion is recorded, f runs on recorded arrays, so that K and b are functions of its
+parameters; a tree that is another kernel for others is left.
 
 `reparamc.compiler.impulse` carries it out, after the rules, if it pays. It declines silently: what stays has the
 reason of the pass that declined before it.

@@ -110,5 +110,5 @@ def audit(model: str | os.PathLike[str], against: str | os.PathLike[str] | None 
     del fused, theirs
     result.verification = verify_onnx(original, path, **options)
     if not result.verification.equal:
-        result.problems.append("the models differ")
+        result.problems.append("the models differ" if result.verification.failure else result.verification.verdict)
     return result

@@ -142,7 +142,8 @@ class Verification:
 
     @property
     def equal(self) -> bool:
-        return self.failure is None
+        """Whether no difference was found, and nothing speaks for one."""
+        return self.failure is None and not self.doubt
 
     @property
     def verdict(self) -> str:

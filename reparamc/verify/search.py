@@ -124,7 +124,7 @@ def verify_onnx(
         save: write the smallest failing input to this .npz file.
 
     Returns:
-        The figures and the verdict; ``.equal`` is True where no difference was found.
+        The figures and the verdict; ``.equal`` is True where no difference was found and there is no doubt.
 
     Raises:
         InputTypeError: a model is neither a path nor a ModelProto.
