@@ -37,6 +37,8 @@ from reparamc.fx.wrappers import unwrapped
 from reparamc.report.data import FailedRegion, Origin, OutputError, Part, Report
 from reparamc.report.merge import merged
 
+DRAWS = 8
+"""Runs of a model on the same arguments, in which a number that it draws is likely to be another one."""
 TOOLS = ("generate", "predict", "predict_step", "training_step", "validation_step", "test_step", "save_pretrained")
 """Methods by which other tools run a model: where there is one, the copy is of the same class."""
 
@@ -193,9 +195,8 @@ class _Fusion:
         if self.writes_parameters or taken.is_compared:
             return taken
         while (fault := self.fault(taken.module, parts.placed)) is not None:
-            least = min(self.runs, key=lambda seen: elements(seen.call))
-            self.wavers = self.wavers or bool(difference(ran(self.model, least.call), least.result))
-            if self.wavers:
+            if self.wavers or self.draws():
+                self.wavers = True
                 return taken
             where, why = fault
             if not any(part.where == where for part in parts.placed):
@@ -204,6 +205,11 @@ class _Fusion:
                 return taken
             taken = parts.entered(taken, where, f"the fused graph does not compute the same: {why}")
         return taken
+
+    def draws(self) -> bool:
+        """Whether the model computes something else in some of several runs on the same arguments."""
+        least = min(self.runs, key=lambda seen: elements(seen.call))
+        return any(difference(ran(self.model, least.call), least.result) for _ in range(DRAWS))
 
     def fault(self, module: nn.Module, placed: Sequence[Placed]) -> tuple[str, str] | None:
         """The part that computes something else, or an output, and how it differs."""
