@@ -195,8 +195,8 @@ class _Fusion:
         if self.writes_parameters or taken.is_compared:
             return taken
         while (fault := self.fault(taken.module, parts.placed)) is not None:
-            if self.wavers or self.draws():
-                self.wavers = True
+            self.wavers = self.wavers or self.draws()
+            if self.wavers:
                 return taken
             where, why = fault
             if not any(part.where == where for part in parts.placed):

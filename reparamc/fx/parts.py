@@ -19,6 +19,7 @@ from reparamc.compiler.host import Options
 from reparamc.errors import InputError, one_line
 from reparamc.fx.arguments import elements
 from reparamc.fx.calls import by_position, is_exported, is_plain, operation
+from reparamc.fx.constants import CONSTANT
 from reparamc.fx.copying import State, copied
 from reparamc.fx.direct import chained, reaches_into
 from reparamc.fx.export import can_be_exported, exported, keep_sizes
@@ -177,7 +178,7 @@ class Parts:
             found = Whole(*traced(module, calls[0].call if calls else None, opaque))
             if is_exported(original := self.originals[path]):
                 keep_sizes(found.graph, original)
-            for name in [n for n in vars(module) if n.startswith("_tensor_constant")]:
+            for name in [n for n in vars(module) if n.startswith(CONSTANT)]:
                 delattr(module, name)  # torch.fx puts them there; the graph has its own
             if not calls and state.changed():
                 name = state.first_change()

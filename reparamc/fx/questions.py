@@ -217,14 +217,13 @@ class Questions(TorchFunctionMode):
         """While this thread makes a graph."""
         answers = [(torch.SymInt, name, self._text) for name in ("__str__", "__format__")]
         answers += [(kind, name, self._number(kind, name)) for kind, name in (_NUMBERS if self._exporting else ())]
-        answers += [(torch.backends.ContextProp, "__get__", self._setting_of_backends("__get__"))]
-        answers += [(type(torch.backends.cuda.matmul), "__getattr__", self._setting_of_backends("__getattr__"))]
+        settings = (torch.backends.ContextProp, "__get__"), (type(torch.backends.cuda.matmul), "__getattr__")
+        answers += [(owner, name, self._setting_of_backends(getattr(owner, name))) for owner, name in settings]
         answers += [(os._Environ, "__getitem__", self._variable(os._Environ.__getitem__))]
         answers += [(torch.autograd.Function, "apply", self._gradients_of_its_own())]
         answers += [(nn.Module, "__setattr__", self._setting_of_a_part())]
         kept = [(owner, name, vars(owner).get(name)) for owner, name, _ in answers]
         drawn, alone = (random.getstate(), torch.get_rng_state()), threading.active_count() == 1
-        self._drew = False
         with replaced_by_name(self._functions()), self:
             try:
                 for owner, name, made in answers:
@@ -304,9 +303,7 @@ class Questions(TorchFunctionMode):
 
         return answer
 
-    def _setting_of_backends(self, how: str) -> Any:
-        plain = getattr(torch.backends.ContextProp if how == "__get__" else type(torch.backends.cuda.matmul), how)
-
+    def _setting_of_backends(self, plain: Any) -> Any:
         def answer(*asked: Any) -> Any:
             if self._is_asked_by(sys._getframe(1)):
                 raise self.refusal("it asks for a setting of torch.backends, which may be another one later")

@@ -488,13 +488,13 @@ class _Tracer(fx.Tracer):
         while len(self.module_stack) > around:
             self.module_stack.popitem(last=True)
 
-    def length(self, proxy: fx.Proxy) -> int:
+    def length(self, proxy: fx.Proxy, unknown: str = "the length of a value is not known") -> int:
         """The length of an argument, or of a shape, which every later call must have as well."""
         if (found := self._number_of_sizes(proxy.node)) is not None:
             return found
         given = self.container(proxy.node)
         if given is None:
-            raise self.questions.refusal("the length of a value is not known")
+            raise self.questions.refusal(unknown)
         found = len(given)
         length = self.create_proxy("call_function", len, (proxy,), {})
         message = f"an argument must have {found} elements, as the example had"
@@ -526,10 +526,10 @@ class _Tracer(fx.Tracer):
         return rank
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        given = self.container(obj.node)
-        if isinstance(given, dict) or (given is None and self._number_of_sizes(obj.node) is None):
-            raise self.questions.refusal("it iterates over a value whose length is not known before it runs")
-        return iter([cast(Any, obj)[i] for i in range(self.length(obj))])
+        unknown = "it iterates over a value whose length is not known before it runs"
+        if isinstance(self.container(obj.node), dict):
+            raise self.questions.refusal(unknown)
+        return iter([cast(Any, obj)[i] for i in range(self.length(obj, unknown))])
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooked = bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
