@@ -28,7 +28,7 @@ class Parameter(np.lib.mixins.NDArrayOperatorsMixin):
         shape: known without loading.
         origin: what the host graph holds, if the adapter needs it.
         look: gives the values in the dtype that they are stored in.
-        is_exact: whether these are the same numbers: whatever was computed in another dtype than float64 is rounded.
+        is_exact: whether ``look`` gives the same numbers as ``load``; a result that ``look`` computes may be rounded.
     """
 
     def __init__(

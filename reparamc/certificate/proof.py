@@ -345,7 +345,7 @@ class _Proof:
     def foresee(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Prove windows that differ in names and parameters alone side by side, as one of many channels.
 
-        It is equal exactly if each of them is. If it is not found to be, each is looked at by itself.
+        The whole is equal exactly if each window is. If that is not proven, each window is compared alone.
         """
         alike: dict[Hashable, list[_Case]] = {}
         for before, after in pairs:
@@ -389,7 +389,7 @@ class _Proof:
                 parameters += sum(map(prod, form.shapes))
                 found.append((form, tuple(map(numbers.get, side.operands(name)))))
         if parameters > MOST_BESIDE // 2 or self.is_congruent(before, after):
-            raise Unrepresentable("it is proven by itself")
+            raise Unrepresentable("it is proven alone")
         shapes = tuple(self.sides[0].leaf(name, name).shape for name in leaves)
         return (*found, *map(len, made), shapes), _Case(before, after, made, leaves, parameters)
 

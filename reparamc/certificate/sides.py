@@ -31,7 +31,7 @@ class Opened(NamedTuple):
 class Form(NamedTuple):
     """All that decides what an operator computes, but for its operands and the numbers of its parameters.
 
-    Operators of one form can be put side by side: the channels of each behind those of the one before.
+    Operators of one form can be put side by side: each has its own channels, one operator after another.
     """
 
     kind: Hashable

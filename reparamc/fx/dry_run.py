@@ -33,7 +33,7 @@ class DryRun:
         try:
             with ThreadPoolExecutor(1) as other:  # in this thread, modules and functions of torch make nodes
                 other.submit(self._run, needed).result()
-        except Exception:  # whatever an operator raises that is given no data
+        except Exception:  # whatever an operator raises without data
             return None
         value = self._values[node]
         return value.dim() if isinstance(value, Tensor) else None

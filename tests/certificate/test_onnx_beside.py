@@ -91,7 +91,7 @@ def told(found: Certificate) -> list[tuple[str, str, int, int]]:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelProto, ModelProto], Certificate]:
-    """The proof in which each window is looked at by itself."""
+    """The proof that compares each window alone."""
 
     def certify(original: ModelProto, result: ModelProto) -> Certificate:
         with monkeypatch.context() as patch:
@@ -215,7 +215,7 @@ def test_blocks_that_lose_channels_are_looked_at_by_themselves(alone: Alone) -> 
 
 
 def shifted_before(which: int) -> tuple[ModelProto, ModelProto]:
-    """Two convolutions of one form, each after an operator of which the result makes another in the second."""
+    """Two convolutions of one form; before that of block ``which``, the models have different operators."""
     nodes, made = [], []
     for n in (0, 1):
         nodes += [
